@@ -1,0 +1,22 @@
+"""The command line. `cenote serve` starts a server; flags are made from the fields of `cenote.config`."""
+
+from __future__ import annotations
+
+import sys
+
+from cenote.cli import flags
+from cenote.errors import CenoteError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `cenote`; returns the exit status. Errors of the user are one line, not a traceback."""
+    try:
+        arguments = flags.parse(sys.argv[1:] if argv is None else argv)
+        from cenote.cli import serve
+
+        return serve.run(arguments)
+    except CenoteError as error:
+        print(f"cenote: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

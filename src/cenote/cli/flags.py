@@ -1,0 +1,161 @@
+"""Flags, from the fields of the config models: one `--kebab-case` flag per field, dots for a field of a field.
+
+Precedence: flags, then `CENOTE_*`, then the config file, then defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cenote.config import (
+    ALIASES,
+    EXPLAINED,
+    LAYERS,
+    PoolerConfig,
+    from_environment,
+    from_file,
+    known_options,
+    unknown_name,
+)
+from cenote.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+COMMANDS = ("serve",)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `cenote`."""
+    top = _Parser(prog="cenote", description="An inference engine for pooling models.", allow_abbrev=False)
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a pooling model over HTTP. Without MODEL: the embedded all-MiniLM-L6-v2.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="folder or hub id")
+    serve.add_argument("--config", metavar="FILE", help="YAML file of options")
+    for layer in LAYERS:
+        group = serve.add_argument_group(layer.__name__.removesuffix("Config").lower())
+        for name in layer.model_fields:
+            _add_flag(group, layer, name)
+    return top
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """`argv` and the environment as `{"command": ..., option: value}`.
+
+    Raises:
+        ConfigError: a flag, variable or entry is unknown or malformed.
+    """
+    top = parser()
+    argv, dotted = _split_dotted(_explain(argv))
+    known, unknown = top.parse_known_args(argv)
+    if known.version:
+        return {"command": "version"}
+    if known.command is None:
+        top.print_help()
+        return {"command": "help"}
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"unexpected argument {flag!r}: one MODEL is served")
+        options = [_flag(name) for name in (*known_options(), *ALIASES, *EXPLAINED, "config")]
+        raise ConfigError(unknown_name("flag", flag, options))
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    given.pop("version")
+    file = given.pop("config", None)
+    if (tag := given.pop("model_tag", None)) is not None:
+        if "model" in given:
+            raise ConfigError(f"the model is given twice: {tag!r} and --model {given['model']!r}")
+        given["model"] = tag
+    for old, new in ALIASES.items():
+        if old in given:
+            given[new] = given.pop(old)
+    if dotted:
+        given["pooler_config"] = {**_object(given.get("pooler_config", {})), **dotted}
+    return {**(from_file(file) if file else {}), **from_environment(), **given}
+
+
+def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str) -> None:
+    field = layer.model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default in (None, (), False) or isinstance(default, PoolerConfig) else f" (default: {default})"
+    text = f"{field.description or ''}{shown}".replace("%", "%%")
+    spellings = [_flag(name), *(_flag(old) for old, new in ALIASES.items() if new == name)]
+    if isinstance(default, bool):
+        group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif default == ():
+        group.add_argument(*spellings, dest=name, nargs="+", default=None, help=text)
+    else:
+        group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())
+
+
+def _explain(argv: list[str]) -> list[str]:
+    """Turn flags of other engines that have no effect here into one form: `--flag=value`."""
+    explained = {_flag(name) for name in EXPLAINED}
+    kept: list[str] = []
+    position = 0
+    while position < len(argv):
+        flag, equals, _ = argv[position].partition("=")
+        if flag in explained:
+            follows = not equals and position + 1 < len(argv) and not argv[position + 1].startswith("-")
+            note = flag.removeprefix("--").replace("-", "_")
+            value = argv[position].partition("=")[2] if equals else argv[position + 1] if follows else ""
+            if note == "tensor_parallel_size" and value != "1":
+                raise ConfigError(f"{flag} must be 1, got {value!r}: {EXPLAINED[note]}")
+            print(f"cenote: {flag} has no effect: {EXPLAINED[note]}")
+            position += 2 if follows else 1
+        else:
+            kept.append(argv[position])
+            position += 1
+    return kept
+
+
+def _split_dotted(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--pooler-config.field value` out of `argv`."""
+    prefixes = tuple(f"{_flag(n)}." for n in ("pooler_config", "override_pooler_config"))
+    kept: list[str] = []
+    fields: dict[str, Any] = {}
+    rest = iter(argv)
+    for argument in rest:
+        prefix = next((p for p in prefixes if argument.startswith(p)), None)
+        if prefix is None:
+            kept.append(argument)
+            continue
+        name, equals, value = argument.removeprefix(prefix).partition("=")
+        if not equals:
+            value = next(rest, "")
+        name = name.replace("-", "_")
+        if name not in PoolerConfig.model_fields:
+            raise ConfigError(unknown_name("pooler config field", name, PoolerConfig.model_fields))
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return kept, fields
+
+
+def _object(value: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--pooler-config is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--pooler-config must be a JSON object, got {value!r}")
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,85 @@
+"""`cenote serve`: resolve, load, report, listen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import cenote
+from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cenote.service import Service
+
+log = logging.getLogger("cenote")
+
+
+def run(arguments: dict[str, Any]) -> int:
+    """Run the command that `cenote.cli.flags.parse` understood."""
+    command = arguments.pop("command")
+    if command == "version":
+        print(cenote.__version__)
+    elif command == "serve":
+        _serve(arguments)
+    return 0
+
+
+def _serve(arguments: dict[str, Any]) -> None:
+    began = time.monotonic()
+    (model, engine, server), notes = resolve(arguments)
+    assert isinstance(model, ModelConfig)
+    assert isinstance(engine, EngineConfig)
+    assert isinstance(server, ServerConfig)
+    logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "httpcore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for note in notes:
+        log.info(note)
+
+    import uvicorn
+
+    from cenote.server.app import build
+    from cenote.service import Service
+
+    service = Service.load(model, engine)
+    for line in report(service, engine, server):
+        log.info(line)
+    config = uvicorn.Config(
+        build([service], server),
+        host=server.host,
+        port=server.port,
+        log_config=None,
+        log_level=server.log_level,
+        access_log=server.log_level == "debug",
+        timeout_keep_alive=75,
+    )
+    try:
+        socket = config.bind_socket()
+    except (SystemExit, OSError) as error:
+        service.engine.close()
+        raise ConfigError(f"cannot listen on {server.host}:{server.port}: the port is in use or not allowed") from error
+    log.info("serving http://%s:%s, %.1f s after start", server.host, socket.getsockname()[1], time.monotonic() - began)
+    uvicorn.Server(config).run(sockets=[socket])
+
+
+def report(service: Service, engine: EngineConfig, server: ServerConfig) -> list[str]:
+    """What was resolved, a line each, and what a user would want to be warned of."""
+    info = service.info
+    revision = f" at revision {info.revision}" if info.revision else ""
+    activation = "normalised" if info.use_activation else "not normalised"
+    lines = [
+        f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
+        f"runs: {info.dtype} on {info.device}, {info.layout}",
+        f"tasks: {', '.join(info.tasks)}; default {info.default_task}",
+        f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
+        + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
+        f"limits: {info.max_model_len} tokens an input, {server.max_client_batch_size} inputs and "
+        f"{server.max_body_bytes} bytes a request, {engine.max_queued_seqs} inputs waiting",
+    ]
+    if service.renderer.default_prompt:
+        lines.append(f"prompt before every input: {service.renderer.default_prompt!r}")
+    if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_key:
+        lines.append(f"warning: {server.host} may be reached by others, and no --api-key is set")
+    return lines + [f"warning: {warning}" for warning in info.warnings]

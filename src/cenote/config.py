@@ -1,0 +1,264 @@
+"""Every option, once: its name, type, default and help. Flags, environment variables and docs derive from here.
+
+Three frozen models, one per layer. `ModelConfig` and `EngineConfig` are also the keyword arguments of `LLM`.
+Names are those that users of vLLM know. Unknown names are refused, naming the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cenote.errors import ConfigError
+from cenote.tasks import REMOVED, TASKS
+
+PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
+ENV_PREFIX = "CENOTE_"
+C = TypeVar("C", bound=BaseModel)
+
+
+def _parse_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class PoolerConfig(BaseModel):
+    """How hidden states become outputs. Unset fields fall to the checkpoint, then to the architecture's default.
+
+    Field names and meanings are those of vLLM's `PoolerConfig`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str | None = None
+    """Default task of `LLM.encode` and `/pooling`."""
+    pooling_type: PoolingType | None = None
+    """Short for `seq_pooling_type` (CLS, LAST, MEAN) or `tok_pooling_type` (ALL); not to be combined with them."""
+    seq_pooling_type: Literal["CLS", "LAST", "MEAN"] | None = None
+    tok_pooling_type: Literal["ALL", "STEP"] | None = None
+    use_activation: bool | None = None
+    """Server-wide default of `PoolingParams.use_activation`."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Default of `PoolingParams.dimensions`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spellings(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "normalize" in values:
+            raise ValueError("Parameter `normalize` was removed; use `use_activation` instead.")
+        unknown = [name for name in values if name not in cls.model_fields]
+        if unknown:
+            raise ValueError(unknown_name("pooler config field", unknown[0], cls.model_fields))
+        return {
+            name: value.upper() if name.endswith("pooling_type") and isinstance(value, str) else value
+            for name, value in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PoolerConfig:
+        if self.pooling_type and (self.seq_pooling_type or self.tok_pooling_type):
+            raise ValueError("`pooling_type` cannot be combined with `seq_pooling_type` or `tok_pooling_type`")
+        if "STEP" in (self.pooling_type, self.tok_pooling_type):
+            raise ValueError("pooling type STEP is for process reward models, which Cenote does not serve yet")
+        if self.task in REMOVED:
+            raise ValueError(REMOVED[self.task])
+        if self.task is not None and self.task not in TASKS:
+            raise ValueError(unknown_name("task", self.task, TASKS))
+        return self
+
+    @property
+    def sequence_pooling(self) -> str | None:
+        """CLS, LAST, MEAN, or `None` if unset."""
+        return self.seq_pooling_type or (self.pooling_type if self.pooling_type not in ("ALL", "STEP") else None)
+
+
+Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_json)]
+
+
+class ModelConfig(BaseModel):
+    """Which checkpoint, and how it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str | None = Field(None, description="folder or hub id; none = the embedded all-MiniLM-L6-v2")
+    served_model_name: tuple[str, ...] = Field((), description="names that requests may use (default: the model)")
+    tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer, if not the model's")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    runner: Literal["auto", "pooling", "generate"] = Field("auto", description="pooling is the only runner there is")
+    convert: Literal["auto", "none", "embed", "classify"] = Field(
+        "auto", description="how a model that does not pool by itself becomes one that does"
+    )
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
+        "auto", description="dtype of weights and activations; auto = float32 on a CPU"
+    )
+    device: str | None = Field(None, description="torch device (default: cuda if there is one, else cpu)")
+    max_model_len: int | None = Field(None, ge=1, description="most tokens of an input (default: the model's limit)")
+    hf_overrides: Overrides | Callable[[Any], Any] | None = Field(
+        None, description="JSON merged into config.json (from Python also a function config -> config)"
+    )
+    pooler_config: Annotated[PoolerConfig, BeforeValidator(_parse_json)] = Field(
+        default_factory=PoolerConfig, description="JSON; or one field: --pooler-config.pooling_type MEAN"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
+    allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
+    chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
+    auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
+    packing: bool = Field(True, description="run packed batches where the probe proves it exact")
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("runner")
+    @classmethod
+    def _no_generation(cls, value: str) -> str:
+        if value == "generate":
+            raise ValueError("Cenote runs pooling models only and does not generate text; use runner 'pooling'")
+        return value
+
+
+class EngineConfig(BaseModel):
+    """How work is batched."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)"
+    )
+    max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
+    max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
+
+
+class ServerConfig(BaseModel):
+    """How it is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
+    api_key: tuple[str, ...] = Field((), description="key that requests must bring; may be given several times")
+    max_body_bytes: int = Field(64 << 20, ge=1, description="largest request body")
+    max_client_batch_size: int = Field(2048, ge=1, description="most inputs of one request")
+    trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
+    enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
+    disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
+    root_path: str = Field("", description="path prefix that a proxy strips")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+LAYERS: tuple[type[BaseModel], ...] = (ModelConfig, EngineConfig, ServerConfig)
+
+ALIASES = {"override_pooler_config": "pooler_config", "hostname": "host"}
+"""Older spellings of an option."""
+
+EXPLAINED = {
+    "task": "the task follows from the model; the request chooses among those it offers",
+    "tensor_parallel_size": "a model runs on one device",
+    "gpu_memory_utilization": "pooling needs no key-value cache, so no memory is reserved",
+    "enforce_eager": "there is nothing to capture",
+    "seed": "nothing is sampled",
+    "tokenizer_mode": "the tokenizer's fast backend is used where there is one",
+    "swap_space": "there is no key-value cache",
+    "enable_prefix_caching": "there is no key-value cache",
+    "enable_chunked_prefill": "sequences are never split",
+    "metrics_port": "metrics are on the main port, at /metrics",
+    "engine_worker_queue_port": "the engine lives in the server's process",
+    "disable_log_stats": "statistics are at /metrics",
+}
+"""Options of other engines that are accepted without effect, and why they have none."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """A sentence for a name that does not exist: the nearest known one if any is near, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}")
+
+
+def known_options(layers: Iterable[type[BaseModel]] = LAYERS) -> dict[str, type[BaseModel]]:
+    """Option name to the layer that owns it."""
+    return {name: layer for layer in layers for name in layer.model_fields}
+
+
+def resolve(
+    values: Mapping[str, Any], layers: tuple[type[BaseModel], ...] = LAYERS
+) -> tuple[list[BaseModel], list[str]]:
+    """Distribute `values` over `layers`.
+
+    Returns:
+        One validated config per layer, and a note for every option that has no effect.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is not allowed.
+    """
+    owners = known_options(layers)
+    notes: list[str] = []
+    split: dict[type[BaseModel], dict[str, Any]] = {layer: {} for layer in layers}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if name in EXPLAINED:
+            if name == "tensor_parallel_size" and int(value) != 1:
+                raise ConfigError(f"tensor_parallel_size must be 1, got {value}: {EXPLAINED[name]}")
+            notes.append(f"{given} has no effect: {EXPLAINED[name]}")
+        elif name not in owners:
+            raise ConfigError(unknown_name("option", given, [*owners, *ALIASES, *EXPLAINED]))
+        elif name in split[owners[name]]:
+            raise ConfigError(f"option {name!r} is given twice, once as {given!r}")
+        else:
+            split[owners[name]][name] = value
+    return [_build(layer, split[layer]) for layer in layers], notes
+
+
+def _build(layer: type[C], values: dict[str, Any]) -> C:
+    try:
+        return layer(**values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise ConfigError("; ".join(faults)) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not valid JSON: {error}") from None
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Options set by `CENOTE_*` variables; lists are separated by commas.
+
+    Raises:
+        ConfigError: a variable names no option.
+    """
+    owners = known_options()
+    found: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in owners:
+            raise ConfigError(f"environment variable {variable}: " + unknown_name("option", name, owners))
+        is_list = owners[name].model_fields[name].annotation == tuple[str, ...]
+        found[name] = tuple(value.split(",")) if is_list else value
+    return found
+
+
+def from_file(path: str | Path) -> dict[str, Any]:
+    """Options of a YAML file: one mapping, with names as flags or as fields."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    if not isinstance(content or {}, dict):
+        raise ConfigError(f"the config file {path} must be a mapping of options, got {type(content).__name__}")
+    return {str(name).replace("-", "_"): value for name, value in (content or {}).items()}

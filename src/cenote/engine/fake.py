@@ -1,0 +1,102 @@
+"""An engine without a model: deterministic vectors and scripted failures, for tests of everything above the seam."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cenote.errors import CenoteError, Closed
+from cenote.tasks import TASKS
+from cenote.types import ModelInfo, Output, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
+FAKE_INFO = ModelInfo(
+    name="fake",
+    architecture="FakeModel",
+    tasks=("embed", "token_embed"),
+    default_task="embed",
+    dimension=8,
+    max_model_len=64,
+    vocab_size=1000,
+    dtype="float32",
+    device="cpu",
+    layout="packed",
+    pooling="mean",
+    use_activation=True,
+)
+
+
+def fake_vector(sequence: Sequence, width: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """The vector that `FakeEngine` gives a sequence: drawn by its ids, cut and normalised as its parameters say."""
+    vector = np.random.default_rng(list(sequence.ids)).standard_normal(width).astype(np.float32)
+    vector = vector[: sequence.params.dimensions]
+    return vector if sequence.params.use_activation is False else vector / np.linalg.norm(vector)
+
+
+@dataclass
+class FakeEngine:
+    """Answers at once, or when `release` is set.
+
+    Attributes:
+        failures: errors for the next submissions, first in first out; each fails one request.
+        held: while true, futures stay open until `release` is called.
+    """
+
+    info: ModelInfo = FAKE_INFO
+    failures: list[CenoteError] = field(default_factory=list)
+    held: bool = False
+    is_healthy: bool = True
+    closed: bool = False
+    submitted: list[Sequence] = field(default_factory=list)
+    _open: list[tuple[Future[list[Output]], list[Output]]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def submit(
+        self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
+    ) -> Future[list[Output]]:
+        """See `cenote.types.Engine.submit`."""
+        if self.closed:
+            raise Closed("the engine is shutting down")
+        self.submitted += sequences
+        future: Future[list[Output]] = Future()
+        if self.failures:
+            future.set_exception(self.failures.pop(0))
+            return future
+        outputs = [self._output(sequence) for sequence in sequences]
+        if progress is not None:
+            progress(len(outputs))
+        with self._lock:
+            self._open.append((future, outputs))
+        if not self.held:
+            self.release()
+        return future
+
+    def release(self) -> None:
+        """Answer every open request that was not cancelled."""
+        with self._lock:
+            waiting, self._open = self._open, []
+        for future, outputs in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_result(outputs)
+
+    def healthy(self) -> bool:
+        """See `cenote.types.Engine.healthy`."""
+        return self.is_healthy
+
+    def close(self) -> None:
+        """See `cenote.types.Engine.close`."""
+        self.closed = True
+        self.release()
+
+    def _output(self, sequence: Sequence) -> Output:
+        if TASKS[sequence.task].granularity == "sequence":
+            return Output(fake_vector(sequence, self.info.dimension))
+        rows = [fake_vector(Sequence([token], params=sequence.params), self.info.dimension) for token in sequence.ids]
+        return Output(np.stack(rows))

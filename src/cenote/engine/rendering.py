@@ -1,0 +1,362 @@
+"""From what a caller sends (text, token ids, messages) to sequences: prompt, template, tokenise, cut or refuse.
+
+Thread-safe: the shared fast tokenizer is never switched to truncation or padding. Cutting follows Hugging Face by
+default (content is cut, special tokens stay); with an explicit side it follows vLLM (the finished ids are cut).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from cenote.errors import BadRequest, TooLong
+from cenote.tasks import check_params, check_task
+from cenote.types import PoolingParams, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+    from cenote.types import ModelInfo
+
+CHARACTERS_PER_TOKEN = 250
+"""Longer text than this many characters per allowed token is not tokenised at all."""
+
+Ids = list[int]
+Prompt = str | Ids | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How text becomes ids.
+
+    Attributes:
+        truncate: most tokens kept; -1 = the model's maximum; `None` = nothing is cut.
+        side: which end is cut; `None` = the tokenizer's, keeping special tokens.
+        pad: fill up with pad tokens to the most tokens allowed.
+        add_special_tokens: let the tokenizer add its special tokens.
+    """
+
+    truncate: int | None = None
+    side: Literal["left", "right"] | None = None
+    pad: bool = False
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How messages become text.
+
+    Attributes:
+        template: a Jinja template instead of the model's own.
+        kwargs: further variables of the template.
+    """
+
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    template: str | None = None
+    kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    ids: Seq[int]
+    type_ids: Seq[int] | None
+
+
+class Renderer:
+    """Renders for one model.
+
+    Args:
+        tokenizer: a Transformers tokenizer; its fast backend is used where there is one.
+        info: limits, vocabulary and tasks of the model.
+        lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
+        default_prompt: text put before every input.
+        include_prompt: whether pooling looks at the prompt.
+        auto_truncate: cut what is too long unless the request says otherwise.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        info: ModelInfo,
+        *,
+        lowercase: bool = False,
+        default_prompt: str = "",
+        include_prompt: bool = True,
+        auto_truncate: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.info = info
+        self.default_prompt = default_prompt
+        self.auto_truncate = auto_truncate
+        self._lock = threading.Lock()
+        self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._lowercase = lowercase
+        if lowercase and self._backend is not None:
+            from tokenizers.normalizers import Lowercase
+            from tokenizers.normalizers import Sequence as Normalizers
+
+            existing = self._backend.normalizer
+            self._backend.normalizer = Normalizers([Lowercase(), *([existing] if existing else [])])
+        self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
+        self._skip = 0 if include_prompt or not default_prompt else self._prompt_length(default_prompt)
+
+    def render(
+        self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions = TextOptions()
+    ) -> list[Sequence]:
+        """Sequences for `prompts`, each text, token ids, `{"prompt": str}` or `{"prompt_token_ids": ids}`.
+
+        Raises:
+            BadRequest: there is no prompt, one is empty, an id is outside the vocabulary, or a parameter is not
+                allowed.
+            TooLong: an input has more tokens than the model takes and `options` do not cut it.
+        """
+        if not len(prompts):
+            raise BadRequest("You must pass at least one prompt", param="input")
+        params = self.check(task, params)
+        options = self._resolve(options)
+        plain = [_plain(prompt) for prompt in prompts]
+        texts = [i for i, prompt in enumerate(plain) if isinstance(prompt, str)]
+        rendered = dict(
+            zip(texts, self._tokenize([self.default_prompt + str(plain[i]) for i in texts], options), strict=True)
+        )
+        sequences: list[Sequence] = []
+        for i, prompt in enumerate(plain):
+            text = rendered[i] if i in rendered else self._given(prompt, options)  # type: ignore[arg-type]
+            text = self._fit(text, options)
+            skip = self._skip if i in rendered else 0
+            sequences.append(Sequence(text.ids, task, params, text.type_ids, skip))
+        return sequences
+
+    def check(self, task: str, params: PoolingParams) -> PoolingParams:
+        """`params` for `task`, or `BadRequest` if the model does not offer the task or the parameters."""
+        check_params(check_task(task, self.info.tasks), params)
+        if params.dimensions is not None:
+            self._check_dimensions(params.dimensions)
+        return replace(params, task=task)
+
+    def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = ChatOptions()) -> str:
+        """The text of one conversation, by the request's or the model's chat template.
+
+        Raises:
+            BadRequest: there is no template, or it refuses these messages.
+        """
+        import jinja2
+
+        if options.add_generation_prompt and options.continue_final_message:
+            raise BadRequest("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+        if not messages:
+            raise BadRequest("`messages` must not be empty", param="messages")
+        if options.template is None and not self.tokenizer.chat_template:
+            raise BadRequest(
+                f"{self.info.name} has no chat template, so `messages` cannot be rendered; send `input`, "
+                "or start the server with --chat-template",
+                param="messages",
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [_flattened(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                chat_template=options.template,
+                **(options.kwargs or {}),
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
+        return str(text)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Ids:
+        """Token ids of `text`, of any length."""
+        return list(self._encode([text], add_special_tokens)[0].ids)
+
+    def token_strings(self, ids: Seq[int]) -> list[str]:
+        """The vocabulary entries of `ids`."""
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def detokenize(self, ids: Seq[int]) -> str:
+        """The text of `ids`."""
+        self._check_vocabulary(ids)
+        return str(self.tokenizer.decode(list(ids)))
+
+    def _resolve(self, options: TextOptions) -> TextOptions:
+        """`options` with the model's maximum and the server's default filled in, and checked."""
+        limit = self.info.max_model_len
+        if options.truncate is not None and options.truncate > limit:
+            raise BadRequest(
+                "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
+                param="truncate_prompt_tokens",
+            )
+        if options.truncate == -1 or (options.truncate is None and self.auto_truncate):
+            return replace(options, truncate=limit)
+        return options
+
+    def _tokenize(self, texts: list[str], options: TextOptions) -> list[_Text]:
+        """Ids of `texts`; those that are too long are cut as `options` say, or refused by `_fit`."""
+        longest = self.info.max_model_len * CHARACTERS_PER_TOKEN
+        for i, text in enumerate(texts):
+            if len(text) > longest:
+                if options.truncate is None:
+                    raise self._too_long(f"at least {self.info.max_model_len + 1}")
+                texts[i] = text[-longest:] if options.side == "left" else text[:longest]
+        encoded = self._encode(texts, options.add_special_tokens)
+        if options.truncate is None or options.side is not None:
+            return encoded
+        return [
+            self._cut(text, options) if len(have.ids) > options.truncate else have
+            for text, have in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[_Text]:
+        if not texts:
+            return []
+        if self._backend is not None:
+            found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            return [self._from_encoding(encoding) for encoding in found]
+        with self._lock:
+            texts = [text.lower() for text in texts] if self._lowercase else texts
+            ids = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        return [_Text(one, None) for one in ids]
+
+    def _cut(self, text: str, options: TextOptions) -> _Text:
+        """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
+        assert options.truncate is not None
+        if self._backend is None:
+            with self._lock:
+                found = self.tokenizer(
+                    text.lower() if self._lowercase else text,
+                    truncation=True,
+                    max_length=options.truncate,
+                    add_special_tokens=options.add_special_tokens,
+                )
+            return _Text(found["input_ids"], None)
+        special = self._backend.num_special_tokens_to_add(False) if options.add_special_tokens else 0
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max(0, options.truncate - special), direction=self.tokenizer.truncation_side)
+        if options.add_special_tokens:
+            encoding = self._backend.post_process(encoding, None, True)
+        return self._from_encoding(encoding)
+
+    def _from_encoding(self, encoding: Encoding) -> _Text:
+        ids = encoding.ids
+        if not self._wants_type_ids:
+            return _Text(ids, None)
+        type_ids = encoding.type_ids
+        return _Text(ids, type_ids if any(type_ids) else None)
+
+    def _given(self, ids: Ids, options: TextOptions) -> _Text:
+        """Token ids as the caller sent them."""
+        self._check_vocabulary(ids)
+        return _Text(self._sliced(ids, options), None)
+
+    def _fit(self, text: _Text, options: TextOptions) -> _Text:
+        """Cut on an explicit side, pad, and refuse what is empty or still too long."""
+        if options.side is not None and options.truncate is not None and len(text.ids) > options.truncate:
+            types = None if text.type_ids is None else self._sliced(text.type_ids, options)
+            text = _Text(self._sliced(text.ids, options), types)
+        if not len(text.ids):
+            raise BadRequest("The decoder prompt cannot be empty", param="input")
+        limit = self.info.max_model_len
+        if len(text.ids) > limit:
+            raise self._too_long(str(len(text.ids)))
+        if options.pad:
+            missing = (options.truncate or limit) - len(text.ids)
+            pad = self.tokenizer.pad_token_id or 0
+            types = None if text.type_ids is None else [*text.type_ids, *[0] * missing]
+            return _Text([*text.ids, *[pad] * missing], types)
+        return text
+
+    def _sliced(self, ids: Seq[int], options: TextOptions) -> Seq[int]:
+        if options.truncate is None or len(ids) <= options.truncate:
+            return ids
+        side = options.side or self.tokenizer.truncation_side
+        return ids[len(ids) - options.truncate :] if side == "left" else ids[: options.truncate]
+
+    def _too_long(self, count: str) -> TooLong:
+        return TooLong(
+            f"This model's maximum context length is {self.info.max_model_len} tokens. However, your prompt contains "
+            f"{count} input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
+            "of the input prompt.",
+            param="input_tokens",
+        )
+
+    def _check_vocabulary(self, ids: Seq[int]) -> None:
+        if not len(ids):
+            return
+        try:
+            values = np.asarray(ids, dtype=np.int64)
+        except (OverflowError, ValueError, TypeError) as error:
+            raise BadRequest(f"token ids must be integers that fit 64 bits: {error}", param="input") from None
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= self.info.vocab_size:
+            bad = low if low < 0 else high
+            raise BadRequest(
+                f"Token id {bad} is out of vocabulary; {self.info.name} takes ids from 0 to {self.info.vocab_size - 1}",
+                param="input",
+            )
+
+    def _check_dimensions(self, dimensions: int) -> None:
+        """Words of vLLM's refusals, which clients match on."""
+        name, allowed, width = self.info.name, self.info.matryoshka, self.info.dimension
+        if allowed is None:
+            fault = (
+                f'Model "{name}" does not support Matryoshka embeddings; '
+                f"dimensions must be unset (received dimensions={dimensions})."
+            )
+        elif allowed and dimensions not in allowed:
+            fault = f'Model "{name}" only supports Matryoshka dimensions {list(allowed)}, got {dimensions}.'
+        elif not 1 <= dimensions <= width:
+            fault = f'Model "{name}" only supports dimensions in range [1, {width}], got {dimensions}.'
+        else:
+            return
+        raise BadRequest(fault, param="dimensions")
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens of the prompt, as sentence-transformers counts them: without a closing special token."""
+        ids = self.tokenize(prompt)
+        return len(ids) - 1 if ids and ids[-1] in self.tokenizer.all_special_ids else len(ids)
+
+
+def _plain(prompt: Prompt) -> str | Ids:
+    """The text or the ids of a prompt."""
+    if isinstance(prompt, Mapping):
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown:
+            raise BadRequest(f"a prompt has keys that are not supported: {sorted(unknown)}", param="input")
+        if len(prompt) != 1:
+            raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
+        (prompt,) = prompt.values()
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt):
+        return list(prompt)
+    raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
+
+
+def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content parts are joined into one text, as templates of text models expect."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
+            raise BadRequest(
+                f"content parts of type {kind!r} are not supported by this model, only text", param="messages"
+            )
+    return {**message, "content": "\n".join(texts)}

@@ -1,0 +1,104 @@
+"""Which sequences run next. Pure: no torch, no clock, no lock, no thread.
+
+A batch holds at most `max_tokens` tokens. It begins with the oldest sequence of every request in turn, so that one
+request of thousands cannot starve a small one; the room that is left goes to the waiting sequences nearest in
+length to the first, so that a batch is cheap to run. Every batch contains the head of the turn, so a sequence waits
+for no more batches than there are sequences before it and requests beside it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from itertools import islice
+from typing import Generic, Protocol, TypeVar
+
+
+class Job(Protocol):
+    """A request, to the scheduler: something that may be given up."""
+
+    def cancelled(self) -> bool:
+        """Whether its sequences need not run."""
+
+
+class Item(Protocol):
+    """A sequence, to the scheduler: something with a length that belongs to a job."""
+
+    @property
+    def job(self) -> Job:
+        """The request that it is part of."""
+
+    def __len__(self) -> int:
+        """Its tokens."""
+
+
+I = TypeVar("I", bound=Item)  # noqa: E741
+
+
+class Scheduler(Generic[I]):
+    """Waiting sequences, by request.
+
+    Args:
+        max_tokens: tokens of a batch. A single longer sequence runs alone.
+        max_sequences: sequences of a batch.
+        look_ahead: how many waiting sequences are compared by length for each batch.
+    """
+
+    def __init__(self, max_tokens: int, max_sequences: int = 256, look_ahead: int = 1024) -> None:
+        self.max_tokens = max_tokens
+        self.max_sequences = max_sequences
+        self.look_ahead = look_ahead
+        self._waiting: OrderedDict[Job, deque[I]] = OrderedDict()
+        self.depth = 0
+        self.tokens = 0
+
+    def add(self, job: Job, items: list[I]) -> None:
+        """Queue all sequences of a request."""
+        if items:
+            self._waiting.setdefault(job, deque()).extend(items)
+            self.depth += len(items)
+            self.tokens += sum(map(len, items))
+
+    def drop_cancelled(self) -> int:
+        """Forget the requests that were given up; returns how many sequences that spared."""
+        gone = [job for job in self._waiting if job.cancelled()]
+        return sum(self._forget(job) for job in gone)
+
+    def next_batch(self) -> list[I]:
+        """Take the next batch; empty if nothing waits."""
+        self.drop_cancelled()
+        batch: list[I] = []
+        tokens = 0
+        for job in [*self._waiting]:
+            head = self._waiting[job][0]
+            if batch and (tokens + len(head) > self.max_tokens or len(batch) == self.max_sequences):
+                break
+            batch.append(self._waiting[job].popleft())
+            tokens += len(head)
+            self._waiting.move_to_end(job)
+        if batch and len(batch) < self.max_sequences and tokens < self.max_tokens:
+            batch += self._nearest(len(batch[0]), self.max_tokens - tokens, self.max_sequences - len(batch))
+        for job in [job for job, items in self._waiting.items() if not items]:
+            del self._waiting[job]
+        self.depth -= len(batch)
+        self.tokens -= sum(map(len, batch))
+        return batch
+
+    def _nearest(self, length: int, room: int, places: int) -> list[I]:
+        """Take waiting sequences nearest in length to `length` that fit."""
+        share = max(1, self.look_ahead // max(1, len(self._waiting)))
+        window = [item for items in self._waiting.values() for item in islice(items, share)]
+        taken: list[I] = []
+        for item in sorted(window, key=lambda item: abs(len(item) - length)):
+            if len(item) <= room and len(taken) < places:
+                taken.append(item)
+                room -= len(item)
+        chosen = {id(item) for item in taken}
+        for job in {item.job: None for item in taken}:
+            self._waiting[job] = deque(item for item in self._waiting[job] if id(item) not in chosen)
+        return taken
+
+    def _forget(self, job: Job) -> int:
+        items = self._waiting.pop(job)
+        self.depth -= len(items)
+        self.tokens -= sum(map(len, items))
+        return len(items)

@@ -1,0 +1,106 @@
+"""Every error that Cenote raises on purpose, and the HTTP status each one becomes.
+
+CenoteError
+├── ConfigError            start-up: an option or flag is wrong
+├── CheckpointError        start-up: a checkpoint cannot be honoured
+├── BadRequest        400  also a ValueError, as callers of the Python API expect
+│   ├── TooLong
+│   ├── TaskNotOffered
+│   └── BodyTooLarge  413
+├── ModelNotFound     404
+├── Unauthorized      401
+├── Overloaded        429  carries `retry_after`
+├── Closed            503  the engine is shutting down
+└── EngineFailed      500
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CenoteError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        status: HTTP status that the server answers with.
+        type: value of `error.type` in an OpenAI-shaped body.
+        param: the request parameter at fault, if one is.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "InternalServerError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(CenoteError, ValueError):
+    """An option, flag, environment variable or config file entry is wrong."""
+
+
+class CheckpointError(CenoteError, ValueError):
+    """A checkpoint is missing, incomplete, or asks for something that Cenote does not honour."""
+
+
+class BadRequest(CenoteError, ValueError):
+    """The caller sent something that cannot be served."""
+
+    status = 400
+    type = "BadRequestError"
+
+
+class TooLong(BadRequest):
+    """An input has more tokens than the model takes, and truncation was not asked for."""
+
+
+class TaskNotOffered(BadRequest):
+    """The task is unknown, or this model cannot do it."""
+
+
+class BodyTooLarge(BadRequest):
+    """The request body exceeds the server's limit."""
+
+    status = 413
+
+
+class ModelNotFound(CenoteError):
+    """The request names a model that is not served here."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class Unauthorized(CenoteError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
+class Overloaded(CenoteError):
+    """The queue is full.
+
+    Attributes:
+        retry_after: seconds after which a retry has a fair chance.
+    """
+
+    status = 429
+    type = "RateLimitError"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Closed(CenoteError):
+    """The engine no longer accepts work."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+
+class EngineFailed(CenoteError):
+    """A forward pass failed, or the device thread died."""

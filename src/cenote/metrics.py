@@ -1,0 +1,63 @@
+"""Counters and histograms, by name. No web and no torch: any layer may count, the server shows.
+
+One registry per process; `LLM` counts too, which costs nothing that can be measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_POWERS = tuple(2**n for n in range(17))
+
+requests = Counter("cenote_requests", "Requests answered", ("route", "status"), registry=REGISTRY)
+request_seconds = Histogram(
+    "cenote_request_seconds",
+    "From the request's head to the last byte of the answer",
+    ("route",),
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+stage_seconds = Histogram(
+    "cenote_stage_seconds",
+    "Time in one stage: render, queue, forward, encode",
+    ("stage",),
+    buckets=_SECONDS,
+    registry=REGISTRY,
+)
+running_requests = Gauge("cenote_running_requests", "Requests accepted and not yet answered", registry=REGISTRY)
+queued_sequences = Gauge("cenote_queued_sequences", "Sequences that wait for a batch", registry=REGISTRY)
+queued_tokens = Gauge("cenote_queued_tokens", "Tokens that wait for a batch", registry=REGISTRY)
+batch_sequences = Histogram("cenote_batch_sequences", "Sequences per batch", buckets=_POWERS[:12], registry=REGISTRY)
+batch_tokens = Histogram("cenote_batch_tokens", "Tokens per batch", buckets=_POWERS, registry=REGISTRY)
+tokens = Counter("cenote_tokens", "Tokens run", registry=REGISTRY)
+sequences = Counter("cenote_sequences", "Sequences by outcome: done, failed, dropped", ("outcome",), registry=REGISTRY)
+tokens_per_second = Gauge("cenote_tokens_per_second", "Tokens run per second, over the last 10", registry=REGISTRY)
+
+
+class Rate:
+    """Tokens per second over a sliding window. The device thread adds, any thread reads."""
+
+    def __init__(self, window: float = 10.0) -> None:
+        self._window = window
+        self._events: deque[tuple[float, int]] = deque()
+
+    def add(self, amount: int, now: float | None = None) -> None:
+        """Count `amount` at time `now` (default: this moment)."""
+        now = time.monotonic() if now is None else now
+        self._events.append((now, amount))
+        self._forget(now)
+
+    def value(self, now: float | None = None) -> float:
+        """Amount per second over the window."""
+        now = time.monotonic() if now is None else now
+        return sum(amount for at, amount in [*self._events] if at > now - self._window) / self._window
+
+    def _forget(self, now: float) -> None:
+        while self._events and self._events[0][0] <= now - self._window:
+            self._events.popleft()

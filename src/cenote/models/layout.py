@@ -1,0 +1,398 @@
+"""How a backbone is run over a batch: packed where that is proved exact, padded otherwise.
+
+`choose` tries layouts from the fastest to the safest and returns the first that passes two tests on the model at
+hand: its rows equal the model's own forward over one sequence at a time, and swapping one sequence's tokens moves
+no row of the others. Poolers never see padding: every layout returns packed rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cenote.errors import CheckpointError
+from cenote.tensors import attention
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from cenote.tensors.packing import Batch
+
+log = logging.getLogger(__name__)
+
+PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
+LONGEST_REAL_WINDOW = 512
+MOST_REAL_POSITIONS = 2048
+PROBE_WINDOW = 32
+POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest difference that counts as equal, relative to the largest hidden value (at least 1)."""
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A Transformers model and what its forward takes.
+
+    Attributes:
+        accepts: names of the parameters of its `forward`.
+        position_offset: what is added to positions that count from 0 (`padding_idx + 1` in the RoBERTa family).
+        padding_idx: id whose tokens keep position `padding_idx`; RoBERTa treats a literal `<pad>` so.
+        rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
+    """
+
+    model: PreTrainedModel
+    accepts: frozenset[str] = field(init=False)
+    position_offset: int = 0
+    padding_idx: int | None = None
+    rope_class: Callable[[int], int] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
+        self.rope_class = rope_class(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def run(self, **inputs: Tensor | None) -> Tensor:
+        """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
+        if self.rope_class is not None:
+            reset_rope(self.model)
+        known = {name: value for name, value in inputs.items() if value is not None and name in self.accepts}
+        if "use_cache" in self.accepts:
+            known["use_cache"] = False  # type: ignore[assignment]
+        with torch.inference_mode():
+            output = self.model(**known)
+        states = getattr(output, "last_hidden_state", None)
+        hidden: Tensor = output[0] if states is None else states
+        return hidden
+
+
+class Packed:
+    """The whole batch in one forward, attention kept apart by `cenote.tensors.attention`."""
+
+    name = "packed"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        backbone.model.set_attn_implementation(attention.register())
+        for module in backbone.model.modules():
+            if hasattr(module, "compute_bias"):
+                _bound_bias(module)
+
+    def groups(self, lengths: tuple[int, ...]) -> list[list[int]]:
+        """Sequence numbers that may share a forward."""
+        if self.backbone.rope_class is None:
+            return [list(range(len(lengths)))]
+        return list(_classes(lengths, self.backbone.rope_class).values())
+
+    def run(self, batch: Batch) -> Tensor:
+        """One forward; `[T, D]`."""
+        with attention.boundaries(batch):
+            return self.backbone.run(
+                input_ids=batch.ids_T[None],
+                position_ids=self._positions(batch)[None],
+                token_type_ids=None if batch.type_ids_T is None else batch.type_ids_T[None],
+            )[0]
+
+    def _positions(self, batch: Batch) -> Tensor:
+        backbone = self.backbone
+        positions_T = batch.positions_T + backbone.position_offset if backbone.position_offset else batch.positions_T
+        if backbone.padding_idx is None or not (pads := batch.ids_T == backbone.padding_idx).any():
+            return positions_T
+        before = torch.cat([part.cumsum(0) for part in batch.split(pads.long())])
+        return torch.where(pads, backbone.padding_idx, positions_T - before)
+
+
+class Padded:
+    """Sorted micro-batches with an attention mask; rows are unpadded at once.
+
+    Args:
+        backbone: the model, with its own attention implementation.
+        equal: only sequences of one length share a forward, for models that padding would change.
+        size: most sequences in a forward.
+    """
+
+    def __init__(self, backbone: Backbone, *, equal: bool = False, size: int | None = None) -> None:
+        self.backbone = backbone
+        self.equal = equal
+        self.size = size or PADDED_SEQUENCES.get(backbone.device.type, 8)
+        self.name = "one by one" if self.size == 1 else "equal lengths" if equal else "padded"
+
+    def groups(self, lengths: tuple[int, ...]) -> list[list[int]]:
+        """Sequence numbers that may share a forward, longest first."""
+        rope = self.backbone.rope_class or (lambda _: 0)
+        classes = _classes(lengths, (lambda n: n) if self.equal else rope)
+        groups: list[list[int]] = []
+        for members in classes.values():
+            members.sort(key=lambda i: -lengths[i])
+            groups += [members[i : i + self.size] for i in range(0, len(members), self.size)]
+        return groups
+
+    def run(self, batch: Batch) -> Tensor:
+        """One padded forward over all of `batch`; `[T, D]`."""
+        mask = torch.arange(batch.max_length, device=batch.ids_T.device) < torch.tensor(
+            batch.lengths, device=batch.ids_T.device
+        ).unsqueeze(1)
+        pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
+        states = self.backbone.run(
+            input_ids=_spread(batch.ids_T, mask, pad),
+            attention_mask=mask.long(),
+            token_type_ids=None if batch.type_ids_T is None else _spread(batch.type_ids_T, mask, 0),
+        )
+        return states[mask]
+
+
+Layout = Packed | Padded
+
+
+def forward(layout: Layout, batch: Batch) -> Tensor:
+    """Last hidden states of every token of `batch`, in its order: `[T, D]`."""
+    groups = layout.groups(batch.lengths)
+    if groups == [list(range(batch.size))]:
+        return layout.run(batch)
+    hidden_TD: Tensor | None = None
+    for members in groups:
+        part, rows = batch.select(members)
+        part_TD = layout.run(part)
+        if hidden_TD is None:
+            hidden_TD = part_TD.new_empty(batch.tokens, part_TD.shape[-1])
+        hidden_TD[rows] = part_TD
+    assert hidden_TD is not None
+    return hidden_TD
+
+
+def choose(model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = True) -> tuple[Layout, list[str]]:
+    """The fastest layout that is exact for `model`, and why each faster one was passed over.
+
+    Args:
+        model: in eval mode, on its device, with the attention implementation that it prefers.
+        max_length: most tokens of a sequence, so that the probe stays within the model's positions.
+        packed: whether to try packing at all.
+
+    Raises:
+        CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
+            in every layout.
+    """
+    native = model.config._attn_implementation
+    reasons: list[str] = []
+    with _shortened_windows(model) as window:
+        reference = _Reference(model, min(window + 9, max_length))
+        for build in _candidates(model) if packed else _padded_candidates():
+            layout, reason = _try(build, model, reference)
+            if layout is not None:
+                return layout, reasons
+            reasons.append(reason)
+            _restore_attention(model, native)
+    raise CheckpointError(
+        f"{type(model).__name__} does not reproduce its own one-by-one output in any layout: {'; '.join(reasons)}"
+    )
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[Callable[[Backbone], Layout]]:
+    offsets = dict.fromkeys((position_offset(model), 0))
+    yield from (partial(_packed_from, offset) for offset in offsets)
+    yield from _padded_candidates()
+
+
+def _padded_candidates() -> Iterator[Callable[[Backbone], Layout]]:
+    yield Padded
+    yield lambda backbone: Padded(backbone, equal=True)
+    yield lambda backbone: Padded(backbone, equal=True, size=1)
+
+
+def _packed_from(offset: int, backbone: Backbone) -> Packed:
+    backbone.position_offset = offset
+    backbone.padding_idx = offset - 1 if offset else None
+    return Packed(backbone)
+
+
+def _try(
+    build: Callable[[Backbone], Layout], model: PreTrainedModel, reference: _Reference
+) -> tuple[Layout | None, str]:
+    """Build a layout and prove it; the layout, or `None` and the reason."""
+    try:
+        layout = build(Backbone(model))
+        fault = reference.fault(layout)
+    except Exception as error:  # whatever a model raises under a layout means: not in this layout
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return (None, f"{layout.name}: {fault}") if fault else (layout, "")
+
+
+class _Reference:
+    """A few short random sequences and the model's own answer to each, alone."""
+
+    def __init__(self, model: PreTrainedModel, longest: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        vocab = vocabulary(model)
+        lengths = [min(n, longest) for n in (7, 11, max(longest, 1), 11, 3)]
+        special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
+        ordinary = torch.tensor([i for i in range(min(vocab, 5000)) if i not in special] or [0])
+
+        def draw(n: int) -> list[int]:
+            picks = torch.randint(len(ordinary), (n,), generator=generator)
+            ids: list[int] = ordinary[picks].tolist()
+            return ids
+
+        drawn = [draw(n) for n in lengths]
+        other = draw(lengths[1])
+        # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
+        if isinstance(mask := getattr(model.config, "mask_token_id", None), int) and 0 <= mask < vocab:
+            other[0] = mask
+        if position_offset(model) and lengths[3] > 2:
+            drawn[3][1] = position_offset(model) - 1
+        # Models that check the length of their input must see a batch longer than their positions.
+        while (rows := position_rows(model)) and rows < MOST_REAL_POSITIONS and sum(map(len, drawn)) <= rows:
+            drawn.append(draw(lengths[2]))
+        self.sequences = [Sequence(ids) for ids in drawn]
+        self.swapped = [self.sequences[0], Sequence(other), *self.sequences[2:]]
+        self.device = model.device
+        self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
+        alone = Padded(Backbone(model), equal=True, size=1)
+        self.rows = forward(alone, pack(self.sequences, self.device)).float()
+        if not bool(torch.isfinite(self.rows).all()):
+            raise CheckpointError(
+                f"{type(model).__name__} returns values that are not finite (NaN or infinity) for ordinary tokens: "
+                f"the weights are damaged, or do not fit the dtype {model.dtype}"
+            )
+
+    def fault(self, layout: Layout) -> str:
+        """Why `layout` is not exact, or an empty string."""
+        batch = pack(self.sequences, self.device)
+        rows = forward(layout, batch)
+        worst = float((rows.float() - self.rows).abs().max())
+        allowed = self.tolerance * max(1.0, float(self.rows.abs().max()))
+        if not worst <= allowed:
+            return f"differs from the model's own one-by-one output by {worst:.1e} (allowed {allowed:.1e})"
+        other = forward(layout, pack(self.swapped, self.device))
+        own = torch.ones(batch.tokens, dtype=torch.bool)
+        own[batch.starts[1] : batch.starts[2]] = False
+        if not torch.equal(rows[own], other[own]):
+            return "rows move when a neighbour's tokens change"
+        return ""
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the token embedding: every smaller id can be looked up."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+    return rows
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """Where positions start: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def position_rows(model: PreTrainedModel) -> int | None:
+    """Number of usable rows of a learned absolute position table, or `None` if the model has none."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last in POSITION_TABLES and isinstance(module, torch.nn.Embedding):
+            return int(module.weight.shape[0]) - max(position_offset(model), int(getattr(module, "offset", 0)))
+    return None
+
+
+def rope_class(model: PreTrainedModel) -> Callable[[int], int] | None:
+    """How lengths fall into classes with equal rotary frequencies; `None` if frequencies do not depend on length.
+
+    "longrope" has two sets of frequencies; "dynamic" NTK has one per length beyond the trained one
+    (`transformers/modeling_rope_utils.py`).
+    """
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        names = set(types.values()) if isinstance(types, dict) else {types}
+        if "longrope" in names:
+            limit = int(_original_length(module))
+            return lambda n: int(n > limit)
+        if any(isinstance(name, str) and "dynamic" in name for name in names):
+            limit = int(module.original_max_seq_len)  # type: ignore[arg-type]
+            return lambda n: max(n, limit)
+    return None
+
+
+def _original_length(module: nn.Module) -> int:
+    parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
+    if "original_max_position_embeddings" not in parameters:
+        parameters = next(p for p in parameters.values() if "original_max_position_embeddings" in p)
+    return int(parameters["original_max_position_embeddings"])
+
+
+def reset_rope(model: PreTrainedModel) -> None:
+    """Forget the longest sequence seen: Transformers keeps grown "dynamic" frequencies for later, shorter inputs."""
+    for module in model.modules():
+        names = {*vars(module), *module._buffers} if hasattr(module, "original_max_seq_len") else set()
+        for name in (n for n in names if n.endswith("original_inv_freq")):
+            prefix = name.removesuffix("original_inv_freq")
+            module.register_buffer(
+                f"{prefix}inv_freq", getattr(module, name).to(model.device).clone(), persistent=False
+            )
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _bound_bias(module: nn.Module) -> None:
+    """T5 builds a bias for the whole packed length, T x T; the longest sequence is all that is ever read."""
+    original: Callable[..., Tensor] = module.compute_bias  # type: ignore[assignment]
+
+    def compute_bias(query_length: int, key_length: int, **kwargs: Any) -> Tensor:
+        longest = attention.current().max_length
+        return original(min(query_length, longest), min(key_length, longest), **kwargs)
+
+    module.compute_bias = compute_bias  # type: ignore[assignment]
+
+
+def _restore_attention(model: PreTrainedModel, native: str) -> None:
+    if model.config._attn_implementation != native:
+        model.set_attn_implementation(native)
+    for module in model.modules():
+        vars(module).pop("compute_bias", None)
+
+
+@contextmanager
+def _shortened_windows(model: PreTrainedModel) -> Iterator[int]:
+    """Yield a window length that a probe can exceed cheaply; long windows are shortened for the time being."""
+    holders: list[Any] = [m for m in (model.config, *model.modules()) if _window(m) is not None]
+    longest = max((_window(m) or 0 for m in holders), default=0)
+    if longest <= LONGEST_REAL_WINDOW:
+        yield max(longest, PROBE_WINDOW)
+        return
+    saved = [(holder, holder.sliding_window) for holder in holders]
+    try:
+        for holder, _ in saved:
+            holder.sliding_window = PROBE_WINDOW
+        yield PROBE_WINDOW
+    finally:
+        for holder, window in saved:
+            holder.sliding_window = window
+
+
+def _window(holder: Any) -> int | None:
+    window = getattr(holder, "sliding_window", None)
+    return window if isinstance(window, int) and not isinstance(window, bool) else None
+
+
+def _classes(lengths: tuple[int, ...], key: Callable[[int], int]) -> dict[int, list[int]]:
+    classes: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        classes.setdefault(key(length), []).append(i)
+    return classes
+
+
+def _spread(x_T: Tensor, mask_BL: Tensor, fill: int) -> Tensor:
+    padded_BL = x_T.new_full(mask_BL.shape, fill)
+    padded_BL[mask_BL] = x_T
+    return padded_BL

@@ -1,0 +1,256 @@
+"""Reads the Sentence-Transformers part of a checkpoint: `modules.json` and the folders it names.
+
+Module types are recognised by their class name, which is the same in the old (`sentence_transformers.models.X`)
+and new (`sentence_transformers.base.modules.x.X`) spellings. A module that Cenote does not honour is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cenote.errors import CheckpointError
+from cenote.tensors.heads import normalize
+from cenote.tensors.pooling import MODES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from cenote.tensors.heads import Step
+
+LEGACY_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Flags of old Pooling configs, in the order in which several are concatenated."""
+
+TRANSFORMER_CONFIGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+
+
+@dataclass(frozen=True)
+class SentenceTransformer:
+    """What `modules.json` and its neighbours say.
+
+    Attributes:
+        backbone: folder of the Transformers checkpoint.
+        modes: pooling modes, concatenated if several; empty if there is no Pooling module.
+        include_prompt: whether pooling looks at the prompt's tokens.
+        steps: modules after pooling, in order, without a closing Normalize.
+        normalizes: whether the last module is Normalize.
+        dimension: length of the vector, if a module fixes it.
+        prompts: name to text.
+    """
+
+    backbone: Path
+    modes: tuple[str, ...] = ()
+    include_prompt: bool = True
+    steps: tuple[Step, ...] = ()
+    normalizes: bool = False
+    dimension: int | None = None
+    max_seq_length: int | None = None
+    do_lower_case: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+
+
+def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | None:
+    """The Sentence-Transformers part of the checkpoint at `path`, or `None` if it has none.
+
+    Raises:
+        CheckpointError: a module, mode or activation is not honoured, or its weights are missing.
+    """
+    modules_file = path / "modules.json"
+    if not modules_file.is_file():
+        return None
+    modules = sorted(_json(modules_file), key=lambda module: module["idx"])
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if not kinds or kinds[0] != "Transformer":
+        first = modules[0]["type"] if modules else "nothing"
+        raise CheckpointError(
+            f"modules.json begins with {first}; Cenote honours checkpoints that begin with a Transformer"
+        )
+    backbone = path / modules[0]["path"]
+    transformer: dict[str, Any] = next(
+        (_json(backbone / name) for name in TRANSFORMER_CONFIGS if (backbone / name).is_file()), {}
+    )
+    modes: tuple[str, ...] = ()
+    include_prompt = True
+    steps: list[Step] = []
+    dimension: int | None = None
+    for module, kind in zip(modules[1:], kinds[1:], strict=True):
+        folder = path / module["path"]
+        if kind == "Pooling" and not modes:
+            config = _json(folder / "config.json")
+            modes, include_prompt = pooling_modes(config), bool(config.get("include_prompt", True))
+            width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+            dimension = width * len(modes) if width else None
+        elif kind in STEPS and modes:
+            step, width = STEPS[kind](folder, allow_pickle)
+            dimension = width or dimension
+            steps += [step] if step else []
+        else:
+            raise CheckpointError(
+                f"modules.json names the module {module['type']}, which Cenote does not honour here; "
+                f"honoured are Transformer, Pooling, then {', '.join(STEPS)}"
+            )
+    normalizes = bool(steps) and steps[-1] is normalize
+    general = path / "config_sentence_transformers.json"
+    settings = _json(general) if general.is_file() else {}
+    prompts = {str(name): str(text) for name, text in (settings.get("prompts") or {}).items()}
+    default = settings.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise CheckpointError(f"default_prompt_name is {default!r}, but the prompts are {sorted(prompts)}")
+    return SentenceTransformer(
+        backbone=backbone,
+        modes=modes,
+        include_prompt=include_prompt,
+        steps=tuple(steps[:-1] if normalizes else steps),
+        normalizes=normalizes,
+        dimension=dimension,
+        max_seq_length=transformer.get("max_seq_length"),
+        do_lower_case=bool(transformer.get("do_lower_case", False)),
+        prompts=prompts,
+        default_prompt=prompts[default] if default else "",
+    )
+
+
+def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
+    """Pooling modes of a Pooling config, in its new (`pooling_mode`) or old (`pooling_mode_*`) spelling."""
+    named = config.get("pooling_mode")
+    if named is None:
+        modes = tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
+        unknown = [k for k in config if k.startswith("pooling_mode_") and k not in LEGACY_MODES and config[k]]
+    else:
+        modes = (named,) if isinstance(named, str) else tuple(named)
+        unknown = [mode for mode in modes if mode not in MODES]
+    if unknown:
+        raise CheckpointError(f"unknown pooling mode {unknown[0]!r}; known are: {', '.join(MODES)}")
+    return modes or ("mean",)
+
+
+class _Dense(nn.Module):
+    """Linear, activation, and an optional residual around both."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, activation: nn.Module, residual: bool
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = activation
+        self.use_residual = residual
+        if residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """`[R, in] -> [R, out]`."""
+        y_RD: Tensor = self.activation(self.linear(x_RD))
+        if not self.use_residual:
+            return y_RD
+        return y_RD + (self.residual(x_RD) if hasattr(self, "residual") else x_RD)
+
+
+def _dense(folder: Path, allow_pickle: bool) -> tuple[Step, int]:
+    config = _json(folder / "config.json")
+    unknown = set(config) - DENSE_KEYS
+    if unknown:
+        raise CheckpointError(f"{folder.name}/config.json has keys that Cenote does not honour: {sorted(unknown)}")
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key, "sentence_embedding") not in ("sentence_embedding", None):
+            raise CheckpointError(f"{folder.name}: Dense over {config[key]!r} is not honoured, only sentence_embedding")
+    dense = _Dense(
+        config["in_features"],
+        config["out_features"],
+        bias=config.get("bias", True),
+        activation=_activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+        residual=bool(config.get("use_residual", False)),
+    )
+    return _loaded(dense, folder, allow_pickle), config["out_features"]
+
+
+DENSE_KEYS = {
+    "in_features",
+    "out_features",
+    "bias",
+    "activation_function",
+    "use_residual",
+    "module_input_name",
+    "module_output_name",
+}
+
+
+def _layer_norm(folder: Path, allow_pickle: bool) -> tuple[Step, int]:
+    width = _json(folder / "config.json")["dimension"]
+    norm = nn.Module()
+    norm.norm = nn.LayerNorm(width)
+    _loaded(norm, folder, allow_pickle)
+    return norm.norm, width
+
+
+def _normalize(folder: Path, allow_pickle: bool) -> tuple[Step, None]:
+    return normalize, None
+
+
+def _dropout(folder: Path, allow_pickle: bool) -> tuple[None, None]:
+    return None, None
+
+
+STEPS: dict[str, Callable[[Path, bool], tuple[Any, int | None]]] = {
+    "Dense": _dense,
+    "LayerNorm": _layer_norm,
+    "Normalize": _normalize,
+    "Dropout": _dropout,
+}
+"""Module class to a reader that returns its step (`None` = does nothing at inference) and its output size."""
+
+
+def _activation(name: str) -> nn.Module:
+    """An activation by its import path; only classes of `torch.nn` are looked up, nothing is imported."""
+    found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(f"activation function {name!r} is not a module of torch.nn")
+    return found()
+
+
+def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
+    """Load a module's weights, all of them, and freeze it in float32."""
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if safe.is_file():
+        from safetensors.torch import load_file
+
+        weights = load_file(safe)
+    elif pickled.is_file() and allow_pickle:
+        weights = torch.load(pickled, map_location="cpu", weights_only=True)
+    else:
+        hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if pickled.is_file() else ""
+        raise CheckpointError(f"{folder} has no model.safetensors{hint}")
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit: {error}") from None
+    return module.float().eval().requires_grad_(False)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None

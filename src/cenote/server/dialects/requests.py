@@ -1,0 +1,140 @@
+"""Request fields that several routes share, with vLLM's names, defaults and refusals. Unknown fields are ignored,
+as that wire specification says."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from cenote.engine.rendering import ChatOptions, TextOptions
+from cenote.errors import BadRequest
+from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
+
+Message = dict[str, Any]
+Conversation = Annotated[list[Message], Field(min_length=1)]
+TextInput = list[int] | list[list[int]] | str | list[str]
+_SALT = re.compile(r"[@/\\\0]")
+
+
+class Shared(BaseModel):
+    """Fields of every pooling request."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str | None = None
+    user: str | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    padding: Literal["max_length", "do_not_pad"] | None = None
+    request_id: str | None = None
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    mm_processor_kwargs: dict[str, Any] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _removed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "normalize" in values:
+            raise PydanticCustomError(
+                "removed_parameter",
+                "Parameter `normalize` was removed; use `use_activation` instead.",
+                {"param": "normalize"},
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _salt(self) -> Shared:
+        if self.cache_salt is not None and (len(self.cache_salt) > 128 or _SALT.search(self.cache_salt)):
+            raise PydanticCustomError(
+                "cache_salt",
+                "`cache_salt` must be at most 128 characters without '@', '/', '\\' or NUL.",
+                {"param": "cache_salt"},
+            )
+        return self
+
+    def refuse_media(self) -> None:
+        """Processor arguments from requests are not trusted; the server has no flag to change that yet."""
+        if self.mm_processor_kwargs:
+            raise BadRequest("`mm_processor_kwargs` is not accepted from requests", param="mm_processor_kwargs")
+
+
+class Chat(BaseModel):
+    """Fields of requests that may bring messages."""
+
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, dict[str, Any]] | None = None
+    add_special_tokens: bool | None = Field(None, description="default: true for `input`, false for `messages`")
+
+    @model_validator(mode="after")
+    def _exclusive(self) -> Chat:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "exclusive",
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+                {"param": "continue_final_message"},
+            )
+        return self
+
+    def chat_options(self, *, trust_template: bool) -> ChatOptions:
+        """How messages become text.
+
+        Raises:
+            BadRequest: the request brings a template, and the server does not trust those.
+        """
+        kwargs = self.chat_template_kwargs or {}
+        if not trust_template and (self.chat_template is not None or "chat_template" in kwargs):
+            raise BadRequest(
+                "Chat template is passed with request, but --trust-request-chat-template is not set. "
+                "Refused request with untrusted chat template.",
+                param="chat_template",
+            )
+        if self.media_io_kwargs:
+            raise BadRequest("`media_io_kwargs` is not accepted from requests", param="media_io_kwargs")
+        return ChatOptions(self.add_generation_prompt, self.continue_final_message, self.chat_template, kwargs)
+
+
+class PoolingFields(Shared, Chat):
+    """What `/v1/embeddings` and `/pooling` have in common."""
+
+    input: TextInput | Conversation | list[Conversation] | None = None
+    messages: Conversation | Annotated[list[Conversation], Field(min_length=1)] | None = None
+    encoding_format: EncodingFormat = "float"
+    embed_dtype: EmbedDType = "float32"
+    endianness: Endianness = "native"
+    dimensions: int | None = None
+    use_activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PoolingFields:
+        if (self.input is None) == (self.messages is None) and not hasattr(self, "data"):
+            raise PydanticCustomError(
+                "input", "Exactly one of `input` and `messages` must be given.", {"param": "input"}
+            )
+        return self
+
+    def conversations(self) -> list[Conversation] | None:
+        """The conversations, whether under `messages` or `input`; `None` if the request has text or ids."""
+        source: Any = self.messages if self.messages is not None else self.input
+        if isinstance(source, list) and source and isinstance(source[0], dict):
+            return [source]
+        if isinstance(source, list) and source and isinstance(source[0], list) and isinstance(source[0][0:1], list):
+            return source if source[0] and isinstance(source[0][0], dict) else None
+        return None
+
+    def prompts(self) -> list[Any]:
+        """`input` as a list of prompts."""
+        source: Any = self.input
+        if isinstance(source, str) or (source and isinstance(source[0], int)):
+            return [source]
+        return list(source or [])
+
+    def text_options(self, *, is_chat: bool) -> TextOptions:
+        """How text becomes ids."""
+        special = self.add_special_tokens if self.add_special_tokens is not None else not is_chat
+        return TextOptions(self.truncate_prompt_tokens, self.truncation_side, self.padding == "max_length", special)

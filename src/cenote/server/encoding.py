@@ -1,0 +1,93 @@
+"""Vectors on the wire: JSON numbers, base64, or raw bytes, in several dtypes and byte orders.
+
+Bodies are bytes made by orjson straight from NumPy; no object is built per vector.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EmbedDType = Literal["float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
+Endianness = Literal["native", "big", "little"]
+EncodingFormat = Literal["float", "base64", "bytes", "bytes_only"]
+
+_TORCH_DTYPES = {"bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
+
+def to_bytes(values: np.ndarray[Any, np.dtype[np.float32]], dtype: EmbedDType, endianness: Endianness) -> bytes:
+    """Raw bytes of `values`. bfloat16 and the two fp8 kinds are bit patterns, which NumPy has no name for."""
+    if dtype in _TORCH_DTYPES:
+        import torch
+
+        cast = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, _TORCH_DTYPES[dtype]))
+        bits = cast.view(torch.int16 if cast.element_size() == 2 else torch.uint8).numpy()
+    else:
+        bits = values.astype(dtype, copy=False)
+    if endianness not in ("native", sys.byteorder):
+        bits = bits.byteswap()
+    return bits.tobytes()
+
+
+def json_response(content: Any) -> Response:
+    """`content` as JSON; NumPy arrays become numbers (the shortest text that reads back as the same float32)."""
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+
+def vectors_response(
+    head: dict[str, Any],
+    vectors: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
+    *,
+    kind: str,
+    field: str,
+    encoding_format: EncodingFormat,
+    embed_dtype: EmbedDType,
+    endianness: Endianness,
+) -> Response:
+    """The answer of `/v1/embeddings` and `/pooling` in any encoding.
+
+    Args:
+        head: `id`, `object`, `created`, `model`, `usage` of the answer.
+        vectors: `[D]` or `[T, D]` per input.
+        kind: `object` of each entry.
+        field: name of the entry's value.
+    """
+    if encoding_format == "float":
+        data = [{"index": i, "object": kind, field: np.ascontiguousarray(v)} for i, v in enumerate(vectors)]
+        return json_response(_with_data(head, data))
+    raw = [to_bytes(v, embed_dtype, endianness) for v in vectors]
+    if encoding_format == "base64":
+        coded = [{"index": i, "object": kind, field: base64.b64encode(b).decode()} for i, b in enumerate(raw)]
+        return json_response(_with_data(head, coded))
+    headers = {}
+    if encoding_format == "bytes":
+        ends = np.cumsum([len(b) for b in raw]).tolist()
+        entries = [
+            {
+                "index": i,
+                "embed_dtype": embed_dtype,
+                "endianness": endianness,
+                "start": end - len(b),
+                "end": end,
+                "shape": list(v.shape),
+            }
+            for i, (b, v, end) in enumerate(zip(raw, vectors, ends, strict=True))
+        ]
+        usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
+        described = {key: head[key] for key in ("id", "created", "model")} | {"data": entries, "usage": usage}
+        headers["metadata"] = orjson.dumps(described).decode()
+    return Response(b"".join(raw), headers=headers, media_type="application/octet-stream")
+
+
+def _with_data(head: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
+    """`data` put before `usage`, where clients print it."""
+    usage = head["usage"]
+    return {**{key: value for key, value in head.items() if key != "usage"}, "data": data, "usage": usage}

@@ -1,0 +1,99 @@
+"""Errors on the wire: the one place where an exception becomes a response.
+
+The body is OpenAI's and vLLM's: `{"error": {"message", "type", "param", "code"}}`. Texts never show a path.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+
+from cenote.errors import CenoteError, Overloaded, Unauthorized
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastapi import FastAPI
+    from starlette.requests import Request
+
+log = logging.getLogger(__name__)
+
+MOST_ENTRIES, LONGEST_ENTRY, LONGEST_INPUT = 10, 1000, 200
+_BRANCH = re.compile(r"^(list\[|dict\[|str$|int$|bool$|none|function-|constrained-)")
+_PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
+
+
+def answer(error: CenoteError) -> Response:
+    """The response for `error`."""
+    if isinstance(error, Unauthorized):
+        return Response(orjson.dumps({"error": "Unauthorized"}), 401, media_type="application/json")
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else {}
+    return body(error.message, error.type, error.param, error.status, headers)
+
+
+def body(message: str, kind: str, param: str | None, status: int, headers: dict[str, str] | None = None) -> Response:
+    """An error body with the given fields."""
+    fields = {"message": _PATH.sub("<path>", message), "type": kind, "param": param, "code": status}
+    return Response(orjson.dumps({"error": fields}), status, headers, media_type="application/json")
+
+
+def validation(errors: Sequence[Any]) -> Response:
+    """The 400 for a body that does not fit its model."""
+    first = errors[0]
+    named = (first.get("ctx") or {}).get("param")
+    if named:
+        return body(first["msg"], "Bad Request", named, 400)
+    if first["type"] == "json_invalid":
+        return body(f"JSON decode error: {_entry(first)}", "Bad Request", _where(first["loc"]), 400)
+    entries = "".join(f"\n  {_entry(error)}" for error in errors[:MOST_ENTRIES])
+    plural = "s" if len(errors) != 1 else ""
+    return body(f"{len(errors)} validation error{plural}:{entries}", "Bad Request", _where(first["loc"]), 400)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers on `app`. Unknown paths and methods keep the framework's `{"detail": ...}`."""
+
+    async def cenote_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, CenoteError)
+        if error.status >= 500:
+            log.error("%s: %s", type(error).__name__, error.message)
+        return answer(error)
+
+    async def validation_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return validation(error.errors())
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return body("Internal server error", "InternalServerError", None, 500)
+
+    app.add_exception_handler(CenoteError, cenote_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _entry(error: Any) -> str:
+    shown = {key: error[key] for key in ("type", "loc", "msg", "input") if key in error}
+    if "input" in shown:
+        value = shown["input"]
+        is_container = isinstance(value, (list, tuple, dict, set))
+        shown["input"] = (
+            f"<{type(value).__name__} of {len(value)}>"
+            if is_container and len(value) > 8
+            else repr(value)[:LONGEST_INPUT]
+        )
+    return str(shown)[:LONGEST_ENTRY]
+
+
+def _where(loc: Sequence[Any]) -> str:
+    """`("body", "input", "list[str]", 0)` as `body.input`."""
+    parts: list[str] = []
+    for part in loc:
+        if isinstance(part, str) and _BRANCH.match(part):
+            break
+        parts.append(str(part))
+    return ".".join(parts)

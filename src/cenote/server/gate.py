@@ -1,0 +1,113 @@
+"""What every request passes before its route: request id, API key, content type, body limit, metrics.
+
+Plain ASGI, so that a handler can still see the client leave. The body is read here, bounded, and replayed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from cenote import metrics
+from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Unauthorized
+from cenote.server import faults
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from cenote.config import ServerConfig
+
+OPEN_PATHS = frozenset({"/health", "/ping"})
+UNCOUNTED = frozenset({"/health", "/ping", "/metrics", "/load", "/version"})
+
+
+class Gate:
+    """ASGI middleware. Answers what it refuses by itself, in the error shape of the API."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self.app = app
+        self.config = config
+        self._keys = [key.encode() for key in config.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = headers.get("x-request-id")
+        began, status = time.monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.config.enable_request_id_headers:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        is_counted = scope["path"] not in UNCOUNTED
+        if is_counted:
+            metrics.running_requests.inc()
+        try:
+            try:
+                self._check(scope, headers)
+                replayed = await self._body(headers, receive) if scope["method"] == "POST" else receive
+            except CenoteError as error:
+                await faults.answer(error)(scope, receive, counted)
+                return
+            await self.app(scope, replayed, counted)
+        finally:
+            if is_counted:
+                metrics.running_requests.dec()
+                route = getattr(scope.get("route"), "path", "other")
+                metrics.requests.labels(route, str(status)).inc()
+                metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            given = headers.get("authorization", "")
+            scheme, _, token = given.partition(" ")
+            key = (token if scheme.lower() == "bearer" else given).strip().encode()
+            if not any(hmac.compare_digest(key, known) for known in self._keys):
+                raise Unauthorized("missing or wrong API key")
+        if scope["method"] == "POST" and scope["path"] not in OPEN_PATHS:
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
+
+    async def _body(self, headers: Headers, receive: Receive) -> Receive:
+        """Read the whole body, at most the limit, and return a `receive` that gives it again."""
+        limit = self.config.max_body_bytes
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise BodyTooLarge(f"the request body has {declared} bytes; at most {limit} are allowed")
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit:
+                raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
+            if not message.get("more_body"):
+                break
+        pending: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        return replay
+
+
+class _UnsupportedMediaType(BadRequest):
+    """vLLM answers 400 and calls it a bad request."""
+
+    type = "Bad Request"

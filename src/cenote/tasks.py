@@ -1,0 +1,67 @@
+"""The task table: what Cenote can compute, at which granularity, and which parameters each task takes.
+
+A new task is a row here. Validation of parameters, the routes' checks and the start-up report read this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from cenote.errors import BadRequest, TaskNotOffered
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from cenote.types import PoolingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: the name used in requests and in `PoolerConfig.task`.
+        granularity: "sequence" gives one row per input, "token" one row per token.
+        params: names of the `PoolingParams` fields that the task takes.
+        doc: what comes back.
+    """
+
+    name: str
+    granularity: Literal["sequence", "token"]
+    params: tuple[str, ...]
+    doc: str
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("embed", "sequence", ("dimensions", "use_activation"), "one vector [D] per input"),
+        Task("token_embed", "token", ("dimensions", "use_activation"), "one matrix [T, D] per input"),
+    )
+}
+
+REMOVED: dict[str, str] = {
+    "score": "`score` task was removed; use `classify` instead.",
+    "encode": "`encode` task was removed; use `token_embed` or `token_classify` instead.",
+}
+
+
+def check_task(name: str, offered: Collection[str]) -> Task:
+    """Return the row of task `name`, or raise `TaskNotOffered` saying what the model offers instead."""
+    if name in REMOVED:
+        raise TaskNotOffered(REMOVED[name], param="task")
+    if name not in offered or name not in TASKS:
+        listed = ", ".join(repr(task) for task in offered)
+        raise TaskNotOffered(f"Unsupported task: {name!r} Supported tasks: ({listed})", param="task")
+    return TASKS[name]
+
+
+def check_params(task: Task, params: PoolingParams) -> None:
+    """Raise `BadRequest` if `params` sets a field that `task` does not take."""
+    foreign = [name for name in params.given() if name not in task.params]
+    if foreign:
+        raise BadRequest(
+            f"Task {task.name!r} only supports {list(task.params)} parameters, does not support {foreign} parameters",
+            param=foreign[0],
+        )

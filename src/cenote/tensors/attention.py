@@ -1,0 +1,266 @@
+"""The one attention function: Transformers' signature, over sequences laid end to end.
+
+It is registered with Transformers under `NAME`, and not with its mask interface, so that models build no mask.
+The batch's boundaries travel in a ContextVar, because several models drop keywords that they do not know. What a
+model says through a keyword that is not understood here is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from cenote.tensors.packing import Batch
+
+NAME = "cenote"
+QUERY_BLOCK = 256
+HARMLESS = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "deterministic",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "layer_idx",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
+)
+
+
+@dataclass(slots=True)
+class _Forward:
+    """A packed forward under way, and whether the model has called the attention function in it."""
+
+    batch: Batch
+    is_called: bool = False
+
+
+_FORWARD: ContextVar[_Forward] = ContextVar("cenote_forward")
+
+
+@contextmanager
+def boundaries(batch: Batch) -> Iterator[None]:
+    """Tell the attention function, for the forward inside, where each sequence begins and ends.
+
+    Raises:
+        RuntimeError: the model did not call it, so something else decided who sees whom.
+    """
+    under_way = _Forward(batch)
+    token = _FORWARD.set(under_way)
+    try:
+        yield
+    finally:
+        _FORWARD.reset(token)
+    if not under_way.is_called:
+        raise RuntimeError("the model does not call the registered attention function")
+
+
+def current() -> Batch:
+    """The batch whose forward is under way, or `RuntimeError`."""
+    return _under_way().batch
+
+
+def _under_way() -> _Forward:
+    under_way = _FORWARD.get(None)
+    if under_way is None:
+        raise RuntimeError("packed attention was called outside a packed forward")
+    return under_way
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Who sees whom, and how scores are made of dot products.
+
+    Attributes:
+        causal: a query sees keys up to its own position only.
+        window: a query sees keys nearer than this many positions; `None` = all.
+        scaling: factor on the dot products; `None` = 1 / sqrt(head size).
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        bias: added to the scores, `[1, N, L, L]` for the longest length L (T5).
+        sinks: one extra logit per head that takes weight and gives no value, `[N]` (GPT-OSS).
+    """
+
+    causal: bool
+    window: int | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True if a fused kernel can do it."""
+        return self.softcap is None and self.bias is None and self.sinks is None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    q_1NTH: Tensor,
+    k_1NTH: Tensor,
+    v_1NTH: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each sequence of the current batch; `[1, T, N, H]`, as Transformers expects.
+
+    Raises:
+        NotImplementedError: the model passes a mask or a keyword that packing does not honour.
+        RuntimeError: no batch is set, or the tokens are not the batch's (a vision tower, say).
+    """
+    if unknown := {name for name, value in rest.items() if value is not None} - HARMLESS:
+        raise NotImplementedError(f"{type(module).__name__} passes {sorted(unknown)}, which packing does not honour")
+    if attention_mask is not None and hides(attention_mask):
+        raise NotImplementedError(f"{type(module).__name__} passes a mask of its own, which packing does not honour")
+    under_way = _under_way()
+    batch, under_way.is_called = under_way.batch, True
+    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != batch.tokens or k_1NTH.shape[2] != batch.tokens:
+        raise RuntimeError(f"expected the batch's {batch.tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
+    rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
+    if q_1NTH.is_cuda and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
+        return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
+    return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
+
+
+def hides(mask: Tensor) -> bool:
+    """Whether a mask hides anything. LayoutLM makes one of its own that does not."""
+    return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())
+
+
+def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    """Attention run by run: sequences of equal length form a small dense batch. Works on any device."""
+    _, heads, tokens, _ = q_1NTH.shape
+    out_1TNH = q_1NTH.new_empty(1, tokens, heads, v_1NTH.shape[-1])
+    for start, count, length in batch.runs:
+        stop = start + count * length
+        q, k, v = (
+            x[0, :, start:stop].view(x.shape[1], count, length, -1).transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH)
+        )
+        out_1TNH[0, start:stop].view(count, length, heads, -1).copy_(_attend(q, k, v, rule).transpose(1, 2))
+    return out_1TNH
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Dense attention over `[count, N, length, H]`, in blocks of queries where a window or a bias asks for it."""
+    length = q.shape[2]
+    grouped = k.shape[1] != q.shape[1]
+    if rule.plain and (rule.window is None or length <= rule.window):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    blocks = [_attend_block(q, k, v, rule, a, min(a + QUERY_BLOCK, length)) for a in range(0, length, QUERY_BLOCK)]
+    return torch.cat(blocks, dim=2)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop: int) -> Tensor:
+    """Queries `start:stop` against the band of keys that they can see."""
+    length = q.shape[2]
+    reach = rule.window - 1 if rule.window else length
+    first, last = max(0, start - reach), stop if rule.causal else min(length, stop + reach)
+    q, k, v = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+    distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+    seen = (distance >= 0) if rule.causal else torch.ones_like(distance, dtype=torch.bool)
+    if rule.window:
+        seen &= distance.abs() < rule.window
+    if rule.plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling)
+    scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scores = (q @ k.transpose(-1, -2)) * scaling
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    if rule.bias is not None:
+        scores = scores + rule.bias[:, :, start:stop, first:last]
+    scores = scores.masked_fill(~seen, float("-inf")).float()
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def varlen_kernel(dtype: torch.dtype, rule: Rule) -> Callable[[Tensor, Tensor, Tensor, Batch, Rule], Tensor] | None:
+    """The fused CUDA kernel that can do `rule`, or `None`: flash-attn where installed, else torch's own."""
+    if dtype not in (torch.float16, torch.bfloat16) or rule.bias is not None or rule.sinks is not None:
+        return None
+    if importlib.util.find_spec("flash_attn"):
+        return _flash_attn
+    return _torch_varlen if rule.softcap is None else None
+
+
+def _window(rule: Rule) -> tuple[int, int]:
+    """The rule as (left, right) reach, the spelling of flash kernels; -1 is unlimited."""
+    left = rule.window - 1 if rule.window else -1
+    return (left, 0) if rule.causal else (left, left)
+
+
+def _torch_varlen(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q_1NTH, k_1NTH, v_1NTH))
+    out_TNH = varlen_attn(
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        batch.max_length,
+        batch.max_length,
+        scale=rule.scaling,
+        window_size=_window(rule),
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+    assert isinstance(out_TNH, torch.Tensor)
+    return out_TNH[None]
+
+
+def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
+    out_TNH: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        batch.max_length,
+        batch.max_length,
+        softmax_scale=rule.scaling,
+        causal=rule.causal,
+        window_size=_window(rule),
+        softcap=rule.softcap or 0.0,
+    )
+    return out_TNH[None]
+
+
+def register() -> str:
+    """Make the function known to Transformers; returns the name to pass as `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    return NAME

@@ -1,0 +1,43 @@
+"""Every architecture, packed or padded as the probe decides, equals itself: eager, one sequence at a time, fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cenote.models.layout import choose, forward
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
+
+LENGTHS = (17, 3, 100, 40, 1, 17, 64)
+
+
+def sequences(vocab: int) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(7)
+    return [Sequence(torch.randint(FIRST_TOKEN, vocab, (n,), generator=generator).tolist()) for n in LENGTHS]
+
+
+def alone(model: torch.nn.Module, batch: list[Sequence]) -> list[torch.Tensor]:
+    """The reference: the model's own eager forward, shortest first, so that no rotary frequency is left grown."""
+    rows: dict[int, torch.Tensor] = {}
+    for i in sorted(range(len(batch)), key=lambda i: len(batch[i])):
+        ids = torch.tensor([batch[i].ids])
+        with torch.inference_mode():
+            rows[i] = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0]
+    return [rows[i] for i in range(len(batch))]
+
+
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
+def test_equals_eager_one_by_one(architecture: Architecture) -> None:
+    model = build(architecture)
+    batch = sequences(model.get_input_embeddings().weight.shape[0])
+    expected = alone(model, batch)
+    layout, reasons = choose(build(architecture))
+    assert layout.name == architecture.layout, reasons
+    hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
+    scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
+    for got, wanted in zip(hidden, expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * scale), float((got - wanted).abs().max())
+    spread = torch.stack([rows[-1] for rows in expected]).std(dim=0).mean()
+    assert spread > 1e-3, "the tiny checkpoint gives nearly the same rows for all inputs and would prove nothing"
