@@ -1,0 +1,270 @@
+"""The local engine with a model made of a function: every accepted request is answered once, whatever happens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence as Seq
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cenote.engine.engine import LocalEngine
+from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
+from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
+from cenote.types import ModelInfo, Output, Sequence
+
+PATIENCE = 10
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which the engine knows by name."""
+
+
+class Done:
+    def __init__(self, outputs: list[Output | CenoteError]) -> None:
+        self.outputs = outputs
+
+    def ready(self) -> bool:
+        return True
+
+    def finish(self) -> list[Output | CenoteError]:
+        return self.outputs
+
+
+class Model:
+    """Answers with `fake_vector`; `before` runs first in the device thread and may block or raise."""
+
+    def __init__(self, before: Callable[[Seq[Sequence]], None] = lambda _: None) -> None:
+        self.info: ModelInfo = replace(FAKE_INFO, max_model_len=10_000)
+        self.before = before
+        self.batches: list[list[int]] = []
+
+    def launch(self, sequences: Seq[Sequence]) -> Done:
+        self.before(sequences)
+        self.batches.append([len(s) for s in sequences])
+        return Done([Output(fake_vector(s, 8)) for s in sequences])
+
+
+def texts(*lengths: int) -> list[Sequence]:
+    return [Sequence([length] * length) for length in lengths]
+
+
+def check(future: Future[list[Output]], sequences: list[Sequence]) -> None:
+    for output, sequence in zip(future.result(PATIENCE), sequences, strict=True):
+        assert np.array_equal(output.data, fake_vector(sequence, 8))
+
+
+def test_outputs_come_in_the_order_of_the_request() -> None:
+    engine = LocalEngine(Model(), max_batch_tokens=50)
+    many = texts(40, 3, 50, 7, 7, 1, 30)
+    check(engine.submit(many), many)
+    engine.close()
+
+
+def test_concurrent_requests_each_get_their_own() -> None:
+    engine = LocalEngine(Model(), max_batch_tokens=64)
+    requests = [texts(*(1 + (i * j) % 37 for j in range(1, 20))) for i in range(40)]
+    futures: list[Future[list[Output]]] = [Future()] * 40
+
+    def submit(i: int) -> None:
+        futures[i] = engine.submit(requests[i])
+
+    threads = [threading.Thread(target=submit, args=(i,)) for i in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for future, request in zip(futures, requests, strict=True):
+        check(future, request)
+    engine.close()
+
+
+def test_empty_request_is_answered() -> None:
+    engine = LocalEngine(Model())
+    assert engine.submit([]).result(PATIENCE) == []
+    engine.close()
+
+
+def test_a_failing_batch_fails_its_own_requests_only() -> None:
+    def before(sequences: Seq[Sequence]) -> None:
+        if any(len(s) == 13 for s in sequences):
+            raise ValueError("13 is unlucky")
+
+    engine = LocalEngine(Model(before), max_batch_tokens=20)
+    bad, good = engine.submit(texts(13, 20, 20)), engine.submit(texts(20, 20))
+    with pytest.raises(EngineFailed, match="ValueError: 13 is unlucky"):
+        bad.result(PATIENCE)
+    check(good, texts(20, 20))
+    engine.close()
+
+
+def test_health_is_true_again_after_a_forward_that_succeeds() -> None:
+    trouble = threading.Event()
+    trouble.set()
+
+    def before(_: Seq[Sequence]) -> None:
+        if trouble.is_set():
+            raise RuntimeError("device lost")
+
+    engine = LocalEngine(Model(before))
+    assert engine.healthy(), "nothing has failed yet"
+    with pytest.raises(EngineFailed):
+        engine.submit(texts(3)).result(PATIENCE)
+    assert not engine.healthy(), "its own forward fails too"
+    trouble.clear()
+    assert engine.healthy()
+    engine.close()
+    assert not engine.healthy()
+
+
+def test_a_batch_out_of_memory_is_split() -> None:
+    def before(sequences: Seq[Sequence]) -> None:
+        if len(sequences) > 2:
+            raise OutOfMemoryError("too much")
+
+    model = Model(before)
+    engine = LocalEngine(model, max_batch_tokens=1000)
+    many = texts(*range(1, 8))
+    check(engine.submit(many), many)
+    assert max(map(len, model.batches)) <= 2
+    assert engine.healthy()
+    engine.close()
+
+
+def test_a_single_sequence_out_of_memory_fails_alone() -> None:
+    def before(sequences: Seq[Sequence]) -> None:
+        if any(len(s) > 500 for s in sequences):
+            raise OutOfMemoryError("too much")
+
+    engine = LocalEngine(Model(before), max_batch_tokens=1000)
+    huge, small = engine.submit(texts(600)), engine.submit(texts(4))
+    with pytest.raises(EngineFailed, match="OutOfMemoryError"):
+        huge.result(PATIENCE)
+    check(small, texts(4))
+    engine.close()
+
+
+def test_an_output_that_is_an_error_fails_its_request_only() -> None:
+    class Sick(Model):
+        def launch(self, sequences: Seq[Sequence]) -> Done:
+            outputs = super().launch(sequences).outputs
+            return Done([EngineFailed("NaN") if len(s) == 2 else o for s, o in zip(sequences, outputs, strict=True)])
+
+    engine = LocalEngine(Sick())
+    with pytest.raises(EngineFailed, match="NaN"):
+        engine.submit(texts(2, 3)).result(PATIENCE)
+    check(engine.submit(texts(3)), texts(3))
+    engine.close()
+
+
+class Held:
+    """A model whose first batch waits until it is let go, so that a queue builds up behind it."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.model = Model(self._before)
+
+    def _before(self, _: Seq[Sequence]) -> None:
+        self.begun.set()
+        assert self.go.wait(PATIENCE)
+
+
+def test_a_cancelled_request_never_runs() -> None:
+    held = Held()
+    engine = LocalEngine(held.model, max_batch_tokens=10)
+    first = engine.submit(texts(10))
+    assert held.begun.wait(PATIENCE)
+    dropped, kept = engine.submit(texts(9, 9, 9)), engine.submit(texts(8))
+    assert dropped.cancel()
+    held.go.set()
+    check(first, texts(10))
+    check(kept, texts(8))
+    with pytest.raises(CancelledError):
+        dropped.result(PATIENCE)
+    assert [9] not in held.model.batches
+    engine.close()
+
+
+def test_a_full_queue_refuses_the_whole_request() -> None:
+    held = Held()
+    engine = LocalEngine(held.model, max_batch_tokens=10, max_queued=3)
+    first = engine.submit(texts(10))
+    assert held.begun.wait(PATIENCE)
+    waiting = engine.submit(texts(5, 5))
+    with pytest.raises(Overloaded, match="2 inputs wait, at most 3 may, and this request brings 2") as refusal:
+        engine.submit(texts(5, 5))
+    assert 1 <= refusal.value.retry_after <= 60
+    last = engine.submit(texts(5))
+    waiting.cancel()
+    admitted = engine.submit(texts(5, 5))  # a cancelled request makes room
+    held.go.set()
+    for future in (first, last, admitted):
+        future.result(PATIENCE)
+    big = engine.submit(texts(*[1] * 50))  # more than the queue holds, but nothing waits
+    assert len(big.result(PATIENCE)) == 50
+    engine.close()
+
+
+def test_close_finishes_what_was_accepted() -> None:
+    held = Held()
+    engine = LocalEngine(held.model, max_batch_tokens=10)
+    futures = [engine.submit(texts(10, 10)) for _ in range(5)]
+    assert held.begun.wait(PATIENCE)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    held.go.set()
+    closer.join(PATIENCE)
+    assert all(future.done() for future in futures)
+    for future in futures:
+        check(future, texts(10, 10))
+    with pytest.raises(Closed):
+        engine.submit(texts(1))
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_device_thread_answers_everybody() -> None:
+    held = Held()
+
+    def before(sequences: Seq[Sequence]) -> None:
+        held._before(sequences)
+        raise SystemExit("the interpreter is going down")
+
+    held.model.before = before
+    engine = LocalEngine(held.model, max_batch_tokens=10)
+    first = engine.submit(texts(10))
+    assert held.begun.wait(PATIENCE)
+    second = engine.submit(texts(10))
+    held.go.set()
+    wait([first, second], PATIENCE)
+    for future in (first, second):
+        with pytest.raises(EngineFailed, match="device thread died"):
+            future.result(0)
+    with pytest.raises(EngineFailed, match="device thread died"):
+        engine.submit(texts(1))
+    assert not engine.healthy()
+
+
+def test_progress_counts_every_sequence() -> None:
+    engine = LocalEngine(Model(), max_batch_tokens=20)
+    counts: list[int] = []
+    engine.submit(texts(*range(1, 15)), progress=counts.append).result(PATIENCE)
+    assert sum(counts) == 14
+    engine.close()
+
+
+def test_the_fake_keeps_the_contract() -> None:
+    engine = FakeEngine(held=True)
+    future, cancelled = engine.submit(texts(2, 3)), engine.submit(texts(4))
+    cancelled.cancel()
+    assert not future.done()
+    engine.release()
+    check(future, texts(2, 3))
+    engine.failures.append(EngineFailed("scripted"))
+    with pytest.raises(EngineFailed, match="scripted"):
+        engine.submit(texts(1)).result(PATIENCE)
+    engine.close()
+    with pytest.raises(Closed):
+        engine.submit(texts(1))

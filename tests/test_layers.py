@@ -1,0 +1,79 @@
+"""Imports go down only: a module imports from its own layer or the ones below, functions included, without cycles."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "cenote"
+
+LAYERS = (
+    ("words", ("errors", "types", "tasks", "config", "metrics")),
+    ("tensors", ("tensors",)),
+    ("models", ("models",)),
+    ("engine", ("engine",)),
+    ("service", ("service",)),
+    ("faces", ("llm", "server")),
+    ("command line", ("cli", "__main__")),
+)
+HEIGHT = {part: height for height, (_, parts) in enumerate(LAYERS) for part in parts}
+WITHOUT = {"words": {"torch", "transformers", "fastapi", "starlette"}, "tensors": {"transformers", "fastapi"}}
+"""Packages that a layer must not import when it is loaded."""
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, at_load: bool = False) -> set[str]:
+    """Full names of what `path` imports, in functions too unless `at_load`."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    nodes = [n for n in tree.body if not isinstance(n, ast.If)] if at_load else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """Modules of the package that `path` imports, without the package's name."""
+    known = {name(module) for module in MODULES}
+    return {n.removeprefix("cenote.") for n in imports(path) if n.startswith("cenote.")} & known
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_go_down(path: Path) -> None:
+    me = name(path)
+    for target in own(path):
+        assert HEIGHT[target.split(".")[0]] <= HEIGHT[me.split(".")[0]], f"{me} imports {target}, which is above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_light_layers_stay_light(path: Path) -> None:
+    layer = LAYERS[HEIGHT[name(path).split(".")[0]]][0]
+    heavy = {module.split(".")[0] for module in imports(path, at_load=True)} & WITHOUT.get(layer, set())
+    assert not heavy, f"{name(path)} is in the layer {layer!r} and imports {heavy} when it is loaded"
+
+
+def test_no_cycles() -> None:
+    graph = {name(path): own(path) - {name(path)} for path in MODULES}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_every_module_has_a_header() -> None:
+    missing = [
+        name(path)
+        for path in MODULES
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not missing
