@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cenote.models.layout import choose, forward
+from cenote.tensors import native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
@@ -28,12 +29,13 @@ def alone(model: torch.nn.Module, batch: list[Sequence]) -> list[torch.Tensor]:
     return [rows[i] for i in range(len(batch))]
 
 
+@pytest.mark.parametrize("with_kernels", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
-def test_equals_eager_one_by_one(architecture: Architecture) -> None:
+def test_equals_eager_one_by_one(architecture: Architecture, with_kernels: bool) -> None:
     model = build(architecture)
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     expected = alone(model, batch)
-    layout, reasons = choose(build(architecture))
+    layout, reasons = choose(build(architecture), kernels=native.load() if with_kernels else None)
     assert layout.name == architecture.layout, reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))

@@ -24,7 +24,10 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def _parse_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
 class PoolerConfig(BaseModel):
@@ -110,6 +113,7 @@ class ModelConfig(BaseModel):
     allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
     auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
+    native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
 
     @field_validator("served_model_name", mode="before")
@@ -180,6 +184,9 @@ EXPLAINED = {
 }
 """Options of other engines that are accepted without effect, and why they have none."""
 
+SWITCHES = frozenset({"enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"})
+"""Those of `EXPLAINED` whose flags take no value."""
+
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """A sentence for a name that does not exist: the nearest known one if any is near, else all of them."""
@@ -228,8 +235,6 @@ def _build(layer: type[C], values: dict[str, Any]) -> C:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ConfigError("; ".join(faults)) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not valid JSON: {error}") from None
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -244,6 +249,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
+        name = ALIASES.get(name, name)
         if name not in owners:
             raise ConfigError(f"environment variable {variable}: " + unknown_name("option", name, owners))
         is_list = owners[name].model_fields[name].annotation == tuple[str, ...]
@@ -261,4 +267,11 @@ def from_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
     if not isinstance(content or {}, dict):
         raise ConfigError(f"the config file {path} must be a mapping of options, got {type(content).__name__}")
-    return {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
+    found: dict[str, Any] = {}
+    for given, value in (content or {}).items():
+        name = str(given).replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name in found:
+            raise ConfigError(f"the config file {path} gives option {name!r} twice")
+        found[name] = value
+    return found

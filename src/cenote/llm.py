@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
@@ -80,6 +81,8 @@ class LLM:
         if legacy_task is not None:
             _check_legacy_task(legacy_task)
         self._service = Service.load(model_config, engine_config, max_queued=1 << 40)
+        # Also at exit: a device thread that outlives the interpreter aborts the process.
+        weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()
 
     @property

@@ -13,6 +13,7 @@ from cenote.config import (
     ALIASES,
     EXPLAINED,
     LAYERS,
+    SWITCHES,
     PoolerConfig,
     from_environment,
     from_file,
@@ -97,7 +98,7 @@ def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str)
     if isinstance(default, bool):
         group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif default == ():
-        group.add_argument(*spellings, dest=name, nargs="+", default=None, help=text)
+        group.add_argument(*spellings, dest=name, action="extend", nargs="+", default=None, help=text)
     else:
         group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())
 
@@ -110,8 +111,9 @@ def _explain(argv: list[str]) -> list[str]:
     while position < len(argv):
         flag, equals, _ = argv[position].partition("=")
         if flag in explained:
-            follows = not equals and position + 1 < len(argv) and not argv[position + 1].startswith("-")
             note = flag.removeprefix("--").replace("-", "_")
+            more = not equals and position + 1 < len(argv) and note not in SWITCHES
+            follows = more and not argv[position + 1].startswith("-")
             value = argv[position].partition("=")[2] if equals else argv[position + 1] if follows else ""
             if note == "tensor_parallel_size" and value != "1":
                 raise ConfigError(f"{flag} must be 1, got {value!r}: {EXPLAINED[note]}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +59,13 @@ def _serve(arguments: dict[str, Any]) -> None:
     )
     try:
         socket = config.bind_socket()
+        socket.listen(config.backlog)  # who reads the line below may connect at once
     except (SystemExit, OSError) as error:
         service.engine.close()
         raise ConfigError(f"cannot listen on {server.host}:{server.port}: the port is in use or not allowed") from error
     log.info("serving http://%s:%s, %.1f s after start", server.host, socket.getsockname()[1], time.monotonic() - began)
+    # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[socket])
 
 

@@ -169,7 +169,8 @@ class LocalEngine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # an owner may be garbage-collected there
+            self._thread.join()
 
     def _overloaded(self, more: int) -> Overloaded:
         rate = self._rate.value()

@@ -163,9 +163,10 @@ class Renderer:
                 "or start the server with --chat-template",
                 param="messages",
             )
+        conversation = [_flattened(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                [_flattened(message) for message in messages],
+                conversation,
                 tokenize=False,
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
@@ -186,7 +187,7 @@ class Renderer:
 
     def detokenize(self, ids: Seq[int]) -> str:
         """The text of `ids`."""
-        self._check_vocabulary(ids)
+        self._check_vocabulary(ids, param="tokens")
         return str(self.tokenizer.decode(list(ids)))
 
     def _resolve(self, options: TextOptions) -> TextOptions:
@@ -221,7 +222,10 @@ class Renderer:
         if not texts:
             return []
         if self._backend is not None:
-            found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            try:
+                found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            except TypeError:  # what tokenizers calls a str that has no UTF-8
+                raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
             return [self._from_encoding(encoding) for encoding in found]
         with self._lock:
             texts = [text.lower() for text in texts] if self._lowercase else texts
@@ -290,19 +294,21 @@ class Renderer:
             param="input_tokens",
         )
 
-    def _check_vocabulary(self, ids: Seq[int]) -> None:
+    def _check_vocabulary(self, ids: Seq[int], *, param: str = "input") -> None:
         if not len(ids):
             return
         try:
             values = np.asarray(ids, dtype=np.int64)
-        except (OverflowError, ValueError, TypeError) as error:
-            raise BadRequest(f"token ids must be integers that fit 64 bits: {error}", param="input") from None
-        low, high = int(values.min()), int(values.max())
+            low, high = int(values.min()), int(values.max())
+        except OverflowError:
+            low, high = min(ids), max(ids)
+        except (ValueError, TypeError) as error:
+            raise BadRequest(f"token ids must be integers: {error}", param=param) from None
         if low < 0 or high >= self.info.vocab_size:
             bad = low if low < 0 else high
             raise BadRequest(
                 f"Token id {bad} is out of vocabulary; {self.info.name} takes ids from 0 to {self.info.vocab_size - 1}",
-                param="input",
+                param=param,
             )
 
     def _check_dimensions(self, dimensions: int) -> None:
@@ -310,13 +316,13 @@ class Renderer:
         name, allowed, width = self.info.name, self.info.matryoshka, self.info.dimension
         if allowed is None:
             fault = (
-                f'Model "{name}" does not support Matryoshka embeddings; '
+                f"Model '{name}' does not support Matryoshka embeddings; "
                 f"dimensions must be unset (received dimensions={dimensions})."
             )
         elif allowed and dimensions not in allowed:
-            fault = f'Model "{name}" only supports Matryoshka dimensions {list(allowed)}, got {dimensions}.'
+            fault = f"Model '{name}' only supports Matryoshka dimensions {list(allowed)}, got {dimensions}."
         elif not 1 <= dimensions <= width:
-            fault = f'Model "{name}" only supports dimensions in range [1, {width}], got {dimensions}.'
+            fault = f"Model '{name}' only supports dimensions in range [1, {width}], got {dimensions}."
         else:
             return
         raise BadRequest(fault, param="dimensions")

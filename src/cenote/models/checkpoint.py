@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,8 @@ def read(options: ModelConfig) -> Checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
+        raise CheckpointError(f"cannot read the tokenizer of {name}: {source} has no tokenizer files")
     if options.chat_template is not None:
         file = Path(options.chat_template)
         is_path = "{" not in options.chat_template and file.is_file()
@@ -163,6 +166,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
         CheckpointError: weights are missing, left over, of the wrong shape, or only there as pickles.
     """
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils import logging as hf_logging
 
     folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
@@ -181,7 +185,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
             use_safetensors=None if options.allow_pickle else True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote.errors import CheckpointError
+from cenote.models.fuse import fuse_epilogues
 from cenote.tensors import attention
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Batch
 
 log = logging.getLogger(__name__)
@@ -85,8 +87,9 @@ class Packed:
 
     name = "packed"
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, kernels: Kernels | None = None) -> None:
         self.backbone = backbone
+        self.kernels = kernels
         backbone.model.set_attn_implementation(attention.register())
         for module in backbone.model.modules():
             if hasattr(module, "compute_bias"):
@@ -100,7 +103,7 @@ class Packed:
 
     def run(self, batch: Batch) -> Tensor:
         """One forward; `[T, D]`."""
-        with attention.boundaries(batch):
+        with attention.boundaries(batch, self.kernels):
             return self.backbone.run(
                 input_ids=batch.ids_T[None],
                 position_ids=self._positions(batch)[None],
@@ -174,13 +177,18 @@ def forward(layout: Layout, batch: Batch) -> Tensor:
     return hidden_TD
 
 
-def choose(model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = True) -> tuple[Layout, list[str]]:
+def choose(
+    model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = True, kernels: Kernels | None = None
+) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for `model`, and why each faster one was passed over.
+
+    On a CPU the model's activations are fused with the Linears before them (`cenote.models.fuse`).
 
     Args:
         model: in eval mode, on its device, with the attention implementation that it prefers.
         max_length: most tokens of a sequence, so that the probe stays within the model's positions.
         packed: whether to try packing at all.
+        kernels: native CPU kernels to use where they apply.
 
     Raises:
         CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
@@ -190,9 +198,11 @@ def choose(model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = 
     reasons: list[str] = []
     with _shortened_windows(model) as window:
         reference = _Reference(model, min(window + 9, max_length))
-        for build in _candidates(model) if packed else _padded_candidates():
+        for build in _candidates(model, kernels) if packed else _padded_candidates():
             layout, reason = _try(build, model, reference)
             if layout is not None:
+                if model.device.type == "cpu":
+                    fuse_epilogues(model, partial(forward, layout, reference.batch), kernels)
                 return layout, reasons
             reasons.append(reason)
             _restore_attention(model, native)
@@ -201,9 +211,9 @@ def choose(model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = 
     )
 
 
-def _candidates(model: PreTrainedModel) -> Iterator[Callable[[Backbone], Layout]]:
+def _candidates(model: PreTrainedModel, kernels: Kernels | None) -> Iterator[Callable[[Backbone], Layout]]:
     offsets = dict.fromkeys((position_offset(model), 0))
-    yield from (partial(_packed_from, offset) for offset in offsets)
+    yield from (partial(_packed_from, offset, kernels) for offset in offsets)
     yield from _padded_candidates()
 
 
@@ -213,10 +223,10 @@ def _padded_candidates() -> Iterator[Callable[[Backbone], Layout]]:
     yield lambda backbone: Padded(backbone, equal=True, size=1)
 
 
-def _packed_from(offset: int, backbone: Backbone) -> Packed:
+def _packed_from(offset: int, kernels: Kernels | None, backbone: Backbone) -> Packed:
     backbone.position_offset = offset
     backbone.padding_idx = offset - 1 if offset else None
-    return Packed(backbone)
+    return Packed(backbone, kernels)
 
 
 def _try(
@@ -261,7 +271,8 @@ class _Reference:
         self.device = model.device
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
         alone = Padded(Backbone(model), equal=True, size=1)
-        self.rows = forward(alone, pack(self.sequences, self.device)).float()
+        self.batch = pack(self.sequences, self.device)
+        self.rows = forward(alone, self.batch).float()
         if not bool(torch.isfinite(self.rows).all()):
             raise CheckpointError(
                 f"{type(model).__name__} returns values that are not finite (NaN or infinity) for ordinary tokens: "
@@ -270,7 +281,7 @@ class _Reference:
 
     def fault(self, layout: Layout) -> str:
         """Why `layout` is not exact, or an empty string."""
-        batch = pack(self.sequences, self.device)
+        batch = self.batch
         rows = forward(layout, batch)
         worst = float((rows.float() - self.rows).abs().max())
         allowed = self.tolerance * max(1.0, float(self.rows.abs().max()))

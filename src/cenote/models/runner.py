@@ -18,7 +18,7 @@ from cenote.models import checkpoint as checkpoints
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.layout import choose, forward, vocabulary
 from cenote.tasks import TASKS
-from cenote.tensors import heads
+from cenote.tensors import heads, native
 from cenote.tensors.packing import pack
 from cenote.tensors.pooling import pool
 from cenote.types import ModelInfo, Output, Sequence
@@ -134,7 +134,9 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
     model = checkpoints.load(checkpoint, options, device, dtype)
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
-    layout, reasons = choose(model, max_length=length, packed=options.packing)
+    kernels = native.load() if options.native_kernels and device.type == "cpu" else None
+    native.keep_freed_memory()
+    layout, reasons = choose(model, max_length=length, packed=options.packing, kernels=kernels)
     notes = [note for note in (dtype_note, length_note) if note]
     if layout.name != "packed":
         notes.append(f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked"))

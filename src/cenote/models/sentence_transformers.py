@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -233,15 +234,16 @@ def _activation(name: str) -> nn.Module:
 def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
     """Load a module's weights, all of them, and freeze it in float32."""
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safe.is_file():
-        from safetensors.torch import load_file
-
-        weights = load_file(safe)
-    elif pickled.is_file() and allow_pickle:
-        weights = torch.load(pickled, map_location="cpu", weights_only=True)
-    else:
+    if not safe.is_file() and not (pickled.is_file() and allow_pickle):
         hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if pickled.is_file() else ""
         raise CheckpointError(f"{folder} has no model.safetensors{hint}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

@@ -6,6 +6,7 @@ Bodies are bytes made by orjson straight from NumPy; no object is built per vect
 from __future__ import annotations
 
 import base64
+import json
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,7 +84,7 @@ def vectors_response(
         ]
         usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
         described = {key: head[key] for key in ("id", "created", "model")} | {"data": entries, "usage": usage}
-        headers["metadata"] = orjson.dumps(described).decode()
+        headers["metadata"] = json.dumps(described, separators=(",", ":"))  # a header takes no UTF-8
     return Response(b"".join(raw), headers=headers, media_type="application/octet-stream")
 
 

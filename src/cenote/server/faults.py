@@ -10,7 +10,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote.errors import CenoteError, Overloaded, Unauthorized
@@ -38,7 +40,8 @@ def answer(error: CenoteError) -> Response:
 
 def body(message: str, kind: str, param: str | None, status: int, headers: dict[str, str] | None = None) -> Response:
     """An error body with the given fields."""
-    fields = {"message": _PATH.sub("<path>", message), "type": kind, "param": param, "code": status}
+    text = _PATH.sub("<path>", message).encode(errors="replace").decode()  # no lone surrogates
+    fields = {"message": text, "type": kind, "param": param, "code": status}
     return Response(orjson.dumps({"error": fields}), status, headers, media_type="application/json")
 
 
@@ -68,11 +71,18 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return validation(error.errors())
 
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # a body that FastAPI could not read at all, as one nested too deeply
+            return body(str(error.detail), "Bad Request", "body", 400)
+        return await http_exception_handler(request, error)
+
     async def unexpected(_: Request, error: Exception) -> Response:
         return body("Internal server error", "InternalServerError", None, 500)
 
     app.add_exception_handler(CenoteError, cenote_error)
     app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -115,4 +115,4 @@ async def _gone(request: Request) -> None:
 def request_id(request: Request, given: str | None) -> str:
     """The header `X-Request-Id`, else the body's `request_id`, else a new one."""
     header: Any = request.state.request_id
-    return header or given or uuid.uuid4().hex
+    return header or (given or "").encode(errors="replace").decode() or uuid.uuid4().hex

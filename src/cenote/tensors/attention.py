@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Batch
 
 NAME = "cenote"
@@ -49,6 +50,7 @@ class _Forward:
     """A packed forward under way, and whether the model has called the attention function in it."""
 
     batch: Batch
+    kernels: Kernels | None = None
     is_called: bool = False
 
 
@@ -56,13 +58,17 @@ _FORWARD: ContextVar[_Forward] = ContextVar("cenote_forward")
 
 
 @contextmanager
-def boundaries(batch: Batch) -> Iterator[None]:
+def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[None]:
     """Tell the attention function, for the forward inside, where each sequence begins and ends.
+
+    Args:
+        batch: the batch that the forward runs over.
+        kernels: native CPU kernels to use where they can do what the model asks.
 
     Raises:
         RuntimeError: the model did not call it, so something else decided who sees whom.
     """
-    under_way = _Forward(batch)
+    under_way = _Forward(batch, kernels)
     token = _FORWARD.set(under_way)
     try:
         yield
@@ -109,6 +115,10 @@ class Rule:
         """True if a fused kernel can do it."""
         return self.softcap is None and self.bias is None and self.sinks is None
 
+    def unmasked(self, batch: Batch) -> bool:
+        """True if, in this batch, everybody sees everybody of their sequence."""
+        return self.plain and not self.causal and (self.window is None or batch.max_length <= self.window)
+
 
 def packed_attention(
     module: torch.nn.Module,
@@ -145,6 +155,10 @@ def packed_attention(
     rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
     if q_1NTH.is_cuda and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
         return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
+    kernels = under_way.kernels
+    if kernels is not None and rule.unmasked(batch) and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
+        scale = q_1NTH.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale), None
     return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
 
 

@@ -73,6 +73,11 @@ class Batch:
         return torch.tensor(self.starts, dtype=torch.int32, device=self.ids_T.device)
 
     @cached_property
+    def offsets(self) -> Tensor:
+        """`starts` as an int64 tensor on the host."""
+        return torch.tensor(self.starts)
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The batch as runs of equal length. Sequences sorted by length make few runs."""
         runs: list[Run] = []

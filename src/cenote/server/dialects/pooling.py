@@ -31,6 +31,11 @@ class PoolingRequest(PoolingFields):
     task: str | None = Field(None, description="default: the model's default task")
     data: Any = Field(None, description="input of an IO-processor plugin")
 
+    @property
+    def for_plugin(self) -> bool:
+        """See `PoolingFields.for_plugin`."""
+        return self.data is not None or self.task == "plugin"
+
 
 class TokenizeRequest(Chat):
     """Body of `POST /tokenize`: `prompt` or `messages`."""
@@ -68,7 +73,7 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/pooling")
     async def pooling(body: PoolingRequest, request: Request) -> Response:
         """The result of any task that the model offers: a vector or a matrix per input."""
-        if body.data is not None or body.task == "plugin":
+        if body.for_plugin:
             raise BadRequest(
                 "No IOProcessor plugin installed. Send `input` or `messages` instead of `data`.", param="data"
             )
@@ -162,6 +167,7 @@ def _render(
     if conversations is None:
         prompts = body.prompts()
     else:
+        serving.check_count(len(conversations))  # before any is rendered
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
         prompts = [service.renderer.chat_text(conversation, chat) for conversation in conversations]
     serving.check_count(len(prompts))

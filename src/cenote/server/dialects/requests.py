@@ -112,11 +112,16 @@ class PoolingFields(Shared, Chat):
 
     @model_validator(mode="after")
     def _one_source(self) -> PoolingFields:
-        if (self.input is None) == (self.messages is None) and not hasattr(self, "data"):
+        if (self.input is None) == (self.messages is None) and not self.for_plugin:
             raise PydanticCustomError(
                 "input", "Exactly one of `input` and `messages` must be given.", {"param": "input"}
             )
         return self
+
+    @property
+    def for_plugin(self) -> bool:
+        """Whether the request is for an IO-processor plugin, which takes neither `input` nor `messages`."""
+        return False
 
     def conversations(self) -> list[Conversation] | None:
         """The conversations, whether under `messages` or `input`; `None` if the request has text or ids."""

@@ -1,0 +1,259 @@
+"""Embedding with the default model against sentence-transformers and against the GEMM limit.
+
+    python -m benchmarks.embed [--texts 1500] [--rounds 3] [--save NAME]
+
+Rounds are interleaved, sentence-transformers in a process of its own that Cenote's settings do not reach, and ratios
+are medians over rounds; absolute figures of a shared machine mean little. "CPU" is process CPU time with one thread,
+"wall" is wall time with all threads. The GEMM limit is what the Linear layers alone would take at the rate that
+`torch.nn.functional.linear` reaches in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from http.client import HTTPConnection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's spinning threads would slow torch's GEMMs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from tests.corpus import docstrings
+
+from cenote import LLM
+from cenote.models.checkpoint import embedded
+
+RESULTS = Path(__file__).parent / "results"
+MAX_TOKENS = 256
+CLIENTS = 16
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """CPU seconds of this process, wall seconds, and the result."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = work()
+    return time.process_time() - cpu, time.perf_counter() - wall, result
+
+
+def _peer(pipe: Connection) -> None:
+    """The process of sentence-transformers: answers (texts, threads) with (CPU s, wall s, vectors); None ends it."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(embedded()[0]), device="cpu")
+    model.max_seq_length = MAX_TOKENS
+    while (order := pipe.recv()) is not None:
+        texts, threads = order
+        torch.set_num_threads(threads)
+        pipe.send(timed(lambda texts=texts: np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))))
+
+
+class Peer:
+    """sentence-transformers, batch size 32, in another process."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        context.Process(target=_peer, args=(theirs,), daemon=True).start()
+
+    def encode(self, texts: list[str], threads: int) -> tuple[float, float, np.ndarray]:
+        """CPU seconds, wall seconds, vectors."""
+        self._pipe.send((texts, threads))
+        found: tuple[float, float, np.ndarray] = self._pipe.recv()
+        return found
+
+
+def gemm_rate(model: torch.nn.Module, tokens: int = 2048) -> float:
+    """FLOP per CPU second of the model's own Linear shapes over `tokens` rows; the best of five."""
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(tokens, m.in_features) for m in linears}
+    with torch.inference_mode():
+        best = min(
+            timed(lambda: [torch.nn.functional.linear(inputs[m.in_features], m.weight) for m in linears])[0]
+            for _ in range(5)
+        )
+    return 2 * tokens * sum(m.weight.numel() for m in linears) / best
+
+
+def row(name: str, value: str, goal: str = "") -> None:
+    print(f"{name:<66} {value:>16}   {goal}", flush=True)
+
+
+def offline(llm: LLM, st: Peer, texts: list[str], rounds: int) -> dict[str, Any]:
+    """Offline throughput, interleaved: CPU time on one thread, then wall time on all."""
+    llm_out: list[Any] = []
+
+    def ours() -> np.ndarray:
+        nonlocal llm_out
+        llm_out = llm.embed(texts, use_tqdm=False)
+        return np.array([o.outputs.embedding for o in llm_out])
+
+    threads = torch.get_num_threads()
+    backbone = llm._service.engine._model.layout.backbone.model  # type: ignore[attr-defined]
+    flop = 2 * sum(m.weight.numel() for m in backbone.encoder.modules() if isinstance(m, torch.nn.Linear))
+    result: dict[str, Any] = {"cpu_ratio": [], "wall_ratio": [], "gemm_fraction": [], "texts_per_second": []}
+    for _ in range(rounds):
+        torch.set_num_threads(1)
+        st_cpu, _, st_vectors = st.encode(texts, 1)
+        rate = gemm_rate(backbone.encoder)
+        our_cpu, _, our_vectors = timed(ours)
+        torch.set_num_threads(threads)
+        _, st_wall, _ = st.encode(texts, threads)
+        _, our_wall, _ = timed(ours)
+        tokens = sum(len(o.prompt_token_ids) for o in llm_out)
+        result["cpu_ratio"].append(st_cpu / our_cpu)
+        result["wall_ratio"].append(st_wall / our_wall)
+        result["gemm_fraction"].append(tokens * flop / rate / our_cpu)
+        result["texts_per_second"].append(len(texts) / our_wall)
+        result["tokens"] = tokens
+        result["difference"] = float(np.abs(our_vectors - st_vectors).max())
+        print(
+            f"  round: sentence-transformers {st_cpu:.2f} CPU s, {st_wall:.2f} s; Cenote {our_cpu:.2f} CPU s, "
+            f"{our_wall:.2f} s; GEMM {rate / 1e9:.0f} GFLOP/s",
+            flush=True,
+        )
+    return result
+
+
+def one_request(llm: LLM, st: Peer, texts: list[str], rounds: int) -> list[float]:
+    """Wall-time ratio of 32 mixed texts as one call: a single padded batch against packing."""
+    some = texts[:: len(texts) // 32][:32]
+    ratios = []
+    for _ in range(max(rounds, 5)):
+        theirs = st.encode(some, torch.get_num_threads())[1]
+        ours = timed(lambda: llm.embed(some, use_tqdm=False))[1]
+        ratios.append(theirs / ours)
+    return ratios
+
+
+class Server:
+    """`cenote serve` in a process of its own."""
+
+    def __init__(self) -> None:
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cenote", "serve", "--port", "0", "--auto-truncate"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "serving http" in line:
+                self.port = int(line.split("http://127.0.0.1:")[1].split(",")[0])
+                break
+        self.post([["hello"]])
+        self.first_answer = time.perf_counter() - began
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def post(self, requests: list[list[str]]) -> None:
+        """Send requests one after the other over one connection, and read every answer."""
+        connection = HTTPConnection("127.0.0.1", self.port)
+        for texts in requests:
+            body = json.dumps({"input": texts, "encoding_format": "base64"})
+            connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = answer.read()
+            if answer.status != 200:
+                raise RuntimeError(content.decode())
+        connection.close()
+
+    def rate(self, texts: list[str], size: int) -> float:
+        """Texts per second with `CLIENTS` clients in a closed loop, each request with `size` texts."""
+        requests = [texts[i : i + size] for i in range(0, len(texts), size)]
+        threads = [threading.Thread(target=self.post, args=(requests[c::CLIENTS],)) for c in range(CLIENTS)]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(texts) / (time.perf_counter() - began)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def served(llm: LLM, texts: list[str], rounds: int) -> dict[str, Any]:
+    """The server's rate against the offline rate, interleaved; and the time to the first answer."""
+    starts = []
+    for _ in range(3):
+        server = Server()
+        starts.append(server.first_answer)
+        if len(starts) < 3:
+            server.stop()
+    fractions: dict[str, list[float]] = {"1": [], "8": []}
+    for _ in range(rounds):
+        for size, found in fractions.items():
+            served_rate = server.rate(texts, int(size))
+            _, wall, _ = timed(lambda: llm.embed(texts, use_tqdm=False))
+            found.append(served_rate * wall / len(texts))
+    server.stop()
+    return {"first_answer_seconds": starts, "fraction_of_offline": fractions}
+
+
+def main() -> None:
+    """Run and print; `--save` writes a JSON beside the earlier results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    texts = list(docstrings(options.texts))
+    st = Peer()
+    llm = LLM(auto_truncate=True)
+    llm.embed(texts[:50], use_tqdm=False)
+    st.encode(texts[:50], 1)
+
+    result: dict[str, Any] = {"offline": offline(llm, st, texts, options.rounds)}
+    result["one_request"] = one_request(llm, st, texts, options.rounds)
+    result["served"] = served(llm, texts, options.rounds)
+
+    median = statistics.median
+    found = result["offline"]
+    print(
+        f"\n{options.texts} docstrings, {found['tokens']} tokens, all-MiniLM-L6-v2, fp32, at most {MAX_TOKENS} tokens"
+    )
+    row("largest difference to sentence-transformers", f"{found['difference']:.1e}", "<= 1e-5")
+    row(
+        "throughput vs sentence-transformers (batch 32), CPU, 1 thread",
+        f"{median(found['cpu_ratio']):.2f} x",
+        ">= 1.75",
+    )
+    row("  same, wall, all threads", f"{median(found['wall_ratio']):.2f} x")
+    row("share of the GEMM limit, CPU, 1 thread", f"{median(found['gemm_fraction']):.0%}", ">= 70 %")
+    row("offline rate, all threads", f"{median(found['texts_per_second']):.0f} texts/s")
+    row("32 mixed texts as one request vs one padded batch, wall", f"{median(result['one_request']):.2f} x", ">= 3")
+    for size, fractions in result["served"]["fraction_of_offline"].items():
+        row(f"served / offline, {CLIENTS} clients, {size} text(s) a request", f"{median(fractions):.0%}", ">= 90 %")
+    row("start to first answer", f"{median(result['served']['first_answer_seconds']):.1f} s", "<= 6")
+    if options.save:
+        result["machine"] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+        result["versions"] = {"torch": torch.__version__}
+        result["date"] = date.today().isoformat()
+        result["command"] = f"python -m benchmarks.embed --texts {options.texts} --rounds {options.rounds}"
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{options.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    wide = "AVX-512" if any("avx512f" in line for line in lines) else "no AVX-512"
+    return f"{names[0] if names else platform.processor()} ({wide})"
+
+
+if __name__ == "__main__":
+    main()

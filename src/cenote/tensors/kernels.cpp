@@ -1,0 +1,341 @@
+// Two small CPU kernels for packed (padding-free) inference, fp32 only.
+//
+//   packed_attention   softmax(scale * Q K^T) V within each sequence of a packed batch
+//   bias_gelu          y = gelu(y + b), in place (exact, erf, form)
+//
+// Plain C interface, no dependency on torch headers: builds in a second or two and is
+// loaded with ctypes.  Uses the vector extensions shared by GCC and Clang, so that the
+// same text serves AVX-512, AVX2 and NEON.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+// The same vector at any address.
+typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+namespace {
+
+// Tiles of 6 rows by 4 vectors need 28 registers, by 2 vectors 14.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kWide = true;
+#else
+constexpr bool kWide = false;
+#endif
+
+inline vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
+inline void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
+inline vf splat(float x) { return vf{} + x; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// a[0] b[0] a[1] b[1] ... of the lower (upper) halves of a and b.
+#if defined(__AVX512F__)
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOWER 0, 4, 1, 5
+#define UPPER 2, 6, 3, 7
+#endif
+inline vf lower(vf a, vf b) { return __builtin_shufflevector(a, b, LOWER); }
+inline vf upper(vf a, vf b) { return __builtin_shufflevector(a, b, UPPER); }
+
+// Interleaving row i with row i + W/2, log2(W) times, transposes a W x W block.
+inline void transpose_block(vf (&x)[W]) {
+  vf y[W];
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = lower(x[i], x[i + W / 2]);
+      y[2 * i + 1] = upper(x[i], x[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+}
+
+// v rotated by step lanes, for step = 1, 2, ... W / 2.
+template <int step>
+inline vf rotate(vf v) {
+#if defined(__AVX512F__)
+#define AT(i) (((i) + step) % 16)
+  return __builtin_shufflevector(v, v, AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), AT(9), AT(10),
+                                 AT(11), AT(12), AT(13), AT(14), AT(15));
+#elif defined(__AVX__)
+#define AT(i) (((i) + step) % 8)
+  return __builtin_shufflevector(v, v, AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), AT(7));
+#else
+#define AT(i) (((i) + step) % 4)
+  return __builtin_shufflevector(v, v, AT(0), AT(1), AT(2), AT(3));
+#endif
+#undef AT
+}
+
+// Fill every lane of x[r] with the maximum (sum) of its lanes; R rows side by side hide the latency.
+template <int R, int step = W / 2>
+inline void max_lanes(vf (&x)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) x[r] = vmax(x[r], rotate<step>(x[r]));
+  if constexpr (step > 1) max_lanes<R, step / 2>(x);
+}
+template <int R, int step = W / 2>
+inline void sum_lanes(vf (&x)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) x[r] += rotate<step>(x[r]);
+  if constexpr (step > 1) sum_lanes<R, step / 2>(x);
+}
+
+// exp(x) for x <= 0 (about 1 ulp), never below exp(-87) = 1.6e-38; NaN stays NaN.
+inline vf exp_nonpositive(vf x) {
+  const vf lowest = splat(-87.0f);
+  x = lowest > x ? lowest : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
+  const float magic = 12582912.0f;
+  const vf shifted = x * 1.44269504088896341f + magic;
+  const vf n = shifted - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vi exponent = (reinterpret_cast<vi>(shifted) - 0x4B400000 + 127) << 23;
+  return p * reinterpret_cast<vf>(exponent);
+}
+
+// Per-thread scratch memory that only grows; freed at thread exit.
+struct Scratch {
+  float* data = nullptr;
+  size_t size = 0;
+  float* get(size_t n) {
+    if (n > size) {
+      std::free(data);
+      data = nullptr;
+      size = 0;
+      void* p = nullptr;
+      if (posix_memalign(&p, 64, n * sizeof(float)) != 0) throw std::bad_alloc();
+      data = static_cast<float*>(p);
+      size = n;
+    }
+    return data;
+  }
+  ~Scratch() { std::free(data); }
+};
+
+// Normal distribution function: Phi(x) = 1/2 + x P(2 (x/5.4)^2 - 1) for |x| <= 5.4, P the
+// Chebyshev interpolant of degree 16, highest power first.
+constexpr float kPhiRange = 5.4f;
+constexpr float kPhi[17] = {
+    7.753610919e-05f, -2.005275999e-04f, 1.662022424e-04f, -3.182304941e-04f, 1.107638724e-03f,
+    -2.188862115e-03f, 3.576707769e-03f, -5.997510592e-03f, 9.636008078e-03f, -1.423736991e-02f,
+    1.966267438e-02f, -2.569302352e-02f, 3.211269782e-02f, -3.921137950e-02f, 4.849985819e-02f,
+    -6.532794277e-02f, 1.309281099e-01f};
+
+struct Rows {  // rows of one head: row i starts at base + i * stride
+  const float* base;
+  int64_t stride;
+};
+
+// scores[r][j] = scale * q[r] . k[j], r < R, for V vectors of keys.
+// kt holds K transposed: kt[d][j], row length ld.
+template <int R, int V>
+inline void score_tile(Rows q, const float* kt, int64_t ld, int D, float scale, float* s, int64_t lds) {
+  vf acc[R][V] = {};
+  for (int d = 0; d < D; ++d) {
+    vf k[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) k[v] = load(kt + d * ld + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float x = q.base[r * q.stride + d];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += k[v] * x;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(s + r * lds + v * W, acc[r][v] * scale);
+}
+
+// out[r][:V*W] = inv[r] * sum_j p[r][j] * v[j][:V*W]
+template <int R, int V>
+inline void value_tile(const float* p, int64_t ldp, Rows value, int64_t n, const vf* inv, float* out, int64_t ldo) {
+  vf acc[R][V] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    vf x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) x[v] = load(value.base + j * value.stride + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float w = p[r * ldp + j];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += x[v] * w;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v] * inv[r]);
+}
+
+template <int R>
+void query_block(Rows q, const float* kt, int64_t ldk, int64_t ld, Rows v, int64_t len, int D, float scale, float* s,
+                 float* out, int64_t out_stride) {
+  int64_t j = 0;
+  if (kWide)
+    for (; j + 4 * W <= ld; j += 4 * W) score_tile<R, 4>(q, kt + j, ldk, D, scale, s + j, ld);
+  for (; j + 2 * W <= ld; j += 2 * W) score_tile<R, 2>(q, kt + j, ldk, D, scale, s + j, ld);
+  for (; j < ld; j += W) score_tile<R, 1>(q, kt + j, ldk, D, scale, s + j, ld);
+  if (len < ld)
+    for (int r = 0; r < R; ++r)
+      for (int64_t i = len; i < ld; ++i) s[r * ld + i] = -__builtin_inff();
+  vf top[R], sum[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) top[r] = load(s + r * ld);
+  for (int64_t i = W; i < ld; i += W)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) top[r] = vmax(top[r], load(s + r * ld + i));
+  max_lanes<R>(top);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum[r] = splat(0.0f);
+  for (int64_t i = 0; i < ld; i += W)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf e = exp_nonpositive(load(s + r * ld + i) - top[r]);
+      store(s + r * ld + i, e);
+      sum[r] += e;
+    }
+  sum_lanes<R>(sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum[r] = 1.0f / sum[r];
+  int d = 0;
+  if (kWide)
+    for (; d + 4 * W <= D; d += 4 * W)
+      value_tile<R, 4>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
+  for (; d + 2 * W <= D; d += 2 * W) value_tile<R, 2>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
+  for (; d < D; d += W) value_tile<R, 1>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
+}
+
+// dst[d][j] = k[j][d]; columns up to the next multiple of W are set to 0.
+void transpose(Rows k, int64_t len, int D, float* dst, int64_t ld) {
+  for (int64_t j = 0; j < len; j += W) {
+    const int64_t n = len - j < W ? len - j : W;
+    for (int d = 0; d < D; d += W) {
+      vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = i < n ? load(k.base + (j + i) * k.stride + d) : splat(0.0f);
+      transpose_block(x);
+      for (int i = 0; i < W; ++i) store(dst + (d + i) * ld + j, x[i]);
+    }
+  }
+}
+
+// What the next head reads, to be fetched into the cache meanwhile.
+struct Next {
+  const float *q, *k, *v;
+};
+
+void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, int D, float scale, float* out, int64_t out_stride,
+              Scratch& scratch) {
+  constexpr int R = 6;
+  const int64_t ld = (len + W - 1) / W * W;
+  // Rows of V a multiple of 1 KiB apart share few L1 sets: worth a copy once they are read often enough.
+  const bool copy_values = v.stride % 256 == 0 && len >= 64;
+  const int64_t ldk = ld + W;  // rows at a power-of-two distance would evict each other from L1
+  float* kt = scratch.get(ldk * D + ld * R + (copy_values ? len * D : 0));
+  float* s = kt + ldk * D;
+  transpose(k, len, D, kt, ldk);
+  if (copy_values) {
+    float* copy = s + ld * R;
+    for (int64_t j = 0; j < len; ++j)
+      for (int d = 0; d < D; d += W) store(copy + j * D + d, load(v.base + j * v.stride + d));
+    v = {copy, D};
+  }
+  int64_t i = 0;
+  for (; i + R <= len; i += R) {
+    for (int r = 0; r < R; ++r)
+      for (int d = 0; d < D; d += 16) {
+        __builtin_prefetch(next.q + (i + r) * q.stride + d);
+        __builtin_prefetch(next.k + (i + r) * k.stride + d);
+        __builtin_prefetch(next.v + (i + r) * v.stride + d);
+      }
+    query_block<R>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+                   out_stride);
+  }
+  for (; i + 2 <= len; i += 2)
+    query_block<2>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+                   out_stride);
+  for (; i < len; ++i)
+    query_block<1>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+                   out_stride);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Lanes per vector: head sizes must be a multiple of it.
+int vector_width() { return W; }
+
+// q: row (head h, token t) at q + h * qh + t * qt, D contiguous floats; k, v alike with
+// heads / group heads.  out: (tokens, heads, D) contiguous.  starts: sequences + 1 offsets.
+// Returns 0, or 1 when memory ran out (out is then unspecified).
+int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int64_t kh, int64_t kt, const float* v,
+                     int64_t vh, int64_t vt, float* out, const int64_t* starts, int64_t sequences, int64_t heads,
+                     int64_t group, int64_t D, float scale, int threads) {
+  const int64_t work = sequences * heads;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    static thread_local Scratch scratch;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t w = 0; w < work; ++w) {
+      const int64_t n = w / heads, h = w % heads, a = starts[n], len = starts[n + 1] - a;
+      if (len <= 0) continue;
+      try {
+        one_head({q + h * qh + a * qt, qt}, {k + h / group * kh + a * kt, kt}, {v + h / group * vh + a * vt, vt},
+                 {q + (h + 1) * qh + a * qt, k + (h + 1) / group * kh + a * kt, v + (h + 1) / group * vh + a * vt}, len,
+                 static_cast<int>(D), scale, out + (a * heads + h) * D, heads * D, scratch);
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = 1;
+      }
+    }
+  }
+  return failed;
+}
+
+// y[t][:] = gelu(y[t][:] + b), in place; y contiguous, columns a multiple of the width.
+void bias_gelu(float* y, const float* b, int64_t rows, int64_t columns, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < rows; ++t) {
+    float* row = y + t * columns;
+    for (int64_t c = 0; c < columns; c += W) {
+      const vf x = load(row + c) + load(b + c);
+      const vf limit = splat(kPhiRange);
+      vf z = x > limit ? limit : x;
+      z = z < -limit ? -limit : z;
+      const vf u = z * z * (2.0f / (kPhiRange * kPhiRange)) - 1.0f;
+      vf p = splat(kPhi[0]);
+#pragma GCC unroll 16
+      for (int i = 1; i < 17; ++i) p = p * u + kPhi[i];
+      store(row + c, x * (z * p + 0.5f));
+    }
+  }
+}
+}
