@@ -223,10 +223,14 @@ def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
     for name in kwargs:
         if name not in known:
             raise BadRequest(unknown_name("tokenization argument", name, known), param=name)
-    cut = kwargs.get("truncate_prompt_tokens")
-    if cut is None and kwargs.get("truncation") in (True, "longest_first"):
+    cut, how = kwargs.get("truncate_prompt_tokens"), kwargs.get("truncation")
+    if how not in (None, True, False, "longest_first", "do_not_truncate"):
+        raise BadRequest(
+            f"truncation must be True, False, 'longest_first' or 'do_not_truncate', got {how!r}", param="truncation"
+        )
+    if cut is None and how in (True, "longest_first"):
         cut = kwargs.get("max_length", -1)
-    if cut is not None and (not isinstance(cut, int) or cut < -1):
+    if cut is not None and (not isinstance(cut, int) or isinstance(cut, bool) or cut < -1):
         raise BadRequest(
             f"truncate_prompt_tokens must be an integer >= -1, got {cut!r}", param="truncate_prompt_tokens"
         )

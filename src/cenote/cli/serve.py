@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -45,28 +46,35 @@ def _serve(arguments: dict[str, Any]) -> None:
     from cenote.server.app import build
     from cenote.service import Service
 
+    listener = _bind(server)
     service = Service.load(model, engine)
     for line in report(service, engine, server):
         log.info(line)
     config = uvicorn.Config(
         build([service], server),
-        host=server.host,
-        port=server.port,
         log_config=None,
         log_level=server.log_level,
         access_log=server.log_level == "debug",
         timeout_keep_alive=75,
     )
-    try:
-        socket = config.bind_socket()
-        socket.listen(config.backlog)  # who reads the line below may connect at once
-    except (SystemExit, OSError) as error:
-        service.engine.close()
-        raise ConfigError(f"cannot listen on {server.host}:{server.port}: the port is in use or not allowed") from error
-    log.info("serving http://%s:%s, %.1f s after start", server.host, socket.getsockname()[1], time.monotonic() - began)
+    listener.listen(config.backlog)  # who reads the line below may connect at once
+    port = listener.getsockname()[1]
+    log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.Server(config).run(sockets=[socket])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bind(server: ServerConfig) -> socket.socket:
+    """The server's address, taken before the model is loaded, so that a port in use is told at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((server.host, server.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {server.host}:{server.port}: {error.strerror or error}") from error
+    return listener
 
 
 def report(service: Service, engine: EngineConfig, server: ServerConfig) -> list[str]:

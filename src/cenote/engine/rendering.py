@@ -209,7 +209,8 @@ class Renderer:
             if len(text) > longest:
                 if options.truncate is None:
                     raise self._too_long(f"at least {self.info.max_model_len + 1}")
-                texts[i] = text[-longest:] if options.side == "left" else text[:longest]
+                left = (options.side or self.tokenizer.truncation_side) == "left"
+                texts[i] = text[-longest:] if left else text[:longest]
         encoded = self._encode(texts, options.add_special_tokens)
         if options.truncate is None or options.side is not None:
             return encoded
@@ -249,6 +250,7 @@ class Renderer:
         encoding.truncate(max(0, options.truncate - special), direction=self.tokenizer.truncation_side)
         if options.add_special_tokens:
             encoding = self._backend.post_process(encoding, None, True)
+            encoding.truncate(options.truncate)  # where not even the special tokens fit
         return self._from_encoding(encoding)
 
     def _from_encoding(self, encoding: Encoding) -> _Text:

@@ -52,7 +52,8 @@ def validation(errors: Sequence[Any]) -> Response:
     if named:
         return body(first["msg"], "Bad Request", named, 400)
     if first["type"] == "json_invalid":
-        return body(f"JSON decode error: {_entry(first)}", "Bad Request", _where(first["loc"]), 400)
+        cause = (first.get("ctx") or {}).get("error", "the body is not JSON")
+        return body(f"JSON decode error: {cause}", "Bad Request", _where(first["loc"]), 400)
     entries = "".join(f"\n  {_entry(error)}" for error in errors[:MOST_ENTRIES])
     plural = "s" if len(errors) != 1 else ""
     return body(f"{len(errors)} validation error{plural}:{entries}", "Bad Request", _where(first["loc"]), 400)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote import metrics
 from cenote.engine.rendering import ChatOptions
 from cenote.errors import BadRequest
 from cenote.server.dialects.requests import Chat, Conversation, PoolingFields
@@ -156,7 +157,8 @@ async def answer_vectors(
 
     if sum(v.size for v in vectors) > LARGE:
         return await serving.in_pool("encode", encode)
-    return encode()
+    with metrics.stage_seconds.labels("encode").time():
+        return encode()
 
 
 def _render(

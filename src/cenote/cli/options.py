@@ -1,0 +1,36 @@
+"""Writes the page of all options: `python -m cenote.cli.options > docs/options.md`. A test compares the two."""
+
+from __future__ import annotations
+
+import sys
+
+from cenote.config import ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, PoolerConfig
+
+HEAD = """# Options
+
+Every option is a flag of `cenote serve`, a variable of the environment and an entry of the `--config` file; those of
+the model and the engine are also keyword arguments of `LLM`. Flags win over variables, variables over the file.
+Unknown names are errors. This page is made by `python -m cenote.cli.options`.
+"""
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    parts = [HEAD]
+    for layer in LAYERS:
+        parts.append(
+            f"\n## {layer.__name__.removesuffix('Config')}\n\n| flag | variable | default | |\n|---|---|---|---|\n"
+        )
+        for name, field in layer.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, ()) or isinstance(default, PoolerConfig) else f"`{default}`"
+            flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
+            parts.append(f"| `{flag}` | `{variable}` | {shown} | {field.description} |\n")
+    parts.append("\nOlder spellings: " + ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in ALIASES.items()))
+    parts.append(".\n\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
+    parts += [f"- `--{name.replace('_', '-')}`: {why}\n" for name, why in EXPLAINED.items()]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -1,0 +1,99 @@
+"""What the HTTP tests share: the real application over a fake engine, with the embedded model's tokenizer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from transformers import AutoTokenizer
+
+from cenote.config import ServerConfig
+from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
+from cenote.engine.rendering import Renderer
+from cenote.models.checkpoint import embedded
+from cenote.server.app import build
+from cenote.service import Service
+from cenote.types import Engine, ModelInfo, PoolingParams, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastapi import FastAPI
+    from transformers import PreTrainedTokenizerBase
+
+INFO = replace(FAKE_INFO, vocab_size=30_522)
+"""The fake model, with a vocabulary that fits the tokenizer: vectors of 8, at most 64 tokens."""
+
+
+def expected(ids: list[int], **params: Any) -> list[float]:
+    """The fake model's vector for `ids`, as JSON reads it back."""
+    vector: list[float] = fake_vector(Sequence(ids, params=PoolingParams(**params)), INFO.dimension).tolist()
+    return vector
+
+
+def floats(values: Any) -> Any:
+    """JSON numbers as the float32 values that they stand for."""
+    return np.asarray(values, np.float32).tolist()
+
+
+@dataclass
+class Serve:
+    """Starts applications; each lives until the test ends."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __call__(
+        self,
+        engine: Engine | None = None,
+        *,
+        info: ModelInfo = INFO,
+        names: tuple[str, ...] = ("fake",),
+        chat_template: str | None = None,
+        auto_truncate: bool = False,
+        **options: Any,
+    ) -> TestClient:
+        tokenizer = copy(self.tokenizer)
+        tokenizer.chat_template = chat_template
+        engine = engine or FakeEngine(info)
+        service = Service(engine, Renderer(tokenizer, engine.info, auto_truncate=auto_truncate), names)
+        client = TestClient(build([service], ServerConfig(**options)), raise_server_exceptions=False)
+        return self.stack.enter_context(client)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded model's tokenizer: BERT, uncased."""
+    return AutoTokenizer.from_pretrained(embedded()[0])
+
+
+@pytest.fixture
+def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
+    """Starts an application over a fake engine, or over the one given."""
+    factory = Serve(tokenizer)
+    with factory.stack:
+        yield factory
+
+
+@pytest.fixture
+def client(serve: Serve) -> TestClient:
+    """An application with every option at its default."""
+    return serve()
+
+
+def routes(app: FastAPI) -> set[tuple[str, str]]:
+    """Method and path of every route, those of included routers too."""
+    found: set[tuple[str, str]] = set()
+    waiting = [*app.routes]
+    while waiting:
+        route: Any = waiting.pop()
+        if hasattr(route, "original_router"):
+            waiting += route.original_router.routes
+        else:
+            found |= {(method, route.path) for method in route.methods}
+    return found

@@ -1,0 +1,81 @@
+"""The documentation is true: its Python runs, its commands answer, its tables and trees match the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from cenote.cli import flags
+from cenote.cli.options import page
+from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.server.app import build
+from cenote.service import Service
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, content) of every fenced block in `language`."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(page.name, block) for page in PAGES for block in pattern.findall(page.read_text())]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    service = Service.load(ModelConfig(), EngineConfig())
+    with TestClient(build([service], ServerConfig())) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("where", "code"), [b for b in blocks("python") if "base_url" not in b[1]])
+def test_python_runs(where: str, code: str) -> None:
+    exec(compile(code, where, "exec"), {"__name__": where})
+
+
+def curls() -> list[str]:
+    commands = [block.replace("\\\n", " ") for _, block in blocks("bash")]
+    return [line for block in commands for line in block.splitlines() if line.startswith("curl ")]
+
+
+@pytest.mark.parametrize("command", curls())
+def test_curl_is_answered(command: str, client: TestClient) -> None:
+    words = shlex.split(command)
+    url, body = words[1], words[words.index("-d") + 1]
+    assert words[words.index("-H") + 1] == "Content-Type: application/json"
+    answer = client.post(url.removeprefix("http://127.0.0.1:8000"), json=json.loads(body))
+    assert answer.status_code == 200, answer.text
+
+
+def serve_commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("cenote serve") and "server.yaml" not in line]
+
+
+@pytest.mark.parametrize("command", serve_commands())
+def test_serve_commands_parse(command: str) -> None:
+    assert flags.parse(shlex.split(command)[1:])["command"] == "serve"
+
+
+def test_options_page_is_current() -> None:
+    assert (ROOT / "docs" / "options.md").read_text() == page(), "run: python -m cenote.cli.options > docs/options.md"
+
+
+def test_readme_names_every_file() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The files")[1]
+    package = ROOT / "src" / "cenote"
+    modules = [p for p in package.rglob("*.py") if not p.name.startswith("__")]
+    missing = [str(p.relative_to(package)) for p in modules if p.parent.name != "dialects" and p.name not in tree]
+    assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    for source in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", source.read_text()):
+            assert (source.parent / target).exists(), f"{source.name} links to {target}"
