@@ -1,0 +1,143 @@
+"""The probe at load: what it lets through, what it refuses, and that a layout leaves no trace on the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cenote.errors import CheckpointError
+from cenote.models.layout import (
+    LONGEST_REAL_WINDOW,
+    Padded,
+    choose,
+    forward,
+    position_offset,
+    position_rows,
+)
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+from tests.zoo import FIRST_TOKEN, ZOO, build
+
+ROWS = {architecture.name: architecture for architecture in ZOO}
+
+
+def model(name: str, **options: Any) -> Any:
+    row = ROWS[name]
+    return build(replace(row, options={**row.options, **options}))
+
+
+def draw(*lengths: int) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(3)
+    return [Sequence(torch.randint(FIRST_TOKEN, 300, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def alone(net: Any, sequences: list[Sequence]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([net(torch.tensor([s.ids]))[0][0] for s in sequences])
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "modernbert", "gemma3"])
+def test_windows_longer_than_the_probe_are_honoured(name: str) -> None:
+    """Such a window is shortened while probing; afterwards it must be whole again, and right."""
+    window = LONGEST_REAL_WINDOW + 88
+    size = {"local_attention": window} if name == "modernbert" else {"sliding_window": window}
+    options = {**size, "max_position_embeddings": 2048}
+    sequences = draw(window * 2, 20)
+    expected = alone(model(name, **options), sequences)
+    packed = model(name, **options)
+    layout, _ = choose(packed)
+    assert layout.name == "packed"
+    assert torch.allclose(forward(layout, pack(sequences)), expected, atol=2e-5)
+
+
+def test_packing_can_be_switched_off() -> None:
+    net = model("bert")
+    layout, reasons = choose(net, packed=False)
+    assert (layout.name, reasons) == ("padded", [])
+    sequences = draw(*range(1, 30))
+    assert torch.allclose(forward(layout, pack(sequences)), alone(model("bert"), sequences), atol=1e-5)
+
+
+def test_reasons_say_why_packing_failed() -> None:
+    layout, reasons = choose(model("mpnet"))
+    assert layout.name == "padded"
+    assert any("does not call the registered attention function" in reason or "differs" in reason for reason in reasons)
+
+
+def test_a_rejected_layout_leaves_the_attention_as_it_was() -> None:
+    net = model("mobilebert")
+    before = net.config._attn_implementation
+    choose(net)
+    assert net.config._attn_implementation == before
+
+
+def test_padded_batches_are_small_sorted_and_complete() -> None:
+    layout = Padded(choose(model("mpnet"))[0].backbone, size=3)
+    lengths = (5, 9, 2, 9, 7, 1, 3)
+    groups = layout.groups(lengths)
+    assert [[lengths[i] for i in group] for group in groups] == [[9, 9, 7], [5, 3, 2], [1]]
+    assert sorted(i for group in groups for i in group) == list(range(7))
+
+
+def test_damaged_weights_are_refused() -> None:
+    net = model("bert")
+    with torch.no_grad():
+        net.encoder.layer[1].output.dense.weight[3, 4] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        choose(net)
+
+
+class Coupled(torch.nn.Module):
+    """A model whose rows depend on how often it has run: no layout can reproduce it."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net, self.calls = net, 0
+        self.config, self.dtype, self.device = net.config, net.dtype, net.device
+        self.get_input_embeddings = net.get_input_embeddings
+        self.set_attn_implementation = net.set_attn_implementation
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        self.calls += 1
+        return (self.net(input_ids, attention_mask=attention_mask)[0] + self.calls,)
+
+
+def test_a_model_that_no_layout_reproduces_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="in any layout: .*padded: differs"):
+        choose(Coupled(model("bert")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "rows"),
+    [("bert", 0, 160), ("roberta", 2, 158), ("gpt2", 0, 160), ("opt", 0, 160), ("llama", 0, None)],
+)
+def test_position_tables(name: str, offset: int, rows: int | None) -> None:
+    net = model(name)
+    assert (position_offset(net), position_rows(net)) == (offset, rows)
+
+
+def test_a_literal_pad_keeps_its_position_in_roberta() -> None:
+    net = model("roberta")
+    pad = net.config.pad_token_id
+    sequences = draw(12, 9)
+    sequences[0].ids[4] = sequences[1].ids[0] = sequences[1].ids[8] = pad  # type: ignore[index]
+    expected = alone(net, sequences)
+    layout, _ = choose(model("roberta"))
+    assert layout.name == "packed"
+    assert torch.allclose(forward(layout, pack(sequences)), expected, atol=1e-5)
+
+
+def test_shuffling_splitting_and_mixing_moves_no_row() -> None:
+    layout, _ = choose(model("modernbert"))
+    sequences = draw(*(1 + 7 * i % 60 for i in range(24)))
+    whole = forward(layout, pack(sequences)).split([len(s) for s in sequences])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1)).tolist()
+    for size in (1, 5, 24):
+        for start in range(0, 24, size):
+            members = order[start : start + size]
+            part = forward(layout, pack([sequences[i] for i in members])).split([len(sequences[i]) for i in members])
+            for i, rows in zip(members, part, strict=True):
+                assert torch.allclose(rows, whole[i], atol=2e-6)
