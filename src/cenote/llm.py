@@ -245,7 +245,7 @@ def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
 
 def _listed(prompts: Any) -> list[Any]:
     """Prompts as a list: one text, mapping or list of ids is a single prompt."""
-    if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys"):
+    if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
         return [prompts]
     listed = list(prompts)
     return [listed] if listed and all(isinstance(i, (int, np.integer)) for i in listed) else listed

@@ -244,7 +244,7 @@ class Renderer:
                     max_length=options.truncate,
                     add_special_tokens=options.add_special_tokens,
                 )
-            return _Text(found["input_ids"], None)
+            return _Text(found["input_ids"][: options.truncate], None)
         special = self._backend.num_special_tokens_to_add(False) if options.add_special_tokens else 0
         encoding = self._backend.encode(text, add_special_tokens=False)
         encoding.truncate(max(0, options.truncate - special), direction=self.tokenizer.truncation_side)

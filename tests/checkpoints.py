@@ -1,0 +1,313 @@
+"""Builds small but complete checkpoints on disk: real configs, real tokenizers, weights from a fixed seed.
+
+The weights are large enough that every token, position and layer moves the result, so a wrong answer is far away.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HIDDEN = 32
+POSITIONS = 64
+
+TEXTS = [
+    "Hello, my name is",
+    "The quick brown fox jumps over the lazy dog.",
+    "a",
+    "",
+    "Cenotes are natural pits, or sinkholes, that expose groundwater underneath the limestone bedrock.",
+    "MIXED case and UPPER CASE, to be seen or not",
+    "represent the sentence: for retrieval",
+    "naïve café — 水 and 🐟",
+    "one two three four five six seven eight nine ten " * 3,
+]
+"""Texts of mixed length; the longest is longer than `POSITIONS` tokens of the tokenizers here."""
+
+SHORT = [text for text in TEXTS if len(text) < 60]
+"""Those that fit into the tests' models without being cut."""
+
+_WORDS = """
+the a an is are of and or to my name hello quick brown fox jumps over lazy dog natural pits that case upper mixed
+represent sentence for retrieval one two three four five six seven eight nine ten water stone The Hello Represent
+"""
+_ASCII = [chr(code) for code in range(33, 127)]
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def wordpiece(*, lowercase: bool = False, **options: Any) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer over a few words and all of ASCII; cased unless `lowercase`."""
+    entries = dict.fromkeys([*_SPECIAL, *_ASCII, *(f"##{c}" for c in _ASCII), *_WORDS.split()])
+    vocabulary = {token: i for i, token in enumerate(entries)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    options.setdefault("model_max_length", POSITIONS)
+    names_of_inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names_of_inputs, **names, **options)
+
+
+def byte_level(**options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a few merges that closes every text with `<|endoftext|>`, as Qwen3-Embedding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("o", "n"), ("a", "n"), ("Ġ", "the"), ("e", "r")]
+    entries = ["<|endoftext|>", *alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(entries)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+        **options,
+    )
+
+
+def randomize(module: nn.Module, seed: int) -> None:
+    """Draw all weights of `module` anew: matrices that keep the scale of their input, and no neutral bias or norm."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise if "embed" in name else noise * 1.5 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> Path:
+    """Write `model`, with weights from `seed`, and `tokenizer` into `folder`."""
+    randomize(model, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bert(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    masked_lm: bool = False,
+    **options: Any,
+) -> Path:
+    """A two-layer BERT encoder; with `masked_lm` under its prefix `bert.` and with the head of `BertForMaskedLM`."""
+    tokenizer = tokenizer or wordpiece()
+    config = BertConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": 0,
+            **options,
+        }
+    )
+    return save((BertForMaskedLM if masked_lm else BertModel)(config), tokenizer, folder, seed)
+
+
+_DECODERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "Qwen3Model": (Qwen3Model, Qwen3Config),
+    "Qwen3ForCausalLM": (Qwen3ForCausalLM, Qwen3Config),
+    "LlamaForCausalLM": (LlamaForCausalLM, LlamaConfig),
+}
+
+
+def decoder(
+    folder: Path,
+    architecture: str = "Qwen3ForCausalLM",
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Path:
+    """A two-layer causal decoder with grouped key-value heads."""
+    tokenizer = tokenizer or byte_level()
+    model, config = _DECODERS[architecture]
+    return save(
+        model(
+            config(
+                **{
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": HIDDEN,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "intermediate_size": 48,
+                    "max_position_embeddings": 256,
+                    "tie_word_embeddings": False,
+                    "pad_token_id": 0,
+                    "bos_token_id": None,
+                    "eos_token_id": 0,
+                    **options,
+                }
+            )
+        ),
+        tokenizer,
+        folder,
+        seed,
+    )
+
+
+OLD = "sentence_transformers.models."
+NEW = {
+    "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    "Dense": "sentence_transformers.base.modules.dense.Dense",
+    "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
+    "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    "Dropout": "sentence_transformers.sentence_transformer.modules.dropout.Dropout",
+}
+"""Module types as Sentence-Transformers wrote them until 5.3, and as it writes them now."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a Sentence-Transformers folder after the Transformer."""
+
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def pooling(*modes: str, width: int = HIDDEN, **config: Any) -> Module:
+    """A Pooling module in the current spelling."""
+    mode = modes[0] if len(modes) == 1 else list(modes)
+    return Module("Pooling", {"embedding_dimension": width, "pooling_mode": mode, **config})
+
+
+def flagged_pooling(*modes: str, width: int = HIDDEN, **config: Any) -> Module:
+    """A Pooling module in the old spelling, a flag for each mode."""
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    chosen = {f"pooling_mode_{flag}": flag in modes for flag in flags}
+    return Module("Pooling", {"word_embedding_dimension": width, **chosen, **config})
+
+
+def dense(
+    in_features: int,
+    out_features: int,
+    *,
+    activation: str = "torch.nn.modules.activation.Tanh",
+    bias: bool = True,
+    residual: bool = False,
+    seed: int = 0,
+    **config: Any,
+) -> Module:
+    """A Dense module with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {"linear.weight": torch.randn(out_features, in_features, generator=generator) / in_features**0.5}
+    if bias:
+        weights["linear.bias"] = torch.randn(out_features, generator=generator)
+    if residual and in_features != out_features:
+        weights["residual.weight"] = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
+    shape = {"in_features": in_features, "out_features": out_features, "bias": bias}
+    extra = {"use_residual": True} if residual else {}
+    return Module("Dense", {**shape, "activation_function": activation, **extra, **config}, weights)
+
+
+def layer_norm(width: int, *, seed: int = 0) -> Module:
+    """A LayerNorm module with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        "norm.weight": 1 + 0.5 * torch.randn(width, generator=generator),
+        "norm.bias": torch.randn(width, generator=generator),
+    }
+    return Module("LayerNorm", {"dimension": width}, weights)
+
+
+NORMALIZE = Module("Normalize")
+
+
+def write_modules(
+    folder: Path,
+    *modules: Module,
+    backbone: str = "",
+    new: bool = True,
+    transformer: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    pickled: bool = False,
+) -> Path:
+    """Make `folder`, which has a backbone at `backbone`, a Sentence-Transformers folder of these modules.
+
+    Args:
+        folder: root of the checkpoint.
+        modules: what follows the Transformer.
+        backbone: path of the Transformer below `folder`.
+        new: module types in the current spelling, else in the old one.
+        transformer: content of `sentence_bert_config.json`.
+        settings: content of `config_sentence_transformers.json`.
+        pickled: write the modules' weights as `pytorch_model.bin`.
+    """
+    listed = [{"idx": 0, "name": "0", "path": backbone, "type": _type("Transformer", new)}]
+    for number, module in enumerate(modules, 1):
+        path = f"{number}_{module.kind}"
+        listed.append({"idx": number, "name": str(number), "path": path, "type": _type(module.kind, new)})
+        (folder / path).mkdir(parents=True)
+        write_json(folder / path / "config.json", module.config)
+        if module.weights and pickled:
+            torch.save(dict(module.weights), folder / path / "pytorch_model.bin")
+        elif module.weights:
+            save_file(dict(module.weights), folder / path / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "modules.json", listed)
+    if transformer is not None:
+        write_json(folder / backbone / "sentence_bert_config.json", transformer)
+    if settings is not None:
+        write_json(folder / "config_sentence_transformers.json", settings)
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON."""
+    path.write_text(json.dumps(content, indent=2))
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set entries of a JSON object in a file; `None` removes one."""
+    content = {**read_json(path), **changes}
+    write_json(path, {key: value for key, value in content.items() if value is not None})
+
+
+def _type(kind: str, new: bool) -> str:
+    return NEW[kind] if new and kind in NEW else OLD + kind

@@ -1,0 +1,234 @@
+"""What an architecture's name decides: runner, conversion and default pooling; and how a model of one's own says it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from cenote import LLM, default_pooling_type, register_model
+from cenote.errors import CheckpointError, ConfigError
+from cenote.models.convert import CLS_FAMILIES, MEAN_FAMILIES, architecture_pooling, conversion
+from tests import checkpoints
+from tests.checkpoints import HIDDEN, NORMALIZE, SHORT, pooling
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# --- the suffix table --------------------------------------------------------------------------------------------
+
+GENERATES = ("LlamaForCausalLM", "T5ForConditionalGeneration", "QWenChatModel", "GPT2LMHeadModel", "ChatModel")
+EMBEDS = (
+    "GteForTextEncoding",
+    "GritLMEmbeddingModel",
+    "InternLM2ForRewardModeling",
+    "LlamaRewardModel",
+    "BertModel",
+    "Qwen3Model",
+    "Unheard",
+    "ForSequenceClassificationOfMine",  # a suffix, not a part
+)
+CLASSIFIES = (
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "ASTForAudioClassification",
+    "ViTForImageClassification",
+    "VivitForVideoClassification",
+    "MyClassificationModel",  # "ClassificationModel" goes before "Model"
+)
+
+
+@pytest.mark.parametrize("runner", ["auto", "pooling"])
+@pytest.mark.parametrize(
+    ("names", "by_none", "by_auto"),
+    [(GENERATES, None, "embed"), (EMBEDS, "embed", "embed"), (CLASSIFIES, "classify", "classify")],
+)
+def test_conversion(names: tuple[str, ...], by_none: str | None, by_auto: str, runner: str) -> None:
+    for name in names:
+        assert conversion(name, "auto", runner=runner, pools=False) == by_auto
+        if by_none is None:
+            with pytest.raises(CheckpointError, match=f"^{name} generates text and `convert` is 'none', so there is"):
+                conversion(name, "none", runner=runner, pools=False)
+        else:
+            assert conversion(name, "none", runner=runner, pools=False) == by_none
+        for convert in ("auto", "none"):
+            assert conversion(name, convert, runner=runner, pools=True) == "embed"
+        for convert in ("embed", "classify"):
+            assert conversion(name, convert, runner=runner, pools=False) == convert
+
+
+def _rows(folder: Path, **options: Any) -> np.ndarray:
+    with LLM(model=str(folder), **options) as llm:
+        assert llm.info.tasks == ("embed", "token_embed")
+        return np.array([output.outputs.embedding for output in llm.embed(SHORT, use_tqdm=False)])
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3Model", "Qwen3ForCausalLM", "LlamaForCausalLM"])
+def test_decoders_embed_their_last_token(tmp_path: Path, architecture: str) -> None:
+    """With or without a head beside the backbone, and with or without its prefix `model.`."""
+    folder = checkpoints.decoder(tmp_path, architecture)
+    tokenizer = checkpoints.byte_level()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = []
+    for text in SHORT:
+        with torch.inference_mode():
+            last = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+        expected.append((last / last.norm()).numpy())
+    for options in ({}, {"runner": "pooling"}, {"convert": "embed"}):
+        np.testing.assert_allclose(_rows(folder, **options), expected, rtol=0, atol=1e-5)
+
+
+def test_convert_none_of_a_generator_is_refused_until_it_pools(tmp_path: Path) -> None:
+    """Qwen3-Embedding is a `Qwen3ForCausalLM`: its Pooling module says that it pools."""
+    folder = checkpoints.decoder(tmp_path)
+    plain = _rows(folder)
+    with pytest.raises(CheckpointError, match=r"^Qwen3ForCausalLM generates text and `convert` is 'none'"):
+        LLM(model=str(folder), convert="none")
+    checkpoints.write_modules(folder, pooling("lasttoken"), NORMALIZE)
+    for options in ({}, {"convert": "none"}, {"runner": "pooling", "convert": "none"}):
+        np.testing.assert_array_equal(_rows(folder, **options), plain)
+
+
+def test_convert_classify_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="convert 'classify' is not offered yet; 'embed' serves"):
+        LLM(model=str(checkpoints.bert(tmp_path)), convert="classify")
+
+
+def test_a_classifier_serves_its_hidden_states(tmp_path: Path) -> None:
+    tokenizer = checkpoints.wordpiece()
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes))
+    folder = checkpoints.save(model, tokenizer, tmp_path, seed=0)
+    with torch.inference_mode():
+        states = [model.bert.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in SHORT]
+    expected = [(state / state.norm()).numpy() for state in states]
+    np.testing.assert_allclose(_rows(folder, convert="embed"), expected, rtol=0, atol=1e-5)
+
+
+# --- default pooling ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "model_types"),
+    [
+        ("cls", ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert", "deberta-v2", "nomic_bert"]),
+        ("mean", ["t5", "mt5", "umt5"]),
+        ("lasttoken", ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gpt2", "mamba", "never-heard-of"]),
+    ],
+)
+def test_default_pooling(mode: str, model_types: list[str]) -> None:
+    for model_type in model_types:
+        model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+        assert architecture_pooling(model) == mode  # type: ignore[arg-type]
+
+
+def test_families_are_names_that_transformers_knows() -> None:
+    brought_by_checkpoints = {"gte", "nomic_bert", "jina_embeddings_v3"}
+    assert set(CONFIG_MAPPING_NAMES) | brought_by_checkpoints >= CLS_FAMILIES | MEAN_FAMILIES
+    assert not CLS_FAMILIES & MEAN_FAMILIES
+
+
+# --- a model of one's own ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.mark.parametrize("pooling_type", [None, "CLS", "LAST", "MEAN"])
+def test_a_model_of_ones_own(bert: Path, tmp_path: Path, pooling_type: str | None) -> None:
+    kind = f"own-{pooling_type}".lower()
+
+    class OwnConfig(BertConfig):
+        model_type = kind
+
+    class OwnModel(BertModel):
+        config_class = OwnConfig
+
+        def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+            """Twice the hidden states: the class that runs is this one."""
+            output = super().forward(input_ids, position_ids=position_ids, **kwargs)
+            output.last_hidden_state = 2 * output.last_hidden_state
+            return output
+
+    folder = shutil.copytree(bert, tmp_path / "own")
+    checkpoints.edit_json(folder / "config.json", model_type=kind, architectures=["OwnModel"])
+    if pooling_type is None:
+        with pytest.raises(CheckpointError, match=r"cannot read the config of .*own-none"):
+            LLM(model=str(folder))
+    else:
+        assert default_pooling_type(pooling_type)(OwnModel) is OwnModel
+    register_model(OwnModel)
+    register_model(OwnModel)  # twice does no harm
+    raw = {"use_activation": False}
+    expected = _rows(bert, pooler_config={**raw, "pooling_type": pooling_type or "LAST"})
+    np.testing.assert_allclose(_rows(folder, pooler_config=raw), 2 * expected, rtol=0, atol=1e-4)
+    asked = _rows(folder, pooler_config={**raw, "pooling_type": "CLS"})
+    np.testing.assert_allclose(asked, 2 * _rows(bert, pooler_config=raw), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mean", "ALL", "MEDIAN"])
+def test_default_pooling_type_refuses_other_names(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown pooling type '{name}'; known are: CLS, LAST, MEAN"):
+        default_pooling_type(name)
+
+
+def test_register_model_needs_a_model_type() -> None:
+    class WithoutConfig(torch.nn.Module):
+        pass
+
+    class WithoutName(torch.nn.Module):
+        config_class = SimpleNamespace(model_type="")
+
+    for model in (WithoutConfig, WithoutName):
+        with pytest.raises(ConfigError, match=f"{model.__name__} needs a `config_class` whose `model_type` is set"):
+            register_model(model)  # type: ignore[type-var]
+
+
+PLUGIN = """
+from transformers import BertConfig, BertModel
+from cenote import default_pooling_type
+class PluginConfig(BertConfig):
+    model_type = "plugin-bert"
+@default_pooling_type("MEAN")
+class PluginModel(BertModel):
+    config_class = PluginConfig
+"""
+PROGRAM = """
+import sys
+from cenote import LLM
+print(*LLM(model=sys.argv[1]).embed("Hello, my name is", use_tqdm=False)[0].outputs.embedding)
+"""
+
+
+def test_a_model_of_an_installed_package(bert: Path, tmp_path: Path) -> None:
+    """A package whose metadata names the class under `cenote.models` need not be imported by anyone."""
+    site = tmp_path / "site"
+    (site / "plugin-1.0.dist-info").mkdir(parents=True)
+    (site / "plugin-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (site / "plugin-1.0.dist-info" / "entry_points.txt").write_text("[cenote.models]\nmine = plugin:PluginModel\n")
+    (site / "plugin.py").write_text(PLUGIN)
+    folder = shutil.copytree(bert, tmp_path / "model")
+    checkpoints.edit_json(folder / "config.json", model_type="plugin-bert", architectures=["PluginModel"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *(path for path in sys.path if path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr  # also: an LLM that nobody closed lets the interpreter exit
+    expected = _rows(bert, pooler_config={"pooling_type": "MEAN"})[SHORT.index("Hello, my name is")]
+    np.testing.assert_allclose([float(x) for x in done.stdout.split()], expected, rtol=0, atol=1e-5)

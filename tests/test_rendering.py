@@ -1,0 +1,368 @@
+"""Rendering equals Hugging Face's tokenizers: whole, cut, padded, lower-cased, in many threads; and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from transformers import ByT5Tokenizer, CanineTokenizer
+
+from cenote.engine.rendering import CHARACTERS_PER_TOKEN, ChatOptions, Renderer, TextOptions
+from cenote.errors import BadRequest, TaskNotOffered, TooLong
+from cenote.types import ModelInfo, PoolingParams
+from tests.checkpoints import TEXTS, byte_level, wordpiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LIMIT = 64
+
+TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {
+    "wordpiece": wordpiece(),
+    "wordpiece, left": wordpiece(truncation_side="left"),
+    "byte level": byte_level(),
+    "byte level, left": byte_level(truncation_side="left"),
+    "python": ByT5Tokenizer(),
+    "python, left": ByT5Tokenizer(truncation_side="left"),
+    "python, characters": CanineTokenizer(),
+}
+
+
+def renderer(tokenizer: PreTrainedTokenizerBase, *, limit: int = LIMIT, **options: Any) -> Renderer:
+    info = ModelInfo(
+        name="tiny",
+        architecture="BertModel",
+        tasks=("embed", "token_embed"),
+        default_task="embed",
+        dimension=8,
+        max_model_len=limit,
+        vocab_size=len(tokenizer),
+        dtype="float32",
+        device="cpu",
+        layout="packed",
+        pooling="mean",
+        use_activation=True,
+    )
+    return Renderer(tokenizer, info, **options)
+
+
+def ids(made: Renderer, prompts: Any, **options: Any) -> list[list[int]]:
+    """Token ids of `prompts`."""
+    sequences = made.render(prompts, "embed", PoolingParams(), TextOptions(**options))
+    return [list(sequence.ids) for sequence in sequences]
+
+
+def reference(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+    return found
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("special", [True, False])
+def test_whole_texts(name: str, special: bool) -> None:
+    tokenizer = TOKENIZERS[name]
+    expected = reference(tokenizer, TEXTS, add_special_tokens=special)
+    texts = [text for text, ids_ in zip(TEXTS, expected, strict=True) if ids_]
+    assert ids(renderer(tokenizer, limit=1000), texts, add_special_tokens=special) == [
+        ids_ for ids_ in expected if ids_
+    ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 13, 33, LIMIT])
+def test_cut_as_hugging_face_cuts(name: str, special: bool, length: int) -> None:
+    tokenizer = TOKENIZERS[name]
+    texts = [text for text in TEXTS if text]
+    found = ids(renderer(tokenizer), texts, truncate=length, add_special_tokens=special)
+    if special and length < tokenizer.num_special_tokens_to_add():
+        special_ids = reference(tokenizer, [""])[0]
+        assert found == [special_ids[:length]] * len(texts)  # never more than asked, where Hugging Face cuts nothing
+        return
+    expected = reference(tokenizer, texts, truncation=True, max_length=length, add_special_tokens=special)
+    assert found == expected
+    assert max(map(len, found)) == length
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+def test_an_explicit_side_cuts_the_finished_ids(name: str, side: str, length: int) -> None:
+    """As vLLM: special tokens are cut like any other."""
+    whole = reference(TOKENIZERS[name], TEXTS)
+    expected = [one[-length:] if side == "left" else one[:length] for one in whole]
+    assert ids(renderer(TOKENIZERS[name]), TEXTS, truncate=length, side=side) == [one for one in expected if one]
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_minus_one_is_the_models_maximum(side: Any) -> None:
+    made = renderer(TOKENIZERS["wordpiece"], limit=9)
+    assert ids(made, TEXTS, truncate=-1, side=side) == ids(made, TEXTS, truncate=9, side=side)
+    assert ids(made, TEXTS, truncate=-1, side=side) != ids(made, TEXTS, truncate=8, side=side)
+
+
+def test_too_long_is_refused_with_the_number_of_tokens() -> None:
+    tokenizer = TOKENIZERS["wordpiece"]
+    made = renderer(tokenizer, limit=9)
+    (text,) = (text for text in TEXTS if text.startswith("The quick"))
+    (count,) = map(len, reference(tokenizer, [text]))
+    with pytest.raises(TooLong, match=rf"maximum context length is 9 tokens\. However, .* contains {count} input"):
+        ids(made, ["a", text])
+    assert ids(renderer(tokenizer, limit=count), [text]) == reference(tokenizer, [text])
+    with pytest.raises(TooLong, match="contains 10 input tokens"):
+        ids(made, [[5] * 10])
+
+
+def test_auto_truncate() -> None:
+    tokenizer = TOKENIZERS["wordpiece"]
+    made = renderer(tokenizer, limit=9, auto_truncate=True)
+    assert ids(made, TEXTS) == reference(tokenizer, TEXTS, truncation=True, max_length=9)
+    assert ids(made, TEXTS, truncate=5) == reference(tokenizer, TEXTS, truncation=True, max_length=5)
+    assert ids(made, [[5] * 20]) == [[5] * 9]
+
+
+def test_more_than_the_maximum_cannot_be_asked_for() -> None:
+    with pytest.raises(BadRequest, match="truncate_prompt_tokens value is greater than max_model_len") as caught:
+        ids(renderer(TOKENIZERS["wordpiece"]), ["a"], truncate=LIMIT + 1)
+    assert caught.value.param == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "wordpiece, left", "byte level", "byte level, left"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_very_long_text_is_cut_before_it_is_tokenised(name: str, side: Any) -> None:
+    """Megabytes are not tokenised for a few tokens, and the end that is kept is the right one."""
+    tokenizer = TOKENIZERS[name]
+    made = renderer(tokenizer, limit=8)
+    text = "one two three " + "four five " * (8 * CHARACTERS_PER_TOKEN) + " six seven eight"
+    with pytest.raises(TooLong, match="contains at least 9 input tokens"):
+        ids(made, [text])
+    (found,) = ids(made, [text], truncate=8, side=side)
+    if side is None:
+        assert [found] == reference(tokenizer, [text], truncation=True, max_length=8)
+    else:
+        (whole,) = reference(tokenizer, [text])
+        assert found == (whole[-8:] if side == "left" else whole[:8])
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte level", "python"])
+@pytest.mark.parametrize("length", [-1, 8])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_padding(name: str, length: int, side: Any) -> None:
+    tokenizer = TOKENIZERS[name]
+    made = renderer(tokenizer)
+    whole, total = ids(made, TEXTS, truncate=length, side=side), LIMIT if length == -1 else length
+    padded = ids(made, TEXTS, truncate=length, side=side, pad=True)
+    assert padded == [one + [tokenizer.pad_token_id] * (total - len(one)) for one in whole]
+    assert ids(made, ["a"], pad=True) == [[*whole[2], *[tokenizer.pad_token_id] * (LIMIT - len(whole[2]))]]
+
+
+def test_saved_truncation_and_padding_of_a_tokenizer_do_not_count() -> None:
+    tokenizer = wordpiece()
+    expected = reference(tokenizer, TEXTS)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    assert ids(renderer(tokenizer, limit=1000), TEXTS) == expected
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte level", "python"])
+@pytest.mark.parametrize("length", [None, 9])
+def test_lowercase(name: str, length: int | None) -> None:
+    tokenizer = {"wordpiece": wordpiece, "byte level": byte_level, "python": ByT5Tokenizer}[name]()
+    cut: dict[str, Any] = {"truncation": True, "max_length": length} if length else {}
+    lowered = reference(tokenizer, [text.lower() for text in TEXTS], **cut)
+    assert lowered != reference(tokenizer, TEXTS, **cut)
+    assert ids(renderer(tokenizer, limit=1000, lowercase=True), TEXTS, truncate=length) == lowered
+
+
+def test_default_prompt_goes_before_text_and_not_before_ids() -> None:
+    tokenizer = TOKENIZERS["wordpiece"]
+    made = renderer(tokenizer, limit=1000, default_prompt="represent: ", include_prompt=False)
+    sequences = made.render([TEXTS[0], [5, 6], {"prompt": TEXTS[1]}], "embed", PoolingParams())
+    expected = reference(tokenizer, ["represent: " + text for text in TEXTS[:2]])
+    assert [list(s.ids) for s in sequences] == [expected[0], [5, 6], expected[1]]
+    skipped = len(tokenizer("represent: ")["input_ids"]) - 1  # [CLS] and the prompt, without [SEP]
+    assert [s.skip for s in sequences] == [skipped, 0, skipped]
+    included = renderer(tokenizer, limit=1000, default_prompt="represent: ")
+    assert [s.skip for s in included.render([TEXTS[0]], "embed", PoolingParams())] == [0]
+
+
+# --- forms of a prompt ---------------------------------------------------------------------------------------------
+
+
+def test_forms_of_a_prompt() -> None:
+    tokenizer = TOKENIZERS["wordpiece"]
+    (text,) = reference(tokenizer, ["hello"])
+    prompts = ["hello", {"prompt": "hello"}, text, tuple(text), np.array(text), {"prompt_token_ids": text}]
+    made = renderer(tokenizer)
+    assert ids(made, prompts) == [text] * 6
+    assert ids(made, prompts) == [ids(made, [prompt])[0] for prompt in prompts]
+
+
+def test_token_ids_are_cut_on_the_asked_or_the_tokenizers_side() -> None:
+    given = [[5, 6, 7, 8]]
+    for name, side, expected in (
+        ("wordpiece", None, [5, 6]),
+        ("wordpiece, left", None, [7, 8]),
+        ("wordpiece", "left", [7, 8]),
+        ("wordpiece, left", "right", [5, 6]),
+    ):
+        assert ids(renderer(TOKENIZERS[name]), given, truncate=2, side=side) == [expected]
+
+
+def test_task_and_params_reach_the_sequences() -> None:
+    made = renderer(TOKENIZERS["wordpiece"])
+    params = PoolingParams(use_activation=False)
+    (sequence,) = made.render(["a"], "token_embed", params)
+    assert (sequence.task, sequence.params) == ("token_embed", PoolingParams(use_activation=False, task="token_embed"))
+    assert params.task is None
+
+
+VOCABULARY = len(TOKENIZERS["wordpiece"])
+REFUSED: dict[str, tuple[Any, str]] = {
+    "nothing": ([], "You must pass at least one prompt"),
+    "no ids": ([[]], "The decoder prompt cannot be empty"),
+    "no ids among others": (["a", {"prompt_token_ids": []}], "The decoder prompt cannot be empty"),
+    "negative": ([[5, -1]], f"Token id -1 is out of vocabulary; tiny takes ids from 0 to {VOCABULARY - 1}"),
+    "too large": ([[5, VOCABULARY]], f"Token id {VOCABULARY} is out of vocabulary"),
+    "far too large": ([[5, 1 << 70]], f"Token id {1 << 70} is out of vocabulary"),
+    "float": ([[5.0]], "a prompt is text or a list of token ids, got list"),
+    "number": ([5.5], "a prompt is text or a list of token ids, got float"),
+    "none": ([None], "a prompt is text or a list of token ids, got NoneType"),
+    "bytes": ([b"hello"], "a prompt is text or a list of token ids, got bytes"),
+    "list of texts": ([["hello"]], "a prompt is text or a list of token ids, got list"),
+    "unknown key": ([{"promt": "a"}], r"keys that are not supported: \['promt'\]"),
+    "media": ([{"prompt": "a", "multi_modal_data": {}}], r"keys that are not supported: \['multi_modal_data'\]"),
+    "both": ([{"prompt": "a", "prompt_token_ids": [5]}], "either `prompt` or `prompt_token_ids`"),
+    "neither": ([{}], "either `prompt` or `prompt_token_ids`"),
+    "surrogate": (["\ud800"], "text must be valid Unicode, without lone surrogates"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_refused(prompts: Any, sentence: str) -> None:
+    with pytest.raises(BadRequest, match=sentence) as caught:
+        ids(renderer(TOKENIZERS["wordpiece"]), prompts)
+    assert caught.value.param == "input"
+
+
+def test_text_without_tokens_is_refused() -> None:
+    made = renderer(TOKENIZERS["wordpiece"])
+    with pytest.raises(BadRequest, match="The decoder prompt cannot be empty"):
+        ids(made, [""], add_special_tokens=False)
+
+
+def test_tasks_and_params_are_checked() -> None:
+    made = renderer(TOKENIZERS["wordpiece"])
+    for task, sentence in (
+        ("classify", r"Unsupported task: 'classify' Supported tasks: \('embed', 'token_embed'\)"),
+        ("score", "`score` task was removed; use `classify` instead."),
+    ):
+        with pytest.raises(TaskNotOffered, match=sentence):
+            made.render(["a"], task, PoolingParams())
+    with pytest.raises(BadRequest, match="does not support Matryoshka embeddings; dimensions must be unset"):
+        made.render(["a"], "embed", PoolingParams(dimensions=4))
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte level, left", "python"])
+def test_threads_with_different_options_do_not_disturb_each_other(name: str) -> None:
+    made = renderer(TOKENIZERS[name], limit=1000)
+    jobs: list[dict[str, Any]] = [
+        {"truncate": truncate, "side": side, "pad": pad, "add_special_tokens": special}
+        for truncate, side, pad, special in itertools.product(
+            (None, 3, 9), (None, "left", "right"), (True, False), (True, False)
+        )
+    ]
+    texts = [text for text in TEXTS if text]
+    alone = [ids(made, texts, **job) for job in jobs]
+    assert len({str(found) for found in alone}) > 10
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda job: ids(made, texts, **job), jobs * 4))
+    assert together == alone * 4
+
+
+# --- messages and single tokens ------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ extra }}"
+)
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+
+
+def chatty() -> Renderer:
+    tokenizer = wordpiece()
+    tokenizer.chat_template = TEMPLATE
+    return renderer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (ChatOptions(), "<system>Be brief.<user>hello"),
+        (ChatOptions(add_generation_prompt=True), "<system>Be brief.<user>hello<assistant>"),
+        (ChatOptions(kwargs={"extra": "!"}), "<system>Be brief.<user>hello!"),
+        (ChatOptions(template="{{ messages[-1].content }}"), "hello"),
+    ],
+)
+def test_messages(options: ChatOptions, expected: str) -> None:
+    assert chatty().chat_text(MESSAGES, options) == expected
+
+
+def test_content_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "one"}, "two", {"text": "three"}]
+    assert chatty().chat_text([{"role": "user", "content": parts}]) == "<user>one\ntwo\nthree"
+
+
+CHAT_FAULTS: dict[str, tuple[Any, ChatOptions, str]] = {
+    "none": ([], ChatOptions(), "`messages` must not be empty"),
+    "image": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        ChatOptions(),
+        "content parts of type 'image_url' are not supported by this model, only text",
+    ),
+    "template raises": (
+        MESSAGES,
+        ChatOptions(template="{{ raise_exception('only one message') }}"),
+        "the chat template refuses these messages: only one message",
+    ),
+    "template is broken": (MESSAGES, ChatOptions(template="{% if %}"), "the chat template refuses these messages"),
+    "both ends": (
+        MESSAGES,
+        ChatOptions(add_generation_prompt=True, continue_final_message=True),
+        "Cannot set both `continue_final_message` and `add_generation_prompt` to True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "options", "sentence"), CHAT_FAULTS.values(), ids=CHAT_FAULTS)
+def test_faults_of_messages(messages: Any, options: ChatOptions, sentence: str) -> None:
+    with pytest.raises(BadRequest, match=sentence):
+        chatty().chat_text(messages, options)
+
+
+def test_messages_without_a_template() -> None:
+    with pytest.raises(BadRequest, match="tiny has no chat template, so `messages` cannot be rendered"):
+        renderer(TOKENIZERS["wordpiece"]).chat_text(MESSAGES)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte level", "python"])
+def test_tokens_there_and_back(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    made = renderer(tokenizer, limit=4)  # the limit is the model's, not the tokenizer's
+    for text in TEXTS:
+        for special in (True, False):
+            found = made.tokenize(text, add_special_tokens=special)
+            assert found == tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert made.token_strings(found) == tokenizer.convert_ids_to_tokens(found)
+            assert made.detokenize(found) == tokenizer.decode(found)
+    with pytest.raises(BadRequest, match="Token id -7 is out of vocabulary"):
+        made.detokenize([-7])
