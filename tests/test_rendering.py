@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -287,6 +289,28 @@ def test_threads_with_different_options_do_not_disturb_each_other(name: str) -> 
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda job: ids(made, texts, **job), jobs * 4))
     assert together == alone * 4
+
+
+class _NotReentrant(ByT5Tokenizer):
+    """A Python tokenizer that notices when two threads are in it."""
+
+    busy = threading.Semaphore(1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.busy.acquire(blocking=False), "two threads at once"
+        try:
+            time.sleep(0.001)
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.busy.release()
+
+
+@pytest.mark.parametrize("length", [None, 4])
+def test_python_tokenizers_are_used_by_one_thread_at_a_time(length: int | None) -> None:
+    made = renderer(_NotReentrant(), limit=1000)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: ids(made, TEXTS, truncate=length), range(16)))
+    assert found == [ids(made, TEXTS, truncate=length)] * 16
 
 
 # --- messages and single tokens ------------------------------------------------------------------------------------
