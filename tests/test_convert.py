@@ -47,23 +47,22 @@ CLASSIFIES = (
 )
 
 
-@pytest.mark.parametrize("runner", ["auto", "pooling"])
 @pytest.mark.parametrize(
     ("names", "by_none", "by_auto"),
     [(GENERATES, None, "embed"), (EMBEDS, "embed", "embed"), (CLASSIFIES, "classify", "classify")],
 )
-def test_conversion(names: tuple[str, ...], by_none: str | None, by_auto: str, runner: str) -> None:
+def test_conversion(names: tuple[str, ...], by_none: str | None, by_auto: str) -> None:
     for name in names:
-        assert conversion(name, "auto", runner=runner, pools=False) == by_auto
+        assert conversion(name, "auto", pools=False) == by_auto
         if by_none is None:
             with pytest.raises(CheckpointError, match=f"^{name} generates text and `convert` is 'none', so there is"):
-                conversion(name, "none", runner=runner, pools=False)
+                conversion(name, "none", pools=False)
         else:
-            assert conversion(name, "none", runner=runner, pools=False) == by_none
+            assert conversion(name, "none", pools=False) == by_none
         for convert in ("auto", "none"):
-            assert conversion(name, convert, runner=runner, pools=True) == "embed"
+            assert conversion(name, convert, pools=True) == "embed"
         for convert in ("embed", "classify"):
-            assert conversion(name, convert, runner=runner, pools=False) == convert
+            assert conversion(name, convert, pools=False) == convert
 
 
 def _rows(folder: Path, **options: Any) -> np.ndarray:

@@ -116,6 +116,11 @@ class ModelConfig(BaseModel):
     native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
 
+    @field_validator("max_model_len", mode="before")
+    @classmethod
+    def _by_model(cls, value: Any) -> Any:
+        return None if str(value) in ("auto", "-1") else value
+
     @field_validator("served_model_name", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+import weakref
+from collections import Counter, deque
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,12 @@ log = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
+
+
+_RUNNING: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+metrics.queued_sequences.set_function(lambda: sum(engine._scheduler.depth for engine in [*_RUNNING]))
+metrics.queued_tokens.set_function(lambda: sum(engine._scheduler.tokens for engine in [*_RUNNING]))
+metrics.tokens_per_second.set_function(lambda: sum(engine._rate.value() for engine in [*_RUNNING]))
 
 
 class Launched(Protocol):
@@ -62,6 +69,14 @@ class _Job:
     def cancelled(self) -> bool:
         """True once the caller gave up or a part failed: what still waits need not run."""
         return self.future.done()
+
+    def advance(self, count: int) -> None:
+        """Tell the caller that `count` more sequences are done; what its callback raises is its own affair."""
+        if self.progress is not None:
+            try:
+                self.progress(count)
+            except Exception:  # a broken progress bar must not stop the device
+                log.exception("the progress callback failed")
 
     def put(self, place: int, output: Output) -> None:
         """Store one output; the last one resolves the future."""
@@ -123,10 +138,8 @@ class LocalEngine:
         self._closing = False
         self._dead: BaseException | None = None
         self._last_failed = False
-        self._rate = metrics.Rate()
-        metrics.queued_sequences.set_function(lambda: self._scheduler.depth)
-        metrics.queued_tokens.set_function(lambda: self._scheduler.tokens)
-        metrics.tokens_per_second.set_function(self._rate.value)
+        self._rate: metrics.Rate = metrics.Rate()
+        _RUNNING.add(self)
         self._thread = threading.Thread(target=self._work, name="cenote-device", daemon=True)
         self._thread.start()
 
@@ -169,6 +182,7 @@ class LocalEngine:
         with self._changed:
             self._closing = True
             self._changed.notify()
+        _RUNNING.discard(self)
         if threading.current_thread() is not self._thread:  # an owner may be garbage-collected there
             self._thread.join()
 
@@ -231,17 +245,15 @@ class LocalEngine:
         metrics.batch_tokens.observe(tokens)
         metrics.batch_sequences.observe(len(batch))
         metrics.stage_seconds.labels("forward").observe(time.monotonic() - began)
-        finished: dict[_Job, int] = {}
+        finished = Counter(e.job for e, output in zip(batch, outputs, strict=True) if isinstance(output, Output))
+        for job, count in finished.items():
+            job.advance(count)
         for entry, output in zip(batch, outputs, strict=True):
             metrics.sequences.labels("done" if isinstance(output, Output) else "failed").inc()
             if isinstance(output, Output):
                 entry.job.put(entry.place, output)
-                finished[entry.job] = finished.get(entry.job, 0) + 1
             else:
                 entry.job.fail(output)
-        for job, count in finished.items():
-            if job.progress is not None:
-                job.progress(count)
 
     def _failed(self, batch: list[_Entry], error: Exception) -> None:
         """Split and retry a batch that ran out of memory; fail the requests of any other."""

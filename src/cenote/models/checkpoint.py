@@ -114,7 +114,7 @@ def read(options: ModelConfig) -> Checkpoint:
         file = Path(options.chat_template)
         is_path = "{" not in options.chat_template and file.is_file()
         tokenizer.chat_template = file.read_text() if is_path else options.chat_template
-    how = conversion(architecture, options.convert, runner=options.runner, pools=bool(st and st.modes))
+    how = conversion(architecture, options.convert, pools=bool(st and st.modes))
     return Checkpoint(name, path, revision, config, architecture, how, st, tokenizer)
 
 
@@ -171,8 +171,10 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
 
     folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
     if not options.allow_pickle and not any(folder.glob("*.safetensors")):
-        hint = "; it has pickled weights, which --allow-pickle would read" if any(folder.glob("*.bin")) else ""
-        raise CheckpointError(f"{checkpoint.name} has no safetensors file{hint}")
+        # Pickles of a hub repository are not even downloaded, so they may exist unseen.
+        seen = any(folder.glob("*.bin"))
+        hint = "it has pickled weights:" if seen else "if it has pickled weights,"
+        raise CheckpointError(f"{checkpoint.name} has no safetensors file; {hint} --allow-pickle would read them")
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -103,13 +103,12 @@ def register_installed() -> list[str]:
     return names
 
 
-def conversion(architecture: str, convert: str, *, runner: str, pools: bool) -> str:
+def conversion(architecture: str, convert: str, *, pools: bool) -> str:
     """How `architecture` becomes a pooling model: "embed" or "classify".
 
     Args:
         architecture: first entry of the config's `architectures`.
         convert: the option of that name.
-        runner: the option of that name; "pooling" says that a generative checkpoint is meant to pool.
         pools: the checkpoint has a Sentence-Transformers Pooling module.
 
     Raises:

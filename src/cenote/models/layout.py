@@ -37,6 +37,7 @@ PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 LONGEST_REAL_WINDOW = 512
 MOST_REAL_POSITIONS = 2048
 PROBE_WINDOW = 32
+INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Largest difference that counts as equal, relative to the largest hidden value (at least 1)."""
@@ -60,7 +61,9 @@ class Backbone:
     rope_class: Callable[[int], int] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.accepts = frozenset(inspect.signature(self.model.forward).parameters)
+        parameters = inspect.signature(self.model.forward).parameters
+        only_keywords = "input_ids" not in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.accepts = INPUTS if only_keywords else frozenset(parameters)
         self.rope_class = rope_class(self.model)
 
     @property

@@ -138,6 +138,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     native.keep_freed_memory()
     layout, reasons = choose(model, max_length=length, packed=options.packing, kernels=kernels)
     notes = [note for note in (dtype_note, length_note) if note]
+    if checkpoint.conversion == "classify":
+        notes.append(f"the head of {checkpoint.architecture} is not served yet; embed gives its hidden states, pooled")
     if layout.name != "packed":
         notes.append(f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked"))
     pooler, dimension = _pooler(checkpoint, model, options)

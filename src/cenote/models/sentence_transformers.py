@@ -79,9 +79,16 @@ def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | Non
     Raises:
         CheckpointError: a module, mode or activation is not honoured, or its weights are missing.
     """
-    modules_file = path / "modules.json"
-    if not modules_file.is_file():
+    if not (path / "modules.json").is_file():
         return None
+    try:
+        return _read(path, allow_pickle=allow_pickle)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a well-formed Sentence-Transformers folder: {error!r}") from error
+
+
+def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
+    modules_file = path / "modules.json"
     modules = sorted(_json(modules_file), key=lambda module: module["idx"])
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if not kinds or kinds[0] != "Transformer":
