@@ -222,8 +222,8 @@ def resolve(
     for given, value in values.items():
         name = ALIASES.get(given, given)
         if name in EXPLAINED:
-            if name == "tensor_parallel_size" and int(value) != 1:
-                raise ConfigError(f"tensor_parallel_size must be 1, got {value}: {EXPLAINED[name]}")
+            if name == "tensor_parallel_size" and str(value) != "1":
+                raise ConfigError(f"tensor_parallel_size must be 1, got {value!r}: {EXPLAINED[name]}")
             notes.append(f"{given} has no effect: {EXPLAINED[name]}")
         elif name not in owners:
             raise ConfigError(unknown_name("option", given, [*owners, *ALIASES, *EXPLAINED]))

@@ -61,7 +61,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
         ConfigError: a flag, variable or entry is unknown or malformed.
     """
     top = parser()
-    argv, dotted = _split_dotted(_explain(argv))
+    argv, explained = _take_explained(argv)
+    argv, dotted = _split_dotted(argv)
     known, unknown = top.parse_known_args(argv)
     if known.version:
         return {"command": "version"}
@@ -81,12 +82,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
         if "model" in given:
             raise ConfigError(f"the model is given twice: {tag!r} and --model {given['model']!r}")
         given["model"] = tag
-    for old, new in ALIASES.items():
-        if old in given:
-            given[new] = given.pop(old)
     if dotted:
         given["pooler_config"] = {**_object(given.get("pooler_config", {})), **dotted}
-    return {**(from_file(file) if file else {}), **from_environment(), **given}
+    return {**(from_file(file) if file else {}), **from_environment(), **explained, **given}
 
 
 def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str) -> None:
@@ -103,26 +101,22 @@ def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str)
         group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())
 
 
-def _explain(argv: list[str]) -> list[str]:
-    """Turn flags of other engines that have no effect here into one form: `--flag=value`."""
-    explained = {_flag(name) for name in EXPLAINED}
+def _take_explained(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take the flags of other engines that have no effect here out of `argv`; `resolve` says why they have none."""
+    names = {_flag(name): name for name in EXPLAINED}
     kept: list[str] = []
-    position = 0
-    while position < len(argv):
-        flag, equals, _ = argv[position].partition("=")
-        if flag in explained:
-            note = flag.removeprefix("--").replace("-", "_")
-            more = not equals and position + 1 < len(argv) and note not in SWITCHES
-            follows = more and not argv[position + 1].startswith("-")
-            value = argv[position].partition("=")[2] if equals else argv[position + 1] if follows else ""
-            if note == "tensor_parallel_size" and value != "1":
-                raise ConfigError(f"{flag} must be 1, got {value!r}: {EXPLAINED[note]}")
-            print(f"cenote: {flag} has no effect: {EXPLAINED[note]}")
-            position += 2 if follows else 1
-        else:
-            kept.append(argv[position])
-            position += 1
-    return kept
+    taken: dict[str, str] = {}
+    rest = list(reversed(argv))
+    while rest:
+        argument = rest.pop()
+        flag, equals, value = argument.partition("=")
+        if flag not in names:
+            kept.append(argument)
+            continue
+        if not equals and rest and names[flag] not in SWITCHES and not rest[-1].startswith("-"):
+            value = rest.pop()
+        taken[names[flag]] = value
+    return kept, taken
 
 
 def _split_dotted(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
