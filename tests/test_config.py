@@ -139,7 +139,7 @@ FLAG_FAULTS: dict[str, tuple[list[str], str]] = {
     "number too small": (["--max-num-seqs", "0"], "max_num_seqs: Input should be greater than or equal to 1"),
     "no choice": (["--dtype", "float8"], "dtype: Input should be 'auto', 'half'"),
     "generate": (["--runner", "generate"], "does not generate text; use runner 'pooling'"),
-    "several devices": (["--tensor-parallel-size", "2"], "tensor_parallel_size must be 1, got '2': a model runs on one device"),
+    "several devices": (["--tensor-parallel-size", "2"], "tensor_parallel_size must be 1, got '2': a model runs on"),
 }
 
 
