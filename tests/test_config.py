@@ -321,7 +321,10 @@ def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "sentence"),
     [
         (["serve", "--prot", "1"], "cenote: unknown flag '--prot'; did you mean '--port'?\n"),
-        (["serve", "/no/such/folder"], "cenote: there is no folder '/no/such/folder', and it is not a hub id of"),
+        (
+            ["serve", "/no/such/folder", "--port", "0"],
+            "cenote: there is no folder '/no/such/folder', and it is not a hub id of",
+        ),
         (["sevre"], "cenote: argument COMMAND: invalid choice: 'sevre'"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import cenote
 from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
-from cenote.errors import ConfigError
+from cenote.errors import CenoteError, ConfigError
 
 if TYPE_CHECKING:
     from cenote.service import Service
@@ -47,7 +47,11 @@ def _serve(arguments: dict[str, Any]) -> None:
     from cenote.service import Service
 
     listener = _bind(server)
-    service = Service.load(model, engine)
+    try:
+        service = Service.load(model, engine)
+    except CenoteError:
+        listener.close()
+        raise
     for line in report(service, engine, server):
         log.info(line)
     config = uvicorn.Config(
