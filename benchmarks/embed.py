@@ -12,104 +12,55 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from datetime import date
 from http.client import HTTPConnection
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's spinning threads would slow torch's GEMMs
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import numpy as np
-import torch
 from tests.corpus import docstrings
 
+from benchmarks.harness import Encode, Worker, gemm_rate, row, save
 from cenote import LLM
 from cenote.models.checkpoint import embedded
 
-RESULTS = Path(__file__).parent / "results"
 MAX_TOKENS = 256
 CLIENTS = 16
-LINEAR_PARAMETERS = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+SHAPES = [*[(384, 384)] * 4, (1536, 384), (384, 1536)]
+LAYERS = 6
+LINEAR_PARAMETERS = LAYERS * sum(a * b for a, b in SHAPES)
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """CPU seconds of this process, wall seconds, and the result."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = work()
-    return time.process_time() - cpu, time.perf_counter() - wall, result
+def cenote() -> Encode:
+    """Vectors of texts by Cenote; of the order "gemm" the GEMM rate."""
+    llm = LLM(auto_truncate=True)
+
+    def encode(texts: list[str] | str) -> Any:
+        if texts == "gemm":
+            return gemm_rate(SHAPES, LAYERS)
+        return np.array([o.outputs.embedding for o in llm.embed(texts, use_tqdm=False)])
+
+    return encode
 
 
-def gemm_rate(tokens: int = 2048) -> float:
-    """FLOP per CPU second of MiniLM's Linear shapes over `tokens` rows; the best of five rounds of all layers."""
-    shapes = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
-    weights = [torch.randn(out, into) for out, into in shapes * 6]
-    inputs = {into: torch.randn(tokens, into) for _, into in shapes}
-    with torch.inference_mode():
-        best = min(
-            timed(lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in weights])[0] for _ in range(5)
-        )
-    return 2 * tokens * sum(w.numel() for w in weights) / best
+def sentence_transformers() -> Encode:
+    """Vectors of texts by sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
 
-
-def _work(engine: str, pipe: Connection) -> None:
-    """A process that answers texts with (CPU s, wall s, vectors), and "gemm" with the GEMM rate; `None` ends it."""
-    if engine == "cenote":
-        llm = LLM(auto_truncate=True)
-
-        def encode(texts: list[str]) -> np.ndarray:
-            return np.array([o.outputs.embedding for o in llm.embed(texts, use_tqdm=False)])
-    else:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(str(embedded()[0]), device="cpu")
-        model.max_seq_length = MAX_TOKENS
-
-        def encode(texts: list[str]) -> np.ndarray:
-            return np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
-
-    while (order := pipe.recv()) is not None:
-        pipe.send(gemm_rate() if order == "gemm" else timed(lambda order=order: encode(order)))
-
-
-class Worker:
-    """One engine in a process of its own, with a fixed number of threads."""
-
-    def __init__(self, engine: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        context.Process(target=_work, args=(engine, theirs), daemon=True).start()
-
-    def ask(self, order: list[str] | str) -> Any:
-        """What the process answers."""
-        self._pipe.send(order)
-        return self._pipe.recv()
-
-    def stop(self) -> None:
-        """End the process."""
-        self._pipe.send(None)
-
-
-def row(name: str, value: str, goal: str = "") -> None:
-    print(f"{name:<66} {value:>16}   {goal}", flush=True)
+    model = SentenceTransformer(str(embedded()[0]), device="cpu")
+    model.max_seq_length = MAX_TOKENS
+    return lambda texts: np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
 
 
 def offline(texts: list[str], rounds: int) -> dict[str, Any]:
     """Offline throughput, interleaved: CPU time on one thread, then wall time on all; and one request of 32."""
     cores = os.cpu_count() or 1
-    ours, theirs = Worker("cenote", 1), Worker("sentence-transformers", 1)
-    ours_all, theirs_all = Worker("cenote", cores), Worker("sentence-transformers", cores)
+    ours, theirs = Worker(cenote, threads=1), Worker(sentence_transformers, threads=1)
+    ours_all, theirs_all = Worker(cenote, threads=cores), Worker(sentence_transformers, threads=cores)
     for worker in (ours, theirs, ours_all, theirs_all):
         worker.ask(texts[:64])
     some = texts[:: len(texts) // 32][:32]
@@ -121,7 +72,7 @@ def offline(texts: list[str], rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         st_cpu, _, st_vectors = theirs.ask(texts)
         our_cpu, _, our_vectors = ours.ask(texts)
-        rate = ours.ask("gemm")
+        rate = ours.ask("gemm")[2]
         st_wall, our_wall = theirs_all.ask(texts)[1], ours_all.ask(texts)[1]
         result["cpu_ratio"].append(st_cpu / our_cpu)
         result["gemm_fraction"].append(flop / rate / our_cpu)
@@ -195,7 +146,7 @@ def served(texts: list[str], rounds: int) -> dict[str, Any]:
         if len(starts) < 3:
             server.stop()
     fractions: dict[str, list[float]] = {"1": [], "8": []}
-    llm = Worker("cenote", os.cpu_count() or 1)
+    llm = Worker(cenote, threads=os.cpu_count() or 1)
     llm.ask(texts[:64])
     for _ in range(rounds):
         for size, found in fractions.items():
@@ -236,19 +187,7 @@ def main() -> None:
         row(f"served / offline, {CLIENTS} clients, {size} text(s) a request", f"{median(fractions):.0%}", ">= 90 %")
     row("start to first answer", f"{median(result['served']['first_answer_seconds']):.1f} s", "<= 6")
     if options.save:
-        result["machine"] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-        result["versions"] = {"torch": torch.__version__}
-        result["date"] = date.today().isoformat()
-        result["command"] = f"python -m benchmarks.embed --texts {options.texts} --rounds {options.rounds}"
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{options.save}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    wide = "AVX-512" if any("avx512f" in line for line in lines) else "no AVX-512"
-    return f"{names[0] if names else platform.processor()} ({wide})"
+        save(options.save, result, f"python -m benchmarks.embed --texts {options.texts} --rounds {options.rounds}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ The weights are large enough that every token, position and layer moves the resu
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -77,23 +78,49 @@ def wordpiece(*, lowercase: bool = False, **options: Any) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names_of_inputs, **names, **options)
 
 
-def byte_level(**options: Any) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a few merges that closes every text with `<|endoftext|>`, as Qwen3-Embedding."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("o", "n"), ("a", "n"), ("Ġ", "the"), ("e", "r")]
-    entries = ["<|endoftext|>", *alphabet, *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(entries)}, merges))
+_MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("o", "n"), ("a", "n"), ("Ġ", "the"), ("e", "r")]
+_MERGES += [("y", "e"), ("ye", "s"), ("n", "o"), ("Y", "e"), ("Ye", "s")]
+
+
+def byte_level(
+    single: str = "$A <|endoftext|>", pair: str | None = None, special: tuple[str, ...] = (), **options: Any
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a few merges; by default it closes every text as Qwen3-Embedding's.
+
+    Args:
+        single: what is put around a text.
+        pair: what is put around two texts; `None` = they are joined as they are.
+        special: special tokens besides `<|endoftext|>`, which pads.
+        options: of the Transformers class.
+    """
+    listed = ("<|endoftext|>", *special)
+    entries = [*listed, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in _MERGES)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(entries)}, _MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+        single=single, pair=pair or "$A $B:1", special_tokens=[(token, i) for i, token in enumerate(listed)]
     )
+    tokenizer.add_special_tokens([*listed])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        model_input_names=["input_ids", "attention_mask"],
-        **options,
+        **{
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|endoftext|>",
+            "model_input_names": ["input_ids", "attention_mask"],
+            **options,
+        },
+    )
+
+
+def sentinels(**options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that marks texts as RoBERTa's: `<s> a </s>`, and pairs `<s> a </s></s> b </s>`."""
+    names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+    return byte_level(
+        "<s> $A </s>",
+        "<s> $A </s> </s> $B </s>",
+        ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+        **{**{f"{name}_token": token for name, token in names.items()}, "model_max_length": POSITIONS, **options},
     )
 
 
@@ -184,6 +211,52 @@ def decoder(
         folder,
         seed,
     )
+
+
+def classifier(
+    folder: Path,
+    family: str = "Bert",
+    head: str = "ForSequenceClassification",
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Path:
+    """A two-layer model of any Transformers family with a classification head, as `BertForTokenClassification`."""
+    tokenizer = tokenizer or wordpiece()
+    kind = getattr(transformers, f"{family}Config")
+    known = {item.name for item in fields(kind)} | set(kind.attribute_map)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_position_embeddings": POSITIONS,
+    }
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
+    shared = {name: value for name, value in {**shape, **ids}.items() if name in known}
+    return save(getattr(transformers, family + head)(kind(**{**shared, **options})), tokenizer, folder, seed)
+
+
+def add_head(folder: Path, architecture: str, weights: Mapping[str, Tensor]) -> Path:
+    """Add tensors to a checkpoint and rename it, for architectures that Transformers has no class for."""
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **weights}, file, metadata={"format": "pt"})
+    edit_json(folder / "config.json", architectures=[architecture])
+    return folder
+
+
+def two_layers(labels: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """The head of Qwen2's reward models: two layers with a ReLU between them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"score.{place}.{kind}": torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for place, rows in ((0, HIDDEN), (2, labels))
+        for kind, shape in (("weight", (rows, HIDDEN)), ("bias", (rows,)))
+    }
 
 
 OLD = "sentence_transformers.models."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,12 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
-from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
+from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
 from cenote.engine.rendering import Renderer
 from cenote.models.checkpoint import embedded
 from cenote.server.app import build
 from cenote.service import Service
-from cenote.types import Engine, ModelInfo, PoolingParams, Sequence
+from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,14 +27,56 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from transformers import PreTrainedTokenizerBase
 
+JSON = {"Content-Type": "application/json"}
 INFO = replace(FAKE_INFO, vocab_size=30_522)
 """The fake model, with a vocabulary that fits the tokenizer: vectors of 8, at most 64 tokens."""
+
+
+CLASSIFIER = replace(
+    INFO,
+    tasks=("classify", "token_classify", "embed", "token_embed"),
+    default_task="classify",
+    num_labels=3,
+    labels=("no", "maybe", "yes"),
+    activation="softmax",
+)
+"""A fake classifier of three labels."""
+
+CROSS_ENCODER = replace(
+    CLASSIFIER,
+    num_labels=1,
+    labels=("LABEL_0",),
+    activation="sigmoid",
+    score_types=("cross-encoder", "bi-encoder", "late-interaction"),
+    reward="classify",
+)
+"""A fake classifier of one label, which scores pairs in every way and gives rewards."""
+
+ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
+"""The fake model, which scores pairs by its vectors."""
 
 
 def expected(ids: list[int], **params: Any) -> list[float]:
     """The fake model's vector for `ids`, as JSON reads it back."""
     vector: list[float] = fake_vector(Sequence(ids, params=PoolingParams(**params)), INFO.dimension).tolist()
     return vector
+
+
+def classes(ids: list[int], info: ModelInfo = CLASSIFIER, **params: Any) -> list[float]:
+    """A fake classifier's values for `ids`, as JSON reads them back."""
+    values: list[float] = fake_classes(Sequence(ids, params=PoolingParams(**params)), info).tolist()
+    return values
+
+
+def error(client: TestClient, body: Any, path: str = "/v1/embeddings") -> dict[str, Any]:
+    """The error of a refused request, after checking that its body is nothing but an error and repeats the status."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = client.post(path, content=content, headers=JSON)
+    assert list(answer.json()) == ["error"], answer.text
+    found: dict[str, Any] = answer.json()["error"]
+    assert list(found) == ["message", "type", "param", "code"]
+    assert found["code"] == answer.status_code
+    return found
 
 
 def floats(values: Any) -> Any:
@@ -55,15 +98,23 @@ class Serve:
         info: ModelInfo = INFO,
         names: tuple[str, ...] = ("fake",),
         chat_template: str | None = None,
+        pair_template: PairTemplate | None = None,
         auto_truncate: bool = False,
         **options: Any,
     ) -> TestClient:
         tokenizer = copy(self.tokenizer)
         tokenizer.chat_template = chat_template
         engine = engine or FakeEngine(info)
-        service = Service(engine, Renderer(tokenizer, engine.info, auto_truncate=auto_truncate), names)
-        client = TestClient(build([service], ServerConfig(**options)), raise_server_exceptions=False)
+        renderer = Renderer(tokenizer, engine.info, auto_truncate=auto_truncate)
+        return self.of(Service(engine, renderer, names, pair_template), **options)
+
+    def of(self, *services: Service, **options: Any) -> TestClient:
+        client = TestClient(build([*services], ServerConfig(**options)), raise_server_exceptions=False)
         return self.stack.enter_context(client)
+
+    def several(self, **engines: Engine) -> TestClient:
+        """One server of several models, by the names that requests call them."""
+        return self.of(*(Service(e, Renderer(self.tokenizer, e.info), (name,)) for name, e in engines.items()))
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_missing_files_are_refused(folder: Path, names: tuple[str, ...], sentenc
 def test_truncated_weights_file_is_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot load the weights of "):
+    with pytest.raises(CheckpointError, match=f"^cannot read model.safetensors of {folder.name}: "):
         LLM(model=str(folder))
 
 
@@ -519,8 +519,9 @@ def test_task_of_the_pooler_config_is_the_default_of_encode(bert: Path, task: st
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "STEP": ({"pooling_type": "STEP"}, "STEP is for process reward models, which Cenote does not serve yet"),
-    "STEP of tokens": ({"tok_pooling_type": "STEP"}, "STEP is for process reward models"),
+    "STEP twice": ({"pooling_type": "STEP", "tok_pooling_type": "STEP"}, "`pooling_type` cannot be combined with"),
+    "step tag": ({"step_tag_id": -1}, "pooler_config.step_tag_id: Input should be greater than or equal to 0"),
+    "no columns": ({"returned_token_ids": []}, "pooler_config.returned_token_ids: Tuple should have at least 1 item"),
     "unknown type": ({"pooling_type": "MEDIAN"}, "pooler_config.pooling_type: Input should be 'CLS', 'LAST', 'MEAN'"),
     "type twice": ({"pooling_type": "CLS", "seq_pooling_type": "CLS"}, "`pooling_type` cannot be combined with"),
     "unknown field": ({"poolin_type": "CLS"}, "unknown pooler config field 'poolin_type'; did you mean 'pooling_type'"),
@@ -535,6 +536,19 @@ FAULTS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("pooler", "sentence"), FAULTS.values(), ids=FAULTS)
 def test_faults_of_the_pooler_config(bert: Path, pooler: Any, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
+        LLM(model=str(bert), pooler_config=pooler)
+
+
+@pytest.mark.parametrize(
+    ("pooler", "sentence"),
+    [
+        ({"pooling_type": "STEP"}, "pooling type STEP rates steps, but .* has no head to rate them$"),
+        ({"tok_pooling_type": "STEP"}, "pooling type STEP rates steps, but .* has no head to rate them$"),
+    ],
+    ids=["STEP", "STEP of tokens"],
+)
+def test_pooler_configs_that_the_checkpoint_cannot_follow(bert: Path, pooler: Any, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
         LLM(model=str(bert), pooler_config=pooler)
 
 
@@ -577,5 +591,6 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(bert: Path, tmp_path
 def test_options_are_read_once(bert: Path) -> None:
     """`read` fills in what the checkpoint says without touching the weights."""
     found = module.read(ModelConfig(model=str(bert), tokenizer=str(bert)))
-    assert (found.architecture, found.conversion, found.revision, found.st) == ("BertModel", "embed", None, None)
+    assert (found.architecture, found.head.kind, found.revision, found.st) == ("BertModel", "none", None, None)
+    assert found.pair_template is None
     assert found.tokenizer("a")["input_ids"] == checkpoints.wordpiece()("a")["input_ids"]

@@ -13,6 +13,7 @@ import pytest
 import cenote
 from cenote import LLM, config
 from cenote.cli import flags, main
+from cenote.cli.serve import limits, models_of
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
 
@@ -128,8 +129,8 @@ FLAG_FAULTS: dict[str, tuple[list[str], str]] = {
         ["--pooler-config.poolin_type", "MEAN"],
         "unknown pooler config field 'poolin_type'; did you mean 'pooling_type'?",
     ),
-    "two models": (["a", "b"], "unexpected argument 'b': one MODEL is served"),
     "model twice": (["a", "--model", "b"], "the model is given twice: 'a' and --model 'b'"),
+    "models and model": (["a", "b", "--model", "c"], "the model is given twice: 'a' and --model 'c'"),
     "no value": (["--port"], "--port: expected one argument"),
     "broken JSON": (["--hf-overrides", "{"], "hf_overrides.*not valid JSON"),
     "broken pooler JSON": (["--pooler-config", "{", "--pooler-config.dimensions", "8"], "--pooler-config is not valid"),
@@ -164,6 +165,90 @@ def test_options_without_effect_say_why(name: str, form: str) -> None:
     found = flags.parse(["serve", *argv])
     del found["command"]
     assert resolve(found)[1] == [f"{name} has no effect: {config.EXPLAINED[name]}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "convert", "default"),
+    [
+        ({"task": "embed"}, "embed", "embed"),
+        ({"task": "embedding"}, "embed", "embed"),
+        ({"task": "classify"}, "classify", "classify"),
+        ({"task": "score"}, "auto", None),
+        ({"task": "reward"}, "auto", None),
+        ({"task": "token_classify"}, "auto", "token_classify"),
+        ({"task": "token_embed", "convert": "embed"}, "embed", "token_embed"),
+        ({"task": "score", "convert": "classify"}, "classify", None),
+        ({"task": "embed", "pooler_config": {"task": "token_embed"}}, "embed", "token_embed"),
+        ({"convert": "classify"}, "classify", None),
+    ],
+    ids=str,
+)
+def test_what_task_of_older_releases_stands_for(given: dict[str, Any], convert: str, default: str | None) -> None:
+    (model, *_), notes = resolve(given)
+    assert isinstance(model, ModelConfig)
+    assert (model.convert, model.pooler_config.task) == (convert, default)
+    told = (
+        f"task={given.get('task')!r} is the spelling of older releases of vLLM; tasks follow from the model, and "
+        "convert or pooler_config.task say what does not"
+    )
+    assert notes == [told] * ("task" in given)
+
+
+# --- several models ------------------------------------------------------------------------------------------------
+
+
+def served(*argv: str) -> list[tuple[str | None, tuple[str, ...], ServerConfig]]:
+    """Models and their names, as `cenote serve` would serve them."""
+    found = flags.parse(["serve", *argv])
+    assert found.pop("command") == "serve"
+    return [(model.model, model.served_model_name, server) for model, _, server in models_of(found)[0]]
+
+
+SEVERAL: dict[str, tuple[list[str], list[tuple[str | None, tuple[str, ...]]]]] = {
+    "none": ([], [(None, ())]),
+    "one": (["a", "--served-model-name", "x", "y"], [("a", ("x", "y"))]),
+    "two": (["a", "b"], [("a", ("a",)), ("b", ("b",))]),
+    "two with names": (["a", "b", "--served-model-name", "x", "y"], [("a", ("x",)), ("b", ("y",))]),
+    "names first": (["--served-model-name=x", "--served-model-name=y", "a", "b"], [("a", ("x",)), ("b", ("y",))]),
+    "the same twice": (["a", "a", "--served-model-name", "x", "y"], [("a", ("x",)), ("a", ("y",))]),
+    "three": (["a", "b", "c"], [("a", ("a",)), ("b", ("b",)), ("c", ("c",))]),
+}
+
+
+@pytest.mark.parametrize(("argv", "expected"), SEVERAL.values(), ids=SEVERAL)
+def test_several_models(argv: list[str], expected: list[tuple[str | None, tuple[str, ...]]]) -> None:
+    found = served("--port", "81", *argv)
+    assert [(model, names) for model, names, _ in found] == expected
+    assert {server.port for *_, server in found} == {81}
+
+
+def test_names_of_several_models_from_the_environment(environment: dict[str, str]) -> None:
+    environment["CENOTE_SERVED_MODEL_NAME"] = "x,y"
+    assert [names for _, names, _ in served("a", "b")] == [("x",), ("y",)]
+
+
+SEVERAL_FAULTS: dict[str, tuple[list[str], str]] = {
+    "too few names": (
+        ["a", "b", "--served-model-name", "x"],
+        "2 models need as many names: --served-model-name gives 1",
+    ),
+    "too many names": (
+        ["a", "b", "--served-model-name", "x", "y", "z"],
+        "2 models need as many names: --served-model-name gives 3",
+    ),
+    "a name twice": (
+        ["a", "b", "--served-model-name", "x", "x"],
+        "two models cannot both be served as 'x'; see --served-model-name",
+    ),
+    "a model twice": (["a", "b", "a"], "two models cannot both be served as 'a'; see --served-model-name"),
+    "another option": (["a", "b", "--dtype", "float8"], "dtype: Input should be 'auto', 'half'"),
+}
+
+
+@pytest.mark.parametrize(("argv", "sentence"), SEVERAL_FAULTS.values(), ids=SEVERAL_FAULTS)
+def test_faults_of_several_models(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        served(*argv)
 
 
 # --- environment, file, precedence --------------------------------------------------------------------------------
@@ -287,6 +372,20 @@ def test_notes_of_options_without_effect() -> None:
     assert notes == [
         f"{name} has no effect: {config.EXPLAINED[name]}"
         for name in ("gpu_memory_utilization", "tensor_parallel_size", "seed")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [({}, False), ({"host": "0.0.0.0"}, True), ({"host": "::1"}, False), ({"host": "0.0.0.0", "api_key": "k"}, False)],
+    ids=str,
+)
+def test_limits_that_are_told_at_start(options: dict[str, Any], warns: bool) -> None:
+    server = ServerConfig(max_client_batch_size=3, max_body_bytes=1000, **options)
+    warning = "warning: 0.0.0.0 may be reached by others, and no --api-key is set"
+    assert limits(EngineConfig(max_queued_seqs=7), server) == [
+        "limits: 3 inputs and 1000 bytes a request, 7 inputs waiting",
+        *[warning] * warns,
     ]
 
 

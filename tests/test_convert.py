@@ -97,8 +97,12 @@ def test_convert_none_of_a_generator_is_refused_until_it_pools(tmp_path: Path) -
         np.testing.assert_array_equal(_rows(folder, **options), plain)
 
 
-def test_convert_classify_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="convert 'classify' is not offered yet; 'embed' serves"):
+def test_convert_classify_without_a_head_says_what_would_make_one(tmp_path: Path) -> None:
+    sentence = (
+        r"^convert 'classify' needs a head: BertModel has no score\.weight\. Name the vocabulary entries whose logits "
+        r'classify, as in hf_overrides {"classifier_from_token": \["no", "yes"\], "method": "from_2_way_softmax"}'
+    )
+    with pytest.raises(CheckpointError, match=sentence):
         LLM(model=str(checkpoints.bert(tmp_path)), convert="classify")
 
 

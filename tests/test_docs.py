@@ -16,6 +16,7 @@ from cenote.cli.options import page
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.server.app import build
 from cenote.service import Service
+from tests.checkpoints import classifier
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,15 +28,31 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page.name, block) for page in PAGES for block in pattern.findall(page.read_text())]
 
 
+NER = ["O", "B-PER", "I-PER", "B-LOC"]
+
+
 @pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    service = Service.load(ModelConfig(), EngineConfig())
-    with TestClient(build([service], ServerConfig())) as client:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models that the pages call `my-...`."""
+    root = tmp_path_factory.mktemp("models")
+    classifier(root / "my-classifier", num_labels=3)
+    classifier(root / "my-reward-model", num_labels=1)
+    classifier(root / "my-ner", head="ForTokenClassification", id2label=dict(enumerate(NER)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(folders: Path) -> Iterator[TestClient]:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    options = [{"model": str(folder), "served_model_name": folder.name} for folder in sorted(folders.iterdir())]
+    configs = [ModelConfig(), *(ModelConfig(**own, chat_template=template) for own in options)]
+    with TestClient(build([Service.load(config, EngineConfig()) for config in configs], ServerConfig())) as client:
         yield client
 
 
 @pytest.mark.parametrize(("where", "code"), [b for b in blocks("python") if "base_url" not in b[1]])
-def test_python_runs(where: str, code: str) -> None:
+def test_python_runs(where: str, code: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders)
     exec(compile(code, where, "exec"), {"__name__": where})
 
 

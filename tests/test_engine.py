@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cenote import metrics
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
@@ -61,6 +62,20 @@ def test_outputs_come_in_the_order_of_the_request() -> None:
     engine = LocalEngine(Model(), max_batch_tokens=50)
     many = texts(40, 3, 50, 7, 7, 1, 30)
     check(engine.submit(many), many)
+    engine.close()
+
+
+@pytest.mark.parametrize(("shares", "batches"), [(True, 1), (False, 4), (None, 4)])
+def test_a_common_beginning_is_paid_once_by_a_model_that_shares_it(shares: bool | None, batches: int) -> None:
+    model = Model()
+    if shares is not None:
+        model.shares_prefixes = shares  # type: ignore[attr-defined]
+    engine = LocalEngine(model, max_batch_tokens=500)
+    sequences = [Sequence([*range(100), *[number] * 20]) for number in range(16)]
+    before = metrics.REGISTRY.get_sample_value("cenote_tokens_total")
+    check(engine.submit(sequences), sequences)
+    assert len(model.batches) == batches
+    assert metrics.REGISTRY.get_sample_value("cenote_tokens_total") == before + 16 * 120, "all tokens are reported"
     engine.close()
 
 

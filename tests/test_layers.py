@@ -15,7 +15,7 @@ LAYERS = (
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),
-    ("service", ("service",)),
+    ("service", ("service", "plugins")),
     ("faces", ("llm", "server")),
     ("command line", ("cli", "__main__")),
 )

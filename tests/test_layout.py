@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_windows_longer_than_the_probe_are_honoured(name: str) -> None:
     window = LONGEST_REAL_WINDOW + 88
     size = {"local_attention": window} if name == "modernbert" else {"sliding_window": window}
     options = {**size, "max_position_embeddings": 2048}
-    sequences = draw(window * 2, 20)
+    sequences = [*draw(window * 2, 20), *family(window + 60, 9, 300)]
     expected = alone(model(name, **options), sequences)
     packed = model(name, **options)
     layout, _ = choose(packed)
@@ -141,3 +142,139 @@ def test_shuffling_splitting_and_mixing_moves_no_row() -> None:
             part = forward(layout, pack([sequences[i] for i in members])).split([len(sequences[i]) for i in members])
             for i, rows in zip(members, part, strict=True):
                 assert torch.allclose(rows, whole[i], atol=2e-6)
+
+
+def family(prefix: int, *leaves: int, strangers: tuple[int, ...] = ()) -> list[Sequence]:
+    """Sequences that begin with the same `prefix` tokens, and some that do not, shortest first."""
+    head, *rest = draw(prefix, *leaves, *strangers)
+    kin = [Sequence([*head.ids, *rest[i].ids]) for i in range(len(leaves))]
+    return sorted([*kin, *rest[len(leaves) :]], key=len)
+
+
+def rows_run(net: Any, layout: Any, sequences: list[Sequence]) -> tuple[torch.Tensor, int]:
+    """The layout's rows, and how many rows the model's own code saw."""
+    seen = []
+    hook = net.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    rows = forward(layout, pack(sequences))
+    hook.remove()
+    return rows, sum(seen)
+
+
+CAUSAL = [
+    "qwen3",
+    "qwen3-moe",
+    "qwen2",
+    "qwen2-sliding",
+    "llama",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "mistral-sliding",
+    "ministral3",
+    "gpt2",
+    "gpt-bigcode",
+    "gpt-neox",
+    "gpt-oss",
+    "opt",
+    "phi3-longrope",
+    "smollm3",
+    "cohere2",
+    "modernbert-decoder",
+    "bert-causal",
+]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_common_prefix_runs_once_and_is_exact(name: str) -> None:
+    """The prefix is longer than the windows of the rows that have one; two leaves are equally long, one has a token."""
+    net = model(name)
+    sequences = family(45, 9, 20, 1, 9, strangers=(50, 33))
+    expected = alone(model(name), sequences)
+    layout, _ = choose(net, max_length=ROWS[name].max_length)
+    assert layout.shares_prefixes
+    rows, count = rows_run(net, layout, sequences)
+    assert count == 45 + 9 + 20 + 1 + 9 + 50 + 33
+    assert torch.allclose(rows, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_prefixes_are_shared_within_a_class_of_rotary_frequencies() -> None:
+    sequences = family(45, 20, 9, 9)
+    expected = alone(model("llama-dynamic-rope"), sequences)
+    net = model("llama-dynamic-rope")
+    rows, count = rows_run(net, choose(net)[0], sequences)
+    assert count == 45 + 9 + 9 + 65, "only sequences of one length share frequencies"
+    assert torch.allclose(rows, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "embedding-gemma", "llama-noncausal", "mpnet"])
+def test_models_that_look_ahead_do_not_share(name: str) -> None:
+    net = model(name)
+    sequences = family(45, 9, 20, 9)
+    expected = alone(model(name), sequences)
+    layout, _ = choose(net)
+    assert not layout.shares_prefixes
+    rows, count = rows_run(net, layout, sequences)
+    assert count >= 45 * 3 + 9 + 20 + 9
+    assert torch.allclose(rows, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_sharing_can_be_switched_off() -> None:
+    net = model("qwen3")
+    sequences = family(45, 9, 20)
+    layout, _ = choose(net, share_prefixes=False)
+    assert (layout.name, layout.shares_prefixes) == ("packed", False)
+    assert rows_run(net, layout, sequences)[1] == 45 * 2 + 9 + 20
+
+
+@pytest.mark.parametrize(("max_length", "shares"), [(23, False), (24, True), (40, True)])
+def test_a_model_too_short_to_prove_sharing_does_not_share(
+    max_length: int, shares: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cenote"):
+        layout, _ = choose(model("gpt2", max_position_embeddings=max_length), max_length=max_length)
+    assert (layout.name, layout.shares_prefixes) == ("packed", shares)
+    assert ("takes 23 tokens at most" in caplog.text) == (not shares)
+
+
+class Shifted(torch.nn.Module):
+    """A causal model in which a token also sees the row before its own: packing keeps that, sharing would not."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net, self.config, self.dtype, self.device = net, net.config, net.dtype, net.device
+        self.get_input_embeddings = net.get_input_embeddings
+        self.set_attn_implementation = net.set_attn_implementation
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> Any:
+        places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        hidden = self.net(input_ids, position_ids=position_ids, attention_mask=attention_mask)[0]
+        return (hidden + hidden.roll(1, dims=1) * (places > 0)[..., None],)
+
+
+def test_a_model_that_sharing_would_change_does_not_share(caplog: pytest.LogCaptureFixture) -> None:
+    sequences = family(45, 9, 20)
+    expected = alone(Shifted(model("qwen3")), sequences)
+    with caplog.at_level(logging.INFO, "cenote"):
+        layout, _ = choose(Shifted(model("qwen3")))  # type: ignore[arg-type]
+    assert (layout.name, layout.shares_prefixes) == ("packed", False)
+    assert "Shifted does not share prefixes: differs from the model's own output" in caplog.text
+    assert torch.allclose(forward(layout, pack(sequences)), expected, atol=1e-4)
+
+
+def test_a_literal_pad_in_a_shared_prefix_keeps_its_position() -> None:
+    """A decoder with RoBERTa's positions: those of the leaves follow from the pads in the prefix."""
+    sequences = family(45, 9, 20)
+    for s in sequences:
+        s.ids[7] = 1  # type: ignore[index]
+    expected = alone(model("roberta", is_decoder=True), sequences)
+    net = model("roberta", is_decoder=True)
+    layout, _ = choose(net)
+    assert layout.shares_prefixes
+    rows, count = rows_run(net, layout, sequences)
+    assert count == 45 + 9 + 20
+    assert torch.allclose(rows, expected, atol=1e-5)

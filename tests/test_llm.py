@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
-from cenote.errors import BadRequest, Closed, ConfigError, EngineFailed, TooLong
+from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
 from cenote.types import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
 from tests import checkpoints
 from tests.checkpoints import SHORT, TEXTS
@@ -275,7 +275,6 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "id too large": ([5, 99999], {}, r"Token id 99999 is out of vocabulary; .* takes ids from 0 to \d+$"),
     "unknown key": ({"promt": "a"}, {}, r"keys that are not supported: \['promt'\]"),
     "media": ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, r"not supported: \['multi_modal_data'\]"),
-    "plugin data": ({"data": 1}, {}, r"keys that are not supported: \['data'\]"),
     "unknown tokenization": (
         "a",
         {"tokenization_kwargs": {"truncation_sid": "left"}},
@@ -330,19 +329,52 @@ def test_tasks_that_are_not_offered(llm: LLM, task: str, sentence: str) -> None:
 
 @pytest.mark.parametrize("task", ["embed", "embedding", "token_embed"])
 def test_task_of_older_releases(folder: Path, task: str) -> None:
-    with pytest.warns(FutureWarning, match=f"LLM.task='{task}'. is the spelling of older releases of vLLM"):
+    with pytest.warns(FutureWarning) as warned:
         made = LLM(model=str(folder), task=task)
+    assert [str(warning.message) for warning in warned] == [
+        f"task={task!r} is the spelling of older releases of vLLM; tasks follow from the model, and convert or "
+        "pooler_config.task say what does not"
+    ]
+    assert warned[0].filename == __file__, "the warning points at the caller"
+    meant = "token_embed" if task == "token_embed" else "embed"
     with made:
+        assert made.info.default_task == meant
         (output,) = made.encode("Hello, my name is", use_tqdm=False)
-        (embedding,) = made.embed("Hello, my name is", use_tqdm=False)
-    np.testing.assert_allclose(output.outputs.embedding, embedding.outputs.embedding, rtol=0, atol=1e-6)
-    assert output.outputs.data.shape == (checkpoints.HIDDEN,)
+        (named,) = made.encode("Hello, my name is", pooling_task=meant, use_tqdm=False)
+    np.testing.assert_allclose(output.outputs.data, named.outputs.data, rtol=0, atol=1e-6)
+    tokens = len(output.prompt_token_ids)
+    assert output.outputs.data.shape == ((tokens, checkpoints.HIDDEN) if "token" in meant else (checkpoints.HIDDEN,))
 
 
-@pytest.mark.parametrize("task", ["reward", "classify", "score", "generate"])
-def test_tasks_of_older_releases_that_mean_something_else(folder: Path, task: str) -> None:
-    with pytest.raises(ConfigError, match=f"task='{task}' is not offered; unknown task '{task}'"):
-        LLM(model=str(folder), task=task)
+def test_task_score_of_older_releases_is_what_the_model_does(folder: Path) -> None:
+    with pytest.warns(FutureWarning, match="^task='score' is the spelling"):
+        made = LLM(model=str(folder), task="score")
+    with made:
+        assert (made.info.default_task, made.info.score_types[0]) == ("embed", "bi-encoder")
+
+
+@pytest.mark.filterwarnings("ignore:task=:FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"task": "generate"}, ConfigError, "task: unknown task 'generate'; known are: classify, embed, embedding, "),
+        ({"task": "encode"}, ConfigError, "task: `encode` task was removed; use `token_embed` or `token_classify`"),
+        ({"task": "classify"}, CheckpointError, "convert 'classify' needs a head: BertModel has no score.weight"),
+        ({"task": "reward"}, CheckpointError, "the task asked for is 'reward', but .* offers embed, token_embed$"),
+        ({"task": "token_classify"}, CheckpointError, "the task asked for is 'token_classify', but .* offers embed, "),
+        (
+            {"task": "embed", "convert": "classify"},
+            ConfigError,
+            "task 'embed' means convert 'embed', but convert is 'classify'",
+        ),
+    ],
+    ids=["generate", "encode", "classify", "reward", "token_classify", "two conversions"],
+)
+def test_tasks_of_older_releases_that_cannot_be(
+    folder: Path, options: dict[str, str], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        LLM(model=str(folder), **options)
 
 
 def test_options_without_effect_are_noted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -481,3 +513,10 @@ def test_a_python_tokenizer(tmp_path: Path) -> None:
             expected.append(unit(model(input_ids=inputs["input_ids"]).last_hidden_state[0, 0].numpy()))
     with LLM(model=str(folder)) as made:
         close(vectors(made.embed(SHORT[:4], use_tqdm=False)), np.stack(expected))
+
+
+def test_data_is_for_plugins(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"keys that are not supported: \['data'\]"):
+        llm.embed({"data": 1}, use_tqdm=False)
+    with pytest.raises(ValueError, match="No IOProcessor plugin installed"):
+        llm.encode({"data": 1}, use_tqdm=False)

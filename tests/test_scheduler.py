@@ -13,6 +13,7 @@ from cenote.engine.scheduler import Scheduler
 @dataclass(eq=False)
 class Request:
     gone: bool = False
+    shared: int = 0
 
     def cancelled(self) -> bool:
         return self.gone
@@ -59,6 +60,43 @@ def test_everything_runs_once_within_the_budgets(
     for batch in batches:
         assert len(batch) <= max_sequences
         assert sum(map(len, batch)) <= max_tokens or len(batch) == 1
+
+
+@given(workloads, st.integers(1, 300), st.integers(1, 20), st.data())
+def test_a_common_beginning_counts_once_in_a_batch(
+    lengths: list[list[int]], max_tokens: int, max_sequences: int, data: st.DataObject
+) -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens, max_sequences)
+    for one in lengths:
+        request = Request(shared=data.draw(st.integers(0, min(one) - 1)))
+        scheduler.add(request, pieces(request, one))
+    assert scheduler.tokens == sum(map(sum, lengths)), "what waits is counted whole"
+    batches = drain(scheduler)
+    assert sorted(len(item) for batch in batches for item in batch) == sorted(n for one in lengths for n in one)
+    assert scheduler.tokens == 0
+    for batch in batches:
+        repeated = sum(item.job.shared for item in batch) - sum(job.shared for job in {item.job for item in batch})
+        assert sum(map(len, batch)) - repeated <= max_tokens or len(batch) == 1
+
+
+def test_a_common_beginning_makes_room() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1000)
+    for shared in (0, 200):
+        request = Request(shared=shared)
+        scheduler.add(request, pieces(request, [250] * 16))
+        assert [len(batch) for batch in drain(scheduler)] == ([4] * 4 if not shared else [16])
+
+
+def test_every_batch_pays_for_the_beginnings_in_it() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1000)
+    request, other = Request(shared=200), Request(shared=300)
+    scheduler.add(request, pieces(request, [250] * 20))
+    scheduler.add(other, pieces(other, [400]))
+    assert [len(batch) for batch in drain(scheduler)] == [9, 12], "250 + 400 + 7 * 50, then 250 + 11 * 50"
+    first, long = Request(), Request(shared=200)
+    scheduler.add(first, pieces(first, [100]))
+    scheduler.add(long, pieces(long, [950, *[210] * 20]))
+    assert [len(batch) for batch in drain(scheduler)] == [21, 1], "100 + 210 + 19 * 10; the head of 950 had no room"
 
 
 @given(workloads, st.integers(50, 300))

@@ -9,7 +9,7 @@ import pytest
 
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, Closed, EngineFailed, Overloaded
-from tests.conftest import INFO, expected, floats
+from tests.conftest import INFO, JSON, error, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tests.conftest import Serve
 
 ROUTE = "/v1/embeddings"
-JSON = {"Content-Type": "application/json"}
 SAID = [{"role": "user", "content": "hello"}]
 BOTH_FLAGS = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
 ONE_SOURCE = "Exactly one of `input` and `messages` must be given."
@@ -39,17 +38,6 @@ def too_long(count: str) -> str:
 
 def unknown_id(token: int) -> str:
     return f"Token id {token} is out of vocabulary; fake takes ids from 0 to {INFO.vocab_size - 1}"
-
-
-def error(client: TestClient, body: Any, path: str = ROUTE) -> dict[str, Any]:
-    """The error of a refused request, after checking that its body is nothing but an error and repeats the status."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = client.post(path, content=content, headers=JSON)
-    assert list(answer.json()) == ["error"], answer.text
-    found: dict[str, Any] = answer.json()["error"]
-    assert list(found) == ["message", "type", "param", "code"]
-    assert found["code"] == answer.status_code
-    return found
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,17 @@ import numpy as np
 import openai
 import pytest
 import requests
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from cenote.models.checkpoint import EMBEDDED_NAME, embedded
+from tests import checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 PATIENCE = 60
 TOLERANCE = 1e-5
@@ -129,10 +133,11 @@ def head(body: bytes, path: str = "/v1/embeddings") -> bytes:
 def test_start_says_what_was_resolved(server: Process) -> None:
     for line in (
         f"model: {EMBEDDED_NAME} (BertModel), served as minilm, all-MiniLM-L6-v2",
-        "runs: float32 on cpu, packed",
+        "runs: float32 on cpu, packed; 256 tokens an input",
         "tasks: embed, token_embed; default embed",
         "pooling: mean, normalised, dimension 384",
-        "limits: 256 tokens an input, 2048 inputs and 67108864 bytes a request, 16384 inputs waiting",
+        "scores pairs as: bi-encoder, late-interaction",
+        "limits: 2048 inputs and 67108864 bytes a request, 16384 inputs waiting",
     ):
         assert f"INFO cenote: {line}\n" in server.log
     assert "warning" not in server.log
@@ -277,6 +282,42 @@ def test_sigterm_finishes_what_was_accepted(reference: SentenceTransformer) -> N
         socket.create_connection(("127.0.0.1", process.port))
 
 
+def test_two_models(tmp_path: Path) -> None:
+    """An embedder and a reranker in one process, each under its own name."""
+    embedder = checkpoints.bert(tmp_path / "embedder")
+    reranker = checkpoints.classifier(tmp_path / "reranker", num_labels=1)
+    query, documents = "natural pits", ["the lazy dog", "water and stone", "a"]
+    tokenizer = AutoTokenizer.from_pretrained(embedder)
+    with torch.inference_mode():
+        model = AutoModel.from_pretrained(embedder, dtype=torch.float32).eval()
+        state = model(**tokenizer(query, return_tensors="pt")).last_hidden_state[0, 0]
+        rates = AutoModelForSequenceClassification.from_pretrained(reranker, dtype=torch.float32).eval()
+        pairs = [tokenizer(query, document, return_tensors="pt") for document in documents]
+        scores = [float(rates(**pair).logits.sigmoid()) for pair in pairs]
+    process = Process(str(embedder), str(reranker), "--served-model-name", "a", "b")
+    try:
+        for line in (
+            f"model: {embedder} (BertModel), served as a",
+            f"model: {reranker} (BertForSequenceClassification), served as b",
+            "head: BertForSequenceClassification; 1 label, sigmoid",
+        ):
+            assert f"INFO cenote: {line}\n" in process.log
+        cards = requests.get(f"{process.url}/v1/models", timeout=PATIENCE).json()["data"]
+        assert [card["id"] for card in cards] == ["a", "b"]
+        for fields in ({}, {"model": "a"}):
+            assert close_to(process.embed(query, **fields), [state / state.norm()])
+        body = {"model": "b", "query": query, "documents": documents}
+        results = requests.post(f"{process.url}/v1/rerank", json=body, timeout=PATIENCE).json()["results"]
+        assert close_to([entry["relevance_score"] for entry in results], sorted(scores, reverse=True))
+        assert [entry["index"] for entry in results] == sorted(range(3), key=lambda i: -scores[i])
+        answer = requests.post(f"{process.url}/v1/rerank", json={**body, "model": "c"}, timeout=PATIENCE)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == "The model `c` does not exist."
+        assert process.stop() == 0
+    finally:
+        process.kill()
+
+
 def cenote(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cenote", *arguments],
@@ -303,9 +344,18 @@ def cenote(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
             "runner: Cenote runs pooling models only and does not generate text; use runner 'pooling'",
         ),
         (["--port", "70000"], {}, "port: Input should be less than or equal to 65535"),
-        (["one", "two"], {}, "unexpected argument 'two': one MODEL is served"),
+        (
+            ["one", "two", "--served-model-name", "a"],
+            {},
+            "2 models need as many names: --served-model-name gives 1",
+        ),
+        (
+            ["one", "two", "--served-model-name", "a", "a"],
+            {},
+            "two models cannot both be served as 'a'; see --served-model-name",
+        ),
     ],
-    ids=["flag", "dotted", "environment", "runner", "port", "two models"],
+    ids=["flag", "dotted", "environment", "runner", "port", "too few names", "a name twice"],
 )
 def test_a_wrong_option_is_one_line(flags: list[str], environment: dict[str, str], message: str) -> None:
     result = cenote("serve", *flags, **environment)

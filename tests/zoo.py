@@ -6,7 +6,7 @@ position or window moves the output by O(1). Nothing is downloaded, and this fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,14 +235,29 @@ ZOO: tuple[Architecture, ...] = (
 )
 
 
-def build(architecture: Architecture, *, seed: int = 0) -> PreTrainedModel:
-    """The row's model: fp32, eager attention, eval mode, the same weights for the same seed."""
-    config = _config(architecture)
+def build(architecture: Architecture, *, seed: int = 0, head: str = "", **options: object) -> PreTrainedModel:
+    """The row's model: fp32, eager attention, eval mode, the same weights for the same seed.
+
+    Args:
+        architecture: a row of the zoo.
+        seed: of the weights.
+        head: ending of the class with a head, as "ForSequenceClassification"; none = the bare model.
+        options: further entries of the config.
+    """
+    config = _config(replace(architecture, options={**architecture.options, **options}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = getattr(transformers, architecture.model)(config).eval()
+        model: PreTrainedModel = class_of(architecture, head)(config).eval()
         _sharpen(model)
     return model
+
+
+def class_of(architecture: Architecture, head: str) -> Any:
+    """The row's class with `head`, or `None` if Transformers has none."""
+    name = architecture.model
+    if head:
+        name = f"{name.removesuffix('Model').removesuffix('Encoder')}{head}"
+    return getattr(transformers, name, None)
 
 
 def _config(architecture: Architecture) -> PreTrainedConfig:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
+    from cenote.plugins import IOProcessor
     from cenote.types import PoolingParams
 
 __all__ = [
     "LLM",
     "CenoteError",
+    "IOProcessor",
     "PoolerConfig",
     "PoolingParams",
     "default_pooling_type",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "LLM": "cenote.llm",
     "CenoteError": "cenote.errors",
+    "IOProcessor": "cenote.plugins",
     "PoolerConfig": "cenote.config",
     "PoolingParams": "cenote.types",
     "default_pooling_type": "cenote.models.convert",

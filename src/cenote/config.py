@@ -19,6 +19,13 @@ from cenote.errors import ConfigError
 from cenote.tasks import REMOVED, TASKS
 
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
+RENAMED_PARAMS = {
+    "normalize": "use_activation",
+    "softmax": "use_activation",
+    "activation": "use_activation",
+    "logit_bias": "logit_mean",
+}
+"""Parameters of older releases of vLLM, and what they are called now."""
 ENV_PREFIX = "CENOTE_"
 C = TypeVar("C", bound=BaseModel)
 
@@ -48,14 +55,23 @@ class PoolerConfig(BaseModel):
     """Server-wide default of `PoolingParams.use_activation`."""
     dimensions: int | None = Field(default=None, ge=1)
     """Default of `PoolingParams.dimensions`."""
+    logit_mean: float | None = None
+    """A classifier's logits become `activation((logits - logit_mean) / logit_sigma)`."""
+    logit_sigma: float | None = None
+    """See `logit_mean`; not 0."""
+    step_tag_id: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """Default of `PoolingParams.step_tag_id`, for STEP pooling."""
+    returned_token_ids: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Default of `PoolingParams.returned_token_ids`, for STEP pooling."""
 
     @model_validator(mode="before")
     @classmethod
     def _spellings(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if "normalize" in values:
-            raise ValueError("Parameter `normalize` was removed; use `use_activation` instead.")
+        for old in RENAMED_PARAMS:
+            if old in values:
+                raise ValueError(f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.")
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             raise ValueError(unknown_name("pooler config field", unknown[0], cls.model_fields))
@@ -68,8 +84,8 @@ class PoolerConfig(BaseModel):
     def _consistent(self) -> PoolerConfig:
         if self.pooling_type and (self.seq_pooling_type or self.tok_pooling_type):
             raise ValueError("`pooling_type` cannot be combined with `seq_pooling_type` or `tok_pooling_type`")
-        if "STEP" in (self.pooling_type, self.tok_pooling_type):
-            raise ValueError("pooling type STEP is for process reward models, which Cenote does not serve yet")
+        if self.logit_sigma == 0:
+            raise ValueError("`logit_sigma` must not be 0, logits are divided by it")
         if self.task in REMOVED:
             raise ValueError(REMOVED[self.task])
         if self.task is not None and self.task not in TASKS:
@@ -80,6 +96,11 @@ class PoolerConfig(BaseModel):
     def sequence_pooling(self) -> str | None:
         """CLS, LAST, MEAN, or `None` if unset."""
         return self.seq_pooling_type or (self.pooling_type if self.pooling_type not in ("ALL", "STEP") else None)
+
+    @property
+    def token_pooling(self) -> str | None:
+        """ALL, STEP, or `None` if unset."""
+        return self.tok_pooling_type or (self.pooling_type if self.pooling_type in ("ALL", "STEP") else None)
 
 
 Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_json)]
@@ -98,6 +119,9 @@ class ModelConfig(BaseModel):
     convert: Literal["auto", "none", "embed", "classify"] = Field(
         "auto", description="how a model that does not pool by itself becomes one that does"
     )
+    task: str | None = Field(
+        None, description="older spelling (embed, classify, score, reward) of convert and pooler_config.task"
+    )
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
         "auto", description="dtype of weights and activations; auto = float32 on a CPU"
     )
@@ -112,9 +136,13 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
     allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
+    io_processor_plugin: str | None = Field(None, description="installed plugin that takes requests with `data`")
     auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
     native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
+    prefix_sharing: bool = Field(
+        True, description="run once what sequences of a batch begin with, where the probe proves it exact"
+    )
 
     @field_validator("max_model_len", mode="before")
     @classmethod
@@ -125,6 +153,29 @@ class ModelConfig(BaseModel):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("task")
+    @classmethod
+    def _older_task(cls, value: str | None) -> str | None:
+        if value is None or value in OLDER_TASKS or value in TASKS:
+            return value
+        if value in REMOVED:
+            raise ValueError(REMOVED[value])
+        raise ValueError(unknown_name("task", value, {*OLDER_TASKS, *TASKS}))
+
+    @model_validator(mode="after")
+    def _apply_older_task(self) -> ModelConfig:
+        if self.task is None:
+            return self
+        convert, task = OLDER_TASKS.get(self.task, ("auto", self.task))
+        if self.convert not in ("auto", convert) and convert != "auto":
+            raise ValueError(f"task {self.task!r} means convert {convert!r}, but convert is {self.convert!r}")
+        changes: dict[str, Any] = {"convert": convert if self.convert == "auto" else self.convert}
+        if task is not None and self.pooler_config.task is None:
+            changes["pooler_config"] = self.pooler_config.model_copy(update={"task": task})
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
+        return self
 
     @field_validator("runner")
     @classmethod
@@ -144,6 +195,7 @@ class EngineConfig(BaseModel):
     )
     max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
     max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
+    cache_size: int = Field(0, ge=0, description="MiB of results kept, keyed by token ids; 0 = off")
 
 
 class ServerConfig(BaseModel):
@@ -168,20 +220,28 @@ class ServerConfig(BaseModel):
         return (value,) if isinstance(value, str) else value
 
 
+OLDER_TASKS: dict[str, tuple[str, str | None]] = {
+    "embed": ("embed", "embed"),
+    "embedding": ("embed", "embed"),
+    "classify": ("classify", "classify"),
+    "score": ("auto", None),
+    "reward": ("auto", None),
+}
+"""Values of `task` in older releases of vLLM, as (convert, pooler_config.task); `None` = the model's default."""
+
 LAYERS: tuple[type[BaseModel], ...] = (ModelConfig, EngineConfig, ServerConfig)
 
 ALIASES = {"override_pooler_config": "pooler_config", "hostname": "host"}
 """Older spellings of an option."""
 
 EXPLAINED = {
-    "task": "the task follows from the model; the request chooses among those it offers",
     "tensor_parallel_size": "a model runs on one device",
     "gpu_memory_utilization": "pooling needs no key-value cache, so no memory is reserved",
     "enforce_eager": "there is nothing to capture",
     "seed": "nothing is sampled",
     "tokenizer_mode": "the tokenizer's fast backend is used where there is one",
     "swap_space": "there is no key-value cache",
-    "enable_prefix_caching": "there is no key-value cache",
+    "enable_prefix_caching": "there is no key-value cache; see prefix_sharing for what a batch has in common",
     "enable_chunked_prefill": "sequences are never split",
     "metrics_port": "metrics are on the main port, at /metrics",
     "engine_worker_queue_port": "the engine lives in the server's process",
@@ -219,6 +279,11 @@ def resolve(
     owners = known_options(layers)
     notes: list[str] = []
     split: dict[type[BaseModel], dict[str, Any]] = {layer: {} for layer in layers}
+    if values.get("task") is not None:
+        notes.append(
+            f"task={values['task']!r} is the spelling of older releases of vLLM; tasks follow from the model, and "
+            "convert or pooler_config.task say what does not"
+        )
     for given, value in values.items():
         name = ALIASES.get(given, given)
         if name in EXPLAINED:

@@ -6,12 +6,14 @@ CenoteError
 ├── BadRequest        400  also a ValueError, as callers of the Python API expect
 │   ├── TooLong
 │   ├── TaskNotOffered
+│   │   └── NotScored 404
 │   └── BodyTooLarge  413
 ├── ModelNotFound     404
 ├── Unauthorized      401
 ├── Overloaded        429  carries `retry_after`
 ├── Closed            503  the engine is shutting down
-└── EngineFailed      500
+├── EngineFailed      500
+└── PluginFailed      500
 """
 
 from __future__ import annotations
@@ -60,6 +62,13 @@ class TaskNotOffered(BadRequest):
     """The task is unknown, or this model cannot do it."""
 
 
+class NotScored(TaskNotOffered):
+    """This model cannot score pairs. Where vLLM serves such a model, its score routes do not exist."""
+
+    status = 404
+    type = "NotFoundError"
+
+
 class BodyTooLarge(BadRequest):
     """The request body exceeds the server's limit."""
 
@@ -104,3 +113,7 @@ class Closed(CenoteError):
 
 class EngineFailed(CenoteError):
     """A forward pass failed, or the device thread died."""
+
+
+class PluginFailed(CenoteError):
+    """An IO-processor plugin raised what is no fault of the request."""

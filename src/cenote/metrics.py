@@ -37,6 +37,10 @@ batch_sequences = Histogram("cenote_batch_sequences", "Sequences per batch", buc
 batch_tokens = Histogram("cenote_batch_tokens", "Tokens per batch", buckets=_POWERS, registry=REGISTRY)
 tokens = Counter("cenote_tokens", "Tokens run", registry=REGISTRY)
 sequences = Counter("cenote_sequences", "Sequences by outcome: done, failed, dropped", ("outcome",), registry=REGISTRY)
+cache_hits = Counter("cenote_cache_hits", "Sequences answered from the cache", registry=REGISTRY)
+cache_misses = Counter("cenote_cache_misses", "Sequences that the cache had to compute", registry=REGISTRY)
+cache_joined = Counter("cenote_cache_joined", "Sequences that waited for an equal one under way", registry=REGISTRY)
+cache_bytes = Gauge("cenote_cache_bytes", "Bytes of results and keys in the cache", registry=REGISTRY)
 tokens_per_second = Gauge("cenote_tokens_per_second", "Tokens run per second, over the last 10", registry=REGISTRY)
 
 

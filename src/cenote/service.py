@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from cenote import plugins
+from cenote.engine.cache import CachedEngine
 from cenote.engine.engine import LocalEngine
+from cenote.engine.pairs import PairRenderer
 from cenote.engine.rendering import Renderer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.types import Engine, ModelInfo
+    from cenote.engine.rendering import Prompt, TextOptions
+    from cenote.plugins import Plugin
+    from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 
 
 @dataclass(frozen=True)
@@ -19,16 +28,40 @@ class Service:
 
     Attributes:
         names: what requests may call it; the first is what answers say.
+        pair_template: how query and document become one text; `None` = the tokenizer joins them.
+        plugin: the IO processor that takes requests with `data`.
     """
 
     engine: Engine
     renderer: Renderer
     names: tuple[str, ...]
+    pair_template: PairTemplate | None = None
+    plugin: Plugin | None = None
 
     @property
     def info(self) -> ModelInfo:
         """What was resolved about the model."""
         return self.engine.info
+
+    @cached_property
+    def pairs(self) -> PairRenderer:
+        """Renders pairs of texts."""
+        return PairRenderer(self.renderer, self.pair_template)
+
+    def render(self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions) -> list[Sequence]:
+        """Sequences for `prompts`: whatever `Renderer.render` takes, and pairs of texts.
+
+        A pair is `{"text": ..., "text_pair": ...}`, as in Transformers' pipelines, or a tuple of two texts.
+        """
+        pairs = {i: pair for i, prompt in enumerate(prompts) if (pair := _pair(prompt)) is not None}
+        if not pairs:
+            return self.renderer.render(prompts, task, params, options)
+        joined = dict(zip(pairs, self.pairs.render(list(pairs.values()), task, params, options), strict=True))
+        others = [i for i in range(len(prompts)) if i not in pairs]
+        if others:
+            single = self.renderer.render([prompts[i] for i in others], task, params, options)
+            joined |= dict(zip(others, single, strict=True))
+        return [joined[i] for i in range(len(prompts))]
 
     @classmethod
     def load(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
@@ -37,12 +70,6 @@ class Service:
 
         pooling_model, checkpoint = runner.load(model)
         st = checkpoint.st
-        local = LocalEngine(
-            pooling_model,
-            max_batch_tokens=engine.max_num_batched_tokens,
-            max_batch_sequences=engine.max_num_seqs,
-            max_queued=max_queued or engine.max_queued_seqs,
-        )
         renderer = Renderer(
             checkpoint.tokenizer,
             pooling_model.info,
@@ -51,4 +78,24 @@ class Service:
             include_prompt=st.include_prompt if st else True,
             auto_truncate=model.auto_truncate,
         )
-        return cls(local, renderer, model.served_model_name or (checkpoint.name,))
+        names = model.served_model_name or (checkpoint.name,)
+        plugin = plugins.load(model.io_processor_plugin, checkpoint, renderer)
+        local = LocalEngine(
+            pooling_model,
+            max_batch_tokens=engine.max_num_batched_tokens,
+            max_batch_sequences=engine.max_num_seqs,
+            max_queued=max_queued or engine.max_queued_seqs,
+        )
+        running = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
+        return cls(running, renderer, names, checkpoint.pair_template, plugin)
+
+
+def _pair(prompt: Prompt | tuple[str, str]) -> tuple[str, str] | None:
+    """The two texts of a prompt that is a pair."""
+    if isinstance(prompt, Mapping) and set(prompt) == {"text", "text_pair"}:
+        first, second = prompt["text"], prompt["text_pair"]
+    elif isinstance(prompt, tuple) and len(prompt) == 2:
+        first, second = prompt
+    else:
+        return None
+    return (first, second) if isinstance(first, str) and isinstance(second, str) else None

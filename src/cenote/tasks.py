@@ -38,13 +38,35 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("embed", "sequence", ("dimensions", "use_activation"), "one vector [D] per input"),
         Task("token_embed", "token", ("dimensions", "use_activation"), "one matrix [T, D] per input"),
+        Task("classify", "sequence", ("use_activation",), "probabilities or scores [C] per input"),
+        Task(
+            "token_classify",
+            "token",
+            ("use_activation", "step_tag_id", "returned_token_ids"),
+            "one matrix [T, C] per input; with STEP pooling one row per step",
+        ),
     )
 }
 
 REMOVED: dict[str, str] = {
     "score": "`score` task was removed; use `classify` instead.",
     "encode": "`encode` task was removed; use `token_embed` or `token_classify` instead.",
+    "reward": "`reward` task was removed; use `classify` (one reward per input) or `token_classify` (one per token "
+    "or step) instead.",
 }
+"""Names of tasks that older releases of vLLM had, and what to say of them."""
+
+PLUGIN = "plugin"
+"""Task of requests whose input and output are an IO-processor plugin's; it runs no model of its own."""
+
+HOW_TO_GET: dict[str, str] = {
+    "classify": "Classification API is not supported by this model. It needs a checkpoint with a classification head "
+    "(*ForSequenceClassification), or a language model and `--convert classify`.",
+    "token_classify": "It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a "
+    "language model and `--convert classify`.",
+    "embed": "Embedding API is not supported by this model. Try converting the model using `--convert embed`.",
+}
+"""Why a model does not offer a task, and what to do."""
 
 
 def check_task(name: str, offered: Collection[str]) -> Task:
@@ -53,7 +75,8 @@ def check_task(name: str, offered: Collection[str]) -> Task:
         raise TaskNotOffered(REMOVED[name], param="task")
     if name not in offered or name not in TASKS:
         listed = ", ".join(repr(task) for task in offered)
-        raise TaskNotOffered(f"Unsupported task: {name!r} Supported tasks: ({listed})", param="task")
+        hint = f". {HOW_TO_GET[name]}" if name in HOW_TO_GET and name in TASKS else ""
+        raise TaskNotOffered(f"Unsupported task: {name!r} Supported tasks: ({listed}){hint}", param="task")
     return TASKS[name]
 
 

@@ -6,11 +6,16 @@ written for it reads on (`vllm/outputs.py`, `vllm/pooling_params.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from cenote.errors import BadRequest
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
     from concurrent.futures import Future
 
@@ -27,16 +32,42 @@ class PoolingParams:
     Attributes:
         use_activation: apply the task's activation (L2 normalisation for the embed tasks).
         dimensions: length to which vectors are cut before normalisation (Matryoshka models only).
+        step_tag_id: of a process reward model: only tokens with this id are rated (STEP pooling).
+        returned_token_ids: of a process reward model: which columns of the head are returned, in this order.
         task: filled in by the API; a caller may set it for `LLM.encode`.
+        extra_kwargs: what `LLM.score` and `LLM.rerank` read besides: `max_tokens_per_query`, `max_tokens_per_doc`,
+            `instruction`, `chat_template_kwargs`.
+
+    Raises:
+        BadRequest: a parameter has the wrong type.
     """
 
     use_activation: bool | None = None
     dimensions: int | None = None
+    step_tag_id: int | None = None
+    returned_token_ids: tuple[int, ...] | None = None
     task: str | None = None
+    extra_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("dimensions", "step_tag_id"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise BadRequest(f"{name} must be an integer, got {value!r}", param=name)
+        if (ids := self.returned_token_ids) is not None:
+            listed = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else ()
+            if not listed or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
+                raise BadRequest(
+                    f"returned_token_ids must be a list of token ids, got {ids!r}", param="returned_token_ids"
+                )
+            object.__setattr__(self, "returned_token_ids", tuple(int(i) for i in listed))
 
     def given(self) -> list[str]:
         """Names of the task parameters that are set."""
-        return [f.name for f in fields(self) if f.name != "task" and getattr(self, f.name) is not None]
+        return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]
+
+
+_NOT_OF_TASKS = ("task", "extra_kwargs")
 
 
 @dataclass(slots=True, eq=False)
@@ -61,9 +92,39 @@ class Sequence:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class PairTemplate:
+    """A Jinja template over two messages, roles `query` and `document`: how a reranker was shown a pair.
+
+    Attributes:
+        source: the template; `None` = the tokenizer's own chat template.
+        kwargs: further variables.
+        structured: message contents are lists of parts instead of text.
+        add_special_tokens: whether the rendered text gets the tokenizer's special tokens besides its own.
+        system: a message of that role before the two, which a request's `instruction` replaces; `None` = there is no
+            such message.
+    """
+
+    source: str | None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    structured: bool = False
+    add_special_tokens: bool = True
+    system: str | None = None
+
+
+Pair = tuple[str, str]
+"""Two texts that a model reads together."""
+
+
+def template_text(given: str) -> str:
+    """A Jinja template, given as itself or as the path of a file."""
+    is_path = "{" not in given and Path(given).is_file()
+    return Path(given).read_text() if is_path else given
+
+
 @dataclass(slots=True)
 class Output:
-    """One sequence's result on the host: float32, `[D]` for sequence tasks and `[T, D]` for token tasks."""
+    """One sequence's result on the host: float32, one row for sequence tasks and one per token for token tasks."""
 
     data: np.ndarray[Any, np.dtype[np.float32]]
 
@@ -75,8 +136,19 @@ class ModelInfo:
     Attributes:
         dimension: length of a vector before any truncation.
         layout: how batches are run ("packed", "padded", ...), as the probe at load found.
+        shares_prefixes: whether what sequences of a batch begin with is run once.
         matryoshka: allowed `dimensions`: `None` = none, `()` = any up to `dimension`, else the listed ones.
         max_model_len: most tokens an input may have.
+        num_labels: classes of the classification head; 0 = there is none.
+        labels: names of the classes in order; empty if the checkpoint names none.
+        activation: what turns a classifier's logits into its output: "softmax", "sigmoid" or "none".
+        classifies: whether `activation` is applied unless a request says otherwise.
+        score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
+            "late-interaction".
+        reward: task that gives this model's reward, empty if it is no reward model.
+        step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
+        columns: with STEP pooling what `returned_token_ids` may name.
+        head: where the classification head comes from, for the report at start.
     """
 
     name: str
@@ -91,8 +163,18 @@ class ModelInfo:
     layout: str
     pooling: str
     use_activation: bool
+    shares_prefixes: bool = False
     revision: str | None = None
     matryoshka: tuple[int, ...] | None = None
+    num_labels: int = 0
+    labels: tuple[str, ...] = ()
+    activation: str = "none"
+    classifies: bool = True
+    score_types: tuple[str, ...] = ()
+    reward: str = ""
+    step: bool = False
+    columns: Seq[int] = ()
+    head: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -165,3 +247,52 @@ class PoolingRequestOutput(Generic[T]):
 
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """`PoolingRequestOutput` of `LLM.embed`."""
+
+
+@dataclass(slots=True)
+class ClassificationOutput:
+    """Result of `LLM.classify` for one prompt.
+
+    Attributes:
+        probs: one value per class: probabilities, or logits with `use_activation=False`.
+        label: name of the class with the largest value; `None` if the checkpoint names none.
+    """
+
+    probs: list[float] = field(repr=False)
+    label: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.probs)
+
+    def __repr__(self) -> str:
+        return f"ClassificationOutput(num_classes={self.num_classes}, label={self.label!r})"
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """`PoolingRequestOutput` of `LLM.classify`."""
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """Result of `LLM.score` for one pair."""
+
+    score: float
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """`PoolingRequestOutput` of `LLM.score`."""
+
+
+@dataclass(slots=True)
+class RankedDocument:
+    """One entry of `LLM.rerank`, whose list is sorted by falling score.
+
+    Attributes:
+        index: the document's place in the list that was given.
+    """
+
+    index: int
+    relevance_score: float
+    document: str

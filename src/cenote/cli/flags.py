@@ -41,11 +41,12 @@ def parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
-        description="Serve a pooling model over HTTP. Without MODEL: the embedded all-MiniLM-L6-v2.",
+        description="Serve pooling models over HTTP. Without MODEL: the embedded all-MiniLM-L6-v2.\n"
+        "With several, --served-model-name gives each its name, in order, and requests choose by `model`.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="folder or hub id")
+    serve.add_argument("models", nargs="*", metavar="MODEL", help="folder or hub id")
     serve.add_argument("--config", metavar="FILE", help="YAML file of options")
     for layer in LAYERS:
         group = serve.add_argument_group(layer.__name__.removesuffix("Config").lower())
@@ -71,17 +72,15 @@ def parse(argv: list[str]) -> dict[str, Any]:
         return {"command": "help"}
     if unknown:
         flag = unknown[0].partition("=")[0]
-        if not flag.startswith("-"):
-            raise ConfigError(f"unexpected argument {flag!r}: one MODEL is served")
         options = [_flag(name) for name in (*known_options(), *ALIASES, *EXPLAINED, "config")]
         raise ConfigError(unknown_name("flag", flag, options))
     given = {name: value for name, value in vars(known).items() if value is not None}
     given.pop("version")
     file = given.pop("config", None)
-    if (tag := given.pop("model_tag", None)) is not None:
+    if models := given.pop("models", None):
         if "model" in given:
-            raise ConfigError(f"the model is given twice: {tag!r} and --model {given['model']!r}")
-        given["model"] = tag
+            raise ConfigError(f"the model is given twice: {models[0]!r} and --model {given['model']!r}")
+        given |= {"model": models[0]} if len(models) == 1 else {"models": models}
     if dotted:
         given["pooler_config"] = {**_object(given.get("pooler_config", {})), **dotted}
     return {**(from_file(file) if file else {}), **from_environment(), **explained, **given}

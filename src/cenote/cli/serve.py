@@ -14,6 +14,8 @@ from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from cenote.service import Service
 
 log = logging.getLogger("cenote")
@@ -31,10 +33,8 @@ def run(arguments: dict[str, Any]) -> int:
 
 def _serve(arguments: dict[str, Any]) -> None:
     began = time.monotonic()
-    (model, engine, server), notes = resolve(arguments)
-    assert isinstance(model, ModelConfig)
-    assert isinstance(engine, EngineConfig)
-    assert isinstance(server, ServerConfig)
+    configs, notes = models_of(arguments)
+    (_, engine, server) = configs[0]
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -47,15 +47,21 @@ def _serve(arguments: dict[str, Any]) -> None:
     from cenote.service import Service
 
     listener = _bind(server)
+    services: list[Service] = []
     try:
-        service = Service.load(model, engine)
+        for model, *_ in configs:
+            services.append(Service.load(model, engine))
+            for line in report(services[-1]):
+                log.info(line)
     except CenoteError:
         listener.close()
+        for service in services:
+            service.engine.close()
         raise
-    for line in report(service, engine, server):
+    for line in limits(engine, server):
         log.info(line)
     config = uvicorn.Config(
-        build([service], server),
+        build(services, server),
         log_config=None,
         log_level=server.log_level,
         access_log=server.log_level == "debug",
@@ -67,6 +73,37 @@ def _serve(arguments: dict[str, Any]) -> None:
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, EngineConfig, ServerConfig]], list[str]]:
+    """The configs of each model that `arguments` name, and notes on options without effect.
+
+    Raises:
+        ConfigError: an option is wrong, or there are not as many served names as models.
+    """
+    models = arguments.pop("models", None)
+    if models is None:
+        layers, notes = resolve(arguments)
+        return [_layers(layers)], notes
+    names = arguments.pop("served_model_name", None) or models
+    names = names.split(",") if isinstance(names, str) else list(names)
+    if len(names) != len(models):
+        raise ConfigError(f"{len(models)} models need as many names: --served-model-name gives {len(names)}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two models cannot both be served as {repeated[0]!r}; see --served-model-name")
+    resolved = [
+        resolve({**arguments, "model": model, "served_model_name": (name,)})
+        for model, name in zip(models, names, strict=True)
+    ]
+    return [_layers(layers) for layers, _ in resolved], resolved[0][1]
+
+
+def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerConfig]:
+    model, engine, server = layers
+    assert isinstance(model, ModelConfig)
+    assert isinstance(engine, EngineConfig)
+    assert isinstance(server, ServerConfig)
+    return model, engine, server
 
 
 def _bind(server: ServerConfig) -> socket.socket:
@@ -81,22 +118,43 @@ def _bind(server: ServerConfig) -> socket.socket:
     return listener
 
 
-def report(service: Service, engine: EngineConfig, server: ServerConfig) -> list[str]:
-    """What was resolved, a line each, and what a user would want to be warned of."""
+def report(service: Service) -> list[str]:
+    """What was resolved about a model, a line each, and what a user would want to be warned of."""
     info = service.info
     revision = f" at revision {info.revision}" if info.revision else ""
     activation = "normalised" if info.use_activation else "not normalised"
     lines = [
         f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
-        f"runs: {info.dtype} on {info.device}, {info.layout}",
+        f"runs: {info.dtype} on {info.device}, {info.layout}"
+        + (", common prefixes once" if info.shares_prefixes else "")
+        + f"; {info.max_model_len} tokens an input",
         f"tasks: {', '.join(info.tasks)}; default {info.default_task}",
         f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
         + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
-        f"limits: {info.max_model_len} tokens an input, {server.max_client_batch_size} inputs and "
-        f"{server.max_body_bytes} bytes a request, {engine.max_queued_seqs} inputs waiting",
     ]
+    if info.head:
+        used = info.activation if info.classifies else f"raw ({info.activation} on request)"
+        steps = ", one row per step" if info.step else ""
+        labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
+        lines.append(f"head: {info.head}; {labels}, {used}{steps}")
+    if info.score_types:
+        lines.append(f"scores pairs as: {', '.join(info.score_types)}")
+    if service.pair_template:
+        source = service.pair_template.source or "the checkpoint's chat template"
+        lines.append(f"pairs are rendered by: {source[:200]!r}{'...' if len(source) > 200 else ''}")
+    if service.plugin:
+        lines.append(f"requests with `data` go to the plugin {service.plugin.name}")
     if service.renderer.default_prompt:
         lines.append(f"prompt before every input: {service.renderer.default_prompt!r}")
+    return lines + [f"warning: {warning}" for warning in info.warnings]
+
+
+def limits(engine: EngineConfig, server: ServerConfig) -> list[str]:
+    """What requests may bring, and a warning if strangers may bring them."""
+    lines = [
+        f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request, "
+        f"{engine.max_queued_seqs} inputs waiting",
+    ]
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_key:
         lines.append(f"warning: {server.host} may be reached by others, and no --api-key is set")
-    return lines + [f"warning: {warning}" for warning in info.warnings]
+    return lines

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from cenote import metrics
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
+from cenote.tensors.packing import common_prefix
 from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ class Launched(Protocol):
 
 
 class Model(Protocol):
-    """What the engine asks of a model; `cenote.models.runner.PoolingModel` is one."""
+    """What the engine asks of a model; `cenote.models.runner.PoolingModel` is one.
+
+    A model that runs once what sequences have in common at their beginning says so: `shares_prefixes = True`.
+    """
 
     info: ModelInfo
 
@@ -59,9 +63,10 @@ class Model(Protocol):
 class _Job:
     """One accepted request: where its outputs gather."""
 
-    def __init__(self, size: int, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, size: int, progress: Callable[[int], None] | None, shared: int = 0) -> None:
         self.future: Future[list[Output]] = Future()
         self.progress = progress
+        self.shared = shared
         self.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
@@ -147,7 +152,8 @@ class LocalEngine:
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
         """See `cenote.types.Engine.submit`."""
-        job = _Job(len(sequences), progress)
+        shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
+        job = _Job(len(sequences), progress, shared)
         entries = [_Entry(job, place, sequence) for place, sequence in enumerate(sequences)]
         with self._changed:
             if self._dead is not None:

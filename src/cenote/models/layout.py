@@ -19,7 +19,7 @@ import torch
 from cenote.errors import CheckpointError
 from cenote.models.fuse import fuse_epilogues
 from cenote.tensors import attention
-from cenote.tensors.packing import pack
+from cenote.tensors.packing import SHORTEST_PREFIX, pack, share
 from cenote.types import Sequence
 
 if TYPE_CHECKING:
@@ -86,13 +86,20 @@ class Backbone:
 
 
 class Packed:
-    """The whole batch in one forward, attention kept apart by `cenote.tensors.attention`."""
+    """The whole batch in one forward, attention kept apart by `cenote.tensors.attention`.
+
+    Attributes:
+        is_causal: whether the last forward's attention was.
+        shares_prefixes: whether what sequences have in common at their beginning runs once.
+    """
 
     name = "packed"
 
     def __init__(self, backbone: Backbone, kernels: Kernels | None = None) -> None:
         self.backbone = backbone
         self.kernels = kernels
+        self.is_causal = False
+        self.shares_prefixes = False
         backbone.model.set_attn_implementation(attention.register())
         for module in backbone.model.modules():
             if hasattr(module, "compute_bias"):
@@ -106,12 +113,21 @@ class Packed:
 
     def run(self, batch: Batch) -> Tensor:
         """One forward; `[T, D]`."""
-        with attention.boundaries(batch, self.kernels):
-            return self.backbone.run(
+        positions_T = self._positions(batch)
+        shared = share(batch) if self.shares_prefixes else None
+        if shared is None:
+            return self._run(batch, positions_T)
+        return self._run(shared.batch, positions_T[shared.kept_U])[shared.expand_T]
+
+    def _run(self, batch: Batch, positions_T: Tensor) -> Tensor:
+        with attention.boundaries(batch, self.kernels) as under_way:
+            hidden_TD = self.backbone.run(
                 input_ids=batch.ids_T[None],
-                position_ids=self._positions(batch)[None],
+                position_ids=positions_T[None],
                 token_type_ids=None if batch.type_ids_T is None else batch.type_ids_T[None],
             )[0]
+        self.is_causal = under_way.is_causal
+        return hidden_TD
 
     def _positions(self, batch: Batch) -> Tensor:
         backbone = self.backbone
@@ -130,6 +146,8 @@ class Padded:
         equal: only sequences of one length share a forward, for models that padding would change.
         size: most sequences in a forward.
     """
+
+    shares_prefixes = False
 
     def __init__(self, backbone: Backbone, *, equal: bool = False, size: int | None = None) -> None:
         self.backbone = backbone
@@ -181,7 +199,12 @@ def forward(layout: Layout, batch: Batch) -> Tensor:
 
 
 def choose(
-    model: PreTrainedModel, *, max_length: int = 1 << 30, packed: bool = True, kernels: Kernels | None = None
+    model: PreTrainedModel,
+    *,
+    max_length: int = 1 << 30,
+    packed: bool = True,
+    kernels: Kernels | None = None,
+    share_prefixes: bool = True,
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for `model`, and why each faster one was passed over.
 
@@ -192,6 +215,7 @@ def choose(
         max_length: most tokens of a sequence, so that the probe stays within the model's positions.
         packed: whether to try packing at all.
         kernels: native CPU kernels to use where they apply.
+        share_prefixes: whether to try running common prefixes once.
 
     Raises:
         CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
@@ -200,10 +224,12 @@ def choose(
     native = model.config._attn_implementation
     reasons: list[str] = []
     with _shortened_windows(model) as window:
-        reference = _Reference(model, min(window + 9, max_length))
+        reference = _one_by_one(model, min(window + 9, max_length))
         for build in _candidates(model, kernels) if packed else _padded_candidates():
             layout, reason = _try(build, model, reference)
             if layout is not None:
+                if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
+                    _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
                     fuse_epilogues(model, partial(forward, layout, reference.batch), kernels)
                 return layout, reasons
@@ -240,42 +266,87 @@ def _try(
         layout = build(Backbone(model))
         fault = reference.fault(layout)
     except Exception as error:  # whatever a model raises under a layout means: not in this layout
-        return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return None, _line(error)
     return (None, f"{layout.name}: {fault}") if fault else (layout, "")
 
 
-class _Reference:
-    """A few short random sequences and the model's own answer to each, alone."""
+def _try_sharing(layout: Packed, window: int, max_length: int) -> None:
+    """Let `layout` share prefixes, also those longer than the model's window, if that is proved to change nothing."""
+    try:
+        fault = _sharing_fault(layout, window, max_length)
+    except Exception as error:  # as in _try
+        fault = _line(error)
+    layout.shares_prefixes = not fault
+    if fault:
+        log.info("%s does not share prefixes: %s", type(layout.backbone.model).__name__, fault)
 
-    def __init__(self, model: PreTrainedModel, longest: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        vocab = vocabulary(model)
-        lengths = [min(n, longest) for n in (7, 11, max(longest, 1), 11, 3)]
+
+def _sharing_fault(layout: Packed, window: int, max_length: int) -> str:
+    model = layout.backbone.model
+    draw = _Draw(model)
+    ends = [draw(n) for n in (8, 8, 3, 1, 8)]
+    longest_prefix = max_length - len(ends[0])
+    if longest_prefix < SHORTEST_PREFIX:
+        return f"it takes {max_length} tokens at most"
+    prefix = draw(min(window + 5, longest_prefix))
+    *drawn, other = [prefix + end for end in ends]
+    reference = _Reference(model, [*drawn, draw(11)], other, partial(forward, layout))
+    layout.shares_prefixes = True
+    return reference.fault(layout)
+
+
+class _Draw:
+    """Random ordinary token ids of a model, the same at every start."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
         special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        ordinary = torch.tensor([i for i in range(min(vocab, 5000)) if i not in special] or [0])
+        self._ids = torch.tensor([i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0])
+        self._generator = torch.Generator().manual_seed(0)
 
-        def draw(n: int) -> list[int]:
-            picks = torch.randint(len(ordinary), (n,), generator=generator)
-            ids: list[int] = ordinary[picks].tolist()
-            return ids
+    def __call__(self, count: int) -> list[int]:
+        picks = torch.randint(len(self._ids), (count,), generator=self._generator)
+        ids: list[int] = self._ids[picks].tolist()
+        return ids
 
-        drawn = [draw(n) for n in lengths]
-        other = draw(lengths[1])
-        # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
-        if isinstance(mask := getattr(model.config, "mask_token_id", None), int) and 0 <= mask < vocab:
-            other[0] = mask
-        if position_offset(model) and lengths[3] > 2:
-            drawn[3][1] = position_offset(model) - 1
-        # Models that check the length of their input must see a batch longer than their positions.
-        while (rows := position_rows(model)) and rows < MOST_REAL_POSITIONS and sum(map(len, drawn)) <= rows:
-            drawn.append(draw(lengths[2]))
-        self.sequences = [Sequence(ids) for ids in drawn]
-        self.swapped = [self.sequences[0], Sequence(other), *self.sequences[2:]]
-        self.device = model.device
+
+def _one_by_one(model: PreTrainedModel, longest: int) -> _Reference:
+    """A few short random sequences and the model's own answer to each, alone."""
+    lengths = [min(n, longest) for n in (7, 11, max(longest, 1), 11, 3)]
+    draw = _Draw(model)
+    drawn = [draw(n) for n in lengths]
+    other = draw(lengths[1])
+    # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
+    if isinstance(mask := getattr(model.config, "mask_token_id", None), int) and 0 <= mask < vocabulary(model):
+        other[0] = mask
+    if position_offset(model) and lengths[3] > 2:
+        drawn[3][1] = position_offset(model) - 1
+    # Models that check the length of their input must see a batch longer than their positions.
+    while (rows := position_rows(model)) and rows < MOST_REAL_POSITIONS and sum(map(len, drawn)) <= rows:
+        drawn.append(draw(lengths[2]))
+    alone = Padded(Backbone(model), equal=True, size=1)
+    return _Reference(model, drawn, other, partial(forward, alone))
+
+
+class _Reference:
+    """A batch and the rows that it must have.
+
+    Args:
+        model: whose device and dtype count.
+        drawn: token ids of the sequences.
+        other: what takes the second one's place to see whether that moves rows of the others.
+        answer: gives the rows.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, drawn: list[list[int]], other: list[int], answer: Callable[[Batch], Tensor]
+    ) -> None:
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
-        alone = Padded(Backbone(model), equal=True, size=1)
-        self.batch = pack(self.sequences, self.device)
-        self.rows = forward(alone, self.batch).float()
+        self.batch = pack([Sequence(ids) for ids in drawn], model.device)
+        self.swapped = pack([Sequence(ids) for ids in (drawn[0], other, *drawn[2:])], model.device)
+        self.rows = answer(self.batch).float()
         if not bool(torch.isfinite(self.rows).all()):
             raise CheckpointError(
                 f"{type(model).__name__} returns values that are not finite (NaN or infinity) for ordinary tokens: "
@@ -289,13 +360,17 @@ class _Reference:
         worst = float((rows.float() - self.rows).abs().max())
         allowed = self.tolerance * max(1.0, float(self.rows.abs().max()))
         if not worst <= allowed:
-            return f"differs from the model's own one-by-one output by {worst:.1e} (allowed {allowed:.1e})"
-        other = forward(layout, pack(self.swapped, self.device))
+            return f"differs from the model's own output by {worst:.1e} (allowed {allowed:.1e})"
+        other = forward(layout, self.swapped)
         own = torch.ones(batch.tokens, dtype=torch.bool)
         own[batch.starts[1] : batch.starts[2]] = False
         if not torch.equal(rows[own], other[own]):
             return "rows move when a neighbour's tokens change"
         return ""
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cenote.errors import CenoteError, CheckpointError, EngineFailed
 from cenote.models import checkpoint as checkpoints
+from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
+from cenote.models.families import rewards
 from cenote.models.layout import choose, forward, vocabulary
-from cenote.tasks import TASKS
-from cenote.tensors import heads, native
+from cenote.models.outputs import (
+    Calibration,
+    Classify,
+    Embed,
+    Pooler,
+    TokenClassify,
+    TokenEmbed,
+    activation_of,
+)
+from cenote.tensors import native
 from cenote.tensors.packing import pack
-from cenote.tensors.pooling import pool
 from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -32,59 +42,40 @@ if TYPE_CHECKING:
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layout import Layout
+    from cenote.models.outputs import TaskOutput
+    from cenote.types import PoolingParams
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Pooler:
-    """How this model's hidden states become vectors.
-
-    Attributes:
-        modes: keys of `cenote.tensors.pooling.MODES`.
-        steps: the checkpoint's modules after pooling.
-        use_activation: whether vectors are normalised unless a request says otherwise.
-        dimensions: length to which vectors are cut unless a request says otherwise.
-    """
-
-    modes: tuple[str, ...]
-    steps: tuple[heads.Step, ...]
-    use_activation: bool
-    dimensions: int | None
-
-
 class PoolingModel:
-    """Backbone, layout and pooler of one checkpoint. One forward at a time: the device thread's."""
+    """Backbone, layout and task outputs of one checkpoint. One forward at a time: the device thread's."""
 
-    def __init__(self, info: ModelInfo, layout: Layout, pooler: Pooler) -> None:
+    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput]) -> None:
         self.info = info
         self.layout = layout
-        self.pooler = pooler
+        self.outputs = outputs
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens with which several sequences begin are run once."""
+        return self.layout.shares_prefixes
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forward of `sequences`, which may mix tasks and parameters."""
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
         batch = pack([sequences[i] for i in order], self.layout.backbone.device)
+        groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
+        for row, i in enumerate(order):
+            groups[sequences[i].task, sequences[i].params].append(row)
+        parts: list[tuple[list[int], list[Tensor]]] = []
         with torch.inference_mode():
             hidden_TD = forward(self.layout, batch)
-            groups: dict[tuple[str, bool, int | None], list[int]] = defaultdict(list)
-            for row, i in enumerate(order):
-                s = sequences[i]
-                activate = self.pooler.use_activation if s.params.use_activation is None else s.params.use_activation
-                groups[s.task, activate, s.params.dimensions or self.pooler.dimensions].append(row)
-            parts: list[tuple[list[int], list[Tensor]]] = []
-            pooled_BD = None
-            for (task, activate, dimensions), rows in groups.items():
-                if TASKS[task].granularity == "sequence":
-                    pooled_BD = pool(hidden_TD, batch, self.pooler.modes) if pooled_BD is None else pooled_BD
-                    x_RD, lengths = pooled_BD[rows], [1] * len(rows)
-                else:
-                    x_RD = torch.cat([hidden_TD[batch.starts[r] : batch.starts[r + 1]] for r in rows])
-                    lengths = [batch.lengths[r] for r in rows]
-                y_RD = heads.apply(self.pooler.steps, x_RD, dimensions=dimensions, activate=activate)
-                values = y_RD.to("cpu", non_blocking=True)
-                split = [v[0] if TASKS[task].granularity == "sequence" else v for v in torch.split(values, lengths)]
-                parts.append(([order[r] for r in rows], split))
+            for (task, params), members in groups.items():
+                values, lengths, _ = self.outputs[task](hidden_TD, batch, members, params)
+                values = values.to("cpu", non_blocking=True)
+                split = list(values) if lengths is None else list(torch.split(values, lengths))
+                parts.append(([order[row] for row in members], split))
         return Pending(len(sequences), parts, self.layout.backbone.device)
 
 
@@ -127,29 +118,126 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         CheckpointError: it cannot be honoured, or its values are not finite.
     """
     checkpoint = checkpoints.read(options)
-    if checkpoint.conversion == "classify" and options.convert == "classify":
-        raise CheckpointError("convert 'classify' is not offered yet; 'embed' serves the hidden states")
     device = checkpoints.resolve_device(options.device)
     stored = getattr(checkpoint.config, "dtype", None)
     dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
-    model = checkpoints.load(checkpoint, options, device, dtype)
+    full = checkpoints.load(checkpoint, options, device, dtype)
+    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
     native.keep_freed_memory()
-    layout, reasons = choose(model, max_length=length, packed=options.packing, kernels=kernels)
+    probe = None if full is model else classifiers.Probe(full, max_length=length)
+    layout, reasons = choose(
+        model,
+        max_length=length,
+        packed=options.packing,
+        kernels=kernels,
+        share_prefixes=options.prefix_sharing,
+    )
     notes = [note for note in (dtype_note, length_note) if note]
-    if checkpoint.conversion == "classify":
-        notes.append(f"the head of {checkpoint.architecture} is not served yet; embed gives its hidden states, pooled")
     if layout.name != "packed":
         notes.append(f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked"))
     pooler, dimension = _pooler(checkpoint, model, options)
     for step in pooler.steps:
         if isinstance(step, torch.nn.Module):
             step.to(device)
-    info = _info(checkpoint, model, options, layout, pooler, dimension, length, notes)
-    pooling_model = PoolingModel(info, layout, pooler)
-    _check_first_forward(pooling_model)
+    outputs: dict[str, TaskOutput] = {"embed": Embed(pooler)}
+    # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
+    if len(pooler.modes) == 1 or not pooler.steps:
+        outputs["token_embed"] = TokenEmbed(pooler)
+    classifier = _classifier(checkpoint, options, full, layout, probe)
+    if classifier is not None:
+        outputs = {**_class_outputs(checkpoint, options, classifier), **outputs}
+    elif options.pooler_config.token_pooling != "STEP":
+        _refuse_step_options(checkpoint, options)
+    if options.pooler_config.token_pooling == "STEP" and "token_classify" not in outputs:
+        raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
+    info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
+    pooling_model = PoolingModel(info, layout, outputs)
+    _check_first_forward(pooling_model, pooler)
     return pooling_model, checkpoint
+
+
+def _classifier(
+    checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, layout: Layout, probe: classifiers.Probe | None
+) -> classifiers.Classifier | None:
+    """The classification head that was chosen for `checkpoint`, proved where Transformers has a class for it."""
+    head = checkpoint.head
+    if head.kind == "none":
+        return None
+    if head.kind == "reward":
+        folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
+        names = list(checkpoints.tensor_files(folder, allow_pickle=options.allow_pickle))
+        found = rewards.find(names)
+        assert found is not None
+        row, places = found
+        weights = checkpoints.tensors(folder, places.values(), allow_pickle=options.allow_pickle)
+        module = row.build({key: weights[name] for key, name in places.items()}).to(full.device)
+        width = int(checkpoint.config.get_text_config().hidden_size)
+        with torch.inference_mode():
+            num_labels = module(torch.zeros(1, width, device=full.device)).shape[-1]
+        return classifiers.of_modules(module, num_labels)
+    assert probe is not None
+    if head.kind == "vocabulary":
+        columns = head.columns or None
+        return classifiers.of_vocabulary(full, layout, probe, columns, difference=head.difference)
+    return (classifiers.of_tokens if head.kind == "token" else classifiers.of_sequences)(full, layout, probe)
+
+
+def _class_outputs(
+    checkpoint: Checkpoint, options: ModelConfig, classifier: classifiers.Classifier
+) -> dict[str, TaskOutput]:
+    """`classify` and `token_classify`, as far as the head can do them; the one that it is made for comes first."""
+    head, asked = checkpoint.head, options.pooler_config
+    tag, step = _step(checkpoint, options)
+    returned = asked.returned_token_ids
+    num_labels = len(returned) if step and returned else classifier.num_labels
+    activate = asked.use_activation
+    if activate is None:  # a reward is a number, not a probability; a step is rated by the softmax over its classes
+        activate = head.kind != "reward" or step
+    calibration = Calibration(
+        activation_of(checkpoint, num_labels),
+        activate,
+        asked.logit_mean or 0.0,
+        head.sigma if asked.logit_sigma is None else asked.logit_sigma,
+    )
+    modes = (MODE_OF_TYPE[asked.sequence_pooling],) if asked.sequence_pooling and classifier.per_token else ()
+    columns = head.columns or range(classifier.num_labels)
+    if unknown := [i for i in returned or () if i not in columns]:
+        raise CheckpointError(
+            f"pooler_config.returned_token_ids: {unknown[0]} is no column of {checkpoint.name}'s head"
+        )
+    outputs: dict[str, TaskOutput] = {}
+    if classifier.whole is not None and not (step and head.kind == "vocabulary"):
+        outputs["classify"] = Classify(classifier, calibration, modes)
+    if classifier.per_token and (head.kind != "vocabulary" or step):
+        outputs["token_classify"] = TokenClassify(classifier, calibration, columns, step, tag, returned)
+    is_for_tokens = step or (head.kind == "reward" and checkpoint.architecture not in rewards.OF_LAST_TOKEN)
+    return dict(reversed(outputs.items())) if is_for_tokens else outputs
+
+
+def _step(checkpoint: Checkpoint, options: ModelConfig) -> tuple[int | None, bool]:
+    """The step tag and whether `token_classify` gives one row per step."""
+    asked = options.pooler_config
+    own_tag = rewards.STEP_TAGS.get(checkpoint.architecture)
+    step = asked.token_pooling == "STEP" or (own_tag is not None and asked.token_pooling is None)
+    if not step:
+        _refuse_step_options(checkpoint, options)
+        return None, False
+    tag = asked.step_tag_id
+    if tag is None and own_tag is not None:
+        tag = checkpoint.tokenizer.get_vocab().get(own_tag)
+    if tag is None and own_tag is not None:
+        raise CheckpointError(f"{checkpoint.name}: the vocabulary has no {own_tag!r}; set pooler_config.step_tag_id")
+    return tag, True
+
+
+def _refuse_step_options(checkpoint: Checkpoint, options: ModelConfig) -> None:
+    for name in ("step_tag_id", "returned_token_ids"):
+        if getattr(options.pooler_config, name) is not None:
+            raise CheckpointError(
+                f"pooler_config.{name} is for pooling type STEP, which {checkpoint.name} does not use"
+            )
 
 
 def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig) -> tuple[Pooler, int]:
@@ -179,22 +267,25 @@ def _info(
     options: ModelConfig,
     layout: Layout,
     pooler: Pooler,
+    outputs: Mapping[str, TaskOutput],
     dimension: int,
     length: int,
     notes: list[str],
 ) -> ModelInfo:
-    # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
-    tasks = ("embed", "token_embed") if len(pooler.modes) == 1 or not pooler.steps else ("embed",)
-    default = options.pooler_config.task or "embed"
+    tasks = tuple(outputs)
+    default = options.pooler_config.task or tasks[0]
+    classes = _class_info(checkpoint, outputs)
+    if options.task == "reward":
+        default = str(classes.get("reward") or "reward")
     if default not in tasks:
-        raise CheckpointError(f"pooler_config.task is {default!r}, but {checkpoint.name} offers {', '.join(tasks)}")
+        raise CheckpointError(f"the task asked for is {default!r}, but {checkpoint.name} offers {', '.join(tasks)}")
     matryoshka = _matryoshka(checkpoint)
     if pooler.dimensions is not None and (matryoshka is None or pooler.dimensions > dimension):
         raise CheckpointError(
             f"pooler_config.dimensions is {pooler.dimensions}, but {checkpoint.name} does not declare Matryoshka "
             f"embeddings of that size (its vectors have {dimension}); see hf_overrides is_matryoshka"
         )
-    return ModelInfo(
+    info = ModelInfo(
         name=checkpoint.name,
         architecture=checkpoint.architecture,
         tasks=tasks,
@@ -205,12 +296,40 @@ def _info(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         layout=layout.name,
+        shares_prefixes=layout.shares_prefixes,
         pooling="+".join(pooler.modes),
         use_activation=pooler.use_activation,
         revision=checkpoint.revision,
         matryoshka=matryoshka,
         warnings=tuple(notes),
     )
+    return replace(info, **classes)
+
+
+def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> dict[str, Any]:
+    """What `ModelInfo` says of the classification head and of scoring."""
+    vectors = ("bi-encoder", "late-interaction") if "token_embed" in outputs else ("bi-encoder",)
+    found = outputs.get("classify") or outputs.get("token_classify")
+    if not isinstance(found, (Classify, TokenClassify)):
+        return {"score_types": vectors}
+    num_labels, head = found.classifier.num_labels, checkpoint.head
+    rates = "classify" in outputs and num_labels == 1
+    of_tokens = outputs.get("token_classify")
+    columns = of_tokens.columns if isinstance(of_tokens, TokenClassify) and of_tokens.step else ()
+    step = len(columns) > 0
+    named = getattr(checkpoint.config, "id2label", None) or {}
+    is_named = head.kind in ("sequence", "token") and len(named) == num_labels
+    return {
+        "num_labels": num_labels,
+        "labels": tuple(str(named[i]) for i in range(num_labels)) if is_named else (),
+        "activation": found.calibration.activation,
+        "classifies": found.calibration.use_activation,
+        "score_types": ("cross-encoder", *vectors) if rates else (),
+        "reward": next(iter(outputs)) if head.kind == "reward" or step else "classify" if rates else "",
+        "step": step,
+        "columns": columns,
+        "head": head.name,
+    }
 
 
 def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
@@ -220,14 +339,14 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     return () if getattr(checkpoint.config, "is_matryoshka", False) else None
 
 
-def _check_first_forward(model: PoolingModel) -> None:
+def _check_first_forward(model: PoolingModel, pooler: Pooler) -> None:
     """One vector through pooling and head, so that damaged head weights are refused at load and not at midnight."""
     (output,) = model.launch(
         [Sequence([min(1, model.info.vocab_size - 1)] * min(4, model.info.max_model_len))]
     ).finish()
     if isinstance(output, CenoteError):
         raise CheckpointError(f"{model.info.name}: {output.message}")
-    if output.data.shape != (model.info.dimension,) and model.pooler.dimensions is None:
+    if output.data.shape != (model.info.dimension,) and pooler.dimensions is None:
         raise CheckpointError(
             f"{model.info.name} gives vectors of {output.data.shape[0]}, but its files say {model.info.dimension}"
         )

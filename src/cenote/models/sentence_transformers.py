@@ -59,6 +59,11 @@ class SentenceTransformer:
         normalizes: whether the last module is Normalize.
         dimension: length of the vector, if a module fixes it.
         prompts: name to text.
+        is_cross_encoder: whether the files describe a CrossEncoder.
+        logit_score: token ids (true, false) of a `LogitScore` module: the language model's logits are the score.
+        activation: import path of the activation that a CrossEncoder was saved with.
+        pair_template: variables of the chat template that renders a pair; `None` = a pair is not rendered.
+        structured: that template takes message contents as lists of parts.
     """
 
     backbone: Path
@@ -71,6 +76,11 @@ class SentenceTransformer:
     do_lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    is_cross_encoder: bool = False
+    logit_score: tuple[int, int | None] | None = None
+    activation: str | None = None
+    pair_template: dict[str, Any] | None = None
+    structured: bool = False
 
 
 def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | None:
@@ -104,6 +114,7 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
     include_prompt = True
     steps: list[Step] = []
     dimension: int | None = None
+    logit_score = None
     for module, kind in zip(modules[1:], kinds[1:], strict=True):
         folder = path / module["path"]
         if kind == "Pooling" and not modes:
@@ -111,6 +122,9 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
             modes, include_prompt = pooling_modes(config), bool(config.get("include_prompt", True))
             width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
             dimension = width * len(modes) if width else None
+        elif kind == "LogitScore" and not modes:
+            config = _json(folder / "config.json")
+            logit_score = (int(config["true_token_id"]), config.get("false_token_id"))
         elif kind in STEPS and modes:
             step, width = STEPS[kind](folder, allow_pickle)
             dimension = width or dimension
@@ -118,7 +132,7 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         else:
             raise CheckpointError(
                 f"modules.json names the module {module['type']}, which Cenote does not honour here; "
-                f"honoured are Transformer, Pooling, then {', '.join(STEPS)}"
+                f"honoured are Transformer, LogitScore, Pooling, then {', '.join(STEPS)}"
             )
     normalizes = bool(steps) and steps[-1] is normalize
     general = path / "config_sentence_transformers.json"
@@ -138,7 +152,21 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         do_lower_case=bool(transformer.get("do_lower_case", False)),
         prompts=prompts,
         default_prompt=prompts[default] if default else "",
+        is_cross_encoder=settings.get("model_type") == "CrossEncoder" or logit_score is not None,
+        logit_score=logit_score,
+        activation=settings.get("activation_fn"),
+        pair_template=_pair_template(transformer),
+        structured=(transformer.get("modality_config") or {}).get("message", {}).get("format") == "structured",
     )
+
+
+def _pair_template(transformer: dict[str, Any]) -> dict[str, Any] | None:
+    """Variables for the chat template, if the Transformer module takes messages; `restore_suffix` is not one."""
+    if "message" not in (transformer.get("modality_config") or {}):
+        return None
+    kwargs = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
+    kwargs.pop("restore_suffix", None)
+    return kwargs
 
 
 def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:

@@ -43,6 +43,16 @@ def json_response(content: Any) -> Response:
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
+def foreign_response(content: Any) -> Response:
+    """`content` of a plugin's making as JSON: also tensors, pydantic models, sets, and keys that are no text.
+
+    Raises:
+        TypeError: something in it has no JSON.
+    """
+    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    return Response(orjson.dumps(content, _plain, option), media_type="application/json")
+
+
 def vectors_response(
     head: dict[str, Any],
     vectors: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
@@ -63,11 +73,11 @@ def vectors_response(
     """
     if encoding_format == "float":
         data = [{"index": i, "object": kind, field: np.ascontiguousarray(v)} for i, v in enumerate(vectors)]
-        return json_response(_with_data(head, data))
+        return json_response(with_data(head, data))
     raw = [to_bytes(v, embed_dtype, endianness) for v in vectors]
     if encoding_format == "base64":
         coded = [{"index": i, "object": kind, field: base64.b64encode(b).decode()} for i, b in enumerate(raw)]
-        return json_response(_with_data(head, coded))
+        return json_response(with_data(head, coded))
     headers = {}
     if encoding_format == "bytes":
         ends = np.cumsum([len(b) for b in raw]).tolist()
@@ -88,7 +98,21 @@ def vectors_response(
     return Response(b"".join(raw), headers=headers, media_type="application/octet-stream")
 
 
-def _with_data(head: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
+def with_data(head: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
     """`data` put before `usage`, where clients print it."""
     usage = head["usage"]
     return {**{key: value for key, value in head.items() if key != "usage"}, "data": data, "usage": usage}
+
+
+def _plain(value: Any) -> Any:
+    """What orjson does not know, made of what it knows."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    if hasattr(value, "detach"):  # a tensor; NumPy has no bfloat16 and no fp8
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.flags.c_contiguous else np.ascontiguousarray(value)
+    if isinstance(value, (tuple, set, frozenset)):
+        return list(value)
+    raise TypeError

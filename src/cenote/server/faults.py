@@ -15,10 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cenote.errors import CenoteError, Overloaded, Unauthorized
+from cenote.errors import CenoteError, NotScored, Overloaded, Unauthorized
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fastapi import FastAPI
     from starlette.requests import Request
@@ -35,14 +35,24 @@ def answer(error: CenoteError) -> Response:
     if isinstance(error, Unauthorized):
         return Response(orjson.dumps({"error": "Unauthorized"}), 401, media_type="application/json")
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else {}
-    return body(error.message, error.type, error.param, error.status, headers)
+    # vLLM has no score routes for such a model, and its clients look for what a missing route answers.
+    beside = {"detail": "Not Found"} if isinstance(error, NotScored) else {}
+    return body(error.message, error.type, error.param, error.status, headers, beside)
 
 
-def body(message: str, kind: str, param: str | None, status: int, headers: dict[str, str] | None = None) -> Response:
-    """An error body with the given fields."""
+def body(
+    message: str,
+    kind: str,
+    param: str | None,
+    status: int,
+    headers: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> Response:
+    """An error body with the given fields, and what else stands `beside` its `error`."""
     text = _PATH.sub("<path>", message).encode(errors="replace").decode()  # no lone surrogates
     fields = {"message": text, "type": kind, "param": param, "code": status}
-    return Response(orjson.dumps({"error": fields}), status, headers, media_type="application/json")
+    content = orjson.dumps({**(beside or {}), "error": fields})
+    return Response(content, status, headers, media_type="application/json")
 
 
 def validation(errors: Sequence[Any]) -> Response:

@@ -42,13 +42,17 @@ class Serving:
         self._by_name = {name: service for service in services for name in service.names}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
 
-    def find(self, model: str | None) -> Service:
+    def find(self, model: str | None, *, any_name: bool = False) -> Service:
         """The service called `model`; the first one if the request names none.
+
+        Args:
+            model: name in the request.
+            any_name: a server of one model answers to every name, as FastDeploy's do.
 
         Raises:
             ModelNotFound: there is none of that name.
         """
-        if not model:
+        if not model or (any_name and len(self.services) == 1):
             return self.services[0]
         if model not in self._by_name:
             raise ModelNotFound(f"The model `{model}` does not exist.")
@@ -76,7 +80,7 @@ class Serving:
     async def compute(
         self, request: Request, service: Service, render: Callable[[], list[Sequence]]
     ) -> tuple[list[Sequence], list[Output]]:
-        """Render, submit and wait.
+        """Render, submit and wait: the sequences of a request, and their outputs.
 
         Raises:
             CenoteError: what rendering or the engine refuse.

@@ -46,32 +46,41 @@ HARMLESS = frozenset(
 
 
 @dataclass(slots=True)
-class _Forward:
-    """A packed forward under way, and whether the model has called the attention function in it."""
+class Forward:
+    """A packed forward under way.
+
+    Attributes:
+        is_called: whether the model has called the attention function in it.
+        is_causal: whether every call so far was causal.
+    """
 
     batch: Batch
     kernels: Kernels | None = None
     is_called: bool = False
+    is_causal: bool = True
 
 
-_FORWARD: ContextVar[_Forward] = ContextVar("cenote_forward")
+_FORWARD: ContextVar[Forward] = ContextVar("cenote_forward")
 
 
 @contextmanager
-def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[None]:
+def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[Forward]:
     """Tell the attention function, for the forward inside, where each sequence begins and ends.
 
     Args:
         batch: the batch that the forward runs over.
         kernels: native CPU kernels to use where they can do what the model asks.
 
+    Yields:
+        What is known of the forward so far.
+
     Raises:
         RuntimeError: the model did not call it, so something else decided who sees whom.
     """
-    under_way = _Forward(batch, kernels)
+    under_way = Forward(batch, kernels)
     token = _FORWARD.set(under_way)
     try:
-        yield
+        yield under_way
     finally:
         _FORWARD.reset(token)
     if not under_way.is_called:
@@ -83,7 +92,7 @@ def current() -> Batch:
     return _under_way().batch
 
 
-def _under_way() -> _Forward:
+def _under_way() -> Forward:
     under_way = _FORWARD.get(None)
     if under_way is None:
         raise RuntimeError("packed attention was called outside a packed forward")
@@ -135,10 +144,11 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence of the current batch; `[1, T, N, H]`, as Transformers expects.
+    """Attention within each sequence of the current batch and its prefix; `[1, T, N, H]`, as Transformers expects.
 
     Raises:
-        NotImplementedError: the model passes a mask or a keyword that packing does not honour.
+        NotImplementedError: the model passes a mask or a keyword that packing does not honour, or the batch has
+            prefixes and the attention is not causal or has a position bias.
         RuntimeError: no batch is set, or the tokens are not the batch's (a vision tower, say).
     """
     if unknown := {name for name, value in rest.items() if value is not None} - HARMLESS:
@@ -153,6 +163,9 @@ def packed_attention(
     if causal is None:
         raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
     rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
+    under_way.is_causal &= rule.causal
+    if batch.prefixes is not None and not (rule.causal and rule.bias is None):
+        raise NotImplementedError(f"{type(module).__name__} needs causal attention without bias to share a prefix")
     if q_1NTH.is_cuda and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
         return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
     kernels = under_way.kernels
@@ -171,22 +184,32 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
     """Attention run by run: sequences of equal length form a small dense batch. Works on any device."""
     _, heads, tokens, _ = q_1NTH.shape
     out_1TNH = q_1NTH.new_empty(1, tokens, heads, v_1NTH.shape[-1])
-    for start, count, length in batch.runs:
-        stop = start + count * length
+    for run in batch.runs:
+        rows = slice(run.start, run.start + run.size * run.length)
         q, k, v = (
-            x[0, :, start:stop].view(x.shape[1], count, length, -1).transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH)
+            x[0, :, rows].view(x.shape[1], run.size, run.length, -1).transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH)
         )
-        out_1TNH[0, start:stop].view(count, length, heads, -1).copy_(_attend(q, k, v, rule).transpose(1, 2))
+        if run.prefix:
+            before = slice(run.prefix.start, run.prefix.stop)
+            k, v = (
+                torch.cat([x[:, :, before].expand(run.size, -1, -1, -1), own], dim=2)
+                for x, own in ((k_1NTH, k), (v_1NTH, v))
+            )
+        out = _attend(q, k, v, rule).transpose(1, 2)
+        out_1TNH[0, rows].view(run.size, run.length, heads, -1).copy_(out)
     return out_1TNH
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """Dense attention over `[count, N, length, H]`, in blocks of queries where a window or a bias asks for it."""
-    length = q.shape[2]
+    """Dense attention over `[count, N, length, H]`, in blocks of queries where a window, bias or prefix asks for it.
+
+    Keys may begin before the queries; the last key belongs to the last query.
+    """
+    length, keys = q.shape[2], k.shape[2]
     grouped = k.shape[1] != q.shape[1]
-    if rule.plain and (rule.window is None or length <= rule.window):
+    if rule.plain and length == keys and (rule.window is None or length <= rule.window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
-    if grouped:
+    if grouped and not rule.plain:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     blocks = [_attend_block(q, k, v, rule, a, min(a + QUERY_BLOCK, length)) for a in range(0, length, QUERY_BLOCK)]
     return torch.cat(blocks, dim=2)
@@ -194,16 +217,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop: int) -> Tensor:
     """Queries `start:stop` against the band of keys that they can see."""
-    length = q.shape[2]
-    reach = rule.window - 1 if rule.window else length
-    first, last = max(0, start - reach), stop if rule.causal else min(length, stop + reach)
-    q, k, v = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+    keys = k.shape[2]
+    before = keys - q.shape[2]
+    q = q[:, :, start:stop]
+    start, stop = start + before, stop + before
+    reach = rule.window - 1 if rule.window else keys
+    first, last = max(0, start - reach), stop if rule.causal else min(keys, stop + reach)
+    k, v = k[:, :, first:last], v[:, :, first:last]
     distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
     seen = (distance >= 0) if rule.causal else torch.ones_like(distance, dtype=torch.bool)
     if rule.window:
         seen &= distance.abs() < rule.window
     if rule.plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling)
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling, enable_gqa=grouped)
     scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     scores = (q @ k.transpose(-1, -2)) * scaling
     if rule.softcap is not None:
@@ -232,18 +259,25 @@ def _window(rule: Rule) -> tuple[int, int]:
     return (left, 0) if rule.causal else (left, left)
 
 
+def _varlen_states(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[T, N, H]`, and the keys and values `[K, N, H]` that `batch.keys` speaks of."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
+    rows_K = batch.keys.rows_K
+    return (q, k, v) if rows_K is None else (q, k.index_select(0, rows_K), v.index_select(0, rows_K))
+
+
 def _torch_varlen(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q_1NTH, k_1NTH, v_1NTH))
+    q, k, v = (x.contiguous() for x in _varlen_states(q_1NTH, k_1NTH, v_1NTH, batch))
     out_TNH = varlen_attn(
         q,
         k,
         v,
         batch.cu_seqlens,
-        batch.cu_seqlens,
+        batch.keys.cu_seqlens,
         batch.max_length,
-        batch.max_length,
+        batch.keys.max_length,
         scale=rule.scaling,
         window_size=_window(rule),
         enable_gqa=k.shape[1] != q.shape[1],
@@ -255,15 +289,12 @@ def _torch_varlen(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, 
 def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
     out_TNH: Tensor = flash_attn_varlen_func(
-        q,
-        k,
-        v,
+        *_varlen_states(q_1NTH, k_1NTH, v_1NTH, batch),
         batch.cu_seqlens,
-        batch.cu_seqlens,
+        batch.keys.cu_seqlens,
         batch.max_length,
-        batch.max_length,
+        batch.keys.max_length,
         softmax_scale=rule.scaling,
         causal=rule.causal,
         window_size=_window(rule),

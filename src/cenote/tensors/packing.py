@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,13 +21,36 @@ if TYPE_CHECKING:
 
     from cenote.types import Sequence
 
+    Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+SHORTEST_PREFIX = 16
+"""Common tokens from which on sequences share them. Fewer would save less than keeping them apart costs."""
+MOST_KEYS = 4096
+"""Most rows that the sequences of a run with a prefix see, added up: the prefix's keys are copied for each of them."""
+
 
 class Run(NamedTuple):
-    """Neighbouring sequences of one length: rows `start` to `start + size * length`."""
+    """Neighbouring sequences of one length: rows `start` to `start + size * length`, which continue `prefix`."""
 
     start: int
     size: int
     length: int
+    prefix: range = range(0)
+
+
+class Keys(NamedTuple):
+    """What each sequence sees, as varlen kernels take it.
+
+    Attributes:
+        rows_K: int64 rows of the batch, each sequence's after its prefix's; `None` if they are the batch's own.
+        cu_seqlens: int32 offsets into them.
+        max_length: most rows that a sequence sees.
+    """
+
+    rows_K: Tensor | None
+    cu_seqlens: Tensor
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -35,17 +59,21 @@ class Batch:
 
     Attributes:
         ids_T: int64 token ids.
-        positions_T: int64 position of each token in its own sequence, from 0.
+        host_ids_T: the same ids on the host.
+        positions_T: int64 position of each token in its own sequence, from 0; after its prefix, where it has one.
         type_ids_T: int64 token type ids, or `None` when no sequence carries any.
         starts: B + 1 offsets, on the host.
         skips: per sequence, leading tokens that pooling leaves out; `None` when all are 0.
+        prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
     """
 
     ids_T: Tensor
+    host_ids_T: Ids
     positions_T: Tensor
     type_ids_T: Tensor | None
     starts: tuple[int, ...]
     skips: tuple[int, ...] | None = None
+    prefixes: tuple[range, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -78,24 +106,42 @@ class Batch:
         return torch.tensor(self.starts)
 
     @cached_property
+    def keys(self) -> Keys:
+        """The rows that each sequence sees."""
+        if self.prefixes is None:
+            return Keys(None, self.cu_seqlens, self.max_length)
+        own = (range(a, b) for a, b in pairwise(self.starts))
+        parts = [rows for pair in zip(self.prefixes, own, strict=True) for rows in pair]
+        rows_K = np.concatenate([np.arange(rows.start, rows.stop) for rows in parts])
+        lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        offsets = np.cumsum([0, *lengths], dtype=np.int32)
+        device = self.ids_T.device
+        return Keys(_to_device(rows_K, device), _to_device(offsets, device), max(lengths))
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The batch as runs of equal length. Sequences sorted by length make few runs."""
+        """The batch as runs of equal length and prefix. Sequences sorted by length make few runs."""
         runs: list[Run] = []
-        for start, length in zip(self.starts, self.lengths, strict=False):
-            if runs and runs[-1].length == length:
-                runs[-1] = Run(runs[-1].start, runs[-1].size + 1, length)
+        prefixes = self.prefixes or (range(0),) * self.size
+        for start, length, prefix in zip(self.starts, self.lengths, prefixes, strict=False):
+            last = runs[-1] if runs else Run(0, 0, 0)
+            full = len(prefix) and (last.size + 1) * (len(prefix) + length) > MOST_KEYS
+            if last.length == length and last.prefix == prefix and not full:
+                runs[-1] = last._replace(size=last.size + 1)
             else:
-                runs.append(Run(start, 1, length))
+                runs.append(Run(start, 1, length, prefix))
         return tuple(runs)
 
     def select(self, members: Seq[int]) -> tuple[Batch, Tensor]:
         """The batch of the sequences numbered `members`, in that order, and which rows of this one they are."""
-        rows = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in members]).to(self.ids_T.device)
+        host_rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in members])
+        rows = _to_device(host_rows, self.ids_T.device)
         starts = [0]
         for i in members:
             starts.append(starts[-1] + self.lengths[i])
         part = Batch(
             ids_T=self.ids_T[rows],
+            host_ids_T=self.host_ids_T[host_rows],
             positions_T=self.positions_T[rows],
             type_ids_T=None if self.type_ids_T is None else self.type_ids_T[rows],
             starts=tuple(starts),
@@ -123,11 +169,125 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         )
     return Batch(
         ids_T=_to_device(ids_T, device),
+        host_ids_T=ids_T,
         positions_T=_to_device(positions_T, device),
         type_ids_T=None if type_ids_T is None else _to_device(type_ids_T, device),
         starts=tuple(starts.tolist()),
         skips=tuple(s.skip for s in sequences) if any(s.skip for s in sequences) else None,
     )
+
+
+class Shared(NamedTuple):
+    """A batch whose common prefixes are laid out once.
+
+    Attributes:
+        batch: what is run, of U tokens: prefixes, what follows them, and the sequences that share nothing.
+        kept_U: int64 rows of the original batch that it consists of.
+        expand_T: int64 row of it that stands for each row of the original batch.
+    """
+
+    batch: Batch
+    kept_U: Tensor
+    expand_T: Tensor
+
+
+def share(batch: Batch) -> Shared | None:
+    """Lay prefixes that sequences have in common out once; `None` if there are none, or tokens have types.
+
+    A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, what
+    a prefix's rows become does not depend on what follows.
+    """
+    groups = _common_prefixes(batch) if batch.type_ids_T is None else []
+    if not groups:
+        return None
+    starts, device = batch.starts, batch.ids_T.device
+    pieces: list[tuple[range, int]] = []  # rows of `batch`, and the number of the piece that they continue
+    for shared, members in groups:
+        first, prefix = starts[members[0]], len(pieces)
+        pieces.append((range(first, first + shared), -1))
+        pieces += [(range(starts[i] + shared, starts[i + 1]), prefix) for i in members]
+    sharing = {i for _, members in groups for i in members}
+    pieces += [(range(starts[i], starts[i + 1]), -1) for i in range(batch.size) if i not in sharing]
+    laid = tuple(np.cumsum([0, *(len(rows) for rows, _ in pieces)]).tolist())
+    kept_U = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in pieces])
+    expand_T = np.empty(batch.tokens, dtype=np.int64)
+    expand_T[kept_U] = np.arange(laid[-1])
+    for shared, members in groups:
+        first = starts[members[0]]
+        for i in members[1:]:
+            expand_T[starts[i] : starts[i] + shared] = expand_T[first : first + shared]
+    kept = _to_device(kept_U, device)
+    physical = Batch(
+        ids_T=batch.ids_T[kept],
+        host_ids_T=batch.host_ids_T[kept_U],
+        positions_T=batch.positions_T[kept],
+        type_ids_T=None,
+        starts=laid,
+        prefixes=tuple(range(laid[p], laid[p + 1]) if p >= 0 else range(0) for _, p in pieces),
+    )
+    return Shared(physical, kept, _to_device(expand_T, device))
+
+
+def _common_prefixes(batch: Batch) -> list[tuple[int, list[int]]]:
+    """Prefixes to be shared: their length and the numbers of the sequences, longest first."""
+    alike: dict[bytes, list[int]] = {}
+    for i, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=False)):
+        if length > SHORTEST_PREFIX:
+            alike.setdefault(batch.host_ids_T[start : start + SHORTEST_PREFIX].tobytes(), []).append(i)
+    groups: list[tuple[int, list[int]]] = []
+    for members in alike.values():
+        if len(members) > 1:
+            groups += _partition({i: batch.host_ids_T[batch.starts[i] : batch.starts[i + 1]] for i in members})
+    return groups
+
+
+def _partition(ids: dict[int, Ids]) -> list[tuple[int, list[int]]]:
+    """Sort sequences by their tokens, and cut that order into groups so that their prefixes spare most tokens.
+
+    Whatever shares a long prefix lies side by side within what shares a shorter one, so the best cut before each
+    place follows from the best ones before the places to its left.
+    """
+    order = sorted(ids, key=lambda i: ids[i].tobytes())
+    common = np.array([_in_common(ids[a], ids[b]) for a, b in pairwise(order)])
+    count = len(order)
+    best, cut = np.zeros(count + 1, dtype=np.int64), [0] * (count + 1)
+    lowest = np.full(count, np.iinfo(np.int64).max)  # [i]: what the sequences from i to the current one share
+    for stop in range(2, count + 1):
+        np.minimum(lowest[: stop - 1], common[stop - 2], out=lowest[: stop - 1])
+        spared = best[: stop - 1] + lowest[: stop - 1] * np.arange(stop - 1, 0, -1)
+        i = int(spared.argmax())
+        best[stop], cut[stop] = max((int(best[stop - 1]), stop - 1), (int(spared[i]), i), key=lambda x: x[0])
+    groups = []
+    stop = count
+    while stop > 1:
+        if stop - cut[stop] > 1:
+            group = sorted(order[cut[stop] : stop], key=lambda i: (-len(ids[i]), i))
+            groups.append((int(common[cut[stop] : stop - 1].min()), group))
+        stop = cut[stop]
+    return groups
+
+
+def _in_common(a: Ids, b: Ids) -> int:
+    """Leading tokens that two sequences have in common, a last one of each left over."""
+    most = min(len(a), len(b)) - 1
+    differing = np.flatnonzero(a[:most] != b[:most])
+    return int(differing[0]) if len(differing) else most
+
+
+def common_prefix(sequences: Seq[Sequence]) -> int:
+    """Leading tokens that all `sequences` have in common and `share` would lay out once; 0 if too few."""
+    if len(sequences) < 2 or any(s.type_ids is not None for s in sequences):
+        return 0
+    shared = min(map(len, sequences)) - 1
+    first = list(sequences[0].ids[:shared])
+    for s in sequences:
+        own = list(s.ids[:shared])
+        if own != first:
+            shared = next(i for i, (a, b) in enumerate(zip(first, own, strict=True)) if a != b)
+            first = first[:shared]
+        if shared < SHORTEST_PREFIX:
+            return 0
+    return shared
 
 
 def _to_device(values: np.ndarray, device: torch.device | str) -> Tensor:

@@ -1,7 +1,8 @@
-"""vLLM's own routes: `/pooling`, `/tokenize`, `/detokenize`, and the trip that its vector routes share."""
+"""vLLM's own routes: `/pooling`, `/classify`, `/tokenize`, `/detokenize`, and the trip that vector routes share."""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,16 +12,22 @@ from pydantic_core import PydanticCustomError
 
 from cenote import metrics
 from cenote.engine.rendering import ChatOptions
-from cenote.errors import BadRequest
-from cenote.server.dialects.requests import Chat, Conversation, PoolingFields
-from cenote.server.encoding import json_response, vectors_response
+from cenote.errors import BadRequest, PluginFailed
+from cenote.plugins import NOT_INSTALLED, WRONG_TASK
+from cenote.server.dialects import answers
+from cenote.server.dialects.answers import render
+from cenote.server.dialects.requests import Chat, Conversation, Inputs, PoolingFields, TextInput
+from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
 from cenote.server.serving import request_id
+from cenote.tasks import PLUGIN
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from cenote.server.serving import Serving
     from cenote.service import Service
     from cenote.types import Sequence
+
+log = logging.getLogger(__name__)
 
 LARGE = 65_536
 """Answers with more numbers than this are encoded off the event loop."""
@@ -30,12 +37,34 @@ class PoolingRequest(PoolingFields):
     """Body of `POST /pooling`: as `/v1/embeddings`, and the task to run."""
 
     task: str | None = Field(None, description="default: the model's default task")
+    step_tag_id: Annotated[int, Field(strict=True, ge=0)] | None = None
+    returned_token_ids: list[Annotated[int, Field(strict=True, ge=0)]] | None = Field(None, min_length=1)
     data: Any = Field(None, description="input of an IO-processor plugin")
 
     @property
     def for_plugin(self) -> bool:
         """See `PoolingFields.for_plugin`."""
-        return self.data is not None or self.task == "plugin"
+        return self.data is not None or self.task == PLUGIN
+
+
+class PairInput(BaseModel):
+    """Two texts that are classified together, as Transformers' pipelines spell them."""
+
+    text: str
+    text_pair: str
+
+
+class ClassifyRequest(Inputs):
+    """Body of `POST /classify`: `input` (text, ids, pairs of texts, or lists of them) or `messages`."""
+
+    input: PairInput | list[PairInput] | TextInput | Conversation | list[Conversation] | None = None  # type: ignore[assignment]
+
+    def prompts(self) -> list[Any]:
+        """See `Inputs.prompts`."""
+        source: Any = self.input if isinstance(self.input, list) else [self.input]
+        if isinstance(source[0] if source else None, PairInput):
+            return [pair.model_dump() for pair in source]
+        return super().prompts()
 
 
 class TokenizeRequest(Chat):
@@ -75,13 +104,40 @@ def router(serving: Serving) -> APIRouter:
     async def pooling(body: PoolingRequest, request: Request) -> Response:
         """The result of any task that the model offers: a vector or a matrix per input."""
         if body.for_plugin:
-            raise BadRequest(
-                "No IOProcessor plugin installed. Send `input` or `messages` instead of `data`.", param="data"
-            )
+            return await answer_plugin(serving, request, body)
         if body.dimensions is not None:
             raise BadRequest("dimensions is currently not supported", param="dimensions")
         task = body.task or serving.find(body.model).info.default_task
-        return await answer_vectors(serving, request, body, task, prefix="pooling", kind="pooling", field="data")
+        params = PoolingParams(
+            use_activation=body.use_activation,
+            step_tag_id=body.step_tag_id,
+            returned_token_ids=None if body.returned_token_ids is None else tuple(body.returned_token_ids),
+        )
+        return await answer_vectors(
+            serving, request, body, task, params, prefix="pooling", kind="pooling", field="data"
+        )
+
+    @routes.post("/classify")
+    @routes.post("/v1/classify", include_in_schema=False)
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        """The value of every class per input, and the name of the largest."""
+        service = serving.find(body.model)
+        body.refuse_media()
+        params = PoolingParams(use_activation=body.use_activation)
+        sequences, outputs = await serving.compute(
+            request, service, lambda: render(serving, service, body, "classify", params)
+        )
+        labels = service.info.labels
+        data = [
+            {
+                "index": i,
+                "label": labels[int(output.data.argmax())] if labels else None,
+                "probs": output.data,
+                "num_classes": len(output.data),
+            }
+            for i, output in enumerate(outputs)
+        ]
+        return json_response(with_data(answers.head(serving, request, body, "classify", sequences), data))
 
     @routes.post("/tokenize")
     @routes.post("/v1/tokenize", include_in_schema=False)
@@ -120,28 +176,61 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
     return service.renderer.tokenize(text, add_special_tokens=bool(body.add_special_tokens))
 
 
+async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest) -> Response:
+    """The trip of a request whose input and answer are an IO-processor plugin's.
+
+    Raises:
+        BadRequest: there is no plugin, or it refuses the data.
+        PluginFailed: it fails.
+    """
+    service = serving.find(body.model)
+    if body.task not in (None, PLUGIN):
+        raise BadRequest(WRONG_TASK, param="data")
+    if service.plugin is None:
+        raise BadRequest(NOT_INSTALLED, param="data")
+    if body.input is not None or body.messages is not None:
+        raise BadRequest("a request for a plugin has `data`, and neither `input` nor `messages`", param="data")
+    body.refuse_media()
+    number = f"pooling-{request_id(request, body.request_id)}"
+    call = service.plugin.call(body.data, number)
+
+    def rendered() -> list[Sequence]:
+        prompts, task, params = call.prepare(service.info)
+        serving.check_count(len(prompts))
+        return service.render(prompts, task, params, body.options(is_chat=False))
+
+    def answered() -> Response:
+        answer = call.finish(sequences, outputs)
+        try:
+            return foreign_response({"request_id": number, "created_at": int(time.time()), "data": answer})
+        except TypeError as error:
+            raise call.failed(ValueError(f"its answer does not fit into JSON: {error}")) from error
+
+    try:
+        sequences, outputs = await serving.compute(request, service, rendered)
+        return await serving.in_pool("encode", answered)
+    except PluginFailed as error:
+        log.error("%s", error.message, exc_info=error.__cause__)  # where in the plugin it was
+        raise
+
+
 async def answer_vectors(
-    serving: Serving, request: Request, body: PoolingFields, task: str, *, prefix: str, kind: str, field: str
+    serving: Serving,
+    request: Request,
+    body: PoolingFields,
+    task: str,
+    params: PoolingParams | None = None,
+    *,
+    prefix: str,
+    kind: str,
+    field: str,
 ) -> Response:
     """The whole trip of a request whose answer is one vector or matrix per input."""
     service = serving.find(body.model)
     body.refuse_media()
-    params = PoolingParams(use_activation=body.use_activation, dimensions=body.dimensions)
-    sequences, outputs = await serving.compute(request, service, lambda: _render(serving, service, body, task, params))
-    tokens = sum(map(len, sequences))
-    head = {
-        "id": f"{prefix}-{request_id(request, body.request_id)}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": serving.name(body.model),
-        "usage": {
-            "prompt_tokens": tokens,
-            "total_tokens": tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-            "completion_tokens_details": None,
-        },
-    }
+    params = params or PoolingParams(use_activation=body.use_activation, dimensions=body.dimensions)
+    sequences, outputs = await serving.compute(request, service, lambda: render(serving, service, body, task, params))
+    head = answers.head(serving, request, body, prefix, sequences)
     vectors = [output.data for output in outputs]
 
     def encode() -> Response:
@@ -159,18 +248,3 @@ async def answer_vectors(
         return await serving.in_pool("encode", encode)
     with metrics.stage_seconds.labels("encode").time():
         return encode()
-
-
-def _render(
-    serving: Serving, service: Service, body: PoolingFields, task: str, params: PoolingParams
-) -> list[Sequence]:
-    conversations = body.conversations()
-    options = body.text_options(is_chat=conversations is not None)
-    if conversations is None:
-        prompts = body.prompts()
-    else:
-        serving.check_count(len(conversations))  # before any is rendered
-        chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        prompts = [service.renderer.chat_text(conversation, chat) for conversation in conversations]
-    serving.check_count(len(prompts))
-    return service.renderer.render(prompts, task, params, options)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.config import RENAMED_PARAMS
 from cenote.engine.rendering import ChatOptions, TextOptions
 from cenote.errors import BadRequest
 from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
@@ -37,12 +38,13 @@ class Shared(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _removed(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "normalize" in values:
-            raise PydanticCustomError(
-                "removed_parameter",
-                "Parameter `normalize` was removed; use `use_activation` instead.",
-                {"param": "normalize"},
-            )
+        for old in ("normalize", "softmax", "activation"):
+            if isinstance(values, dict) and old in values:
+                raise PydanticCustomError(
+                    "removed_parameter",
+                    f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.",
+                    {"param": old},
+                )
         return values
 
     @model_validator(mode="after")
@@ -54,6 +56,11 @@ class Shared(BaseModel):
                 {"param": "cache_salt"},
             )
         return self
+
+    def text_options(self, *, add_special_tokens: bool = True) -> TextOptions:
+        """How text becomes ids."""
+        pad = self.padding == "max_length"
+        return TextOptions(self.truncate_prompt_tokens, self.truncation_side, pad, add_special_tokens)
 
     def refuse_media(self) -> None:
         """Processor arguments from requests are not trusted; the server has no flag to change that yet."""
@@ -99,19 +106,15 @@ class Chat(BaseModel):
         return ChatOptions(self.add_generation_prompt, self.continue_final_message, self.chat_template, kwargs)
 
 
-class PoolingFields(Shared, Chat):
-    """What `/v1/embeddings` and `/pooling` have in common."""
+class Inputs(Shared, Chat):
+    """A request with `input` (text, ids, or lists of them) or `messages`."""
 
     input: TextInput | Conversation | list[Conversation] | None = None
     messages: Conversation | Annotated[list[Conversation], Field(min_length=1)] | None = None
-    encoding_format: EncodingFormat = "float"
-    embed_dtype: EmbedDType = "float32"
-    endianness: Endianness = "native"
-    dimensions: int | None = None
     use_activation: bool | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> PoolingFields:
+    def _one_source(self) -> Inputs:
         if (self.input is None) == (self.messages is None) and not self.for_plugin:
             raise PydanticCustomError(
                 "input", "Exactly one of `input` and `messages` must be given.", {"param": "input"}
@@ -139,7 +142,16 @@ class PoolingFields(Shared, Chat):
             return [source]
         return list(source or [])
 
-    def text_options(self, *, is_chat: bool) -> TextOptions:
+    def options(self, *, is_chat: bool) -> TextOptions:
         """How text becomes ids."""
         special = self.add_special_tokens if self.add_special_tokens is not None else not is_chat
-        return TextOptions(self.truncate_prompt_tokens, self.truncation_side, self.padding == "max_length", special)
+        return self.text_options(add_special_tokens=special)
+
+
+class PoolingFields(Inputs):
+    """What `/v1/embeddings` and `/pooling` have in common."""
+
+    encoding_format: EncodingFormat = "float"
+    embed_dtype: EmbedDType = "float32"
+    endianness: Endianness = "native"
+    dimensions: int | None = None

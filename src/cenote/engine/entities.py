@@ -1,0 +1,200 @@
+"""From a token classifier's probabilities to named entities: tokens, to words, to groups of one type.
+
+The rules are those of Transformers' `TokenClassificationPipeline`, its oddities included, so that a caller of
+`pipeline("token-classification")` gets the same entities here. No model and no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from cenote.errors import BadRequest, TaskNotOffered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+    import numpy as np
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+    from cenote.types import ModelInfo
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+PER_TOKEN = ("none", "simple")
+"""Strategies that label every token by itself."""
+
+PER_WORD: dict[str, Callable[[Array], Array]] = {
+    "first": lambda scores_TC: scores_TC[0],
+    "average": lambda scores_TC: scores_TC.mean(axis=0),
+    "max": lambda scores_TC: scores_TC[scores_TC.max(axis=1).argmax()],
+}
+"""Strategies that label whole words, and the one row of scores that each makes of those of a word's tokens."""
+
+AGGREGATIONS = (*PER_TOKEN, *PER_WORD)
+"""Known values of `aggregation`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A labelled stretch of text.
+
+    Attributes:
+        label: the model's own label ("B-PER") without aggregation, else the type ("PER").
+        score: probability of the label; of a group the mean over its parts.
+        word: the stretch as the tokenizer spells it. The text itself is `text[start:end]`.
+        start: first character.
+        end: character after the last one.
+        index: number of the token, special tokens counted; `None` with aggregation.
+    """
+
+    label: str
+    score: float
+    word: str
+    start: int
+    end: int
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    word: str
+    start: int
+    end: int
+    index: int
+    continues: bool
+    """Whether it belongs to the same word as the token before it."""
+
+
+def entities(
+    text: str,
+    encoding: Encoding,
+    scores_TC: Array,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    aggregation: str = "none",
+    ignore_labels: Collection[str] = ("O",),
+) -> list[Entity]:
+    """Entities of `text` in reading order.
+
+    Args:
+        text: what was encoded; offsets count its characters.
+        encoding: the tokenizer's encoding of `text`, special tokens included.
+        scores_TC: float32 probabilities, a row for each token of `encoding`.
+        labels: name of each class, in the order of the columns.
+        tokenizer: the fast tokenizer that made `encoding`.
+        aggregation: one of `AGGREGATIONS`. "none" gives every token; "simple" joins neighbouring tokens of one type;
+            "first", "average" and "max" label whole words, by the first token, the mean of the tokens or the most
+            certain token, and join neighbouring words of one type.
+        ignore_labels: what is left out, as `Entity.label` spells it.
+
+    Raises:
+        BadRequest: `aggregation` is not known.
+        ValueError: `scores_TC` and `encoding` differ in length.
+    """
+    check_aggregation(aggregation)
+    if len(encoding) != len(scores_TC):
+        raise ValueError(f"{len(scores_TC)} rows of scores for {len(encoding)} tokens")
+    tokens = _tokens(text, encoding, tokenizer)
+    if aggregation in PER_TOKEN:
+        parts = [_labelled(t.word, [t], scores_TC[t.index], labels) for t in tokens]
+    else:
+        parts = [
+            _labelled(
+                tokenizer.convert_tokens_to_string([t.word for t in word]),
+                word,
+                PER_WORD[aggregation](scores_TC[[t.index for t in word]]),
+                labels,
+            )
+            for word in _words(tokens)
+        ]
+    if aggregation != "none":
+        parts = [_joined(group, tokenizer) for group in _groups(parts)]
+    return [part for part in parts if part.label not in ignore_labels]
+
+
+def check_labels(info: ModelInfo) -> None:
+    """Raise `TaskNotOffered` if the model rates tokens, but not by labels, as reward models do."""
+    if "token_classify" in info.tasks and (info.step or not info.labels):
+        raise TaskNotOffered(
+            f"{info.name} rates {'steps' if info.step else 'tokens'} and has no labels that would be entities; "
+            "task token_classify of /pooling and LLM.encode gives its numbers",
+            param="task",
+        )
+
+
+def check_aggregation(aggregation: str) -> None:
+    """Raise `BadRequest` if `aggregation` is not one of `AGGREGATIONS`."""
+    if aggregation not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        raise BadRequest(
+            f"unknown aggregation_strategy {aggregation!r}; known are: {known}", param="aggregation_strategy"
+        )
+
+
+def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> list[_Token]:
+    """Tokens that stem from the text.
+
+    Of a tokenizer that marks continuations ("##ing"), a token continues a word if it is not as long as its stretch of
+    text; that takes in a word from which normalization dropped characters. Of others, only spaces before a token or
+    at its beginning tell. An unknown token is a word of its own, spelled as in the text.
+    """
+    marks = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+    pieces = tokenizer.convert_ids_to_tokens(encoding.ids)
+    tokens = []
+    for index, (piece, (start, end)) in enumerate(zip(pieces, encoding.offsets, strict=True)):
+        if encoding.special_tokens_mask[index]:
+            continue
+        surface = text[start:end]
+        if encoding.ids[index] == tokenizer.unk_token_id:
+            tokens.append(_Token(surface, start, end, index, continues=False))
+            continue
+        continues = len(piece) != len(surface) if marks else start > 0 and " " not in text[start - 1 : start + 1]
+        tokens.append(_Token(piece, start, end, index, continues))
+    return tokens
+
+
+def _words(tokens: Iterable[_Token]) -> list[list[_Token]]:
+    words: list[list[_Token]] = []
+    for token in tokens:
+        if words and token.continues:
+            words[-1].append(token)
+        else:
+            words.append([token])
+    return words
+
+
+def _labelled(word: str, tokens: Sequence[_Token], scores_C: Array, labels: Sequence[str]) -> Entity:
+    """`tokens` under the label with the highest score."""
+    best = int(scores_C.argmax())
+    return Entity(labels[best], float(scores_C[best]), word, tokens[0].start, tokens[-1].end, tokens[0].index)
+
+
+def _groups(parts: Iterable[Entity]) -> Iterator[list[Entity]]:
+    """Runs of parts of one type; a part labelled "B-" begins a new run, and a label without "B-" or "I-" does not."""
+    group: list[Entity] = []
+    for part in parts:
+        if group and (part.label.startswith("B-") or _type(part.label) != _type(group[0].label)):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _type(label: str) -> str:
+    return label[2:] if label.startswith(("B-", "I-")) else label
+
+
+def _joined(group: Sequence[Entity], tokenizer: PreTrainedTokenizerBase) -> Entity:
+    """One entity for `group`. Its label loses any prefix, "S-PER" and "X-PER" too, although these never mix."""
+    return Entity(
+        group[0].label.split("-", 1)[-1],
+        fmean(part.score for part in group),
+        tokenizer.convert_tokens_to_string([part.word for part in group]),
+        group[0].start,
+        group[-1].end,
+    )

@@ -1,0 +1,306 @@
+"""Classification heads: the checkpoint's own head modules, run over packed states.
+
+Transformers' `...For...` classes join a backbone and a head in one forward. Here the backbone's part of that forward
+is replaced by a stub that returns states computed before, so that the head's own code runs unmodified over the rows
+that it needs. Which rows those are is not listed per architecture but tried at load against the model's own logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cenote.errors import CheckpointError
+from cenote.models.layout import TOLERANCE, Backbone, Padded, forward, vocabulary
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cenote.models.layout import Layout
+    from cenote.tensors.packing import Batch
+
+    Rows = Callable[[Tensor], Tensor]
+    """Logits of rows: `[R, D] -> [R, C]`, float32."""
+
+log = logging.getLogger(__name__)
+
+PROBE_LENGTHS = (7, 11, 3, 11)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A head over packed states.
+
+    Attributes:
+        rows: logits of single rows, `[R, D] -> [R, C]`.
+        whole: logits of whole sequences, `([T, D], batch, members) -> [B, C]`; `None` if the head is only for tokens.
+        per_token: whether `rows` means something for every token, or only for the one that `whole` picks.
+        num_labels: C.
+    """
+
+    rows: Rows
+    whole: Callable[[Tensor, Batch, list[int]], Tensor] | None
+    per_token: bool
+    num_labels: int
+
+
+class _States(tuple[Any, ...]):
+    """Last hidden states and pooled output, by place and by name; whatever else a head passes on is `None`."""
+
+    def __new__(cls, states: Tensor, pooled: Tensor | None) -> _States:
+        return super().__new__(cls, (states,) if pooled is None else (states, pooled))
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        place = {"last_hidden_state": 0, "pooler_output": 1}.get(name, len(self))
+        return self[place] if place < len(self) else None
+
+
+class _Stub(nn.Module):
+    """Stands where the backbone was, and returns the states it was given."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.states = torch.empty(0)
+        pooler = getattr(backbone, "pooler", None)
+        self.pooler = copy.deepcopy(pooler).float() if isinstance(pooler, nn.Module) else None
+        self.pooler_activation = getattr(backbone, "pooler_activation", None)  # ALBERT's is beside its pooler
+
+    def forward(self, *_: Any, **__: Any) -> _States:
+        pooled = None
+        if isinstance(self.pooler, nn.Linear) and self.pooler_activation is not None:
+            pooled = self.pooler_activation(self.pooler(self.states[:, 0]))
+        elif self.pooler is not None:
+            pooled = self.pooler(self.states)
+        return _States(self.states, pooled)
+
+
+class OwnHead:
+    """The head of a Transformers `...For...` model, over states computed elsewhere. Weights are shared and float32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        backbone = model.base_model
+        for child in model.children():
+            if child is not backbone:
+                child.float()
+        self._stub = _Stub(backbone)
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, model.base_model_prefix: self._stub}
+        self._model.config = copy.deepcopy(model.config)
+        text = self._model.config.get_text_config()
+        self.pad = text.pad_token_id
+        if self.pad is None:  # decoders refuse several sequences without one; states of one token need none
+            text.pad_token_id = -1
+
+    def __call__(self, states_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The model's own logits for given last hidden states."""
+        self._stub.states = states_BLD.float()
+        try:
+            logits: Tensor = self._model(input_ids=ids_BL, attention_mask=mask_BL, return_dict=True).logits
+        finally:
+            self._stub.states = torch.empty(0)
+        return logits.float()
+
+    def rows(self, x_RD: Tensor) -> Tensor:
+        """Every row as a sequence of one token."""
+        ones_R1 = torch.ones(x_RD.shape[0], 1, dtype=torch.long, device=x_RD.device)
+        return self(x_RD[:, None], ones_R1, ones_R1).flatten(1)
+
+    def first(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Logits of each sequence's first token."""
+        return self.rows(x_TD[[batch.starts[i] for i in members]])
+
+    def last(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Logits of each sequence's last token that is no padding token, as Transformers picks it."""
+        return self.rows(x_TD[[last_row(batch, i, self.pad) for i in members]])
+
+    def padded(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Logits of states that are padded again, for heads that look at all of them."""
+        part, rows = batch.select(members)
+        lengths = torch.tensor(part.lengths, device=x_TD.device)
+        mask_BL = torch.arange(part.max_length, device=x_TD.device) < lengths[:, None]
+        states_BLD = x_TD.new_zeros(*mask_BL.shape, x_TD.shape[-1])
+        states_BLD[mask_BL] = x_TD[rows]
+        ids_BL = batch.ids_T.new_full(mask_BL.shape, self.pad or 0)
+        ids_BL[mask_BL] = part.ids_T
+        return self(states_BLD, ids_BL, mask_BL.long())
+
+
+class Together:
+    """The whole model over sequences of one length, for heads that change what the backbone does (Longformer's).
+
+    Slow: it runs beside the forward whose states the other tasks use.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._groups = Padded(Backbone(model), equal=True).groups
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Logits `[B, C]`; the states are not looked at."""
+        logits: dict[int, Tensor] = {}
+        for group in self._groups(tuple(batch.lengths[i] for i in members)):
+            part, _ = batch.select([members[i] for i in group])
+            shape = (part.size, part.max_length)
+            types = {} if part.type_ids_T is None else {"token_type_ids": part.type_ids_T.view(shape)}
+            ids_BL = part.ids_T.view(shape)
+            found = self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types).logits
+            logits |= dict(zip(group, found, strict=True))
+        return torch.stack([logits[i] for i in range(len(members))]).float()
+
+
+def last_row(batch: Batch, member: int, pad: int | None) -> int:
+    """Row of a sequence's last token whose id is not `pad`; its first row if all are."""
+    start, stop = batch.starts[member], batch.starts[member + 1]
+    if pad is None or int(batch.ids_T[stop - 1]) != pad:
+        return stop - 1
+    kept = (batch.ids_T[start:stop] != pad).nonzero()
+    return start + (int(kept[-1]) if len(kept) else 0)
+
+
+class Probe:
+    """A few short random sequences, and the logits that the whole model gives to each of them alone."""
+
+    def __init__(self, model: PreTrainedModel, *, max_length: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
+        ordinary = [i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0]
+        drawn = [torch.randint(len(ordinary), (min(n, max_length),), generator=generator) for n in PROBE_LENGTHS]
+        ids = [[ordinary[i] for i in picks] for picks in drawn]
+        if model.config.is_encoder_decoder:  # BART classifies by its end-of-sequence token
+            ids = [[*own[:-1], model.config.eos_token_id] for own in ids]
+        self.sequences = [Sequence(own) for own in ids]
+        self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
+        with torch.inference_mode():
+            self.logits = [
+                model(input_ids=torch.tensor([s.ids], device=model.device), return_dict=True).logits[0].float()
+                for s in self.sequences
+            ]
+
+    def batch(self, device: torch.device) -> Batch:
+        """The sequences, packed."""
+        return pack(self.sequences, device)
+
+    def agrees(self, found: list[Tensor]) -> bool:
+        """Whether logits per sequence are those of the whole model."""
+        wanted = torch.cat([logits.flatten() for logits in self.logits])
+        given = torch.cat([logits.flatten() for logits in found])
+        if wanted.shape != given.shape:
+            return False
+        allowed = self.tolerance * max(1.0, float(wanted.abs().max()))
+        return bool((wanted - given).abs().max() <= allowed)
+
+
+def of_sequences(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifier:
+    """The head of a `...ForSequenceClassification` model.
+
+    Raises:
+        CheckpointError: given the same states, the head does not repeat the model's own logits.
+    """
+    head = OwnHead(model)
+    batch = probe.batch(model.device)
+    faults = []
+    with torch.inference_mode():
+        x_TD = forward(layout, batch)
+        for name in ("first", "last", "padded"):
+            whole = getattr(head, name)
+            try:
+                logits_BC = whole(x_TD, batch, list(range(batch.size)))
+            except Exception as error:  # whatever a head raises over such states means: not this way
+                faults.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0][:200])
+                continue
+            if probe.agrees(list(logits_BC)):
+                return Classifier(head.rows, whole, name == "last", logits_BC.shape[-1])
+            faults.append(f"{name}: other logits than the model's own")
+        together = Together(model)
+        if probe.agrees(list(together(x_TD, batch, list(range(batch.size))))):
+            log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
+            return Classifier(head.rows, together, False, probe.logits[0].shape[-1])
+    raise CheckpointError(
+        f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
+    )
+
+
+def of_tokens(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifier:
+    """The head of a `...ForTokenClassification` model.
+
+    Raises:
+        CheckpointError: given the same states, the head does not repeat the model's own logits.
+    """
+    head = OwnHead(model)
+    batch = probe.batch(model.device)
+    with torch.inference_mode():
+        logits_TC = head.rows(forward(layout, batch))
+    if not probe.agrees(batch.split(logits_TC)):
+        raise CheckpointError(f"the head of {type(model).__name__} cannot be run apart from its backbone")
+    return Classifier(head.rows, None, True, logits_TC.shape[-1])
+
+
+def of_vocabulary(
+    model: PreTrainedModel, layout: Layout, probe: Probe, columns: tuple[int, ...] | None, *, difference: bool
+) -> Classifier:
+    """The language-model head of a `...ForCausalLM` model, as a classifier of the last token.
+
+    Args:
+        model: its head is cut to the rows that are needed.
+        layout: of the model's backbone.
+        probe: made before.
+        columns: token ids whose logits are the classes; `None` = the whole vocabulary.
+        difference: the one class is the second column's logit minus the first's, whose sigmoid is the softmax of both.
+
+    Raises:
+        CheckpointError: given the same states, the head does not repeat the model's own logits.
+    """
+    if columns is not None:
+        wanted = list(columns)
+        own: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if not all(0 <= column < own.out_features for column in wanted):
+            raise CheckpointError(f"classes are logits of token ids below {own.out_features}, got {wanted}")
+        if max(wanted) >= own.out_features:
+            raise CheckpointError(f"the language-model head of {type(model).__name__} has no column {max(wanted)}")
+        cut = nn.Linear(own.in_features, len(wanted), bias=own.bias is not None, device=own.weight.device)
+        cut.weight = nn.Parameter(own.weight[wanted].float(), requires_grad=False)
+        if own.bias is not None:
+            cut.bias = nn.Parameter(own.bias[wanted].float(), requires_grad=False)
+        model.set_output_embeddings(cut)  # type: ignore[no-untyped-call]
+        probe.logits = [logits[:, wanted] for logits in probe.logits]
+    head = OwnHead(model)
+    batch = probe.batch(model.device)
+    with torch.inference_mode():
+        logits_TC = head.rows(forward(layout, batch))
+    if not probe.agrees(batch.split(logits_TC)):
+        raise CheckpointError(f"the head of {type(model).__name__} cannot be run apart from its backbone")
+
+    def rows(x_RD: Tensor) -> Tensor:
+        logits_RC = head.rows(x_RD)
+        return logits_RC[:, 1:] - logits_RC[:, :1] if difference else logits_RC
+
+    return Classifier(rows, of_last(rows), True, 1 if difference else logits_TC.shape[-1])
+
+
+def of_modules(module: nn.Module, num_labels: int) -> Classifier:
+    """A head that Transformers has no class for, given as a module over rows."""
+
+    def rows(x_RD: Tensor) -> Tensor:
+        logits_RC: Tensor = module(x_RD.float())
+        return logits_RC
+
+    return Classifier(rows, of_last(rows), True, num_labels)
+
+
+def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
+    """`rows` over each sequence's last token."""
+
+    def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        return rows(x_TD[[batch.starts[i + 1] - 1 for i in members]])
+
+    return whole

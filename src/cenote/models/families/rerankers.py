@@ -1,0 +1,91 @@
+"""Language models that rerank: which token's logit is the score, and the prompt that they were trained on.
+
+A checkpoint is recognised by its own files where they say (Sentence-Transformers' `LogitScore`, config keys), and
+else by its name or the title of its model card. Prompts are Jinja templates over two messages, `query` and
+`document`, exact to the blank; they are facts of the checkpoints (their model cards and repositories).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """One row of the table.
+
+    Attributes:
+        pattern: what the checkpoint's name matches.
+        model_type: `model_type` of its config.
+        tokens: vocabulary entries whose logits count.
+        difference: the score is the second token's logit minus the first's.
+        template: the prompt.
+        sigma: by what the logit is divided before the sigmoid.
+    """
+
+    name: str
+    pattern: str
+    model_type: str
+    tokens: tuple[str, ...]
+    difference: bool
+    template: str
+    sigma: float = 1.0
+
+
+_QUERY_DOCUMENT = (
+    "{%- set query = (messages | selectattr('role', 'eq', 'query') | first).content -%}"
+    "{%- set document = (messages | selectattr('role', 'eq', 'document') | first).content -%}"
+)
+
+QWEN3 = (
+    _QUERY_DOCUMENT
+    + "{%- set system = messages | selectattr('role', 'eq', 'system') | first -%}"
+    + "{%- set default = 'Given a web search query, retrieve relevant passages that answer the query' -%}"
+    + "{%- set instruction = instruction or instruct or (system.content if system else '') or default -%}"
+    + "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    + 'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    + "<Instruct>: {{ instruction }}\n<Query>: {{ query }}\n<Document>: {{ document }}<|im_end|>\n"
+    + "<|im_start|>assistant\n<think>\n\n</think>\n\n{# the blank lines stay #}"
+)
+
+GEMMA = (
+    _QUERY_DOCUMENT
+    + "A: {{ query }}\nB: {{ document }}\n"
+    + '{{ instruction or "Given a query A and a passage B, determine whether the passage contains an answer to the '
+    + "query by providing a prediction of either 'Yes' or 'No'.\" }}"
+)
+
+MXBAI = (
+    _QUERY_DOCUMENT
+    + "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    + "<|im_start|>user\n{% if instruction %}instruction: {{ instruction }}\n{% endif %}"
+    + "query: {{ query }}\ndocument: {{ document }}\n"
+    + "You are a search relevance expert who evaluates how well documents match search queries. For each "
+    + "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+    + "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n"
+    + "{# the line break stays #}"
+)
+
+ZERANK = (
+    _QUERY_DOCUMENT
+    + "<|im_start|>system\n{% if instruction %}<query>{{ query }}</query>\n<instruction>{{ instruction }}"
+    + "</instruction>{% else %}{{ query }}{% endif %}<|im_end|>\n<|im_start|>user\n{{ document }}<|im_end|>\n"
+    + "<|im_start|>assistant\n{# the line break stays #}"
+)
+
+RERANKERS: tuple[Reranker, ...] = (
+    Reranker("Qwen3-Reranker", r"qwen3-reranker", "qwen3", ("no", "yes"), True, QWEN3),
+    Reranker("bge-reranker-v2-gemma", r"bge-reranker-v2-gemma", "gemma", ("Yes",), False, GEMMA),
+    Reranker("mxbai-rerank-v2", r"mxbai-rerank-\w+-v2", "qwen2", ("0", "1"), True, MXBAI),
+    Reranker("zerank", r"zerank-\d", "qwen3", ("Yes",), False, ZERANK, sigma=5.0),
+)
+
+
+def recognise(names: list[str], model_type: str) -> Reranker | None:
+    """The row for a checkpoint called by one of `names`, whose config has `model_type`; `None` if there is none."""
+    spelled = [re.sub(r"[\s_]+", "-", name.lower()) for name in names]
+    for row in RERANKERS:
+        if row.model_type == model_type and any(re.search(row.pattern, name) for name in spelled):
+            return row
+    return None

@@ -1,0 +1,213 @@
+"""From the hidden states of a batch to the output of each task: one class per row of the task table.
+
+Each takes `[T, D]` hidden states, the batch, the sequences that want this output, and their parameters; all tasks of
+a model share one forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import torch
+
+from cenote.errors import CheckpointError
+from cenote.tensors import heads
+from cenote.tensors.pooling import pool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from cenote.models.checkpoint import Checkpoint
+    from cenote.models.classifiers import Classifier
+    from cenote.tensors.packing import Batch
+    from cenote.types import PoolingParams
+
+Activation = Literal["softmax", "sigmoid", "none"]
+
+
+class Rows(NamedTuple):
+    """Outputs of several sequences, end to end.
+
+    Attributes:
+        values: one row or value for each of theirs.
+        lengths: how many each sequence has; `None` = one row each, which is the sequence's output.
+        indices: what the values stand for, as vocabulary entries; as long as `values`.
+    """
+
+    values: Tensor
+    lengths: list[int] | None = None
+    indices: Tensor | None = None
+
+
+class TaskOutput(Protocol):
+    """What every task has."""
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
+        """Outputs of the sequences numbered `members`."""
+
+
+@dataclass(frozen=True)
+class Pooler:
+    """How this model's hidden states become vectors.
+
+    Attributes:
+        modes: keys of `cenote.tensors.pooling.MODES`.
+        steps: the checkpoint's modules after pooling.
+        use_activation: whether vectors are normalised unless a request says otherwise.
+        dimensions: length to which vectors are cut unless a request says otherwise.
+    """
+
+    modes: tuple[str, ...]
+    steps: tuple[heads.Step, ...]
+    use_activation: bool
+    dimensions: int | None
+
+    def finish(self, x_RD: Tensor, params: PoolingParams) -> Tensor:
+        """Modules, cut and normalisation of rows."""
+        activate = self.use_activation if params.use_activation is None else params.use_activation
+        return heads.apply(self.steps, x_RD, dimensions=params.dimensions or self.dimensions, activate=activate)
+
+
+@dataclass(frozen=True)
+class Embed:
+    """`embed`: one vector per sequence."""
+
+    pooler: Pooler
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
+        """`[B, D]`."""
+        pooled_BD = pool(x_TD, batch, self.pooler.modes)
+        return Rows(self.pooler.finish(pooled_BD if members == list(range(batch.size)) else pooled_BD[members], params))
+
+
+@dataclass(frozen=True)
+class TokenEmbed:
+    """`token_embed`: one vector per token."""
+
+    pooler: Pooler
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
+        """All tokens of the members, `[sum of T, D]`."""
+        return Rows(self.pooler.finish(tokens_of(x_TD, batch, members), params), [batch.lengths[i] for i in members])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What happens to logits.
+
+    Attributes:
+        activation: applied last, unless a request says otherwise.
+        use_activation: default of that request parameter.
+        mean: subtracted from the logits.
+        sigma: by which they are divided then.
+    """
+
+    activation: Activation
+    use_activation: bool = True
+    mean: float = 0.0
+    sigma: float = 1.0
+
+    def finish(self, logits_RC: Tensor, params: PoolingParams) -> Tensor:
+        """`activation((logits - mean) / sigma)`, in float32."""
+        y_RC = logits_RC.float()
+        if (self.mean, self.sigma) != (0.0, 1.0):
+            y_RC = (y_RC - self.mean) / self.sigma
+        activate = self.use_activation if params.use_activation is None else params.use_activation
+        if not activate or self.activation == "none":
+            return y_RC
+        return y_RC.softmax(-1) if self.activation == "softmax" else y_RC.sigmoid()
+
+
+@dataclass(frozen=True)
+class Classify:
+    """`classify`: one row of class values per sequence.
+
+    Attributes:
+        modes: pooling that the user chose instead of the head's own rows.
+    """
+
+    classifier: Classifier
+    calibration: Calibration
+    modes: tuple[str, ...] = ()
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
+        """`[B, C]`."""
+        if self.modes:
+            logits_BC = self.classifier.rows(pool(x_TD, batch, self.modes)[members])
+        else:
+            assert self.classifier.whole is not None
+            logits_BC = self.classifier.whole(x_TD, batch, members)
+        return Rows(self.calibration.finish(logits_BC, params))
+
+
+@dataclass(frozen=True)
+class TokenClassify:
+    """`token_classify`: one row of class values per token, or per step.
+
+    Attributes:
+        columns: what the head's columns stand for: token ids, or their own numbers.
+        step: keep only the rows whose token is the step tag (STEP pooling), if there is a tag.
+        step_tag_id: default of the request parameter.
+        returned: default of the request parameter `returned_token_ids`, out of `columns`.
+    """
+
+    classifier: Classifier
+    calibration: Calibration
+    columns: Seq[int]
+    step: bool = False
+    step_tag_id: int | None = None
+    returned: tuple[int, ...] | None = None
+
+    def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
+        """Rows of the members, `[sum of rows, C]`."""
+        kept = [torch.arange(batch.starts[i], batch.starts[i + 1], device=x_TD.device) for i in members]
+        tag = self.step_tag_id if params.step_tag_id is None else params.step_tag_id
+        if self.step and tag is not None:
+            kept = [rows[batch.ids_T[rows] == tag] for rows in kept]
+        logits_RC = self.classifier.rows(x_TD[torch.cat(kept)])
+        wanted = self.returned if params.returned_token_ids is None else params.returned_token_ids
+        if self.step and wanted is not None:
+            logits_RC = logits_RC[:, [self.columns.index(i) for i in wanted]]
+        return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
+
+
+def tokens_of(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+    """All rows of the sequences numbered `members`, in that order."""
+    if members == list(range(batch.size)):
+        return x_TD
+    return torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
+
+
+def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
+    """The activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
+
+    Raises:
+        CheckpointError: the checkpoint names an activation that is not honoured.
+    """
+    config = checkpoint.config
+    by_count: Activation = "softmax" if num_labels > 1 else "sigmoid"
+    by_problem: dict[str, Activation] = {
+        "regression": "none",
+        "single_label_classification": by_count,
+        "multi_label_classification": "sigmoid",
+    }
+    problem = getattr(config, "problem_type", None)
+    if problem is not None:
+        if problem not in by_problem:
+            raise CheckpointError(f"problem_type must be one of {', '.join(by_problem)}, got {problem!r}")
+        return by_problem[problem]
+    saved = checkpoint.st.activation if checkpoint.st else None
+    saved = saved or (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    saved = saved or getattr(config, "sbert_ce_default_activation_function", None)
+    if saved is None:
+        return by_count
+    kind = saved.rpartition(".")[2]
+    if not saved.startswith("torch.nn.modules.") or kind not in ("Identity", "Sigmoid", "Softmax"):
+        raise CheckpointError(
+            f"{checkpoint.name} was saved with the activation {saved!r}; honoured are torch.nn's Identity, Sigmoid "
+            "and Softmax; hf_overrides problem_type can say which of them to use instead"
+        )
+    return "none" if kind == "Identity" else by_count

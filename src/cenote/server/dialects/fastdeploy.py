@@ -1,0 +1,107 @@
+"""FastDeploy's reward routes: `/v1/reward` and `/v1/chat/reward`. Errors carry honest status codes, not its 200."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from cenote.engine.scoring import reward_task
+from cenote.errors import BadRequest
+from cenote.server.dialects import answers
+from cenote.server.dialects.requests import Chat, Conversation, Shared
+from cenote.server.encoding import json_response
+from cenote.server.serving import request_id
+from cenote.types import PoolingParams
+
+if TYPE_CHECKING:
+    from cenote.server.serving import Serving
+    from cenote.service import Service
+    from cenote.types import Output, Sequence
+
+
+class RewardRequest(Shared, Chat):
+    """Body of `POST /v1/chat/reward`: a conversation whose last message is judged, or token ids."""
+
+    messages: Conversation | Annotated[list[int], Field(min_length=1)] | None = None
+    prompt_token_ids: Annotated[list[int], Field(min_length=1)] | None = None
+    return_token_ids: bool | None = None
+    dimensions: int | None = None
+    use_activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardRequest:
+        if (self.messages is None) == (self.prompt_token_ids is None):
+            raise PydanticCustomError(
+                "input", "Exactly one of `messages` and `prompt_token_ids` must be given.", {"param": "messages"}
+            )
+        return self
+
+    def token_ids(self) -> list[int] | None:
+        """The ids, whether under `prompt_token_ids` or `messages`; `None` if the request has a conversation."""
+        source: Any = self.prompt_token_ids or self.messages
+        return source if isinstance(source[0], int) else None
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes of this dialect."""
+    routes = APIRouter(tags=["FastDeploy"])
+
+    @routes.post("/v1/chat/reward")
+    @routes.post("/v1/reward")
+    async def reward(body: RewardRequest, request: Request) -> Response:
+        """The reward of a conversation: one number, or one per step from a process reward model."""
+        service = serving.find(body.model, any_name=True)
+        body.refuse_media()
+        if body.dimensions is not None:
+            raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
+        sequences, outputs = await serving.compute(request, service, lambda: _render(serving, service, body))
+        ids = list(sequences[0].ids) if body.return_token_ids else None
+        entry = {
+            "index": 0,
+            "object": "reward",
+            "score": _scores(service, outputs[0]),
+            "prompt_token_ids": ids,
+            "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
+        }
+        user = f"{body.user}-" if body.user else ""
+        return json_response(
+            {
+                "id": f"reward-{user}{request_id(request, body.request_id)}",
+                "object": "object",
+                "created": int(time.time()),
+                "model": serving.name(body.model),
+                "data": [entry],
+                "usage": answers.usage(sequences),
+            }
+        )
+
+    return routes
+
+
+def _render(serving: Serving, service: Service, body: RewardRequest) -> list[Sequence]:
+    task, activate = reward_task(service.info)
+    if task == "token_classify" and not service.info.step and "classify" in service.info.tasks:
+        task = "classify"  # the token that is judged is the last one
+    activate = activate if body.use_activation is None else body.use_activation
+    # FastDeploy keeps the last tokens of what is too long, special tokens or not.
+    side = body.truncation_side or ("left" if body.truncate_prompt_tokens is not None else None)
+    options = replace(body.text_options(add_special_tokens=bool(body.add_special_tokens)), side=side)
+    ids = body.token_ids()
+    if ids is None:
+        body.chat_template = body.chat_template or None
+        chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
+        prompt: Any = service.renderer.chat_text(body.messages, chat)  # type: ignore[arg-type]
+    else:
+        prompt = ids
+    return service.renderer.render([prompt], task, PoolingParams(use_activation=activate), options)
+
+
+def _scores(service: Service, output: Output) -> list[float]:
+    """The reward; of steps, whose classes are bad and good, the value of the last class."""
+    values: list[float] = (output.data[:, -1] if service.info.step else output.data).ravel().tolist()
+    return values
