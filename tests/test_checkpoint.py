@@ -21,6 +21,7 @@ from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
+from cenote.models import runner
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
@@ -594,3 +595,20 @@ def test_options_are_read_once(bert: Path) -> None:
     assert (found.architecture, found.head.kind, found.revision, found.st) == ("BertModel", "none", None, None)
     assert found.pair_template is None
     assert found.tokenizer("a")["input_ids"] == checkpoints.wordpiece()("a")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("card", "overrides", "expected"),
+    [
+        ("---\ntags:\n- sentence-transformers\n- loss:MatryoshkaLoss\n---\n# a\n", {}, ()),
+        ("---\ntags:\n- loss:MatryoshkaLoss\n---\n", {"is_matryoshka": False}, None),
+        ("---\ntags:\n- loss:MatryoshkaLoss\n---\n", {"matryoshka_dimensions": [8, 16]}, (8, 16)),
+        ("---\ntags: [a\n---\n", {}, None),
+        ("# MatryoshkaLoss\n", {}, None),
+    ],
+)
+def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, Any], expected: Any) -> None:
+    folder = checkpoints.bert(tmp_path / "model")
+    (folder / "README.md").write_text(card)
+    model, _ = runner.load(ModelConfig(model=str(folder), hf_overrides=overrides))
+    assert model.info.matryoshka == expected

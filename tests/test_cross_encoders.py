@@ -487,7 +487,8 @@ def test_classifiers_saved_with_a_message_template(tmp_path: Path, name: str, la
 
 def test_a_named_template_of_several(tmp_path: Path) -> None:
     made = wordpiece()
-    made.chat_template = {"default": "{{ messages[0].content }}", "rate": "{{ messages[1].content }}?{{ ending }}"}
+    rate = "{{ messages[1].content }}?{{ ending }}{{ restore_suffix }}"  # the last is for Sentence-Transformers alone
+    made.chat_template = {"default": "{{ messages[0].content }}", "rate": rate}
     checkpoints.classifier(tmp_path, tokenizer=made, num_labels=1)
     checkpoints.write_modules(
         tmp_path,

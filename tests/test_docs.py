@@ -37,6 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     classifier(root / "my-classifier", num_labels=3)
     classifier(root / "my-reward-model", num_labels=1)
+    classifier(root / "my-splade", head="ForMaskedLM")
     classifier(root / "my-ner", head="ForTokenClassification", id2label=dict(enumerate(NER)))
     return root
 
@@ -45,7 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folders: Path) -> Iterator[TestClient]:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     options = [{"model": str(folder), "served_model_name": folder.name} for folder in sorted(folders.iterdir())]
-    configs = [ModelConfig(), *(ModelConfig(**own, chat_template=template) for own in options)]
+    for own in options:
+        own |= {"convert": "sparse"} if own["served_model_name"] == "my-splade" else {"chat_template": template}
+    configs = [ModelConfig(), *(ModelConfig(**own) for own in options)]
     with TestClient(build([Service.load(config, EngineConfig()) for config in configs], ServerConfig())) as client:
         yield client
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, CanineTokenizer
 
+from cenote.engine.prompts import Prompts
 from cenote.engine.rendering import CHARACTERS_PER_TOKEN, ChatOptions, Renderer, TextOptions
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.types import ModelInfo, PoolingParams
@@ -184,13 +185,13 @@ def test_lowercase(name: str, length: int | None) -> None:
 
 def test_default_prompt_goes_before_text_and_not_before_ids() -> None:
     tokenizer = TOKENIZERS["wordpiece"]
-    made = renderer(tokenizer, limit=1000, default_prompt="represent: ", include_prompt=False)
+    made = renderer(tokenizer, limit=1000, prompts=Prompts({"p": "represent: "}, "p"), include_prompt=False)
     sequences = made.render([TEXTS[0], [5, 6], {"prompt": TEXTS[1]}], "embed", PoolingParams())
     expected = reference(tokenizer, ["represent: " + text for text in TEXTS[:2]])
     assert [list(s.ids) for s in sequences] == [expected[0], [5, 6], expected[1]]
     skipped = len(tokenizer("represent: ")["input_ids"]) - 1  # [CLS] and the prompt, without [SEP]
     assert [s.skip for s in sequences] == [skipped, 0, skipped]
-    included = renderer(tokenizer, limit=1000, default_prompt="represent: ")
+    included = renderer(tokenizer, limit=1000, prompts=Prompts({"p": "represent: "}, "p"))
     assert [s.skip for s in included.render([TEXTS[0]], "embed", PoolingParams())] == [0]
 
 

@@ -10,6 +10,7 @@ import pytest
 from cenote.cli import main
 from cenote.cli.serve import report
 from cenote.engine.fake import FakeEngine
+from cenote.engine.prompts import Prompts
 from cenote.engine.rendering import Renderer
 from cenote.errors import CheckpointError
 from cenote.plugins import Plugin
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 
 def lines(tokenizer: PreTrainedTokenizerBase, info: ModelInfo, *, prompt: str = "", **fields: Any) -> list[str]:
     names = fields.pop("names", ("fake",))
-    return report(Service(FakeEngine(info), Renderer(tokenizer, info, default_prompt=prompt), names, **fields))
+    return report(
+        Service(
+            FakeEngine(info),
+            Renderer(tokenizer, info, prompts=Prompts({"p": prompt} if prompt else {}, "p" if prompt else None)),
+            names,
+            **fields,
+        )
+    )
 
 
 def test_an_embedder(tokenizer: PreTrainedTokenizerBase) -> None:

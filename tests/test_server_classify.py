@@ -326,6 +326,7 @@ def only(task: str, offered: str, given: str) -> str:
 
 
 VECTORS, CLASSES = "['dimensions', 'use_activation']", "['use_activation']"
+TOKENS = "['dimensions', 'use_activation', 'late_chunking_params']"
 STEPS = "['use_activation', 'step_tag_id', 'returned_token_ids']"
 NO_STEPS = "{} is for process reward models (pooling type STEP); fake is none"
 
@@ -342,7 +343,7 @@ NO_STEPS = "{} is for process reward models (pooling type STEP); fake is none"
         ({"task": "embed", "step_tag_id": 5}, only("embed", VECTORS, "step_tag_id"), "step_tag_id"),
         (
             {"task": "token_embed", "returned_token_ids": [1]},
-            only("token_embed", VECTORS, "returned_token_ids"),
+            only("token_embed", TOKENS, "returned_token_ids"),
             "returned_token_ids",
         ),
         ({"task": "token_classify", "step_tag_id": 5}, NO_STEPS.format("step_tag_id"), "step_tag_id"),
@@ -490,7 +491,7 @@ def test_token_classes_are_those_of_transformers(tmp_path: Path, serve: Serve) -
     [
         ("classify", {"dimensions": 4}, only("classify", CLASSES, "dimensions")),
         ("embed", {"step_tag_id": 4}, only("embed", VECTORS, "step_tag_id")),
-        ("token_embed", {"returned_token_ids": [4]}, only("token_embed", VECTORS, "returned_token_ids")),
+        ("token_embed", {"returned_token_ids": [4]}, only("token_embed", TOKENS, "returned_token_ids")),
     ],
 )
 def test_parameters_of_other_tasks_offline(llm: LLM, task: str, params: dict[str, Any], message: str) -> None:

@@ -218,7 +218,7 @@ def test_messages_show_no_path_and_no_broken_text(client: TestClient) -> None:
     assert error(client, {"input": "a", "model": "\ud800"})["message"] == "The model `?` does not exist."
 
 
-@pytest.mark.parametrize("path", [ROUTE, "/pooling", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [ROUTE, "/v2/embed", "/pooling", "/tokenize", "/detokenize"])
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
 def test_wrong_method(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path)
@@ -228,7 +228,7 @@ def test_wrong_method(client: TestClient, method: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embedding", "/v2/embed", "/health/live"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embedding", "/v3/embed", "/health/live"])
 def test_unknown_path(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path, headers=JSON)
     assert answer.status_code == 404

@@ -15,7 +15,7 @@ import cenote
 from cenote.config import ServerConfig
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FakeEngine, fake_vector
-from cenote.models.runner import Pending
+from cenote.models.runner import Part, Pending
 from cenote.server.app import build
 from tests.conftest import INFO, expected, floats, routes
 
@@ -55,7 +55,7 @@ class Model:
             raise self.failures.pop(0)
         rows = [torch.from_numpy(fake_vector(s, INFO.dimension)) for s in sequences]
         rows = [row * float("nan") if POISON in s.ids else row for row, s in zip(rows, sequences, strict=True)]
-        return Pending(len(rows), [([*range(len(rows))], rows)], torch.device("cpu"))
+        return Pending(sequences, [Part("embed", [*range(len(rows))], rows, None)], torch.device("cpu"))
 
 
 class Announces:

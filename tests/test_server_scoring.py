@@ -252,12 +252,12 @@ NO_TEMPLATE = "fake joins query and document without a template, so {} would hav
         ),
         (
             {"score_type": "dot"},
-            "score_type must be one of cross-encoder, bi-encoder, late-interaction, got 'dot'",
+            "score_type must be one of cross-encoder, bi-encoder, late-interaction, sparse, hybrid, got 'dot'",
             "score_type",
         ),
         (
             {"score_type": ""},
-            "score_type must be one of cross-encoder, bi-encoder, late-interaction, got ''",
+            "score_type must be one of cross-encoder, bi-encoder, late-interaction, sparse, hybrid, got ''",
             "score_type",
         ),
         ({"instruction": "find"}, NO_TEMPLATE.format("instruction"), "instruction"),

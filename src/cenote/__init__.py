@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
     from cenote.plugins import IOProcessor
-    from cenote.types import PoolingParams
+    from cenote.types import LateChunkingParams, PoolingParams
 
 __all__ = [
     "LLM",
     "CenoteError",
     "IOProcessor",
+    "LateChunkingParams",
     "PoolerConfig",
     "PoolingParams",
     "default_pooling_type",
@@ -32,6 +33,7 @@ _HOMES = {
     "LLM": "cenote.llm",
     "CenoteError": "cenote.errors",
     "IOProcessor": "cenote.plugins",
+    "LateChunkingParams": "cenote.types",
     "PoolerConfig": "cenote.config",
     "PoolingParams": "cenote.types",
     "default_pooling_type": "cenote.models.convert",

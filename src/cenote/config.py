@@ -55,6 +55,10 @@ class PoolerConfig(BaseModel):
     """Server-wide default of `PoolingParams.use_activation`."""
     dimensions: int | None = Field(default=None, ge=1)
     """Default of `PoolingParams.dimensions`."""
+    enable_chunked_processing: bool = False
+    """Inputs of `embed` that are longer than `max_model_len` are run in blocks, whose vectors are averaged."""
+    max_embed_len: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Most tokens of an input of `embed`."""
     logit_mean: float | None = None
     """A classifier's logits become `activation((logits - logit_mean) / logit_sigma)`."""
     logit_sigma: float | None = None
@@ -116,7 +120,7 @@ class ModelConfig(BaseModel):
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer, if not the model's")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     runner: Literal["auto", "pooling", "generate"] = Field("auto", description="pooling is the only runner there is")
-    convert: Literal["auto", "none", "embed", "classify"] = Field(
+    convert: Literal["auto", "none", "embed", "classify", "sparse"] = Field(
         "auto", description="how a model that does not pool by itself becomes one that does"
     )
     task: str | None = Field(
@@ -136,7 +140,17 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
     allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
+    prompts: Annotated[dict[str, str], BeforeValidator(_parse_json)] | None = Field(
+        None, description="JSON of prompts by name, beside the checkpoint's own"
+    )
+    default_prompt_name: str | None = Field(None, description="prompt of inputs that ask for none")
+    plain_late_interaction: bool = Field(
+        False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
+    )
     io_processor_plugin: str | None = Field(None, description="installed plugin that takes requests with `data`")
+    calibration: str | None = Field(
+        None, description="ranges (.json, .npy) of int8 and uint8 embeddings, or texts (.txt, .jsonl) to take them from"
+    )
     auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
     native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")

@@ -5,6 +5,7 @@ Names, arguments and outputs are those of vLLM's offline API, so that its exampl
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import warnings
@@ -22,8 +23,8 @@ from cenote.engine.scoring import plan, reward_task
 from cenote.errors import BadRequest
 from cenote.plugins import NOT_INSTALLED, WRONG_TASK
 from cenote.service import Service
-from cenote.tasks import PLUGIN
-from cenote.tensors.scoring import ranking
+from cenote.tasks import PLUGIN, check_task
+from cenote.tensors.scoring import ranking, similarities
 from cenote.types import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -36,6 +37,7 @@ from cenote.types import (
     RankedDocument,
     ScoringOutput,
     ScoringRequestOutput,
+    SparseEmbedding,
     template_text,
 )
 
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
 
+    import torch
     from tqdm import tqdm
 
     from cenote.engine.entities import Entity
+    from cenote.engine.prompts import Applied
     from cenote.engine.rendering import Prompt
     from cenote.engine.scoring import Plan
     from cenote.types import ModelInfo, Output, Pair, Sequence
@@ -117,6 +121,9 @@ class LLM:
         use_tqdm: bool = True,
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        input_type: str | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """One embedding per prompt, in order.
 
@@ -125,6 +132,9 @@ class LLM:
             use_tqdm: show a progress bar.
             pooling_params: for all prompts, or one for each.
             tokenization_kwargs: `truncate_prompt_tokens`, `truncation_side`, `padding`, `add_special_tokens`.
+            prompt: text put before every input.
+            prompt_name: one of the model's prompts, put before every input.
+            input_type: "query", "document", or one of the model's prompts.
 
         Raises:
             BadRequest: a `ValueError` that says what was wrong with which argument.
@@ -135,7 +145,8 @@ class LLM:
             pooling_params,
             use_tqdm,
             tokenization_kwargs,
-            lambda sequence, output: EmbeddingRequestOutput(
+            applied=self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
+            finish=lambda sequence, output: EmbeddingRequestOutput(
                 request_id=str(next(self._numbers)),
                 outputs=EmbeddingOutput(output.data.tolist()),
                 prompt_token_ids=list(sequence.ids),
@@ -148,8 +159,11 @@ class LLM:
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        pooling_task: str | None = None,
+        pooling_task: str | Seq[str] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        input_type: str | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """The result of any task, as tensors: `[D]` for sequence tasks, `[T, D]` for token tasks, float32.
 
@@ -159,17 +173,20 @@ class LLM:
             pooling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar.
             pooling_task: a task that the model offers, or "plugin"; default: `pooling_params.task`, then
-                `pooler_config.task`, then the model's first.
-            tokenization_kwargs: as for `embed`.
+                `pooler_config.task`, then the model's first. Several tasks are answered by one forward, the first one
+                in `outputs.data`, the others in `outputs.others`.
+            tokenization_kwargs: as for `embed`, as are the prompts.
+            prompt: see `embed`.
+            prompt_name: see `embed`.
+            input_type: see `embed`.
 
         Raises:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        import torch
-
         own = pooling_params.task if isinstance(pooling_params, PoolingParams) else None
-        task = pooling_task or own
+        tasks = [pooling_task] if isinstance(pooling_task, str) else list(pooling_task or ())
+        task, also = next(iter(tasks), own), tuple(tasks[1:])
         if task == PLUGIN or (hasattr(prompts, "keys") and "data" in prompts):
             return self._run_plugin(prompts, task, pooling_params, use_tqdm, tokenization_kwargs)
         return self._run(
@@ -178,12 +195,74 @@ class LLM:
             pooling_params,
             use_tqdm,
             tokenization_kwargs,
-            lambda sequence, output: PoolingRequestOutput(
+            applied=self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
+            also=also,
+            finish=lambda sequence, output: PoolingRequestOutput(
                 request_id=str(next(self._numbers)),
-                outputs=PoolingOutput(torch.from_numpy(output.data)),
+                outputs=_as_tensors(output),
                 prompt_token_ids=list(sequence.ids),
+                late_chunking=sequence.late_chunking,
             ),
         )
+
+    def embed_sparse(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        top_k: int | None = None,
+        use_tqdm: bool = True,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        input_type: str | None = None,
+    ) -> list[PoolingRequestOutput[SparseEmbedding]]:
+        """One sparse embedding per prompt: vocabulary entries and their weights (SPLADE, bge-m3).
+
+        Args:
+            prompts: as for `embed`.
+            top_k: keep only so many of the largest weights.
+            use_tqdm: show a progress bar.
+            tokenization_kwargs: as for `embed`, as are the prompts.
+            prompt: see `embed`.
+            prompt_name: see `embed`.
+            input_type: see `embed`.
+
+        Raises:
+            BadRequest: the model has no lexical head, or as `embed`.
+        """
+        renderer = self._service.renderer
+
+        def finish(sequence: Sequence, output: Output) -> PoolingRequestOutput[SparseEmbedding]:
+            assert output.indices is not None
+            ids = output.indices.tolist()
+            found = SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
+            return PoolingRequestOutput(str(next(self._numbers)), found, list(sequence.ids))
+
+        return self._run(
+            prompts,
+            "sparse",
+            PoolingParams(top_k=top_k),
+            use_tqdm,
+            tokenization_kwargs,
+            applied=renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
+            finish=finish,
+        )
+
+    def similarity(self, first: Seq[PoolingRequestOutput[Any]], second: Seq[PoolingRequestOutput[Any]]) -> torch.Tensor:
+        """How alike embeddings are, each of `first` with each of `second`: `[len(first), len(second)]` float32.
+
+        Cosine of dense embeddings, MaxSim of token vectors, dot product of sparse embeddings.
+
+        Args:
+            first: results of `embed`, `embed_sparse` or `encode`, or their `outputs`; queries, for MaxSim.
+            second: results of the same method.
+        """
+        import torch
+
+        rows = [[_comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)]
+        if not rows[0] or not rows[1]:
+            return torch.zeros(len(rows[0]), len(rows[1]))
+        return torch.from_numpy(np.stack([similarities(query, rows[1]) for query in rows[0]]))
 
     def classify(
         self,
@@ -212,7 +291,7 @@ class LLM:
             pooling_params,
             use_tqdm,
             tokenization_kwargs,
-            lambda sequence, output: ClassificationRequestOutput(
+            finish=lambda sequence, output: ClassificationRequestOutput(
                 request_id=str(next(self._numbers)),
                 outputs=ClassificationOutput(
                     output.data.tolist(), labels[int(output.data.argmax())] if labels else None
@@ -384,8 +463,8 @@ class LLM:
         )
 
     def get_tokenizer(self) -> Any:
-        """The model's Transformers tokenizer."""
-        return self._service.renderer.tokenizer
+        """A copy of the model's Transformers tokenizer: calling it may switch truncation or padding on."""
+        return copy.deepcopy(self._service.renderer.tokenizer)
 
     def close(self) -> None:
         """Finish and stop the device thread. An `LLM` that is garbage-collected needs no closing."""
@@ -469,14 +548,19 @@ class LLM:
         pooling_params: PoolingParams | Seq[PoolingParams] | None,
         use_tqdm: bool,
         tokenization_kwargs: Mapping[str, Any] | None,
+        *,
         finish: Callable[[Sequence, Output], R],
+        applied: Applied | None = None,
+        also: tuple[str, ...] = (),
     ) -> list[R]:
         from tqdm import tqdm
 
         listed = _listed(prompts)
         params = _per_prompt(pooling_params, len(listed))
-        options = text_options(tokenization_kwargs or {})
+        options = replace(text_options(tokenization_kwargs or {}), prompt=applied)
         render, engine = self._service.render, self._service.engine
+        for name in also:
+            check_task(name, self.info.tasks)
         if not listed:
             raise BadRequest("You must pass at least one prompt")
         futures = []
@@ -492,6 +576,7 @@ class LLM:
                             render([prompt], task, own, options)[0]
                             for prompt, own in zip(part, params[start : start + RENDERED_AT_ONCE], strict=True)
                         ]
+                    sequences = [replace(s, also=also) for s in sequences] if also else sequences
                     futures.append((sequences, engine.submit(sequences, progress=lambda done: _advance(bar, done))))
                 for sequences, future in futures:
                     results += [finish(s, output) for s, output in zip(sequences, future.result(), strict=True)]
@@ -500,6 +585,28 @@ class LLM:
                     future.cancel()
                 raise
         return results
+
+
+def _as_tensors(output: Output) -> PoolingOutput:
+    import torch
+
+    return PoolingOutput(
+        torch.from_numpy(output.data),
+        None if output.indices is None else torch.from_numpy(output.indices),
+        {task: _as_tensors(other) for task, other in output.others.items()},
+    )
+
+
+def _comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """A result as `similarities` takes it: a vector, a matrix, or rising indices with their values."""
+    if isinstance(outputs, EmbeddingOutput):
+        return np.asarray(outputs.embedding, dtype=np.float32)
+    if isinstance(outputs, SparseEmbedding):
+        return np.asarray(outputs.indices, dtype=np.int64), np.asarray(outputs.values, dtype=np.float32)
+    if isinstance(outputs, PoolingOutput):
+        data = outputs.data.numpy()
+        return data if outputs.indices is None else (outputs.indices.numpy(), data)
+    raise BadRequest(f"embeddings are compared, got {type(outputs).__name__}")
 
 
 def _advance(bar: tqdm[NoReturn], done: int) -> None:

@@ -8,17 +8,23 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cenote import plugins
+from cenote.engine import calibration
 from cenote.engine.cache import CachedEngine
+from cenote.engine.chunking import ChunkedEngine, late
 from cenote.engine.engine import LocalEngine
 from cenote.engine.pairs import PairRenderer
+from cenote.engine.prompts import Prompts, Sides
 from cenote.engine.rendering import Renderer
+from cenote.errors import CenoteError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
     from cenote.engine.rendering import Prompt, TextOptions
+    from cenote.models.checkpoint import Checkpoint
     from cenote.plugins import Plugin
+    from cenote.tensors.quantize import Ranges
     from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 
 
@@ -30,6 +36,7 @@ class Service:
         names: what requests may call it; the first is what answers say.
         pair_template: how query and document become one text; `None` = the tokenizer joins them.
         plugin: the IO processor that takes requests with `data`.
+        ranges: of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
     """
 
     engine: Engine
@@ -37,6 +44,7 @@ class Service:
     names: tuple[str, ...]
     pair_template: PairTemplate | None = None
     plugin: Plugin | None = None
+    ranges: Ranges | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -53,6 +61,8 @@ class Service:
 
         A pair is `{"text": ..., "text_pair": ...}`, as in Transformers' pipelines, or a tuple of two texts.
         """
+        if params.late_chunking_params is not None:
+            return late(self.renderer, prompts, task, params, options)
         pairs = {i: pair for i, prompt in enumerate(prompts) if (pair := _pair(prompt)) is not None}
         if not pairs:
             return self.renderer.render(prompts, task, params, options)
@@ -74,8 +84,9 @@ class Service:
             checkpoint.tokenizer,
             pooling_model.info,
             lowercase=bool(st and st.do_lower_case),
-            default_prompt=st.default_prompt if st else "",
+            prompts=_prompts(checkpoint, model),
             include_prompt=st.include_prompt if st else True,
+            sides=_sides(checkpoint),
             auto_truncate=model.auto_truncate,
         )
         names = model.served_model_name or (checkpoint.name,)
@@ -86,8 +97,45 @@ class Service:
             max_batch_sequences=engine.max_num_seqs,
             max_queued=max_queued or engine.max_queued_seqs,
         )
-        running = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
-        return cls(running, renderer, names, checkpoint.pair_template, plugin)
+        ranges = None
+        if model.calibration is not None:
+            dimension = model.pooler_config.dimensions or local.info.dimension
+            try:
+                ranges = calibration.load(model.calibration, dimension, renderer, ChunkedEngine(local))
+            except CenoteError:
+                local.close()
+                raise
+        running: Engine = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
+        if local.info.limit("embed") > local.info.max_model_len:
+            running = ChunkedEngine(running)
+        return cls(running, renderer, names, checkpoint.pair_template, plugin, ranges)
+
+
+def _prompts(checkpoint: Checkpoint, options: ModelConfig) -> Prompts:
+    """The checkpoint's prompts with the user's; in a late-interaction model its markers are part of them."""
+    st, late = checkpoint.st, checkpoint.multi_vector
+    own = st.prompts if st else getattr(checkpoint.config, "task_instructions", None) or {}
+    named = {**own, **(late.prefixes if late else {}), **(options.prompts or {})}
+    default = options.default_prompt_name or (st.default_prompt_name if st else None)
+    if default is not None and default not in named:
+        raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted(named)}")
+    return Prompts(named, default, two_sided=late is not None)
+
+
+def _sides(checkpoint: Checkpoint) -> Sides | None:
+    late, tokenizer = checkpoint.multi_vector, checkpoint.tokenizer
+    if late is None:
+        return None
+    fill = late.expansion
+    return Sides(
+        lengths=late.lengths,
+        fill_to=fill.length if fill else 0,
+        fill_id=late.expansion_id(tokenizer) or 0,
+        fixed=fill.fixed if fill else True,
+        attend=fill.attend if fill else False,
+        skipped=late.skipped_ids(tokenizer),
+        skipped_of=late.skipped_of,
+    )
 
 
 def _pair(prompt: Prompt | tuple[str, str]) -> tuple[str, str] | None:

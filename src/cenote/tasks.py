@@ -5,7 +5,7 @@ A new task is a row here. Validation of parameters, the routes' checks and the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from cenote.errors import BadRequest, TaskNotOffered
@@ -37,7 +37,13 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("embed", "sequence", ("dimensions", "use_activation"), "one vector [D] per input"),
-        Task("token_embed", "token", ("dimensions", "use_activation"), "one matrix [T, D] per input"),
+        Task(
+            "token_embed",
+            "token",
+            ("dimensions", "use_activation", "late_chunking_params"),
+            "one matrix [T, D] per input; with late chunking one row per chunk",
+        ),
+        Task("sparse", "sequence", ("top_k",), "vocabulary entries and their weights [K] per input"),
         Task("classify", "sequence", ("use_activation",), "probabilities or scores [C] per input"),
         Task(
             "token_classify",
@@ -64,6 +70,7 @@ HOW_TO_GET: dict[str, str] = {
     "(*ForSequenceClassification), or a language model and `--convert classify`.",
     "token_classify": "It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a "
     "language model and `--convert classify`.",
+    "sparse": "It needs a SPLADE or bge-m3 checkpoint, or a masked language model and `--convert sparse`.",
     "embed": "Embedding API is not supported by this model. Try converting the model using `--convert embed`.",
 }
 """Why a model does not offer a task, and what to do."""
@@ -88,3 +95,9 @@ def check_params(task: Task, params: PoolingParams) -> None:
             f"Task {task.name!r} only supports {list(task.params)} parameters, does not support {foreign} parameters",
             param=foreign[0],
         )
+
+
+def only_of(task: Task, params: PoolingParams) -> PoolingParams:
+    """`params` without what `task` does not take."""
+    foreign = [name for name in params.given() if name not in task.params]
+    return replace(params, task=task.name, **dict.fromkeys(foreign))

@@ -24,6 +24,59 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNLIMITED = 1 << 40
+"""A limit that no input reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class LateChunkingParams:
+    """How a document is cut after the model has read it as a whole.
+
+    Attributes:
+        chunk_size: tokens of a chunk, special tokens included; the last chunk may have fewer.
+
+    Raises:
+        BadRequest: the size is no integer from 1 to 2^63 - 1.
+    """
+
+    chunk_size: int
+
+    def __post_init__(self) -> None:
+        size = self.chunk_size
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**63:
+            raise BadRequest(
+                f"late_chunking_params.chunk_size must be an integer from 1 to 2^63 - 1, got {size!r}",
+                param="late_chunking_params",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LateChunk:
+    """One chunk of a document.
+
+    Attributes:
+        token_range: its tokens, `(first, end)`, special tokens counted.
+        char_range: its characters in the caller's text, `(first, end)`; `None` if it has none.
+    """
+
+    token_range: tuple[int, int]
+    char_range: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LateChunkingMetadata:
+    """What the rows of a late-chunked document stand for.
+
+    Attributes:
+        input_tokens: tokens of the whole document.
+        chunks: one for each row.
+    """
+
+    chunk_size: int
+    input_tokens: int
+    chunks: list[LateChunk]
+    strategy: str = "fixed_tokens"
+
 
 @dataclass(frozen=True, slots=True)
 class PoolingParams:
@@ -34,6 +87,8 @@ class PoolingParams:
         dimensions: length to which vectors are cut before normalisation (Matryoshka models only).
         step_tag_id: of a process reward model: only tokens with this id are rated (STEP pooling).
         returned_token_ids: of a process reward model: which columns of the head are returned, in this order.
+        top_k: of sparse results, how many of the largest values are kept.
+        late_chunking_params: of `token_embed`: one row per chunk instead of one per token.
         task: filled in by the API; a caller may set it for `LLM.encode`.
         extra_kwargs: what `LLM.score` and `LLM.rerank` read besides: `max_tokens_per_query`, `max_tokens_per_doc`,
             `instruction`, `chat_template_kwargs`.
@@ -46,11 +101,13 @@ class PoolingParams:
     dimensions: int | None = None
     step_tag_id: int | None = None
     returned_token_ids: tuple[int, ...] | None = None
+    top_k: int | None = None
+    late_chunking_params: LateChunkingParams | None = None
     task: str | None = None
     extra_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "step_tag_id"):
+        for name in ("dimensions", "step_tag_id", "top_k"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise BadRequest(f"{name} must be an integer, got {value!r}", param=name)
@@ -61,6 +118,10 @@ class PoolingParams:
                     f"returned_token_ids must be a list of token ids, got {ids!r}", param="returned_token_ids"
                 )
             object.__setattr__(self, "returned_token_ids", tuple(int(i) for i in listed))
+        if (late := self.late_chunking_params) is not None and not isinstance(late, LateChunkingParams):
+            raise BadRequest(
+                f"late_chunking_params must be a LateChunkingParams, got {late!r}", param="late_chunking_params"
+            )
 
     def given(self) -> list[str]:
         """Names of the task parameters that are set."""
@@ -80,6 +141,10 @@ class Sequence:
         params: what the request asked of the task.
         type_ids: token type ids, as long as `ids`; `None` means all zero.
         skip: leading tokens that pooling leaves out (a prompt, for models with `include_prompt: false`).
+        hidden: trailing tokens that no token attends to (a ColBERT query's expansion).
+        keep: which tokens' rows the token tasks return; `None` = all.
+        also: further tasks to answer from the same forward.
+        late_chunking: what the rows stand for, where `params` ask for late chunking.
     """
 
     ids: Seq[int]
@@ -87,6 +152,10 @@ class Sequence:
     params: PoolingParams = PoolingParams()
     type_ids: Seq[int] | None = None
     skip: int = 0
+    hidden: int = 0
+    keep: tuple[int, ...] | None = None
+    also: tuple[str, ...] = ()
+    late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,9 +193,17 @@ def template_text(given: str) -> str:
 
 @dataclass(slots=True)
 class Output:
-    """One sequence's result on the host: float32, one row for sequence tasks and one per token for token tasks."""
+    """One sequence's result on the host.
+
+    Attributes:
+        data: float32, one row for sequence tasks and one per token for token tasks.
+        indices: of sparse results: int64 vocabulary entries that the values stand for, rising.
+        others: results of the tasks in `Sequence.also`, by name.
+    """
 
     data: np.ndarray[Any, np.dtype[np.float32]]
+    indices: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    others: dict[str, Output] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +215,8 @@ class ModelInfo:
         layout: how batches are run ("packed", "padded", ...), as the probe at load found.
         shares_prefixes: whether what sequences of a batch begin with is run once.
         matryoshka: allowed `dimensions`: `None` = none, `()` = any up to `dimension`, else the listed ones.
-        max_model_len: most tokens an input may have.
+        max_model_len: most tokens that the model reads at once.
+        max_embed_len: most tokens of an input of `embed`; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         num_labels: classes of the classification head; 0 = there is none.
         labels: names of the classes in order; empty if the checkpoint names none.
         activation: what turns a classifier's logits into its output: "softmax", "sigmoid" or "none".
@@ -163,6 +241,7 @@ class ModelInfo:
     layout: str
     pooling: str
     use_activation: bool
+    max_embed_len: int = 0
     shares_prefixes: bool = False
     revision: str | None = None
     matryoshka: tuple[int, ...] | None = None
@@ -176,6 +255,10 @@ class ModelInfo:
     columns: Seq[int] = ()
     head: str = ""
     warnings: tuple[str, ...] = ()
+
+    def limit(self, task: str) -> int:
+        """Most tokens of an input of `task`."""
+        return (self.max_embed_len if task == "embed" else 0) or self.max_model_len
 
 
 class Engine(Protocol):
@@ -201,9 +284,17 @@ class Engine(Protocol):
 
 @dataclass(slots=True)
 class PoolingOutput:
-    """Result of `LLM.encode`. `data` is a float32 CPU tensor, `[D]` or `[T, D]`."""
+    """Result of `LLM.encode`.
+
+    Attributes:
+        data: float32 CPU tensor, `[D]` or `[T, D]`; `[K]` for sparse results.
+        indices: of sparse results, what the values stand for, int64 `[K]`, rising.
+        others: results of further tasks that were asked for, by name.
+    """
 
     data: torch.Tensor
+    indices: torch.Tensor | None = None
+    others: dict[str, PoolingOutput] = field(default_factory=dict)
 
     @property
     def embedding(self) -> list[float]:
@@ -236,6 +327,7 @@ class PoolingRequestOutput(Generic[T]):
         outputs: the task's result.
         prompt_token_ids: the ids that were run, special tokens included.
         num_cached_tokens: always 0; kept for code written against vLLM.
+        late_chunking: what the rows of a late-chunked document stand for.
     """
 
     request_id: str
@@ -243,10 +335,29 @@ class PoolingRequestOutput(Generic[T]):
     prompt_token_ids: list[int]
     num_cached_tokens: int = 0
     finished: bool = True
+    late_chunking: LateChunkingMetadata | None = None
 
 
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """`PoolingRequestOutput` of `LLM.embed`."""
+
+
+@dataclass(slots=True)
+class SparseEmbedding:
+    """Result of `LLM.embed_sparse` for one prompt.
+
+    Attributes:
+        indices: ids of vocabulary entries, rising.
+        values: their weights.
+        tokens: the entries as text.
+    """
+
+    indices: list[int] = field(repr=False)
+    values: list[float] = field(repr=False)
+    tokens: list[str] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"SparseEmbedding(entries={len(self.indices)})"
 
 
 @dataclass(slots=True)

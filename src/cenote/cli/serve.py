@@ -127,7 +127,8 @@ def report(service: Service) -> list[str]:
         f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
         f"runs: {info.dtype} on {info.device}, {info.layout}"
         + (", common prefixes once" if info.shares_prefixes else "")
-        + f"; {info.max_model_len} tokens an input",
+        + f"; {info.max_model_len} tokens an input"
+        + (", embed takes longer ones in blocks" if info.limit("embed") > info.max_model_len else ""),
         f"tasks: {', '.join(info.tasks)}; default {info.default_task}",
         f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
         + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
@@ -144,8 +145,13 @@ def report(service: Service) -> list[str]:
         lines.append(f"pairs are rendered by: {source[:200]!r}{'...' if len(source) > 200 else ''}")
     if service.plugin:
         lines.append(f"requests with `data` go to the plugin {service.plugin.name}")
-    if service.renderer.default_prompt:
-        lines.append(f"prompt before every input: {service.renderer.default_prompt!r}")
+    if service.ranges:
+        lines.append("int8 and uint8 embeddings: by calibrated ranges")
+    prompts = service.renderer.prompts
+    if prompts.named:
+        lines.append(f"prompts: {', '.join(sorted(prompts.named))}")
+    if default := prompts.choose().text:
+        lines.append(f"prompt before every input: {default!r}")
     return lines + [f"warning: {warning}" for warning in info.warnings]
 
 

@@ -232,8 +232,8 @@ class CachedEngine:
     ) -> Future[list[Output]]:
         """See `cenote.types.Engine.submit`. For what is kept, `progress` is called before this returns.
 
-        An error fails the request for which the failed work was begun. Requests that joined several sequences of it are
-        not failed by an error that may be another's: what they need is computed once more.
+        An error fails the request that began the work, and those that joined it. If the work was several sequences, it
+        is not known which of them failed: what others need of them is then computed once more, for each by itself.
         """
         keys = [key_of(sequence) for sequence in sequences]
         request = _Request(len(keys), progress)

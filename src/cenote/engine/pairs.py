@@ -105,7 +105,7 @@ class PairRenderer:
         if template is not None:
             texts = self._by_template(cut, template, text_options, options)
         else:
-            prompt = self._renderer.default_prompt
+            prompt = self._renderer.prompts.choose().text
             texts = self._joined([(prompt + query, document) for query, document in cut], text_options)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
         return [Sequence(text.ids, task, params, text.type_ids) for text in fitted]

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cenote.engine.prompts import Prompts
 from cenote.errors import BadRequest, TooLong
 from cenote.tasks import check_params, check_task
-from cenote.types import PoolingParams, Sequence
+from cenote.types import UNLIMITED, PoolingParams, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+    from cenote.engine.prompts import Applied, Role, Sides
     from cenote.types import ModelInfo
 
 CHARACTERS_PER_TOKEN = 250
@@ -41,12 +43,18 @@ class TextOptions:
         side: which end is cut; `None` = the tokenizer's, keeping special tokens.
         pad: fill up with pad tokens to the most tokens allowed.
         add_special_tokens: let the tokenizer add its special tokens.
+        prompt: what is put before every text; `None` = the model's default.
+        whole: with `truncate` unset, refuse what is too long also where the server cuts by default.
+        most: most tokens of an input, filled in by `Renderer.resolve`; 0 = the model's maximum.
     """
 
     truncate: int | None = None
     side: Literal["left", "right"] | None = None
     pad: bool = False
     add_special_tokens: bool = True
+    prompt: Applied | None = None
+    whole: bool = False
+    most: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +87,9 @@ class Renderer:
         tokenizer: a Transformers tokenizer; its fast backend is used where there is one.
         info: limits, vocabulary and tasks of the model.
         lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
-        default_prompt: text put before every input.
+        prompts: the model's prompts.
         include_prompt: whether pooling looks at the prompt.
+        sides: how the two sides of a late-interaction model are encoded.
         auto_truncate: cut what is too long unless the request says otherwise.
     """
 
@@ -90,13 +99,17 @@ class Renderer:
         info: ModelInfo,
         *,
         lowercase: bool = False,
-        default_prompt: str = "",
+        prompts: Prompts | None = None,
         include_prompt: bool = True,
+        sides: Sides | None = None,
         auto_truncate: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.info = info
-        self.default_prompt = default_prompt
+        self.prompts = prompts or Prompts()
+        self._sides = sides
+        self._include_prompt = include_prompt
+        self._skips: dict[str, int] = {}
         self.auto_truncate = auto_truncate
         self._lock = threading.Lock()
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
@@ -111,7 +124,6 @@ class Renderer:
             existing = self._backend.normalizer
             self._backend.normalizer = Normalizers([Lowercase(), *([existing] if existing else [])])
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
-        self._skip = 0 if include_prompt or not default_prompt else self._prompt_length(default_prompt)
 
     def render(
         self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions = TextOptions()
@@ -126,19 +138,43 @@ class Renderer:
         if not len(prompts):
             raise BadRequest("You must pass at least one prompt", param="input")
         params = self.check(task, params)
-        options = self.resolve(options)
+        options = self.resolve(options, task)
+        applied = options.prompt or self.prompts.choose()
         plain = [_plain(prompt) for prompt in prompts]
-        texts = [i for i, prompt in enumerate(plain) if isinstance(prompt, str)]
-        rendered = dict(
-            zip(texts, self._tokenize([self.default_prompt + str(plain[i]) for i in texts], options), strict=True)
-        )
+        texts = [i for i, own in enumerate(plain) if isinstance(own, str)]
+        cut = options
+        if self._sides is not None:  # the lengths of the two sides belong to the model, so nothing is refused for them
+            limit = self._sides.limit(applied.role, options.most)
+            if options.truncate is not None or limit < options.most:
+                cut = replace(options, truncate=min(limit, options.truncate or limit))
+        rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
+        skip = self._skip(applied.text)
         sequences: list[Sequence] = []
-        for i, prompt in enumerate(plain):
-            text = rendered[i] if i in rendered else self._given(prompt, options)  # type: ignore[arg-type]
-            text = self.fit(text, options)
-            skip = self._skip if i in rendered else 0
-            sequences.append(Sequence(text.ids, task, params, text.type_ids, skip))
+        for i, own in enumerate(plain):
+            if i in rendered:
+                text = self.fit(rendered[i], cut)
+                sequences.append(self._sided(Sequence(text.ids, task, params, text.type_ids, skip), applied.role))
+            else:
+                text = self.fit(self._given(own, options), options)  # type: ignore[arg-type]
+                sequences.append(Sequence(text.ids, task, params, text.type_ids))
         return sequences
+
+    def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:
+        """`sequence` as a late-interaction model takes its side: queries filled up, skipped tokens marked."""
+        if self._sides is None:
+            return sequence
+        ids, hidden = self._sides.filled(list(sequence.ids), role)
+        types = sequence.type_ids
+        types = None if types is None else [*types, *[0] * (len(ids) - len(types))]
+        return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=self._sides.kept(ids, role))
+
+    def _skip(self, prompt: str) -> int:
+        """Tokens of `prompt` that pooling leaves out."""
+        if self._include_prompt or not prompt:
+            return 0
+        if prompt not in self._skips:
+            self._skips[prompt] = self._prompt_length(prompt)
+        return self._skips[prompt]
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
         """`params` for `task`, or `BadRequest` if the model does not offer the task or the parameters."""
@@ -202,16 +238,17 @@ class Renderer:
         self._check_vocabulary(ids, param="tokens")
         return str(self.tokenizer.decode(list(ids)))
 
-    def resolve(self, options: TextOptions) -> TextOptions:
-        """`options` with the model's maximum and the server's default filled in, and checked."""
-        limit = self.info.max_model_len
+    def resolve(self, options: TextOptions, task: str = "") -> TextOptions:
+        """`options` with the maximum of `task` and the server's default filled in, and checked."""
+        limit = self.info.limit(task)
+        options = replace(options, most=limit)
         if options.truncate is not None and options.truncate > limit:
             raise BadRequest(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
             )
-        if options.truncate == -1 or (options.truncate is None and self.auto_truncate):
-            return replace(options, truncate=limit)
+        if options.truncate == -1 or (options.truncate is None and self.auto_truncate and not options.whole):
+            return replace(options, truncate=limit if limit < UNLIMITED else None)
         return options
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
@@ -231,9 +268,10 @@ class Renderer:
         Raises:
             TooLong: a text is far too long, and `options` do not cut it.
         """
-        longest = self.info.max_model_len * CHARACTERS_PER_TOKEN
+        limit = options.most or self.info.max_model_len
+        longest = limit * CHARACTERS_PER_TOKEN
         if options.truncate is None and any(len(text) > longest for text in texts):
-            raise self._too_long(f"at least {self.info.max_model_len + 1}")
+            raise _too_long(limit, f"at least {limit + 1}")
         left = (options.side or self.tokenizer.truncation_side) == "left"
         return [text if len(text) <= longest else text[-longest:] if left else text[:longest] for text in texts]
 
@@ -362,11 +400,12 @@ class Renderer:
             text = Text(self._sliced(text.ids, options), types)
         if not len(text.ids):
             raise BadRequest("The decoder prompt cannot be empty", param="input")
-        limit = self.info.max_model_len
+        limit = options.most or self.info.max_model_len
         if len(text.ids) > limit:
-            raise self._too_long(str(len(text.ids)))
+            raise _too_long(limit, str(len(text.ids)))
         if options.pad:
-            missing = (options.truncate or limit) - len(text.ids)
+            full = options.truncate or (limit if limit < UNLIMITED else self.info.max_model_len)
+            missing = full - len(text.ids)
             pad = self.tokenizer.pad_token_id or 0
             types = None if text.type_ids is None else [*text.type_ids, *[0] * missing]
             return Text([*text.ids, *[pad] * missing], types)
@@ -377,14 +416,6 @@ class Renderer:
             return ids
         side = options.side or self.tokenizer.truncation_side
         return ids[len(ids) - options.truncate :] if side == "left" else ids[: options.truncate]
-
-    def _too_long(self, count: str) -> TooLong:
-        return TooLong(
-            f"This model's maximum context length is {self.info.max_model_len} tokens. However, your prompt contains "
-            f"{count} input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
-            "of the input prompt.",
-            param="input_tokens",
-        )
 
     def _check_vocabulary(self, ids: Seq[int], *, param: str = "input") -> None:
         if not len(ids):
@@ -437,6 +468,15 @@ class Renderer:
         """Tokens of the prompt, as sentence-transformers counts them: without a closing special token."""
         ids = self.tokenize(prompt)
         return len(ids) - 1 if ids and ids[-1] in self.tokenizer.all_special_ids else len(ids)
+
+
+def _too_long(limit: int, count: str) -> TooLong:
+    return TooLong(
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains "
+        f"{count} input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
+        "of the input prompt.",
+        param="input_tokens",
+    )
 
 
 def _plain(prompt: Prompt) -> str | Ids:

@@ -7,24 +7,36 @@ encoded once for all its documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cenote.errors import BadRequest, NotScored, TaskNotOffered
-from cenote.tensors.scoring import cosine, max_sim
+from cenote.tensors.scoring import cosine, dot, max_sim
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.engine.pairs import PairOptions, PairRenderer
     from cenote.engine.rendering import Renderer, TextOptions
-    from cenote.tensors.scoring import Array
+    from cenote.tensors.scoring import Array, Indices
     from cenote.types import ModelInfo, Output, PoolingParams, Sequence
 
-SCORE_TYPES: dict[str, str] = {"cross-encoder": "classify", "bi-encoder": "embed", "late-interaction": "token_embed"}
+SCORE_TYPES: dict[str, str] = {
+    "cross-encoder": "classify",
+    "bi-encoder": "embed",
+    "late-interaction": "token_embed",
+    "sparse": "sparse",
+    "hybrid": "embed",
+}
 """Ways to score, and the task that each runs."""
+
+ALSO: dict[str, tuple[str, ...]] = {"hybrid": ("sparse", "token_embed")}
+"""Further tasks of a way to score, answered by the same forward."""
+
+HYBRID_WEIGHTS = (0.4, 0.2, 0.4)
+"""Weights of the dense, sparse and late-interaction scores, those of bge-m3's model card."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,35 @@ class Plan:
             return np.concatenate(documents)
         if self.score_type == "bi-encoder":
             return cosine([queries[self._query(i)] for i in range(self.count)], documents)
+        asked, given = outputs[: self.queries], outputs[self.queries :]
+        if self.score_type == "sparse":
+            return self._lexical(asked, given)
+        if self.score_type == "hybrid":
+            late = [[o.others["token_embed"].data for o in part] for part in (asked, given)]
+            lexical = self._lexical(*([o.others["sparse"] for o in part] for part in (asked, given)))
+            dense = np.array([queries[self._query(i)] @ documents[i] for i in range(self.count)], dtype=np.float32)
+            lengths = np.array([len(late[0][self._query(i)]) for i in range(self.count)], dtype=np.float32)
+            parts = (dense, lexical, self._late(*late) / lengths)
+            weighted: Array = np.sum([w * part for w, part in zip(HYBRID_WEIGHTS, parts, strict=True)], axis=0)
+            return weighted.astype(np.float32)
+        return self._late(queries, documents)
+
+    def _late(self, queries: list[Array], documents: list[Array]) -> Array:
         if self.queries == 1:
             return max_sim(queries[0], documents)
         return np.concatenate([max_sim(q, [d]) for q, d in zip(queries, documents, strict=True)])
 
+    def _lexical(self, queries: Seq[Output], documents: Seq[Output]) -> Array:
+        pairs = [(queries[self._query(i)], documents[i]) for i in range(self.count)]
+        return np.array([dot(_ids(q), q.data, _ids(d), d.data) for q, d in pairs], dtype=np.float32)
+
     def _query(self, pair: int) -> int:
         return 0 if self.queries == 1 else pair
+
+
+def _ids(output: Output) -> Indices:
+    assert output.indices is not None
+    return output.indices
 
 
 def plan(
@@ -90,6 +125,8 @@ def plan(
         raise BadRequest("Input lengths must be either 1:1, 1:N or N:N", param="documents")
     score_type = choose(renderer.info, score_type)
     task = SCORE_TYPES[score_type]
+    if params.late_chunking_params is not None:
+        raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
     if score_type == "cross-encoder":
         repeated = [*queries] * (len(documents) // len(queries))
         joined = list(zip(repeated, documents, strict=True))
@@ -101,8 +138,16 @@ def plan(
             param=min(options.kwargs, default="chat_template"),
         )
     pairs.check(options)
-    cut = [*pairs.cut(queries, options.max_tokens_per_query), *pairs.cut(documents, options.max_tokens_per_doc)]
-    return Plan(renderer.render(cut, task, params, text_options), score_type, len(queries))
+    prompts = renderer.prompts
+    sequences: list[Sequence] = []
+    for prompt, texts, most in (
+        (prompts.of("query"), queries, options.max_tokens_per_query),
+        (prompts.of("document"), documents, options.max_tokens_per_doc),
+    ):
+        sequences += renderer.render(pairs.cut(texts, most), task, params, replace(text_options, prompt=prompt))
+    if also := ALSO.get(score_type):
+        sequences = [replace(s, also=also) for s in sequences]
+    return Plan(sequences, score_type, len(queries))
 
 
 def choose(info: ModelInfo, asked: str | None) -> str:

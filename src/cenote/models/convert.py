@@ -118,7 +118,7 @@ def conversion(architecture: str, convert: str, *, pools: bool) -> str:
     """
     found = _suffix(architecture)
     native_runner, native = (found[1], found[2]) if found else ("pooling", "embed")
-    if convert in ("embed", "classify"):
+    if convert in ("embed", "classify", "sparse"):
         return convert
     if pools or native != "none":
         return "embed" if pools else native
@@ -136,7 +136,8 @@ class Head:
 
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
-            columns of a language model's output embeddings; "reward" is one of `cenote.models.families.rewards`.
+            columns of a language model's output embeddings; "reward" is one of `cenote.models.families.rewards`;
+            "lexical" is a masked-language-model head that gives sparse embeddings.
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
         sigma: by what logits are divided unless the pooler config says.
@@ -144,7 +145,7 @@ class Head:
         name: where the head comes from, for the report at start.
     """
 
-    kind: Literal["none", "sequence", "token", "vocabulary", "reward"] = "none"
+    kind: Literal["none", "sequence", "token", "vocabulary", "reward", "lexical"] = "none"
     columns: tuple[int, ...] = ()
     difference: bool = False
     sigma: float = 1.0
@@ -160,6 +161,7 @@ class Facts:
         names: what the checkpoint is called, by its user and by itself.
         tensors: names of all its tensors.
         logit_score: token ids (true, false) of Sentence-Transformers' `LogitScore` module.
+        splade: a Sentence-Transformers folder has a SpladePooling module.
         step: the pooler config asks for STEP pooling.
         token_id: token id of a vocabulary entry, or `None`.
     """
@@ -170,6 +172,7 @@ class Facts:
     names: tuple[str, ...]
     tensors: tuple[str, ...]
     logit_score: tuple[int, int | None] | None
+    splade: bool
     step: bool
     step_columns: tuple[int, ...]
     token_id: Callable[[str], int | None]
@@ -188,10 +191,14 @@ def choose_head(facts: Facts) -> Head:
     architecture, config = facts.architecture, facts.config
     if facts.convert == "embed":
         return Head()
+    if facts.splade or facts.convert == "sparse" or "Splade" in architecture:
+        return Head("lexical", name="its masked-language-model head (SPLADE)")
     if architecture.endswith("ForTokenClassification"):
         return Head("token", name=architecture)
     if _suffix(architecture) == SUFFIXES[3]:
         found = rewards.find(list(facts.tensors))
+        if found is None and (unknown := rewards.unknown_head(facts.tensors)):
+            raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
         return Head("reward", name=f"{architecture}, {found[0].name}") if found else Head()
     known = rerankers.recognise(list(facts.names), str(config.model_type))
     is_original = bool(getattr(config, "is_original_qwen3_reranker", False))

@@ -19,7 +19,7 @@ import torch
 from cenote.errors import CheckpointError
 from cenote.models.fuse import fuse_epilogues
 from cenote.tensors import attention
-from cenote.tensors.packing import SHORTEST_PREFIX, pack, share
+from cenote.tensors.packing import SHORTEST_PREFIX, pack, set_apart, share
 from cenote.types import Sequence
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class Packed:
     def run(self, batch: Batch) -> Tensor:
         """One forward; `[T, D]`."""
         positions_T = self._positions(batch)
+        if batch.hidden is not None:
+            return self._run(set_apart(batch), positions_T)
         shared = share(batch) if self.shares_prefixes else None
         if shared is None:
             return self._run(batch, positions_T)
@@ -167,13 +169,15 @@ class Padded:
 
     def run(self, batch: Batch) -> Tensor:
         """One padded forward over all of `batch`; `[T, D]`."""
-        mask = torch.arange(batch.max_length, device=batch.ids_T.device) < torch.tensor(
-            batch.lengths, device=batch.ids_T.device
-        ).unsqueeze(1)
+        places_L = torch.arange(batch.max_length, device=batch.ids_T.device)
+        lengths = torch.tensor(batch.lengths, device=batch.ids_T.device)
+        mask = seen = places_L < lengths[:, None]
+        if batch.hidden is not None:
+            seen = places_L < (lengths - torch.tensor(batch.hidden, device=lengths.device))[:, None]
         pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
         states = self.backbone.run(
             input_ids=_spread(batch.ids_T, mask, pad),
-            attention_mask=mask.long(),
+            attention_mask=seen.long(),
             token_type_ids=None if batch.type_ids_T is None else _spread(batch.type_ids_T, mask, 0),
         )
         return states[mask]

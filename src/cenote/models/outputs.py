@@ -85,13 +85,28 @@ class Embed:
 
 @dataclass(frozen=True)
 class TokenEmbed:
-    """`token_embed`: one vector per token."""
+    """`token_embed`: one vector per token, or with late chunking one per chunk.
+
+    Attributes:
+        without_first: the first token has none. Chunks count it nevertheless.
+    """
 
     pooler: Pooler
+    without_first: bool = False
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
-        """All tokens of the members, `[sum of T, D]`."""
-        return Rows(self.pooler.finish(tokens_of(x_TD, batch, members), params), [batch.lengths[i] for i in members])
+        """All tokens or chunks of the members, `[sum of T, D]`."""
+        if params.late_chunking_params is not None:
+            size = params.late_chunking_params.chunk_size
+            lengths = [batch.lengths[i] for i in members]
+            chunks = [[min(size, length - first) for first in range(0, length, size)] for length in lengths]
+            mean_RD = _means(torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members]), chunks)
+            return Rows(self.pooler.finish(mean_RD, params), [len(own) for own in chunks])
+        if self.without_first:
+            parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
+            return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
+        rows, lengths = batch.rows_of(members)
+        return Rows(self.pooler.finish(x_TD[rows], params), lengths)
 
 
 @dataclass(frozen=True)
@@ -174,11 +189,10 @@ class TokenClassify:
         return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
 
 
-def tokens_of(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-    """All rows of the sequences numbered `members`, in that order."""
-    if members == list(range(batch.size)):
-        return x_TD
-    return torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
+def _means(x_TD: Tensor, chunks: list[list[int]]) -> Tensor:
+    """Means of consecutive rows in float32, of as many each as `chunks` say."""
+    lengths = torch.tensor([length for own in chunks for length in own], device=x_TD.device)
+    return torch.segment_reduce(x_TD.float(), "mean", lengths=lengths, axis=0)
 
 
 def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:

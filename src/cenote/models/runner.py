@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cenote.errors import CenoteError, CheckpointError, EngineFailed
 from cenote.models import checkpoint as checkpoints
-from cenote.models import classifiers
+from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
 from cenote.models.layout import choose, forward, vocabulary
@@ -28,9 +28,10 @@ from cenote.models.outputs import (
     TokenEmbed,
     activation_of,
 )
+from cenote.tasks import TASKS, only_of
 from cenote.tensors import native
 from cenote.tensors.packing import pack
-from cenote.types import ModelInfo, Output, Sequence
+from cenote.types import UNLIMITED, ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,23 +68,46 @@ class PoolingModel:
         batch = pack([sequences[i] for i in order], self.layout.backbone.device)
         groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
         for row, i in enumerate(order):
-            groups[sequences[i].task, sequences[i].params].append(row)
-        parts: list[tuple[list[int], list[Tensor]]] = []
+            s = sequences[i]
+            groups[s.task, s.params].append(row)
+            for task in s.also:
+                groups[task, only_of(TASKS[task], s.params)].append(row)
+        parts: list[Part] = []
         with torch.inference_mode():
             hidden_TD = forward(self.layout, batch)
             for (task, params), members in groups.items():
-                values, lengths, _ = self.outputs[task](hidden_TD, batch, members, params)
-                values = values.to("cpu", non_blocking=True)
-                split = list(values) if lengths is None else list(torch.split(values, lengths))
-                parts.append(([order[row] for row in members], split))
-        return Pending(len(sequences), parts, self.layout.backbone.device)
+                values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
+                split = [
+                    None if x is None else _split(x.to("cpu", non_blocking=True), lengths) for x in (values, indices)
+                ]
+                parts.append(Part(task, [order[row] for row in members], split[0] or [], split[1]))
+        return Pending(sequences, parts, self.layout.backbone.device)
+
+
+class Part(NamedTuple):
+    """Results of one task on their way to the host.
+
+    Attributes:
+        places: numbers of the sequences that they are of.
+        values: one tensor for each.
+        indices: of sparse results, what the values stand for.
+    """
+
+    task: str
+    places: list[int]
+    values: list[Tensor]
+    indices: list[Tensor] | None
+
+
+def _split(x: Tensor, lengths: list[int] | None) -> list[Tensor]:
+    return list(x) if lengths is None else list(torch.split(x, lengths))
 
 
 class Pending:
     """A launched batch."""
 
-    def __init__(self, size: int, parts: list[tuple[list[int], list[Tensor]]], device: torch.device) -> None:
-        self._size = size
+    def __init__(self, sequences: Seq[Sequence], parts: list[Part], device: torch.device) -> None:
+        self._sequences = sequences
         self._parts = parts
         self._event = None
         if device.type == "cuda":
@@ -98,17 +122,25 @@ class Pending:
         """Wait, and return one output per sequence; a sequence whose values are not finite gets an error instead."""
         if self._event is not None:
             self._event.synchronize()
-        outputs: list[Output | CenoteError] = [EngineFailed("no output was computed")] * self._size
-        for places, values in self._parts:
-            for place, value in zip(places, values, strict=True):
-                if bool(torch.isfinite(value).all()):
-                    outputs[place] = Output(value.numpy())
-                else:
-                    outputs[place] = EngineFailed(
-                        "the model gave values that are not finite (NaN or infinity) for this input; "
-                        "a dtype with more range (bfloat16, float32) may help"
-                    )
-        return outputs
+        found: list[dict[str, Output]] = [{} for _ in self._sequences]
+        for task, places, values, indices in self._parts:
+            for n, place in enumerate(places):
+                if bool(torch.isfinite(values[n]).all()):
+                    own = None if indices is None else indices[n].numpy()
+                    found[place][task] = Output(values[n].numpy(), own)
+        return [_joined(s, own) for s, own in zip(self._sequences, found, strict=True)]
+
+
+def _joined(sequence: Sequence, found: dict[str, Output]) -> Output | CenoteError:
+    """The output of a sequence with those of its further tasks, or an error if one of them is not finite."""
+    if not found.keys() >= {sequence.task, *sequence.also}:
+        return EngineFailed(
+            "the model gave values that are not finite (NaN or infinity) for this input; "
+            "a dtype with more range (bfloat16, float32) may help"
+        )
+    output = found[sequence.task]
+    output.others = {task: found[task] for task in sequence.also}
+    return output
 
 
 def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
@@ -145,6 +177,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
     if len(pooler.modes) == 1 or not pooler.steps:
         outputs["token_embed"] = TokenEmbed(pooler)
+    special = retrieval.outputs(checkpoint, options, full, layout, probe, pooler)
+    outputs = {**special, **{task: own for task, own in outputs.items() if task not in special}}
     classifier = _classifier(checkpoint, options, full, layout, probe)
     if classifier is not None:
         outputs = {**_class_outputs(checkpoint, options, classifier), **outputs}
@@ -152,6 +186,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         _refuse_step_options(checkpoint, options)
     if options.pooler_config.token_pooling == "STEP" and "token_classify" not in outputs:
         raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
+    if checkpoint.head.kind == "lexical" and probe is not None:
+        dimension = probe.logits[0].shape[-1]  # its vector is one weight per vocabulary entry
     info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
     pooling_model = PoolingModel(info, layout, outputs)
     _check_first_forward(pooling_model, pooler)
@@ -163,7 +199,7 @@ def _classifier(
 ) -> classifiers.Classifier | None:
     """The classification head that was chosen for `checkpoint`, proved where Transformers has a class for it."""
     head = checkpoint.head
-    if head.kind == "none":
+    if head.kind in ("none", "lexical"):
         return None
     if head.kind == "reward":
         folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
@@ -292,6 +328,7 @@ def _info(
         default_task=default,
         dimension=dimension,
         max_model_len=length,
+        max_embed_len=_embed_length(checkpoint, options, length),
         vocab_size=vocabulary(model),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
@@ -306,9 +343,22 @@ def _info(
     return replace(info, **classes)
 
 
+def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> int:
+    """Most tokens of an input of `embed`; 0 = `length`, which the model reads at once."""
+    most = options.pooler_config.max_embed_len
+    if options.pooler_config.enable_chunked_processing:
+        return most or UNLIMITED
+    if most is not None and most > length:
+        raise CheckpointError(
+            f"pooler_config.max_embed_len is {most}, but {checkpoint.name} reads at most {length} tokens at once; "
+            "set enable_chunked_processing to run longer inputs in blocks"
+        )
+    return most or 0
+
+
 def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> dict[str, Any]:
     """What `ModelInfo` says of the classification head and of scoring."""
-    vectors = ("bi-encoder", "late-interaction") if "token_embed" in outputs else ("bi-encoder",)
+    vectors = _score_types(checkpoint, outputs)
     found = outputs.get("classify") or outputs.get("token_classify")
     if not isinstance(found, (Classify, TokenClassify)):
         return {"score_types": vectors}
@@ -332,11 +382,25 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> di
     }
 
 
+def _score_types(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> tuple[str, ...]:
+    """Ways to compare a query with a document by what each gives alone, the one that the model is made for first."""
+    if checkpoint.head.kind == "lexical":
+        return ("sparse", "late-interaction")
+    if checkpoint.multi_vector is not None:
+        return ("late-interaction", "bi-encoder")
+    if "sparse" in outputs:
+        return ("bi-encoder", "hybrid", "late-interaction", "sparse")
+    return ("bi-encoder", "late-interaction") if "token_embed" in outputs else ("bi-encoder",)
+
+
 def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     listed = getattr(checkpoint.config, "matryoshka_dimensions", None)
     if listed:
         return tuple(int(d) for d in listed)
-    return () if getattr(checkpoint.config, "is_matryoshka", False) else None
+    declared = getattr(checkpoint.config, "is_matryoshka", None)
+    if declared is None:  # Sentence-Transformers tags the card of a model with the losses that it was trained with
+        declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
+    return () if declared else None
 
 
 def _check_first_forward(model: PoolingModel, pooler: Pooler) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
+from cenote.models.families.multi_vector import from_settings
 from cenote.tensors.heads import normalize
 from cenote.tensors.pooling import MODES
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cenote.models.families.multi_vector import MultiVector
     from cenote.tensors.heads import Step
 
 LEGACY_MODES = {
@@ -62,6 +64,10 @@ class SentenceTransformer:
         is_cross_encoder: whether the files describe a CrossEncoder.
         logit_score: token ids (true, false) of a `LogitScore` module: the language model's logits are the score.
         activation: import path of the activation that a CrossEncoder was saved with.
+        multi_vector: how a late-interaction model encodes queries and documents; `None` = it is no such model.
+        token_steps: its modules over token vectors.
+        splade: config of a SpladePooling module.
+        query_weights: weights of vocabulary entries by which queries are encoded without the model.
         pair_template: variables of the chat template that renders a pair; `None` = a pair is not rendered.
         structured: that template takes message contents as lists of parts.
     """
@@ -75,12 +81,21 @@ class SentenceTransformer:
     max_seq_length: int | None = None
     do_lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str = ""
+    default_prompt_name: str | None = None
     is_cross_encoder: bool = False
     logit_score: tuple[int, int | None] | None = None
     activation: str | None = None
+    multi_vector: MultiVector | None = None
+    token_steps: tuple[Step, ...] = ()
+    splade: dict[str, Any] | None = None
+    query_weights: Tensor | None = None
     pair_template: dict[str, Any] | None = None
     structured: bool = False
+
+    @property
+    def default_prompt(self) -> str:
+        """Text of the default prompt, empty if there is none."""
+        return self.prompts[self.default_prompt_name] if self.default_prompt_name else ""
 
 
 def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | None:
@@ -98,10 +113,12 @@ def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | Non
 
 
 def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
-    modules_file = path / "modules.json"
-    modules = sorted(_json(modules_file), key=lambda module: module["idx"])
+    modules = sorted(_json(path / "modules.json"), key=lambda module: module["idx"])
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if not kinds or kinds[0] != "Transformer":
+    query_weights = None
+    if kinds == ["Router"]:
+        modules, kinds, query_weights = _routed(path / modules[0]["path"], allow_pickle)
+    if not kinds or kinds[0] not in BACKBONES:
         first = modules[0]["type"] if modules else "nothing"
         raise CheckpointError(
             f"modules.json begins with {first}; Cenote honours checkpoints that begin with a Transformer"
@@ -115,6 +132,11 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
     steps: list[Step] = []
     dimension: int | None = None
     logit_score = None
+    splade = mask = None
+    token_steps: list[Step] = []
+    general = path / "config_sentence_transformers.json"
+    settings = _json(general) if general.is_file() else {}
+    is_multi_vector = settings.get("model_type") in ("MultiVectorEncoder", "ColBERT")
     for module, kind in zip(modules[1:], kinds[1:], strict=True):
         folder = path / module["path"]
         if kind == "Pooling" and not modes:
@@ -122,6 +144,18 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
             modes, include_prompt = pooling_modes(config), bool(config.get("include_prompt", True))
             width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
             dimension = width * len(modes) if width else None
+        elif kind == "SpladePooling" and not modes:
+            splade = _json(folder / "config.json")
+        elif kind == "MultiVectorMask" and is_multi_vector:
+            mask = _json(folder / "config.json")
+            if mask.get("keep_only_token_ids"):
+                raise CheckpointError(
+                    "MultiVectorMask with keep_only_token_ids is for images, which are not served yet"
+                )
+        elif is_multi_vector and kind == "Dense":
+            token_steps.append(_dense(folder, allow_pickle, ("token_embeddings", None))[0])
+        elif is_multi_vector and kind == "Normalize":
+            token_steps.append(normalize)
         elif kind == "LogitScore" and not modes:
             config = _json(folder / "config.json")
             logit_score = (int(config["true_token_id"]), config.get("false_token_id"))
@@ -132,11 +166,10 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         else:
             raise CheckpointError(
                 f"modules.json names the module {module['type']}, which Cenote does not honour here; "
-                f"honoured are Transformer, LogitScore, Pooling, then {', '.join(STEPS)}"
+                "honoured are Transformer, then LogitScore, SpladePooling, MultiVectorMask, or Pooling and "
+                f"{', '.join(STEPS)}"
             )
     normalizes = bool(steps) and steps[-1] is normalize
-    general = path / "config_sentence_transformers.json"
-    settings = _json(general) if general.is_file() else {}
     prompts = {str(name): str(text) for name, text in (settings.get("prompts") or {}).items()}
     default = settings.get("default_prompt_name")
     if default is not None and default not in prompts:
@@ -151,13 +184,44 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         max_seq_length=transformer.get("max_seq_length"),
         do_lower_case=bool(transformer.get("do_lower_case", False)),
         prompts=prompts,
-        default_prompt=prompts[default] if default else "",
+        default_prompt_name=default,
         is_cross_encoder=settings.get("model_type") == "CrossEncoder" or logit_score is not None,
         logit_score=logit_score,
         activation=settings.get("activation_fn"),
+        multi_vector=from_settings(settings, transformer, mask, normalizes=normalize in token_steps)
+        if is_multi_vector
+        else None,
+        token_steps=tuple(step for step in token_steps if step is not normalize),
+        splade=splade,
+        query_weights=query_weights,
         pair_template=_pair_template(transformer),
         structured=(transformer.get("modality_config") or {}).get("message", {}).get("format") == "structured",
     )
+
+
+BACKBONES = ("Transformer", "MLMTransformer")
+"""Module classes that hold the Transformers checkpoint; both spell the same thing."""
+
+
+def _routed(path: Path, allow_pickle: bool) -> tuple[list[dict[str, Any]], list[str], Tensor]:
+    """The document side of a Router whose query side is a table of weights: its modules, their kinds, the weights.
+
+    Raises:
+        CheckpointError: the routes are others.
+    """
+    config = _json(path / "router_config.json")
+    types, routes = config["types"], config["structure"]
+    named = {folder: str(kind).rpartition(".")[2] for folder, kind in types.items()}
+    query = [named[folder] for folder in routes.get("query", [])]
+    if set(routes) != {"query", "document"} or query != ["SparseStaticEmbedding"]:
+        raise CheckpointError(
+            f"modules.json names a Router with the routes {sorted(routes)}; honoured is a document encoder whose query "
+            "route is a SparseStaticEmbedding"
+        )
+    folder = path / routes["query"][0]
+    weights = _weights(folder, allow_pickle)["weight"].float()
+    modules = [{"path": str((path / own).relative_to(path)), "type": types[own]} for own in routes["document"]]
+    return modules, [named[own] for own in routes["document"]], weights
 
 
 def _pair_template(transformer: dict[str, Any]) -> dict[str, Any] | None:
@@ -204,14 +268,16 @@ class _Dense(nn.Module):
         return y_RD + (self.residual(x_RD) if hasattr(self, "residual") else x_RD)
 
 
-def _dense(folder: Path, allow_pickle: bool) -> tuple[Step, int]:
+def _dense(
+    folder: Path, allow_pickle: bool, inputs: tuple[str | None, ...] = ("sentence_embedding", None)
+) -> tuple[Step, int]:
     config = _json(folder / "config.json")
     unknown = set(config) - DENSE_KEYS
     if unknown:
         raise CheckpointError(f"{folder.name}/config.json has keys that Cenote does not honour: {sorted(unknown)}")
     for key in ("module_input_name", "module_output_name"):
-        if config.get(key, "sentence_embedding") not in ("sentence_embedding", None):
-            raise CheckpointError(f"{folder.name}: Dense over {config[key]!r} is not honoured, only sentence_embedding")
+        if config.get(key) not in inputs:
+            raise CheckpointError(f"{folder.name}: Dense over {config.get(key)!r} is not honoured, only {inputs[0]}")
     dense = _Dense(
         config["in_features"],
         config["out_features"],
@@ -268,6 +334,15 @@ def _activation(name: str) -> nn.Module:
 
 def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
     """Load a module's weights, all of them, and freeze it in float32."""
+    try:
+        module.load_state_dict(_weights(folder, allow_pickle))
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit: {error}") from None
+    return module.float().eval().requires_grad_(False)
+
+
+def _weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """The tensors of a module's folder."""
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     if not safe.is_file() and not (pickled.is_file() and allow_pickle):
         hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if pickled.is_file() else ""
@@ -276,14 +351,9 @@ def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
+        return load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit: {error}") from None
-    return module.float().eval().requires_grad_(False)
 
 
 def _json(path: Path) -> Any:

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 import cenote
 from cenote import metrics
 from cenote.server import faults
-from cenote.server.dialects import entities, fastdeploy, openai, pooling, scoring
+from cenote.server.dialects import cohere, entities, fastdeploy, openai, pooling, scoring
 from cenote.server.encoding import json_response
 from cenote.server.gate import Gate
 from cenote.server.serving import Serving
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.service import Service
 
-DIALECTS = (openai, pooling, scoring, entities, fastdeploy)
+DIALECTS = (openai, cohere, pooling, scoring, entities, fastdeploy)
 
 
 def build(services: list[Service], config: ServerConfig) -> FastAPI:

@@ -8,18 +8,26 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import orjson
 from starlette.responses import Response
 
+from cenote.tensors.quantize import quantize
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from cenote.tensors.quantize import Ranges
 
 EmbedDType = Literal["float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
 Endianness = Literal["native", "big", "little"]
 EncodingFormat = Literal["float", "base64", "bytes", "bytes_only"]
+VectorType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+
+VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
+"""Forms of a dense vector that requests may ask for: `quantize`'s, and base64 of little-endian float32."""
 
 _TORCH_DTYPES = {"bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
@@ -36,6 +44,61 @@ def to_bytes(values: np.ndarray[Any, np.dtype[np.float32]], dtype: EmbedDType, e
     if endianness not in ("native", sys.byteorder):
         bits = bits.byteswap()
     return bits.tobytes()
+
+
+def typed(
+    vectors: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
+    types: Iterable[VectorType],
+    ranges: Ranges | None = None,
+    *,
+    param: str | None = None,
+) -> dict[VectorType, Any]:
+    """`vectors` in each of `types`, as `json_response` takes them: `[N, ...]` arrays, of base64 a list of texts.
+
+    Args:
+        vectors: float32 `[D]` each, of one D.
+        types: at least one of `VECTOR_TYPES`.
+        ranges: of int8 and uint8; `None` is the fixed range of unit vectors.
+        param: the request parameter that asks for the types, for errors.
+
+    Raises:
+        BadRequest: see `cenote.tensors.quantize.quantize`.
+    """
+    vectors_ND = np.stack(vectors)
+    return {
+        name: [base64.b64encode(to_bytes(row_D, "float32", "little")).decode() for row_D in vectors_ND]
+        if name == "base64"
+        else quantize(vectors_ND, name, ranges, param=param)
+        for name in dict.fromkeys(types)
+    }
+
+
+def typed_values(
+    vectors: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
+    types: Sequence[VectorType],
+    ranges: Ranges | None = None,
+    *,
+    as_base64: bool = False,
+    param: str | None = None,
+) -> list[Any]:
+    """What stands for each of `vectors` in an answer of one entry per vector.
+
+    One type gives that form itself, several an object by type. With `as_base64`, numbers are base64 of their bytes
+    (little-endian float32 for float), as clients of Voyage decode them.
+
+    Args:
+        vectors: see `typed`, as for the others.
+    """
+    forms = typed(vectors, types, ranges, param=param)
+    if as_base64:
+        forms = {name: [_coded(row) for row in rows] for name, rows in forms.items()}
+    if len(forms) == 1:
+        return list(*forms.values())
+    return [dict(zip(forms, entry, strict=True)) for entry in zip(*forms.values(), strict=True)]
+
+
+def _coded(row: Any) -> str:
+    return row if isinstance(row, str) else base64.b64encode(row.astype(row.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def json_response(content: Any) -> Response:
@@ -62,6 +125,7 @@ def vectors_response(
     encoding_format: EncodingFormat,
     embed_dtype: EmbedDType,
     endianness: Endianness,
+    beside: Sequence[dict[str, Any]] | None = None,
 ) -> Response:
     """The answer of `/v1/embeddings` and `/pooling` in any encoding.
 
@@ -70,9 +134,11 @@ def vectors_response(
         vectors: `[D]` or `[T, D]` per input.
         kind: `object` of each entry.
         field: name of the entry's value.
+        beside: further fields of each entry, in the format `float`.
     """
     if encoding_format == "float":
         data = [{"index": i, "object": kind, field: np.ascontiguousarray(v)} for i, v in enumerate(vectors)]
+        data = [entry | more for entry, more in zip(data, beside, strict=True)] if beside else data
         return json_response(with_data(head, data))
     raw = [to_bytes(v, embed_dtype, endianness) for v in vectors]
     if encoding_format == "base64":

@@ -164,12 +164,15 @@ def packed_attention(
         raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
     rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
     under_way.is_causal &= rule.causal
-    if batch.prefixes is not None and not (rule.causal and rule.bias is None):
-        raise NotImplementedError(f"{type(module).__name__} needs causal attention without bias to share a prefix")
-    if q_1NTH.is_cuda and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
+    if batch.prefixes is not None and rule.bias is not None:
+        raise NotImplementedError(f"{type(module).__name__} has a position bias, which does not reach past a sequence")
+    if batch.prefixes is not None and not (rule.causal or batch.blind):
+        raise NotImplementedError(f"{type(module).__name__} needs causal attention to share a prefix")
+    if q_1NTH.is_cuda and not batch.blind and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
         return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
     kernels = under_way.kernels
-    if kernels is not None and rule.unmasked(batch) and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
+    plain = kernels is not None and batch.prefixes is None and rule.unmasked(batch)
+    if kernels is not None and plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
         scale = q_1NTH.shape[-1] ** -0.5 if scaling is None else scaling
         return kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale), None
     return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
@@ -192,37 +195,38 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
         if run.prefix:
             before = slice(run.prefix.start, run.prefix.stop)
             k, v = (
-                torch.cat([x[:, :, before].expand(run.size, -1, -1, -1), own], dim=2)
+                torch.cat([x[:, :, before].expand(run.size, -1, -1, -1), *([] if batch.blind else [own])], dim=2)
                 for x, own in ((k_1NTH, k), (v_1NTH, v))
             )
-        out = _attend(q, k, v, rule).transpose(1, 2)
+        out = _attend(q, k, v, rule, len(run.prefix)).transpose(1, 2)
         out_1TNH[0, rows].view(run.size, run.length, heads, -1).copy_(out)
     return out_1TNH
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
     """Dense attention over `[count, N, length, H]`, in blocks of queries where a window, bias or prefix asks for it.
 
-    Keys may begin before the queries; the last key belongs to the last query.
+    `before` is how many positions the first key lies before the first query.
     """
     length, keys = q.shape[2], k.shape[2]
     grouped = k.shape[1] != q.shape[1]
-    if rule.plain and length == keys and (rule.window is None or length <= rule.window):
+    if rule.plain and not before and length == keys and (rule.window is None or length <= rule.window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
     if grouped and not rule.plain:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    blocks = [_attend_block(q, k, v, rule, a, min(a + QUERY_BLOCK, length)) for a in range(0, length, QUERY_BLOCK)]
+    blocks = [
+        _attend_block(q, k, v, rule, a, min(a + QUERY_BLOCK, length), before) for a in range(0, length, QUERY_BLOCK)
+    ]
     return torch.cat(blocks, dim=2)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop: int) -> Tensor:
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop: int, before: int) -> Tensor:
     """Queries `start:stop` against the band of keys that they can see."""
     keys = k.shape[2]
-    before = keys - q.shape[2]
     q = q[:, :, start:stop]
     start, stop = start + before, stop + before
     reach = rule.window - 1 if rule.window else keys
-    first, last = max(0, start - reach), stop if rule.causal else min(keys, stop + reach)
+    first, last = max(0, start - reach), min(keys, stop if rule.causal else stop + reach)
     k, v = k[:, :, first:last], v[:, :, first:last]
     distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
     seen = (distance >= 0) if rule.causal else torch.ones_like(distance, dtype=torch.bool)

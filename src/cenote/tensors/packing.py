@@ -65,6 +65,9 @@ class Batch:
         starts: B + 1 offsets, on the host.
         skips: per sequence, leading tokens that pooling leaves out; `None` when all are 0.
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
+        blind: a sequence with a prefix sees nothing but it, not even itself.
+        hidden: per sequence, trailing tokens that no token attends to; `None` when all are 0.
+        keeps: per sequence, the tokens whose rows are wanted, `None` = all; `None` when all are wanted of all.
     """
 
     ids_T: Tensor
@@ -74,6 +77,9 @@ class Batch:
     starts: tuple[int, ...]
     skips: tuple[int, ...] | None = None
     prefixes: tuple[range, ...] | None = None
+    blind: bool = False
+    hidden: tuple[int, ...] | None = None
+    keeps: tuple[Seq[int] | None, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -146,8 +152,23 @@ class Batch:
             type_ids_T=None if self.type_ids_T is None else self.type_ids_T[rows],
             starts=tuple(starts),
             skips=None if self.skips is None else tuple(self.skips[i] for i in members),
+            hidden=None if self.hidden is None else tuple(self.hidden[i] for i in members),
+            keeps=None if self.keeps is None else tuple(self.keeps[i] for i in members),
         )
         return part, rows
+
+    def rows_of(self, members: Seq[int]) -> tuple[Tensor | slice, list[int]]:
+        """Rows of the tokens that are wanted of the sequences numbered `members`, and how many each has."""
+        if self.keeps is None and len(members) == self.size and all(i == m for i, m in enumerate(members)):
+            return slice(None), list(self.lengths)
+        keeps = self.keeps or (None,) * self.size
+        wanted = [
+            np.arange(self.starts[i], self.starts[i + 1])
+            if (kept := keeps[i]) is None
+            else self.starts[i] + np.asarray(kept, dtype=np.int64)
+            for i in members
+        ]
+        return _to_device(np.concatenate(wanted), self.ids_T.device), [len(rows) for rows in wanted]
 
     def split(self, x_T: Tensor) -> list[Tensor]:
         """Cut a tensor with T rows into one view per sequence."""
@@ -174,6 +195,29 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         type_ids_T=None if type_ids_T is None else _to_device(type_ids_T, device),
         starts=tuple(starts.tolist()),
         skips=tuple(s.skip for s in sequences) if any(s.skip for s in sequences) else None,
+        hidden=tuple(s.hidden for s in sequences) if any(s.hidden for s in sequences) else None,
+        keeps=tuple(s.keep for s in sequences) if any(s.keep is not None for s in sequences) else None,
+    )
+
+
+def set_apart(batch: Batch) -> Batch:
+    """The same rows with hidden tokens as sequences of their own, which see the tokens before them and nothing else."""
+    assert batch.hidden is not None
+    starts, prefixes = [0], []
+    for start, stop, hidden in zip(batch.starts, batch.starts[1:], batch.hidden, strict=False):
+        starts.append(stop - hidden)
+        prefixes.append(range(0))
+        if hidden:
+            starts.append(stop)
+            prefixes.append(range(start, stop - hidden))
+    return Batch(
+        ids_T=batch.ids_T,
+        host_ids_T=batch.host_ids_T,
+        positions_T=batch.positions_T,
+        type_ids_T=batch.type_ids_T,
+        starts=tuple(starts),
+        prefixes=tuple(prefixes),
+        blind=True,
     )
 
 
@@ -197,7 +241,7 @@ def share(batch: Batch) -> Shared | None:
     A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, what
     a prefix's rows become does not depend on what follows.
     """
-    groups = _common_prefixes(batch) if batch.type_ids_T is None else []
+    groups = _common_prefixes(batch) if batch.type_ids_T is None and batch.hidden is None else []
     if not groups:
         return None
     starts, device = batch.starts, batch.ids_T.device

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
+    Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 CHUNK = 128
 """Document tokens that `max_sim` multiplies at once, more only where one document has more.
@@ -73,6 +74,33 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
             )
         scores_N: Array = largest_NQ.sum(1).numpy()
     return scores_N
+
+
+def dot(first_K: Indices, first: Array, second_K: Indices, second: Array) -> float:
+    """Dot product of two sparse vectors, each as rising indices `[K]` and values `[K]`."""
+    places = np.intersect1d(first_K, second_K, assume_unique=True, return_indices=True)
+    here, there = places[1:]
+    return float(first[here].astype(np.float64) @ second[there].astype(np.float64))
+
+
+def similarities(query: Array | tuple[Indices, Array], documents: Sequence[Any]) -> Array:
+    """How alike `query` is to each document: cosine of vectors, MaxSim of matrices, dot product of sparse vectors.
+
+    Args:
+        query: `[D]`, `[Q, D]`, or rising indices `[K]` with their values.
+        documents: N of the same form.
+
+    Returns:
+        `[N]` float32.
+
+    Raises:
+        ValueError: the forms or sizes differ.
+    """
+    if isinstance(query, tuple):
+        return np.array([dot(*query, *document) for document in documents], dtype=np.float32)
+    if query.ndim == 1:
+        return cosine([query] * len(documents), documents)
+    return max_sim(query, documents)
 
 
 def ranking(scores: Sequence[float] | Array, top_n: int | None = None) -> list[int]:

@@ -91,6 +91,13 @@ def find(names: list[str]) -> tuple[RewardHead, dict[str, str]] | None:
     return None
 
 
+def unknown_head(names: tuple[str, ...]) -> list[str]:
+    """Of `names`, the tensors of a reward head that is none of `HEADS`."""
+    return [
+        name for name in names if {"score", "rm_head", "v_head", "reward_head", "value_head"} & set(name.split("."))
+    ]
+
+
 STEP_TAGS = {"Qwen2ForProcessRewardModel": "<extra_0>"}
 """Process reward models whose training fixes the token that closes a step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cenote.server.serving import request_id
@@ -12,39 +13,64 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from cenote.engine.prompts import Applied
     from cenote.server.dialects.requests import Inputs, Shared
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.types import PoolingParams, Sequence
+    from cenote.types import Output, PoolingParams, Sequence
 
 
-def head(serving: Serving, request: Request, body: Shared, prefix: str, sequences: Seq[Sequence]) -> dict[str, Any]:
+def head(
+    serving: Serving,
+    request: Request,
+    body: Shared,
+    prefix: str,
+    sequences: Seq[Sequence],
+    applied: Applied | None = None,
+) -> dict[str, Any]:
     """`id`, `object`, `created`, `model` and `usage` of an answer."""
     return {
         "id": f"{prefix}-{request_id(request, body.request_id)}",
         "object": "list",
         "created": int(time.time()),
         "model": serving.name(body.model),
-        "usage": usage(sequences),
+        "usage": usage(sequences, applied),
     }
 
 
-def usage(sequences: Seq[Sequence]) -> dict[str, int | None]:
-    """The tokens that a request was charged with, in OpenAI's five fields."""
+def usage(sequences: Seq[Sequence], applied: Applied | None = None) -> dict[str, Any]:
+    """The tokens that a request was charged with, in OpenAI's five fields, and the prompt that was applied."""
     tokens = sum(map(len, sequences))
+    is_applied = applied is not None and applied.text
+    details = {"prompt_name": applied.name, "prompt": applied.text} if applied and is_applied else None
     return {
         "prompt_tokens": tokens,
         "total_tokens": tokens,
         "completion_tokens": 0,
-        "prompt_tokens_details": None,
+        "prompt_tokens_details": details,
         "completion_tokens_details": None,
     }
 
 
-def render(serving: Serving, service: Service, body: Inputs, task: str, params: PoolingParams) -> list[Sequence]:
+def value(output: Output, service: Service, *, return_tokens: bool = False) -> Any:
+    """An output as an answer holds it: an array, or `{"indices", "values"}` and `tokens` if wanted."""
+    if output.indices is None:
+        return output.data
+    tokens = {"tokens": service.renderer.token_strings(output.indices.tolist())} if return_tokens else {}
+    return {"indices": output.indices, "values": output.data, **tokens}
+
+
+def render(
+    serving: Serving,
+    service: Service,
+    body: Inputs,
+    task: str,
+    params: PoolingParams,
+    applied: Applied | None = None,
+) -> list[Sequence]:
     """The sequences of a request with `input` or `messages`."""
     conversations = body.conversations()
-    options = body.options(is_chat=conversations is not None)
+    options = replace(body.options(is_chat=conversations is not None), prompt=applied)
     if conversations is None:
         prompts = body.prompts()
     else:

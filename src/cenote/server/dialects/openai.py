@@ -5,17 +5,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
+from cenote.engine.prompts import Applied, Prompts
 from cenote.server.dialects.pooling import answer_vectors
-from cenote.server.dialects.requests import PoolingFields
+from cenote.server.dialects.requests import KINDS, KINDS_OF_TASKS
+from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import json_response
+from cenote.tasks import TASKS
+from cenote.types import ModelInfo
 
 if TYPE_CHECKING:
     from cenote.server.serving import Serving
 
 
-class EmbeddingRequest(PoolingFields):
+class EmbeddingRequest(TypedFields):
     """Body of `POST /v1/embeddings`: `input` (text, ids, or lists of them) or `messages`."""
+
+    task: str | None = Field(None, description="embed, token_embed or sparse; or, as Jina has it, an `input_type`")
+
+    def tasks(self, info: ModelInfo) -> tuple[str, ...]:
+        """The tasks that the request asks for, the first one being that of `embedding`."""
+        asked = self.embedding_types or ()
+        if any(name in KINDS for name in asked):  # beside them, forms of a vector ask for the dense one
+            return tuple(dict.fromkeys(KINDS.get(name, "embed") for name in asked))
+        if self.task in TASKS:
+            return (str(self.task),)
+        if self.late_chunking_params is not None:
+            return ("token_embed",)
+        if self.vector_types():
+            return ("embed",)
+        return (info.tasks[0] if info.tasks[0] in KINDS_OF_TASKS else "embed",)
+
+    def applied(self, prompts: Prompts) -> Applied:
+        """See `PoolingFields.applied`."""
+        as_type = None if self.task in TASKS else self.task
+        return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type or as_type)
 
 
 def router(serving: Serving) -> APIRouter:
@@ -25,8 +50,11 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/embeddings")
     @routes.post("/embeddings", include_in_schema=False)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """One vector per input."""
-        return await answer_vectors(serving, request, body, "embed", prefix="embd", kind="embedding", field="embedding")
+        """One vector per input; of search models also token vectors and sparse weights."""
+        task, *also = body.tasks(serving.find(body.model).info)
+        return await answer_vectors(
+            serving, request, body, task, also=tuple(also), prefix="embd", kind="embedding", field="embedding"
+        )
 
     @routes.get("/v1/models")
     @routes.get("/models", include_in_schema=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,16 +17,18 @@ from cenote.errors import BadRequest, PluginFailed
 from cenote.plugins import NOT_INSTALLED, WRONG_TASK
 from cenote.server.dialects import answers
 from cenote.server.dialects.answers import render
-from cenote.server.dialects.requests import Chat, Conversation, Inputs, PoolingFields, TextInput
+from cenote.server.dialects.requests import KINDS_OF_TASKS, Chat, Conversation, Inputs, PoolingFields, TextInput
+from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
 from cenote.server.serving import request_id
-from cenote.tasks import PLUGIN
+from cenote.tasks import PLUGIN, check_task
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.types import Sequence
+    from cenote.tensors.quantize import Ranges
+    from cenote.types import Output, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +113,10 @@ def router(serving: Serving) -> APIRouter:
         task = body.task or serving.find(body.model).info.default_task
         params = PoolingParams(
             use_activation=body.use_activation,
+            top_k=body.top_k,
             step_tag_id=body.step_tag_id,
             returned_token_ids=None if body.returned_token_ids is None else tuple(body.returned_token_ids),
+            late_chunking_params=body.late(),
         )
         return await answer_vectors(
             serving, request, body, task, params, prefix="pooling", kind="pooling", field="data"
@@ -221,19 +226,56 @@ async def answer_vectors(
     task: str,
     params: PoolingParams | None = None,
     *,
+    also: tuple[str, ...] = (),
     prefix: str,
     kind: str,
     field: str,
 ) -> Response:
-    """The whole trip of a request whose answer is one vector or matrix per input."""
+    """The whole trip of a request whose answer is a vector, a matrix or a sparse vector per input, or several."""
     service = serving.find(body.model)
     body.refuse_media()
-    params = params or PoolingParams(use_activation=body.use_activation, dimensions=body.dimensions)
-    sequences, outputs = await serving.compute(request, service, lambda: render(serving, service, body, task, params))
-    head = answers.head(serving, request, body, prefix, sequences)
+    params = params or PoolingParams(
+        use_activation=body.use_activation,
+        dimensions=body.dimensions,
+        top_k=body.top_k,
+        late_chunking_params=body.late(),
+    )
+    if also and params.late_chunking_params is not None:
+        raise BadRequest(
+            f"late chunking is for the task 'token_embed' alone, not for {[task, *also]}", param="late_chunking_params"
+        )
+    applied = body.applied(service.renderer.prompts)
+    for name in also:
+        check_task(name, service.info.tasks)
+    small = body if isinstance(body, TypedFields) and body.vector_types() else None
+    ranges: list[Ranges | None] = []
+
+    def rendered() -> list[Sequence]:
+        sequences = render(serving, service, body, task, params, applied)
+        if small is not None:
+            ranges.append(small.ranges(service, (task, *also), params))
+        return [replace(sequence, also=also) for sequence in sequences] if also else sequences
+
+    sequences, outputs = await serving.compute(request, service, rendered)
+    head = answers.head(serving, request, body, prefix, sequences, applied)
+    if also or any(output.indices is not None for output in outputs):
+        if body.encoding_format != "float":
+            raise BadRequest(
+                f"sparse embeddings and several kinds at once have only the encoding_format 'float', "
+                f"got {body.encoding_format!r}",
+                param="encoding_format",
+            )
+        return await serving.in_pool(
+            "encode", lambda: _several(service, body, head, outputs, task, kind, field, small, ranges)
+        )
     vectors = [output.data for output in outputs]
 
     def encode() -> Response:
+        if small is not None:
+            values = small.values(vectors, *ranges)
+            return json_response(
+                with_data(head, [{"index": i, "object": kind, field: own} for i, own in enumerate(values)])
+            )
         return vectors_response(
             head,
             vectors,
@@ -242,9 +284,38 @@ async def answer_vectors(
             encoding_format=body.encoding_format,
             embed_dtype=body.embed_dtype,
             endianness=body.endianness,
+            beside=[{"late_chunking": s.late_chunking} for s in sequences] if params.late_chunking_params else None,
         )
 
     if sum(v.size for v in vectors) > LARGE:
         return await serving.in_pool("encode", encode)
     with metrics.stage_seconds.labels("encode").time():
         return encode()
+
+
+def _several(
+    service: Service,
+    body: PoolingFields,
+    head: dict[str, Any],
+    outputs: list[Output],
+    task: str,
+    kind: str,
+    field: str,
+    small: TypedFields | None,
+    ranges: list[Ranges | None],
+) -> Response:
+    """An answer with sparse embeddings, or with several kinds; of several, each is under its name."""
+
+    def shown(output: Output) -> Any:
+        return answers.value(output, service, return_tokens=body.return_tokens)
+
+    dense = [output if task == "embed" else output.others.get("embed") for output in outputs]
+    forms = small.values([own.data for own in dense if own is not None], *ranges) if small is not None else None
+    data = []
+    for i, output in enumerate(outputs):
+        values = {task: shown(output), **{name: shown(other) for name, other in output.others.items()}}
+        if forms is not None:
+            values["embed"] = forms[i]
+        content = values[task] if not output.others else {KINDS_OF_TASKS[name]: own for name, own in values.items()}
+        data.append({"index": i, "object": kind, field: content})
+    return json_response(with_data(head, data))

@@ -10,13 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
+from cenote.engine.prompts import Applied, Prompts
 from cenote.engine.rendering import ChatOptions, TextOptions
 from cenote.errors import BadRequest
 from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
+from cenote.types import LateChunkingParams
 
 Message = dict[str, Any]
 Conversation = Annotated[list[Message], Field(min_length=1)]
 TextInput = list[int] | list[list[int]] | str | list[str]
+KINDS: dict[str, str] = {"dense": "embed", "sparse": "sparse", "colbert": "token_embed"}
+"""Kinds of embeddings that `embedding_types` may name, and the task of each."""
+KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 
 
@@ -148,6 +153,14 @@ class Inputs(Shared, Chat):
         return self.text_options(add_special_tokens=special)
 
 
+class LateChunking(BaseModel):
+    """How a document is cut after the model has read it as a whole."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chunk_size: Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+
+
 class PoolingFields(Inputs):
     """What `/v1/embeddings` and `/pooling` have in common."""
 
@@ -155,3 +168,41 @@ class PoolingFields(Inputs):
     embed_dtype: EmbedDType = "float32"
     endianness: Endianness = "native"
     dimensions: int | None = None
+    late_chunking_params: LateChunking | None = Field(None, description="of token_embed: one vector per chunk")
+    late_chunking: bool | None = Field(None, description="Jina's, whose chunks are the inputs: not supported")
+    prompt: str | None = Field(None, description="text before every input")
+    prompt_name: str | None = Field(None, description="one of the model's prompts, before every input")
+    input_type: str | None = Field(None, description="query, document, or one of the model's prompts")
+    top_k: int | None = Field(None, ge=1, description="of sparse embeddings: how many of the largest weights")
+    return_tokens: bool = Field(False, description="of sparse embeddings: also the vocabulary entries as text")
+
+    def late(self) -> LateChunkingParams | None:
+        """The late chunking that the request asks for.
+
+        Raises:
+            BadRequest: with messages or an encoding that it does not go with, or as Jina has it.
+        """
+        if self.late_chunking:
+            raise BadRequest(
+                '`late_chunking` is not supported; `late_chunking_params`: {"chunk_size": N} gives a vector for '
+                "every N tokens of each input",
+                param="late_chunking",
+            )
+        if self.late_chunking_params is None:
+            return None
+        if self.conversations() is not None:
+            raise BadRequest("late chunking takes plain text in `input`, got messages", param="late_chunking_params")
+        if self.encoding_format != "float":
+            raise BadRequest(
+                f"late chunking has only the encoding_format 'float', got {self.encoding_format!r}",
+                param="encoding_format",
+            )
+        return LateChunkingParams(self.late_chunking_params.chunk_size)
+
+    def applied(self, prompts: Prompts) -> Applied:
+        """The prompt that the request asks for.
+
+        Raises:
+            BadRequest: the model has no such prompt.
+        """
+        return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type)

@@ -1,0 +1,75 @@
+"""The ranges of int8 and uint8 embeddings: read from a file, or taken from the embeddings of a file of texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cenote.engine.rendering import TextOptions
+from cenote.errors import BadRequest, ConfigError
+from cenote.tensors.quantize import Ranges
+from cenote.types import PoolingParams
+
+if TYPE_CHECKING:
+    from cenote.engine.rendering import Renderer
+    from cenote.types import Engine
+
+OF_TEXTS = (".txt", ".jsonl")
+"""Suffixes of files of texts; the others are those of `Ranges.load`."""
+
+
+AT_ONCE = 256
+"""Texts that are rendered and run together."""
+
+
+def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Ranges:
+    """The ranges that `path` holds, or those of the embeddings of its texts.
+
+    Texts are embedded as by a request that says nothing about them, and cut where they are too long.
+
+    Args:
+        path: `.json` or `.npy` of ranges; `.txt` with a text in each line; `.jsonl` with a JSON string in each line, or
+            an object with one under `text`. Blank lines are skipped.
+        dimension: length of the model's embeddings.
+
+    Raises:
+        ConfigError: the model gives no embeddings, or the file cannot be read, has another form, too few texts, or
+            ranges for another dimension.
+    """
+    if "embed" not in renderer.info.tasks:
+        raise ConfigError(f"calibration is for int8 and uint8 embeddings, and {renderer.info.name} gives none")
+    if Path(path).suffix not in OF_TEXTS:
+        return Ranges.load(path, dimension)
+    texts = _texts(Path(path))
+    if len(texts) < 2:
+        raise ConfigError(f"{path} must have at least 2 texts to calibrate by, better 1,000; got {len(texts)}")
+    rows: list[np.ndarray] = []
+    for start in range(0, len(texts), AT_ONCE):
+        try:
+            part = renderer.render(texts[start : start + AT_ONCE], "embed", PoolingParams(), TextOptions(-1))
+        except BadRequest as error:
+            raise ConfigError(f"a text of {path} cannot be embedded: {error}") from None
+        rows += [output.data for output in engine.submit(part).result()]
+    return Ranges.calibrated(np.stack(rows))
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the texts of {path}: {error}") from None
+    return lines if path.suffix == ".txt" else [_text(line, path) for line in lines]
+
+
+def _text(line: str, path: Path) -> str:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"a line of {path} is not valid JSON: {error}") from None
+    text = content.get("text") if isinstance(content, dict) else content
+    if not isinstance(text, str):
+        raise ConfigError(f"a line of {path} must be a JSON string or have one under 'text', got {line[:80]}")
+    return text

@@ -1,0 +1,255 @@
+"""Texts that are longer than a model reads, and vectors for parts of a text.
+
+Chunked processing: an input of `embed` that is too long is run in blocks, and their vectors are averaged. Late
+chunking: a document is read as a whole by `token_embed`, and its tokens' states are averaged chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cenote.errors import BadRequest, TooLong
+from cenote.types import LateChunk, LateChunkingMetadata, Output, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
+    from cenote.engine.rendering import Renderer, TextOptions
+    from cenote.types import Engine, PoolingParams
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+log = logging.getLogger(__name__)
+
+UNIT_TOLERANCE = 1e-2
+"""By how much the length of a vector that counts as normalised may differ from 1."""
+
+
+def split(sequences: Seq[Sequence], limit: int) -> tuple[list[Sequence], list[range]]:
+    """Cut sequences of `embed` that have more than `limit` tokens into blocks of `limit`.
+
+    The tokens that pooling skips are the first ones of the input. Blocks of nothing else are left out.
+
+    Returns:
+        The blocks of all sequences, and for each sequence which of them are its own.
+
+    Raises:
+        TooLong: a sequence is too long, and its result is more than a vector.
+    """
+    parts: list[Sequence] = []
+    groups: list[range] = []
+    for sequence in sequences:
+        begin, length = len(parts), len(sequence)
+        if length <= limit:
+            parts.append(sequence)
+        else:
+            if sequence.task != "embed" or sequence.also or sequence.hidden:
+                raise TooLong(
+                    f"This model reads at most {limit} tokens at once, and the prompt contains {length}. Only the task "
+                    "'embed' alone takes longer ones, without a query's expansion; "
+                    f"got {[sequence.task, *sequence.also]}.",
+                    param="input_tokens",
+                )
+            last = (length - 1) // limit
+            for start in range(min(sequence.skip // limit, last) * limit, length, limit):
+                parts.append(_block(sequence, start, min(start + limit, length)))
+        groups.append(range(begin, len(parts)))
+    return parts, groups
+
+
+def _block(sequence: Sequence, start: int, end: int) -> Sequence:
+    """Tokens `start` to `end` of a sequence."""
+    types = sequence.type_ids
+    return replace(
+        sequence,
+        ids=sequence.ids[start:end],
+        type_ids=None if types is None else types[start:end],
+        skip=max(0, sequence.skip - start),
+        keep=None,
+    )
+
+
+def merge(outputs: Seq[Output], parts: Seq[Sequence], groups: Seq[range], *, use_activation: bool) -> list[Output]:
+    """One output for each of `groups`: the mean of its blocks' vectors, weighted by their tokens, in float32.
+
+    Tokens that pooling skips do not count. A mean of unit vectors is scaled to length 1 again, where the activation
+    is on.
+
+    Args:
+        outputs: of `parts`.
+        parts: see `split`.
+        groups: see `split`.
+        use_activation: default of that request parameter.
+    """
+    merged = []
+    for group in groups:
+        if len(group) == 1:
+            merged.append(outputs[group[0]])
+            continue
+        activate = parts[group[0]].params.use_activation
+        weights = [len(parts[i]) - parts[i].skip for i in group]
+        is_on = use_activation if activate is None else activate
+        merged.append(Output(_mean([outputs[i].data for i in group], weights, normalize=is_on)))
+    return merged
+
+
+def _mean(vectors: list[Array], weights: list[int], *, normalize: bool) -> Array:
+    stacked_ND = np.stack(vectors).astype(np.float32, copy=False)
+    weights_N = np.asarray(weights, dtype=np.float32)
+    mean_D: Array = (weights_N[:, None] * stacked_ND).sum(0) / weights_N.sum()
+    if normalize and bool(np.allclose(np.linalg.norm(stacked_ND, axis=1), 1.0, rtol=UNIT_TOLERANCE, atol=0.0)):
+        mean_D = mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)
+    return mean_D.astype(np.float32, copy=False)
+
+
+class ChunkedEngine:
+    """Answers sequences of `embed` of any length from blocks that `engine` can run.
+
+    Args:
+        engine: what runs the blocks.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.info = engine.info
+        self._engine = engine
+
+    def submit(
+        self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
+    ) -> Future[list[Output]]:
+        """See `cenote.types.Engine.submit`. `progress` is told of blocks as if they were shares of sequences."""
+        limit = self.info.max_model_len
+        if all(len(sequence) <= limit for sequence in sequences):
+            return self._engine.submit(sequences, progress=progress)
+        parts, groups = split(sequences, limit)
+        outer: Future[list[Output]] = Future()
+        inner = self._engine.submit(parts, progress=progress and _scaled(progress, len(groups), len(parts)))
+        waiting = weakref.ref(inner)  # a cycle would keep the outputs until the garbage is collected
+
+        def leave(given_up: Future[list[Output]]) -> None:
+            if given_up.cancelled() and (running := waiting()) is not None:
+                running.cancel()
+
+        def finish(done: Future[list[Output]]) -> None:
+            try:
+                if done.cancelled():
+                    outer.cancel()
+                elif (error := done.exception()) is not None:
+                    outer.set_exception(error)
+                else:
+                    outer.set_result(merge(done.result(), parts, groups, use_activation=self.info.use_activation))
+            except InvalidStateError:
+                log.debug("the caller gave up")
+            except Exception as error:  # out of memory
+                outer.set_exception(error)
+
+        outer.add_done_callback(leave)
+        inner.add_done_callback(finish)
+        return outer
+
+    def healthy(self) -> bool:
+        """See `cenote.types.Engine.healthy`."""
+        return self._engine.healthy()
+
+    def close(self) -> None:
+        """See `cenote.types.Engine.close`."""
+        self._engine.close()
+
+
+def _scaled(progress: Callable[[int], None], whole: int, parts: int) -> Callable[[int], None]:
+    """A callback for `parts` blocks that tells `progress` of `whole` sequences in all."""
+    done = told = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if (now := done * whole // parts) > told:
+            news, told = now - told, now
+            progress(news)
+
+    return advance
+
+
+def late(
+    renderer: Renderer, prompts: Seq[Any], task: str, params: PoolingParams, options: TextOptions
+) -> list[Sequence]:
+    """Sequences of whole documents whose rows are chunks, each with what its rows stand for.
+
+    Raises:
+        BadRequest: a prompt is no plain text or empty, `options` cut or pad it, the tokenizer keeps no offsets, the
+            model encodes queries and documents differently, or as `Renderer.render`.
+        TooLong: a document has more tokens than the model reads.
+    """
+    params = renderer.check(task, params)
+    assert params.late_chunking_params is not None
+    if renderer.prompts.two_sided:
+        raise BadRequest(
+            f"late_chunking_params: {renderer.info.name} is a late-interaction model, whose vectors are compared token "
+            "by token and not by chunks",
+            param="late_chunking_params",
+        )
+    given = {"truncate_prompt_tokens": options.truncate, "truncation_side": options.side, "padding": options.pad}
+    if unwanted := [name for name, value in given.items() if value is not None and value is not False]:
+        raise BadRequest(
+            f"late chunking reads whole documents, so it takes no {' and no '.join(unwanted)}", param=unwanted[0]
+        )
+    texts = [_text(prompt) for prompt in prompts]
+    if not texts:
+        raise BadRequest("You must pass at least one prompt", param="input")
+    before = (options.prompt or renderer.prompts.choose()).text
+    whole = renderer.bounded([before + text for text in texts], options)
+    found = renderer.encodings(whole, add_special_tokens=options.add_special_tokens)
+    if found is None:
+        raise BadRequest(
+            f"late chunking needs a fast tokenizer: that of {renderer.info.name} keeps no character offsets",
+            param="late_chunking_params",
+        )
+    size = params.late_chunking_params.chunk_size
+    sequences = []
+    for encoding in found:
+        text = renderer.fit(renderer.from_encoding(encoding), options)
+        chunks = late_chunks(encoding.offsets, size, len(before))
+        metadata = LateChunkingMetadata(size, len(text.ids), chunks)
+        sequences.append(Sequence(text.ids, task, params, text.type_ids, late_chunking=metadata))
+    return sequences
+
+
+def late_chunks(offsets: Seq[tuple[int, int]], size: int, prompt: int = 0) -> list[LateChunk]:
+    """The chunks of `size` tokens each.
+
+    Args:
+        offsets: of each token, in characters; of a special token, empty.
+        size: tokens of a chunk.
+        prompt: characters before the caller's text.
+    """
+    chunks = []
+    for first in range(0, len(offsets), size):
+        end = min(first + size, len(offsets))
+        own = [(max(a - prompt, 0), b - prompt) for a, b in offsets[first:end] if a < b and b > prompt]
+        span = (min(a for a, _ in own), max(b for _, b in own)) if own else None
+        chunks.append(LateChunk((first, end), span))
+    return chunks
+
+
+def _text(prompt: Any) -> str:
+    """The plain text of a prompt."""
+    if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
+        prompt = prompt["prompt"]
+    if isinstance(prompt, Mapping):
+        raise BadRequest(
+            f"late chunking takes plain text, got a prompt with {', '.join(map(str, prompt))}", param="input"
+        )
+    if not isinstance(prompt, str):
+        is_ids = isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt)
+        got = "token ids" if is_ids else type(prompt).__name__
+        raise BadRequest(f"late chunking takes plain text, got {got}", param="input")
+    if not prompt:
+        raise BadRequest("late chunking takes plain text, got an empty one", param="input")
+    return prompt

@@ -1,0 +1,56 @@
+"""bge-m3: one backbone, three outputs. Besides the dense vector, a weight and a vector for each token.
+
+Recognised by its files `sparse_linear.pt` and `colbert_linear.pt`, which are read without running pickled code
+(arXiv:2402.03216; FlagEmbedding).
+"""
+
+from __future__ import annotations
+
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cenote.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+FILES = ("sparse_linear.pt", "colbert_linear.pt")
+ARCHITECTURE = "BgeM3EmbeddingModel"
+
+
+def is_one(architecture: str, folder: Path) -> bool:
+    """Whether the checkpoint is one of this family."""
+    return architecture == ARCHITECTURE or all((folder / name).is_file() for name in FILES)
+
+
+def heads(folder: Path) -> tuple[nn.Linear, nn.Linear]:
+    """The two layers over hidden states, float32: a weight per token, and a vector per token.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or has other tensors.
+    """
+    weight, vector = (_linear(folder / name) for name in FILES)
+    return weight, vector
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that carry no weight."""
+    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return tuple(sorted({i for i in ids if i is not None}))
+
+
+def _linear(file: Path) -> nn.Linear:
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"cannot read {file.name}: {error}") from None
+    if not isinstance(weights, dict) or set(weights) != {"weight", "bias"}:
+        raise CheckpointError(f"{file.name} must hold the tensors weight and bias")
+    layer = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+    layer.load_state_dict(weights)
+    return layer.float().eval().requires_grad_(False)

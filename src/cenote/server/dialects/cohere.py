@@ -1,0 +1,175 @@
+"""Cohere's dialect: `/v2/embed`, field by field as vLLM has it and with int8 and uint8, and its older form `/v1/embed`.
+
+The prompt that `input_type` chooses stands before texts verbatim, as in Sentence-Transformers, also where the model has
+a chat template; only what is rendered by that template (`inputs`) has it as a system message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from cenote import metrics
+from cenote.engine.rendering import TextOptions
+from cenote.errors import BadRequest
+from cenote.server.dialects.pooling import LARGE
+from cenote.server.dialects.vectors import ranges_for
+from cenote.server.encoding import VectorType, json_response, typed
+from cenote.server.serving import request_id
+from cenote.types import PoolingParams
+
+if TYPE_CHECKING:
+    from cenote.engine.prompts import Applied
+    from cenote.server.serving import Serving
+    from cenote.service import Service
+    from cenote.types import Sequence
+
+
+class Content(BaseModel):
+    """A part of an input."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Content:
+        if self.type == "text" and self.text is None:
+            raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
+        if self.type == "image_url" and not (self.image_url or {}).get("url"):
+            raise PydanticCustomError("content", "CohereEmbedContent with type='image_url' requires image_url.url")
+        return self
+
+
+class Input(BaseModel):
+    """An input of several parts."""
+
+    content: Annotated[list[Content], Field(min_length=1)]
+
+
+class EmbedRequest(BaseModel):
+    """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str | None = None
+    input_type: str | None = Field(None, description="search_query, search_document, or one of the model's prompts")
+    texts: list[str] | None = None
+    images: list[str] | None = None
+    inputs: list[Input] | None = None
+    output_dimension: int | None = None
+    embedding_types: list[VectorType] | None = Field(None, description="default: float")
+    truncate: Literal["NONE", "START", "END"] = "END"
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default: the model's maximum")
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EmbedRequest:
+        if sum(map(bool, (self.texts, self.images, self.inputs))) != 1:
+            raise PydanticCustomError(
+                "input",
+                "Exactly one of texts, images, or inputs must be provided, and it must be non-empty",
+                {"param": "texts"},
+            )
+        return self
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes of this dialect."""
+    routes = APIRouter(tags=["Cohere"])
+
+    @routes.post("/v2/embed")
+    async def embed(body: EmbedRequest, request: Request) -> Response:
+        """One vector per input, in each of the types that are asked for."""
+        return await _answer(serving, request, body, version="2")
+
+    @routes.post("/v1/embed", include_in_schema=False)
+    async def embed_v1(body: EmbedRequest, request: Request) -> Response:
+        """The same; vectors stand in a bare list unless types are asked for."""
+        return await _answer(serving, request, body, version="1")
+
+    return routes
+
+
+async def _answer(serving: Serving, request: Request, body: EmbedRequest, version: str) -> Response:
+    service = serving.find(body.model)
+    params = PoolingParams(dimensions=body.output_dimension)
+    types: list[VectorType] = body.embedding_types or ["float"]
+    checked = []
+
+    def rendered() -> list[Sequence]:
+        sequences = _render(serving, service, body, params)
+        checked.append(ranges_for(service, types, params, "embedding_types"))
+        return sequences
+
+    sequences, outputs = await serving.compute(request, service, rendered)
+    vectors = [output.data for output in outputs]
+    is_bare = version == "1" and not body.embedding_types
+
+    def encode() -> Response:
+        embeddings = typed(vectors, types, *checked, param="embedding_types")
+        answer = {
+            "id": f"embd-{request_id(request, None)}",
+            "embeddings": embeddings["float"] if is_bare else embeddings,
+            **({"texts": body.texts} if body.texts else {}),
+            "meta": {
+                "api_version": {"version": version},
+                "billed_units": {"input_tokens": sum(map(len, sequences)), "image_tokens": 0},
+            },
+            "response_type": "embeddings_floats" if is_bare else "embeddings_by_type",
+        }
+        return json_response(answer)
+
+    if sum(v.size for v in vectors) * len(types) > LARGE:
+        return await serving.in_pool("encode", encode)
+    with metrics.stage_seconds.labels("encode").time():
+        return encode()
+
+
+def _render(serving: Serving, service: Service, body: EmbedRequest, params: PoolingParams) -> list[Sequence]:
+    """The sequences of a request.
+
+    Raises:
+        BadRequest: it has images, a prompt that the model has not, or what is too long and may not be cut.
+    """
+    renderer = service.renderer
+    serving.check_count(len(body.texts or body.inputs or body.images or ()))
+    parts = [part for given in body.inputs or () for part in given.content]
+    if body.images or any(part.type == "image_url" for part in parts):
+        raise BadRequest(
+            f"{service.info.architecture} takes no images, only texts: send `texts`, or `inputs` whose content has the "
+            "type 'text'",
+            param="images" if body.images else "inputs",
+        )
+    applied = renderer.prompts.choose(input_type=body.input_type)
+    most = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
+    options = {
+        "NONE": TextOptions(whole=True),
+        "START": TextOptions(most, "left"),  # as in vLLM the ids are cut, and a special token at their start goes too
+        "END": TextOptions(most),
+    }[body.truncate]
+    if body.inputs and renderer.tokenizer.chat_template:
+        prompts = [renderer.chat_text(_messages(given, applied)) for given in body.inputs]
+        options = replace(options, prompt=replace(applied, text=""), add_special_tokens=False)
+    else:
+        prompts = body.texts or ["\n".join(str(part.text) for part in given.content) for given in body.inputs or ()]
+        options = replace(options, prompt=applied)
+    sequences = service.render(prompts, "embed", params, options)
+    longest = max(map(len, sequences))
+    if body.truncate == "NONE" and body.max_tokens is not None and longest > body.max_tokens:
+        raise BadRequest(
+            f"Input of {longest} tokens exceeds max_tokens={body.max_tokens} with truncate=NONE. "
+            "Set truncate to END or START to allow truncation.",
+            param="max_tokens",
+        )
+    return sequences
+
+
+def _messages(given: Input, applied: Applied) -> list[dict[str, Any]]:
+    """An input as a user's message, behind its prompt as a system message."""
+    system = [{"role": "system", "content": applied.text}] if applied.text else []
+    return [*system, {"role": "user", "content": [part.model_dump(exclude_none=True) for part in given.content]}]

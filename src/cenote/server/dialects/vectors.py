@@ -1,0 +1,136 @@
+"""Small forms of dense vectors: which ones a request asks for, and the ranges of int8 and uint8."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from cenote.errors import BadRequest
+from cenote.server.dialects.requests import KINDS, PoolingFields
+from cenote.server.encoding import VECTOR_TYPES, VectorType, typed, typed_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cenote.service import Service
+    from cenote.tensors.quantize import Array, Ranges
+    from cenote.types import PoolingParams
+
+SPELLINGS = ("embedding_type", "encoding_type", "output_dtype", "embedding_types")
+"""Names of the field that asks for types: Jina's, LlamaIndex's for Jina, Voyage's and Cohere's."""
+
+
+class TypedFields(PoolingFields):
+    """A request for dense vectors in small forms, under the names that clients of other services use.
+
+    One type makes each vector that form, several an object by type. `base64` alone is an `encoding_format`.
+    """
+
+    embedding_type: VectorType | list[VectorType] | None = Field(
+        None, description="float, int8, uint8, binary, ubinary, base64, or several of them (Jina)"
+    )
+    encoding_type: VectorType | list[VectorType] | None = Field(None, description="as `embedding_type` (LlamaIndex)")
+    output_dtype: VectorType | None = Field(None, description="as `embedding_type` (Voyage)")
+    embedding_types: list[str] | None = Field(
+        None, description="as `embedding_type` (Cohere); and dense, sparse, colbert: several kinds from one forward"
+    )
+
+    @model_validator(mode="after")
+    def _types(self) -> TypedFields:
+        given = [name for name in SPELLINGS if getattr(self, name)]
+        if len(given) > 1:
+            raise PydanticCustomError(
+                "types", f"Only one of {' and '.join(f'`{name}`' for name in given)} can be given.", {"param": given[0]}
+            )
+        known = (*VECTOR_TYPES, *KINDS)
+        unknown = [name for name in self.embedding_types or () if name not in known]
+        if unknown:
+            raise PydanticCustomError(
+                "types",
+                f"Unknown embedding type {unknown[0]!r}; known are: {', '.join(known)}.",
+                {"param": "embedding_types"},
+            )
+        forms = self._forms()
+        if forms == ("base64",) and self.encoding_format == "float":
+            self.encoding_format = "base64"
+        is_plain = self.encoding_format == "float" or forms in ((), ("float",), ("base64",))
+        is_given = self.embed_dtype != "float32" or self.endianness != "native"
+        if not is_plain and (self.encoding_format != "base64" or is_given):
+            raise PydanticCustomError(
+                "types",
+                f"`{given[0]}` has the encoding_format 'float' (numbers) or 'base64' (their bytes), without "
+                "`embed_dtype` or `endianness`.",
+                {"param": given[0]},
+            )
+        return self
+
+    def vector_types(self) -> tuple[VectorType, ...]:
+        """The forms that are asked for, each once; none if `encoding_format` says it all."""
+        forms = self._forms()
+        return () if forms in (("float",), ("base64",)) else forms
+
+    def ranges(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Ranges | None:
+        """The ranges of int8 and uint8; see `ranges_for`.
+
+        Raises:
+            BadRequest: a form cannot be made, or no dense vector is asked for.
+        """
+        field = next(name for name in SPELLINGS if getattr(self, name))
+        if "embed" not in tasks:
+            raise BadRequest(
+                f"`{field}` is for dense embeddings (task 'embed'), and the task is {' and '.join(map(repr, tasks))}",
+                param=field,
+            )
+        return ranges_for(service, self.vector_types(), params, field)
+
+    def values(self, vectors: Sequence[Array], ranges: Ranges | None) -> list[Any]:
+        """What stands for each of `vectors` in the answer."""
+        return typed_values(vectors, self.vector_types(), ranges, as_base64=self.encoding_format == "base64")
+
+    def _forms(self) -> tuple[VectorType, ...]:
+        given: Any = next((value for name in SPELLINGS if (value := getattr(self, name))), ())
+        listed = [given] if isinstance(given, str) else given
+        return tuple(dict.fromkeys(name for name in listed if name in VECTOR_TYPES))
+
+
+def ranges_for(
+    service: Service, types: Iterable[VectorType], params: PoolingParams, param: str | None
+) -> Ranges | None:
+    """The ranges of int8 and uint8 vectors of a request; `None` = the fixed one, or not needed.
+
+    Calibrated ranges are for vectors of one length with the model's activation. A vector that is shortened and then
+    normalised has other values in the dimensions that it keeps, so their ranges do not fit it. The fixed range fits
+    vectors of length 1 only.
+
+    Raises:
+        BadRequest: a form cannot be made of these vectors. Nothing was computed for it.
+    """
+    types, info, ranges = tuple(types), service.info, None
+    if {"int8", "uint8"} & set(types):
+        ranges = service.ranges
+        is_normalised = info.use_activation if params.use_activation is None else params.use_activation
+        if ranges is None and not is_normalised:
+            raise BadRequest(
+                "int8 and uint8 embeddings need a fixed range, and vectors that are not normalised have none: "
+                "set use_activation, or start the server with --calibration",
+                param=param,
+            )
+        if ranges is not None and is_normalised != info.use_activation:
+            raise BadRequest(
+                "int8 and uint8 embeddings are calibrated for this model's own use_activation "
+                f"({str(info.use_activation).lower()}), so it cannot be changed",
+                param="use_activation",
+            )
+        if ranges is not None and params.dimensions not in (None, ranges.dimension):
+            raise BadRequest(
+                f"int8 and uint8 embeddings are calibrated for {ranges.dimension} dimensions on this server, so they "
+                f"cannot be shortened to {params.dimensions}; ask for float, binary or ubinary",
+                param="dimensions",
+            )
+    dimension = params.dimensions or (ranges.dimension if ranges else info.dimension)
+    if types:
+        typed([np.zeros(dimension, np.float32)], types, ranges, param=param)
+    return ranges
