@@ -29,9 +29,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Throughput against sentence-transformers and the GEMM limit. Minutes; run on a quiet machine.
+# Embedding, reranking and search against sentence-transformers. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.embed $(ARGS)
+	$(BIN)/python -m benchmarks.rerank $(ARGS)
+	$(BIN)/python -m benchmarks.search $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

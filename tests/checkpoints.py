@@ -59,9 +59,9 @@ _ASCII = [chr(code) for code in range(33, 127)]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def wordpiece(*, lowercase: bool = False, **options: Any) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer over a few words and all of ASCII; cased unless `lowercase`."""
-    entries = dict.fromkeys([*_SPECIAL, *_ASCII, *(f"##{c}" for c in _ASCII), *_WORDS.split()])
+def wordpiece(*, lowercase: bool = False, more: tuple[str, ...] = (), **options: Any) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer over a few words, all of ASCII and the entries `more`; cased unless `lowercase`."""
+    entries = dict.fromkeys([*_SPECIAL, *_ASCII, *(f"##{c}" for c in _ASCII), *_WORDS.split(), *more])
     vocabulary = {token: i for i, token in enumerate(entries)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)

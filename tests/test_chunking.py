@@ -275,9 +275,9 @@ def test_truncation_comes_first(llm: LLM, reference: Reference) -> None:
 def test_padding_fills_up_to_what_the_model_reads(folder: Path, chunks: bool) -> None:
     pooler = {"enable_chunked_processing": chunks}
     with LLM(model=str(folder), max_model_len=LIMIT, pooler_config=pooler) as llm:
-        kwargs = {"padding": "max_length"}
-        (output,) = llm.embed("hello", tokenization_kwargs=kwargs, use_tqdm=False)
-        assert len(output.prompt_token_ids) == LIMIT
+        for kwargs in ({"padding": "max_length"}, {"padding": "max_length", "truncate_prompt_tokens": -1}):
+            (output,) = llm.embed("hello", tokenization_kwargs=kwargs, use_tqdm=False)
+            assert len(output.prompt_token_ids) == LIMIT
 
 
 def test_max_embed_len(folder: Path, reference: Reference) -> None:
@@ -396,10 +396,12 @@ def test_giving_up_failing_and_closing_reach_the_engine() -> None:
 
 
 def test_outputs_are_freed_without_the_garbage_collector() -> None:
-    engine = ChunkedEngine(FakeEngine(replace(FAKE_INFO, max_model_len=4)))
+    inner = FakeEngine(replace(FAKE_INFO, max_model_len=4), held=True)
+    engine = ChunkedEngine(inner)
     gc.disable()
     try:
         future = engine.submit([Sequence([1] * 9)])
+        inner.release()
         output = weakref.ref(future.result()[0].data)
         del future
         assert output() is None
@@ -501,10 +503,11 @@ def test_results_are_cached_by_chunk_size(folder: Path) -> None:
         ([(0, 0), (0, 3), (3, 5), (0, 0)], 9, 0, [((0, 4), (0, 5))]),
         ([(0, 1), (2, 3), (2, 3)], 2, 0, [((0, 2), (0, 3)), ((2, 3), (2, 3))]),
         ([(4, 6), (0, 2)], 2, 0, [((0, 2), (0, 6))]),
+        ([(5, 5), (5, 5), (5, 8)], 2, 0, [((0, 2), None), ((2, 3), (5, 8))]),
         ([(0, 0), (0, 3), (3, 5), (5, 8)], 1, 4, [((0, 1), None), ((1, 2), None), ((2, 3), (0, 1)), ((3, 4), (1, 4))]),
         ([(0, 0), (0, 4)], 2, 4, [((0, 2), None)]),
     ],
-    ids=["chunks", "special only", "larger", "shared character", "any order", "prompt", "prompt only"],
+    ids=["chunks", "special only", "larger", "shared character", "any order", "empty tokens", "prompt", "prompt only"],
 )
 def test_ranges(offsets: list[tuple[int, int]], size: int, prompt: int, expected: list[Any]) -> None:
     assert late_chunks(offsets, size, prompt) == [LateChunk(*chunk) for chunk in expected]

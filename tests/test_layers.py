@@ -16,7 +16,7 @@ LAYERS = (
     ("models", ("models",)),
     ("engine", ("engine",)),
     ("service", ("service", "plugins")),
-    ("faces", ("llm", "server")),
+    ("faces", ("arguments", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )
 HEIGHT = {part: height for height, (_, parts) in enumerate(LAYERS) for part in parts}

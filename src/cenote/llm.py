@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
+from cenote.arguments import as_tensors, comparable, listed_prompts, per_prompt, text_options
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve, unknown_name
 from cenote.engine.entities import check_aggregation, check_labels, entities
 from cenote.engine.pairs import PairOptions
-from cenote.engine.rendering import TextOptions
 from cenote.engine.scoring import plan, reward_task
 from cenote.errors import BadRequest
 from cenote.plugins import NOT_INSTALLED, WRONG_TASK
@@ -199,7 +199,7 @@ class LLM:
             also=also,
             finish=lambda sequence, output: PoolingRequestOutput(
                 request_id=str(next(self._numbers)),
-                outputs=_as_tensors(output),
+                outputs=as_tensors(output),
                 prompt_token_ids=list(sequence.ids),
                 late_chunking=sequence.late_chunking,
             ),
@@ -259,7 +259,7 @@ class LLM:
         """
         import torch
 
-        rows = [[_comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)]
+        rows = [[comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)]
         if not rows[0] or not rows[1]:
             return torch.zeros(len(rows[0]), len(rows[1]))
         return torch.from_numpy(np.stack([similarities(query, rows[1]) for query in rows[0]]))
@@ -555,8 +555,8 @@ class LLM:
     ) -> list[R]:
         from tqdm import tqdm
 
-        listed = _listed(prompts)
-        params = _per_prompt(pooling_params, len(listed))
+        listed = listed_prompts(prompts)
+        params = per_prompt(pooling_params, len(listed))
         options = replace(text_options(tokenization_kwargs or {}), prompt=applied)
         render, engine = self._service.render, self._service.engine
         for name in also:
@@ -587,76 +587,5 @@ class LLM:
         return results
 
 
-def _as_tensors(output: Output) -> PoolingOutput:
-    import torch
-
-    return PoolingOutput(
-        torch.from_numpy(output.data),
-        None if output.indices is None else torch.from_numpy(output.indices),
-        {task: _as_tensors(other) for task, other in output.others.items()},
-    )
-
-
-def _comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """A result as `similarities` takes it: a vector, a matrix, or rising indices with their values."""
-    if isinstance(outputs, EmbeddingOutput):
-        return np.asarray(outputs.embedding, dtype=np.float32)
-    if isinstance(outputs, SparseEmbedding):
-        return np.asarray(outputs.indices, dtype=np.int64), np.asarray(outputs.values, dtype=np.float32)
-    if isinstance(outputs, PoolingOutput):
-        data = outputs.data.numpy()
-        return data if outputs.indices is None else (outputs.indices.numpy(), data)
-    raise BadRequest(f"embeddings are compared, got {type(outputs).__name__}")
-
-
 def _advance(bar: tqdm[NoReturn], done: int) -> None:
     bar.update(done)
-
-
-def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
-    """`tokenization_kwargs` of vLLM as `TextOptions`.
-
-    Raises:
-        BadRequest: a key or value is not known.
-    """
-    known = {"truncate_prompt_tokens", "truncation_side", "truncation", "max_length", "padding", "add_special_tokens"}
-    for name in kwargs:
-        if name not in known:
-            raise BadRequest(unknown_name("tokenization argument", name, known), param=name)
-    cut, how = kwargs.get("truncate_prompt_tokens"), kwargs.get("truncation")
-    if how not in (None, True, False, "longest_first", "do_not_truncate"):
-        raise BadRequest(
-            f"truncation must be True, False, 'longest_first' or 'do_not_truncate', got {how!r}", param="truncation"
-        )
-    if cut is None and how in (True, "longest_first"):
-        cut = kwargs.get("max_length", -1)
-    if cut is not None and (not isinstance(cut, int) or isinstance(cut, bool) or cut < -1):
-        raise BadRequest(
-            f"truncate_prompt_tokens must be an integer >= -1, got {cut!r}", param="truncate_prompt_tokens"
-        )
-    side = kwargs.get("truncation_side")
-    if side not in (None, "left", "right"):
-        raise BadRequest(f"truncation_side must be 'left' or 'right', got {side!r}", param="truncation_side")
-    padding = kwargs.get("padding")
-    if padding not in (None, False, "max_length", "do_not_pad"):
-        raise BadRequest(f"padding must be 'max_length' or 'do_not_pad', got {padding!r}", param="padding")
-    return TextOptions(cut, side, padding == "max_length", bool(kwargs.get("add_special_tokens", True)))
-
-
-def _listed(prompts: Any) -> list[Any]:
-    """Prompts as a list: one text, mapping or list of ids is a single prompt."""
-    if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
-        return [prompts]
-    listed = list(prompts)
-    return [listed] if listed and all(isinstance(i, (int, np.integer)) for i in listed) else listed
-
-
-def _per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
-    if params is None:
-        return PoolingParams()
-    if isinstance(params, PoolingParams):
-        return params
-    listed: list[PoolingParams] = list(params)
-    if len(listed) != count:
-        raise BadRequest(f"The lengths of prompts ({count}) and pooling_params ({len(listed)}) must be the same.")
-    return listed

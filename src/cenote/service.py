@@ -84,7 +84,7 @@ class Service:
             checkpoint.tokenizer,
             pooling_model.info,
             lowercase=bool(st and st.do_lower_case),
-            prompts=_prompts(checkpoint, model),
+            prompts=_prompts(checkpoint, model, pooling_model.info.adapters),
             include_prompt=st.include_prompt if st else True,
             sides=_sides(checkpoint),
             auto_truncate=model.auto_truncate,
@@ -111,15 +111,15 @@ class Service:
         return cls(running, renderer, names, checkpoint.pair_template, plugin, ranges)
 
 
-def _prompts(checkpoint: Checkpoint, options: ModelConfig) -> Prompts:
+def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:
     """The checkpoint's prompts with the user's; in a late-interaction model its markers are part of them."""
     st, late = checkpoint.st, checkpoint.multi_vector
     own = st.prompts if st else getattr(checkpoint.config, "task_instructions", None) or {}
     named = {**own, **(late.prefixes if late else {}), **(options.prompts or {})}
     default = options.default_prompt_name or (st.default_prompt_name if st else None)
-    if default is not None and default not in named:
-        raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted(named)}")
-    return Prompts(named, default, two_sided=late is not None)
+    if default is not None and default not in {*named, *adapters}:
+        raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted({*named, *adapters})}")
+    return Prompts(named, default, two_sided=late is not None, adapters=adapters)
 
 
 def _sides(checkpoint: Checkpoint) -> Sides | None:

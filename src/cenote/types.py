@@ -144,6 +144,7 @@ class Sequence:
         hidden: trailing tokens that no token attends to (a ColBERT query's expansion).
         keep: which tokens' rows the token tasks return; `None` = all.
         also: further tasks to answer from the same forward.
+        adapter: name of the adapter to run with; `None` = the pure backbone.
         late_chunking: what the rows stand for, where `params` ask for late chunking.
     """
 
@@ -155,6 +156,7 @@ class Sequence:
     hidden: int = 0
     keep: tuple[int, ...] | None = None
     also: tuple[str, ...] = ()
+    adapter: str | None = None
     late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -183,6 +185,11 @@ class PairTemplate:
 
 Pair = tuple[str, str]
 """Two texts that a model reads together."""
+
+
+def plain_name(name: str) -> str:
+    """`name` in one of its spellings: `retrieval.query`, `retrieval-query` and `retrieval_query` are one."""
+    return name.lower().replace(".", "_").replace("-", "_").replace(" ", "_")
 
 
 def template_text(given: str) -> str:
@@ -227,6 +234,7 @@ class ModelInfo:
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
         columns: with STEP pooling what `returned_token_ids` may name.
         head: where the classification head comes from, for the report at start.
+        adapters: names of the adapters that a sequence may choose from.
     """
 
     name: str
@@ -254,6 +262,7 @@ class ModelInfo:
     step: bool = False
     columns: Seq[int] = ()
     head: str = ""
+    adapters: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def limit(self, task: str) -> int:

@@ -150,6 +150,9 @@ def report(service: Service) -> list[str]:
     prompts = service.renderer.prompts
     if prompts.named:
         lines.append(f"prompts: {', '.join(sorted(prompts.named))}")
+    if info.adapters:
+        default_adapter = prompts.choose().adapter
+        lines.append(f"adapters: {', '.join(info.adapters)}; default {default_adapter or 'none'}")
     if default := prompts.choose().text:
         lines.append(f"prompt before every input: {default!r}")
     return lines + [f"warning: {warning}" for warning in info.warnings]

@@ -203,7 +203,8 @@ def late(
     texts = [_text(prompt) for prompt in prompts]
     if not texts:
         raise BadRequest("You must pass at least one prompt", param="input")
-    before = (options.prompt or renderer.prompts.choose()).text
+    applied = options.prompt or renderer.prompts.choose()
+    before = applied.text
     whole = renderer.bounded([before + text for text in texts], options)
     found = renderer.encodings(whole, add_special_tokens=options.add_special_tokens)
     if found is None:
@@ -217,7 +218,9 @@ def late(
         text = renderer.fit(renderer.from_encoding(encoding), options)
         chunks = late_chunks(encoding.offsets, size, len(before))
         metadata = LateChunkingMetadata(size, len(text.ids), chunks)
-        sequences.append(Sequence(text.ids, task, params, text.type_ids, late_chunking=metadata))
+        sequences.append(
+            Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter, late_chunking=metadata)
+        )
     return sequences
 
 

@@ -102,13 +102,13 @@ class PairRenderer:
             for (query, _), document in zip(pairs, documents, strict=True)
         ]
         template = options.template or self.template
+        applied = self._renderer.prompts.choose()
         if template is not None:
             texts = self._by_template(cut, template, text_options, options)
         else:
-            prompt = self._renderer.prompts.choose().text
-            texts = self._joined([(prompt + query, document) for query, document in cut], text_options)
+            texts = self._joined([(applied.text + query, document) for query, document in cut], text_options)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
-        return [Sequence(text.ids, task, params, text.type_ids) for text in fitted]
+        return [Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter) for text in fitted]
 
     def _cut(self, text: str, most: int) -> str:
         if not most:

@@ -145,7 +145,7 @@ class Renderer:
         cut = options
         if self._sides is not None:  # the lengths of the two sides belong to the model, so nothing is refused for them
             limit = self._sides.limit(applied.role, options.most)
-            if options.truncate is not None or limit < options.most:
+            if limit is not None:
                 cut = replace(options, truncate=min(limit, options.truncate or limit))
         rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
         skip = self._skip(applied.text)
@@ -153,10 +153,11 @@ class Renderer:
         for i, own in enumerate(plain):
             if i in rendered:
                 text = self.fit(rendered[i], cut)
-                sequences.append(self._sided(Sequence(text.ids, task, params, text.type_ids, skip), applied.role))
+                sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
+                sequences.append(self._sided(sequence, applied.role))
             else:
                 text = self.fit(self._given(own, options), options)  # type: ignore[arg-type]
-                sequences.append(Sequence(text.ids, task, params, text.type_ids))
+                sequences.append(Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter))
         return sequences
 
     def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:
@@ -329,10 +330,12 @@ class Renderer:
         if found is None:
             raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
         if options.truncate is not None:
-            pairs = zip(texts, found, strict=True)
-            found = [self._cut_encoding(t, options) if len(e) > options.truncate else e for t, e in pairs]
+            uncut = zip(texts, found, strict=True)
+            found = [self._cut_encoding(t, options) if len(e) > options.truncate else e for t, e in uncut]
         fitted = [self.fit(self.from_encoding(encoding), options) for encoding in found]
-        return [(Sequence(t.ids, task, params, t.type_ids), e) for t, e in zip(fitted, found, strict=True)]
+        own = self.prompts.choose().adapter
+        pairs = zip(fitted, found, strict=True)
+        return [(Sequence(t.ids, task, params, t.type_ids, adapter=own), e) for t, e in pairs]
 
     def encodings(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding] | None:
         """What the fast tokenizer makes of `texts`, with offsets; `None` if there is only a slow one.

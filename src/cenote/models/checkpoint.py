@@ -318,6 +318,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error

@@ -231,7 +231,7 @@ def of_sequences(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classi
 
 
 def of_tokens(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifier:
-    """The head of a `...ForTokenClassification` model.
+    """The head of a `...ForTokenClassification` model, or another that looks at each token alone.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
@@ -265,26 +265,19 @@ def of_vocabulary(
         own: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if not all(0 <= column < own.out_features for column in wanted):
             raise CheckpointError(f"classes are logits of token ids below {own.out_features}, got {wanted}")
-        if max(wanted) >= own.out_features:
-            raise CheckpointError(f"the language-model head of {type(model).__name__} has no column {max(wanted)}")
         cut = nn.Linear(own.in_features, len(wanted), bias=own.bias is not None, device=own.weight.device)
         cut.weight = nn.Parameter(own.weight[wanted].float(), requires_grad=False)
         if own.bias is not None:
             cut.bias = nn.Parameter(own.bias[wanted].float(), requires_grad=False)
         model.set_output_embeddings(cut)  # type: ignore[no-untyped-call]
         probe.logits = [logits[:, wanted] for logits in probe.logits]
-    head = OwnHead(model)
-    batch = probe.batch(model.device)
-    with torch.inference_mode():
-        logits_TC = head.rows(forward(layout, batch))
-    if not probe.agrees(batch.split(logits_TC)):
-        raise CheckpointError(f"the head of {type(model).__name__} cannot be run apart from its backbone")
+    of_each_token = of_tokens(model, layout, probe)
 
     def rows(x_RD: Tensor) -> Tensor:
-        logits_RC = head.rows(x_RD)
+        logits_RC = of_each_token.rows(x_RD)
         return logits_RC[:, 1:] - logits_RC[:, :1] if difference else logits_RC
 
-    return Classifier(rows, of_last(rows), True, 1 if difference else logits_TC.shape[-1])
+    return Classifier(rows, of_last(rows), True, 1 if difference else of_each_token.num_labels)
 
 
 def of_modules(module: nn.Module, num_labels: int) -> Classifier:

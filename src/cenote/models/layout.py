@@ -105,7 +105,7 @@ class Packed:
             if hasattr(module, "compute_bias"):
                 _bound_bias(module)
 
-    def groups(self, lengths: tuple[int, ...]) -> list[list[int]]:
+    def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
         """Sequence numbers that may share a forward."""
         if self.backbone.rope_class is None:
             return [list(range(len(lengths)))]
@@ -157,10 +157,16 @@ class Padded:
         self.size = size or PADDED_SEQUENCES.get(backbone.device.type, 8)
         self.name = "one by one" if self.size == 1 else "equal lengths" if equal else "padded"
 
-    def groups(self, lengths: tuple[int, ...]) -> list[list[int]]:
-        """Sequence numbers that may share a forward, longest first."""
+    def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
+        """Sequence numbers that may share a forward, longest first.
+
+        Args:
+            lengths: of the sequences.
+            hides: some have hidden tokens, whose rows padding changes in models that let masked tokens see nothing
+                (DeBERTa).
+        """
         rope = self.backbone.rope_class or (lambda _: 0)
-        classes = _classes(lengths, (lambda n: n) if self.equal else rope)
+        classes = _classes(lengths, (lambda n: n) if self.equal or hides else rope)
         groups: list[list[int]] = []
         for members in classes.values():
             members.sort(key=lambda i: -lengths[i])
@@ -188,7 +194,7 @@ Layout = Packed | Padded
 
 def forward(layout: Layout, batch: Batch) -> Tensor:
     """Last hidden states of every token of `batch`, in its order: `[T, D]`."""
-    groups = layout.groups(batch.lengths)
+    groups = layout.groups(batch.lengths, hides=batch.hidden is not None)
     if groups == [list(range(batch.size))]:
         return layout.run(batch)
     hidden_TD: Tensor | None = None

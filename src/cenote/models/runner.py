@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cenote.errors import CenoteError, CheckpointError, EngineFailed
+from cenote.models import adapters as adapting
 from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.config import ModelConfig
+    from cenote.models.adapters import Adapters
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layout import Layout
     from cenote.models.outputs import TaskOutput
@@ -50,12 +52,13 @@ log = logging.getLogger(__name__)
 
 
 class PoolingModel:
-    """Backbone, layout and task outputs of one checkpoint. One forward at a time: the device thread's."""
+    """Backbone, layout, task outputs and adapters of one checkpoint. One forward at a time: the device thread's."""
 
-    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput]) -> None:
+    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput], adapters: Adapters) -> None:
         self.info = info
         self.layout = layout
         self.outputs = outputs
+        self.adapters = adapters
 
     @property
     def shares_prefixes(self) -> bool:
@@ -63,8 +66,19 @@ class PoolingModel:
         return self.layout.shares_prefixes
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
-        """Start the forward of `sequences`, which may mix tasks and parameters."""
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+        """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""
+        chosen: dict[str | None, list[int]] = defaultdict(list)
+        for i, sequence in enumerate(sequences):
+            chosen[sequence.adapter].append(i)
+        parts: list[Part] = []
+        for adapter, own in chosen.items():
+            with self.adapters.active(adapter):
+                parts += self._run(sequences, own)
+        return Pending(sequences, parts, self.layout.backbone.device)
+
+    def _run(self, sequences: Seq[Sequence], own: list[int]) -> list[Part]:
+        """One forward, of those of `sequences` whose numbers are `own`."""
+        order = sorted(own, key=lambda i: -len(sequences[i].ids))
         batch = pack([sequences[i] for i in order], self.layout.backbone.device)
         groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
         for row, i in enumerate(order):
@@ -81,7 +95,7 @@ class PoolingModel:
                     None if x is None else _split(x.to("cpu", non_blocking=True), lengths) for x in (values, indices)
                 ]
                 parts.append(Part(task, [order[row] for row in members], split[0] or [], split[1]))
-        return Pending(sequences, parts, self.layout.backbone.device)
+        return parts
 
 
 class Part(NamedTuple):
@@ -158,6 +172,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
     native.keep_freed_memory()
+    folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
+    adapters = adapting.Adapters(model, adapting.find(folders))
     probe = None if full is model else classifiers.Probe(full, max_length=length)
     layout, reasons = choose(
         model,
@@ -189,7 +205,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     if checkpoint.head.kind == "lexical" and probe is not None:
         dimension = probe.logits[0].shape[-1]  # its vector is one weight per vocabulary entry
     info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
-    pooling_model = PoolingModel(info, layout, outputs)
+    info = replace(info, adapters=adapters.names)
+    pooling_model = PoolingModel(info, layout, outputs, adapters)
     _check_first_forward(pooling_model, pooler)
     return pooling_model, checkpoint
 
@@ -405,11 +422,13 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
 
 def _check_first_forward(model: PoolingModel, pooler: Pooler) -> None:
     """One vector through pooling and head, so that damaged head weights are refused at load and not at midnight."""
-    (output,) = model.launch(
-        [Sequence([min(1, model.info.vocab_size - 1)] * min(4, model.info.max_model_len))]
-    ).finish()
+    ids = [min(1, model.info.vocab_size - 1)] * min(4, model.info.max_model_len)
+    output, *adapted = model.launch([Sequence(ids, adapter=name) for name in (None, *model.info.adapters)]).finish()
     if isinstance(output, CenoteError):
         raise CheckpointError(f"{model.info.name}: {output.message}")
+    for name, own in zip(model.info.adapters, adapted, strict=True):
+        if isinstance(own, CenoteError):
+            raise CheckpointError(f"{model.info.name} with the adapter {name}: {own.message}")
     if output.data.shape != (model.info.dimension,) and pooler.dimensions is None:
         raise CheckpointError(
             f"{model.info.name} gives vectors of {output.data.shape[0]}, but its files say {model.info.dimension}"

@@ -1,0 +1,187 @@
+"""Task adapters: low-rank changes of a backbone's layers (LoRA, as PEFT saves it), one of which a sequence may choose.
+
+Subfolders with an `adapter_config.json` hold them. The backbone's modules stay as they are: a forward hook adds the
+active adapter's part to what a layer returns, and without an active adapter the backbone runs pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cenote.errors import BadRequest, CheckpointError
+from cenote.models.checkpoint import first_line
+from cenote.types import plain_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+WITHOUT_EFFECT = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode"}
+    | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"}
+    | {"lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"}
+    | {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+)
+"""Entries that do not change the result; which modules have an adapter is read from its tensors."""
+NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva")}
+"""Values, besides empty ones, of entries that may change it: other initialisations change the backbone's weights."""
+KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
+
+
+class Change(NamedTuple):
+    """What one adapter adds to one module: `b(a(x))`.
+
+    Attributes:
+        a: `[R, in]` of a Linear, `[V, R]` of an Embedding.
+        b: `[R, out]`, with the scale in it.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+def find(folders: Iterable[Path]) -> dict[str, Path]:
+    """Name of every adapter below `folders`, also below their `adapters`, to its own folder.
+
+    Raises:
+        CheckpointError: two have names that requests could not tell apart.
+    """
+    found: dict[str, Path] = {}
+    for folder in dict.fromkeys(folders):
+        for file in sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"adapters/*/{CONFIG}")]):
+            name = file.parent.name
+            same = next((known for known in found if plain_name(known) == plain_name(name)), None)
+            if same is not None and found[same] != file.parent:
+                raise CheckpointError(f"the adapters {same!r} and {name!r} have the same name")
+            found[name] = file.parent
+    return found
+
+
+class Adapters:
+    """The adapters of a backbone. One forward at a time, as the model's.
+
+    Args:
+        model: the backbone, before its layout is chosen: its hooked modules are left out of fusing.
+        folders: see `find`.
+
+    Raises:
+        CheckpointError: an adapter does not fit, or is of a kind that is not understood.
+    """
+
+    def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
+        self.names = tuple(sorted(folders))
+        self._active: str | None = None
+        changes: dict[str, dict[str, Change]] = {}
+        for name in self.names:
+            for path, change in _read(model, name, folders[name]).items():
+                changes.setdefault(path, {})[name] = change
+        for path, own in changes.items():
+            model.get_submodule(path).register_forward_hook(self._hook(own))
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Forwards within run with the adapter `name`; `None` = with none.
+
+        Raises:
+            BadRequest: there is no such adapter.
+        """
+        if name is not None and name not in self.names:
+            raise BadRequest(f"unknown adapter {name!r}. Supported values: {', '.join(self.names) or 'none'}")
+        self._active = name
+        try:
+            yield
+        finally:
+            self._active = None
+
+    def _hook(self, changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            change = changes.get(self._active or "")
+            if change is None:
+                return y
+            low = F.embedding(args[0], change.a) if isinstance(module, nn.Embedding) else F.linear(args[0], change.a)
+            rows = y.view(-1, y.shape[-1])  # what a layer has just made is nobody else's yet
+            rows.addmm_(low.reshape(rows.shape[0], -1), change.b)
+            return y
+
+        return add
+
+
+def _read(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Change]:
+    """What the adapter in `folder` changes, by the path of the module."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _config(name, folder)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"adapter {name!r} has no {WEIGHTS}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {WEIGHTS} of adapter {name!r}: {first_line(error)}") from error
+    modules = dict(model.named_modules())
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise CheckpointError(f"adapter {name!r} has a tensor that is no part of LoRA: {key}")
+        path = match[1] if match[1] in modules else match[1].removeprefix(f"{model.base_model_prefix}.")
+        kind = nn.Linear if match[2] else nn.Embedding
+        if type(modules.get(path)) is not kind:
+            raise CheckpointError(f"adapter {name!r} changes {match[1]}, which is no {kind.__name__} of the model")
+        halves.setdefault(path, {})[match[2] or match[3]] = tensor
+    if not halves:
+        raise CheckpointError(f"adapter {name!r} changes nothing: {WEIGHTS} is empty")
+    return {path: _change(name, path, modules[path], own, config) for path, own in halves.items()}
+
+
+def _change(name: str, path: str, module: nn.Module, halves: Mapping[str, Tensor], config: Mapping[str, Any]) -> Change:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    out, into = reversed(weight.shape) if isinstance(module, nn.Embedding) else weight.shape
+    rank = _of_pattern(config.get("rank_pattern"), path, config["r"])
+    shapes = {half: tuple(tensor.shape) for half, tensor in sorted(halves.items())}
+    if shapes != {"A": (rank, into), "B": (out, rank)}:
+        raise CheckpointError(
+            f"adapter {name!r} does not fit {path}: its shapes are {shapes}, expected A {(rank, into)} and "
+            f"B {(out, rank)}"
+        )
+    scale = _of_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    scale /= rank**0.5 if config.get("use_rslora") else rank
+    a = halves["A"].t() if isinstance(module, nn.Embedding) else halves["A"]
+    b = halves["B"].float().t() * scale
+    return Change(*(half.to(weight.device, weight.dtype).contiguous() for half in (a, b)))
+
+
+def _config(name: str, folder: Path) -> dict[str, Any]:
+    """The adapter's settings, all of which are understood."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {CONFIG} of adapter {name!r}: {first_line(error)}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise CheckpointError(f"adapter {name!r} is of the type {kind}; only LORA is supported")
+    for key, value in config.items():
+        if key not in READ | WITHOUT_EFFECT and value and value not in NEUTRAL.get(key, ()):
+            raise CheckpointError(f"adapter {name!r} has {key} {value!r}, which is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"adapter {name!r} has r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
+    return config
+
+
+def _of_pattern(pattern: Mapping[str, float] | None, path: str, default: float) -> float:
+    """The entry of `pattern` for a module, whose keys are regular expressions of the ends of paths."""
+    return next((v for key, v in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)

@@ -1,0 +1,679 @@
+"""Late-interaction checkpoints, in the file layouts that they are published in, against `MultiVectorEncoder`.
+
+The weights are small and random. Queries shorter and longer than what they are filled up to, documents with tokens of
+the skip-list and longer than what they are cut to: every rule of a checkpoint moves some row by far more than the
+tolerance, and the tests say so where a rule could be dropped without a difference in shape.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from cenote import LLM
+from cenote.errors import BadRequest, CheckpointError
+from cenote.models.layout import choose, forward
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+from tests import checkpoints
+from tests.checkpoints import HIDDEN, POSITIONS, dense
+from tests.zoo import FIRST_TOKEN, ZOO, build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    Rows = list[np.ndarray]
+
+WIDTH = 16
+FILLED = 12
+LONGEST = 20
+IDENTITY = "torch.nn.modules.linear.Identity"
+SIDES = ("query", "document")
+QUERIES = [
+    "quick fox",
+    "The, lazy. dog!",
+    "",
+    "one two three four five six seven eight nine ten water stone dog fox",
+]
+"""The first three have fewer than `FILLED` tokens, the last more."""
+DOCUMENTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "a, b. c! (hello) - water; stone?",
+    "one two three four five six seven eight nine ten water stone, one two three four five six seven, eight. nine!",
+    "...",
+    "hello",
+]
+"""The third has more than `LONGEST` tokens and fewer than the models' positions."""
+
+
+def encoded(llm: LLM, texts: list[Any], side: str | None) -> Rows:
+    outputs = llm.encode(texts, pooling_task="token_embed", input_type=side, use_tqdm=False)
+    return [output.outputs.data.numpy() for output in outputs]
+
+
+def reference(model: MultiVectorEncoder, texts: list[str], side: str | None) -> Rows:
+    encode = {"query": model.encode_query, "document": model.encode_document, None: model.encode}[side]
+    return encode(texts, convert_to_numpy=True, show_progress_bar=False)
+
+
+def assert_same(got: Rows, expected: Rows) -> None:
+    assert [rows.shape for rows in got] == [rows.shape for rows in expected]
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * max(1.0, float(np.abs(theirs).max(initial=0))))
+
+
+def differ(first: Rows, second: Rows) -> bool:
+    """Whether some row is another one, or there are more or fewer of them."""
+    return any(a.shape != b.shape or np.abs(a - b).max() > 1e-2 for a, b in zip(first, second, strict=True))
+
+
+def agree(folder: Path, *, documents: list[str] = DOCUMENTS, **options: Any) -> dict[str | None, Rows]:
+    """Assert that both sides, no side, and the scores are the reference's; return the vectors by side."""
+    model = MultiVectorEncoder(str(folder), device="cpu")
+    found: dict[str | None, Rows] = {}
+    with LLM(model=str(folder), **options) as llm:
+        assert llm.info.tasks[0] == "token_embed"
+        assert llm.info.score_types[0] == "late-interaction"
+        for side, texts in (("query", QUERIES), ("document", documents), (None, documents[:2])):
+            found[side] = encoded(llm, texts, side)
+            assert_same(found[side], reference(model, texts, side))
+        scored = [text for text, rows in zip(documents, found["document"], strict=True) if len(rows)]
+        for query in QUERIES:
+            expected = model.similarity(model.encode_query([query]), model.encode_document(scored))[0].cpu().numpy()
+            scores = [output.outputs.score for output in llm.score(query, scored, use_tqdm=False)]
+            np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def folder(bert: Path, tmp_path: Path) -> Path:
+    """A copy of the encoder, to be made a late-interaction checkpoint."""
+    return shutil.copytree(bert, tmp_path / "model")
+
+
+# Sentence-Transformers
+
+
+def projection(
+    out: int = WIDTH, *, inputs: int = HIDDEN, bias: bool = False, seed: int = 0, activation: nn.Module | None = None
+) -> Dense:
+    torch.manual_seed(seed)
+    return Dense(
+        inputs,
+        out,
+        bias=bias,
+        activation_function=activation or torch.nn.Identity(),
+        module_input_name="token_embeddings",
+    )
+
+
+NORMALIZE = Normalize(module_input_name="token_embeddings")
+FIXED: dict[str, Any] = {"strategy": "fixed", "length": FILLED, "attend": False}
+PROMPTS = {"query": "hello ", "document": "represent the sentence: "}
+
+
+def written(
+    backbone: Path,
+    path: Path,
+    *modules: nn.Module,
+    skipped: list[str] | None = None,
+    skipped_of: list[str] | None = None,
+    prompts: dict[str, str] = PROMPTS,
+    **transformer: Any,
+) -> Path:
+    """A folder as the installed release saves it: Transformer, `modules` (default: one projection), mask, Normalize."""
+    steps = modules or (projection(), NORMALIZE)
+    mask = MultiVectorMask(skiplist_words=skipped, skiplist_tasks=skipped_of)
+    model = MultiVectorEncoder(
+        modules=[Transformer(str(backbone), **transformer), *steps[:-1], mask, steps[-1]],
+        prompts=dict(prompts),
+        device="cpu",
+    )
+    model.save_pretrained(str(path), create_model_card=False)
+    return path
+
+
+PUNCTUATION = list(string.punctuation)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hidden expansion": {"query_expansion": FIXED},
+    "seen expansion": {"query_expansion": {**FIXED, "attend": True}},
+    "no expansion": {},
+    "at least so many": {"query_expansion": {**FIXED, "strategy": "min"}},
+    "at least so many, seen": {"query_expansion": {**FIXED, "strategy": "min", "attend": True}},
+    "at least so many, cut": {"query_expansion": {**FIXED, "strategy": "min"}, "query_length": FILLED + 3},
+    "another expansion token": {"query_expansion": {**FIXED, "token": "fox"}},
+    "lengths": {"query_length": 7, "document_length": LONGEST},
+    "lengths and expansion": {"query_expansion": FIXED, "document_length": LONGEST},
+    "skip-list": {"skipped": PUNCTUATION, "query_expansion": FIXED},
+    "skip-list of queries": {"skipped": ["the", "[MASK]", ","], "skipped_of": ["query"], "query_expansion": FIXED},
+    "skip-list of both": {"skipped": PUNCTUATION, "skipped_of": ["query", "document"]},
+    "skip-list of no single tokens": {"skipped": ["elephants", "fox"]},
+    "no prompts": {"prompts": {}, "query_expansion": FIXED},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_sides_of_a_folder_of_the_installed_release(bert: Path, tmp_path: Path, variant: dict[str, Any]) -> None:
+    found = agree(written(bert, tmp_path / "model", **variant))
+    expansion = variant.get("query_expansion")
+    if expansion and not variant.get("skipped_of"):
+        counts = [len(rows) for rows in found["query"]]
+        assert counts[:3] == [FILLED] * 3
+        assert (counts[3] == FILLED) == (expansion["strategy"] == "fixed")
+    if "document_length" in variant and "skipped" not in variant:
+        assert len(found["document"][2]) == LONGEST
+
+
+RULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "hidden": ("query", {"query_expansion": FIXED}, {"query_expansion": {**FIXED, "attend": True}}),
+    "expansion": ("query", {"query_expansion": FIXED}, {}),
+    "its token": ("query", {"query_expansion": FIXED}, {"query_expansion": {**FIXED, "token": "fox"}}),
+    "fixed": ("query", {"query_expansion": FIXED}, {"query_expansion": {**FIXED, "strategy": "min"}}),
+    "query prompt": ("query", {}, {"prompts": {"document": PROMPTS["document"]}}),
+    "document prompt": ("document", {}, {"prompts": {"query": PROMPTS["query"]}}),
+    "document length": ("document", {"document_length": LONGEST}, {}),
+    "query length": ("query", {"query_length": 7}, {}),
+    "skip-list": ("document", {"skipped": [","]}, {}),
+    "whose skip-list": ("query", {"skipped": [","]}, {"skipped": [","], "skipped_of": ["query"]}),
+}
+
+
+@pytest.mark.parametrize(("side", "one", "other"), RULES.values(), ids=RULES)
+def test_every_rule_moves_something(
+    bert: Path, tmp_path: Path, side: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    found = []
+    for name, variant in (("one", one), ("other", other)):
+        with LLM(model=str(written(bert, tmp_path / name, **variant))) as llm:
+            found.append(encoded(llm, QUERIES if side == "query" else DOCUMENTS, side))
+    assert differ(*found)
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], ...]] = {
+    "bias": (lambda: projection(bias=True), lambda: NORMALIZE),
+    "activation": (lambda: projection(activation=torch.nn.Tanh()), lambda: NORMALIZE),
+    "two": (lambda: projection(24), lambda: projection(inputs=24, bias=True, seed=1), lambda: NORMALIZE),
+    "none": (lambda: NORMALIZE,),
+    "not normalised": (lambda: projection(),),
+}
+
+
+@pytest.mark.parametrize("made", MODULES.values(), ids=MODULES)
+def test_modules_over_token_vectors(bert: Path, tmp_path: Path, made: tuple[Callable[[], nn.Module], ...]) -> None:
+    modules = [make() for make in made]
+    path = written(bert, tmp_path / "model", *modules, query_expansion=FIXED, skipped=PUNCTUATION)
+    found = agree(path)
+    widths = {rows.shape[1] for side in SIDES for rows in found[side]}
+    assert widths == {HIDDEN if len(modules) == 1 and modules[0] is NORMALIZE else WIDTH}
+    norms = np.concatenate([np.linalg.norm(rows, axis=1) for side in SIDES for rows in found[side]])
+    assert np.allclose(norms, 1, atol=1e-5) == (modules[-1] is NORMALIZE)
+
+
+def test_documents_longer_than_the_model_are_cut_where_it_says_so(bert: Path, tmp_path: Path) -> None:
+    texts = [*DOCUMENTS, "fox, dog. " * 100]
+    found = {}
+    for length in (LONGEST, POSITIONS, POSITIONS + 8):  # more than the model takes is as much as it takes
+        path = written(bert, tmp_path / str(length), document_length=length)
+        with LLM(model=str(path)) as llm:
+            found[length] = encoded(llm, texts, "document")
+        assert len(found[length][-1]) == min(length, POSITIONS)
+        if length <= POSITIONS:
+            model = MultiVectorEncoder(str(path), device="cpu")
+            assert_same(found[length], reference(model, texts, "document"))
+    assert_same(found[POSITIONS + 8], found[POSITIONS])
+
+
+def test_a_model_that_names_no_length_refuses_what_is_too_long(bert: Path, tmp_path: Path) -> None:
+    with LLM(model=str(written(bert, tmp_path / "model", query_expansion=FIXED))) as llm:
+        with pytest.raises(BadRequest, match=f"maximum context length is {POSITIONS} tokens"):
+            encoded(llm, ["fox " * 100], "document")
+        assert len(encoded(llm, ["fox " * 100], "query")[0]) == FILLED
+
+
+@pytest.mark.parametrize("side", [*SIDES, None])
+def test_token_ids_are_taken_as_they_are(bert: Path, tmp_path: Path, side: str | None) -> None:
+    """Neither marked, nor filled up, nor cut, nor is anything left out."""
+    path = written(bert, tmp_path / "model", query_expansion=FIXED, document_length=8, skipped=[","])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = [tokenizer(text)["input_ids"] for text in ("fox, dog", "a, b, c, d, e, f, g, h, water, stone")]
+    model = MultiVectorEncoder(str(path), device="cpu")
+    with torch.inference_mode():
+        rows = [model[1].linear(AutoModel.from_pretrained(path)(torch.tensor([one]))[0][0]) for one in ids]
+    expected = [torch.nn.functional.normalize(one, dim=-1).numpy() for one in rows]
+    with LLM(model=str(path)) as llm:
+        assert_same(encoded(llm, [{"prompt_token_ids": one} for one in ids], side), expected)
+
+
+def test_score_and_rerank_choose_the_sides(bert: Path, tmp_path: Path) -> None:
+    path = written(bert, tmp_path / "model", query_expansion=FIXED, document_length=LONGEST, skipped=PUNCTUATION)
+    model = MultiVectorEncoder(str(path), device="cpu")
+    documents = [text for text in DOCUMENTS if text != "..."]
+    expected = model.similarity(model.encode_query(QUERIES), model.encode_document(documents)).cpu().numpy()
+    with LLM(model=str(path)) as llm:
+        pairs = llm.score(QUERIES, documents, use_tqdm=False)
+        np.testing.assert_allclose([o.outputs.score for o in pairs], np.diag(expected), rtol=1e-5)
+        assert len(pairs[0].prompt_token_ids) > FILLED  # a filled query and a document
+        ranked = llm.rerank(QUERIES[0], documents, use_tqdm=False)
+        assert [entry.index for entry in ranked] == np.argsort(-expected[0]).tolist()
+        np.testing.assert_allclose([entry.relevance_score for entry in ranked], np.sort(expected[0])[::-1], rtol=1e-5)
+        sides = [
+            llm.encode(texts, input_type=side, use_tqdm=False)
+            for side, texts in zip(SIDES, (QUERIES, documents), strict=True)
+        ]
+        np.testing.assert_allclose(llm.similarity(*sides), expected, rtol=1e-5)
+        plain = [llm.encode(texts, use_tqdm=False) for texts in (QUERIES, documents)]
+        assert np.abs(llm.similarity(*plain).numpy() - expected).max() > 1e-2
+
+
+def test_dense_scores_are_there_if_asked_for(bert: Path, tmp_path: Path) -> None:
+    with LLM(model=str(written(bert, tmp_path / "model", query_expansion=FIXED))) as llm:
+        assert llm.info.score_types == ("late-interaction", "bi-encoder")
+        (late,), (dense_,) = (llm.score("fox", "dog", score_type=kind, use_tqdm=False) for kind in (None, "bi"))
+        assert late.outputs.score > 1 > dense_.outputs.score  # a sum over tokens, and a cosine
+
+
+@pytest.mark.parametrize(
+    ("expansion", "message"),
+    [
+        ({"strategy": "most", "length": 8}, "query_expansion is not understood"),
+        ({"strategy": "fixed"}, "query_expansion is not understood"),
+        ({**FIXED, "colour": "red"}, "query_expansion is not understood"),
+        ({**FIXED, "token": "elephants"}, "expanded with 'elephants', which the vocabulary does not have"),
+    ],
+)
+def test_expansions_that_are_not_understood(
+    bert: Path, tmp_path: Path, expansion: dict[str, Any], message: str
+) -> None:
+    path = written(bert, tmp_path / "model", query_expansion=FIXED)
+    checkpoints.edit_json(path / "sentence_bert_config.json", query_expansion=expansion)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(model=str(path))
+
+
+# Backbones
+
+
+def roberta(folder: Path) -> Path:
+    tokenizer = checkpoints.sentinels()
+    config = RobertaConfig(**sizes(len(tokenizer)), max_position_embeddings=POSITIONS + 2, pad_token_id=1)
+    return checkpoints.save(RobertaModel(config), tokenizer, folder, 1)
+
+
+def modernbert(folder: Path, window: int = 32) -> Path:
+    tokenizer = checkpoints.wordpiece()
+    config = ModernBertConfig(
+        **{**sizes(len(tokenizer)), "num_hidden_layers": 3},
+        max_position_embeddings=POSITIONS,
+        local_attention=window,
+        **SPECIAL_IDS,
+    )
+    return checkpoints.save(ModernBertModel(config), tokenizer, folder, 2)
+
+
+def narrow(folder: Path) -> Path:
+    """Its local layers see 4 tokens to each side: the last ones of a filled query see nothing there."""
+    return modernbert(folder, 8)
+
+
+def distilbert(folder: Path) -> Path:
+    tokenizer = checkpoints.wordpiece()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=HIDDEN, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=POSITIONS
+    )
+    return checkpoints.save(DistilBertModel(config), tokenizer, folder, 3)
+
+
+def mpnet(folder: Path) -> Path:
+    tokenizer = checkpoints.sentinels()
+    config = MPNetConfig(**sizes(len(tokenizer)), max_position_embeddings=POSITIONS + 2, pad_token_id=1)
+    return checkpoints.save(MPNetModel(config), tokenizer, folder, 4)
+
+
+def deberta(folder: Path) -> Path:
+    tokenizer = checkpoints.wordpiece()
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    config = DebertaV2Config(**sizes(len(tokenizer)), max_position_embeddings=POSITIONS, pad_token_id=0, **relative)
+    return checkpoints.save(DebertaV2Model(config), tokenizer, folder, 5)
+
+
+def qwen(folder: Path) -> Path:
+    """A causal model without a mask token: queries are filled up with what ends a text."""
+    tokenizer = checkpoints.byte_level(special=("[Q]",), model_max_length=POSITIONS)
+    return checkpoints.decoder(folder, "Qwen3Model", tokenizer=tokenizer)
+
+
+def sizes(vocabulary: int) -> dict[str, int]:
+    names = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return {**names, "vocab_size": vocabulary}
+
+
+SPECIAL_IDS = {f"{name}_token_id": i for name, i in (("pad", 0), ("cls", 2), ("sep", 3), ("bos", 2), ("eos", 3))}
+
+BACKBONES: dict[Callable[[Path], Path], str] = {
+    roberta: "packed",
+    modernbert: "packed",
+    narrow: "packed",
+    distilbert: "packed",
+    mpnet: "padded",
+    deberta: "padded",
+    qwen: "packed",
+}
+"""Backbones and the layout that the probe finds for them."""
+
+
+@pytest.mark.parametrize("attend", [False, True], ids=["hidden", "seen"])
+@pytest.mark.parametrize("made", BACKBONES, ids=lambda made: made.__name__)
+def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) -> None:
+    length = 24 if made in (roberta, mpnet, qwen) else FILLED  # their tokenizers make more tokens of the same text
+    path = written(
+        made(tmp_path / "backbone"),
+        tmp_path / "model",
+        query_expansion={"strategy": "fixed", "length": length, "attend": attend},
+        document_length=40,
+        skipped=[",", "."],
+    )
+    found = agree(path)
+    assert [len(rows) for rows in found["query"]] == [length] * len(QUERIES)
+    with LLM(model=str(path)) as llm:
+        assert llm.info.layout == BACKBONES[made]
+        ids = llm.encode(QUERIES[:1], input_type="query", use_tqdm=False)[0].prompt_token_ids
+        tokenizer = llm.get_tokenizer()
+        assert ids[-1] == (tokenizer.eos_token_id if made is qwen else tokenizer.mask_token_id)
+
+
+MIXED = ((12, 5), (9, 0), (20, 6), (12, 5), (1, 0), (9, 8), (24, 3), (12, 0))
+"""Lengths, and how many of the last tokens are hidden."""
+HIDING = ("bert", "xlm-roberta", "eurobert", "modernbert", "qwen3", "llama", "mistral-sliding", "gpt-oss", "mpnet")
+HIDING += ("deberta-v2", "mobilebert", "llama-dynamic-rope")
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_hidden_tokens_are_seen_by_none_and_see_the_others(name: str) -> None:
+    """As padding with an attention mask does it, for models whose attention is bidirectional, causal and local."""
+    row = next(row for row in ZOO if row.name == name)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        Sequence(torch.randint(FIRST_TOKEN, 300, (length,), generator=generator).tolist(), hidden=hidden)
+        for length, hidden in MIXED
+    ]
+    with torch.inference_mode():
+        alone = []
+        for s in sequences:
+            net = build(row)
+            mask = torch.tensor([[1] * (len(s) - s.hidden) + [0] * s.hidden])
+            alone.append(net(input_ids=torch.tensor([s.ids]), attention_mask=mask)[0][0])
+        layout, _ = choose(build(row), max_length=row.max_length)
+        together = forward(layout, pack(sequences))
+        seen = forward(layout, pack([replace(s, hidden=0) for s in sequences]))
+    assert layout.name == row.layout
+    expected = torch.cat(alone)
+    assert (together - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
+    assert (seen - expected).abs().max() > 1e-2
+
+
+# PyLate
+
+
+def pylate(folder: Path, *, settings: dict[str, Any], width: int = WIDTH) -> Path:
+    """What PyLate 1 writes: a Transformer and a Dense of its own class, everything else in one file."""
+    module = dense(HIDDEN, width, activation=IDENTITY, bias=False)
+    checkpoints.write_modules(
+        folder, module, new=False, transformer={"max_seq_length": POSITIONS - 1, "do_lower_case": False}
+    )
+    listed = checkpoints.read_json(folder / "modules.json")
+    listed[1]["type"] = "pylate.models.Dense.Dense"
+    checkpoints.write_json(folder / "modules.json", listed)
+    defaults = {
+        "__version__": {"sentence_transformers": "4.0.2", "transformers": "4.48.0", "pytorch": "2.5.1"},
+        "model_type": "ColBERT",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "MaxSim",
+        "query_prefix": "[Q] ",
+        "document_prefix": "[D] ",
+        "query_length": FILLED,
+        "document_length": LONGEST,
+        "attend_to_expansion_tokens": False,
+        "skiplist_words": PUNCTUATION,
+        "do_query_expansion": True,
+    }
+    content = {key: value for key, value in {**defaults, **settings}.items() if value != "absent"}
+    checkpoints.write_json(folder / "config_sentence_transformers.json", content)
+    return folder
+
+
+PYLATE: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "seen expansion": {"attend_to_expansion_tokens": True},
+    "no expansion": {"do_query_expansion": False},
+    "expansion by default": {"do_query_expansion": "absent", "attend_to_expansion_tokens": "absent"},
+    "no skip-list": {"skiplist_words": []},
+    "skip-list by default": {"skiplist_words": "absent"},
+    "own skip-list": {"skiplist_words": ["fox", ","]},
+    "lengths by default": {"query_length": "absent", "document_length": "absent"},
+    "prompts behind the prefixes": {"prompts": {"query": "hello ", "document": "[D] represent "}},
+    "no prefixes": {"query_prefix": "", "document_prefix": None},
+}
+
+
+@pytest.mark.parametrize("settings", PYLATE.values(), ids=PYLATE)
+@pytest.mark.parametrize("added", [True, False], ids=["added markers", "markers of the vocabulary"])
+def test_pylate(tmp_path: Path, settings: dict[str, Any], added: bool) -> None:
+    """Markers are one token, whether they were added with their space or are entries that a text is split at."""
+    tokenizer = checkpoints.wordpiece(lowercase=True, more=() if added else ("[unused0]", "[unused1]"))
+    markers = ["[Q] ", "[D] "] if added else ["[unused0]", "[unused1]"]
+    if added:
+        tokenizer.add_tokens(markers)  # as text: the tokenizer lower-cases what it looks for
+    backbone = checkpoints.bert(tmp_path / "model", tokenizer=tokenizer)
+    named = dict(zip(("query_prefix", "document_prefix"), markers, strict=True))
+    prompts = settings.get("prompts", {})
+    if not added and prompts:
+        prompts = {"query": "hello ", "document": "[unused1] represent "}
+    found = agree(pylate(backbone, settings={**named, **settings, **({"prompts": prompts} if prompts else {})}))
+    if settings == {}:
+        assert [len(rows) for rows in found["query"]] == [FILLED] * len(QUERIES)
+        with LLM(model=str(backbone)) as llm:
+            for side, marker in zip(SIDES, markers, strict=True):
+                ids = llm.encode(["fox"], input_type=side, use_tqdm=False)[0].prompt_token_ids
+                assert ids[1] == llm.get_tokenizer().get_vocab()[marker]
+    if settings.get("query_length") == "absent":
+        assert [len(rows) for rows in found["query"]] == [32] * len(QUERIES)
+
+
+def test_prefixes_of_pylate_move_the_vectors(tmp_path: Path) -> None:
+    found = []
+    for number, settings in enumerate(({}, {"query_prefix": "", "document_prefix": ""})):
+        tokenizer = checkpoints.wordpiece()
+        tokenizer.add_tokens(["[Q] ", "[D] "])
+        folder = pylate(checkpoints.bert(tmp_path / str(number), tokenizer=tokenizer), settings=settings)
+        with LLM(model=str(folder)) as llm:
+            found.append([*encoded(llm, QUERIES, "query"), *encoded(llm, DOCUMENTS[:1], "document")])
+    assert all(differ([marked], [bare]) for marked, bare in zip(*found, strict=True))
+
+
+# Stanford
+
+
+def colbert(folder: Path, metadata: dict[str, Any] | None, *, prefix: str = "bert.", **weights: torch.Tensor) -> Path:
+    """ColBERT's own layout: the backbone under its prefix, beside it the projection, and the training's settings."""
+    tokenizer = checkpoints.wordpiece(lowercase=True, more=("[unused0]", "[unused1]", "[unused2]"))
+    checkpoints.bert(folder, tokenizer=tokenizer)
+    file = folder / "model.safetensors"
+    linear = torch.randn(WIDTH, HIDDEN, generator=torch.Generator().manual_seed(7)) / HIDDEN**0.5
+    backbone = {prefix + name: tensor for name, tensor in load_file(file).items()}
+    save_file({**backbone, "linear.weight": linear, **weights}, file, metadata={"format": "pt"})
+    checkpoints.edit_json(folder / "config.json", architectures=["HF_ColBERT"])
+    if metadata is not None:
+        (folder / "artifact.metadata").write_text(json.dumps(metadata))
+    return folder
+
+
+METADATA: dict[str, Any] = {
+    "query_token_id": "[unused0]",
+    "doc_token_id": "[unused1]",
+    "query_token": "[Q]",
+    "doc_token": "[D]",
+    "dim": WIDTH,
+    "similarity": "cosine",
+    "query_maxlen": FILLED,
+    "doc_maxlen": LONGEST,
+    "attend_to_mask_tokens": False,
+    "mask_punctuation": True,
+    "checkpoint": "colbert-ir/colbertv2.0",
+    "interaction": "colbert",
+}
+
+STANFORD: dict[str, dict[str, Any] | None] = {
+    "whole": METADATA,
+    "absent": None,
+    "seen expansion": {**METADATA, "attend_to_mask_tokens": True},
+    "no skip-list": {**METADATA, "mask_punctuation": False},
+    "other markers": {**METADATA, "query_token_id": "[unused2]", "doc_token_id": "[unused0]"},
+    "little": {"query_maxlen": 9},
+}
+
+
+@pytest.mark.parametrize("metadata", STANFORD.values(), ids=STANFORD)
+def test_stanford(tmp_path: Path, metadata: dict[str, Any] | None) -> None:
+    folder = colbert(tmp_path / "model", metadata)
+    found = agree(folder)
+    assert {rows.shape[1] for rows in found["query"]} == {WIDTH}
+    assert {len(rows) for rows in found["query"]} == {(metadata or {}).get("query_maxlen", 32)}
+    asked = {"query": "query_token_id", "document": "doc_token_id"}
+    with LLM(model=str(folder)) as llm:
+        vocabulary = llm.get_tokenizer().get_vocab()
+        for side, default in (("query", "[unused0]"), ("document", "[unused1]")):
+            ids = llm.encode(["fox, dog"], input_type=side, use_tqdm=False)[0].prompt_token_ids
+            assert ids[1] == vocabulary[(metadata or {}).get(asked[side], default)]
+            assert ids[2] == vocabulary["fox"]
+    rows = found["document"][0]  # a sentence with one full stop
+    masked = metadata is None or metadata.get("mask_punctuation", True)
+    with LLM(model=str(folder), plain_late_interaction=True) as llm:
+        (plain,) = encoded(llm, DOCUMENTS[:1], "document")
+    assert len(rows) == len(plain) + 1 - masked
+
+
+STANFORD_RULES = {
+    "markers": ("query", {"query_token_id": "[unused2]"}),
+    "document marker": ("document", {"doc_token_id": "[unused2]"}),
+    "skip-list": ("document", {"mask_punctuation": False}),
+    "hidden": ("query", {"attend_to_mask_tokens": True}),
+    "query length": ("query", {"query_maxlen": 10}),
+    "document length": ("document", {"doc_maxlen": 10}),
+}
+
+
+@pytest.mark.parametrize(("side", "change"), STANFORD_RULES.values(), ids=STANFORD_RULES)
+def test_every_entry_of_the_metadata_counts(tmp_path: Path, side: str, change: dict[str, Any]) -> None:
+    found = []
+    for name, metadata in (("one", METADATA), ("other", {**METADATA, **change})):
+        with LLM(model=str(colbert(tmp_path / name, metadata))) as llm:
+            found.append(encoded(llm, QUERIES if side == "query" else DOCUMENTS, side))
+    assert differ(*found)
+
+
+def test_damaged_stanford_checkpoints(tmp_path: Path) -> None:
+    folder = colbert(tmp_path / "damaged", None)
+    (folder / "artifact.metadata").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read artifact\.metadata"):
+        LLM(model=str(folder))
+    bare = checkpoints.bert(tmp_path / "bare")
+    checkpoints.edit_json(bare / "config.json", architectures=["HF_ColBERT"])
+    with pytest.raises(CheckpointError, match=r"needs one of the tensors linear\.weight, colbert_linear\.weight"):
+        LLM(model=str(bare))
+
+
+# Plain: a projection and nothing else, as vLLM serves these models
+
+
+def projected(folder: Path, texts: list[str], weight: torch.Tensor, bias: torch.Tensor | None = None) -> Rows:
+    """Normalised projections of the backbone's rows, each text by itself."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        rows = [torch.nn.functional.linear(one, weight, bias) for one in states]
+        return [torch.nn.functional.normalize(one, dim=-1).numpy() for one in rows]
+
+
+@pytest.mark.parametrize("name", ["linear", "colbert_linear"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_projection_beside_the_backbone(tmp_path: Path, name: str, biased: bool) -> None:
+    folder = modernbert(tmp_path / "model")
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(WIDTH, HIDDEN, generator=generator) / HIDDEN**0.5
+    bias = torch.randn(WIDTH, generator=generator) if biased else None
+    backbone = {f"model.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(backbone, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {f"{name}.weight": weight, **({} if bias is None else {f"{name}.bias": bias})}
+    checkpoints.add_head(folder, "ModernBertModel", weights)
+    expected = projected(folder, DOCUMENTS, weight, bias)
+    with LLM(model=str(folder), hf_overrides={"architectures": ["ColBERTModernBertModel"]}) as llm:
+        assert llm.info.score_types[0] == "late-interaction"
+        for side in (*SIDES, None):
+            assert_same(encoded(llm, DOCUMENTS, side), expected)
+        (score,) = llm.score(DOCUMENTS[0], DOCUMENTS[1], use_tqdm=False)
+        assert score.outputs.score == pytest.approx((expected[0] @ expected[1].T).max(1).sum(), rel=1e-5)
+
+
+def test_a_colbert_architecture_needs_its_projection(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="needs one of the tensors"):
+        LLM(model=str(modernbert(tmp_path / "m")), hf_overrides={"architectures": ["ColBERTModernBertModel"]})
+
+
+def test_plain_late_interaction(tmp_path: Path) -> None:
+    """Both sides of a marked, expanded and skipping checkpoint as their texts are, whole and unmarked."""
+    folder = colbert(tmp_path / "model", {**METADATA, "doc_maxlen": 10})
+    weight = load_file(folder / "model.safetensors")["linear.weight"]
+    expected = projected(folder, DOCUMENTS, weight)
+    with LLM(model=str(folder), plain_late_interaction=True) as llm:
+        for side in (*SIDES, None):
+            assert_same(encoded(llm, DOCUMENTS, side), expected)
+        (score,) = llm.score(DOCUMENTS[0], DOCUMENTS[1], use_tqdm=False)
+    assert score.outputs.score == pytest.approx((expected[0] @ expected[1].T).max(1).sum(), rel=1e-5)
+    with LLM(model=str(folder)) as llm:
+        (own,) = llm.score(DOCUMENTS[0], DOCUMENTS[1], use_tqdm=False)
+    assert abs(own.outputs.score - score.outputs.score) > 1e-2
+
+
+def test_plain_late_interaction_of_a_module_folder(bert: Path, tmp_path: Path) -> None:
+    path = written(bert, tmp_path / "model", query_expansion=FIXED, document_length=8, skipped=[","])
+    weight = load_file(next(path.glob("*_Dense")) / "model.safetensors")["linear.weight"]
+    with LLM(model=str(path), plain_late_interaction=True) as llm:
+        for side in SIDES:
+            texts = DOCUMENTS[:2]
+            prompt = PROMPTS[side]
+            assert_same(encoded(llm, texts, side), projected(path, [prompt + text for text in texts], weight))
