@@ -19,9 +19,9 @@ $(VENV)/.dev: $(VENV)/.serve
 serve: $(VENV)/.serve
 	$(BIN)/cenote serve $(ARGS)
 
-# The whole test suite.
+# The whole test suite. One thread: its models are so small that threads would only wait for each other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 # Lint, formatting, types.
 check: $(VENV)/.dev
