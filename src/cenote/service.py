@@ -119,13 +119,18 @@ def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, 
     default = options.default_prompt_name or (st.default_prompt_name if st else None)
     if default is not None and default not in {*named, *adapters}:
         raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted({*named, *adapters})}")
-    return Prompts(named, default, two_sided=late is not None, adapters=adapters)
+    return Prompts(named, default, two_sided=late is not None or _by_table(checkpoint), adapters=adapters)
+
+
+def _by_table(checkpoint: Checkpoint) -> bool:
+    """Whether queries are encoded by a table of weights."""
+    return checkpoint.head.kind == "lexical" and checkpoint.st is not None and checkpoint.st.query_weights is not None
 
 
 def _sides(checkpoint: Checkpoint) -> Sides | None:
     late, tokenizer = checkpoint.multi_vector, checkpoint.tokenizer
     if late is None:
-        return None
+        return Sides(by_table=True) if _by_table(checkpoint) else None
     fill = late.expansion
     return Sides(
         lengths=late.lengths,

@@ -111,6 +111,8 @@ class PoolingParams:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise BadRequest(f"{name} must be an integer, got {value!r}", param=name)
+        if self.top_k is not None and self.top_k < 1:
+            raise BadRequest(f"top_k must be at least 1, got {self.top_k}", param="top_k")
         if (ids := self.returned_token_ids) is not None:
             listed = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else ()
             if not listed or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
@@ -145,6 +147,7 @@ class Sequence:
         keep: which tokens' rows the token tasks return; `None` = all.
         also: further tasks to answer from the same forward.
         adapter: name of the adapter to run with; `None` = the pure backbone.
+        looked_up: its sparse embedding comes from the model's table of weights (a query of an inference-free model).
         late_chunking: what the rows stand for, where `params` ask for late chunking.
     """
 
@@ -157,6 +160,7 @@ class Sequence:
     keep: tuple[int, ...] | None = None
     also: tuple[str, ...] = ()
     adapter: str | None = None
+    looked_up: bool = False
     late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
 
     def __len__(self) -> int:

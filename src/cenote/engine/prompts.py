@@ -55,7 +55,7 @@ class Prompts:
     Attributes:
         named: name to text.
         default: name of the prompt of inputs that ask for none.
-        two_sided: the model encodes queries and documents differently besides (late interaction).
+        two_sided: the model encodes queries and documents differently besides.
         adapters: names of the model's adapters, which are as good as names of prompts, in any spelling.
     """
 
@@ -138,7 +138,7 @@ def _spelled(name: str, known: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Sides:
-    """How a late-interaction model encodes its two sides, in token ids.
+    """How a model encodes its two sides differently, in token ids: late interaction, or queries by a table.
 
     Attributes:
         lengths: tokens to which a side is cut.
@@ -148,6 +148,7 @@ class Sides:
         attend: other tokens attend to those filled in.
         skipped: ids whose rows are left out.
         skipped_of: the sides from which they are; an input without a side counts as a document.
+        by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
     """
 
     lengths: Mapping[str, int] = field(default_factory=dict)
@@ -157,6 +158,7 @@ class Sides:
     attend: bool = False
     skipped: frozenset[int] = frozenset()
     skipped_of: tuple[str, ...] = ("document",)
+    by_table: bool = False
 
     def limit(self, role: Role | None, most: int) -> int | None:
         """Tokens to which an input is cut, at most `most`; `None` = the model names no length."""

@@ -89,7 +89,7 @@ class Renderer:
         lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
         prompts: the model's prompts.
         include_prompt: whether pooling looks at the prompt.
-        sides: how the two sides of a late-interaction model are encoded.
+        sides: how the two sides are encoded, in a model that encodes them differently.
         auto_truncate: cut what is too long unless the request says otherwise.
     """
 
@@ -147,6 +147,9 @@ class Renderer:
             limit = self._sides.limit(applied.role, options.most)
             if limit is not None:
                 cut = replace(options, truncate=min(limit, options.truncate or limit))
+        looked_up = self._sides is not None and self._sides.by_table and applied.role == "query"
+        if looked_up:
+            cut = replace(cut, add_special_tokens=False)
         rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
         skip = self._skip(applied.text)
         sequences: list[Sequence] = []
@@ -154,10 +157,12 @@ class Renderer:
             if i in rendered:
                 text = self.fit(rendered[i], cut)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                sequences.append(self._sided(sequence, applied.role))
+                sequence = self._sided(sequence, applied.role)
             else:
                 text = self.fit(self._given(own, options), options)  # type: ignore[arg-type]
-                sequences.append(Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter))
+                sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
+            sequence.looked_up = looked_up
+            sequences.append(sequence)
         return sequences
 
     def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:

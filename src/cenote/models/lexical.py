@@ -1,7 +1,8 @@
 """Sparse embeddings: hidden states to weights of vocabulary entries.
 
 Two kinds: SPLADE reads them off the masked-language-model head (arXiv:2109.10086), bge-m3 gives each token of the input
-a weight of its own (`sparse_linear.pt`; FlagEmbedding).
+a weight of its own (`sparse_linear.pt`; FlagEmbedding). Of inference-free SPLADE models only documents are read so; a
+query's tokens have fixed weights (arXiv:2411.04403).
 """
 
 from __future__ import annotations
@@ -34,18 +35,35 @@ class Splade:
         logits: `[R, D] -> [R, V]`.
         strategy: how the tokens of a sequence are joined.
         twice: the logarithm is taken twice (OpenSearch's models, arXiv:2504.14839).
+        table_V: weights by which queries are encoded without the model; `None` = queries are read as documents are.
+        top_k: how many of the largest weights are kept unless a request says otherwise; `None` = all.
     """
 
     logits: Logits
     strategy: Literal["max", "sum"] = "max"
     twice: bool = False
+    table_V: Tensor | None = None
+    top_k: int | None = None
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The entries whose weight is not 0, `log(1 + relu(logit))` joined over all tokens, by rising id."""
-        return pruned(((own, None) for own in self.dense(x_TD, batch, members)), params.top_k)
+        top_k = self.top_k if params.top_k is None else params.top_k
+        return pruned(((own, None) for own in self.dense(x_TD, batch, members)), top_k)
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         """The weight of every vocabulary entry, `[V]` for each sequence in turn."""
+        if self.table_V is None or batch.looked_up is None:
+            yield from self._read(x_TD, batch, members)
+            return
+        read = self._read(x_TD, batch, [i for i in members if not batch.looked_up[i]])
+        for i in members:
+            if batch.looked_up[i]:
+                ids = batch.ids_T[batch.starts[i] : batch.starts[i + 1]]
+                yield torch.zeros_like(self.table_V).index_copy(0, ids, self.table_V[ids])
+            else:
+                yield next(read)
+
+    def _read(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         for chunk in _chunks(batch, members):
             rows = torch.cat([torch.arange(batch.starts[i], batch.starts[i + 1]) for i in chunk]).to(x_TD.device)
             for logits_TV in torch.split(self.logits(x_TD[rows]), [batch.lengths[i] for i in chunk]):

@@ -37,7 +37,11 @@ class DenseLexical:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, V]`."""
-        return Rows(torch.stack(list(self.splade.dense(x_TD, batch, members))))
+        rows_BV = torch.stack(list(self.splade.dense(x_TD, batch, members)))
+        if self.splade.top_k is not None:
+            largest = rows_BV.topk(min(self.splade.top_k, rows_BV.shape[1]))
+            rows_BV = torch.zeros_like(rows_BV).scatter(1, largest.indices, largest.values)
+        return Rows(rows_BV)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def outputs(
         normalizes = checkpoint.multi_vector.normalizes if own.use_activation is None else own.use_activation
         return {"token_embed": TokenEmbed(Pooler(pooler.modes, steps, normalizes, own.dimensions))}
     if bge_m3.is_one(checkpoint.architecture, folder):
-        weight, vector = (layer.to(full.device) for layer in bge_m3.heads(folder))
+        width = int(checkpoint.config.get_text_config().hidden_size)
+        weight, vector = (layer.to(full.device) for layer in bge_m3.heads(folder, width))
         late = Pooler(pooler.modes, (vector,), True, None)
         return {
             "embed": Embed(pooler),
@@ -90,7 +95,24 @@ def _splade(checkpoint: Checkpoint, full: PreTrainedModel, layout: Layout, probe
     if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
         raise CheckpointError(f"SpladePooling of {checkpoint.name} is not understood: {settings}")
     head = classifiers.of_tokens(full, layout, probe)
-    return Splade(head.rows, strategy, activation == "log1p_relu")
+    table = _query_table(checkpoint, probe.logits[0].shape[-1])
+    top_k = checkpoint.st.max_active if checkpoint.st else None
+    return Splade(
+        head.rows, strategy, activation == "log1p_relu", None if table is None else table.to(full.device), top_k
+    )
+
+
+def _query_table(checkpoint: Checkpoint, width: int) -> Tensor | None:
+    """Weights of all `width` vocabulary entries by which queries are encoded, if the checkpoint has any."""
+    table = checkpoint.st.query_weights if checkpoint.st else None
+    if table is None:
+        return None
+    if table.dim() != 1 or not len(checkpoint.tokenizer.get_vocab()) <= len(table) <= width:
+        raise CheckpointError(
+            f"the table for queries of {checkpoint.name} has the shape {tuple(table.shape)}, which does not fit a "
+            f"vocabulary of {width}"
+        )
+    return torch.nn.functional.pad(table, (0, width - len(table)))
 
 
 def _projection(checkpoint: Checkpoint, folder: Path, options: ModelConfig, device: torch.device) -> tuple[Step, ...]:

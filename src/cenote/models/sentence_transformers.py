@@ -67,6 +67,7 @@ class SentenceTransformer:
         multi_vector: how a late-interaction model encodes queries and documents; `None` = it is no such model.
         token_steps: its modules over token vectors.
         splade: config of a SpladePooling module.
+        max_active: how many weights of a sparse embedding are kept; `None` = all.
         query_weights: weights of vocabulary entries by which queries are encoded without the model.
         pair_template: variables of the chat template that renders a pair; `None` = a pair is not rendered.
         structured: that template takes message contents as lists of parts.
@@ -88,6 +89,7 @@ class SentenceTransformer:
     multi_vector: MultiVector | None = None
     token_steps: tuple[Step, ...] = ()
     splade: dict[str, Any] | None = None
+    max_active: int | None = None
     query_weights: Tensor | None = None
     pair_template: dict[str, Any] | None = None
     structured: bool = False
@@ -117,7 +119,7 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     query_weights = None
     if kinds == ["Router"]:
-        modules, kinds, query_weights = _routed(path / modules[0]["path"], allow_pickle)
+        modules, kinds, query_weights = _routed(path, modules[0]["path"], allow_pickle)
     if not kinds or kinds[0] not in BACKBONES:
         first = modules[0]["type"] if modules else "nothing"
         raise CheckpointError(
@@ -193,6 +195,7 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         else None,
         token_steps=tuple(step for step in token_steps if step is not normalize),
         splade=splade,
+        max_active=settings.get("max_active_dims"),
         query_weights=query_weights,
         pair_template=_pair_template(transformer),
         structured=(transformer.get("modality_config") or {}).get("message", {}).get("format") == "structured",
@@ -203,25 +206,33 @@ BACKBONES = ("Transformer", "MLMTransformer")
 """Module classes that hold the Transformers checkpoint; both spell the same thing."""
 
 
-def _routed(path: Path, allow_pickle: bool) -> tuple[list[dict[str, Any]], list[str], Tensor]:
-    """The document side of a Router whose query side is a table of weights: its modules, their kinds, the weights.
+def _routed(path: Path, own: str, allow_pickle: bool) -> tuple[list[dict[str, Any]], list[str], Tensor]:
+    """The document side of the Router in the folder `own`, whose query side is a table of weights.
+
+    Returns:
+        Its modules, their kinds, and the weights.
 
     Raises:
         CheckpointError: the routes are others.
     """
-    config = _json(path / "router_config.json")
-    types, routes = config["types"], config["structure"]
-    named = {folder: str(kind).rpartition(".")[2] for folder, kind in types.items()}
-    query = [named[folder] for folder in routes.get("query", [])]
-    if set(routes) != {"query", "document"} or query != ["SparseStaticEmbedding"]:
+    router = path / own
+    config = _json(router / "router_config.json")
+    types, routes, settings = config["types"], config["structure"], config.get("parameters") or {}
+    kinds = {side: [str(types[folder]).rpartition(".")[2] for folder in folders] for side, folders in routes.items()}
+    if set(kinds) != {"query", "document"} or kinds["query"] != ["SparseStaticEmbedding"]:
         raise CheckpointError(
             f"modules.json names a Router with the routes {sorted(routes)}; honoured is a document encoder whose query "
             "route is a SparseStaticEmbedding"
         )
-    folder = path / routes["query"][0]
-    weights = _weights(folder, allow_pickle)["weight"].float()
-    modules = [{"path": str((path / own).relative_to(path)), "type": types[own]} for own in routes["document"]]
-    return modules, [named[own] for own in routes["document"]], weights
+    if "SpladePooling" not in kinds["document"]:
+        raise CheckpointError("the queries' SparseStaticEmbedding needs documents with a SpladePooling to compare with")
+    if settings.get("route_mappings") or settings.get("default_route", "document") != "document":
+        raise CheckpointError(
+            "modules.json names a Router whose default route is not `document`, or that maps tasks to other routes"
+        )
+    weights = _weights(router / routes["query"][0], allow_pickle)["weight"].float()
+    modules = [{"path": f"{own or '.'}/{name}", "type": types[name]} for name in routes["document"]]
+    return modules, kinds["document"], weights
 
 
 def _pair_template(transformer: dict[str, Any]) -> dict[str, Any] | None:

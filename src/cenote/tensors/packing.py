@@ -68,6 +68,7 @@ class Batch:
         blind: a sequence with a prefix sees nothing but it, not even itself.
         hidden: per sequence, trailing tokens that no token attends to; `None` when all are 0.
         keeps: per sequence, the tokens whose rows are wanted, `None` = all; `None` when all are wanted of all.
+        looked_up: per sequence, whether its sparse embedding comes from a table; `None` when none does.
     """
 
     ids_T: Tensor
@@ -80,6 +81,7 @@ class Batch:
     blind: bool = False
     hidden: tuple[int, ...] | None = None
     keeps: tuple[Seq[int] | None, ...] | None = None
+    looked_up: tuple[bool, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -154,6 +156,7 @@ class Batch:
             skips=None if self.skips is None else tuple(self.skips[i] for i in members),
             hidden=None if self.hidden is None else tuple(self.hidden[i] for i in members),
             keeps=None if self.keeps is None else tuple(self.keeps[i] for i in members),
+            looked_up=None if self.looked_up is None else tuple(self.looked_up[i] for i in members),
         )
         return part, rows
 
@@ -197,6 +200,7 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         skips=tuple(s.skip for s in sequences) if any(s.skip for s in sequences) else None,
         hidden=tuple(s.hidden for s in sequences) if any(s.hidden for s in sequences) else None,
         keeps=tuple(s.keep for s in sequences) if any(s.keep is not None for s in sequences) else None,
+        looked_up=tuple(s.looked_up for s in sequences) if any(s.looked_up for s in sequences) else None,
     )
 
 

@@ -6,7 +6,6 @@ Recognised by its files `sparse_linear.pt` and `colbert_linear.pt`, which are re
 
 from __future__ import annotations
 
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,13 +27,15 @@ def is_one(architecture: str, folder: Path) -> bool:
     return architecture == ARCHITECTURE or all((folder / name).is_file() for name in FILES)
 
 
-def heads(folder: Path) -> tuple[nn.Linear, nn.Linear]:
-    """The two layers over hidden states, float32: a weight per token, and a vector per token.
+def heads(folder: Path, width: int) -> tuple[nn.Linear, nn.Linear]:
+    """The two layers over hidden states of size `width`, float32: a weight per token, and a vector per token.
 
     Raises:
         CheckpointError: a file is missing, damaged, or has other tensors.
     """
-    weight, vector = (_linear(folder / name) for name in FILES)
+    weight, vector = (_linear(folder / name, width) for name in FILES)
+    if weight.out_features != 1:
+        raise CheckpointError(f"{FILES[0]} must give one weight per token, not {weight.out_features}")
     return weight, vector
 
 
@@ -44,13 +45,16 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({i for i in ids if i is not None}))
 
 
-def _linear(file: Path) -> nn.Linear:
+def _linear(file: Path, width: int) -> nn.Linear:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+    except Exception as error:  # damaged pickles raise errors of any kind
         raise CheckpointError(f"cannot read {file.name}: {error}") from None
     if not isinstance(weights, dict) or set(weights) != {"weight", "bias"}:
         raise CheckpointError(f"{file.name} must hold the tensors weight and bias")
-    layer = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
-    layer.load_state_dict(weights)
+    try:
+        layer = nn.Linear(width, len(weights["bias"]))
+        layer.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{file.name} does not fit hidden states of size {width}: {error}") from None
     return layer.float().eval().requires_grad_(False)
