@@ -612,3 +612,16 @@ def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, 
     (folder / "README.md").write_text(card)
     model, _ = runner.load(ModelConfig(model=str(folder), hf_overrides=overrides))
     assert model.info.matryoshka == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("T5", {"d_ff": 64, "d_kv": 8, "num_layers": 2, "d_model": 32, "decoder_start_token_id": 0, "eos_token_id": 3}),
+        ("Funnel", {"block_sizes": [1, 1], "n_head": 4, "d_head": 8, "d_inner": 64, "attention_type": "factorized"}),
+    ],
+)
+def test_heads_whose_backbone_does_not_run_alone(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    folder = checkpoints.classifier(tmp_path / "model", family, num_labels=2, **options)
+    with pytest.raises(CheckpointError, match=f"model: {family}.*Model cannot be run over token ids alone"):
+        runner.load(ModelConfig(model=str(folder)))

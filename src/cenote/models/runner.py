@@ -175,13 +175,21 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
     adapters = adapting.Adapters(model, adapting.find(folders))
     probe = None if full is model else classifiers.Probe(full, max_length=length)
-    layout, reasons = choose(
-        model,
-        max_length=length,
-        packed=options.packing,
-        kernels=kernels,
-        share_prefixes=options.prefix_sharing,
-    )
+    try:
+        layout, reasons = choose(
+            model,
+            max_length=length,
+            packed=options.packing,
+            kernels=kernels,
+            share_prefixes=options.prefix_sharing,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a model raises over plain token ids means that it cannot be fed so
+        raise CheckpointError(
+            f"{checkpoint.name}: {type(model).__name__} cannot be run over token ids alone, which all tasks build on: "
+            f"{type(error).__name__}: {checkpoints.first_line(error)}"
+        ) from error
     notes = [note for note in (dtype_note, length_note) if note]
     if layout.name != "packed":
         notes.append(f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked"))
