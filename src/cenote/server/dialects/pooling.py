@@ -254,17 +254,17 @@ async def answer_vectors(
         sequences = render(serving, service, body, task, params, applied)
         if small is not None:
             ranges.append(small.ranges(service, (task, *also), params))
-        return [replace(sequence, also=also) for sequence in sequences] if also else sequences
-
-    sequences, outputs = await serving.compute(request, service, rendered)
-    head = answers.head(serving, request, body, prefix, sequences, applied)
-    if also or any(output.indices is not None for output in outputs):
-        if body.encoding_format != "float":
+        if (also or task == "sparse") and body.encoding_format != "float":
             raise BadRequest(
                 f"sparse embeddings and several kinds at once have only the encoding_format 'float', "
                 f"got {body.encoding_format!r}",
                 param="encoding_format",
             )
+        return [replace(sequence, also=also) for sequence in sequences] if also else sequences
+
+    sequences, outputs = await serving.compute(request, service, rendered)
+    head = answers.head(serving, request, body, prefix, sequences, applied)
+    if also or any(output.indices is not None for output in outputs):
         return await serving.in_pool(
             "encode", lambda: _several(service, body, head, outputs, task, kind, field, small, ranges)
         )
