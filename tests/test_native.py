@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.models.fuse import fuse_epilogues
+from cenote.models.fuse import fuse
 from cenote.tensors import native
 from cenote.tensors.attention import Rule, attend_runs
-from cenote.tensors.native import Kernels
+from cenote.tensors.native import Chain, Kernels, Step
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 
@@ -84,11 +84,63 @@ def test_refuses_long_sequences_and_gradients(kernels: Kernels) -> None:
         assert not kernels.can_attend(*states, longest=native.LONGEST + 1)
 
 
-def test_bias_gelu_equals_torch(kernels: Kernels) -> None:
-    y = torch.cat([torch.linspace(-20, 20, 2048), torch.randn(2048) * 3]).view(8, 512)
-    bias = torch.randn(512)
-    expected = F.gelu(y.double() + bias)
-    assert torch.allclose(kernels.bias_gelu_(y.clone(), bias).double(), expected, atol=2e-6)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 63, 64, 65, 300, 1025])
+@pytest.mark.parametrize(("into", "middle", "out"), [(32, 64, 32), (7, 50, 33), (48, 1600, 1)])
+def test_chains_equal_torch(kernels: Kernels, rows: int, into: int, middle: int, out: int, threads: int) -> None:
+    torch.manual_seed(rows)
+    first, second, norm = nn.Linear(into, middle), nn.Linear(middle, out, bias=False), nn.LayerNorm(out, eps=1e-3)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    wide, residual = torch.randn(rows, into + 5), torch.randn(1, rows, out)
+    x = wide[None, :, :into]  # rows further apart than they are long
+    before, torch_threads = wide.clone(), torch.get_num_threads()
+    packed = [kernels.pack(linear.weight) for linear in (first, second)]
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            for name, apply in native.ACTIVATIONS.items():
+                steps = (Step(packed[0], first.bias, activation=name), Step(packed[1], norm=norm))
+                got = Chain(kernels, steps)(x, residual)
+                inner = apply(F.linear(x.double(), first.weight.double(), first.bias.double()))
+                total = F.linear(inner, second.weight.double()) + residual
+                expected = F.layer_norm(total, (out,), norm.weight.double(), norm.bias.double(), norm.eps)
+                assert got.shape == (1, rows, out)
+                assert torch.allclose(got.double(), expected, atol=2e-5), name
+            alone = Chain(kernels, (Step(packed[0], first.bias),))(x)
+            assert torch.allclose(alone, first(x), atol=1e-5)
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert torch.equal(wide, before), "the input stays"
+
+
+def test_activations_in_a_chain_equal_torch_everywhere(kernels: Kernels) -> None:
+    x = torch.cat([torch.linspace(-20, 20, 2048), torch.randn(2048) * 3, torch.tensor([-1e4, 1e4, 0.0])])[:, None]
+    one = kernels.pack(torch.ones(1, 1))
+    for name, apply in native.ACTIVATIONS.items():
+        got = Chain(kernels, (Step(one, activation=name),))(x)
+        assert torch.allclose(got.double(), apply(x.double()), atol=2e-6, rtol=1e-6), name
+
+
+def test_a_poisoned_row_of_a_chain_stays_alone(kernels: Kernels) -> None:
+    x = torch.randn(9, 8)
+    x[4, 2] = float("nan")
+    packed = kernels.pack(torch.randn(8, 8))
+    steps = (Step(packed, torch.randn(8), activation="gelu"), Step(packed, norm=nn.LayerNorm(8)))
+    poisoned = Chain(kernels, steps)(x, torch.randn(9, 8)).isnan().all(1)
+    assert poisoned.nonzero().flatten().tolist() == [4]
+
+
+def test_chains_refuse_other_numbers(kernels: Kernels) -> None:
+    chain = Chain(kernels, (Step(kernels.pack(torch.randn(4, 4))),))
+    with pytest.raises(TypeError, match=r"expected float32 on the CPU, got torch\.float64"):
+        chain(torch.randn(2, 4).double())
+    assert chain(torch.randn(0, 4)).shape == (0, 4)
+
+
+def test_unpacking_gives_the_very_same_matrix(kernels: Kernels) -> None:
+    weight = torch.randn(70, 300) * torch.logspace(-20, 20, 300)
+    assert torch.equal(kernels.unpack(kernels.pack(weight)), weight)
 
 
 def test_no_compiler_means_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,27 +188,83 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("with_kernels", [False, True])
 @pytest.mark.parametrize(
-    ("activation", "options", "fused"),
+    ("activation", "options", "natively", "plainly"),
     [
-        (nn.GELU, {}, 1),
-        (nn.GELU, {"twice": True}, 1),
-        (nn.GELU, {"reuse": True}, 0),
-        (partial(nn.GELU, approximate="tanh"), {}, 0),  # of the same class, but not the exact form
-        (nn.SiLU, {}, 1),
-        (nn.ReLU, {}, 1),
-        (nn.ReLU, {"reuse": True}, 0),
+        (nn.GELU, {}, ("packed", "activated", "chained"), ("in place",)),
+        (nn.GELU, {"twice": True}, ("packed", "activated"), ("in place",)),
+        (nn.GELU, {"reuse": True}, ("packed",), ()),
+        # Of the same class, but not the exact form.
+        (partial(nn.GELU, approximate="tanh"), {}, ("packed",), ()),
+        (nn.SiLU, {}, ("packed", "activated", "chained"), ("in place",)),
+        (nn.ReLU, {}, ("packed", "activated", "chained"), ("in place",)),
+        (nn.ReLU, {"reuse": True}, ("packed",), ()),
+        (nn.Tanh, {}, ("packed", "in place"), ("in place",)),
     ],
 )
 def test_fusing_never_changes_the_result(
-    kernels: Kernels, with_kernels: bool, activation: Callable[[], nn.Module], options: dict[str, bool], fused: int
+    kernels: Kernels,
+    with_kernels: bool,
+    activation: Callable[[], nn.Module],
+    options: dict[str, bool],
+    natively: tuple[str, ...],
+    plainly: tuple[str, ...],
 ) -> None:
     torch.manual_seed(0)
     block = Block(activation(), **options).eval()
     x, other = torch.randn(1, 9, 32), torch.randn(1, 5, 32)
     with torch.inference_mode():
         expected, unseen = block(x).clone(), block(other).clone()
-        count = fuse_epilogues(block, lambda: block(x), kernels if with_kernels else None)
+        kinds = fuse(block, lambda: block(x), kernels if with_kernels else None)
         assert torch.allclose(block(x), expected, atol=2e-6)
         assert torch.allclose(block(other), unseen, atol=2e-6)
-    assert count == fused
-    assert block(other).requires_grad
+    assert kinds == (natively if with_kernels else plainly)
+    assert (block.up.weight.device.type == "meta") == with_kernels, "the plain matrix is freed where it is not needed"
+
+
+class Residual(nn.Module):
+    """A Linear, a residual and a LayerNorm; `twist` changes how they are joined."""
+
+    def __init__(self, twist: str) -> None:
+        super().__init__()
+        self.dense, self.norm, self.dropout = nn.Linear(32, 32), nn.LayerNorm(32), nn.Dropout(0.5)
+        self.twist = twist
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y = self.dropout(self.dense(h))
+        if self.twist == "scaled":
+            return self.norm(y + 0.5 * x)
+        if self.twist == "inside":
+            return x + self.norm(y)
+        if self.twist == "after":
+            return self.norm(y + x) * 1.5
+        if self.twist == "weight":
+            return self.norm(y + x) + self.dense.weight.sum()
+        return self.norm(y + x)
+
+
+@pytest.mark.parametrize("twist", ["", "scaled", "inside", "after", "weight", "hooked"])
+def test_only_a_sum_with_the_residual_is_normalised_natively(kernels: Kernels, twist: str) -> None:
+    torch.manual_seed(1)
+    block = Residual(twist).eval()
+    if twist == "hooked":
+        block.dense.register_forward_hook(lambda module, args, y: y + 1)
+    x, residual = torch.randn(1, 9, 32), torch.randn(1, 9, 32)
+    weight = block.dense.weight.clone()
+    with torch.inference_mode():
+        expected = block(x, residual).clone()
+        kinds = fuse(block, lambda: block(x, residual), kernels)
+        assert torch.allclose(block(x, residual), expected, atol=2e-6)
+    assert kinds == {"": ("packed", "normalised"), "weight": ()}.get(twist, ("packed",))
+    if twist == "weight":
+        assert torch.equal(block.dense.weight, weight), "a model that reads the matrix gets it back"
+
+
+def test_a_tied_matrix_stays_where_it_is(kernels: Kernels) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)).eval()
+    model[1].weight = model[0].weight  # type: ignore[assignment]
+    ids = torch.arange(20)
+    with torch.inference_mode():
+        expected = model(ids).clone()
+        assert fuse(model, lambda: model(ids), kernels) == ()
+        assert torch.equal(model(ids), expected)

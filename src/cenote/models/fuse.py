@@ -1,46 +1,83 @@
-"""Joins a Linear with the activation behind it, without knowing the model: on a CPU, one pass over memory less.
+"""Runs Linear layers with what follows them, without knowing the model: on a CPU, fewer passes over memory.
 
-One probe forward shows which activation modules receive the very tensor that a Linear has just returned. Those work
-in place from then on; or, with the native kernels and the exact GELU, the Linear adds its bias and activates in one
-go, and the activation module passes its input on. After each kind of change the probe runs again, and what moved its
-result is taken back. Weights and classes stay as they are; only `forward` of single modules is replaced.
+A probe forward shows what happens to the output of each Linear: an activation module takes it, whose output another
+Linear takes; or a block adds it to a residual and normalises the sum. Five kinds of change follow from that, each to
+the `forward` of single modules, while classes stay as they are:
+
+- *packed*: the matrix is kept in the order in which the BLAS reads it, which is worth most to small batches;
+- *activated*: the Linear adds its bias and activates in one go, and the activation module passes its input on;
+- *chained*: a Linear that takes what another has activated runs both, block of rows by block of rows, and the other
+  passes its input on;
+- *normalised*: a block of a Linear, a residual and a LayerNorm becomes the end of such a chain;
+- *in place*: activations that remain overwrite their input.
+
+After each kind the probe runs again, and a kind that moved its result is taken back.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from cenote.tensors.native import Chain, Step
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from cenote.tensors.native import Kernels
+    from cenote.tensors.native import Kernels, Packed
 
-    Pair = tuple[nn.Module, list[nn.Linear]]
+    Forwards = dict[nn.Module, Callable[..., Tensor]]
 
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "GELUActivation": torch.ops.aten.gelu_,
-    "GELU": torch.ops.aten.gelu_,
-    "GELUTanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
-    "NewGELUActivation": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
-    "FastGELUActivation": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
-    "ReLU": torch.relu_,
-    "SiLU": torch.ops.aten.silu_,
-    "SiLUActivation": torch.ops.aten.silu_,
-    "Tanh": torch.tanh_,
+log = logging.getLogger(__name__)
+
+KINDS = ("packed", "activated", "chained", "normalised", "in place")
+ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "GELUActivation": ("gelu", torch.ops.aten.gelu_),
+    "GELU": ("gelu", torch.ops.aten.gelu_),
+    "GELUTanh": ("gelu_tanh", lambda x: torch.ops.aten.gelu_(x, approximate="tanh")),
+    "NewGELUActivation": ("gelu_tanh", lambda x: torch.ops.aten.gelu_(x, approximate="tanh")),
+    "FastGELUActivation": ("gelu_tanh", lambda x: torch.ops.aten.gelu_(x, approximate="tanh")),
+    "ReLU": ("relu", torch.relu_),
+    "SiLU": ("silu", torch.ops.aten.silu_),
+    "SiLUActivation": ("silu", torch.ops.aten.silu_),
+    "Tanh": ("", torch.tanh_),
 }
-"""In-place forms by the name of the module's class; the probe decides whether they are right."""
-EXACT_GELU = frozenset({"GELUActivation", "GELU"})
+"""By the class of an activation module: its name among `cenote.tensors.native.ACTIVATIONS`, and its in-place form. The
+probe decides whether they are right."""
+
+
+@dataclass
+class Seen:
+    """What one probe forward showed.
+
+    Attributes:
+        free: modules that nobody has patched or hooked.
+        linears: those that were called.
+        activations: activation modules whose every input is the untouched output of a Linear, with those Linears.
+        next: the Linear that takes what a Linear gave and an activation changed, and nobody else does.
+        norms: blocks that add a Linear's output to their second argument and normalise, with the Linear and the norm.
+    """
+
+    free: set[nn.Module] = field(default_factory=set)
+    linears: list[nn.Linear] = field(default_factory=list)
+    activations: dict[nn.Module, list[nn.Linear]] = field(default_factory=dict)
+    next: dict[nn.Linear, nn.Linear] = field(default_factory=dict)
+    norms: dict[nn.Module, tuple[nn.Linear, nn.LayerNorm]] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def fuse_epilogues(model: nn.Module, probe: Callable[[], Tensor], kernels: Kernels | None = None) -> int:
-    """Fuse what can be fused; returns the number of activation modules concerned.
+def fuse(model: nn.Module, probe: Callable[[], Tensor], kernels: Kernels | None = None) -> tuple[str, ...]:
+    """Fuse what can be fused; returns the kinds of change that were kept, of `KINDS`.
+
+    The matrices of packed Linears move to the "meta" device: their memory is freed, and whoever reads them past
+    `forward` fails.
 
     Args:
         model: in eval mode, on the CPU.
@@ -48,107 +85,176 @@ def fuse_epilogues(model: nn.Module, probe: Callable[[], Tensor], kernels: Kerne
         kernels: native kernels, if there are any.
     """
     reference = probe().clone()
-
-    def settle(modules: list[nn.Module]) -> int:
-        """Keep the change if the probe's result stayed, else take it back."""
-        if not modules or _same(reference, probe()):
-            return sum(not isinstance(module, nn.Linear) for module in modules)
-        for module in modules:
-            vars(module).pop("forward", None)
-        return 0
-
-    pairs = [(activation, linears) for activation, linears in _pairs(model, probe) if _untouched(activation, linears)]
-    count = settle(_join(pairs, kernels)) if kernels is not None else 0
-    rest = [activation for activation, _ in pairs if "forward" not in vars(activation)]
-    for activation in rest:
-        vars(activation)["forward"] = _in_place(activation)
-    return count + settle(rest)
-
-
-def _join(pairs: list[Pair], kernels: Kernels) -> list[nn.Module]:
-    """Let the Linears of exact GELUs activate by themselves; returns the modules that were changed."""
-    joined: list[nn.Module] = []
-    for activation, linears in pairs:
-        fits = all(
-            x.bias is not None
-            and x.weight.dtype == torch.float32
-            and x.weight.device.type == "cpu"
-            and x.out_features % kernels.width == 0
-            for x in linears
-        )
-        if fits and type(activation).__name__ in EXACT_GELU:
-            vars(activation)["forward"] = _identity
-            for linear in linears:
-                vars(linear)["forward"] = _linear_gelu(linear, kernels)
-            joined += [activation, *linears]
-    return joined
+    seen = _observe(model, probe)
+    packed: dict[nn.Linear, Packed] = {}
+    if kernels is not None and kernels.can_chain:
+        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+        packed = {x: _pack(x, kernels) for x in seen.linears if _is_plain(x) and uses[id(x.weight)] == 1}
+    installed: Forwards = {}
+    kept: tuple[str, ...] = ()
+    for kind in KINDS:
+        forwards, counts = _forwards((*kept, kind), seen, packed, kernels)
+        if not counts[kind]:
+            continue
+        _exchange(installed, forwards)
+        if _gives(probe, reference):
+            installed, kept = forwards, (*kept, kind)
+            continue
+        _exchange(forwards, installed)
+        if kind == "packed" and kernels is not None:
+            for linear, own in packed.items():
+                linear.weight = nn.Parameter(kernels.unpack(own), requires_grad=False)
+            packed = {}
+    return kept
 
 
-def _pairs(model: nn.Module, probe: Callable[[], Tensor]) -> list[Pair]:
-    """Activation modules whose every input is the untouched output of a Linear, with those Linears."""
-    produced: dict[int, tuple[nn.Linear, Tensor]] = {}  # holds the tensor, so that its id stays its own
+def _forwards(
+    kinds: tuple[str, ...], seen: Seen, packed: Mapping[nn.Linear, Packed], kernels: Kernels | None
+) -> tuple[Forwards, Counter[str]]:
+    """The `forward` of each module that changes of these kinds replace, and how many changes of each kind those are."""
+    forwards: Forwards = {}
+    counts = Counter(packed=len(packed))
+    steps: dict[nn.Linear, tuple[Step, ...]] = {x: (Step(own, x.bias),) for x, own in packed.items()}
+    if "activated" in kinds:
+        for activation, linears in seen.activations.items():
+            name, _ = ACTIVATIONS[type(activation).__name__]
+            if name and all(x in steps and x in seen.free for x in linears):
+                forwards[activation] = _identity
+                steps |= {x: (replace(steps[x][0], activation=name),) for x in linears}
+                counts["activated"] += 1
+    if "chained" in kinds:
+        for first, second in seen.next.items():
+            if first in steps and second in steps and steps[first][-1].activation and second in seen.free:
+                forwards[first] = _identity
+                steps[second] = (*steps.pop(first), *steps[second])
+                counts["chained"] += 1
+    if kernels is not None:
+        forwards |= {x: Chain(kernels, own) for x, own in steps.items()}
+        for block, (linear, norm) in seen.norms.items() if "normalised" in kinds else ():
+            if linear in steps and not steps[linear][-1].activation and linear in seen.free:
+                own = steps[linear]
+                forwards[block] = Chain(kernels, (*own[:-1], replace(own[-1], norm=norm)))
+                counts["normalised"] += 1
+    if "in place" in kinds:
+        rest = [x for x in seen.activations if x not in forwards and seen.free.issuperset(seen.activations[x])]
+        forwards |= {x: ACTIVATIONS[type(x).__name__][1] for x in rest}
+        counts["in place"] = len(rest)
+    return forwards, counts
+
+
+def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
+    """Watch one forward."""
+    seen = Seen({x for x in model.modules() if not ("forward" in vars(x) or x._forward_hooks or x._forward_pre_hooks)})
+    held: list[Tensor] = []  # so that the id of a tensor stays its own
+    made: dict[int, nn.Linear] = {}
+    activated: dict[int, nn.Linear] = {}
+    gave: Counter[nn.Linear] = Counter()
+    taken: Counter[nn.Linear] = Counter()
     sources: dict[nn.Module, list[nn.Linear | None]] = {}
-    taken: dict[nn.Linear, int] = {}
-    made: dict[nn.Linear, int] = {}
+    targets: dict[nn.Linear, list[nn.Linear]] = {}
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}
+    adds: dict[nn.Module, bool] = {}
 
-    def after_linear(module: nn.Module, _: Any, output: Any) -> None:
-        assert isinstance(module, nn.Linear)
-        produced[id(output)] = (module, output)
-        made[module] = made.get(module, 0) + 1
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = () if kwargs else args
+        if isinstance(module, nn.Linear) and (source := activated.get(id(args[0]))) is not None:
+            targets.setdefault(source, []).append(module)
+        elif type(module).__name__ in ACTIVATIONS:
+            source = made.get(id(args[0])) if len(args) == 1 else None
+            sources.setdefault(module, []).append(source)
+            if source is not None:
+                taken[source] += 1
 
-    def before_activation(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found = produced.get(id(args[0])) if len(args) == 1 else None
-        sources.setdefault(module, []).append(found[0] if found else None)
-        if found:
-            taken[found[0]] = taken.get(found[0], 0) + 1
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            if module not in gave:
+                seen.linears.append(module)
+            gave[module] += 1
+            held.append(output)
+            made[id(output)] = module
+        elif type(module).__name__ in ACTIVATIONS:
+            if (source := sources[module][-1]) is not None:
+                held.append(output)
+                activated[id(output)] = source
+        elif (pair := _block(module)) is not None:
+            adds[module] = adds.get(module, True) and _adds(inputs, module, *pair, output)
 
     handles = []
     try:
         for module in model.modules():
-            if type(module) is nn.Linear:
-                handles.append(module.register_forward_hook(after_linear))
-            elif type(module).__name__ in IN_PLACE:
-                handles.append(module.register_forward_pre_hook(before_activation))
+            if (
+                type(module) in (nn.Linear, nn.LayerNorm)
+                or type(module).__name__ in ACTIVATIONS
+                or _block(module) is not None
+            ):
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after))
         probe()
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        (activation, list(dict.fromkeys(x for x in linears if x is not None)))
-        for activation, linears in sources.items()
-        if all(x is not None and taken[x] == made[x] for x in linears)
-    ]
+    for activation, linears in sources.items():
+        if activation in seen.free and all(x is not None and taken[x] == gave[x] for x in linears):
+            seen.activations[activation] = list(dict.fromkeys(x for x in linears if x is not None))
+    for first, seconds in targets.items():
+        second = seconds[0]
+        if set(seconds) == {second} and len(seconds) == gave[first] == gave[second]:
+            seen.next[first] = second
+    seen.norms = {module: pair for module, yes in adds.items() if yes and (pair := _block(module))}
+    return seen
 
 
-def _untouched(activation: nn.Module, linears: list[nn.Linear]) -> bool:
-    """Nobody else has patched or hooked these modules."""
-    return not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (activation, *linears))
+def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:
+    """The Linear and the LayerNorm of a module that has one of each and otherwise nothing but dropout."""
+    rest = [x for x in module.children() if not isinstance(x, (nn.Dropout, nn.Identity))]
+    linears = [x for x in rest if type(x) is nn.Linear]
+    norms = [x for x in rest if type(x) is nn.LayerNorm and x.weight is not None and x.bias is not None]
+    return (linears[0], norms[0]) if len(rest) == 2 and linears and norms else None
 
 
-def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    original, apply = activation.forward, IN_PLACE[type(activation).__name__]
+def _adds(
+    inputs: Mapping[nn.Module, tuple[Any, ...]], block: nn.Module, linear: nn.Linear, norm: nn.LayerNorm, output: Any
+) -> bool:
+    """Whether a block has just given `norm(linear(first argument) + second argument)`."""
+    own, given, summed = (inputs.get(x, ()) for x in (block, linear, norm))
+    return (
+        (len(own), len(given), len(summed)) == (2, 1, 1)
+        and given[0] is own[0]
+        and torch.equal(summed[0], linear.forward(own[0]) + own[1])
+        and torch.equal(output, norm.forward(summed[0]))
+    )
 
-    def forward(x: Tensor) -> Tensor:
-        return original(x) if torch.is_grad_enabled() else apply(x)
 
-    return forward
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether the native kernels take its weights and nobody has replaced its forward."""
+    own = [x for x in (linear.weight, linear.bias) if x is not None]
+    return "forward" not in vars(linear) and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in own)
 
 
-def _linear_gelu(linear: nn.Linear, kernels: Kernels) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = linear.weight, linear.bias
-        if torch.is_grad_enabled() or x.dtype != torch.float32:
-            return F.gelu(F.linear(x, weight, bias))
-        y_RD = torch.mm(x.reshape(-1, x.shape[-1]), weight.t())
-        return kernels.bias_gelu_(y_RD, bias).view(*x.shape[:-1], -1)
+def _pack(linear: nn.Linear, kernels: Kernels) -> Packed:
+    """Its matrix for the BLAS; what stays behind is only a shape."""
+    packed = kernels.pack(linear.weight)
+    linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+    return packed
 
-    return forward
+
+def _exchange(old: Forwards, new: Forwards) -> None:
+    for module in old:
+        del vars(module)["forward"]
+    for module, own in new.items():
+        vars(module)["forward"] = own
+
+
+def _gives(probe: Callable[[], Tensor], reference: Tensor) -> bool:
+    """Whether the probe still gives the reference."""
+    try:
+        found = probe()
+    except Exception as error:  # whatever a model raises means that it does more with these modules than call them
+        log.info("not fused: %s: %s", type(error).__name__, error)
+        return False
+    allowed = 2e-5 * max(1.0, float(reference.abs().max()))
+    return reference.shape == found.shape and torch.allclose(reference, found, atol=allowed, rtol=1e-5)
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    allowed = 2e-6 * max(1.0, float(a.abs().max()))
-    return a.shape == b.shape and bool(torch.isfinite(b).all()) and torch.allclose(a, b, atol=allowed, rtol=1e-5)

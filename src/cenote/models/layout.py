@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote.errors import CheckpointError
-from cenote.models.fuse import fuse_epilogues
+from cenote.models.fuse import fuse
 from cenote.tensors import attention
 from cenote.tensors.packing import SHORTEST_PREFIX, pack, set_apart, share
 from cenote.types import Sequence
@@ -241,7 +241,7 @@ def choose(
                 if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
-                    fuse_epilogues(model, partial(forward, layout, reference.batch), kernels)
+                    fuse(model, partial(forward, layout, reference.batch), kernels)
                 return layout, reasons
             reasons.append(reason)
             _restore_attention(model, native)

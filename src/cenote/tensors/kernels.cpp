@@ -1,7 +1,7 @@
-// Two small CPU kernels for packed (padding-free) inference, fp32 only.
+// Two CPU kernels for packed (padding-free) inference, fp32 only.
 //
 //   packed_attention   softmax(scale * Q K^T) V within each sequence of a packed batch
-//   bias_gelu          y = gelu(y + b), in place (exact, erf, form)
+//   linear_chain       Linear layers with what follows them: bias, activation, residual and LayerNorm
 //
 // Plain C interface, no dependency on torch headers: builds in a second or two and is
 // loaded with ctypes.  Uses the vector extensions shared by GCC and Clang, so that the
@@ -285,6 +285,104 @@ void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, int D, float scale
                    out_stride);
 }
 
+// cblas_sgemm_compute of MKL.
+using Compute = void (*)(int, int, int, int, int, int, const float*, int, const float*, int, float, float*, int);
+constexpr int kRowMajor = 101, kNoTranspose = 111, kPacked = 151;
+
+struct Step {
+  const float* weight;  // packed for `out` columns and `in` rows
+  const float* bias;
+  const float* gamma;
+  const float* beta;
+  int64_t in, out;
+  float epsilon;
+  int32_t activation;
+};
+
+inline vf load(const float* p, int64_t n) {
+  if (n >= W) return load(p);
+  vf v = {};
+  std::memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+inline void store(float* p, vf v, int64_t n) {
+  if (n >= W)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(float));
+}
+
+inline vf sigmoid(vf x) {
+  const vf e = exp_nonpositive(x > 0.0f ? -x : x);
+  return (x > 0.0f ? splat(1.0f) : e) / (e + 1.0f);
+}
+
+// 1 GELU by the normal distribution function, 2 GELU by tanh, 3 SiLU, 4 ReLU.
+template <int kind>
+inline vf activate(vf x) {
+  if constexpr (kind == 1) {
+    const vf limit = splat(kPhiRange);
+    vf z = x > limit ? limit : x;
+    z = z < -limit ? -limit : z;
+    const vf u = z * z * (2.0f / (kPhiRange * kPhiRange)) - 1.0f;
+    vf p = splat(kPhi[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < 17; ++i) p = p * u + kPhi[i];
+    return x < -limit ? splat(0.0f) : x * (z * p + 0.5f);
+  }
+  if constexpr (kind == 2) return x * sigmoid((x + x * x * x * 0.044715f) * 1.5957691216f);
+  if constexpr (kind == 3) return x * sigmoid(x);
+  if constexpr (kind == 4) return x < 0.0f ? splat(0.0f) : x;
+  return x;
+}
+
+template <int kind>
+void activate_rows(float* y, const float* bias, int64_t rows, int64_t columns) {
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t c = 0; c < columns; c += W) {
+      float* at = y + t * columns + c;
+      const int64_t n = columns - c;
+      const vf x = bias ? load(at, n) + load(bias + c, n) : load(at, n);
+      store(at, activate<kind>(x), n);
+    }
+}
+
+void activate_rows(float* y, const float* bias, int64_t rows, int64_t columns, int activation) {
+  if (activation == 1) activate_rows<1>(y, bias, rows, columns);
+  if (activation == 2) activate_rows<2>(y, bias, rows, columns);
+  if (activation == 3) activate_rows<3>(y, bias, rows, columns);
+  if (activation == 4) activate_rows<4>(y, bias, rows, columns);
+  if (activation == 0 && bias) activate_rows<0>(y, bias, rows, columns);
+}
+
+// row = (row + bias + other - mean) / sqrt(variance + epsilon) * gamma + beta; the variance is taken of the centred row.
+void add_norm(float* row, const Step& step, const float* other) {
+  const int64_t columns = step.out;
+  vf sum[1] = {splat(0.0f)}, squares[1] = {splat(0.0f)};
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t n = columns - c;
+    vf x = load(row + c, n) + load(other + c, n);
+    if (step.bias) x += load(step.bias + c, n);
+    store(row + c, x, n);
+    sum[0] += x;
+  }
+  sum_lanes<1>(sum);
+  const vf mean = sum[0] / static_cast<float>(columns);
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t n = columns - c;
+    vf x = load(row + c, n) - mean;
+    store(row + c, x, n);
+    if (n < W) x = load(row + c, n);  // lanes beyond the row count nothing
+    squares[0] += x * x;
+  }
+  sum_lanes<1>(squares);
+  const vf scale = splat(1.0f / __builtin_sqrtf(squares[0][0] / static_cast<float>(columns) + step.epsilon));
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t n = columns - c;
+    store(row + c, load(row + c, n) * scale * load(step.gamma + c, n) + load(step.beta + c, n), n);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -320,22 +418,43 @@ int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int
   return failed;
 }
 
-// y[t][:] = gelu(y[t][:] + b), in place; y contiguous, columns a multiple of the width.
-void bias_gelu(float* y, const float* b, int64_t rows, int64_t columns, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < rows; ++t) {
-    float* row = y + t * columns;
-    for (int64_t c = 0; c < columns; c += W) {
-      const vf x = load(row + c) + load(b + c);
-      const vf limit = splat(kPhiRange);
-      vf z = x > limit ? limit : x;
-      z = z < -limit ? -limit : z;
-      const vf u = z * z * (2.0f / (kPhiRange * kPhiRange)) - 1.0f;
-      vf p = splat(kPhi[0]);
-#pragma GCC unroll 16
-      for (int i = 1; i < 17; ++i) p = p * u + kPhi[i];
-      store(row + c, x * (z * p + 0.5f));
+// A chain of Linear layers: rows of x pass every step while they are in the cache.  A step multiplies by a matrix that
+// the BLAS has packed, adds a bias (if any), activates (0 = not), or adds the rows of the residual and normalises
+// (if gamma).  Scratch memory: `block` rows per thread.  Returns 0, or 1 when memory ran out.
+int linear_chain(Compute compute, const Step* steps, int count, const float* x, int64_t x_stride, const float* residual,
+                 int64_t residual_stride, float* out, int64_t rows, int64_t block, int threads) {
+  int64_t widest = 0;
+  for (int i = 0; i + 1 < count; ++i) widest = steps[i].out > widest ? steps[i].out : widest;
+  const int64_t blocks = (rows + block - 1) / block;
+  int failed = 0;
+  // A single block leaves the threads to the BLAS; several keep one each, without a barrier between steps.
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && blocks > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    static thread_local Scratch scratch;
+    const int64_t begin = rows * b / blocks, n = rows * (b + 1) / blocks - begin;
+    const float* from = x + begin * x_stride;
+    int64_t from_stride = x_stride;
+    try {
+      float* halves = scratch.get((count > 2 ? 2 : count - 1) * n * widest);
+      for (int i = 0; i < count; ++i) {
+        const Step& step = steps[i];
+        float* to = i + 1 == count ? out + begin * step.out : halves + i % 2 * n * widest;
+        compute(kRowMajor, kNoTranspose, kPacked, static_cast<int>(n), static_cast<int>(step.out),
+                static_cast<int>(step.in), from, static_cast<int>(from_stride), step.weight,
+                static_cast<int>(step.out), 0.0f, to, static_cast<int>(step.out));
+        if (step.gamma)
+          for (int64_t t = 0; t < n; ++t)
+            add_norm(to + t * step.out, step, residual + (begin + t) * residual_stride);
+        else
+          activate_rows(to, step.bias, n, step.out, step.activation);
+        from = to;
+        from_stride = step.out;
+      }
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+      failed = 1;
     }
   }
+  return failed;
 }
 }

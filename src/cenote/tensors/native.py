@@ -10,16 +10,22 @@ import ctypes
 import functools
 import hashlib
 import logging
+import mmap
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,17 @@ LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
 NARROWEST = 8
 """Vectors with fewer lanes (SSE) lose against torch."""
+SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
+"""Rows that pass a chain of Linear layers together: fewer waste the BLAS, more leave the cache."""
+CACHE = 3 << 19
+"""Bytes that the widest layer's rows of a block may take."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+"""What a chain can apply to a layer's output, in the order of kernels.cpp."""
 
 
 class Kernels:
@@ -51,9 +68,10 @@ class Kernels:
         strided = (pointer, long, long)
         self._attention.argtypes = [*strided, *strided, *strided, pointer, pointer, *[long] * 4, real, integer]
         self._attention.restype = integer
-        self._bias_gelu = library.bias_gelu
-        self._bias_gelu.argtypes = [pointer, pointer, long, long, integer]
-        self._bias_gelu.restype = None
+        self._chain = library.linear_chain
+        self._chain.argtypes = [pointer, pointer, integer, pointer, long, pointer, long, pointer, long, long, integer]
+        self._chain.restype = integer
+        self._blas = _Blas.find()
         self.width: int = library.vector_width()
 
     def can_attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, longest: int) -> bool:
@@ -99,11 +117,44 @@ class Kernels:
             raise MemoryError("packed attention")
         return out_1TNH
 
-    def bias_gelu_(self, y_RD: Tensor, bias_D: Tensor) -> Tensor:
-        """`gelu(y + bias)` in place, in its exact (erf) form; contiguous float32, D in whole vectors."""
-        rows, columns = y_RD.shape
-        self._bias_gelu(y_RD.data_ptr(), bias_D.data_ptr(), rows, columns, torch.get_num_threads())
-        return y_RD
+    @property
+    def can_chain(self) -> bool:
+        """Whether there is a BLAS that multiplies by packed matrices: torch's MKL, on x86."""
+        return self._blas is not None
+
+    def pack(self, weight: Tensor) -> Packed:
+        """A copy of the float32 matrix `[out, in]` of a Linear layer, in the order in which the BLAS reads it."""
+        assert self._blas is not None
+        return Packed(self._blas.pack(weight.detach().contiguous()), *weight.shape)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The matrix `[out, in]` again, by its products with the unit vectors, which are exact."""
+        return Chain(self, (Step(packed),))(torch.eye(packed.columns)).t().contiguous()
+
+    def run_chain(self, steps: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
+        """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
+        assert self._blas is not None
+        rows, threads = len(x_RI), torch.get_num_threads()
+        widest = max(step.out for step in steps)
+        block = max(SHORTEST_BLOCK, min(LONGEST_BLOCK, CACHE // (4 * widest)))
+        if rows > block or threads > 1:
+            turns = -(-rows // (block * threads))
+            block = max(SHORTEST_BLOCK, -(-rows // (turns * threads)))
+        failed = self._chain(
+            self._blas.compute,
+            steps,
+            len(steps),
+            x_RI.data_ptr(),
+            x_RI.stride(0),
+            None if residual_RO is None else residual_RO.data_ptr(),
+            0 if residual_RO is None else residual_RO.stride(0),
+            out_RO.data_ptr(),
+            rows,
+            block,
+            threads,
+        )
+        if failed:
+            raise MemoryError("a chain of Linear layers")
 
     def agree_with_torch(self) -> bool:
         """Whether small awkward cases equal torch in float64."""
@@ -126,9 +177,177 @@ class Kernels:
                     )
                     if not torch.allclose(got[:, a:b].double(), want.transpose(1, 2), atol=1e-5, rtol=1e-5):
                         return False
-            y, bias = torch.randn(5, 64, generator=generator) * 4, torch.randn(64, generator=generator)
-            want = F.gelu(y.double() + bias.double())
-            return torch.allclose(self.bias_gelu_(y, bias).double(), want, atol=2e-6, rtol=1e-6)
+            return not self.can_chain or self._chains_agree(generator)
+
+    def _chains_agree(self, generator: torch.Generator) -> bool:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        first, second, norm = torch.nn.Linear(40, 100), torch.nn.Linear(100, 40, bias=False), torch.nn.LayerNorm(40)
+        for parameter in (*first.parameters(), *second.parameters(), *norm.parameters()):
+            parameter.copy_(draw(*parameter.shape))
+        packed = [self.pack(linear.weight) for linear in (first, second)]
+        for rows in (1, 5, 300):
+            x, residual = draw(rows, 40), draw(rows, 40)
+            hidden = F.linear(x.double(), first.weight.double(), first.bias.double())
+            for name, apply in ACTIVATIONS.items():
+                product = F.linear(apply(hidden), second.weight.double()) + residual
+                want = F.layer_norm(product, (40,), norm.weight.double(), norm.bias.double(), norm.eps)
+                steps = (Step(packed[0], first.bias, activation=name), Step(packed[1], norm=norm))
+                if not torch.allclose(Chain(self, steps)(x, residual).double(), want, atol=2e-5, rtol=1e-5):
+                    return False
+        return all(torch.equal(self.unpack(p), x.weight) for p, x in zip(packed, (first, second), strict=True))
+
+
+class _Step(ctypes.Structure):
+    """`Step` of kernels.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("gamma", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("into", ctypes.c_int64),
+        ("out", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+    )
+
+
+class Packed(NamedTuple):
+    """A matrix in the order in which the BLAS reads it.
+
+    Attributes:
+        memory: its bytes. Most of what MKL asks for beyond the matrix is never touched, so it costs no memory.
+        rows: outputs of the layer.
+        columns: inputs of the layer.
+    """
+
+    memory: mmap.mmap
+    rows: int
+    columns: int
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A Linear layer and what follows it at once.
+
+    Attributes:
+        weight: its matrix.
+        bias: added to its product.
+        activation: a key of `ACTIVATIONS`, applied to the sum.
+        norm: a LayerNorm over the sum with the residual; not together with an activation.
+    """
+
+    weight: Packed
+    bias: Tensor | None = None
+    activation: str = ""
+    norm: torch.nn.LayerNorm | None = None
+
+
+class Chain:
+    """Linear layers one behind the other, block of rows by block of rows, so that what is between them stays in cache.
+
+    Args:
+        kernels: what runs them.
+        steps: the layers; only the last may normalise.
+    """
+
+    def __init__(self, kernels: Kernels, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self._kernels = kernels
+        self._array = (_Step * len(steps))(*map(_plain, steps))
+
+    def __deepcopy__(self, memo: object) -> Chain:
+        """Itself: it never changes."""
+        return self
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[..., in]` float32 to `[..., out]`; the residual has the shape of the result.
+
+        Raises:
+            MemoryError: there is no room for a block.
+            TypeError: the input is not float32 on the CPU.
+        """
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
+        shape = (*x.shape[:-1], self._array[-1].out)
+        x_RI = _rows(x)
+        residual_RO = None if residual is None else _rows(residual.expand(shape))
+        out_RO = torch.empty(len(x_RI), shape[-1])
+        if len(x_RI):
+            self._kernels.run_chain(self._array, x_RI, residual_RO, out_RO)
+        return out_RO.view(shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a matrix whose rows are contiguous."""
+    x_RD = x.reshape(-1, x.shape[-1])
+    return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+
+
+def _plain(step: Step) -> _Step:
+    norm = step.norm
+    return _Step(
+        step.weight.address,
+        None if step.bias is None else step.bias.data_ptr(),
+        None if norm is None else norm.weight.data_ptr(),
+        None if norm is None else norm.bias.data_ptr(),
+        step.weight.columns,
+        step.weight.rows,
+        0.0 if norm is None else norm.eps,
+        [*ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
+    )
+
+
+class _Blas:
+    """The functions of MKL for packed matrices, which torch carries and exports on x86.
+
+    Packing names a number of rows to tune for; the packed matrix serves any other number as well.
+    """
+
+    ROW_MAJOR, TRANSPOSE, MATRIX_B = 101, 112, 162
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        integer, pointer = ctypes.c_int, ctypes.c_void_p
+        self._size = library.cblas_sgemm_pack_get_size
+        self._size.argtypes = [integer] * 4
+        self._size.restype = ctypes.c_size_t
+        self._pack = library.cblas_sgemm_pack
+        self._pack.argtypes = [*[integer] * 6, ctypes.c_float, pointer, integer, pointer]
+        self._pack.restype = None
+        self.compute = ctypes.cast(library.cblas_sgemm_compute, pointer)
+
+    @classmethod
+    def find(cls) -> _Blas | None:
+        """MKL, or `None` where torch is built with another BLAS."""
+        try:
+            return cls(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")))
+        except (OSError, AttributeError):
+            return None
+
+    def pack(self, weight: Tensor) -> mmap.mmap:
+        out, into = weight.shape
+        memory = mmap.mmap(-1, max(1, self._size(self.MATRIX_B, LONGEST_BLOCK, out, into)))
+        target = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._pack(
+            self.ROW_MAJOR,
+            self.MATRIX_B,
+            self.TRANSPOSE,
+            LONGEST_BLOCK,
+            out,
+            into,
+            1.0,
+            weight.data_ptr(),
+            into,
+            target,
+        )
+        return memory
 
 
 @functools.cache
