@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cenote.models.layout import choose, forward
+from cenote.models.layout import Packed, choose, forward
 from cenote.tensors import native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
@@ -41,5 +41,20 @@ def test_equals_eager_one_by_one(architecture: Architecture, with_kernels: bool)
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
     for got, wanted in zip(hidden, expected, strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * scale), float((got - wanted).abs().max())
+    if isinstance(layout, Packed):
+        everywhere = {
+            "albert",
+            "umt5",
+            "gpt2",
+            "gpt-bigcode",
+        }  # one layer for all, or shapes taken from outside the layer
+        places = set() if architecture.name in everywhere else {"last"} if layout.is_causal else {"first", "last"}
+        assert layout.places == places
+    for place in getattr(layout, "places", ()):
+        at = pack(batch).rows_at(place)
+        got = forward(layout, pack(batch), place)
+        assert torch.allclose(got[at], torch.cat(expected)[at], rtol=0, atol=1e-5 * scale)
+        got[at] = torch.nan
+        assert got.isnan().all(), "rows that nobody wants were computed"
     spread = torch.stack([rows[-1] for rows in expected]).std(dim=0).mean()
     assert spread > 1e-3, "the tiny checkpoint gives nearly the same rows for all inputs and would prove nothing"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.models.layout import Layout
-    from cenote.tensors.packing import Batch
+    from cenote.tensors.packing import Batch, Place
 
     Rows = Callable[[Tensor], Tensor]
     """Logits of rows: `[R, D] -> [R, C]`, float32."""
@@ -46,12 +47,14 @@ class Classifier:
         whole: logits of whole sequences, `([T, D], batch, members) -> [B, C]`; `None` if the head is only for tokens.
         per_token: whether `rows` means something for every token, or only for the one that `whole` picks.
         num_labels: C.
+        place: the only token of each sequence that `whole` looks at, `(batch, members) -> place`, if there is one.
     """
 
     rows: Rows
     whole: Callable[[Tensor, Batch, list[int]], Tensor] | None
     per_token: bool
     num_labels: int
+    place: Callable[[Batch, list[int]], Place | None]
 
 
 class _States(tuple[Any, ...]):
@@ -161,10 +164,25 @@ class Together:
 def last_row(batch: Batch, member: int, pad: int | None) -> int:
     """Row of a sequence's last token whose id is not `pad`; its first row if all are."""
     start, stop = batch.starts[member], batch.starts[member + 1]
-    if pad is None or int(batch.ids_T[stop - 1]) != pad:
+    if pad is None or int(batch.host_ids_T[stop - 1]) != pad:
         return stop - 1
-    kept = (batch.ids_T[start:stop] != pad).nonzero()
+    kept = (batch.host_ids_T[start:stop] != pad).nonzero()[0]
     return start + (int(kept[-1]) if len(kept) else 0)
+
+
+def at_none(batch: Batch, members: list[int]) -> Place | None:
+    """`Classifier.place` of heads that look at more than one token."""
+    return None
+
+
+def at_first(batch: Batch, members: list[int]) -> Place | None:
+    """`Classifier.place` of heads that look at the first token."""
+    return "first"
+
+
+def at_last(pad: int | None, batch: Batch, members: list[int]) -> Place | None:
+    """`Classifier.place` of heads that look at `last_row`."""
+    return "last" if all(last_row(batch, i, pad) == batch.starts[i + 1] - 1 for i in members) else None
 
 
 class Probe:
@@ -211,7 +229,7 @@ def of_sequences(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classi
     faults = []
     with torch.inference_mode():
         x_TD = forward(layout, batch)
-        for name in ("first", "last", "padded"):
+        for name, place in (("first", at_first), ("last", partial(at_last, head.pad)), ("padded", at_none)):
             whole = getattr(head, name)
             try:
                 logits_BC = whole(x_TD, batch, list(range(batch.size)))
@@ -219,12 +237,12 @@ def of_sequences(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classi
                 faults.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0][:200])
                 continue
             if probe.agrees(list(logits_BC)):
-                return Classifier(head.rows, whole, name == "last", logits_BC.shape[-1])
+                return Classifier(head.rows, whole, name == "last", logits_BC.shape[-1], place)
             faults.append(f"{name}: other logits than the model's own")
         together = Together(model)
         if probe.agrees(list(together(x_TD, batch, list(range(batch.size))))):
             log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
-            return Classifier(head.rows, together, False, probe.logits[0].shape[-1])
+            return Classifier(head.rows, together, False, probe.logits[0].shape[-1], at_none)
     raise CheckpointError(
         f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
     )
@@ -242,7 +260,7 @@ def of_tokens(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifie
         logits_TC = head.rows(forward(layout, batch))
     if not probe.agrees(batch.split(logits_TC)):
         raise CheckpointError(f"the head of {type(model).__name__} cannot be run apart from its backbone")
-    return Classifier(head.rows, None, True, logits_TC.shape[-1])
+    return Classifier(head.rows, None, True, logits_TC.shape[-1], at_none)
 
 
 def of_vocabulary(
@@ -277,7 +295,8 @@ def of_vocabulary(
         logits_RC = of_each_token.rows(x_RD)
         return logits_RC[:, 1:] - logits_RC[:, :1] if difference else logits_RC
 
-    return Classifier(rows, of_last(rows), True, 1 if difference else of_each_token.num_labels)
+    num_labels = 1 if difference else of_each_token.num_labels
+    return Classifier(rows, of_last(rows), True, num_labels, partial(at_last, None))
 
 
 def of_modules(module: nn.Module, num_labels: int) -> Classifier:
@@ -287,7 +306,7 @@ def of_modules(module: nn.Module, num_labels: int) -> Classifier:
         logits_RC: Tensor = module(x_RD.float())
         return logits_RC
 
-    return Classifier(rows, of_last(rows), True, num_labels)
+    return Classifier(rows, of_last(rows), True, num_labels, partial(at_last, None))
 
 
 def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:

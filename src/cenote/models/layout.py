@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote.errors import CheckpointError
+from cenote.models import last_layer
 from cenote.models.fuse import fuse
 from cenote.tensors import attention
-from cenote.tensors.packing import SHORTEST_PREFIX, pack, set_apart, share
+from cenote.tensors.packing import PLACES, SHORTEST_PREFIX, pack, set_apart, share
 from cenote.types import Sequence
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch
+    from cenote.tensors.packing import Batch, Place
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Packed:
     Attributes:
         is_causal: whether the last forward's attention was.
         shares_prefixes: whether what sequences have in common at their beginning runs once.
+        places: the tokens for which alone the last layer can run.
     """
 
     name = "packed"
@@ -100,6 +102,7 @@ class Packed:
         self.kernels = kernels
         self.is_causal = False
         self.shares_prefixes = False
+        self.places: frozenset[Place] = frozenset()
         backbone.model.set_attn_implementation(attention.register())
         for module in backbone.model.modules():
             if hasattr(module, "compute_bias"):
@@ -111,25 +114,30 @@ class Packed:
             return [list(range(len(lengths)))]
         return list(_classes(lengths, self.backbone.rope_class).values())
 
-    def run(self, batch: Batch) -> Tensor:
-        """One forward; `[T, D]`."""
+    def run(self, batch: Batch, place: Place | None = None) -> Tensor:
+        """One forward; `[T, D]`, NaN but for the rows at `place`, if one of `places` is given."""
         positions_T = self._positions(batch)
         if batch.hidden is not None:
             return self._run(set_apart(batch), positions_T)
+        if place not in self.places or batch.tokens < 2 * batch.size:
+            place = None
         shared = share(batch) if self.shares_prefixes else None
         if shared is None:
-            return self._run(batch, positions_T)
-        return self._run(shared.batch, positions_T[shared.kept_U])[shared.expand_T]
+            return self._run(batch, positions_T, place)
+        return self._run(shared.batch, positions_T[shared.kept_U], place)[shared.expand_T]
 
-    def _run(self, batch: Batch, positions_T: Tensor) -> Tensor:
-        with attention.boundaries(batch, self.kernels) as under_way:
+    def _run(self, batch: Batch, positions_T: Tensor, place: Place | None = None) -> Tensor:
+        with attention.boundaries(batch, self.kernels, place) as under_way:
             hidden_TD = self.backbone.run(
                 input_ids=batch.ids_T[None],
                 position_ids=positions_T[None],
                 token_type_ids=None if batch.type_ids_T is None else batch.type_ids_T[None],
             )[0]
         self.is_causal = under_way.is_causal
-        return hidden_TD
+        if place is None:
+            return hidden_TD
+        spread_TD = hidden_TD.new_full((batch.tokens, hidden_TD.shape[-1]), torch.nan)
+        return spread_TD.index_copy_(0, batch.rows_at(place), hidden_TD)
 
     def _positions(self, batch: Batch) -> Tensor:
         backbone = self.backbone
@@ -173,8 +181,8 @@ class Padded:
             groups += [members[i : i + self.size] for i in range(0, len(members), self.size)]
         return groups
 
-    def run(self, batch: Batch) -> Tensor:
-        """One padded forward over all of `batch`; `[T, D]`."""
+    def run(self, batch: Batch, place: Place | None = None) -> Tensor:
+        """One padded forward over all of `batch`; `[T, D]`, whatever `place` is wanted."""
         places_L = torch.arange(batch.max_length, device=batch.ids_T.device)
         lengths = torch.tensor(batch.lengths, device=batch.ids_T.device)
         mask = seen = places_L < lengths[:, None]
@@ -192,15 +200,21 @@ class Padded:
 Layout = Packed | Padded
 
 
-def forward(layout: Layout, batch: Batch) -> Tensor:
-    """Last hidden states of every token of `batch`, in its order: `[T, D]`."""
+def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
+    """Last hidden states of every token of `batch`, in its order: `[T, D]`.
+
+    Args:
+        layout: how.
+        batch: of what.
+        place: the only token of each sequence whose row is wanted; others may be NaN.
+    """
     groups = layout.groups(batch.lengths, hides=batch.hidden is not None)
     if groups == [list(range(batch.size))]:
-        return layout.run(batch)
+        return layout.run(batch, place)
     hidden_TD: Tensor | None = None
     for members in groups:
         part, rows = batch.select(members)
-        part_TD = layout.run(part)
+        part_TD = layout.run(part, place)
         if hidden_TD is None:
             hidden_TD = part_TD.new_empty(batch.tokens, part_TD.shape[-1])
         hidden_TD[rows] = part_TD
@@ -242,6 +256,8 @@ def choose(
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
                     fuse(model, partial(forward, layout, reference.batch), kernels)
+                if isinstance(layout, Packed):
+                    _try_places(layout, reference)
                 return layout, reasons
             reasons.append(reason)
             _restore_attention(model, native)
@@ -303,6 +319,28 @@ def _sharing_fault(layout: Packed, window: int, max_length: int) -> str:
     reference = _Reference(model, [*drawn, draw(11)], other, partial(forward, layout))
     layout.shares_prefixes = True
     return reference.fault(layout)
+
+
+def _try_places(layout: Packed, reference: _Reference) -> None:
+    """Let `layout` run the last layer for single tokens, where that is proved to change nothing."""
+    layer = last_layer.find(layout.backbone.model)
+    if layer is None:
+        return
+    last_layer.LastLayer(layer)
+    rows_TD = forward(layout, reference.batch)
+    allowed = reference.tolerance * max(1.0, float(rows_TD.abs().max()))
+    for place in ("last",) if layout.is_causal else PLACES:
+        wanted_B = reference.batch.rows_at(place)
+        layout.places |= {place}
+        try:
+            exact = torch.allclose(forward(layout, reference.batch, place)[wanted_B], rows_TD[wanted_B], 0, allowed)
+        except Exception as error:  # as in _try
+            log.info("%s runs its last layer for all tokens: %s", type(layout.backbone.model).__name__, _line(error))
+            exact = False
+        if not exact:
+            layout.places -= {place}
+    if not layout.places:
+        del vars(layer)["forward"]
 
 
 class _Draw:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.classifiers import Classifier
-    from cenote.tensors.packing import Batch
+    from cenote.tensors.packing import Batch, Place
     from cenote.types import PoolingParams
 
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class TaskOutput(Protocol):
-    """What every task has."""
+    """What every task has. One that looks at a single token of each sequence says so, see `Embed.place`."""
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """Outputs of the sequences numbered `members`."""
@@ -71,11 +71,22 @@ class Pooler:
         return heads.apply(self.steps, x_RD, dimensions=params.dimensions or self.dimensions, activate=activate)
 
 
+def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
+    """The only token of each sequence that pooling by `modes` looks at, if there is one."""
+    if modes == ("cls",) and batch.skips is None:
+        return "first"
+    return "last" if modes == ("lasttoken",) else None
+
+
 @dataclass(frozen=True)
 class Embed:
     """`embed`: one vector per sequence."""
 
     pooler: Pooler
+
+    def place(self, batch: Batch, members: list[int]) -> Place | None:
+        """The only token of each member that is looked at, if there is one."""
+        return place_of(self.pooler.modes, batch)
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, D]`."""
@@ -147,6 +158,10 @@ class Classify:
     classifier: Classifier
     calibration: Calibration
     modes: tuple[str, ...] = ()
+
+    def place(self, batch: Batch, members: list[int]) -> Place | None:
+        """The only token of each member that is looked at, if there is one."""
+        return place_of(self.modes, batch) if self.modes else self.classifier.place(batch, members)
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, C]`."""

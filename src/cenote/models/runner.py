@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layout import Layout
     from cenote.models.outputs import TaskOutput
+    from cenote.tensors.packing import Batch, Place
     from cenote.types import PoolingParams
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class PoolingModel:
                 groups[task, only_of(TASKS[task], s.params)].append(row)
         parts: list[Part] = []
         with torch.inference_mode():
-            hidden_TD = forward(self.layout, batch)
+            hidden_TD = forward(self.layout, batch, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
                 split = [
@@ -96,6 +97,14 @@ class PoolingModel:
                 ]
                 parts.append(Part(task, [order[row] for row in members], split[0] or [], split[1]))
         return parts
+
+    def _place(self, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]]) -> Place | None:
+        """The only token of each sequence that all outputs asked for look at, if there is one."""
+        places = {
+            own(batch, members) if (own := getattr(self.outputs[task], "place", None)) else None
+            for (task, _), members in groups.items()
+        }
+        return places.pop() if len(places) == 1 else None
 
 
 class Part(NamedTuple):

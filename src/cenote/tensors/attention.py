@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch
+    from cenote.tensors.packing import Batch, Place, Run
 
 NAME = "cenote"
 QUERY_BLOCK = 256
@@ -52,24 +52,35 @@ class Forward:
     Attributes:
         is_called: whether the model has called the attention function in it.
         is_causal: whether every call so far was causal.
+        place: the only token of each sequence whose row is wanted of the last layer; `None` = all are.
+        keys: keys and values of all tokens in the last layer, while it runs for those tokens alone.
+        wants_keys: the call to come is made for its keys and values, and ends with `KeysFound`.
     """
 
     batch: Batch
     kernels: Kernels | None = None
+    place: Place | None = None
     is_called: bool = False
     is_causal: bool = True
+    keys: tuple[Tensor, Tensor] | None = None
+    wants_keys: bool = False
+
+
+class KeysFound(Exception):
+    """Ends a forward that was made for `Forward.keys`. Not an error."""
 
 
 _FORWARD: ContextVar[Forward] = ContextVar("cenote_forward")
 
 
 @contextmanager
-def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[Forward]:
+def boundaries(batch: Batch, kernels: Kernels | None = None, place: Place | None = None) -> Iterator[Forward]:
     """Tell the attention function, for the forward inside, where each sequence begins and ends.
 
     Args:
         batch: the batch that the forward runs over.
         kernels: native CPU kernels to use where they can do what the model asks.
+        place: see `Forward`.
 
     Yields:
         What is known of the forward so far.
@@ -77,7 +88,7 @@ def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[Forward
     Raises:
         RuntimeError: the model did not call it, so something else decided who sees whom.
     """
-    under_way = Forward(batch, kernels)
+    under_way = Forward(batch, kernels, place)
     token = _FORWARD.set(under_way)
     try:
         yield under_way
@@ -89,14 +100,15 @@ def boundaries(batch: Batch, kernels: Kernels | None = None) -> Iterator[Forward
 
 def current() -> Batch:
     """The batch whose forward is under way, or `RuntimeError`."""
-    return _under_way().batch
-
-
-def _under_way() -> Forward:
-    under_way = _FORWARD.get(None)
+    under_way = under_way_or_none()
     if under_way is None:
         raise RuntimeError("packed attention was called outside a packed forward")
-    return under_way
+    return under_way.batch
+
+
+def under_way_or_none() -> Forward | None:
+    """The packed forward under way, if there is one."""
+    return _FORWARD.get(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +167,12 @@ def packed_attention(
         raise NotImplementedError(f"{type(module).__name__} passes {sorted(unknown)}, which packing does not honour")
     if attention_mask is not None and hides(attention_mask):
         raise NotImplementedError(f"{type(module).__name__} passes a mask of its own, which packing does not honour")
-    under_way = _under_way()
-    batch, under_way.is_called = under_way.batch, True
-    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != batch.tokens or k_1NTH.shape[2] != batch.tokens:
-        raise RuntimeError(f"expected the batch's {batch.tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
+    batch, under_way = current(), under_way_or_none()
+    assert under_way is not None
+    under_way.is_called = True
+    tokens = batch.size if under_way.keys else batch.tokens
+    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != tokens or k_1NTH.shape[2] != tokens:
+        raise RuntimeError(f"expected the batch's {tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if causal is None:
         raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
@@ -168,6 +182,11 @@ def packed_attention(
         raise NotImplementedError(f"{type(module).__name__} has a position bias, which does not reach past a sequence")
     if batch.prefixes is not None and not (rule.causal or batch.blind):
         raise NotImplementedError(f"{type(module).__name__} needs causal attention to share a prefix")
+    if under_way.wants_keys:
+        under_way.keys = (k_1NTH, v_1NTH)
+        raise KeysFound
+    if under_way.keys and under_way.place:
+        return attend_at(under_way.place, q_1NTH, *under_way.keys, batch, rule), None
     if q_1NTH.is_cuda and not batch.blind and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
         return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
     kernels = under_way.kernels
@@ -189,18 +208,39 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
     out_1TNH = q_1NTH.new_empty(1, tokens, heads, v_1NTH.shape[-1])
     for run in batch.runs:
         rows = slice(run.start, run.start + run.size * run.length)
-        q, k, v = (
-            x[0, :, rows].view(x.shape[1], run.size, run.length, -1).transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH)
-        )
-        if run.prefix:
-            before = slice(run.prefix.start, run.prefix.stop)
-            k, v = (
-                torch.cat([x[:, :, before].expand(run.size, -1, -1, -1), *([] if batch.blind else [own])], dim=2)
-                for x, own in ((k_1NTH, k), (v_1NTH, v))
-            )
+        q = _of_run(q_1NTH, run)
+        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
         out = _attend(q, k, v, rule, len(run.prefix)).transpose(1, 2)
         out_1TNH[0, rows].view(run.size, run.length, heads, -1).copy_(out)
     return out_1TNH
+
+
+def attend_at(place: Place, q_1NBH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
+    """Attention of one token of each sequence, its first or last, to all that it sees: `[1, B, N, H]`."""
+    out_1BNH = q_1NBH.new_empty(1, batch.size, q_1NBH.shape[1], v_1NTH.shape[-1])
+    done = 0
+    for run in batch.runs:
+        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
+        q = q_1NBH[0, :, done : done + run.size].transpose(0, 1)[:, :, None]
+        at = len(run.prefix) + (0 if place == "first" else run.length - 1)
+        out_1BNH[0, done : done + run.size] = _attend_block(q, k, v, rule, at)[:, :, 0]
+        done += run.size
+    return out_1BNH
+
+
+def _of_run(x_1NTH: Tensor, run: Run) -> Tensor:
+    """The rows of a run, `[count, N, length, H]`."""
+    own = x_1NTH[0, :, run.start : run.start + run.size * run.length]
+    return own.view(own.shape[0], run.size, run.length, -1).transpose(0, 1)
+
+
+def _with_prefix(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
+    """What the queries of a run see: their prefix, and unless they are blind their own sequence."""
+    own = _of_run(x_1NTH, run)
+    if not run.prefix:
+        return own
+    before = x_1NTH[:, :, run.prefix.start : run.prefix.stop].expand(run.size, -1, -1, -1)
+    return before if blind else torch.cat([before, own], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
@@ -212,19 +252,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
     grouped = k.shape[1] != q.shape[1]
     if rule.plain and not before and length == keys and (rule.window is None or length <= rule.window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
-    if grouped and not rule.plain:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    blocks = [
-        _attend_block(q, k, v, rule, a, min(a + QUERY_BLOCK, length), before) for a in range(0, length, QUERY_BLOCK)
-    ]
-    return torch.cat(blocks, dim=2)
+    starts = range(0, length, QUERY_BLOCK)
+    return torch.cat([_attend_block(q[:, :, a : a + QUERY_BLOCK], k, v, rule, a + before) for a in starts], dim=2)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop: int, before: int) -> Tensor:
-    """Queries `start:stop` against the band of keys that they can see."""
-    keys = k.shape[2]
-    q = q[:, :, start:stop]
-    start, stop = start + before, stop + before
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int) -> Tensor:
+    """Neighbouring queries, the first of them where the key number `start` is, against the band that they can see."""
+    keys, stop = k.shape[2], start + q.shape[2]
     reach = rule.window - 1 if rule.window else keys
     first, last = max(0, start - reach), min(keys, stop if rule.causal else stop + reach)
     k, v = k[:, :, first:last], v[:, :, first:last]
@@ -232,9 +266,12 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int, stop:
     seen = (distance >= 0) if rule.causal else torch.ones_like(distance, dtype=torch.bool)
     if rule.window:
         seen &= distance.abs() < rule.window
+    grouped = k.shape[1] != q.shape[1]
     if rule.plain:
-        grouped = k.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling, enable_gqa=grouped)
+        mask = None if q.shape[2] == 1 else seen  # a single query sees all of its band
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=grouped)
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     scores = (q @ k.transpose(-1, -2)) * scaling
     if rule.softcap is not None:

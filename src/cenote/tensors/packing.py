@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
+Place = Literal["first", "last"]
+"""Which token of a sequence."""
+PLACES: tuple[Place, ...] = ("first", "last")
 
 SHORTEST_PREFIX = 16
 """Common tokens from which on sequences share them. Fewer would save less than keeping them apart costs."""
@@ -112,6 +115,11 @@ class Batch:
     def offsets(self) -> Tensor:
         """`starts` as an int64 tensor on the host."""
         return torch.tensor(self.starts)
+
+    def rows_at(self, place: Place) -> Tensor:
+        """Row of each sequence's first or last token, `[B]`, on the batch's device."""
+        rows_B = np.asarray(self.starts[:-1] if place == "first" else self.starts[1:], dtype=np.int64)
+        return _to_device(rows_B - (place == "last"), self.ids_T.device)
 
     @cached_property
     def keys(self) -> Keys:

@@ -1,0 +1,72 @@
+"""The last layer, run only for the tokens that pooling looks at.
+
+Of a sequence that is pooled by its first or last token, the last layer needs the keys and values of all tokens, but
+the query, the output and the feed-forward part of that one token alone: of 12 units of work, with a feed-forward part
+of four times the hidden size, 9 are spared. The layer's own forward is run twice: over all tokens, until it calls the
+attention function with its keys and values, and over the wanted tokens, whose queries then see those keys.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cenote.tensors import attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def find(model: PreTrainedModel) -> nn.Module | None:
+    """The last layer of a backbone, if its layers are a list of as many as its config says."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
+    if not lists or "forward" in vars(lists[0][-1]):
+        return None
+    return lists[0][-1]
+
+
+class LastLayer:
+    """The `forward` of a last layer, patched in by the one who makes it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._forward: Callable[..., Any] = layer.forward
+        vars(layer)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives: for all tokens, or where the packed forward under way wants one `place`, for those.
+
+        Raises:
+            RuntimeError: it does not call the attention function.
+        """
+        under_way = attention.under_way_or_none()
+        if under_way is None or under_way.place is None:
+            return self._forward(*args, **kwargs)
+        batch = under_way.batch
+        under_way.wants_keys = True
+        try:
+            self._forward(*args, **kwargs)
+        except attention.KeysFound:
+            rows_B = batch.rows_at(under_way.place)
+            args, kwargs = _at(args, rows_B, batch.tokens), _at(kwargs, rows_B, batch.tokens)
+            under_way.wants_keys = False
+            return self._forward(*args, **kwargs)
+        finally:
+            under_way.wants_keys, under_way.keys = False, None
+        raise RuntimeError("the last layer does not call the registered attention function")
+
+
+def _at(value: Any, rows_B: Tensor, tokens: int) -> Any:
+    """An argument for all tokens, `[1, T, ...]` or `[T, ...]`, as that for some; others as they are."""
+    if isinstance(value, torch.Tensor):
+        if value.shape[:2] == (1, tokens):
+            return value.index_select(1, rows_B)
+        return value.index_select(0, rows_B) if value.ndim == 2 and len(value) == tokens else value
+    if isinstance(value, dict):
+        return {key: _at(own, rows_B, tokens) for key, own in value.items()}
+    return type(value)(_at(own, rows_B, tokens) for own in value) if type(value) in (tuple, list) else value
