@@ -214,7 +214,7 @@ def test_fusing_never_changes_the_result(
     x, other = torch.randn(1, 9, 32), torch.randn(1, 5, 32)
     with torch.inference_mode():
         expected, unseen = block(x).clone(), block(other).clone()
-        kinds = fuse(block, lambda: block(x), kernels if with_kernels else None)
+        kinds = fuse(block, lambda: block(x), lambda: block(other), kernels if with_kernels else None)
         assert torch.allclose(block(x), expected, atol=2e-6)
         assert torch.allclose(block(other), unseen, atol=2e-6)
     assert kinds == (natively if with_kernels else plainly)
@@ -252,7 +252,7 @@ def test_only_a_sum_with_the_residual_is_normalised_natively(kernels: Kernels, t
     weight = block.dense.weight.clone()
     with torch.inference_mode():
         expected = block(x, residual).clone()
-        kinds = fuse(block, lambda: block(x, residual), kernels)
+        kinds = fuse(block, lambda: block(x, residual), lambda: block(residual, x), kernels)
         assert torch.allclose(block(x, residual), expected, atol=2e-6)
     assert kinds == {"": ("packed", "normalised"), "weight": ()}.get(twist, ("packed",))
     if twist == "weight":
@@ -266,5 +266,38 @@ def test_a_tied_matrix_stays_where_it_is(kernels: Kernels) -> None:
     ids = torch.arange(20)
     with torch.inference_mode():
         expected = model(ids).clone()
-        assert fuse(model, lambda: model(ids), kernels) == ()
+        assert fuse(model, lambda: model(ids), lambda: model(ids.flip(0)), kernels) == ()
         assert torch.equal(model(ids), expected)
+
+
+class Positions(nn.Module):
+    """Adds what a Linear makes of a table to what it makes of the input; `spoil` overwrites the former."""
+
+    def __init__(self, *, spoil: bool) -> None:
+        super().__init__()
+        self.table, self.dense, self.spoil = nn.Embedding(6, 8), nn.Linear(8, 8), spoil
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        of_table = self.dense(self.table.weight * 2)
+        total = self.dense(x) + of_table.mean(0)
+        if self.spoil:
+            of_table.zero_()
+        return total
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_what_depends_on_no_token_is_computed_once(kernels: Kernels, with_kernels: bool, spoil: bool) -> None:
+    torch.manual_seed(3)
+    model = Positions(spoil=spoil).eval()
+    x, other, third = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 6, 8)
+    with torch.inference_mode():
+        expected = [model(each).clone() for each in (x, other, third)]
+        kinds = fuse(model, lambda: model(x), lambda: model(other), kernels if with_kernels else None)
+        for each, wanted in zip((x, other, third), expected, strict=True):
+            assert torch.allclose(model(each), wanted, atol=1e-6)
+    assert ("remembered" in kinds) != spoil, "who overwrites the answer gets a new one every time"
+    if not spoil:
+        model.table.weight.data.mul_(2)
+        with torch.inference_mode():
+            assert not torch.allclose(model(x), expected[0]), "another input gets its own answer"

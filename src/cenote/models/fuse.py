@@ -9,7 +9,9 @@ the `forward` of single modules, while classes stay as they are:
 - *chained*: a Linear that takes what another has activated runs both, block of rows by block of rows, and the other
   passes its input on;
 - *normalised*: a block of a Linear, a residual and a LayerNorm becomes the end of such a chain;
-- *in place*: activations that remain overwrite their input.
+- *in place*: activations that remain overwrite their input;
+- *remembered*: a Linear that gets the same input in every forward, as those of DeBERTa's relative positions do, gives
+  what it gave before.
 
 After each kind the probe runs again, and a kind that moved its result is taken back.
 """
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KINDS = ("packed", "activated", "chained", "normalised", "in place")
+KINDS = ("packed", "activated", "chained", "normalised", "in place", "remembered")
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "GELUActivation": ("gelu", torch.ops.aten.gelu_),
     "GELU": ("gelu", torch.ops.aten.gelu_),
@@ -62,6 +64,7 @@ class Seen:
         linears: those that were called.
         activations: activation modules whose every input is the untouched output of a Linear, with those Linears.
         next: the Linear that takes what a Linear gave and an activation changed, and nobody else does.
+        constants: Linears that were called with the same input when the tokens were others, and that input.
         norms: blocks that add a Linear's output to their second argument and normalise, with the Linear and the norm.
     """
 
@@ -70,10 +73,13 @@ class Seen:
     activations: dict[nn.Module, list[nn.Linear]] = field(default_factory=dict)
     next: dict[nn.Linear, nn.Linear] = field(default_factory=dict)
     norms: dict[nn.Module, tuple[nn.Linear, nn.LayerNorm]] = field(default_factory=dict)
+    constants: dict[nn.Linear, Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, probe: Callable[[], Tensor], kernels: Kernels | None = None) -> tuple[str, ...]:
+def fuse(
+    model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor], kernels: Kernels | None = None
+) -> tuple[str, ...]:
     """Fuse what can be fused; returns the kinds of change that were kept, of `KINDS`.
 
     The matrices of packed Linears move to the "meta" device: their memory is freed, and whoever reads them past
@@ -82,10 +88,12 @@ def fuse(model: nn.Module, probe: Callable[[], Tensor], kernels: Kernels | None 
     Args:
         model: in eval mode, on the CPU.
         probe: runs the model over a fixed batch of a few sequences and returns its output.
+        other: does so with other tokens.
         kernels: native kernels, if there are any.
     """
     reference = probe().clone()
     seen = _observe(model, probe)
+    seen.constants = _constants(model, probe, other)
     packed: dict[nn.Linear, Packed] = {}
     if kernels is not None and kernels.can_chain:
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -97,7 +105,7 @@ def fuse(model: nn.Module, probe: Callable[[], Tensor], kernels: Kernels | None 
         if not counts[kind]:
             continue
         _exchange(installed, forwards)
-        if _gives(probe, reference):
+        if _gives(probe, reference) and _gives(probe, reference):  # the second time, what the first one left counts
             installed, kept = forwards, (*kept, kind)
             continue
         _exchange(forwards, installed)
@@ -139,6 +147,11 @@ def _forwards(
         rest = [x for x in seen.activations if x not in forwards and seen.free.issuperset(seen.activations[x])]
         forwards |= {x: ACTIVATIONS[type(x).__name__][1] for x in rest}
         counts["in place"] = len(rest)
+    if "remembered" in kinds:
+        forwards |= {
+            x: Remembered(forwards.get(x, x.forward), x_1RI) for x, x_1RI in seen.constants.items() if x in seen.free
+        }
+        counts["remembered"] = len(seen.free & seen.constants.keys())
     return forwards, counts
 
 
@@ -202,6 +215,46 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
             seen.next[first] = second
     seen.norms = {module: pair for module, yes in adds.items() if yes and (pair := _block(module))}
     return seen
+
+
+class Remembered:
+    """A Linear's `forward` that keeps its answer to one input."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._forward = forward
+        self._x = x.clone()
+        self._y = forward(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape == self._x.shape and torch.equal(x, self._x):
+            return self._y
+        return self._forward(x)
+
+
+def _constants(model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor]) -> dict[nn.Linear, Tensor]:
+    """Linears that are called with the same input in both forwards, and that input."""
+
+    def inputs(run: Callable[[], Tensor]) -> dict[nn.Linear, list[Tensor]]:
+        found: dict[nn.Linear, list[Tensor]] = {}
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            found.setdefault(module, []).append(args[0])
+
+        handles = [x.register_forward_pre_hook(before) for x in model.modules() if type(x) is nn.Linear]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    first, second = inputs(probe), inputs(other)
+    same = {
+        linear: next((a for a in own for b in second.get(linear, ()) if a.shape == b.shape and torch.equal(a, b)), None)
+        for linear, own in first.items()
+    }
+    return {linear: x for linear, x in same.items() if x is not None}
 
 
 def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:

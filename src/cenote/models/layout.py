@@ -255,7 +255,8 @@ def choose(
                 if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
-                    fuse(model, partial(forward, layout, reference.batch), kernels)
+                    probe, other = (partial(forward, layout, x) for x in (reference.batch, reference.turned))
+                    fuse(model, probe, other, kernels)
                 if isinstance(layout, Packed):
                     _try_places(layout, reference)
                 return layout, reasons
@@ -394,6 +395,7 @@ class _Reference:
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
         self.batch = pack([Sequence(ids) for ids in drawn], model.device)
         self.swapped = pack([Sequence(ids) for ids in (drawn[0], other, *drawn[2:])], model.device)
+        self.turned = pack([Sequence(ids[::-1]) for ids in drawn], model.device)
         self.rows = answer(self.batch).float()
         if not bool(torch.isfinite(self.rows).all()):
             raise CheckpointError(
