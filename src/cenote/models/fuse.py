@@ -218,17 +218,21 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
 
 
 class Remembered:
-    """A Linear's `forward` that keeps its answer to one input."""
+    """A Linear's `forward` that keeps its answer to one input.
+
+    Attributes:
+        plain: the `forward` that does not.
+    """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._forward = forward
+        self.plain = forward
         self._x = x.clone()
         self._y = forward(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape == self._x.shape and torch.equal(x, self._x):
             return self._y
-        return self._forward(x)
+        return self.plain(x)
 
 
 def _constants(model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor]) -> dict[nn.Linear, Tensor]:
