@@ -13,7 +13,7 @@ the `forward` of single modules, while classes stay as they are:
 - *remembered*: a Linear that gets the same input in every forward, as those of DeBERTa's relative positions do, gives
   what it gave before.
 
-After each kind the probe runs again, and a kind that moved its result is taken back.
+Then the probe runs again; if its result has moved, one kind is tried after the other, and what moves it is taken back.
 """
 
 from __future__ import annotations
@@ -99,17 +99,26 @@ def fuse(
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         packed = {x: _pack(x, kernels) for x in seen.linears if _is_plain(x) and uses[id(x.weight)] == 1}
     installed: Forwards = {}
-    kept: tuple[str, ...] = ()
-    for kind in KINDS:
-        forwards, counts = _forwards((*kept, kind), seen, packed, kernels)
-        if not counts[kind]:
-            continue
+
+    def attempt(kinds: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Install changes of these kinds instead; those of them that there are, or `None` if the result moved."""
+        nonlocal installed
+        forwards, counts = _forwards(kinds, seen, packed, kernels)
         _exchange(installed, forwards)
         if _gives(probe, reference) and _gives(probe, reference):  # the second time, what the first one left counts
-            installed, kept = forwards, (*kept, kind)
-            continue
+            installed = forwards
+            return tuple(kind for kind in kinds if counts[kind])
         _exchange(forwards, installed)
-        if kind == "packed" and kernels is not None:
+        return None
+
+    kept = attempt(KINDS)
+    if kept is not None:
+        return kept
+    kept = ()
+    for kind in KINDS:
+        found = attempt((*kept, kind))
+        kept = kept if found is None else found
+        if kind == "packed" and found is None and kernels is not None:
             for linear, own in packed.items():
                 linear.weight = nn.Parameter(kernels.unpack(own), requires_grad=False)
             packed = {}

@@ -38,6 +38,8 @@ PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 LONGEST_REAL_WINDOW = 512
 MOST_REAL_POSITIONS = 2048
 PROBE_WINDOW = 32
+SHORT = 16
+"""Tokens of a sequence are enough to see what Linear layers do."""
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -255,7 +257,7 @@ def choose(
                 if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
-                    probe, other = (partial(forward, layout, x) for x in (reference.batch, reference.turned))
+                    probe, other = (partial(forward, layout, x) for x in reference.short)
                     fuse(model, probe, other, kernels)
                 if isinstance(layout, Packed):
                     _try_places(layout, reference)
@@ -395,7 +397,8 @@ class _Reference:
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
         self.batch = pack([Sequence(ids) for ids in drawn], model.device)
         self.swapped = pack([Sequence(ids) for ids in (drawn[0], other, *drawn[2:])], model.device)
-        self.turned = pack([Sequence(ids[::-1]) for ids in drawn], model.device)
+        short = [ids[:SHORT] for ids in drawn[:5]]
+        self.short = [pack([Sequence(ids[::way]) for ids in short], model.device) for way in (1, -1)]
         self.rows = answer(self.batch).float()
         if not bool(torch.isfinite(self.rows).all()):
             raise CheckpointError(
