@@ -76,14 +76,18 @@ def row(name: str, value: str, goal: str = "") -> None:
     print(f"{name:<66} {value:>16}   {goal}", flush=True)
 
 
-def save(name: str, result: dict[str, Any], command: str) -> None:
+def save(
+    name: str, result: dict[str, Any], command: str, versions: dict[str, Any] | None = None, folder: Path = RESULTS
+) -> Path:
     """Write `result` as `results/NAME.json`, with the machine, the versions, the date and the command."""
     result["machine"] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    result["versions"] = {"torch": torch.__version__}
+    result["versions"] = versions or {"torch": torch.__version__}
     result["date"] = date.today().isoformat()
     result["command"] = command
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    return file
 
 
 def _processor() -> str:

@@ -33,13 +33,22 @@ TEMPLATE = "{{ instruction }} {{ messages[0].content }} {{ messages[1].content }
 LAYERS = 4
 
 
-def checkpoints(root: Path) -> tuple[Path, Path]:
-    """The two models, in Transformers' format: (cross-encoder, LLM reranker)."""
-    from transformers import AutoTokenizer, BertForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
+def cross_encoder_folder(folder: Path) -> str:
+    """A cross-encoder in Transformers' format."""
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    BertForSequenceClassification.from_pretrained(embedded()[0], num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded()[0]).save_pretrained(folder)
+    return str(folder)
+
+
+def llm_reranker_folder(folder: Path) -> str:
+    """An LLM reranker in Transformers' format."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(embedded()[0])
-    cross = BertForSequenceClassification.from_pretrained(embedded()[0], num_labels=1)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=1024,
@@ -51,10 +60,9 @@ def checkpoints(root: Path) -> tuple[Path, Path]:
         num_labels=1,
         pad_token_id=0,
     )
-    for name, model in (("cross-encoder", cross), ("llm-reranker", Qwen3ForSequenceClassification(config))):
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return root / "cross-encoder", root / "llm-reranker"
+    Qwen3ForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def cenote(folder: str) -> Encode:
@@ -118,16 +126,17 @@ def main() -> None:
     documents = list(docstrings(1500))[:: 1500 // DOCUMENTS][:DOCUMENTS]
     short = [" ".join(text.split()[:60]) for text in documents[:LLM_DOCUMENTS]]
     with tempfile.TemporaryDirectory() as root:
-        cross, reranker = checkpoints(Path(root))
-        pairs = measure(cenote, cross_encoder, ((str(cross),), (str(cross),)), (QUERY, documents), options.rounds)
-        llm = LLM(str(reranker))
+        cross = cross_encoder_folder(Path(root) / "cross-encoder")
+        reranker = llm_reranker_folder(Path(root) / "llm-reranker")
+        pairs = measure(cenote, cross_encoder, ((cross,), (cross,)), (QUERY, documents), options.rounds)
+        llm = LLM(reranker)
         ids = llm.get_tokenizer()(" ".join(documents), add_special_tokens=False)["input_ids"][:PREFIX_TOKENS]
         instruction = llm.get_tokenizer().decode(ids)
         llm.close()
         shared = measure(
             llm_reranker,
             llm_reranker,
-            ((str(reranker), True), (str(reranker), False)),
+            ((reranker, True), (reranker, False)),
             (instruction, QUERY, short),
             options.rounds,
         )

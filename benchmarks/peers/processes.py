@@ -1,0 +1,173 @@
+"""A peer's process as the benchmark sees it: a worker that answers orders, or a server that answers requests."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.envs import PeerError
+from benchmarks.peers.worker import read, write
+
+HERE = Path(__file__).parent
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 600, 600, 20
+
+
+class Process:
+    """A command with everything that it starts: stopped together, its words in a log.
+
+    Args:
+        threads: what OpenMP, MKL and Rayon may use.
+        environment: more variables.
+        log: file that gets stdout (unless piped) and stderr.
+    """
+
+    def __init__(self, command: list[str], threads: int, environment: dict[str, str], log: Path, piped: bool) -> None:
+        self.log = log
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+        if command[0] != sys.executable:
+            variables.pop("PYTHONPATH", None)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+            variables[name] = str(threads)
+        with log.open("wb") as words:
+            self.popen = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if piped else words,
+                stderr=words,
+                env={**variables, **environment},
+                start_new_session=True,  # a group of its own, which `stop` can end as a whole
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.popen.poll() is None
+
+    def died(self) -> PeerError:
+        """The error that says how it ended."""
+        code = self.popen.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "Error" in line]
+        return PeerError(f"its process ended ({how}){': ' + lines[-1].strip() if lines else ''}")
+
+    def stop(self) -> None:
+        """Ask the whole group to end, and end what is left of it."""
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.popen.pid, kind)
+            except ProcessLookupError:
+                break
+            deadline = time.monotonic() + STOP_SECONDS
+            while _group_lives(self.popen) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self.popen.wait()
+
+
+def _group_lives(popen: subprocess.Popen[bytes]) -> bool:
+    popen.poll()  # a child that has ended and is not waited for still counts as one of its group
+    try:
+        os.killpg(popen.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Worker(Process):
+    """An engine in its own Python, answering one order after the other.
+
+    Args:
+        python: the Python of the peer's environment.
+        engine: path of the engine's file.
+    """
+
+    def __init__(
+        self, python: Path, engine: Path, variant: str, threads: int, environment: dict[str, str], log: Path
+    ) -> None:
+        command = [str(python), "-P", str(HERE / "worker.py"), str(engine), variant, str(threads)]
+        super().__init__(command, threads, environment, log, piped=True)
+
+    def ask(self, do: str, *, seconds: float = ANSWER_SECONDS, **details: Any) -> dict[str, Any]:
+        """Give an order and wait for the answer.
+
+        Raises:
+            PeerError: the order failed, took longer than `seconds`, or the process ended; a late process is stopped.
+        """
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        try:
+            write(self.popen.stdin, {"do": do, **details})
+        except BrokenPipeError:
+            raise self.died() from None
+        deadline = time.monotonic() + seconds
+        while not select.select([self.popen.stdout], [], [], 0.5)[0]:
+            if not self.alive:
+                raise self.died()
+            if time.monotonic() > deadline:
+                self.stop()
+                raise PeerError(f"no answer to {do!r} within {seconds:.0f} s")
+        try:
+            answer = read(self.popen.stdout)
+        except EOFError:
+            raise self.died() from None
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        result: dict[str, Any] = answer["ok"]
+        return result
+
+    def run(self, task: str, order: Any) -> tuple[float, float, list[np.ndarray]]:
+        """CPU seconds, wall seconds and the arrays that answer `order`."""
+        answer = self.ask("run", task=task, order=order)
+        arrays = [np.frombuffer(content, "<f4").reshape(shape) for shape, content in answer["arrays"]]
+        return answer["cpu"], answer["wall"], arrays
+
+
+class Server(Process):
+    """A peer's HTTP server on a free port of this machine.
+
+    Args:
+        command: with {python}, {folder} and {port}.
+    """
+
+    def __init__(
+        self, command: tuple[str, ...], python: Path, folder: Path, threads: int, environment: dict[str, str], log: Path
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        known = {"python": str(python), "folder": str(folder), "port": str(self.port)}
+        super().__init__([part.format(**known) for part in command], threads, environment, log, piped=False)
+
+    def wait(self, path: str, body: bytes, seconds: float = START_SECONDS) -> None:
+        """Wait until it answers `body` with 200.
+
+        Raises:
+            PeerError: it ended, refused the request, or took longer than `seconds`.
+        """
+        deadline, seen = time.monotonic() + seconds, ""
+        while time.monotonic() < deadline:
+            if not self.alive:
+                raise self.died()
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+            try:
+                connection.request("POST", path, body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                content = answer.read()
+                if answer.status == 200:
+                    return
+                seen = f": {answer.status} {content[:200].decode(errors='replace')}"
+            except (OSError, HTTPException):
+                pass  # not listening yet
+            finally:
+                connection.close()
+            time.sleep(0.25)
+        raise PeerError(f"its server did not answer within {seconds:.0f} s{seen}")
