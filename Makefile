@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check bench clean
+.PHONY: serve test check bench bench-peers clean
 
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +35,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.rerank $(ARGS)
 	$(BIN)/python -m benchmarks.search $(ARGS)
 
+# Cenote beside other engines, each in an environment of its own under .bench/ (some 10 GB, made once).
+# ARGS="--quick" proves that it runs; ARGS="--peers vllm infinity --workloads mixed" takes a part.
+bench-peers: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache

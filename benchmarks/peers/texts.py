@@ -47,12 +47,17 @@ def update(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}, indent=1))
 
 
-def untruncated(folder: Path) -> None:
-    """Take fixed truncation and padding out of the tokenizer's file; some libraries obey it and others do not."""
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer without the truncation and padding that its file may hold."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def untruncated(folder: Path) -> None:
+    """Take truncation and padding out of the tokenizer's file: some libraries obey it and others do not."""
+    tokenizer_of(folder).save(str(folder / "tokenizer.json"))
     update(folder / "tokenizer_config.json", model_max_length=LONG_TOKENS, max_length=None)
 
 
@@ -62,7 +67,7 @@ def workloads(folder: Path, count: int) -> dict[str, list[str]]:
     "short": first lines of docstrings, at most 16 tokens, 2 * `count`. "mixed": `count` docstrings of 17 to 250
     tokens. "long": docstrings one after the other, close to 512 tokens, `count` / 12. Special tokens are counted.
     """
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = tokenizer_of(folder)
 
     def cut(text: str, limit: int) -> str:
         offsets = tokenizer.encode(text, add_special_tokens=False).offsets
@@ -89,8 +94,7 @@ def pairs(mixed: list[str]) -> tuple[str, list[str]]:
 
 def tokens(folder: Path, texts: list[str]) -> list[int]:
     """Tokens of each text, special ones included."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+    return [len(encoding.ids) for encoding in tokenizer_of(folder).encode_batch(texts)]
 
 
 def _spread(texts: Any, count: int) -> list[str]:

@@ -1,0 +1,246 @@
+"""The harness that measures peers: processes that fail are reported and stopped, and figures are what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.peers import envs, figures, load, texts
+from benchmarks.peers.__main__ import Bench
+from benchmarks.peers.envs import PeerError
+from benchmarks.peers.processes import Server, Worker
+from benchmarks.peers.table import CENOTE, ENVS, FORMS, PEERS, Env, Peer
+from cenote.models.checkpoint import embedded
+
+ENGINE = """
+import os, subprocess, sys, time
+import numpy as np
+def load(task, folder, variant, threads):
+    print("words on stdout")
+    def answer(order):
+        if order == ["die"]:
+            os._exit(3)
+        if order == ["sleep"]:
+            time.sleep(60)
+        if order == ["child"]:
+            subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.3: pass"])
+        if order == ["fail"]:
+            raise ValueError("in /some/where/file.py of https://a.registry/x")
+        return np.full((len(order), 2), threads if variant == "threads" else len(os.environ["OMP_NUM_THREADS"]))
+    return answer
+"""
+
+
+@contextmanager
+def _worker(folder: Path, variant: str = "threads") -> Iterator[Worker]:
+    (folder / "engine.py").write_text(ENGINE)
+    worker = Worker(Path(sys.executable), folder / "engine.py", variant, 2, {}, folder / "log")
+    try:
+        worker.ask("load", task="embed", folder="")
+        yield worker
+    finally:
+        worker.stop()
+
+
+def test_a_worker_answers_with_arrays_and_counts_the_time_of_its_children(tmp_path: Path) -> None:
+    with _worker(tmp_path) as worker:
+        cpu, wall, (array,) = worker.run("embed", ["a", "b", "c"])
+        np.testing.assert_array_equal(array, np.full((3, 2), 2, np.float32))
+        assert (cpu, wall) < (0.3, 10)
+        assert worker.run("embed", ["child"])[0] >= 0.3
+    assert "words on stdout" in (tmp_path / "log").read_text()
+
+
+def test_a_failed_order_is_one_line_without_paths_and_the_worker_goes_on(tmp_path: Path) -> None:
+    with _worker(tmp_path) as worker:
+        with pytest.raises(PeerError, match=r"^ValueError: in file.py of$"):
+            worker.run("embed", ["fail"])
+        assert worker.run("embed", ["a"])[2][0].shape == (1, 2)
+
+
+def test_a_worker_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
+    with _worker(tmp_path) as worker:
+        with pytest.raises(PeerError, match="ended .exit status 3"):
+            worker.run("embed", ["die"])
+        with pytest.raises(PeerError, match="ended .exit status 3"):
+            worker.run("embed", ["a"])
+    with _worker(tmp_path) as worker:
+        with pytest.raises(PeerError, match="no answer to 'run' within 1 s"):
+            worker.ask("run", task="embed", order=["sleep"], seconds=1)
+        assert not worker.alive
+
+
+def test_stopping_takes_the_children_too(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    server = Server(("{python}", "-c", code), Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
+    group = server.popen.pid
+    server.stop()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    command = ("{python}", "-c", "raise RuntimeError('no model')")
+    server = Server(command, Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
+    with pytest.raises(PeerError, match="exit status 1.: RuntimeError: no model"):
+        server.wait("/", b"")
+    server.stop()
+
+
+def test_a_run_goes_on_without_the_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "engine.py").write_text(ENGINE)
+    peers = [Peer(name, None, "engine") for name in (CENOTE, "dies")]
+    bench = Bench(tmp_path, peers)
+    bench.folders = {("embed", "torch"): tmp_path}
+    made = Worker
+
+    def worker(peer: Peer, threads: int) -> Worker:
+        return made(Path(sys.executable), tmp_path / "engine.py", "threads", threads, {}, tmp_path / peer.name)
+
+    monkeypatch.setattr(bench, "_worker", worker)
+    run = Worker.run
+
+    def answer(self: Worker, task: str, order: list[str]) -> tuple[float, float, list[np.ndarray]]:
+        dies = self.log.name == "dies" and len(order) > 32
+        return run(self, task, ["die"] if dies else order)
+
+    monkeypatch.setattr(Worker, "run", answer)
+    bench.run_offline({"embed": {"mixed": ["text"] * 40}}, 1, 2)
+    assert [(one["peer"], one["round"]) for one in bench.offline] == [(CENOTE, 0), (CENOTE, 1)]
+    (missing,) = bench.missing
+    assert (missing["peer"], missing["what"]) == ("dies", "embed, 1 thread, mixed")
+    assert "exit status 3" in missing["reason"]
+
+
+def test_what_is_not_installed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(command: list[str], log: Path) -> None:
+        raise PeerError("its environment cannot be made: ERROR: No matching distribution")
+
+    monkeypatch.setattr(envs, "_run", pip)
+    monkeypatch.setattr(texts, "models", lambda root: {"embed": root})
+    bench = Bench(tmp_path, [peer for peer in PEERS if peer.name in (CENOTE, "Infinity", "TEI", "fastembed")])
+    bench.prepare(["embed"])
+    assert [peer.name for peer in bench.peers] == [CENOTE]
+    reasons = {one["peer"]: one["reason"] for one in bench.missing}
+    assert "No matching distribution" in reasons["Infinity"]
+    assert "No matching distribution" in reasons["fastembed"]
+    assert "no package" in reasons["TEI"]
+
+
+def test_an_environment_is_made_again_when_its_row_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(envs, "_run", lambda command, log: commands.append(command[1:]))
+    for env in (Env("e", ("a==1",)), Env("e", ("a==1",)), Env("e", ("a==2",), torch=False)):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        monkeypatch.setattr(envs.shutil, "rmtree", lambda *_, **__: None)
+        envs.make(env, tmp_path)
+    installed = [command[command.index("--quiet") + 1 :] for command in commands if "pip" in command]
+    assert installed == [["torch==2.13.0"], ["torch==2.13.0", "a==1"], ["a==2"]]
+
+
+def test_every_row_names_what_there_is() -> None:
+    for peer in PEERS:
+        assert peer.absent or (Path(envs.__file__).parent / "engines" / f"{peer.engine.replace('-', '_')}.py").is_file()
+        assert peer.env is None or peer.env in ENVS
+        assert peer.form == "torch" or peer.form in FORMS
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+
+
+def test_texts_have_the_lengths_that_they_promise() -> None:
+    folder = embedded()[0]
+    made = texts.workloads(folder, 120)
+    counts = {name: sorted(texts.tokens(folder, some)) for name, some in made.items()}
+    assert {name: len(some) for name, some in made.items()} == {"short": 240, "mixed": 120, "long": 10}
+    assert counts["short"][-1] <= 16
+    assert (counts["mixed"][0], counts["mixed"][-1]) >= (17, 200)
+    assert counts["mixed"][-1] <= 250
+    assert counts["long"][0] >= 490
+    assert counts["long"][-1] <= 512
+
+
+def _offline(peer: str, turn: int, seconds: float, threads: int = 1) -> dict[str, object]:
+    same = {"task": "embed", "workload": "mixed", "texts": 10}
+    return same | {"peer": peer, "round": turn, "threads": threads, "cpu": seconds, "wall": seconds / 2}
+
+
+def test_ratios_are_within_a_round() -> None:
+    seconds = {CENOTE: (1.0, 2.0, 4.0), "other": (2.0, 6.0, 4.0)}
+    measured = [_offline(peer, turn, s) for peer, every in seconds.items() for turn, s in enumerate(every)]
+    table = figures.offline([*measured, _offline("other", 3, 100.0)], cores=4)["embed"]["mixed"]
+    assert table["other"]["cpu_ratio"] == 2.0  # of 2, 3 and 1; the round without Cenote does not count
+    assert table[CENOTE] == {"cpu_rate": 5.0, "cpu_ratio": 1.0, "wall_rate": None, "wall_ratio": None}
+    (goal, *_) = figures.goals({"embed": {"mixed": {"sentence-transformers torch": {"cpu_ratio": 1.9}}}})
+    assert (goal["goal"], goal["measured"]) == (1.85, 1.9)
+
+
+def test_agreement_is_the_worst_row() -> None:
+    wanted = [np.eye(2, dtype=np.float32)]
+    got = [np.array([[1, 0], [0.6, 0.8]], np.float32)]
+    found = figures.agreement(got, wanted)
+    assert found["difference"] == pytest.approx(0.6)
+    assert found["cosine"] == pytest.approx(0.8)
+    assert figures.agreement([np.eye(3)], wanted)["difference"] is None
+    assert figures.agreement([got[0] * np.nan], wanted)["difference"] is None
+    assert figures.agreement([np.ones(2)], [np.zeros(2)]) == {"difference": 1.0, "cosine": None}
+
+
+@contextmanager
+def _slow_server(seconds: float, status: bytes = b"200 OK") -> Iterator[int]:
+    """Answers "done" to each request after `seconds`, in two pieces."""
+    loop = asyncio.new_event_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readline():
+            while (line := await reader.readline()) != b"\r\n":
+                head += line
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+            await asyncio.sleep(seconds)
+            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\n\r\ndo")
+            await writer.drain()
+            await asyncio.sleep(0)
+            writer.write(b"ne")
+        writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def test_load_counts_answers_and_measures_from_the_arrival() -> None:
+    content = load.request("/", b"{}")
+    with _slow_server(0.05) as port:
+        assert load.answer(port, content) == b"done"
+        found = load.closed(port, [content], clients=4, seconds=0.5)
+        assert 1 <= len(found["latencies"]) <= 40  # each client waits 0.05 s for an answer
+        assert found["rate"] == len(found["latencies"]) / 0.5
+        assert min(found["latencies"]) >= 0.05
+        found = load.opened(port, [content], rate=200, seconds=0.5, seed=0)
+        assert 60 <= len(found["latencies"]) <= 140  # 4 clients that wait could not send these
+        assert min(found["latencies"]) >= 0.05
+
+
+def test_load_reports_what_a_server_refuses() -> None:
+    with (
+        _slow_server(0, b"503 Busy") as port,
+        pytest.raises(PeerError, match="answered HTTP/1.1 503 Busy: done"),
+    ):
+        load.closed(port, [load.request("/", b"")], clients=2, seconds=0.1)
+    began = time.monotonic()
+    with pytest.raises(PeerError, match="(?i)connect"):
+        load.closed(port, [load.request("/", b"")], clients=2, seconds=0.1)
+    assert time.monotonic() - began < 30
