@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from types import SimpleNamespace
@@ -9,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalVariant
 
 from cenote.tensors import attention
-from cenote.tensors.attention import Rule, attend_runs, boundaries, packed_attention, varlen_kernel
-from cenote.tensors.packing import Batch, Shared, pack, share
+from cenote.tensors.attention import (
+    Rule,
+    Spans,
+    attend_at,
+    attend_fused,
+    attend_runs,
+    boundaries,
+    packed_attention,
+    varlen_kernel,
+)
+from cenote.tensors.packing import Batch, Place, Shared, pack, set_apart, share
 from cenote.types import Sequence
+from tests import tape
 
 LENGTHS = (5, 5, 300, 17, 1, 17)
 
@@ -175,75 +187,87 @@ def test_a_forward_that_never_attends_is_an_error() -> None:
         pass
 
 
-def fake_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """torch's varlen contract, on the CPU: `[T, N, H]`, offsets, (left, right) reach, counted from the last key."""
-    assert q.is_contiguous()
-    assert k.is_contiguous()
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    left, right = window_size
-    outs = []
-    for (a, b), (c, d) in zip(
-        itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True
-    ):
-        distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        if left >= 0:
-            seen &= distance <= left
-        if right >= 0:
-            seen &= -distance <= right
-        one_q, one_k, one_v = (
-            x[at].transpose(0, 1)[None] for x, at in ((q, slice(a, b)), (k, slice(c, d)), (v, slice(c, d)))
-        )
-        out = torch.nn.functional.scaled_dot_product_attention(
-            one_q, one_k, one_v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
-        )
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
-def fake_flash(
+def flash_attn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any, softmax_scale: float, causal: bool, **rest: Any
 ) -> torch.Tensor:
     """flash-attn's spelling of the same."""
     assert rest.pop("softcap") == 0
     assert causal == (rest["window_size"][1] == 0)
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    return fake_varlen(q, k, v, *sizes, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1], **rest)
+    assert rest.keys() == {"window_size"}
+    return tape.varlen(q, k, v, *sizes, softmax_scale, list(rest["window_size"]))[0]
 
 
-KERNELS = [attention._torch_varlen, attention._flash_attn]
+def efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    custom_mask_type: int,
+    *,
+    scale: float,
+    window_size: int | None,
+) -> tuple[torch.Tensor]:
+    """The private operator behind torch's nested tensors; equal heads only, a window only back from the last key."""
+    assert bias is None
+    assert dropout_p == 0
+    assert custom_mask_type == (2 if window_size else custom_mask_type)
+    assert query.shape[2] == key.shape[2]
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    window = [window_size - 1 if window_size else -1, 0 if custom_mask_type == 2 else -1]
+    return (tape.varlen(query[0], key[0], value[0], *offsets, max_seqlen_q, max_seqlen_k, scale, window)[0][None],)
+
+
+KERNELS = [attention._flash, attention._flash_attn, attention._efficient]
 
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA branch hands the kernel the same rule; the kernels themselves are stood in for by their contract."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen)
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=fake_flash))
+    """The branch for GPUs hands the kernel the same rule; the kernels themselves are stood in for by their contract."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", tape.flash_attention_forward)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn))
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
+
+
+def test_the_stand_ins_have_the_signatures_of_the_kernels() -> None:
+    for real, stand_in, places in (
+        (torch.ops.aten._flash_attention_forward, tape.flash_attention_forward, 10),
+        (torch.ops.aten._efficient_attention_forward, efficient, 10),
+    ):
+        schema, given = real.default._schema.arguments, inspect.signature(stand_in).parameters.values()
+        by_place = [a.name for a in schema if not a.kwarg_only]
+        assert by_place[:places] == [p.name for p in given if p.kind is not p.KEYWORD_ONLY]
+        assert {p.name for p in given if p.kind is p.KEYWORD_ONLY} <= {a.name for a in schema if a.kwarg_only}
+        assert all(a.has_default_value() for a in schema if a.name not in {p.name for p in given})
+    assert int(CausalVariant.LOWER_RIGHT) == attention.CAUSAL_FROM_THE_END
+
+
+def spans(whole: Batch) -> Spans:
+    return Spans(whole.cu_seqlens, whole.max_length, whole.keys)
+
+
+def may(kernel: Any, rule: Rule) -> bool:
+    return kernel is not attention._efficient or rule.causal or rule.window is None
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
-    ("kernel", "causal", "window", "kv_heads"), list(itertools.product(KERNELS, [True, False], [None, 16], [4, 2]))
+    ("kernel", "causal", "window", "kv_heads", "size"),
+    list(itertools.product(KERNELS, [True, False], [None, 16], [4, 2], [8, 6])),
 )
-def test_varlen_call_expresses_the_rule(kernel: Any, causal: bool, window: int | None, kv_heads: int) -> None:
-    rule = Rule(causal, window, scaling=0.2)
-    q, k, v = states(kv_heads=kv_heads)
-    got = kernel(q, k, v, batch(), rule)
-    assert torch.allclose(got, dense(q, k, v, rule), atol=2e-6)
+def test_varlen_call_expresses_the_rule(
+    kernel: Any, causal: bool, window: int | None, kv_heads: int, size: int
+) -> None:
+    for rule in (Rule(causal, window, scaling=0.2), Rule(causal, window)):
+        q, k, v = states(kv_heads=kv_heads, size=size)
+        if may(kernel, rule):
+            got = kernel(q, k, v, spans(batch()), rule)
+            assert got.shape == (1, sum(LENGTHS), 4, size)
+            assert torch.allclose(got, dense(q, k, v, rule), atol=2e-6)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -252,13 +276,106 @@ def test_varlen_call_expresses_prefixes(kernel: Any, window: int | None, kv_head
     rule = Rule(True, window, scaling=0.2)
     shared = kin()
     q, k, v = states(kv_heads=kv_heads, tokens=shared.batch.tokens)
-    got = kernel(q, k, v, shared.batch, rule)
+    got = kernel(q, k, v, spans(shared.batch), rule)
     assert torch.allclose(got, dense_kin(q, k, v, rule, shared), atol=2e-6)
 
 
-def test_kernels_are_chosen_only_for_what_they_can_do() -> None:
-    assert varlen_kernel(torch.float32, Rule(True)) is None
-    assert varlen_kernel(torch.bfloat16, Rule(True, bias=torch.zeros(1))) is None
-    assert varlen_kernel(torch.bfloat16, Rule(True, sinks=torch.zeros(1))) is None
-    assert varlen_kernel(torch.bfloat16, Rule(True, softcap=1.0)) is None
-    assert varlen_kernel(torch.float16, Rule(False, window=4)) is attention._torch_varlen
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (16, False), (None, True), (16, True)])
+def test_varlen_call_expresses_sinks(window: int | None, causal: bool) -> None:
+    rule = Rule(causal, window, sinks=EXTRAS["sinks"]["sinks"])
+    q, k, v = states(kv_heads=2)
+    got = attention._flash(q, k, v, spans(batch()), rule)
+    assert torch.allclose(got, dense(q, k, v, rule), atol=2e-6)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_may_have_heads_of_another_size(kernel: Any) -> None:
+    q, k, _ = states(size=12)
+    _, _, v = states(size=20)
+    rule = Rule(False)
+    got = kernel(q, k, v, spans(batch()), rule)
+    assert torch.allclose(got, dense(q, k, v, rule), atol=2e-6)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, stand_ins: None) -> list[str]:
+    """CPU tensors are taken for those of a GPU with kernels for halves; the kernels that were called."""
+    called: list[str] = []
+
+    def choose(q: torch.Tensor, v: torch.Tensor, rule: Rule) -> Any:
+        kernel = varlen_kernel(q.to("meta", torch.bfloat16), v.to("meta"), rule)
+        called.append(kernel.__name__ if kernel else "runs")
+        return kernel
+
+    monkeypatch.setattr(attention, "FUSED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(attention, "varlen_kernel", choose)
+    monkeypatch.setattr(attention, "_is_ampere", lambda device: True)
+    return called
+
+
+def test_hidden_tokens_see_what_lies_before_them_in_one_call(gpu: list[str]) -> None:
+    apart = set_apart(pack([Sequence([1] * n, hidden=n // 3) for n in (9, 30, 2)]))
+    q, k, v = states(tokens=41)
+    for causal, window, kernels in ((False, None, ["_flash"]), (False, 40, ["_flash"]), (True, None, [])):
+        gpu.clear()
+        with boundaries(apart) as forward:
+            got = packed_attention(Layer(), q, k, v, None, is_causal=causal, sliding_window=window)[0]
+        assert torch.allclose(got, attend_runs(q, k, v, apart, Rule(causal)), atol=2e-6)
+        assert forward.is_fused == bool(kernels)
+        assert gpu == kernels
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 16, 400])
+@pytest.mark.parametrize(("place", "causal"), [("first", False), ("last", False), ("last", True)])
+def test_one_token_of_each_sequence_sees_what_it_saw(
+    gpu: list[str], place: Place, causal: bool, window: int | None, kv_heads: int
+) -> None:
+    shared = kin().batch if causal else batch()
+    q, k, v = states(kv_heads=kv_heads, tokens=shared.tokens)
+    rule = Rule(causal, window)
+    q_1NBH = q[:, :, shared.rows_at(place)]
+    got = attend_fused(q_1NBH, k, v, shared, rule, place)
+    assert (got is None) == (place == "first" and window == 16)
+    expected = attend_at(place, q_1NBH, k, v, shared, rule)
+    assert torch.allclose(expected, attend_runs(q, k, v, shared, rule)[:, shared.rows_at(place)], atol=2e-6)
+    if got is not None:
+        assert torch.allclose(got, expected, atol=2e-6)
+
+
+def test_a_window_that_no_sequence_reaches_is_none(gpu: list[str]) -> None:
+    q, k, v = states()
+    with boundaries(batch()):
+        for window, kernel in ((300, "_efficient"), (299, "runs")):
+            gpu.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention, "_is_ampere", lambda device: False)
+                got = packed_attention(Layer(), q, k, v, None, is_causal=False, sliding_window=window)[0]
+            assert gpu == [kernel]
+            assert torch.allclose(got, dense(q, k, v, Rule(False, window)), atol=2e-6)
+
+
+def test_kernels_are_chosen_only_for_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(rule: Rule, dtype: torch.dtype = torch.bfloat16, size: int = 64) -> Any:
+        q = torch.empty(1, 2, 3, size, dtype=dtype, device="meta")
+        return varlen_kernel(q, q, rule)
+
+    ampere = installed = True
+    monkeypatch.setattr(attention, "_is_ampere", lambda device: ampere)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: installed)
+    assert chosen(Rule(False, window=4), torch.float16) is attention._flash
+    assert chosen(Rule(True, sinks=torch.zeros(1))) is attention._flash
+    assert chosen(Rule(True, bias=torch.zeros(1))) is None
+    assert chosen(Rule(True, softcap=1.0)) is attention._flash_attn
+    assert chosen(Rule(True, softcap=1.0, sinks=torch.zeros(1))) is None
+    assert chosen(Rule(True, window=4), torch.float32) is attention._efficient
+    assert chosen(Rule(False, window=4), torch.float32) is None
+    assert chosen(Rule(True, sinks=torch.zeros(1)), torch.float32) is None
+    assert chosen(Rule(False), size=264) is attention._efficient
+    installed = False
+    assert chosen(Rule(True, softcap=1.0)) is None
+    installed, ampere = True, False
+    assert chosen(Rule(True, softcap=1.0)) is None
+    assert chosen(Rule(False)) is attention._efficient

@@ -311,7 +311,7 @@ def test_dtype_auto_of_a_half_checkpoint_is_float32_on_a_cpu(folder: Path) -> No
 def test_dtype_on_a_gpu(
     option: str, stored: torch.dtype | None, capable: bool, found: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capable)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or capable)
     dtype, warning = module.resolve_dtype(option, stored, torch.device("cuda"))
     assert dtype is found
     assert ("--dtype float32 keeps it" in warning) == (option == "auto" and stored in (None, torch.float32))

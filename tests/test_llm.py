@@ -378,9 +378,9 @@ def test_tasks_of_older_releases_that_cannot_be(
 
 
 def test_options_without_effect_are_noted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "cenote"), LLM(model=str(folder), enforce_eager=True, tensor_parallel_size=1):
+    with caplog.at_level(logging.INFO, "cenote"), LLM(model=str(folder), seed=7, tensor_parallel_size=1):
         pass
-    assert "enforce_eager has no effect: there is nothing to capture" in caplog.messages
+    assert "seed has no effect: nothing is sampled" in caplog.messages
 
 
 # --- when something raises, and at the end -------------------------------------------------------------------------

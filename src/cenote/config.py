@@ -153,6 +153,12 @@ class ModelConfig(BaseModel):
     )
     auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
     native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
+    enforce_eager: bool = Field(False, description="launch every kernel from the host: no CUDA graphs")
+    max_cudagraph_capture_size: int | None = Field(
+        None,
+        ge=0,
+        description="tokens up to which a batch is replayed as a CUDA graph (default: where launching it takes longer)",
+    )
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
     prefix_sharing: bool = Field(
         True, description="run once what sequences of a batch begin with, where the probe proves it exact"
@@ -251,7 +257,6 @@ ALIASES = {"override_pooler_config": "pooler_config", "hostname": "host"}
 EXPLAINED = {
     "tensor_parallel_size": "a model runs on one device",
     "gpu_memory_utilization": "pooling needs no key-value cache, so no memory is reserved",
-    "enforce_eager": "there is nothing to capture",
     "seed": "nothing is sampled",
     "tokenizer_mode": "the tokenizer's fast backend is used where there is one",
     "swap_space": "there is no key-value cache",
@@ -263,7 +268,7 @@ EXPLAINED = {
 }
 """Options of other engines that are accepted without effect, and why they have none."""
 
-SWITCHES = frozenset({"enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"})
+SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"})
 """Those of `EXPLAINED` whose flags take no value."""
 
 

@@ -410,7 +410,7 @@ def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.d
         return torch.float32, ""
     if stored in (torch.float16, torch.bfloat16):
         return stored, ""
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return half, f"the checkpoint is float32 and runs in {str(half).removeprefix('torch.')}; --dtype float32 keeps it"
 
 

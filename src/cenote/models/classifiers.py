@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -120,22 +121,21 @@ class OwnHead:
 
     def first(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits of each sequence's first token."""
-        return self.rows(x_TD[[batch.starts[i] for i in members]])
+        return self.rows(x_TD[batch.index([batch.starts[i] for i in members])])
 
     def last(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits of each sequence's last token that is no padding token, as Transformers picks it."""
-        return self.rows(x_TD[[last_row(batch, i, self.pad) for i in members]])
+        return self.rows(x_TD[batch.index([last_row(batch, i, self.pad) for i in members])])
 
     def padded(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits of states that are padded again, for heads that look at all of them."""
         part, rows = batch.select(members)
-        lengths = torch.tensor(part.lengths, device=x_TD.device)
-        mask_BL = torch.arange(part.max_length, device=x_TD.device) < lengths[:, None]
+        mask_BL = np.arange(part.max_length) < np.array(part.lengths)[:, None]
         states_BLD = x_TD.new_zeros(*mask_BL.shape, x_TD.shape[-1])
-        states_BLD[mask_BL] = x_TD[rows]
-        ids_BL = batch.ids_T.new_full(mask_BL.shape, self.pad or 0)
-        ids_BL[mask_BL] = part.ids_T
-        return self(states_BLD, ids_BL, mask_BL.long())
+        states_BLD.flatten(0, 1)[batch.index(np.flatnonzero(mask_BL))] = x_TD[rows]
+        ids_BL = np.full(mask_BL.shape, self.pad or 0)
+        ids_BL[mask_BL] = part.host_ids_T
+        return self(states_BLD, batch.index(ids_BL), batch.index(mask_BL))
 
 
 class Together:
@@ -164,9 +164,7 @@ class Together:
 def last_row(batch: Batch, member: int, pad: int | None) -> int:
     """Row of a sequence's last token whose id is not `pad`; its first row if all are."""
     start, stop = batch.starts[member], batch.starts[member + 1]
-    if pad is None or int(batch.host_ids_T[stop - 1]) != pad:
-        return stop - 1
-    kept = (batch.host_ids_T[start:stop] != pad).nonzero()[0]
+    kept = np.flatnonzero(batch.host_ids_T[start:stop] != pad)
     return start + (int(kept[-1]) if len(kept) else 0)
 
 
@@ -313,6 +311,6 @@ def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
     """`rows` over each sequence's last token."""
 
     def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        return rows(x_TD[[batch.starts[i + 1] - 1 for i in members]])
+        return rows(x_TD[batch.index([batch.starts[i + 1] - 1 for i in members])])
 
     return whole

@@ -10,16 +10,18 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cenote.errors import CheckpointError
 from cenote.models import last_layer
 from cenote.models.fuse import fuse
 from cenote.tensors import attention
+from cenote.tensors.graphs import Graphs
 from cenote.tensors.packing import PLACES, SHORTEST_PREFIX, pack, set_apart, share
 from cenote.types import Sequence
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch, Place
+    from cenote.tensors.packing import Batch, Place, Static
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,11 @@ class Packed:
 
     Attributes:
         is_causal: whether the last forward's attention was.
+        is_fused: whether one kernel did all sequences of it, rather than each length by itself.
         shares_prefixes: whether what sequences have in common at their beginning runs once.
         places: the tokens for which alone the last layer can run.
+        graphs: replays forwards instead of launching their kernels one by one.
+        unrecorded: why it does not, although it was to, or an empty string.
     """
 
     name = "packed"
@@ -103,8 +108,11 @@ class Packed:
         self.backbone = backbone
         self.kernels = kernels
         self.is_causal = False
+        self.is_fused = False
         self.shares_prefixes = False
         self.places: frozenset[Place] = frozenset()
+        self.graphs: Graphs | None = None
+        self.unrecorded = ""
         backbone.model.set_attn_implementation(attention.register())
         for module in backbone.model.modules():
             if hasattr(module, "compute_bias"):
@@ -118,36 +126,43 @@ class Packed:
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
         """One forward; `[T, D]`, NaN but for the rows at `place`, if one of `places` is given."""
-        positions_T = self._positions(batch)
+        batch = self._positioned(batch)
         if batch.hidden is not None:
-            return self._run(set_apart(batch), positions_T)
+            return self._run(set_apart(batch))
         if place not in self.places or batch.tokens < 2 * batch.size:
             place = None
         shared = share(batch) if self.shares_prefixes else None
-        if shared is None:
-            return self._run(batch, positions_T, place)
-        return self._run(shared.batch, positions_T[shared.kept_U], place)[shared.expand_T]
+        if shared is not None:
+            return _spread_rows(self._run(shared.batch, place), shared.batch, place)[shared.expand_T]
+        hidden = None if self.graphs is None else self.graphs.run(batch, place)
+        return _spread_rows(self._run(batch, place) if hidden is None else hidden, batch, place)
 
-    def _run(self, batch: Batch, positions_T: Tensor, place: Place | None = None) -> Tensor:
+    def record(self, max_tokens: int) -> None:
+        """Replay forwards of at most `max_tokens` from now on."""
+        self.graphs = Graphs(self._run, self.backbone.device, max_tokens)
+
+    def _run(self, batch: Batch | Static, place: Place | None = None) -> Tensor:
+        """`[T, D]`, or `[B, D]` for the rows at `place` alone."""
         with attention.boundaries(batch, self.kernels, place) as under_way:
             hidden_TD = self.backbone.run(
                 input_ids=batch.ids_T[None],
-                position_ids=positions_T[None],
+                position_ids=batch.positions_T[None],
                 token_type_ids=None if batch.type_ids_T is None else batch.type_ids_T[None],
             )[0]
-        self.is_causal = under_way.is_causal
-        if place is None:
-            return hidden_TD
-        spread_TD = hidden_TD.new_full((batch.tokens, hidden_TD.shape[-1]), torch.nan)
-        return spread_TD.index_copy_(0, batch.rows_at(place), hidden_TD)
+        self.is_causal, self.is_fused = under_way.is_causal, under_way.is_fused
+        return hidden_TD
 
-    def _positions(self, batch: Batch) -> Tensor:
+    def _positioned(self, batch: Batch) -> Batch:
+        """`batch` with the positions that the model counts."""
         backbone = self.backbone
-        positions_T = batch.positions_T + backbone.position_offset if backbone.position_offset else batch.positions_T
-        if backbone.padding_idx is None or not (pads := batch.ids_T == backbone.padding_idx).any():
-            return positions_T
-        before = torch.cat([part.cumsum(0) for part in batch.split(pads.long())])
-        return torch.where(pads, backbone.padding_idx, positions_T - before)
+        if not backbone.position_offset:
+            return batch
+        positions_T = batch.host_positions_T + backbone.position_offset
+        if backbone.padding_idx is not None and (pads := batch.host_ids_T == backbone.padding_idx).any():
+            before = np.cumsum(pads) - pads
+            before -= np.repeat(before[list(batch.starts[:-1])], batch.lengths)
+            positions_T = np.where(pads, backbone.padding_idx, positions_T - before)
+        return replace(batch, host_positions_T=positions_T)
 
 
 class Padded:
@@ -185,18 +200,18 @@ class Padded:
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
         """One padded forward over all of `batch`; `[T, D]`, whatever `place` is wanted."""
-        places_L = torch.arange(batch.max_length, device=batch.ids_T.device)
-        lengths = torch.tensor(batch.lengths, device=batch.ids_T.device)
-        mask = seen = places_L < lengths[:, None]
+        places_L, lengths_B1 = np.arange(batch.max_length), np.array(batch.lengths)[:, None]
+        mask = seen = places_L < lengths_B1
         if batch.hidden is not None:
-            seen = places_L < (lengths - torch.tensor(batch.hidden, device=lengths.device))[:, None]
+            seen = places_L < lengths_B1 - np.array(batch.hidden)[:, None]
         pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
+        types_T = batch.host_type_ids_T
         states = self.backbone.run(
-            input_ids=_spread(batch.ids_T, mask, pad),
-            attention_mask=seen.long(),
-            token_type_ids=None if batch.type_ids_T is None else _spread(batch.type_ids_T, mask, 0),
+            input_ids=batch.index(_spread(batch.host_ids_T, mask, pad)),
+            attention_mask=batch.index(seen),
+            token_type_ids=None if types_T is None else batch.index(_spread(types_T, mask, 0)),
         )
-        return states[mask]
+        return states.flatten(0, 1)[batch.index(np.flatnonzero(mask))]
 
 
 Layout = Packed | Padded
@@ -231,6 +246,7 @@ def choose(
     packed: bool = True,
     kernels: Kernels | None = None,
     share_prefixes: bool = True,
+    graph_tokens: int = 0,
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for `model`, and why each faster one was passed over.
 
@@ -242,6 +258,7 @@ def choose(
         packed: whether to try packing at all.
         kernels: native CPU kernels to use where they apply.
         share_prefixes: whether to try running common prefixes once.
+        graph_tokens: tokens up to which forwards are replayed, where that is proved to change nothing; 0 = none.
 
     Raises:
         CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
@@ -261,6 +278,8 @@ def choose(
                     fuse(model, probe, other, kernels)
                 if isinstance(layout, Packed):
                     _try_places(layout, reference)
+                    if graph_tokens:
+                        _try_graphs(layout, reference, graph_tokens)
                 return layout, reasons
             reasons.append(reason)
             _restore_attention(model, native)
@@ -330,13 +349,10 @@ def _try_places(layout: Packed, reference: _Reference) -> None:
     if layer is None:
         return
     last_layer.LastLayer(layer)
-    rows_TD = forward(layout, reference.batch)
-    allowed = reference.tolerance * max(1.0, float(rows_TD.abs().max()))
     for place in ("last",) if layout.is_causal else PLACES:
-        wanted_B = reference.batch.rows_at(place)
         layout.places |= {place}
         try:
-            exact = torch.allclose(forward(layout, reference.batch, place)[wanted_B], rows_TD[wanted_B], 0, allowed)
+            exact = reference.is_exact_at(layout, place)
         except Exception as error:  # as in _try
             log.info("%s runs its last layer for all tokens: %s", type(layout.backbone.model).__name__, _line(error))
             exact = False
@@ -344,6 +360,25 @@ def _try_places(layout: Packed, reference: _Reference) -> None:
             layout.places -= {place}
     if not layout.places:
         del vars(layer)["forward"]
+
+
+def _try_graphs(layout: Packed, reference: _Reference, max_tokens: int) -> None:
+    """Let `layout` replay its forwards if that is proved to change nothing, for other batches of a shape too."""
+    model = layout.backbone.model
+    if layout.backbone.rope_class is not None:
+        layout.unrecorded = "its rotary frequencies depend on the length of a sequence"
+        return
+    drawn, other = reference.drawn
+    moved = _Reference(model, [*drawn[2:], *drawn[:2]], other, partial(forward, layout))
+    layout.record(max_tokens)
+    assert layout.graphs is not None
+    layout.unrecorded = reference.fault(layout) or moved.fault(layout) or layout.graphs.fault
+    for place in layout.places:
+        if not layout.unrecorded and not (reference.is_exact_at(layout, place) and moved.is_exact_at(layout, place)):
+            layout.unrecorded = f"the last layer gives other rows for the {place} tokens"
+    layout.graphs = None
+    if not layout.unrecorded:
+        layout.record(max_tokens)  # anew: a recording keeps the shortened windows of the probe
 
 
 class _Draw:
@@ -394,6 +429,7 @@ class _Reference:
     def __init__(
         self, model: PreTrainedModel, drawn: list[list[int]], other: list[int], answer: Callable[[Batch], Tensor]
     ) -> None:
+        self.drawn = drawn, other
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
         self.batch = pack([Sequence(ids) for ids in drawn], model.device)
         self.swapped = pack([Sequence(ids) for ids in (drawn[0], other, *drawn[2:])], model.device)
@@ -420,6 +456,12 @@ class _Reference:
         if not torch.equal(rows[own], other[own]):
             return "rows move when a neighbour's tokens change"
         return ""
+
+    def is_exact_at(self, layout: Layout, place: Place) -> bool:
+        """Whether `layout` gives the rows at `place` where it is asked for them alone."""
+        wanted_B = self.batch.rows_at(place)
+        found, rows = forward(layout, self.batch, place)[wanted_B].float(), self.rows[wanted_B]
+        return torch.allclose(found, rows, 0, self.tolerance * max(1.0, float(self.rows.abs().max())))
 
 
 def _line(error: Exception) -> str:
@@ -534,7 +576,15 @@ def _classes(lengths: tuple[int, ...], key: Callable[[int], int]) -> dict[int, l
     return classes
 
 
-def _spread(x_T: Tensor, mask_BL: Tensor, fill: int) -> Tensor:
-    padded_BL = x_T.new_full(mask_BL.shape, fill)
+def _spread_rows(hidden: Tensor, batch: Batch, place: Place | None) -> Tensor:
+    """Rows at `place`, `[B, D]`, where they belong in `[T, D]`; all rows as they are."""
+    if place is None:
+        return hidden
+    spread_TD = hidden.new_full((batch.tokens, hidden.shape[-1]), torch.nan)
+    return spread_TD.index_copy_(0, batch.rows_at(place), hidden)
+
+
+def _spread(x_T: np.ndarray, mask_BL: np.ndarray, fill: int) -> np.ndarray:
+    padded_BL = np.full(mask_BL.shape, fill)
     padded_BL[mask_BL] = x_T
     return padded_BL

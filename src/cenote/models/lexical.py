@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from cenote.models.outputs import Rows
@@ -65,7 +66,7 @@ class Splade:
 
     def _read(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         for chunk in _chunks(batch, members):
-            rows = torch.cat([torch.arange(batch.starts[i], batch.starts[i + 1]) for i in chunk]).to(x_TD.device)
+            rows = batch.index(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chunk]))
             for logits_TV in torch.split(self.logits(x_TD[rows]), [batch.lengths[i] for i in chunk]):
                 yield self._joined(logits_TV)
 
@@ -93,7 +94,7 @@ class TokenWeights:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The ids of a sequence with a weight above 0, by rising id."""
-        special = torch.tensor(self.special, device=x_TD.device)
+        special = batch.index(self.special)
         found: list[tuple[Tensor, Tensor | None]] = []
         for i in members:
             rows = slice(batch.starts[i], batch.starts[i + 1])

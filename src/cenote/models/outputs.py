@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from cenote.errors import CheckpointError
@@ -91,7 +92,9 @@ class Embed:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, D]`."""
         pooled_BD = pool(x_TD, batch, self.pooler.modes)
-        return Rows(self.pooler.finish(pooled_BD if members == list(range(batch.size)) else pooled_BD[members], params))
+        if members != list(range(batch.size)):
+            pooled_BD = pooled_BD[batch.index(members)]
+        return Rows(self.pooler.finish(pooled_BD, params))
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ class TokenEmbed:
             size = params.late_chunking_params.chunk_size
             lengths = [batch.lengths[i] for i in members]
             chunks = [[min(size, length - first) for first in range(0, length, size)] for length in lengths]
-            mean_RD = _means(torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members]), chunks)
+            own_TD = torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
+            sizes = batch.index([length for own in chunks for length in own])
+            mean_RD = torch.segment_reduce(own_TD.float(), "mean", lengths=sizes, axis=0, unsafe=True)
             return Rows(self.pooler.finish(mean_RD, params), [len(own) for own in chunks])
         if self.without_first:
             parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
@@ -166,7 +171,7 @@ class Classify:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, C]`."""
         if self.modes:
-            logits_BC = self.classifier.rows(pool(x_TD, batch, self.modes)[members])
+            logits_BC = self.classifier.rows(pool(x_TD, batch, self.modes)[batch.index(members)])
         else:
             assert self.classifier.whole is not None
             logits_BC = self.classifier.whole(x_TD, batch, members)
@@ -193,21 +198,15 @@ class TokenClassify:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """Rows of the members, `[sum of rows, C]`."""
-        kept = [torch.arange(batch.starts[i], batch.starts[i + 1], device=x_TD.device) for i in members]
+        kept = [np.arange(batch.starts[i], batch.starts[i + 1]) for i in members]
         tag = self.step_tag_id if params.step_tag_id is None else params.step_tag_id
         if self.step and tag is not None:
-            kept = [rows[batch.ids_T[rows] == tag] for rows in kept]
-        logits_RC = self.classifier.rows(x_TD[torch.cat(kept)])
+            kept = [rows[batch.host_ids_T[rows] == tag] for rows in kept]
+        logits_RC = self.classifier.rows(x_TD[batch.index(np.concatenate(kept))])
         wanted = self.returned if params.returned_token_ids is None else params.returned_token_ids
         if self.step and wanted is not None:
-            logits_RC = logits_RC[:, [self.columns.index(i) for i in wanted]]
+            logits_RC = logits_RC[:, batch.index([self.columns.index(i) for i in wanted])]
         return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
-
-
-def _means(x_TD: Tensor, chunks: list[list[int]]) -> Tensor:
-    """Means of consecutive rows in float32, of as many each as `chunks` say."""
-    lengths = torch.tensor([length for own in chunks for length in own], device=x_TD.device)
-    return torch.segment_reduce(x_TD.float(), "mean", lengths=lengths, axis=0)
 
 
 def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 
 from cenote.errors import CenoteError, CheckpointError, EngineFailed
 from cenote.models import adapters as adapting
@@ -19,7 +22,7 @@ from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
-from cenote.models.layout import choose, forward, vocabulary
+from cenote.models.layout import Packed, choose, forward, vocabulary
 from cenote.models.outputs import (
     Calibration,
     Classify,
@@ -50,6 +53,12 @@ if TYPE_CHECKING:
     from cenote.types import PoolingParams
 
 log = logging.getLogger(__name__)
+
+LAUNCH_SECONDS = 2e-5
+"""That the host takes for a module without parts: Python around one kernel or two."""
+GPU_FLOPS = 4e14
+"""Rate of half-precision matrix products that a current GPU reaches in a model."""
+MOST_GRAPH_TOKENS = 16384
 
 
 class PoolingModel:
@@ -92,10 +101,9 @@ class PoolingModel:
             hidden_TD = forward(self.layout, batch, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
-                split = [
-                    None if x is None else _split(x.to("cpu", non_blocking=True), lengths) for x in (values, indices)
-                ]
-                parts.append(Part(task, [order[row] for row in members], split[0] or [], split[1]))
+                there = values.to("cpu", non_blocking=True)  # into pinned memory
+                indices = None if indices is None else indices.to("cpu", non_blocking=True)
+                parts.append(Part(task, [order[row] for row in members], there, lengths, indices))
         return parts
 
     def _place(self, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]]) -> Place | None:
@@ -112,18 +120,23 @@ class Part(NamedTuple):
 
     Attributes:
         places: numbers of the sequences that they are of.
-        values: one tensor for each.
+        values: theirs, end to end.
+        lengths: how many rows each has; `None` = one, which is the result.
         indices: of sparse results, what the values stand for.
     """
 
     task: str
     places: list[int]
-    values: list[Tensor]
-    indices: list[Tensor] | None
+    values: Tensor
+    lengths: list[int] | None
+    indices: Tensor | None
 
-
-def _split(x: Tensor, lengths: list[int] | None) -> list[Tensor]:
-    return list(x) if lengths is None else list(torch.split(x, lengths))
+    def split(self, x: Tensor) -> list[np.ndarray]:
+        """`x` for each sequence."""
+        rows = x.numpy()
+        if self.lengths is None:
+            return list(rows)
+        return [rows[end - length : end] for length, end in zip(self.lengths, accumulate(self.lengths), strict=True)]
 
 
 class Pending:
@@ -146,11 +159,12 @@ class Pending:
         if self._event is not None:
             self._event.synchronize()
         found: list[dict[str, Output]] = [{} for _ in self._sequences]
-        for task, places, values, indices in self._parts:
-            for n, place in enumerate(places):
-                if bool(torch.isfinite(values[n]).all()):
-                    own = None if indices is None else indices[n].numpy()
-                    found[place][task] = Output(values[n].numpy(), own)
+        for part in self._parts:
+            all_finite = bool(torch.isfinite(part.values).all())
+            indices = [None] * len(part.places) if part.indices is None else part.split(part.indices)
+            for place, values, own in zip(part.places, part.split(part.values), indices, strict=True):
+                if all_finite or np.isfinite(values).all():
+                    found[place][part.task] = Output(values, own)
         return [_joined(s, own) for s, own in zip(self._sequences, found, strict=True)]
 
 
@@ -191,6 +205,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             packed=options.packing,
             kernels=kernels,
             share_prefixes=options.prefix_sharing,
+            graph_tokens=0 if adapters.names else graph_tokens(model, options, device),
         )
     except CheckpointError:
         raise
@@ -200,11 +215,15 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             f"{type(error).__name__}: {checkpoints.first_line(error)}"
         ) from error
     notes = [note for note in (dtype_note, length_note) if note]
-    if layout.name != "packed":
+    if not isinstance(layout, Packed):
         notes.append(f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked"))
+    elif device.type == "cuda" and not layout.is_fused:
+        notes.append("attention runs length by length, because no fused kernel does this model's")
+    elif layout.unrecorded:
+        notes.append(f"runs without CUDA graphs: {layout.unrecorded}")
     pooler, dimension = _pooler(checkpoint, model, options)
     for step in pooler.steps:
-        if isinstance(step, torch.nn.Module):
+        if isinstance(step, nn.Module):
             step.to(device)
     outputs: dict[str, TaskOutput] = {"embed": Embed(pooler)}
     # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
@@ -226,6 +245,17 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     pooling_model = PoolingModel(info, layout, outputs, adapters)
     _check_first_forward(pooling_model, pooler)
     return pooling_model, checkpoint
+
+
+def graph_tokens(model: nn.Module, options: ModelConfig, device: torch.device) -> int:
+    """Tokens up to which forwards are replayed on a GPU: by default those that take longer to launch than to run."""
+    if device.type != "cuda" or options.enforce_eager:
+        return 0
+    if options.max_cudagraph_capture_size is not None:
+        return options.max_cudagraph_capture_size
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    multiplied = sum(p.numel() for m in leaves if not isinstance(m, nn.Embedding) for p in m.parameters())
+    return min(int(len(leaves) * LAUNCH_SECONDS * GPU_FLOPS / (2 * multiplied)), MOST_GRAPH_TOKENS)
 
 
 def _classifier(

@@ -7,14 +7,17 @@ model says through a keyword that is not understood here is refused, never ignor
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from cenote.tensors.packing import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,10 +25,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch, Place, Run
+    from cenote.tensors.packing import Keys, Place, Run, Static
+
+    Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", "Rule"], Tensor]
 
 NAME = "cenote"
+FUSED_ON = frozenset({"cuda"})
+"""Devices whose kernels do sequences of many lengths at once."""
 QUERY_BLOCK = 256
+CAUSAL_FROM_THE_END = 2
+"""torch's number of the mask in which the last query sees the last key (`torch.nn.attention.bias.CausalVariant`)."""
 HARMLESS = frozenset(
     {
         "dropout",
@@ -52,16 +61,18 @@ class Forward:
     Attributes:
         is_called: whether the model has called the attention function in it.
         is_causal: whether every call so far was causal.
+        is_fused: whether one kernel did all sequences in every call so far.
         place: the only token of each sequence whose row is wanted of the last layer; `None` = all are.
         keys: keys and values of all tokens in the last layer, while it runs for those tokens alone.
         wants_keys: the call to come is made for its keys and values, and ends with `KeysFound`.
     """
 
-    batch: Batch
+    batch: Batch | Static
     kernels: Kernels | None = None
     place: Place | None = None
     is_called: bool = False
     is_causal: bool = True
+    is_fused: bool = True
     keys: tuple[Tensor, Tensor] | None = None
     wants_keys: bool = False
 
@@ -74,7 +85,7 @@ _FORWARD: ContextVar[Forward] = ContextVar("cenote_forward")
 
 
 @contextmanager
-def boundaries(batch: Batch, kernels: Kernels | None = None, place: Place | None = None) -> Iterator[Forward]:
+def boundaries(batch: Batch | Static, kernels: Kernels | None = None, place: Place | None = None) -> Iterator[Forward]:
     """Tell the attention function, for the forward inside, where each sequence begins and ends.
 
     Args:
@@ -98,7 +109,7 @@ def boundaries(batch: Batch, kernels: Kernels | None = None, place: Place | None
         raise RuntimeError("the model does not call the registered attention function")
 
 
-def current() -> Batch:
+def current() -> Batch | Static:
     """The batch whose forward is under way, or `RuntimeError`."""
     under_way = under_way_or_none()
     if under_way is None:
@@ -136,9 +147,13 @@ class Rule:
         """True if a fused kernel can do it."""
         return self.softcap is None and self.bias is None and self.sinks is None
 
+    def within(self, max_length: int) -> Rule:
+        """The same rule for sequences of at most `max_length`: a window that they do not reach is none."""
+        return replace(self, window=None) if self.window is not None and max_length <= self.window else self
+
     def unmasked(self, batch: Batch) -> bool:
         """True if, in this batch, everybody sees everybody of their sequence."""
-        return self.plain and not self.causal and (self.window is None or batch.max_length <= self.window)
+        return self.plain and not self.causal and self.within(batch.max_length).window is None
 
 
 def packed_attention(
@@ -185,10 +200,18 @@ def packed_attention(
     if under_way.wants_keys:
         under_way.keys = (k_1NTH, v_1NTH)
         raise KeysFound
-    if under_way.keys and under_way.place:
-        return attend_at(under_way.place, q_1NTH, *under_way.keys, batch, rule), None
-    if q_1NTH.is_cuda and not batch.blind and (kernel := varlen_kernel(q_1NTH.dtype, rule)):
-        return kernel(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
+    place = under_way.place if under_way.keys else None
+    k_1NTH, v_1NTH = under_way.keys or (k_1NTH, v_1NTH)
+    if (
+        q_1NTH.device.type in FUSED_ON
+        and (fused := attend_fused(q_1NTH, k_1NTH, v_1NTH, batch, rule, place)) is not None
+    ):
+        return fused, None
+    under_way.is_fused = False
+    if not isinstance(batch, Batch):
+        raise NotImplementedError(f"no fused kernel does the attention of {type(module).__name__} here")
+    if place is not None:
+        return attend_at(place, q_1NTH, k_1NTH, v_1NTH, batch, rule), None
     kernels = under_way.kernels
     plain = kernels is not None and batch.prefixes is None and rule.unmasked(batch)
     if kernels is not None and plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
@@ -285,13 +308,66 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int) -> Te
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def varlen_kernel(dtype: torch.dtype, rule: Rule) -> Callable[[Tensor, Tensor, Tensor, Batch, Rule], Tensor] | None:
-    """The fused CUDA kernel that can do `rule`, or `None`: flash-attn where installed, else torch's own."""
-    if dtype not in (torch.float16, torch.bfloat16) or rule.bias is not None or rule.sinks is not None:
+class Spans(NamedTuple):
+    """Which rows belong together, as fused kernels take them.
+
+    Attributes:
+        cu_seqlens: int32 offsets of the queries of each sequence.
+        max_length: most queries of a sequence.
+        keys: the rows that they see.
+    """
+
+    cu_seqlens: Tensor
+    max_length: int
+    keys: Keys
+
+
+def attend_fused(
+    q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch | Static, rule: Rule, place: Place | None = None
+) -> Tensor | None:
+    """Attention of all sequences by one kernel, or `None` if there is none for it.
+
+    With a `place` there is one query for each sequence, `[1, N, B, H]`, and the result is `[1, B, N, H]`.
+    """
+    keys = batch.keys
+    rule = rule.within(keys.max_length)
+    is_counted = rule.causal or rule.window is not None  # kernels count positions back from the last key
+    if is_counted and (batch.blind or place == "first"):
         return None
-    if importlib.util.find_spec("flash_attn"):
+    kernel = varlen_kernel(q_1NTH, v_1NTH, rule)
+    if kernel is None:
+        return None
+    spans = Spans(batch.cu_seqlens, batch.max_length, keys)
+    if place is not None:
+        spans = Spans(torch.arange(batch.size + 1, dtype=torch.int32, device=q_1NTH.device), 1, keys)
+    return kernel(q_1NTH, k_1NTH, v_1NTH, spans, rule)
+
+
+def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Kernel | None:
+    """The fused kernel that does all sequences at once by `rule`, or `None`.
+
+    Flash attention takes half types and heads of up to 256, on GPUs from Ampere (sm80) on; torch's has no softcap,
+    that of the package flash-attn has. Memory-efficient attention takes all types and GPUs, but no window that looks
+    ahead.
+    """
+    if rule.bias is not None:
+        return None
+    half = q_1NTH.dtype in (torch.float16, torch.bfloat16) and max(q_1NTH.shape[-1], v_1NTH.shape[-1]) <= 256
+    if half and _is_ampere(q_1NTH.device) and rule.softcap is None:
+        return _flash
+    if half and _is_ampere(q_1NTH.device) and rule.sinks is None and _has_flash_attn():
         return _flash_attn
-    return _torch_varlen if rule.softcap is None else None
+    return _efficient if rule.plain and (rule.causal or rule.window is None) else None
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _window(rule: Rule) -> tuple[int, int]:
@@ -300,48 +376,90 @@ def _window(rule: Rule) -> tuple[int, int]:
     return (left, 0) if rule.causal else (left, left)
 
 
-def _varlen_states(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `[T, N, H]`, and the keys and values `[K, N, H]` that `batch.keys` speaks of."""
-    q, k, v = (x[0].transpose(0, 1) for x in (q_1NTH, k_1NTH, v_1NTH))
-    rows_K = batch.keys.rows_K
-    return (q, k, v) if rows_K is None else (q, k.index_select(0, rows_K), v.index_select(0, rows_K))
+def _varlen_states(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[T, N, H]`, and the keys and values `[K, N, H]` that `spans.keys` speaks of, with heads of one size.
 
-
-def _torch_varlen(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.contiguous() for x in _varlen_states(q_1NTH, k_1NTH, v_1NTH, batch))
-    out_TNH = varlen_attn(
-        q,
-        k,
-        v,
-        batch.cu_seqlens,
-        batch.keys.cu_seqlens,
-        batch.max_length,
-        batch.keys.max_length,
-        scale=rule.scaling,
-        window_size=_window(rule),
-        enable_gqa=k.shape[1] != q.shape[1],
+    Kernels load eight values at once, so heads are filled up with zeros to a multiple of eight.
+    """
+    size = -(-max(q_1NTH.shape[-1], v_1NTH.shape[-1]) // 8) * 8
+    q, k, v = (
+        x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+        for x in (y[0].transpose(0, 1) for y in (q_1NTH, k_1NTH, v_1NTH))
     )
-    assert isinstance(out_TNH, torch.Tensor)
-    return out_TNH[None]
+    rows_K = spans.keys.rows_K
+    k, v = (k, v) if rows_K is None else (k.index_select(0, rows_K), v.index_select(0, rows_K))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
 
 
-def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
+def _scale(q_1NTH: Tensor, rule: Rule) -> float:
+    """Of the head as the model has it, which may be smaller than the one that a kernel gets."""
+    scale: float = q_1NTH.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    return scale
+
+
+def _flash(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: Rule) -> Tensor:
+    """torch's flash attention, by the operator behind `torch.nn.attention.varlen`, whose own arguments vary by release.
+
+    A sink takes the share of the weight that its logit has beside the others'.
+    """
+    left, right = _window(rule)
+    out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
+        *_varlen_states(q_1NTH, k_1NTH, v_1NTH, spans),
+        spans.cu_seqlens,
+        spans.keys.cu_seqlens,
+        spans.max_length,
+        spans.keys.max_length,
+        0.0,
+        (left, right) == (-1, 0),
+        False,
+        scale=_scale(q_1NTH, rule),
+        window_size_left=left,
+        window_size_right=right,
+    )
+    if rule.sinks is not None:
+        share_TN1 = torch.sigmoid(lse_NT.t() - rule.sinks.float())[..., None]
+        out_TNH = out_TNH * share_TN1.to(out_TNH.dtype)
+    out_1TNH: Tensor = out_TNH[None, ..., : v_1NTH.shape[-1]]
+    return out_1TNH
+
+
+def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: Rule) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     out_TNH: Tensor = flash_attn_varlen_func(
-        *_varlen_states(q_1NTH, k_1NTH, v_1NTH, batch),
-        batch.cu_seqlens,
-        batch.keys.cu_seqlens,
-        batch.max_length,
-        batch.keys.max_length,
-        softmax_scale=rule.scaling,
+        *_varlen_states(q_1NTH, k_1NTH, v_1NTH, spans),
+        spans.cu_seqlens,
+        spans.keys.cu_seqlens,
+        spans.max_length,
+        spans.keys.max_length,
+        softmax_scale=_scale(q_1NTH, rule),
         causal=rule.causal,
         window_size=_window(rule),
         softcap=rule.softcap or 0.0,
     )
-    return out_TNH[None]
+    return out_TNH[None, ..., : v_1NTH.shape[-1]]
+
+
+def _efficient(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: Rule) -> Tensor:
+    """torch's memory-efficient attention, called as its nested tensors call it; also for float32 and older GPUs."""
+    q, k, v = _varlen_states(q_1NTH, k_1NTH, v_1NTH, spans)
+    k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out_1TNH: Tensor = torch.ops.aten._efficient_attention_forward(
+        q[None],
+        k[None],
+        v[None],
+        None,
+        spans.cu_seqlens,
+        spans.keys.cu_seqlens,
+        spans.max_length,
+        spans.keys.max_length,
+        0.0,
+        CAUSAL_FROM_THE_END if rule.causal else 0,
+        scale=_scale(q_1NTH, rule),
+        window_size=rule.window,
+    )[0]
+    return out_1TNH[..., : v_1NTH.shape[-1]]
 
 
 def register() -> str:

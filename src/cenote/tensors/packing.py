@@ -6,7 +6,7 @@ N attention heads, H head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -60,12 +60,14 @@ class Keys(NamedTuple):
 class Batch:
     """Sequences end to end. Sequence `i` owns the rows `starts[i]:starts[i + 1]`.
 
+    What it says of them is laid out on the host; tensors on the device are made when they are first asked for.
+
     Attributes:
-        ids_T: int64 token ids.
-        host_ids_T: the same ids on the host.
-        positions_T: int64 position of each token in its own sequence, from 0; after its prefix, where it has one.
-        type_ids_T: int64 token type ids, or `None` when no sequence carries any.
-        starts: B + 1 offsets, on the host.
+        host_ids_T: int64 token ids.
+        host_positions_T: int64 position of each token in its own sequence, from 0; after its prefix, where it has one.
+        host_type_ids_T: int64 token type ids, or `None` when no sequence carries any.
+        starts: B + 1 offsets.
+        device: where its tensors are.
         skips: per sequence, leading tokens that pooling leaves out; `None` when all are 0.
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
         blind: a sequence with a prefix sees nothing but it, not even itself.
@@ -74,11 +76,11 @@ class Batch:
         looked_up: per sequence, whether its sparse embedding comes from a table; `None` when none does.
     """
 
-    ids_T: Tensor
     host_ids_T: Ids
-    positions_T: Tensor
-    type_ids_T: Tensor | None
+    host_positions_T: Ids
+    host_type_ids_T: Ids | None
     starts: tuple[int, ...]
+    device: torch.device
     skips: tuple[int, ...] | None = None
     prefixes: tuple[range, ...] | None = None
     blind: bool = False
@@ -107,32 +109,57 @@ class Batch:
         return max(self.lengths)
 
     @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """`starts` as int32 on the batch's device, as varlen kernels take it."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.ids_T.device)
+    def _tokens_on_device(self) -> list[Tensor]:
+        types = [] if self.host_type_ids_T is None else [self.host_type_ids_T]
+        return upload([self.host_ids_T, self.host_positions_T, *types], self.device)
+
+    @property
+    def ids_T(self) -> Tensor:
+        """`host_ids_T` on the device."""
+        return self._tokens_on_device[0]
+
+    @property
+    def positions_T(self) -> Tensor:
+        """`host_positions_T` on the device."""
+        return self._tokens_on_device[1]
+
+    @property
+    def type_ids_T(self) -> Tensor | None:
+        """`host_type_ids_T` on the device."""
+        return None if self.host_type_ids_T is None else self._tokens_on_device[2]
 
     @cached_property
     def offsets(self) -> Tensor:
-        """`starts` as an int64 tensor on the host."""
-        return torch.tensor(self.starts)
+        """`starts` as an int64 tensor on the device."""
+        return self.index(self.starts)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`starts` as an int32 tensor on the device, as varlen kernels take it."""
+        return self.offsets.int()
+
+    def index(self, numbers: Seq[int] | np.ndarray) -> Tensor:
+        """Numbers of rows, say, as an int64 tensor on the device, without waiting for what the device does."""
+        array = np.asarray(numbers, dtype=np.int64)
+        return upload([array.ravel()], self.device)[0].view(array.shape)
 
     def rows_at(self, place: Place) -> Tensor:
-        """Row of each sequence's first or last token, `[B]`, on the batch's device."""
-        rows_B = np.asarray(self.starts[:-1] if place == "first" else self.starts[1:], dtype=np.int64)
-        return _to_device(rows_B - (place == "last"), self.ids_T.device)
+        """Row of each sequence's first or last token, `[B]`."""
+        return self.offsets[:-1] if place == "first" else self.offsets[1:] - 1
 
     @cached_property
     def keys(self) -> Keys:
         """The rows that each sequence sees."""
         if self.prefixes is None:
             return Keys(None, self.cu_seqlens, self.max_length)
-        own = (range(a, b) for a, b in pairwise(self.starts))
+        own = [range(a, b) for a, b in pairwise(self.starts)]
+        if self.blind:
+            own = [range(0) if prefix else rows for prefix, rows in zip(self.prefixes, own, strict=True)]
         parts = [rows for pair in zip(self.prefixes, own, strict=True) for rows in pair]
         rows_K = np.concatenate([np.arange(rows.start, rows.stop) for rows in parts])
         lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        offsets = np.cumsum([0, *lengths], dtype=np.int32)
-        device = self.ids_T.device
-        return Keys(_to_device(rows_K, device), _to_device(offsets, device), max(lengths))
+        rows, offsets = upload([rows_K, np.cumsum([0, *lengths])], self.device)
+        return Keys(rows, offsets.int(), max(lengths))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -151,22 +178,21 @@ class Batch:
     def select(self, members: Seq[int]) -> tuple[Batch, Tensor]:
         """The batch of the sequences numbered `members`, in that order, and which rows of this one they are."""
         host_rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in members])
-        rows = _to_device(host_rows, self.ids_T.device)
         starts = [0]
         for i in members:
             starts.append(starts[-1] + self.lengths[i])
         part = Batch(
-            ids_T=self.ids_T[rows],
             host_ids_T=self.host_ids_T[host_rows],
-            positions_T=self.positions_T[rows],
-            type_ids_T=None if self.type_ids_T is None else self.type_ids_T[rows],
+            host_positions_T=self.host_positions_T[host_rows],
+            host_type_ids_T=None if self.host_type_ids_T is None else self.host_type_ids_T[host_rows],
             starts=tuple(starts),
+            device=self.device,
             skips=None if self.skips is None else tuple(self.skips[i] for i in members),
             hidden=None if self.hidden is None else tuple(self.hidden[i] for i in members),
             keeps=None if self.keeps is None else tuple(self.keeps[i] for i in members),
             looked_up=None if self.looked_up is None else tuple(self.looked_up[i] for i in members),
         )
-        return part, rows
+        return part, self.index(host_rows)
 
     def rows_of(self, members: Seq[int]) -> tuple[Tensor | slice, list[int]]:
         """Rows of the tokens that are wanted of the sequences numbered `members`, and how many each has."""
@@ -179,11 +205,56 @@ class Batch:
             else self.starts[i] + np.asarray(kept, dtype=np.int64)
             for i in members
         ]
-        return _to_device(np.concatenate(wanted), self.ids_T.device), [len(rows) for rows in wanted]
+        return self.index(np.concatenate(wanted)), [len(rows) for rows in wanted]
 
     def split(self, x_T: Tensor) -> list[Tensor]:
         """Cut a tensor with T rows into one view per sequence."""
         return list(torch.split(x_T, list(self.lengths)))
+
+
+@dataclass(frozen=True)
+class Static:
+    """A batch as a recorded forward knows it: tensors whose contents change, and what all its batches have in common.
+
+    Attributes:
+        ids_T: int64 token ids, as those of `Batch`, all of them tensors that stay where they are.
+        positions_T: int64 positions.
+        type_ids_T: int64 token type ids, or `None`.
+        offsets: int64 rows at which sequences begin, and T; those at the end may be empty.
+        max_length: no sequence is longer.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    type_ids_T: Tensor | None
+    offsets: Tensor
+    max_length: int
+    prefixes: None = None
+    blind: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of places for sequences, B."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, T."""
+        return self.ids_T.shape[0]
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`offsets` as int32."""
+        return self.offsets.int()
+
+    @property
+    def keys(self) -> Keys:
+        """The rows that each sequence sees."""
+        return Keys(None, self.cu_seqlens, self.max_length)
+
+    def rows_at(self, place: Place) -> Tensor:
+        """Row of each sequence's first or last token, `[B]`; of an empty place, the last row of all."""
+        return self.offsets[:-1].clamp(max=self.tokens - 1) if place == "first" else self.offsets[1:] - 1
 
 
 def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
@@ -200,11 +271,11 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
             [np.asarray(s.type_ids if s.type_ids is not None else [0] * len(s), dtype=np.int64) for s in sequences]
         )
     return Batch(
-        ids_T=_to_device(ids_T, device),
         host_ids_T=ids_T,
-        positions_T=_to_device(positions_T, device),
-        type_ids_T=None if type_ids_T is None else _to_device(type_ids_T, device),
+        host_positions_T=positions_T,
+        host_type_ids_T=type_ids_T,
         starts=tuple(starts.tolist()),
+        device=torch.device(device),
         skips=tuple(s.skip for s in sequences) if any(s.skip for s in sequences) else None,
         hidden=tuple(s.hidden for s in sequences) if any(s.hidden for s in sequences) else None,
         keeps=tuple(s.keep for s in sequences) if any(s.keep is not None for s in sequences) else None,
@@ -222,14 +293,15 @@ def set_apart(batch: Batch) -> Batch:
         if hidden:
             starts.append(stop)
             prefixes.append(range(start, stop - hidden))
-    return Batch(
-        ids_T=batch.ids_T,
-        host_ids_T=batch.host_ids_T,
-        positions_T=batch.positions_T,
-        type_ids_T=batch.type_ids_T,
+    return replace(
+        batch,
         starts=tuple(starts),
         prefixes=tuple(prefixes),
         blind=True,
+        skips=None,
+        hidden=None,
+        keeps=None,
+        looked_up=None,
     )
 
 
@@ -253,10 +325,10 @@ def share(batch: Batch) -> Shared | None:
     A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, what
     a prefix's rows become does not depend on what follows.
     """
-    groups = _common_prefixes(batch) if batch.type_ids_T is None and batch.hidden is None else []
+    groups = _common_prefixes(batch) if batch.host_type_ids_T is None and batch.hidden is None else []
     if not groups:
         return None
-    starts, device = batch.starts, batch.ids_T.device
+    starts = batch.starts
     pieces: list[tuple[range, int]] = []  # rows of `batch`, and the number of the piece that they continue
     for shared, members in groups:
         first, prefix = starts[members[0]], len(pieces)
@@ -272,16 +344,15 @@ def share(batch: Batch) -> Shared | None:
         first = starts[members[0]]
         for i in members[1:]:
             expand_T[starts[i] : starts[i] + shared] = expand_T[first : first + shared]
-    kept = _to_device(kept_U, device)
     physical = Batch(
-        ids_T=batch.ids_T[kept],
         host_ids_T=batch.host_ids_T[kept_U],
-        positions_T=batch.positions_T[kept],
-        type_ids_T=None,
+        host_positions_T=batch.host_positions_T[kept_U],
+        host_type_ids_T=None,
         starts=laid,
+        device=batch.device,
         prefixes=tuple(range(laid[p], laid[p + 1]) if p >= 0 else range(0) for _, p in pieces),
     )
-    return Shared(physical, kept, _to_device(expand_T, device))
+    return Shared(physical, *upload([kept_U, expand_T], batch.device))
 
 
 def _common_prefixes(batch: Batch) -> list[tuple[int, list[int]]]:
@@ -346,8 +417,21 @@ def common_prefix(sequences: Seq[Sequence]) -> int:
     return shared
 
 
-def _to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(values)
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def stage(arrays: Seq[Ids], device: torch.device) -> Tensor:
+    """`arrays` end to end in memory of the host from which `device` can copy while the host goes on.
+
+    torch gives pinned memory to nobody else before the copies from it are done.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(np.concatenate(arrays))
+    staged = torch.empty(sum(map(len, arrays)), dtype=torch.int64, pin_memory=True)
+    np.concatenate(arrays, out=staged.numpy())
+    return staged
+
+
+def upload(arrays: Seq[Ids], device: torch.device) -> list[Tensor]:
+    """`arrays` on `device` by one copy, for which the host does not wait; on a CPU they share its memory."""
+    if device.type != "cuda":
+        return [torch.from_numpy(array).to(device) for array in arrays]
+    there = stage(arrays, device).to(device, non_blocking=True)
+    return list(torch.split(there, [len(array) for array in arrays]))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from cenote.tensors.packing import upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,37 +20,40 @@ if TYPE_CHECKING:
 
     from cenote.tensors.packing import Batch
 
+PART = 32
+
 
 def cls(x_TD: Tensor, batch: Batch) -> Tensor:
     """The first token that is not skipped."""
-    return x_TD[_index(_begins(batch), x_TD)].float()
+    begins = batch.rows_at("first") if batch.skips is None else batch.index(_begins(batch))
+    return x_TD[begins].float()
 
 
 def last(x_TD: Tensor, batch: Batch) -> Tensor:
     """The last token."""
-    return x_TD[_index([b - 1 for b in batch.starts[1:]], x_TD)].float()
+    return x_TD[batch.rows_at("last")].float()
 
 
 def mean(x_TD: Tensor, batch: Batch) -> Tensor:
     """Arithmetic mean over tokens."""
-    return _sum(x_TD, batch) / _counts(batch, x_TD)
+    return _joined(x_TD, batch, "sum") / _counts(batch)
 
 
 def mean_sqrt_len(x_TD: Tensor, batch: Batch) -> Tensor:
     """Sum over tokens, divided by the square root of their number."""
-    return _sum(x_TD, batch) / _counts(batch, x_TD).sqrt()
+    return _joined(x_TD, batch, "sum") / _counts(batch).sqrt()
 
 
 def weighted_mean(x_TD: Tensor, batch: Batch) -> Tensor:
     """Mean in which the token at position p (from 1) weighs p (SGPT). Skipped tokens keep their positions."""
     weights_T1 = (batch.positions_T + 1).to(torch.float32)[:, None]
-    return _sum(x_TD.float() * weights_T1, batch) / _sum(weights_T1, batch).clamp(min=1e-9)
+    weighted_BD = _joined(x_TD.float() * weights_T1, batch, "sum")
+    return weighted_BD / _joined(weights_T1, batch, "sum").clamp(min=1e-9)
 
 
 def max_(x_TD: Tensor, batch: Batch) -> Tensor:
     """Largest value of each dimension over tokens."""
-    kept_TD, lengths = _kept(x_TD, batch)
-    return torch.segment_reduce(kept_TD.float(), "max", lengths=lengths, axis=0)
+    return _joined(x_TD, batch, "max")
 
 
 MODES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
@@ -69,34 +75,37 @@ def pool(x_TD: Tensor, batch: Batch, modes: tuple[str, ...]) -> Tensor:
 
 def _begins(batch: Batch) -> list[int]:
     """First row of each sequence that pooling looks at. A prompt that is the whole input is not skipped by `cls`."""
-    if batch.skips is None:
-        return list(batch.starts[:-1])
     return [
         start + (skip if skip < length else 0)
-        for start, skip, length in zip(batch.starts, batch.skips, batch.lengths, strict=False)
+        for start, skip, length in zip(batch.starts, batch.skips or (), batch.lengths, strict=False)
     ]
 
 
-def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=like.device)
+def _counts(batch: Batch) -> Tensor:
+    """Number of tokens that are not skipped, `[B, 1]`."""
+    return batch.index(_lengths(batch)).float().clamp(min=1e-9)[:, None]
 
 
-def _kept(x_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows that are not skipped, and their number per sequence."""
-    lengths = torch.tensor(batch.lengths, device=x_TD.device)
-    if batch.skips is None:
-        return x_TD, lengths
-    skips = torch.tensor(batch.skips, device=x_TD.device)
-    kept = batch.positions_T >= skips.repeat_interleave(lengths)
-    return x_TD[kept], (lengths - skips).clamp(min=0)
+def _lengths(batch: Batch) -> np.ndarray:
+    lengths: np.ndarray = np.maximum(np.array(batch.lengths) - np.array(batch.skips or 0), 0)
+    return lengths
 
 
-def _sum(x_TD: Tensor, batch: Batch) -> Tensor:
-    kept_TD, lengths = _kept(x_TD, batch)
-    return torch.segment_reduce(kept_TD.float(), "sum", lengths=lengths, axis=0)
+def _joined(x_TD: Tensor, batch: Batch, how: str) -> Tensor:
+    """Sum or maximum over the tokens of each sequence that are not skipped, in float32.
 
-
-def _counts(batch: Batch, like: Tensor) -> Tensor:
-    skips = batch.skips or (0,) * batch.size
-    counts = [max(length - skip, 0) for length, skip in zip(batch.lengths, skips, strict=False)]
-    return torch.tensor(counts, dtype=torch.float32, device=like.device).clamp(min=1e-9)[:, None]
+    First within parts of `PART` tokens, then over parts: a GPU has one thread walk along each. Checking the lengths
+    would wait for the device.
+    """
+    if batch.skips is not None:
+        bounds = zip(batch.starts, batch.starts[1:], batch.skips, strict=False)
+        kept = [np.arange(min(start + skip, stop), stop) for start, stop, skip in bounds]
+        x_TD = x_TD[batch.index(np.concatenate(kept))]
+    lengths = _lengths(batch)
+    parts_of = -(-lengths // PART)
+    parts = np.full(parts_of.sum(), PART)
+    parts[parts_of.cumsum()[lengths > 0] - 1] -= (-lengths % PART)[lengths > 0]
+    x_RD = x_TD.float()
+    for own in upload([parts, parts_of], batch.device):
+        x_RD = torch.segment_reduce(x_RD, how, lengths=own, axis=0, unsafe=True)
+    return x_RD

@@ -1,0 +1,66 @@
+"""The GPU benchmark runs, checks and saves; its dry run on a CPU measures nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import gpu, harness
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--tiny", *arguments])
+    return gpu.main()
+
+
+def test_measures_and_saves(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "--save", "dry") == 0
+    saved = json.loads((results / "dry.json").read_text())
+    assert saved["gpu"] == "none"
+    for model in ("bge-m3 shape", "MiniLM"):
+        found = saved[model]
+        assert (found["dtype"], found["layout"]) == ("float32", "packed")
+        cosines = found["cosine_to_float32"]
+        assert all(cosines[name]["least"] > 0.99999 for name in ("default", "all graphs", "eager"))
+        assert cosines["between_texts"] < (0.5 if model == "MiniLM" else 1)
+        assert found["query_ms"].keys() >= {"default", "eager", "sentence-transformers float32"}
+        for kind in gpu.TINY.lengths:
+            assert found[kind]["share_of_gemm"].keys() == {"default", "all graphs", "eager"}
+            assert found[kind]["ratio"].keys() == {f"sentence-transformers {name}" for name in ("float32", "bfloat16")}
+        assert (found["32"]["texts"], found["32"]["tokens"]) == (2, 64)
+
+
+def test_nothing_is_begun_after_the_deadline(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "embedded", lambda: pytest.fail("loaded MiniLM for nothing"))
+    monkeypatch.setattr(gpu, "large", lambda *_: pytest.fail("made a model for nothing"))
+    assert run(monkeypatch, "--save", "dry", "--minutes", "0") == 0
+    assert run(monkeypatch, "--save", "dry", "--minutes", "0", "--check") == 0
+    assert json.loads((results / "dry.json").read_text())["checked"] == []
+
+
+def test_the_check_tells_right_from_wrong(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "--check", "--save", "right") == 0
+    right = json.loads((results / "right.json").read_text())["checked"]
+    assert [own["verdict"] for own in right] == ["ok"] * 4
+    assert {own["dtype"] for own in right} == {"float32", "bfloat16"}
+    original = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *given: torch.roll(original(*given), 1, 0))
+    assert run(monkeypatch, "--check", "--save", "wrong") == 1
+    wrong = json.loads((results / "wrong.json").read_text())["checked"]
+    assert [own["verdict"] for own in wrong] == ["WRONG"] * 4
+
+
+def test_without_a_gpu_it_says_what_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "torch sees no GPU; --device cpu --tiny is a dry run" in capsys.readouterr().err
