@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.util.similarity import SimilarityFunction
 
 from cenote.tensors import scoring
-from cenote.tensors.scoring import cosine, max_sim, ranking
+from cenote.tensors.scoring import PAIRWISE, max_sim, pairwise, ranking, similarities, sparse_similarity
+from cenote.types import Similarity
 
 WIDTH = 16
 
@@ -27,21 +29,54 @@ def test_cosine_pairs_by_place() -> None:
     expected = torch.nn.functional.cosine_similarity(
         torch.from_numpy(queries).double(), torch.from_numpy(documents).double()
     )
-    scores = cosine(list(queries), list(documents))
+    scores = pairwise(list(queries), list(documents))
     assert scores.dtype == np.float32
     assert scores == pytest.approx(expected.numpy(), abs=1e-6)
 
 
 def test_cosine_ignores_length_and_takes_zero() -> None:
     x = np.array([3, 4], np.float32)
-    assert cosine([x, x, x], [x * 10, -x, x * 0]).tolist() == pytest.approx([1, -1, 0])
+    assert pairwise([x, x, x], [x * 10, -x, x * 0]).tolist() == pytest.approx([1, -1, 0])
 
 
 @pytest.mark.parametrize(("queries", "documents"), [(1, 3), (3, 1), (0, 0)])
 def test_cosine_takes_pairs_only(queries: int, documents: int) -> None:
     x = np.ones(4, np.float32)
     with pytest.raises(ValueError):
-        cosine([x] * queries, [x] * documents)
+        pairwise([x] * queries, [x] * documents)
+
+
+def sparse(*rows: list[float]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.nonzero(row)[0], np.float32(row)[np.nonzero(row)[0]]) for row in rows]
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_similarities_by_name(name: str) -> None:
+    """Against sentence-transformers, of dense vectors and of sparse ones that overlap in part, or have nothing."""
+    rows = [[0, 3, 0, 0.5, 0, 1], [2, 1, 0, 0, 0, 4], [0, 0, 7, 0, 0, -2], [0, 3, 0, 0.5, 0, 1], [0] * 6]
+    vectors = np.array(rows, np.float32)
+    expected = SimilarityFunction.to_similarity_fn(name)(torch.tensor(vectors), torch.tensor(vectors)).numpy()
+    assert len(np.unique(expected.round(4))) > 2
+    for query, own, row in zip(vectors, sparse(*rows), expected, strict=True):
+        np.testing.assert_allclose(pairwise([query] * 5, list(vectors), name), row, rtol=1e-6, atol=1e-6)
+        found = [sparse_similarity(own, document, name) for document in sparse(*rows)]
+        np.testing.assert_allclose(found, row, rtol=1e-6, atol=1e-6)
+        by_kind = Similarity(vectors=name), Similarity(sparse=name)
+        np.testing.assert_allclose(similarities(query, list(vectors), by_kind[0]), row, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(similarities(own, sparse(*rows), by_kind[1]), row, rtol=1e-6, atol=1e-6)
+
+
+def test_mean_max_sim() -> None:
+    queries, documents = matrices(3, 9), matrices(4, 1, 8, seed=1)
+    expected = SimilarityFunction.to_similarity_fn("meanmaxsim")(
+        [torch.tensor(query) for query in queries], [torch.tensor(document) for document in documents]
+    )
+    for query, row in zip(queries, expected, strict=True):
+        found = similarities(query, documents, Similarity(tokens="meanmaxsim"))
+        np.testing.assert_allclose(found, row, rtol=1e-5)
+        np.testing.assert_allclose(max_sim(query, documents) / len(query), row, rtol=1e-5)
+    nothing = np.zeros((0, WIDTH), np.float32)
+    assert similarities(nothing, documents, Similarity(tokens="meanmaxsim")).tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 9, 10, 11, 10_000])

@@ -251,7 +251,8 @@ class LLM:
     def similarity(self, first: Seq[PoolingRequestOutput[Any]], second: Seq[PoolingRequestOutput[Any]]) -> torch.Tensor:
         """How alike embeddings are, each of `first` with each of `second`: `[len(first), len(second)]` float32.
 
-        Cosine of dense embeddings, MaxSim of token vectors, dot product of sparse embeddings.
+        By the checkpoint's `similarity_fn_name`, else cosine of dense embeddings, MaxSim of token vectors, dot product
+        of sparse embeddings. Distances are negative.
 
         Args:
             first: results of `embed`, `embed_sparse` or `encode`, or their `outputs`; queries, for MaxSim.
@@ -262,7 +263,7 @@ class LLM:
         rows = [[comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)]
         if not rows[0] or not rows[1]:
             return torch.zeros(len(rows[0]), len(rows[1]))
-        return torch.from_numpy(np.stack([similarities(query, rows[1]) for query in rows[0]]))
+        return torch.from_numpy(np.stack([similarities(query, rows[1], self.info.similarity) for query in rows[0]]))
 
     def classify(
         self,

@@ -218,6 +218,21 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Similarity:
+    """How a model's embeddings are compared, by their kind; see `cenote.tensors.scoring`.
+
+    Attributes:
+        vectors: "cosine", "dot", "euclidean" or "manhattan".
+        sparse: likewise.
+        tokens: "maxsim" or "meanmaxsim".
+    """
+
+    vectors: str = "cosine"
+    sparse: str = "dot"
+    tokens: str = "maxsim"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What start-up resolved about a model; printed at start and used to validate requests.
 
@@ -234,6 +249,7 @@ class ModelInfo:
         classifies: whether `activation` is applied unless a request says otherwise.
         score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
             "late-interaction".
+        similarity: how embeddings are compared where pairs are rated by them.
         reward: task that gives this model's reward, empty if it is no reward model.
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
         columns: with STEP pooling what `returned_token_ids` may name.
@@ -262,6 +278,7 @@ class ModelInfo:
     activation: str = "none"
     classifies: bool = True
     score_types: tuple[str, ...] = ()
+    similarity: Similarity = Similarity()
     reward: str = ""
     step: bool = False
     columns: Seq[int] = ()

@@ -7,11 +7,13 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import cenote
 from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
+from cenote.types import Similarity
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -139,7 +141,9 @@ def report(service: Service) -> list[str]:
         labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
         lines.append(f"head: {info.head}; {labels}, {used}{steps}")
     if info.score_types:
-        lines.append(f"scores pairs as: {', '.join(info.score_types)}")
+        by_default = asdict(Similarity())
+        changed = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != by_default[kind]]
+        lines.append(f"scores pairs as: {', '.join(info.score_types)}{''.join(changed)}")
     if service.pair_template:
         source = service.pair_template.source or "the checkpoint's chat template"
         lines.append(f"pairs are rendered by: {source[:200]!r}{'...' if len(source) > 200 else ''}")

@@ -1,26 +1,27 @@
 """Score and rerank: which sequences rate a request's pairs, and how their outputs become scores.
 
-Three ways, by what the model offers: a cross-encoder reads query and document together; a bi-encoder compares one
-vector of each by cosine; late interaction compares the vectors of their tokens by MaxSim. In the last two a query is
-encoded once for all its documents.
+By what the model offers: a cross-encoder reads query and document together; a bi-encoder compares one vector of each;
+late interaction compares the vectors of their tokens by MaxSim; sparse embeddings are compared, or all three. In all
+but the first a query is encoded once for all its documents.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cenote.errors import BadRequest, NotScored, TaskNotOffered
-from cenote.tensors.scoring import cosine, dot, max_sim
+from cenote.tensors.scoring import late_interaction, pairwise, sparse_similarity
+from cenote.types import Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.engine.pairs import PairOptions, PairRenderer
     from cenote.engine.rendering import Renderer, TextOptions
-    from cenote.tensors.scoring import Array, Indices
+    from cenote.tensors.scoring import Array, Sparse
     from cenote.types import ModelInfo, Output, PoolingParams, Sequence
 
 SCORE_TYPES: dict[str, str] = {
@@ -47,11 +48,13 @@ class Plan:
         sequences: what is submitted, in order.
         score_type: a key of `SCORE_TYPES`.
         queries: how many of `sequences` are queries; 0 for a cross-encoder, whose sequences are pairs.
+        similarity: how their embeddings are compared.
     """
 
     sequences: list[Sequence]
     score_type: str
     queries: int
+    similarity: Similarity = field(default_factory=Similarity)
 
     @property
     def count(self) -> int:
@@ -69,7 +72,7 @@ class Plan:
         if self.score_type == "cross-encoder":
             return np.concatenate(documents)
         if self.score_type == "bi-encoder":
-            return cosine([queries[self._query(i)] for i in range(self.count)], documents)
+            return pairwise([queries[self._query(i)] for i in range(self.count)], documents, self.similarity.vectors)
         asked, given = outputs[: self.queries], outputs[self.queries :]
         if self.score_type == "sparse":
             return self._lexical(asked, given)
@@ -78,27 +81,28 @@ class Plan:
             lexical = self._lexical(*([o.others["sparse"] for o in part] for part in (asked, given)))
             dense = np.array([queries[self._query(i)] @ documents[i] for i in range(self.count)], dtype=np.float32)
             lengths = np.array([len(late[0][self._query(i)]) for i in range(self.count)], dtype=np.float32)
-            parts = (dense, lexical, self._late(*late) / lengths)
+            parts = (dense, lexical, self._late(late[0], late[1], "maxsim") / lengths)
             weighted: Array = np.sum([w * part for w, part in zip(HYBRID_WEIGHTS, parts, strict=True)], axis=0)
             return weighted.astype(np.float32)
-        return self._late(queries, documents)
+        return self._late(queries, documents, self.similarity.tokens)
 
-    def _late(self, queries: list[Array], documents: list[Array]) -> Array:
+    def _late(self, queries: list[Array], documents: list[Array], name: str) -> Array:
         if self.queries == 1:
-            return max_sim(queries[0], documents)
-        return np.concatenate([max_sim(q, [d]) for q, d in zip(queries, documents, strict=True)])
+            return late_interaction(queries[0], documents, name)
+        return np.concatenate([late_interaction(q, [d], name) for q, d in zip(queries, documents, strict=True)])
 
     def _lexical(self, queries: Seq[Output], documents: Seq[Output]) -> Array:
         pairs = [(queries[self._query(i)], documents[i]) for i in range(self.count)]
-        return np.array([dot(_ids(q), q.data, _ids(d), d.data) for q, d in pairs], dtype=np.float32)
+        scores = [sparse_similarity(_sparse(q), _sparse(d), self.similarity.sparse) for q, d in pairs]
+        return np.array(scores, dtype=np.float32)
 
     def _query(self, pair: int) -> int:
         return 0 if self.queries == 1 else pair
 
 
-def _ids(output: Output) -> Indices:
+def _sparse(output: Output) -> Sparse:
     assert output.indices is not None
-    return output.indices
+    return output.indices, output.data
 
 
 def plan(
@@ -147,7 +151,7 @@ def plan(
         sequences += renderer.render(pairs.cut(texts, most), task, params, replace(text_options, prompt=prompt))
     if also := ALSO.get(score_type):
         sequences = [replace(s, also=also) for s in sequences]
-    return Plan(sequences, score_type, len(queries))
+    return Plan(sequences, score_type, len(queries), renderer.info.similarity)
 
 
 def choose(info: ModelInfo, asked: str | None) -> str:

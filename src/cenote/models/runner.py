@@ -35,7 +35,7 @@ from cenote.models.outputs import (
 from cenote.tasks import TASKS, only_of
 from cenote.tensors import native
 from cenote.tensors.packing import pack
-from cenote.types import UNLIMITED, ModelInfo, Output, Sequence
+from cenote.types import UNLIMITED, ModelInfo, Output, Sequence, Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -402,6 +402,7 @@ def _info(
         use_activation=pooler.use_activation,
         revision=checkpoint.revision,
         matryoshka=matryoshka,
+        similarity=checkpoint.st.similarity if checkpoint.st else Similarity(),
         warnings=tuple(notes),
     )
     return replace(info, **classes)

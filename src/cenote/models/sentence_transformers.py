@@ -18,6 +18,8 @@ from cenote.errors import CheckpointError
 from cenote.models.families.multi_vector import from_settings
 from cenote.tensors.heads import normalize
 from cenote.tensors.pooling import MODES
+from cenote.tensors.scoring import PAIRWISE
+from cenote.types import Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +73,7 @@ class SentenceTransformer:
         query_weights: weights of vocabulary entries by which queries are encoded without the model.
         pair_template: variables of the chat template that renders a pair; `None` = a pair is not rendered.
         structured: that template takes message contents as lists of parts.
+        similarity: how its embeddings are compared.
     """
 
     backbone: Path
@@ -93,6 +96,7 @@ class SentenceTransformer:
     query_weights: Tensor | None = None
     pair_template: dict[str, Any] | None = None
     structured: bool = False
+    similarity: Similarity = field(default_factory=Similarity)
 
     @property
     def default_prompt(self) -> str:
@@ -199,6 +203,7 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         query_weights=query_weights,
         pair_template=_pair_template(transformer),
         structured=(transformer.get("modality_config") or {}).get("message", {}).get("format") == "structured",
+        similarity=_similarity(settings.get("similarity_fn_name"), tokens=is_multi_vector, sparse=splade is not None),
     )
 
 
@@ -233,6 +238,25 @@ def _routed(path: Path, own: str, allow_pickle: bool) -> tuple[list[dict[str, An
     weights = _weights(router / routes["query"][0], allow_pickle)["weight"].float()
     modules = [{"path": f"{own or '.'}/{name}", "type": types[name]} for name in routes["document"]]
     return modules, kinds["document"], weights
+
+
+def _similarity(name: str | None, *, tokens: bool, sparse: bool) -> Similarity:
+    """What `similarity_fn_name` means for a model of token vectors, of sparse embeddings, or of neither.
+
+    A name that is meant for the other kind of model says nothing, as in sentence-transformers.
+
+    Raises:
+        CheckpointError: there is no such similarity.
+    """
+    kinds = {**dict.fromkeys(PAIRWISE, False), "maxsim": True, "meanmaxsim": True}
+    own = None if name is None else name.lower()  # PyLate writes "MaxSim"
+    if own is not None and own not in kinds:
+        raise CheckpointError(f"similarity_fn_name is {name!r}; honoured are {', '.join(kinds)}")
+    if own is None or kinds[own] != tokens:
+        return Similarity(vectors="dot") if sparse else Similarity()
+    if tokens:
+        return Similarity(tokens=own)
+    return Similarity(own, own) if sparse else Similarity(own)
 
 
 def _pair_template(transformer: dict[str, Any]) -> dict[str, Any] | None:

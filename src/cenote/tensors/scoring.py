@@ -1,4 +1,4 @@
-"""Scores out of vectors: cosine of pairs, late interaction of a query with documents, and the order of scores.
+"""Scores out of vectors: similarity of pairs, late interaction of a query with documents, and the order of scores.
 
 All on the CPU, in float32, on the arrays in which an engine hands out its results.
 """
@@ -12,10 +12,25 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from cenote.types import Similarity
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
     Indices = np.ndarray[Any, np.dtype[np.int64]]
+    Sparse = tuple[Indices, Array]
+    """Rising indices `[K]` and values `[K]`."""
+
+PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda x_ND, y_ND: F.cosine_similarity(x_ND, y_ND, dim=1),
+    "dot": lambda x_ND, y_ND: (x_ND * y_ND).sum(1),
+    "euclidean": lambda x_ND, y_ND: -(x_ND - y_ND).square().sum(1).sqrt(),
+    "manhattan": lambda x_ND, y_ND: -(x_ND - y_ND).abs().sum(1),
+}
+"""Similarities of two vectors, `[N, D], [N, D] -> [N]`, by the names that sentence-transformers gives them; distances
+are negative, so that more is more alike."""
 
 CHUNK = 128
 """Document tokens that `max_sim` multiplies at once, more only where one document has more.
@@ -25,12 +40,13 @@ multiplied where they lie: larger chunks cost a copy of them, and leave the cach
 """
 
 
-def cosine(queries: Sequence[Array], documents: Sequence[Array]) -> Array:
-    """Cosine of each query with the document at the same place, as `torch.nn.functional.cosine_similarity`.
+def pairwise(queries: Sequence[Array], documents: Sequence[Array], name: str = "cosine") -> Array:
+    """Similarity of each query with the document at the same place.
 
     Args:
         queries: N vectors `[D]`, float32.
         documents: N vectors `[D]`, float32.
+        name: a key of `PAIRWISE`.
 
     Returns:
         `[N]` float32.
@@ -41,7 +57,7 @@ def cosine(queries: Sequence[Array], documents: Sequence[Array]) -> Array:
     queries_ND, documents_ND = np.stack(queries), np.stack(documents)
     if queries_ND.shape != documents_ND.shape:
         raise ValueError(f"queries {queries_ND.shape} and documents {documents_ND.shape} do not pair up")
-    scores_N: Array = F.cosine_similarity(torch.from_numpy(queries_ND), torch.from_numpy(documents_ND), dim=1).numpy()
+    scores_N: Array = PAIRWISE[name](torch.from_numpy(queries_ND), torch.from_numpy(documents_ND)).numpy()
     return scores_N
 
 
@@ -76,19 +92,32 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
     return scores_N
 
 
-def dot(first_K: Indices, first: Array, second_K: Indices, second: Array) -> float:
-    """Dot product of two sparse vectors, each as rising indices `[K]` and values `[K]`."""
-    places = np.intersect1d(first_K, second_K, assume_unique=True, return_indices=True)
-    here, there = places[1:]
-    return float(first[here].astype(np.float64) @ second[there].astype(np.float64))
+def late_interaction(query_QD: Array, documents: Sequence[Array], name: str = "maxsim") -> Array:
+    """`max_sim`, or with the name "meanmaxsim" its mean over the query's tokens instead of the sum; `[N]` float32."""
+    scores_N = max_sim(query_QD, documents)
+    return scores_N / np.float32(max(1, len(query_QD))) if name == "meanmaxsim" else scores_N
 
 
-def similarities(query: Array | tuple[Indices, Array], documents: Sequence[Any]) -> Array:
-    """How alike `query` is to each document: cosine of vectors, MaxSim of matrices, dot product of sparse vectors.
+def sparse_similarity(first: Sparse, second: Sparse, name: str = "dot") -> float:
+    """Similarity of two sparse vectors, in float64; `name` is a key of `PAIRWISE`."""
+    if name == "dot":  # what only one of them has counts nothing
+        here, there = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)[1:]
+        return float(first[1][here].astype(np.float64) @ second[1][there].astype(np.float64))
+    known_K = np.union1d(first[0], second[0])
+    pair_2K = np.zeros((2, len(known_K)))
+    for own_K, (indices, values) in zip(pair_2K, (first, second), strict=True):
+        own_K[np.searchsorted(known_K, indices)] = values
+    pair = torch.from_numpy(pair_2K)
+    return float(PAIRWISE[name](pair[:1], pair[1:]))
+
+
+def similarities(query: Array | Sparse, documents: Sequence[Any], similarity: Similarity) -> Array:
+    """How alike `query` is to each document, by what `similarity` says of their kind.
 
     Args:
         query: `[D]`, `[Q, D]`, or rising indices `[K]` with their values.
         documents: N of the same form.
+        similarity: of vectors, of sparse vectors and of matrices.
 
     Returns:
         `[N]` float32.
@@ -97,10 +126,10 @@ def similarities(query: Array | tuple[Indices, Array], documents: Sequence[Any])
         ValueError: the forms or sizes differ.
     """
     if isinstance(query, tuple):
-        return np.array([dot(*query, *document) for document in documents], dtype=np.float32)
+        return np.array([sparse_similarity(query, own, similarity.sparse) for own in documents], dtype=np.float32)
     if query.ndim == 1:
-        return cosine([query] * len(documents), documents)
-    return max_sim(query, documents)
+        return pairwise([query] * len(documents), documents, similarity.vectors)
+    return late_interaction(query, documents, similarity.tokens)
 
 
 def ranking(scores: Sequence[float] | Array, top_n: int | None = None) -> list[int]:
