@@ -7,6 +7,7 @@ tolerance, and the tests say so where a rule could be dropped without a differen
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import string
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -72,6 +73,7 @@ DOCUMENTS = [
     "hello",
 ]
 """The third has more than `LONGEST` tokens and fewer than the models' positions."""
+ALL_TEXTS = {"query": QUERIES, "document": DOCUMENTS}
 
 
 def encoded(llm: LLM, texts: list[Any], side: str | None) -> Rows:
@@ -151,13 +153,17 @@ def written(
     skipped: list[str] | None = None,
     skipped_of: list[str] | None = None,
     prompts: dict[str, str] = PROMPTS,
+    last: tuple[nn.Module, ...] = (),
     **transformer: Any,
 ) -> Path:
-    """A folder as the installed release saves it: Transformer, `modules` (default: one projection), mask, Normalize."""
+    """A folder as the installed release saves it: Transformer, `modules` (default: one projection), mask, Normalize.
+
+    Behind them come the modules `last`.
+    """
     steps = modules or (projection(), NORMALIZE)
     mask = MultiVectorMask(skiplist_words=skipped, skiplist_tasks=skipped_of)
     model = MultiVectorEncoder(
-        modules=[Transformer(str(backbone), **transformer), *steps[:-1], mask, steps[-1]],
+        modules=[Transformer(str(backbone), **transformer), *steps[:-1], mask, steps[-1], *last],
         prompts=dict(prompts),
         device="cpu",
     )
@@ -240,6 +246,93 @@ def test_modules_over_token_vectors(bert: Path, tmp_path: Path, made: tuple[Call
     assert widths == {HIDDEN if len(modules) == 1 and modules[0] is NORMALIZE else WIDTH}
     norms = np.concatenate([np.linalg.norm(rows, axis=1) for side in SIDES for rows in found[side]])
     assert np.allclose(norms, 1, atol=1e-5) == (modules[-1] is NORMALIZE)
+
+
+POOLINGS: dict[str, dict[str, Any]] = {
+    "by two": {"pool_factor": 2},
+    "by a fraction": {"pool_factor": 1.5},
+    "nearly all": {"pool_factor": 50},
+    "none": {"pool_factor": 1},
+    "nothing protected": {"pool_factor": 3, "num_protected_tokens": 0},
+    "much protected": {"pool_factor": 2, "num_protected_tokens": 4},
+    "not normalised": {"pool_factor": 2, "normalize_embeddings": False},
+    "queries": {"pool_factor": 2, "tasks": "query"},
+    "both": {"pool_factor": 2, "tasks": ["query", "document"]},
+}
+
+
+@pytest.mark.parametrize("options", POOLINGS.values(), ids=POOLINGS)
+def test_token_pooling(bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    path = pooled(bert, tmp_path / "model", **options)
+    found = agree(path)
+    with LLM(model=str(path), plain_late_interaction=True) as llm:
+        whole = {side: [len(rows) for rows in encoded(llm, texts, None)] for side, texts in ALL_TEXTS.items()}
+    sides, factor = options.get("tasks", "document"), options["pool_factor"]
+    protected = options.get("num_protected_tokens", 1)
+    for side, lengths in whole.items():
+        fewer = [min(n, protected + max(int((n - protected) // factor), 1)) for n in lengths]
+        assert [len(rows) for rows in found[side]] == (fewer if side in sides else lengths)
+    norms = [np.linalg.norm(rows, axis=1) for rows in found["document"]]
+    assert np.allclose(np.concatenate(norms), 1, atol=1e-5) == options.get("normalize_embeddings", True)
+
+
+def test_token_pooling_comes_after_the_skip_list_and_is_for_texts(bert: Path, tmp_path: Path) -> None:
+    path = pooled(bert, tmp_path / "model", skipped=PUNCTUATION, query_expansion=FIXED, pool_factor=2)
+    agree(path)
+    with LLM(model=str(path)) as llm:
+        ids = llm.get_tokenizer()(DOCUMENTS[0])["input_ids"]
+        assert len(encoded(llm, [{"prompt_token_ids": ids}], "document")[0]) == len(ids)
+
+
+def pooled(bert: Path, path: Path, *, skipped: list[str] | None = None, **options: Any) -> Path:
+    names = ("pool_factor", "num_protected_tokens", "normalize_embeddings", "tasks")
+    own = {name: options.pop(name) for name in names if name in options}
+    pooling = HierarchicalTokenPooling(own.pop("pool_factor"), **own)
+    return written(
+        bert, path, projection(), NORMALIZE, last=(pooling,), skipped=skipped or [], **{"prompts": {}, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool_factor": 0.5}, "at least 1 token into one and protects at least 0"),
+        ({"num_protected_tokens": -1}, "at least 1 token into one and protects at least 0"),
+        ({"linkage": "single"}, r"settings that are not honoured: \['linkage'\]"),
+    ],
+)
+def test_token_poolings_that_are_not_understood(
+    bert: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = pooled(bert, tmp_path / "model", pool_factor=2)
+    checkpoints.edit_json(next(path.glob("*_HierarchicalTokenPooling")) / "config.json", **change)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(model=str(path))
+
+
+def test_token_pooling_of_older_folders_does_not_normalise(bert: Path, tmp_path: Path) -> None:
+    path = pooled(bert, tmp_path / "model", pool_factor=2)
+    file = next(path.glob("*_HierarchicalTokenPooling")) / "config.json"
+    content = checkpoints.read_json(file)
+    del content["normalize_embeddings"]
+    checkpoints.write_json(file, content)
+    rows = np.concatenate(agree(path)["document"])
+    assert not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
+
+
+def test_token_pooling_is_the_last_module(bert: Path, tmp_path: Path) -> None:
+    pooling = HierarchicalTokenPooling(2)
+    path = written(bert, tmp_path / "model", projection(), pooling, NORMALIZE)
+    with pytest.raises(CheckpointError, match="HierarchicalTokenPooling as the last module"):
+        LLM(model=str(path))
+
+
+def test_token_pooling_needs_scipy(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pooled(bert, tmp_path / "model", pool_factor=2)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "scipy" else find(name, *more))
+    with pytest.raises(CheckpointError, match=r"needs scipy: pip install 'cenote\[token-pooling\]'"):
+        LLM(model=str(path))
 
 
 def test_documents_longer_than_the_model_are_cut_where_it_says_so(bert: Path, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def _sides(checkpoint: Checkpoint) -> Sides | None:
         attend=fill.attend if fill else False,
         skipped=late.skipped_ids(tokenizer),
         skipped_of=late.skipped_of,
+        pooled_of=late.pooled_of,
     )
 
 

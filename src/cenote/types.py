@@ -147,6 +147,7 @@ class Sequence:
         keep: which tokens' rows the token tasks return; `None` = all.
         also: further tasks to answer from the same forward.
         adapter: name of the adapter to run with; `None` = the pure backbone.
+        clusters: its token vectors are joined into fewer, as the model's token pooling says.
         looked_up: its sparse embedding comes from the model's table of weights (a query of an inference-free model).
         late_chunking: what the rows stand for, where `params` ask for late chunking.
     """
@@ -161,6 +162,7 @@ class Sequence:
     also: tuple[str, ...] = ()
     adapter: str | None = None
     looked_up: bool = False
+    clusters: bool = False
     late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
 
     def __len__(self) -> int:

@@ -148,6 +148,7 @@ class Sides:
         attend: other tokens attend to those filled in.
         skipped: ids whose rows are left out.
         skipped_of: the sides from which they are; an input without a side counts as a document.
+        pooled_of: the sides whose token vectors are joined into fewer; likewise.
         by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
     """
 
@@ -158,6 +159,7 @@ class Sides:
     attend: bool = False
     skipped: frozenset[int] = frozenset()
     skipped_of: tuple[str, ...] = ("document",)
+    pooled_of: tuple[str, ...] = ()
     by_table: bool = False
 
     def limit(self, role: Role | None, most: int) -> int | None:

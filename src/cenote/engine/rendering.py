@@ -172,7 +172,9 @@ class Renderer:
         ids, hidden = self._sides.filled(list(sequence.ids), role)
         types = sequence.type_ids
         types = None if types is None else [*types, *[0] * (len(ids) - len(types))]
-        return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=self._sides.kept(ids, role))
+        clusters = (role or "document") in self._sides.pooled_of
+        keep = self._sides.kept(ids, role)
+        return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=keep, clusters=clusters)
 
     def _skip(self, prompt: str) -> int:
         """Tokens of `prompt` that pooling leaves out."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.classifiers import Classifier
     from cenote.tensors.packing import Batch, Place
+    from cenote.tensors.pooling import Clustering
     from cenote.types import PoolingParams
 
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -103,10 +104,12 @@ class TokenEmbed:
 
     Attributes:
         without_first: the first token has none. Chunks count it nevertheless.
+        clustering: joins the vectors of sequences that want it into fewer.
     """
 
     pooler: Pooler
     without_first: bool = False
+    clustering: Clustering | None = None
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """All tokens or chunks of the members, `[sum of T, D]`."""
@@ -122,7 +125,12 @@ class TokenEmbed:
             parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
             return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
         rows, lengths = batch.rows_of(members)
-        return Rows(self.pooler.finish(x_TD[rows], params), lengths)
+        found_RD = self.pooler.finish(x_TD[rows], params)
+        if self.clustering is None or batch.clusters is None:
+            return Rows(found_RD, lengths)
+        own = zip(members, torch.split(found_RD, lengths), strict=True)
+        parts = [self.clustering(part) if batch.clusters[i] else part.cpu() for i, part in own]
+        return Rows(torch.cat(parts), [len(part) for part in parts])
 
 
 @dataclass(frozen=True)

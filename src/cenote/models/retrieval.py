@@ -74,7 +74,8 @@ def outputs(
         steps = _projection(checkpoint, folder, options, full.device)
         own = options.pooler_config
         normalizes = checkpoint.multi_vector.normalizes if own.use_activation is None else own.use_activation
-        return {"token_embed": TokenEmbed(Pooler(pooler.modes, steps, normalizes, own.dimensions))}
+        late = Pooler(pooler.modes, steps, normalizes, own.dimensions)
+        return {"token_embed": TokenEmbed(late, clustering=checkpoint.st.clustering if checkpoint.st else None)}
     if bge_m3.is_one(checkpoint.architecture, folder):
         width = int(checkpoint.config.get_text_config().hidden_size)
         weight, vector = (layer.to(full.device) for layer in bge_m3.heads(folder, width))

@@ -6,8 +6,9 @@ and new (`sentence_transformers.base.modules.x.X`) spellings. A module that Ceno
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from cenote.errors import CheckpointError
 from cenote.models.families.multi_vector import from_settings
 from cenote.tensors.heads import normalize
-from cenote.tensors.pooling import MODES
+from cenote.tensors.pooling import MODES, Clustering
 from cenote.tensors.scoring import PAIRWISE
 from cenote.types import Similarity
 
@@ -68,6 +69,7 @@ class SentenceTransformer:
         activation: import path of the activation that a CrossEncoder was saved with.
         multi_vector: how a late-interaction model encodes queries and documents; `None` = it is no such model.
         token_steps: its modules over token vectors.
+        clustering: joins them into fewer; `None` = it does not.
         splade: config of a SpladePooling module.
         max_active: how many weights of a sparse embedding are kept; `None` = all.
         query_weights: weights of vocabulary entries by which queries are encoded without the model.
@@ -91,6 +93,7 @@ class SentenceTransformer:
     activation: str | None = None
     multi_vector: MultiVector | None = None
     token_steps: tuple[Step, ...] = ()
+    clustering: Clustering | None = None
     splade: dict[str, Any] | None = None
     max_active: int | None = None
     query_weights: Tensor | None = None
@@ -138,7 +141,8 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
     steps: list[Step] = []
     dimension: int | None = None
     logit_score = None
-    splade = mask = None
+    splade = mask = clustering = None
+    pooled_of: tuple[str, ...] = ()
     token_steps: list[Step] = []
     general = path / "config_sentence_transformers.json"
     settings = _json(general) if general.is_file() else {}
@@ -162,6 +166,8 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
             token_steps.append(_dense(folder, allow_pickle, ("token_embeddings", None))[0])
         elif is_multi_vector and kind == "Normalize":
             token_steps.append(normalize)
+        elif is_multi_vector and kind == "HierarchicalTokenPooling" and module is modules[-1]:
+            clustering, pooled_of = _clustering(_json(folder / "config.json"))
         elif kind == "LogitScore" and not modes:
             config = _json(folder / "config.json")
             logit_score = (int(config["true_token_id"]), config.get("false_token_id"))
@@ -172,10 +178,15 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         else:
             raise CheckpointError(
                 f"modules.json names the module {module['type']}, which Cenote does not honour here; "
-                "honoured are Transformer, then LogitScore, SpladePooling, MultiVectorMask, or Pooling and "
+                "honoured are Transformer, then LogitScore, SpladePooling, MultiVectorMask with "
+                "HierarchicalTokenPooling as the last module, or Pooling and "
                 f"{', '.join(STEPS)}"
             )
     normalizes = bool(steps) and steps[-1] is normalize
+    multi_vector = None
+    if is_multi_vector:
+        multi_vector = from_settings(settings, transformer, mask, normalizes=normalize in token_steps)
+        multi_vector = replace(multi_vector, pooled_of=pooled_of)
     prompts = {str(name): str(text) for name, text in (settings.get("prompts") or {}).items()}
     default = settings.get("default_prompt_name")
     if default is not None and default not in prompts:
@@ -194,10 +205,9 @@ def _read(path: Path, *, allow_pickle: bool) -> SentenceTransformer:
         is_cross_encoder=settings.get("model_type") == "CrossEncoder" or logit_score is not None,
         logit_score=logit_score,
         activation=settings.get("activation_fn"),
-        multi_vector=from_settings(settings, transformer, mask, normalizes=normalize in token_steps)
-        if is_multi_vector
-        else None,
+        multi_vector=multi_vector,
         token_steps=tuple(step for step in token_steps if step is not normalize),
+        clustering=clustering,
         splade=splade,
         max_active=settings.get("max_active_dims"),
         query_weights=query_weights,
@@ -266,6 +276,29 @@ def _pair_template(transformer: dict[str, Any]) -> dict[str, Any] | None:
     kwargs = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
     kwargs.pop("restore_suffix", None)
     return kwargs
+
+
+def _clustering(config: dict[str, Any]) -> tuple[Clustering, tuple[str, ...]]:
+    """What a HierarchicalTokenPooling does, and the sides that it is for.
+
+    Raises:
+        CheckpointError: a setting is not understood, or scipy, which clusters, is not installed.
+    """
+    if unknown := set(config) - {"pool_factor", "num_protected_tokens", "normalize_embeddings", "tasks"}:
+        raise CheckpointError(f"HierarchicalTokenPooling has settings that are not honoured: {sorted(unknown)}")
+    factor, protected = float(config.get("pool_factor", 1.0)), int(config.get("num_protected_tokens", 1))
+    if factor < 1 or protected < 0:
+        raise CheckpointError(
+            f"HierarchicalTokenPooling joins at least 1 token into one and protects at least 0: got {config}"
+        )
+    if importlib.util.find_spec("scipy") is None:
+        raise CheckpointError(
+            "this checkpoint joins token vectors (HierarchicalTokenPooling), which needs scipy: "
+            "pip install 'cenote[token-pooling]'; --plain-late-interaction serves it without"
+        )
+    sides = config.get("tasks") or ["document"]
+    normalizes = bool(config.get("normalize_embeddings", False))  # what older folders, which do not say it, mean
+    return Clustering(factor, protected, normalizes), (sides,) if isinstance(sides, str) else tuple(sides)
 
 
 def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:

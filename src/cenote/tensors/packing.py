@@ -74,6 +74,7 @@ class Batch:
         hidden: per sequence, trailing tokens that no token attends to; `None` when all are 0.
         keeps: per sequence, the tokens whose rows are wanted, `None` = all; `None` when all are wanted of all.
         looked_up: per sequence, whether its sparse embedding comes from a table; `None` when none does.
+        clusters: per sequence, whether its token vectors are joined into fewer; `None` when none are.
     """
 
     host_ids_T: Ids
@@ -87,6 +88,7 @@ class Batch:
     hidden: tuple[int, ...] | None = None
     keeps: tuple[Seq[int] | None, ...] | None = None
     looked_up: tuple[bool, ...] | None = None
+    clusters: tuple[bool, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -191,6 +193,7 @@ class Batch:
             hidden=None if self.hidden is None else tuple(self.hidden[i] for i in members),
             keeps=None if self.keeps is None else tuple(self.keeps[i] for i in members),
             looked_up=None if self.looked_up is None else tuple(self.looked_up[i] for i in members),
+            clusters=None if self.clusters is None else tuple(self.clusters[i] for i in members),
         )
         return part, self.index(host_rows)
 
@@ -280,6 +283,7 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         hidden=tuple(s.hidden for s in sequences) if any(s.hidden for s in sequences) else None,
         keeps=tuple(s.keep for s in sequences) if any(s.keep is not None for s in sequences) else None,
         looked_up=tuple(s.looked_up for s in sequences) if any(s.looked_up for s in sequences) else None,
+        clusters=tuple(s.clusters for s in sequences) if any(s.clusters for s in sequences) else None,
     )
 
 

@@ -6,10 +6,12 @@ Modes and their arithmetic are those of sentence-transformers' `Pooling` module;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cenote.tensors.packing import upload
 
@@ -71,6 +73,41 @@ def pool(x_TD: Tensor, batch: Batch, modes: tuple[str, ...]) -> Tensor:
     if len(modes) == 1:
         return MODES[modes[0]](x_TD, batch)
     return torch.cat([MODES[mode](x_TD, batch) for mode in modes], dim=-1)
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Token vectors joined into fewer: the mean of each of Ward's clusters (`HierarchicalTokenPooling`).
+
+    Attributes:
+        factor: how many vectors are joined into one on average.
+        protected: leading vectors that stay as they are.
+        normalizes: the vectors that result are scaled to length 1.
+    """
+
+    factor: float = 1.0
+    protected: int = 1
+    normalizes: bool = True
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """`[T, D]`, float32 vectors of length 1 -> `[T', D]` on the host, T' at most T."""
+        joined_TD = self._joined(x_TD.cpu())
+        return F.normalize(joined_TD, dim=-1) if self.normalizes else joined_TD
+
+    def _joined(self, x_TD: Tensor) -> Tensor:
+        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.spatial.distance import squareform
+
+        free_TD = x_TD[self.protected :]
+        count = max(int(len(free_TD) // self.factor), 1)
+        if count >= len(free_TD):
+            return x_TD
+        distances_TT = (1 - free_TD @ free_TD.T).clamp(0, 2).numpy()
+        tree = linkage(squareform(distances_TT, checks=False), method="ward")
+        labels = np.unique(fcluster(tree, t=count, criterion="maxclust"), return_inverse=True)[1]
+        members_CT = F.one_hot(torch.from_numpy(labels).long()).T.float()
+        means_CD = members_CT @ free_TD / members_CT.sum(1, keepdim=True)
+        return torch.cat([x_TD[: self.protected], means_CD])
 
 
 def _begins(batch: Batch) -> list[int]:

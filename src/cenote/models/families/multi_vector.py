@@ -60,6 +60,7 @@ class MultiVector:
         expansion: of queries; `None` = they are not expanded.
         skipped: vocabulary entries whose vectors are left out.
         skipped_of: sides from which they are left out.
+        pooled_of: sides whose token vectors are joined into fewer.
         markers: prefixes that a tokenizer must not take apart.
         projection: name of the tensor that projects token vectors, where no module folder has it.
         normalizes: whether token vectors have length 1.
@@ -70,6 +71,7 @@ class MultiVector:
     expansion: Expansion | None = None
     skipped: tuple[str, ...] = ()
     skipped_of: tuple[str, ...] = ("document",)
+    pooled_of: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     projection: str | None = None
     normalizes: bool = True
