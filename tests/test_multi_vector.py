@@ -33,8 +33,12 @@ from transformers import (
     ModernBertModel,
     MPNetConfig,
     MPNetModel,
+    OPTConfig,
+    OPTModel,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5EncoderModel,
 )
 
 from cenote import LLM
@@ -44,7 +48,7 @@ from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, dense
-from tests.zoo import FIRST_TOKEN, ZOO, build
+from tests.zoo import FIRST_TOKEN, WINDOW, ZOO, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -468,6 +472,22 @@ def qwen(folder: Path) -> Path:
     return checkpoints.decoder(folder, "Qwen3Model", tokenizer=tokenizer, pad_token_id=1)
 
 
+def t5(folder: Path) -> Path:
+    """Its position bias does not reach hidden tokens in a packed batch."""
+    tokenizer = checkpoints.byte_level(special=("<pad>",), pad_token="<pad>", model_max_length=POSITIONS)
+    shape = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 1}
+    config = T5Config(vocab_size=len(tokenizer), relative_attention_max_distance=16, **shape)
+    return checkpoints.save(T5EncoderModel(config), tokenizer, folder, 6)
+
+
+def opt(folder: Path) -> Path:
+    """It counts positions by the attention mask."""
+    tokenizer = checkpoints.byte_level(special=("<pad>",), pad_token="<pad>", model_max_length=POSITIONS)
+    shape = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    config = OPTConfig(vocab_size=len(tokenizer), **shape, word_embed_proj_dim=HIDDEN, pad_token_id=1)
+    return checkpoints.save(OPTModel(config), tokenizer, folder, 7)
+
+
 def sizes(vocabulary: int) -> dict[str, int]:
     names = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     return {**names, "vocab_size": vocabulary}
@@ -483,14 +503,19 @@ BACKBONES: dict[Callable[[Path], Path], str] = {
     mpnet: "padded",
     deberta: "padded",
     qwen: "packed",
+    t5: "packed",
+    opt: "packed",
 }
 """Backbones and the layout that the probe finds for them."""
+BYTE_LEVEL = (roberta, mpnet, qwen, t5, opt)
+HIDES_PADDED = (t5, opt)
+"""Those that run padded if tokens are to be hidden."""
 
 
 @pytest.mark.parametrize("attend", [False, True], ids=["hidden", "seen"])
 @pytest.mark.parametrize("made", BACKBONES, ids=lambda made: made.__name__)
 def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) -> None:
-    length = 24 if made in (roberta, mpnet, qwen) else FILLED  # their tokenizers make more tokens of the same text
+    length = 24 if made in BYTE_LEVEL else FILLED  # their tokenizers make more tokens of the same text
     path = written(
         made(tmp_path / "backbone"),
         tmp_path / "model",
@@ -501,16 +526,18 @@ def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) ->
     found = agree(path)
     assert [len(rows) for rows in found["query"]] == [length] * len(QUERIES)
     with LLM(model=str(path)) as llm:
-        assert llm.info.layout == BACKBONES[made]
+        assert llm.info.layout == ("padded" if made in HIDES_PADDED and not attend else BACKBONES[made])
         ids = llm.encode(QUERIES[:1], input_type="query", use_tqdm=False)[0].prompt_token_ids
         tokenizer = llm.get_tokenizer()
-        assert ids[-1] == (tokenizer.eos_token_id if made is qwen else tokenizer.mask_token_id)
+        assert ids[-1] == (tokenizer.eos_token_id if made in (qwen, t5, opt) else tokenizer.mask_token_id)
 
 
 MIXED = ((12, 5), (9, 0), (20, 6), (12, 5), (1, 0), (9, 8), (24, 3), (12, 0))
 """Lengths, and how many of the last tokens are hidden."""
 HIDING = ("bert", "xlm-roberta", "eurobert", "modernbert", "qwen3", "llama", "mistral-sliding", "gpt-oss", "mpnet")
-HIDING += ("deberta-v2", "mobilebert", "llama-dynamic-rope")
+HIDING += ("deberta-v2", "mobilebert", "llama-dynamic-rope", "t5", "opt", "esm-rotary", "gemma2")
+LAYOUTS_OF_HIDING = {"t5": "padded", "opt": "padded", "esm-rotary": "padded"}
+"""Where it is another one than without hidden tokens: the probe finds out that packing cannot hide them."""
 
 
 @pytest.mark.parametrize("name", HIDING)
@@ -528,13 +555,34 @@ def test_hidden_tokens_are_seen_by_none_and_see_the_others(name: str) -> None:
             net = build(row)
             mask = torch.tensor([[1] * (len(s) - s.hidden) + [0] * s.hidden])
             alone.append(net(input_ids=torch.tensor([s.ids]), attention_mask=mask)[0][0])
-        layout, _ = choose(build(row), max_length=row.max_length)
+        layout, _ = choose(build(row), max_length=row.max_length, filled_to=WINDOW // 2)
         together = forward(layout, pack(sequences))
         seen = forward(layout, pack([replace(s, hidden=0) for s in sequences]))
-    assert layout.name == row.layout
+    assert layout.name == LAYOUTS_OF_HIDING.get(name, row.layout)
     expected = torch.cat(alone)
     assert (together - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
     assert (seen - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "layout"), [("gemma2", "padded"), ("mistral-sliding", "padded"), ("qwen3", "packed")])
+def test_hidden_tokens_with_nothing_to_see(name: str, layout: str) -> None:
+    """Beyond the window of local layers; what they get then is the model's own affair."""
+    row = next(row for row in ZOO if row.name == name)
+    ids = torch.randint(FIRST_TOKEN, 300, (3, 2 * WINDOW), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(2 * WINDOW) < torch.tensor([[3], [2 * WINDOW], [5]])).long()
+    with torch.inference_mode():
+        expected = torch.cat(
+            [
+                build(row)(input_ids=one[None], attention_mask=own[None])[0][0]
+                for one, own in zip(ids, mask, strict=True)
+            ]
+        )
+        found, reasons = choose(build(row), filled_to=2 * WINDOW, max_length=row.max_length)
+        sequences = [Sequence(one.tolist(), hidden=int((1 - own).sum())) for one, own in zip(ids, mask, strict=True)]
+        together = forward(found, pack(sequences))
+    assert found.name == layout
+    assert (together - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
+    assert not reasons or "packed, with hidden tokens" in reasons[0]
 
 
 # PyLate

@@ -345,9 +345,12 @@ AUTO_CLASSES = {
 
 
 def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
-    """The class to load: of encoder-decoder models without a head only the encoder is wanted."""
+    """The class to load: of encoder-decoder models without a head only the encoder is wanted.
+
+    The config of an encoder that was saved by itself no longer says `is_encoder_decoder`.
+    """
     config, kind = checkpoint.config, checkpoint.head.kind
-    if config.is_encoder_decoder and kind == "none":
+    if kind == "none":
         mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         name = mapping.get(config.model_type, "")
         if name.endswith("EncoderModel"):

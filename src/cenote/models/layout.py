@@ -247,6 +247,7 @@ def choose(
     kernels: Kernels | None = None,
     share_prefixes: bool = True,
     graph_tokens: int = 0,
+    filled_to: int = 0,
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for `model`, and why each faster one was passed over.
 
@@ -259,6 +260,7 @@ def choose(
         kernels: native CPU kernels to use where they apply.
         share_prefixes: whether to try running common prefixes once.
         graph_tokens: tokens up to which forwards are replayed, where that is proved to change nothing; 0 = none.
+        filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
 
     Raises:
         CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
@@ -266,11 +268,16 @@ def choose(
     """
     native = model.config._attn_implementation
     reasons: list[str] = []
+    filled = _filled(model, min(filled_to, max_length)) if filled_to > 1 else None  # by the windows as they are
     with _shortened_windows(model) as window:
         reference = _one_by_one(model, min(window + 9, max_length))
-        for build in _candidates(model, kernels) if packed else _padded_candidates():
+    for build in _candidates(model, kernels) if packed else _padded_candidates():
+        with _shortened_windows(model):
             layout, reason = _try(build, model, reference)
-            if layout is not None:
+        if layout is not None and filled is not None and (fault := _fault(filled, layout)):
+            reason, layout = f"{layout.name}, with hidden tokens: {fault}", None
+        if layout is not None:
+            with _shortened_windows(model):
                 if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
@@ -280,9 +287,9 @@ def choose(
                     _try_places(layout, reference)
                     if graph_tokens:
                         _try_graphs(layout, reference, graph_tokens)
-                return layout, reasons
-            reasons.append(reason)
-            _restore_attention(model, native)
+            return layout, reasons
+        reasons.append(reason)
+        _restore_attention(model, native)
     raise CheckpointError(
         f"{type(model).__name__} does not reproduce its own one-by-one output in any layout: {'; '.join(reasons)}"
     )
@@ -312,17 +319,25 @@ def _try(
     """Build a layout and prove it; the layout, or `None` and the reason."""
     try:
         layout = build(Backbone(model))
-        fault = reference.fault(layout)
-    except Exception as error:  # whatever a model raises under a layout means: not in this layout
+    except Exception as error:  # as in _fault
         return None, _line(error)
+    fault = _fault(reference, layout)
     return (None, f"{layout.name}: {fault}") if fault else (layout, "")
+
+
+def _fault(reference: _Reference, layout: Layout) -> str:
+    """Why `layout` is not exact, or an empty string."""
+    try:
+        return reference.fault(layout)
+    except Exception as error:  # whatever a model raises under a layout means: not in this layout
+        return _line(error)
 
 
 def _try_sharing(layout: Packed, window: int, max_length: int) -> None:
     """Let `layout` share prefixes, also those longer than the model's window, if that is proved to change nothing."""
     try:
         fault = _sharing_fault(layout, window, max_length)
-    except Exception as error:  # as in _try
+    except Exception as error:  # as in _fault
         fault = _line(error)
     layout.shares_prefixes = not fault
     if fault:
@@ -353,7 +368,7 @@ def _try_places(layout: Packed, reference: _Reference) -> None:
         layout.places |= {place}
         try:
             exact = reference.is_exact_at(layout, place)
-        except Exception as error:  # as in _try
+        except Exception as error:  # as in _fault
             log.info("%s runs its last layer for all tokens: %s", type(layout.backbone.model).__name__, _line(error))
             exact = False
         if not exact:
@@ -413,6 +428,16 @@ def _one_by_one(model: PreTrainedModel, longest: int) -> _Reference:
     return _Reference(model, drawn, other, partial(forward, alone))
 
 
+def _filled(model: PreTrainedModel, length: int) -> _Reference:
+    """Sequences that few to many hidden tokens fill up to `length`, with one that has none among them."""
+    draw = _Draw(model)
+    seen = [max(1, min(n, length - 1)) for n in (3, length // 2, length - 1)]
+    drawn = [draw(n) for n in (length, length, min(5, length), length)]
+    hidden = [length - seen[0], length - seen[1], 0, length - seen[2]]
+    alone = Padded(Backbone(model), equal=True, size=1)
+    return _Reference(model, drawn, draw(length), partial(forward, alone), hidden)
+
+
 class _Reference:
     """A batch and the rows that it must have.
 
@@ -421,25 +446,36 @@ class _Reference:
         drawn: token ids of the sequences.
         other: what takes the second one's place to see whether that moves rows of the others.
         answer: gives the rows.
+        hidden: how many of each one's last tokens are hidden.
 
     Raises:
         CheckpointError: they are not finite.
     """
 
     def __init__(
-        self, model: PreTrainedModel, drawn: list[list[int]], other: list[int], answer: Callable[[Batch], Tensor]
+        self,
+        model: PreTrainedModel,
+        drawn: list[list[int]],
+        other: list[int],
+        answer: Callable[[Batch], Tensor],
+        hidden: list[int] | None = None,
     ) -> None:
         self.drawn = drawn, other
         self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
-        self.batch = pack([Sequence(ids) for ids in drawn], model.device)
-        self.swapped = pack([Sequence(ids) for ids in (drawn[0], other, *drawn[2:])], model.device)
+        counts = hidden or [0] * len(drawn)
+        self.batch, self.swapped = (
+            pack([Sequence(ids, hidden=n) for ids, n in zip(batch, counts, strict=True)], model.device)
+            for batch in (drawn, [drawn[0], other, *drawn[2:]])
+        )
         short = [ids[:SHORT] for ids in drawn[:5]]
         self.short = [pack([Sequence(ids[::way]) for ids in short], model.device) for way in (1, -1)]
         self.rows = answer(self.batch).float()
         if not bool(torch.isfinite(self.rows).all()):
+            where = f"for ordinary tokens: the weights are damaged, or do not fit the dtype {model.dtype}"
+            if hidden is not None:
+                where = f"where hidden tokens fill queries up to {len(drawn[0])}, as the checkpoint wants it"
             raise CheckpointError(
-                f"{type(model).__name__} returns values that are not finite (NaN or infinity) for ordinary tokens: "
-                f"the weights are damaged, or do not fit the dtype {model.dtype}"
+                f"{type(model).__name__} returns values that are not finite (NaN or infinity) {where}"
             )
 
     def fault(self, layout: Layout) -> str:

@@ -206,6 +206,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             kernels=kernels,
             share_prefixes=options.prefix_sharing,
             graph_tokens=0 if adapters.names else graph_tokens(model, options, device),
+            filled_to=_filled_to(checkpoint),
         )
     except CheckpointError:
         raise
@@ -256,6 +257,12 @@ def graph_tokens(model: nn.Module, options: ModelConfig, device: torch.device) -
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     multiplied = sum(p.numel() for m in leaves if not isinstance(m, nn.Embedding) for p in m.parameters())
     return min(int(len(leaves) * LAUNCH_SECONDS * GPU_FLOPS / (2 * multiplied)), MOST_GRAPH_TOKENS)
+
+
+def _filled_to(checkpoint: Checkpoint) -> int:
+    """Length to which queries are filled up with hidden tokens; 0 = they are not."""
+    fill = checkpoint.multi_vector.expansion if checkpoint.multi_vector else None
+    return fill.length if fill and not fill.attend else 0
 
 
 def _classifier(
