@@ -250,6 +250,25 @@ def test_http(client: TestClient, reference: Reference, route: str, asked: dict[
     assert np.allclose(found, reference(TEXTS[1], adapter), atol=1e-5)  # from one cache for all
 
 
+def test_usage_names_them(client: TestClient, tmp_path: Path) -> None:
+    def details(client: TestClient, route: str = "/v1/embeddings", **body: Any) -> Any:
+        answer = client.post(route, json={"model": "jina", **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens_details"]
+
+    assert details(client, input=TEXTS) is None
+    assert details(client, input=TEXTS, task="retrieval.query") == {"adapters": ["retrieval_query"]}
+    assert details(client, "/pooling", input=[[5, 6]], input_type="clustering") == {"adapters": ["separation"]}
+    both = {"adapters": ["retrieval_query", "retrieval_passage"]}
+    assert details(client, "/score", queries=TEXTS[0], documents=TEXTS) == both
+    folder = jina(tmp_path / "jina", prompts={"retrieval.query": "represent: ", "topic": "one "})
+    service = Service.load(ModelConfig(model=str(folder), served_model_name="jina"), EngineConfig())
+    with TestClient(build([service], ServerConfig())) as prompted:
+        applied = {"prompt_name": "retrieval.query", "prompt": "represent: ", "adapters": ["retrieval_query"]}
+        assert details(prompted, input=TEXTS, input_type="query") == applied
+        assert details(prompted, input=TEXTS, prompt_name="topic") == {"prompt_name": "topic", "prompt": "one "}
+
+
 def test_cohere(client: TestClient, reference: Reference) -> None:
     body = {"model": "jina", "texts": [TEXTS[1]], "input_type": "search_document", "embedding_types": ["float"]}
     answer = client.post("/v2/embed", json=body)

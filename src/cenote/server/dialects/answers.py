@@ -39,15 +39,18 @@ def head(
 
 
 def usage(sequences: Seq[Sequence], applied: Applied | None = None) -> dict[str, Any]:
-    """The tokens that a request was charged with, in OpenAI's five fields, and the prompt that was applied."""
+    """The tokens that a request was charged with, in OpenAI's five fields, and the prompt and adapters applied."""
     tokens = sum(map(len, sequences))
-    is_applied = applied is not None and applied.text
-    details = {"prompt_name": applied.name, "prompt": applied.text} if applied and is_applied else None
+    details: dict[str, Any] = {}
+    if applied is not None and applied.text:
+        details |= {"prompt_name": applied.name, "prompt": applied.text}
+    if adapters := list(dict.fromkeys(s.adapter for s in sequences if s.adapter)):
+        details["adapters"] = adapters
     return {
         "prompt_tokens": tokens,
         "total_tokens": tokens,
         "completion_tokens": 0,
-        "prompt_tokens_details": details,
+        "prompt_tokens_details": details or None,
         "completion_tokens_details": None,
     }
 
