@@ -22,6 +22,7 @@ from cenote import LLM, PoolingParams
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models import lexical
+from cenote.models.layout import Packed
 from tests import checkpoints, corpus
 from tests.checkpoints import HIDDEN, POSITIONS, Module
 
@@ -316,6 +317,32 @@ def test_both_sides_in_one_batch(masked: Path, tmp_path: Path) -> None:
         ]
         outputs = engine.submit(sequences).result()
         assert_same([(o.indices, o.data) for o in outputs], expected)
+
+
+def test_what_is_looked_up_is_not_run(masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = routed(masked, tmp_path / "model")
+    run: list[int] = []
+    whole = Packed.run
+    monkeypatch.setattr(Packed, "run", lambda layout, batch: run.append(batch.size) or whole(layout, batch))
+    with LLM(model=str(path)) as llm:
+        run.clear()
+        sparse, dense = (
+            method(QUERIES, input_type="query", use_tqdm=False) for method in (llm.embed_sparse, llm.embed)
+        )
+        (both,) = llm.encode(QUERIES[:1], pooling_task=["sparse", "embed"], input_type="query", use_tqdm=False)
+        assert run == []
+        table = np.zeros(llm.info.dimension, np.float32)
+        table[sparse[0].outputs.indices] = sparse[0].outputs.values
+        np.testing.assert_array_equal(np.float32(dense[0].outputs.embedding), table)
+        np.testing.assert_array_equal(both.outputs.others["embed"].data, table)
+        llm.score(QUERIES[0], TEXTS[:3], use_tqdm=False)
+        assert sum(run) == 3, "the documents alone"
+        run.clear()
+        (rows,) = llm.encode(QUERIES[:1], pooling_task="token_embed", input_type="query", use_tqdm=False)
+        (several,) = llm.encode(QUERIES[:1], pooling_task=["sparse", "token_embed"], input_type="query", use_tqdm=False)
+        assert run == [1, 1], "token vectors are in no table"
+        np.testing.assert_array_equal(several.outputs.others["token_embed"].data, rows.outputs.data)
+        np.testing.assert_array_equal(several.outputs.indices, sparse[0].outputs.indices)
 
 
 def test_token_ids_on_the_query_side(masked: Path, tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ CHUNK = 512
 """Rows whose logits over the vocabulary exist at once, more only for a single longer sequence."""
 
 
+LOOKED_UP = frozenset({"sparse", "embed"})
+"""What the table of weights gives of a query, without the model."""
+
+
 @dataclass(frozen=True)
 class Splade:
     """`sparse` by the masked-language-model head.

@@ -23,6 +23,7 @@ from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
 from cenote.models.layout import Packed, choose, forward, vocabulary
+from cenote.models.lexical import LOOKED_UP
 from cenote.models.outputs import (
     Calibration,
     Classify,
@@ -98,13 +99,24 @@ class PoolingModel:
                 groups[task, only_of(TASKS[task], s.params)].append(row)
         parts: list[Part] = []
         with torch.inference_mode():
-            hidden_TD = forward(self.layout, batch, self._place(batch, groups))
+            read = [i for i, own in enumerate(order) if _is_read(sequences[own])]
+            hidden_TD = self._forward(batch, read, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
                 there = values.to("cpu", non_blocking=True)  # into pinned memory
                 indices = None if indices is None else indices.to("cpu", non_blocking=True)
                 parts.append(Part(task, [order[row] for row in members], there, lengths, indices))
         return parts
+
+    def _forward(self, batch: Batch, read: list[int], place: Place | None) -> Tensor:
+        """Hidden states `[T, D]`, of which only those of the sequences numbered `read` count, at `place` if given."""
+        if len(read) == batch.size:
+            return forward(self.layout, batch, place)
+        if not read:
+            return torch.empty(batch.tokens, 0, device=batch.ids_T.device)
+        part, rows = batch.select(read)
+        part_TD = forward(self.layout, part, place)
+        return part_TD.new_zeros(batch.tokens, part_TD.shape[-1]).index_copy_(0, rows, part_TD)
 
     def _place(self, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]]) -> Place | None:
         """The only token of each sequence that all outputs asked for look at, if there is one."""
@@ -113,6 +125,11 @@ class PoolingModel:
             for (task, _), members in groups.items()
         }
         return places.pop() if len(places) == 1 else None
+
+
+def _is_read(sequence: Sequence) -> bool:
+    """Whether the model has to read `sequence`: not if a table gives all that is asked of it."""
+    return not (sequence.looked_up and LOOKED_UP.issuperset((sequence.task, *sequence.also)))
 
 
 class Part(NamedTuple):
