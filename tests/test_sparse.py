@@ -19,6 +19,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, 
 from transformers import AutoTokenizer
 
 from cenote import LLM, PoolingParams
+from cenote.cli.serve import report
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models import lexical
@@ -208,6 +209,23 @@ def test_dense_vector_over_the_vocabulary(masked: Path, tmp_path: Path) -> None:
         rows = np.array([o.outputs.embedding for o in llm.embed(TEXTS, use_tqdm=False)])
         assert llm.info.dimension == expected.shape[1] == len(llm.get_tokenizer())
     np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_report_and_normalisation(masked: Path, tmp_path: Path) -> None:
+    path = written(masked, tmp_path / "model", SpladePooling("sum"))
+    with LLM(model=str(path)) as llm:
+        lines = report(llm._service)
+        assert "head: its masked-language-model head (SPLADE)" in lines
+        assert f"pooling: sum, not normalised, dimension {len(llm.get_tokenizer())}" in lines
+        (raw,) = llm.embed(TEXTS[0], use_tqdm=False)
+        (asked,) = llm.embed(TEXTS[0], use_tqdm=False, pooling_params=PoolingParams(use_activation=True))
+    norm = np.linalg.norm(raw.outputs.embedding)
+    assert norm > 2
+    np.testing.assert_allclose(asked.outputs.embedding, np.array(raw.outputs.embedding) / norm, rtol=1e-5, atol=1e-7)
+    with LLM(model=str(path), pooler_config={"use_activation": True}) as llm:
+        (configured,) = llm.embed(TEXTS[0], use_tqdm=False)
+        assert configured.outputs.embedding == asked.outputs.embedding
+        assert f"pooling: sum, normalised, dimension {len(llm.get_tokenizer())}" in report(llm._service)
 
 
 @pytest.mark.parametrize("count", [1, 5, 10_000])

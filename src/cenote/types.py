@@ -255,7 +255,7 @@ class ModelInfo:
         reward: task that gives this model's reward, empty if it is no reward model.
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
         columns: with STEP pooling what `returned_token_ids` may name.
-        head: where the classification head comes from, for the report at start.
+        head: where the head comes from, for the report at start.
         adapters: names of the adapters that a sequence may choose from.
     """
 

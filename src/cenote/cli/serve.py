@@ -135,7 +135,9 @@ def report(service: Service) -> list[str]:
         f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
         + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
     ]
-    if info.head:
+    if info.head and not info.num_labels:
+        lines.append(f"head: {info.head}")
+    elif info.head:
         used = info.activation if info.classifies else f"raw ({info.activation} on request)"
         steps = ", one row per step" if info.step else ""
         labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"

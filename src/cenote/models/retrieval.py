@@ -14,6 +14,7 @@ from cenote.models import classifiers
 from cenote.models.families import bge_m3
 from cenote.models.lexical import Splade, TokenWeights
 from cenote.models.outputs import Embed, Pooler, Rows, TaskOutput, TokenEmbed
+from cenote.tensors.heads import normalize
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseLexical:
-    """`embed` of a SPLADE model: its sparse embedding with all of its zeros."""
+    """`embed` of a SPLADE model: its sparse embedding with all of its zeros.
+
+    Attributes:
+        use_activation: whether vectors are normalised unless a request says otherwise.
+    """
 
     splade: Splade
+    use_activation: bool = False
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[B, V]`."""
@@ -41,7 +47,8 @@ class DenseLexical:
         if self.splade.top_k is not None:
             largest = rows_BV.topk(min(self.splade.top_k, rows_BV.shape[1]))
             rows_BV = torch.zeros_like(rows_BV).scatter(1, largest.indices, largest.values)
-        return Rows(rows_BV)
+        activate = self.use_activation if params.use_activation is None else params.use_activation
+        return Rows(normalize(rows_BV) if activate else rows_BV)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def outputs(
     if checkpoint.head.kind == "lexical":
         assert probe is not None
         splade = _splade(checkpoint, full, layout, probe)
-        return {"sparse": splade, "embed": DenseLexical(splade)}
+        return {"sparse": splade, "embed": DenseLexical(splade, bool(options.pooler_config.use_activation))}
     if checkpoint.multi_vector is not None:
         steps = _projection(checkpoint, folder, options, full.device)
         own = options.pooler_config

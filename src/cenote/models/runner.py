@@ -256,10 +256,13 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         _refuse_step_options(checkpoint, options)
     if options.pooler_config.token_pooling == "STEP" and "token_classify" not in outputs:
         raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
-    if checkpoint.head.kind == "lexical" and probe is not None:
+    dense = outputs["embed"]
+    if isinstance(dense, retrieval.DenseLexical) and probe is not None:
         dimension = probe.logits[0].shape[-1]  # its vector is one weight per vocabulary entry
     info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
     info = replace(info, adapters=adapters.names)
+    if isinstance(dense, retrieval.DenseLexical):
+        info = replace(info, pooling=dense.splade.strategy, use_activation=dense.use_activation)
     pooling_model = PoolingModel(info, layout, outputs, adapters)
     _check_first_forward(pooling_model, pooler)
     return pooling_model, checkpoint
@@ -450,7 +453,7 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> di
     vectors = _score_types(checkpoint, outputs)
     found = outputs.get("classify") or outputs.get("token_classify")
     if not isinstance(found, (Classify, TokenClassify)):
-        return {"score_types": vectors}
+        return {"score_types": vectors, "head": checkpoint.head.name}
     num_labels, head = found.classifier.num_labels, checkpoint.head
     rates = "classify" in outputs and num_labels == 1
     of_tokens = outputs.get("token_classify")
