@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from cenote import LLM
@@ -273,6 +274,54 @@ def test_recognised_by_name(folder: Path) -> None:
     (folder / "sparse_linear.pt").unlink()
     with pytest.raises(CheckpointError, match=r"cannot read sparse_linear\.pt"):
         LLM(model=str(folder), hf_overrides=OVERRIDES)
+
+
+@pytest.fixture
+def published(folder: Path) -> Path:
+    """The files of the hub's repository: the backbone as a pickle, no folder for Normalize, float16 heads."""
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    checkpoints.edit_json(folder / "config.json", architectures=["XLMRobertaModel"])
+    shutil.rmtree(folder / "2_Normalize")
+    return folder
+
+
+def test_the_published_files(m3: Path, published: Path) -> None:
+    names = {file.name for file in published.iterdir()}
+    assert names >= {"pytorch_model.bin", *FILES, "1_Pooling", "modules.json", "sentence_bert_config.json"}
+    assert not any(name.endswith(".safetensors") for name in names)
+    with pytest.raises(CheckpointError) as refused:
+        LLM(model=str(published))
+    assert refused.value.message == (
+        f"{published} has no safetensors file; it has pickled weights: start with --allow-pickle (in Python "
+        "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
+    )
+    with LLM(model=str(published), allow_pickle=True) as llm:
+        assert llm.info.tasks == tuple(TASKS)
+        outputs = llm.encode(TEXTS, pooling_task=TASKS, use_tqdm=False)
+        scores = llm.score(TEXTS[0], TEXTS[1:3], score_type="hybrid", use_tqdm=False)
+    known = [reference(m3, text) for text in TEXTS]
+    for output, expected in zip(outputs, known, strict=True):
+        assert_same(output.outputs, "embed", expected["embed"])
+        for task, own in output.outputs.others.items():
+            assert_same(own, task, expected[task])
+    expected = [hybrid_score(known[0], document) for document in known[1:3]]
+    np.testing.assert_allclose([o.outputs.score for o in scores], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "older format"])
+def test_code_in_a_pickled_backbone_is_not_run(published: Path, tmp_path: Path, archive: bool) -> None:
+    heard = tmp_path / "heard"
+    weights = torch.load(published / "pytorch_model.bin", weights_only=True)
+    content = {**weights, "extra": Shout(str(heard))}
+    torch.save(content, published / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
+    with pytest.raises(CheckpointError, match=r"cannot read pytorch_model\.bin"):
+        LLM(model=str(published), allow_pickle=True)
+    assert not heard.exists()
+    torch.save(weights, published / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
+    with LLM(model=str(published), allow_pickle=True) as llm:
+        assert "sparse" in llm.info.tasks
 
 
 class Shout:

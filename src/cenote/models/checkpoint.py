@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -243,8 +244,11 @@ def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, without running what else it holds; read when they are used, if its format allows."""
     try:
-        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except (OSError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"cannot read {file.name}: {first_line(error)}") from error
     return weights
@@ -306,7 +310,10 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
         # Pickles of a hub repository are not even downloaded, so they may exist unseen.
         seen = any(folder.glob("*.bin"))
         hint = "it has pickled weights:" if seen else "if it has pickled weights,"
-        raise CheckpointError(f"{checkpoint.name} has no safetensors file; {hint} --allow-pickle would read them")
+        raise CheckpointError(
+            f"{checkpoint.name} has no safetensors file; {hint} start with --allow-pickle (in Python "
+            "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
+        )
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -317,6 +324,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
             dtype=dtype,
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True,
+            weights_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
         )
