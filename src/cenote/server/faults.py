@@ -1,6 +1,7 @@
 """Errors on the wire: the one place where an exception becomes a response.
 
-The body is OpenAI's and vLLM's: `{"error": {"message", "type", "param", "code"}}`. Texts never show a path.
+The body is OpenAI's and vLLM's, `{"error": {"message", "type", "param", "code"}}`, and beside it has the message as
+`detail`, where clients of Voyage and Jina read it. Texts never show a path.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 def answer(error: CenoteError) -> Response:
     """The response for `error`."""
     if isinstance(error, Unauthorized):
-        return Response(orjson.dumps({"error": "Unauthorized"}), 401, media_type="application/json")
+        content = orjson.dumps({"error": "Unauthorized", "detail": "Unauthorized"})
+        return Response(content, 401, media_type="application/json")
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else {}
     # vLLM has no score routes for such a model, and its clients look for what a missing route answers.
-    beside = {"detail": "Not Found"} if isinstance(error, NotScored) else {}
-    return body(error.message, error.type, error.param, error.status, headers, beside)
+    detail = "Not Found" if isinstance(error, NotScored) else None
+    return body(error.message, error.type, error.param, error.status, headers, detail)
 
 
 def body(
@@ -46,12 +48,12 @@ def body(
     param: str | None,
     status: int,
     headers: Mapping[str, str] | None = None,
-    beside: Mapping[str, str] | None = None,
+    detail: str | None = None,
 ) -> Response:
-    """An error body with the given fields, and what else stands `beside` its `error`."""
+    """An error body with the given fields; its `detail` is the message unless another is given."""
     text = _PATH.sub("<path>", message).encode(errors="replace").decode()  # no lone surrogates
     fields = {"message": text, "type": kind, "param": param, "code": status}
-    content = orjson.dumps({**(beside or {}), "error": fields})
+    content = orjson.dumps({"error": fields, "detail": detail or text})
     return Response(content, status, headers, media_type="application/json")
 
 

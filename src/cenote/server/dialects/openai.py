@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cenote.engine.prompts import Applied, Prompts
 from cenote.server.dialects.pooling import answer_vectors
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
 class EmbeddingRequest(TypedFields):
     """Body of `POST /v1/embeddings`: `input` (text, ids, or lists of them) or `messages`."""
 
+    output_dimension: int | None = Field(None, description="as `dimensions` (Voyage)")
     task: str | None = Field(None, description="embed, token_embed or sparse; or, as Jina has it, an `input_type`")
+
+    @model_validator(mode="after")
+    def _one_dimension(self) -> EmbeddingRequest:
+        if self.output_dimension is not None:
+            if self.dimensions not in (None, self.output_dimension):
+                raise PydanticCustomError(
+                    "dimensions",
+                    "`dimensions` and `output_dimension` are the same; only one of them can be given.",
+                    {"param": "output_dimension"},
+                )
+            self.dimensions = self.output_dimension
+        return self
 
     def tasks(self, info: ModelInfo) -> tuple[str, ...]:
         """The tasks that the request asks for, the first one being that of `embedding`."""

@@ -34,6 +34,9 @@ class Shared(BaseModel):
     user: str | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
+    truncation: bool | None = Field(
+        None, description="true: as truncate_prompt_tokens -1; false: refuse what is too long (Voyage)"
+    )
     padding: Literal["max_length", "do_not_pad"] | None = None
     request_id: str | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
@@ -62,10 +65,21 @@ class Shared(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_truncation(self) -> Shared:
+        if self.truncation is False and self.truncate_prompt_tokens is not None:
+            raise PydanticCustomError(
+                "exclusive",
+                "`truncate_prompt_tokens` cuts what is too long, which `truncation: false` refuses; give one of them.",
+                {"param": "truncation"},
+            )
+        return self
+
     def text_options(self, *, add_special_tokens: bool = True) -> TextOptions:
         """How text becomes ids."""
         pad = self.padding == "max_length"
-        return TextOptions(self.truncate_prompt_tokens, self.truncation_side, pad, add_special_tokens)
+        most = -1 if self.truncation and self.truncate_prompt_tokens is None else self.truncate_prompt_tokens
+        return TextOptions(most, self.truncation_side, pad, add_special_tokens, whole=self.truncation is False)
 
     def refuse_media(self) -> None:
         """Processor arguments from requests are not trusted; the server has no flag to change that yet."""

@@ -1,4 +1,4 @@
-"""Score and rerank, as vLLM, Jina and Cohere v2 spell them: `/score`, `/rerank` and their versioned paths."""
+"""Score and rerank, as vLLM, Jina, Cohere v2 and Voyage spell them: `/score`, `/rerank` and their versioned paths."""
 
 from __future__ import annotations
 
@@ -88,7 +88,13 @@ class RerankRequest(ScoringFields):
     query: Text
     documents: Text | list[Text]
     top_n: int | None = Field(0, ge=0, description="how many results; 0 = all")
+    top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, whose results are under `data`)")
     return_documents: bool | None = Field(None, description="false leaves the documents out")
+
+    @property
+    def is_voyage(self) -> bool:
+        """Whether the request is in Voyage's form, whose clients always send `top_k`."""
+        return "top_k" in self.model_fields_set and "top_n" not in self.model_fields_set
 
 
 def router(serving: Serving) -> APIRouter:
@@ -116,13 +122,15 @@ def router(serving: Serving) -> APIRouter:
         documents = texts(body.documents, service)
         sequences, scores = await _rate(serving, request, service, body, texts(body.query, service), documents)
         results: list[dict[str, Any]] = []
-        for i in ranking(scores, body.top_n):
-            shown = {"document": {"text": documents[i], "multi_modal": None}}
-            echo = {} if body.return_documents is False else shown
+        for i in ranking(scores, body.top_k if body.is_voyage else body.top_n):
+            shown = documents[i] if body.is_voyage else {"text": documents[i], "multi_modal": None}
+            is_shown = body.return_documents if body.is_voyage else body.return_documents is not False
+            echo = {"document": shown} if is_shown else {}
             results.append({"index": i, **echo, "relevance_score": float(scores[i])})
         head = answers.head(serving, request, body, "score", sequences)
         usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
-        return json_response({"id": head["id"], "model": head["model"], "usage": usage, "results": results})
+        answer = {"id": head["id"], "model": head["model"], "usage": usage}
+        return json_response(answer | ({"object": "list", "data": results} if body.is_voyage else {"results": results}))
 
     return routes
 
