@@ -180,14 +180,31 @@ def test_too_long_is_refused_with_the_number_of_tokens() -> None:
         rendered(pairs(wordpiece()), [pair], truncate=LIMIT + 1)
 
 
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of characters of the texts that were tokenised."""
+    lengths: list[int] = []
+    own = Renderer.encodings
+
+    def counted(self: Renderer, texts: list[str], **options: Any) -> Any:
+        lengths.extend(map(len, texts))
+        return own(self, texts, **options)
+
+    monkeypatch.setattr(Renderer, "encodings", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("which", ["query", "document"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_documents_far_too_long_are_cut_before_they_are_tokenised(side: str) -> None:
-    document = "one two three " + "four five " * (8 * CHARACTERS_PER_TOKEN) + " six seven eight"
+def test_texts_far_too_long_are_cut_before_they_are_tokenised(tokenised: list[int], side: str, which: str) -> None:
+    long = "one two three " + "four five " * (8 * CHARACTERS_PER_TOKEN) + " six seven eight"
+    pair = ("a", long) if which == "document" else (long, "a")
     with pytest.raises(TooLong, match="contains at least 9 input tokens"):
-        rendered(pairs(wordpiece(), limit=8), [("a", document)])
-    found = rendered(pairs(wordpiece(truncation_side=side), limit=8), [("a", document)], truncate=8)
-    expected = reference(wordpiece(truncation_side=side), [("a", document)], truncation="longest_first", max_length=8)
+        rendered(pairs(wordpiece(), limit=8), [pair])
+    found = rendered(pairs(wordpiece(truncation_side=side), limit=8), [pair], truncate=8)
+    expected = reference(wordpiece(truncation_side=side), [pair], truncation="longest_first", max_length=8)
     assert flat(found) == expected
+    assert max(tokenised) == 8 * CHARACTERS_PER_TOKEN
 
 
 def test_padding_pads_types_with_zeros() -> None:
@@ -262,10 +279,12 @@ def test_max_tokens_of_query_and_document() -> None:
         assert wordpiece().decode(in_prompt[0].ids) == f"[CLS] the fox {expected[0]} name {expected[1]} is it? [SEP]"
 
 
-def test_max_tokens_spare_a_document_that_is_far_too_long() -> None:
-    document = "one two " * (LIMIT * CHARACTERS_PER_TOKEN)
-    found = rendered(pairs(wordpiece()), [("a", document)], PairOptions(max_tokens_per_doc=2))
-    assert flat(found) == reference(wordpiece(), [("a", "one two")])
+def test_max_tokens_spare_texts_that_are_far_too_long(tokenised: list[int]) -> None:
+    long = "one two " * (LIMIT * CHARACTERS_PER_TOKEN)
+    found = rendered(pairs(wordpiece()), [("a", long)], PairOptions(max_tokens_per_doc=2))
+    found += rendered(pairs(wordpiece()), [(long, "a")], PairOptions(max_tokens_per_query=2))
+    assert flat(found) == reference(wordpiece(), [("a", "one two"), ("one two", "a")])
+    assert max(tokenised) == LIMIT * CHARACTERS_PER_TOKEN
 
 
 @pytest.mark.parametrize("name", ["max_tokens_per_query", "max_tokens_per_doc"])

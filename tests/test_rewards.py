@@ -173,6 +173,8 @@ def test_rewards_of_tokens_by_pooling(tmp_path: Path) -> None:
         close(rewards(llm), [rows(x) for x in hidden])
     with LLM(model=str(folder), pooler_config={"use_activation": True, "task": "classify"}) as llm:
         close(encoded(llm, "classify"), [rows(x[-1]).sigmoid() for x in hidden])
+        close(rewards(llm), [rows(x).sigmoid() for x in hidden])
+        close(rewards(llm, params=RAW), [rows(x) for x in hidden])
         assert llm.info.default_task == "classify"
     with LLM(model=str(folder), pooler_config={"logit_mean": 0.5, "logit_sigma": 2.0}) as llm:
         close(rewards(llm), [(rows(x) - 0.5) / 2 for x in hidden])
@@ -294,6 +296,12 @@ def test_process_rewards(steps: LLM, classes: list[Tensor]) -> None:
     close(encoded(steps, "token_classify"), softmax(of_tag(classes)))
     close(rewards(steps, IDS[2]), [torch.empty(0, 2)])
     close(encoded(steps, "classify"), [rows[-1].softmax(-1) for rows in classes])
+
+
+def test_process_rewards_are_raw_if_the_user_wants_it(prm: Path, classes: list[Tensor]) -> None:
+    with LLM(model=str(prm), pooler_config={"use_activation": False}) as llm:
+        close(rewards(llm), of_tag(classes))
+        close(rewards(llm, params=ACTIVE), softmax(of_tag(classes)))
 
 
 def test_step_parameters_of_a_request(steps: LLM, classes: list[Tensor]) -> None:
@@ -485,6 +493,14 @@ def test_steps_without_a_head_are_refused(tmp_path: Path) -> None:
     folder = checkpoints.bert(tmp_path)
     with pytest.raises(CheckpointError, match="pooling type STEP rates steps, but .* has no head to rate them"):
         LLM(model=str(folder), pooler_config={"pooling_type": "STEP"})
+
+
+@pytest.mark.parametrize("name", ["logit_mean", "logit_sigma"])
+def test_calibration_without_a_head_is_refused(tmp_path: Path, name: str) -> None:
+    folder = checkpoints.bert(tmp_path)
+    sentence = rf"pooler_config\.{name} calibrates the logits of a classification head, which .* has not"
+    with pytest.raises(CheckpointError, match=sentence):
+        LLM(model=str(folder), pooler_config={name: 1.0})
 
 
 def test_models_that_give_no_reward(tmp_path: Path) -> None:

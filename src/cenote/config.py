@@ -52,7 +52,7 @@ class PoolerConfig(BaseModel):
     seq_pooling_type: Literal["CLS", "LAST", "MEAN"] | None = None
     tok_pooling_type: Literal["ALL", "STEP"] | None = None
     use_activation: bool | None = None
-    """Server-wide default of `PoolingParams.use_activation`."""
+    """Server-wide default of `PoolingParams.use_activation`, also of rewards."""
     dimensions: int | None = Field(default=None, ge=1)
     """Default of `PoolingParams.dimensions`."""
     enable_chunked_processing: bool = False

@@ -253,6 +253,7 @@ class ModelInfo:
             "late-interaction".
         similarity: how embeddings are compared where pairs are rated by them.
         reward: task that gives this model's reward, empty if it is no reward model.
+        activates_reward: whether `activation` is applied to a reward unless a request says otherwise.
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
         columns: with STEP pooling what `returned_token_ids` may name.
         head: where the head comes from, for the report at start.
@@ -282,6 +283,7 @@ class ModelInfo:
     score_types: tuple[str, ...] = ()
     similarity: Similarity = Similarity()
     reward: str = ""
+    activates_reward: bool = False
     step: bool = False
     columns: Seq[int] = ()
     head: str = ""

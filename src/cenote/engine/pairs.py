@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cenote.engine.rendering import Text
+from cenote.engine.rendering import CHARACTERS_PER_TOKEN, Text
 from cenote.errors import BadRequest, TooLong
 from cenote.types import Sequence
 
@@ -93,14 +93,10 @@ class PairRenderer:
         self.check(options)
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
-        documents = [document for _, document in pairs]
-        if not options.max_tokens_per_doc:
-            documents = self._renderer.bounded(documents, text_options)
-        queries = {query: self._cut(query, options.max_tokens_per_query) for query, _ in pairs}
-        cut = [
-            (queries[query], self._cut(document, options.max_tokens_per_doc))
-            for (query, _), document in zip(pairs, documents, strict=True)
-        ]
+        own = list(dict.fromkeys(query for query, _ in pairs))
+        queries = dict(zip(own, self._side(own, options.max_tokens_per_query, text_options), strict=True))
+        documents = self._side([document for _, document in pairs], options.max_tokens_per_doc, text_options)
+        cut = [(queries[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
         template = options.template or self.template
         applied = self._renderer.prompts.choose()
         if template is not None:
@@ -110,9 +106,12 @@ class PairRenderer:
         fitted = [self._renderer.fit(text, text_options) for text in texts]
         return [Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter) for text in fitted]
 
+    def _side(self, texts: list[str], most: int, options: TextOptions) -> list[str]:
+        """One side of the pairs, cut to `most` tokens each, or without what could never fit."""
+        return self.cut(texts, most) if most else self._renderer.bounded(texts, options)
+
     def _cut(self, text: str, most: int) -> str:
-        if not most:
-            return text
+        text = text[: self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN]  # what follows could never be kept
         for _ in range(MOST_CUTS):
             found = self._renderer.encodings([text], add_special_tokens=False)
             if found is None:

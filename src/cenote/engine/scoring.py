@@ -179,7 +179,8 @@ def choose(info: ModelInfo, asked: str | None) -> str:
 def reward_task(info: ModelInfo) -> tuple[str, bool]:
     """The task that gives a model's reward, and whether its activation is applied.
 
-    Only the classes of a step are probabilities; a reward of an input or a token is the head's raw number.
+    Unless the user says otherwise, only the classes of a step are probabilities; a reward of an input or a token is the
+    head's raw number.
 
     Raises:
         TaskNotOffered: the model gives no reward.
@@ -189,4 +190,4 @@ def reward_task(info: ModelInfo) -> tuple[str, bool]:
         raise TaskNotOffered(
             f"{info.name} is no reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
         )
-    return info.reward, info.step
+    return info.reward, info.activates_reward

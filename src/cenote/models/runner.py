@@ -252,8 +252,10 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     classifier = _classifier(checkpoint, options, full, layout, probe)
     if classifier is not None:
         outputs = {**_class_outputs(checkpoint, options, classifier), **outputs}
-    elif options.pooler_config.token_pooling != "STEP":
-        _refuse_step_options(checkpoint, options)
+    else:
+        _refuse_calibration(checkpoint, options)
+        if options.pooler_config.token_pooling != "STEP":
+            _refuse_step_options(checkpoint, options)
     if options.pooler_config.token_pooling == "STEP" and "token_classify" not in outputs:
         raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
     dense = outputs["embed"]
@@ -359,6 +361,15 @@ def _step(checkpoint: Checkpoint, options: ModelConfig) -> tuple[int | None, boo
     return tag, True
 
 
+def _refuse_calibration(checkpoint: Checkpoint, options: ModelConfig) -> None:
+    for name in ("logit_mean", "logit_sigma"):
+        if getattr(options.pooler_config, name) is not None:
+            raise CheckpointError(
+                f"pooler_config.{name} calibrates the logits of a classification head, which {checkpoint.name} has not"
+                "; leave it out, or see convert: classify"
+            )
+
+
 def _refuse_step_options(checkpoint: Checkpoint, options: ModelConfig) -> None:
     for name in ("step_tag_id", "returned_token_ids"):
         if getattr(options.pooler_config, name) is not None:
@@ -401,7 +412,7 @@ def _info(
 ) -> ModelInfo:
     tasks = tuple(outputs)
     default = options.pooler_config.task or tasks[0]
-    classes = _class_info(checkpoint, outputs)
+    classes = _class_info(checkpoint, outputs, options.pooler_config.use_activation)
     if options.task == "reward":
         default = str(classes.get("reward") or "reward")
     if default not in tasks:
@@ -448,8 +459,8 @@ def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> 
     return most or 0
 
 
-def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> dict[str, Any]:
-    """What `ModelInfo` says of the classification head and of scoring."""
+def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activates: bool | None) -> dict[str, Any]:
+    """What `ModelInfo` says of the classification head and of scoring; `activates` is the user's wish."""
     vectors = _score_types(checkpoint, outputs)
     found = outputs.get("classify") or outputs.get("token_classify")
     if not isinstance(found, (Classify, TokenClassify)):
@@ -468,6 +479,7 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> di
         "classifies": found.calibration.use_activation,
         "score_types": ("cross-encoder", *vectors) if rates else (),
         "reward": next(iter(outputs)) if head.kind == "reward" or step else "classify" if rates else "",
+        "activates_reward": step if activates is None else activates,
         "step": step,
         "columns": columns,
         "head": head.name,
