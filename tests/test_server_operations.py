@@ -55,7 +55,8 @@ class Model:
             raise self.failures.pop(0)
         rows = [torch.from_numpy(fake_vector(s, INFO.dimension)) for s in sequences]
         rows = [row * float("nan") if POISON in s.ids else row for row, s in zip(rows, sequences, strict=True)]
-        return Pending(sequences, [Part("embed", [*range(len(rows))], rows, None)], torch.device("cpu"))
+        part = Part("embed", [*range(len(rows))], torch.stack(rows), lengths=None, indices=None)
+        return Pending(sequences, [part], torch.device("cpu"))
 
 
 class Announces:
