@@ -219,13 +219,13 @@ class Bench:
                         said = f"served, {workload}, {f'{level} clients' if level else 'open loop'}, round {turn + 1}"
                         try:
                             if level is None:
+                                if not any(rates):
+                                    raise PeerError(f"its server never answered within {seconds:g} s")
                                 rate = LOAD * max(rates)
                                 found = load.opened(port, requests[workload], rate, seconds, seed=turn)
                             else:
                                 found = load.closed(port, requests[workload], level, seconds)
                                 rates.append(found["rate"])
-                                if not found["latencies"]:
-                                    raise PeerError(f"its server answered nothing within {seconds:g} s")
                         except PeerError as error:
                             self.miss(peer, said, servers[peer.name].died() if not servers[peer.name].alive else error)
                             ready.remove(peer)

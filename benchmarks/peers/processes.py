@@ -57,8 +57,9 @@ class Process:
         """The error that says how it ended."""
         code = self.popen.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "Error" in line]
-        return PeerError(f"its process ended ({how}){': ' + lines[-1].strip() if lines else ''}")
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        said = [line for line in lines if "Error" in line] or lines
+        return PeerError(f"its process ended ({how}){': ' + said[-1] if said else ''}")
 
     def stop(self) -> None:
         """Ask the whole group to end, and end what is left of it."""

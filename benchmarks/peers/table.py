@@ -113,7 +113,7 @@ PEERS = (
         goals={(EMBED, "cpu"): 1.4},
     ),
     Peer(
-        "sentence-transformers OpenVINO, bf16 (its default here)",
+        "sentence-transformers OpenVINO bf16",
         ST_OPENVINO,
         ST,
         "openvino-default",
@@ -128,7 +128,7 @@ PEERS = (
         "infinity",
         tasks=(EMBED, RERANK),
         serve=(
-            *("{python}", "-m", "infinity_emb", "v2", "--model-id", "{folder}", "--served-model-name", "model"),
+            *("{python}", "-m", "infinity_emb.cli", "v2", "--model-id", "{folder}", "--served-model-name", "model"),
             *("--device", "cpu", "--dtype", "float32", "--url-prefix", "/v1"),
             *("--host", "127.0.0.1", "--port", "{port}", "--log-level", "error"),
         ),
