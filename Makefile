@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 # Embedding, reranking and search against sentence-transformers. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.embed $(ARGS)
+	$(BIN)/python -m benchmarks.forward $(ARGS)
 	$(BIN)/python -m benchmarks.rerank $(ARGS)
 	$(BIN)/python -m benchmarks.search $(ARGS)
 
