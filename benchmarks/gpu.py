@@ -36,7 +36,7 @@ from tests.corpus import docstrings
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
-from benchmarks.harness import row, save
+from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
 from cenote.engine.rendering import TextOptions
 from cenote.models.checkpoint import embedded
@@ -405,7 +405,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="whether results are right, instead of how fast")
     parser.add_argument("--tiny", action="store_true", help="small models and few texts: a dry run")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing new is begun")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--save", metavar="NAME", help="write NAME.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write it into")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -417,7 +418,8 @@ def main() -> int:
 
     def keep(result: dict[str, Any]) -> None:
         if name:
-            save(name, {"gpu": gpu, **result}, " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]))
+            command = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
+            save(name, {"gpu": gpu, **result}, command, folder=options.results)
 
     print(f"GPU: {gpu}; torch {torch.__version__}")
     if not options.check:

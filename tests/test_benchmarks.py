@@ -7,23 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import gpu, harness
+from benchmarks import gpu
 
 
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    return tmp_path
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--tiny", *arguments])
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    given = ["--device", "cpu", "--tiny", "--results", str(folder), *arguments]
+    monkeypatch.setattr("sys.argv", ["gpu", *given])
     return gpu.main()
 
 
-def test_measures_and_saves(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "--save", "dry") == 0
-    saved = json.loads((results / "dry.json").read_text())
+def test_measures_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path, monkeypatch, "--save", "dry") == 0
+    saved = json.loads((tmp_path / "dry.json").read_text())
     assert saved["gpu"] == "none"
     for model in ("bge-m3 shape", "MiniLM"):
         found = saved[model]
@@ -38,23 +33,23 @@ def test_measures_and_saves(results: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert (found["32"]["texts"], found["32"]["tokens"]) == (2, 64)
 
 
-def test_nothing_is_begun_after_the_deadline(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_begun_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "embedded", lambda: pytest.fail("loaded MiniLM for nothing"))
     monkeypatch.setattr(gpu, "large", lambda *_: pytest.fail("made a model for nothing"))
-    assert run(monkeypatch, "--save", "dry", "--minutes", "0") == 0
-    assert run(monkeypatch, "--save", "dry", "--minutes", "0", "--check") == 0
-    assert json.loads((results / "dry.json").read_text())["checked"] == []
+    assert run(tmp_path, monkeypatch, "--save", "dry", "--minutes", "0") == 0
+    assert run(tmp_path, monkeypatch, "--save", "dry", "--minutes", "0", "--check") == 0
+    assert json.loads((tmp_path / "dry.json").read_text())["checked"] == []
 
 
-def test_the_check_tells_right_from_wrong(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "--check", "--save", "right") == 0
-    right = json.loads((results / "right.json").read_text())["checked"]
+def test_the_check_tells_right_from_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path, monkeypatch, "--check", "--save", "right") == 0
+    right = json.loads((tmp_path / "right.json").read_text())["checked"]
     assert [own["verdict"] for own in right] == ["ok"] * 4
     assert {own["dtype"] for own in right} == {"float32", "bfloat16"}
     original = gpu.forward
     monkeypatch.setattr(gpu, "forward", lambda *given: torch.roll(original(*given), 1, 0))
-    assert run(monkeypatch, "--check", "--save", "wrong") == 1
-    wrong = json.loads((results / "wrong.json").read_text())["checked"]
+    assert run(tmp_path, monkeypatch, "--check", "--save", "wrong") == 1
+    wrong = json.loads((tmp_path / "wrong.json").read_text())["checked"]
     assert [own["verdict"] for own in wrong] == ["WRONG"] * 4
 
 

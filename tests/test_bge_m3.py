@@ -175,7 +175,7 @@ def test_an_empty_text_has_no_word(llm: LLM) -> None:
 def test_all_tasks_of_one_forward(llm: LLM, m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     run = Packed.run
-    monkeypatch.setattr(Packed, "run", lambda layout, batch: batches.append(batch.size) or run(layout, batch))
+    monkeypatch.setattr(Packed, "run", lambda own, batch, *at: batches.append(batch.size) or run(own, batch, *at))
     outputs = llm.encode(TEXTS, pooling_task=TASKS, use_tqdm=False)
     assert sum(batches) == len(TEXTS)
     for text, output in zip(TEXTS, outputs, strict=True):

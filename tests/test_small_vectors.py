@@ -246,7 +246,8 @@ def test_beside_other_kinds(serve: Serve, m3: Service) -> None:
     both = embeddings(client, embedding_types=["colbert", "int8", "binary"])
     assert [entry["dense"]["binary"] for entry in both] == quantize(rows, "binary").tolist()
     assert embeddings(client, embedding_types=["dense", "uint8"]) == quantize(rows, "uint8").tolist()
-    assert [decoded(text, "float") for text in embeddings(client, embedding_types=["dense", "base64"])] == rows.tolist()
+    alone = [decoded(text, "float") for text in embeddings(client, embedding_types=["dense", "base64"])]
+    assert np.abs(np.array(alone) - rows).max() < 1e-6  # its last layer runs for the pooled tokens alone
 
 
 SENTENCES = ["the quick brown fox", "hello, my name is", "a lazy dog", "fox " * 300]
