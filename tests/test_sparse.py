@@ -341,7 +341,7 @@ def test_what_is_looked_up_is_not_run(masked: Path, tmp_path: Path, monkeypatch:
     path = routed(masked, tmp_path / "model")
     run: list[int] = []
     whole = Packed.run
-    monkeypatch.setattr(Packed, "run", lambda layout, batch: run.append(batch.size) or whole(layout, batch))
+    monkeypatch.setattr(Packed, "run", lambda own, batch, *at: run.append(batch.size) or whole(own, batch, *at))
     with LLM(model=str(path)) as llm:
         run.clear()
         sparse, dense = (
