@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -183,6 +184,7 @@ class Bench:
                                 self.miss(peer, f"{where}, {workload}", error)
                                 ready.remove(peer)
                                 continue
+                            time.sleep(peer.settle)
                             self.compare(task, workload, peer.name, arrays)
                             found = {"task": task, "workload": workload, "threads": threads, "peer": peer.name}
                             found |= {"round": turn, "cpu": cpu, "wall": wall, "texts": _size(order)}
@@ -230,6 +232,7 @@ class Bench:
                             self.miss(peer, said, servers[peer.name].died() if not servers[peer.name].alive else error)
                             ready.remove(peer)
                             continue
+                        time.sleep(peer.settle)
                         self.served.append(
                             {"peer": peer.name, "workload": workload, "clients": level, "round": turn} | found
                         )

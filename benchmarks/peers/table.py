@@ -37,6 +37,7 @@ class Peer:
         form: how its models are stored: as Transformers stores them, or exported ("onnx", "openvino").
         serve: the server's command, with {python}, {folder} and {port}.
         environment: environment variables.
+        settle: seconds for which its processes go on polling after an answer; nobody else is measured meanwhile.
         goals: (task, "cpu" or "wall") to how many times as fast Cenote is meant to be, on mixed texts.
         needs: flags of /proc/cpuinfo without which the row would only repeat another.
         absent: why it cannot be had.
@@ -50,6 +51,7 @@ class Peer:
     tasks: tuple[str, ...] = (EMBED,)
     serve: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    settle: float = 0.0
     goals: dict[tuple[str, str], float] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     absent: str = ""
@@ -146,6 +148,7 @@ PEERS = (
             *("--host", "127.0.0.1", "--port", "{port}"),
         ),
         environment={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"},
+        settle=1.5,
         goals={(EMBED, "wall"): 2.0},
     ),
     Peer("fastembed", "fastembed", "fastembed", form="onnx", tasks=(EMBED, RERANK)),
