@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import threading
 import time
@@ -86,6 +87,21 @@ def test_stopping_takes_the_children_too(tmp_path: Path) -> None:
     server.stop()
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
+
+
+def test_nothing_outlives_the_benchmark(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    server = Server(("{python}", "-c", code), Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
+    with _worker(tmp_path) as worker:
+        for process in (worker, server):
+            assert process.popen.stdin is not None
+            process.popen.stdin.close()  # what happens when the benchmark is killed
+            assert process.popen.wait(timeout=30) == -signal.SIGTERM
+            with pytest.raises(ProcessLookupError):
+                for _ in range(300):
+                    os.killpg(process.popen.pid, 0)
+                    time.sleep(0.1)
+    server.stop()
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:

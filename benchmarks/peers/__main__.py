@@ -40,6 +40,9 @@ PATH = "/v1/embeddings"
 LOAD = 0.7
 """Arrivals of the open loop as a share of the best closed-loop rate."""
 
+PATIENCE = 20.0
+"""Seconds after which a peer is not measured again on the same texts."""
+
 
 class Bench:
     """One run: who is ready, what was measured, and what was not.
@@ -162,7 +165,7 @@ class Bench:
         with self._workers(peers, threads) as workers:
             for task, orders in work.items():
                 where = f"{task}, {threads} thread{'s' if threads > 1 else ''}"
-                ready = []
+                ready, slow = [], set[tuple[str, str]]()
                 for peer in (peer for peer in peers if task in peer.tasks):
                     try:
                         if not workers[peer.name].alive:  # it failed in another task
@@ -178,12 +181,18 @@ class Bench:
                     for workload, order in orders.items():
                         # The reference first, as its vectors are needed; then every second round backwards.
                         for peer in ready[::-1] if turn % 2 else list(ready):
+                            if (peer.name, workload) in slow:
+                                continue
                             try:
                                 cpu, wall, arrays = workers[peer.name].run(task, order)
                             except PeerError as error:
                                 self.miss(peer, f"{where}, {workload}", error)
                                 ready.remove(peer)
                                 continue
+                            if wall > PATIENCE and turn + 1 < rounds:
+                                slow.add((peer.name, workload))
+                                reason = PeerError(f"measured {turn + 1} of {rounds} times: it took {wall:.0f} s")
+                                self.miss(peer, f"{where}, {workload}", reason)
                             time.sleep(peer.settle)
                             self.compare(task, workload, peer.name, arrays)
                             found = {"task": task, "workload": workload, "threads": threads, "peer": peer.name}
@@ -300,7 +309,7 @@ def main() -> None:
     names = ("short", "mixed", "long", RERANK, COLBERT)
     parser.add_argument("--texts", type=int, default=200, help="mixed texts; the others follow (200)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are taken (3)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each served measurement (3)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each served measurement (2)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64], help="of the closed loops (1 16 64)")
     parser.add_argument("--peers", nargs="+", metavar="PART", help="only peers with one of these in their name")
     parser.add_argument("--workloads", nargs="+", choices=names, default=list(names), help="(all)")

@@ -163,7 +163,7 @@ def page(result: dict[str, Any]) -> str:
     parts += ["## Texts\n", _table(["workload", "texts", "tokens", "least", "median", "most"], sizes)]
     if result["missing"]:
         rows = [[one["peer"], one["what"], one["reason"].replace("|", "\\|")] for one in result["missing"]]
-        parts += ["## Not measured\n", _table(["peer", "what", "reason"], rows)]
+        parts += ["## Not measured, or less than the others\n", _table(["peer", "what", "reason"], rows)]
     return "\n".join([*parts, "## Versions\n", _versions(result["versions"])])
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,30 @@ START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 600, 600, 20
 
 
 class Process:
-    """A command with everything that it starts: stopped together, its words in a log.
+    """A peer's `worker.py` with everything that it starts: stopped together, its words in a log.
 
     Args:
+        python: the Python that runs it.
+        arguments: of `worker.py`.
         threads: what OpenMP, MKL and Rayon may use.
         environment: more variables.
-        log: file that gets stdout (unless piped) and stderr.
+        log: file that gets what is printed.
     """
 
-    def __init__(self, command: list[str], threads: int, environment: dict[str, str], log: Path, piped: bool) -> None:
+    def __init__(
+        self, python: Path, arguments: list[str], threads: int, environment: dict[str, str], log: Path
+    ) -> None:
         self.log = log
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-        if command[0] != sys.executable:
-            variables.pop("PYTHONPATH", None)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
             variables[name] = str(threads)
+        if str(python) != sys.executable:
+            variables.pop("PYTHONPATH", None)
         with log.open("wb") as words:
             self.popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if piped else words,
+                [str(python), "-P", str(HERE / "worker.py"), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=words,
                 env={**variables, **environment},
                 start_new_session=True,  # a group of its own, which `stop` can end as a whole
@@ -63,6 +68,10 @@ class Process:
 
     def stop(self) -> None:
         """Ask the whole group to end, and end what is left of it."""
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            with suppress(OSError):
+                assert pipe is not None
+                pipe.close()
         for kind in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.popen.pid, kind)
@@ -94,8 +103,7 @@ class Worker(Process):
     def __init__(
         self, python: Path, engine: Path, variant: str, threads: int, environment: dict[str, str], log: Path
     ) -> None:
-        command = [str(python), "-P", str(HERE / "worker.py"), str(engine), variant, str(threads)]
-        super().__init__(command, threads, environment, log, piped=True)
+        super().__init__(python, [str(engine), variant, str(threads)], threads, environment, log)
 
     def ask(self, do: str, *, seconds: float = ANSWER_SECONDS, **details: Any) -> dict[str, Any]:
         """Give an order and wait for the answer.
@@ -146,7 +154,8 @@ class Server(Process):
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         known = {"python": str(python), "folder": str(folder), "port": str(self.port)}
-        super().__init__([part.format(**known) for part in command], threads, environment, log, piped=False)
+        parts = [part.format(**known) for part in command]
+        super().__init__(python, ["--serve", *parts], threads, environment, log)
 
     def wait(self, path: str, body: bytes, seconds: float = START_SECONDS) -> None:
         """Wait until it answers `body` with 200.

@@ -1,9 +1,11 @@
 """Run by a peer's own Python: makes its engine and answers orders. Standard library only.
 
     python -P worker.py ENGINE.py VARIANT THREADS
+    python -P worker.py --serve COMMAND ...
 
 Orders come over stdin, answers go to stdout: 8 bytes of length, then a pickle. Whatever the libraries print to stdout
-goes to stderr. The process ends when stdin does.
+goes to stderr. The second form runs a server. Either ends with its whole process group when stdin does, so nothing
+outlives the benchmark, however that ends.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import importlib.util
 import os
 import pickle
 import resource
+import signal
 import struct
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 LENGTH = struct.Struct("<Q")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -73,20 +78,38 @@ def run(answerer: Any, order: Any) -> dict[str, Any]:
     return {"cpu": cpu, "wall": wall, "arrays": packed}
 
 
-def main() -> None:
+def end_group() -> NoReturn:
+    """End this process and what it started; libraries leave threads and children behind."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGTERM)
+    os._exit(0)
+
+
+def serve(command: list[str]) -> int:
+    """Run a server until it ends or stdin does; its exit status."""
+
+    def watch() -> None:
+        os.read(0, 1)  # returns at the end; nothing is ever written
+        end_group()
+
+    threading.Thread(target=watch, daemon=True).start()
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode
+    return code if code >= 0 else 128 - code
+
+
+def answer_orders(file: str, variant: str, threads: int) -> None:
     """Answer orders until there are no more."""
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    file, variant, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     engine: Any = None
     loaded: dict[str, Any] = {}
     while True:
         try:
             order = read(orders)
         except EOFError:
-            break
+            end_group()
         try:
             if engine is None:
                 spec = importlib.util.spec_from_file_location("engine", file)
@@ -108,4 +131,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--serve":
+        sys.exit(serve(sys.argv[2:]))
+    answer_orders(sys.argv[1], sys.argv[2], int(sys.argv[3]))
