@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cenote import metrics
 from cenote.engine.engine import LocalEngine
@@ -95,6 +96,24 @@ def test_concurrent_requests_each_get_their_own() -> None:
     for future, request in zip(futures, requests, strict=True):
         check(future, request)
     engine.close()
+
+
+def test_the_device_thread_has_threads_of_its_own_number() -> None:
+    seen: list[int] = []
+    mine = torch.get_num_threads()
+    model = Model(lambda _: seen.append(torch.get_num_threads()))
+    try:
+        for threads in (3, 2):
+            engine = LocalEngine(model, threads=threads)
+            engine.submit(texts(1)).result(PATIENCE)
+            assert torch.get_num_threads() == mine, "the caller keeps its own"
+            torch.set_num_threads(mine + 4)
+            engine.submit(texts(1)).result(PATIENCE)
+            torch.set_num_threads(mine)
+            engine.close()
+    finally:
+        torch.set_num_threads(mine)  # also what threads begin with that start later
+    assert seen == [3, 3, 2, 2]
 
 
 def test_empty_request_is_answered() -> None:

@@ -520,3 +520,18 @@ def test_data_is_for_plugins(llm: LLM) -> None:
         llm.embed({"data": 1}, use_tqdm=False)
     with pytest.raises(ValueError, match="No IOProcessor plugin installed"):
         llm.encode({"data": 1}, use_tqdm=False)
+
+
+def test_threads_are_those_of_the_forward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, seen = torch.get_num_threads(), list[int]()
+    try:
+        with LLM(model=str(folder), threads=mine + 2) as made:
+            model = made._service.engine._model  # type: ignore[attr-defined]
+            launch = model.launch
+            monkeypatch.setattr(model, "launch", lambda s: (seen.append(torch.get_num_threads()), launch(s))[1])
+            made.embed("a", use_tqdm=False)
+            assert (seen, torch.get_num_threads()) == ([mine + 2], mine)
+    finally:
+        torch.set_num_threads(mine)
+    with pytest.raises(ConfigError, match="threads: Input should be greater than or equal to 1"):
+        LLM(model=str(folder), threads=0)

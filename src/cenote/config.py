@@ -213,6 +213,9 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)"
     )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a forward (default: torch's: OMP_NUM_THREADS, else one a core)"
+    )
     max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
     max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
     cache_size: int = Field(0, ge=0, description="MiB of results kept, keyed by token ids; 0 = off")

@@ -96,6 +96,7 @@ class Service:
             max_batch_tokens=engine.max_num_batched_tokens,
             max_batch_sequences=engine.max_num_seqs,
             max_queued=max_queued or engine.max_queued_seqs,
+            threads=engine.threads,
         )
         ranges = None
         if model.calibration is not None:

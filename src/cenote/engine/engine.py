@@ -123,6 +123,8 @@ class LocalEngine:
         max_batch_tokens: tokens of a batch; `None` = by device.
         max_batch_sequences: sequences of a batch.
         max_queued: sequences that may wait. A request is refused as a whole, unless nothing waits.
+        threads: CPU threads of a forward; `None` = torch's. It is the device thread's own number: torch keeps one for
+            each thread, and who sets it elsewhere does not change it here.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class LocalEngine:
         max_batch_tokens: int | None = None,
         max_batch_sequences: int = 256,
         max_queued: int = 16384,
+        threads: int | None = None,
     ) -> None:
         self.info = model.info
         self._model = model
@@ -139,6 +142,7 @@ class LocalEngine:
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 2048)
         self._scheduler: Scheduler[_Entry] = Scheduler(self.max_batch_tokens, max_batch_sequences)
         self._max_queued = max_queued
+        self._threads = threads
         self._changed = threading.Condition()
         self._closing = False
         self._dead: BaseException | None = None
@@ -206,6 +210,10 @@ class LocalEngine:
         running: deque[tuple[list[_Entry], Launched, float]] = deque()
         batch: list[_Entry] = []
         try:
+            if self._threads is not None:
+                import torch
+
+                torch.set_num_threads(self._threads)
             while True:
                 batch = self._take(wait=not running)
                 if batch:
