@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from cenote.cli import flags
 from cenote.cli.options import page
-from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.config import LAYERS, BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.server.app import build
 from cenote.service import Service
 from tests.checkpoints import classifier
@@ -73,14 +73,18 @@ def test_curl_is_answered(command: str, client: TestClient) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def serve_commands() -> list[str]:
+def commands() -> list[str]:
     lines = [line.partition("#")[0].strip() for _, block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("cenote serve") and "server.yaml" not in line]
+    return [line for line in lines if line.startswith("cenote ") and "server.yaml" not in line]
 
 
-@pytest.mark.parametrize("command", serve_commands())
-def test_serve_commands_parse(command: str) -> None:
-    assert flags.parse(shlex.split(command)[1:])["command"] == "serve"
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    found = flags.parse(words[1:])
+    assert found.pop("command") == words[1]
+    resolve(found, (*LAYERS, BenchConfig) if words[1] == "bench" else LAYERS)
 
 
 def test_options_page_is_current() -> None:

@@ -243,6 +243,82 @@ class ServerConfig(BaseModel):
         return (value,) if isinstance(value, str) else value
 
 
+SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "texts": (".txt", ".jsonl")}
+"""Files of `BenchConfig`, by the last part of their name."""
+
+
+class BenchConfig(BaseModel):
+    """What `cenote bench` measures, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str | None = Field(
+        None, description="a task of the model, or score (default: the model's default; with --url embed)"
+    )
+    url: str | None = Field(None, description="measure the server at this address instead of a model in this process")
+    api_key: str = Field("", description="key of the server")
+    measure: tuple[Literal["throughput", "latency", "batches", "load"], ...] = Field(
+        (),
+        description="throughput: all texts as one request; latency: single texts by length; batches: requests of "
+        "several; load: many clients (default: all; with --url load)",
+    )
+    input_len: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="tokens of a text, special tokens included (default: 8 to 256 mixed, latency of 16, 64 and 256)"
+    )
+    texts: str | None = Field(None, description="file of texts instead: .txt with one a line, or .jsonl")
+    requests: int = Field(128, ge=1, description="texts of each measurement in a round")
+    rounds: int = Field(3, ge=1, description="times that everything is measured, in turns")
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((8, 32), description="texts of a request")
+    concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="clients, each of which sends a text when the last one is answered (default: 1 4 16); with --rate: "
+        "most texts under way (default: 256)",
+    )
+    rate: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (), description="texts that arrive per second, at random, instead of clients that wait"
+    )
+    save: str | None = Field(None, description="file of the figures (.json)")
+    plot: str | None = Field(None, description="file of a picture (.png, .svg, .pdf, .html)")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _first(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, (list, tuple)) and value else value
+
+    @field_validator("measure", "input_len", "batch_sizes", "concurrency", "rate")
+    @classmethod
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        if value not in (None, "score", *TASKS):
+            raise ValueError(unknown_name("task", str(value), ("score", *TASKS)))
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"an address begins with http:// or https://, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BenchConfig:
+        for name, suffixes in SUFFIXES.items():
+            file = getattr(self, name)
+            if file is not None and Path(file).suffix not in suffixes:
+                raise ValueError(f"{name}: a file ending in {' or '.join(suffixes)}, got {file!r}")
+            if file is not None and not Path(file).absolute().parent.is_dir():
+                raise ValueError(f"{name}: there is no folder {str(Path(file).parent)!r}")
+        if self.texts is not None and self.input_len:
+            raise ValueError("texts have lengths of their own: `texts` cannot be combined with `input_len`")
+        if self.rate and len(self.concurrency) > 1:
+            raise ValueError("with `rate`, `concurrency` is one number: most texts under way")
+        return self
+
+
 OLDER_TASKS: dict[str, tuple[str, str | None]] = {
     "embed": ("embed", "embed"),
     "embedding": ("embed", "embed"),
@@ -256,6 +332,15 @@ LAYERS: tuple[type[BaseModel], ...] = (ModelConfig, EngineConfig, ServerConfig)
 
 ALIASES = {"override_pooler_config": "pooler_config", "hostname": "host"}
 """Older spellings of an option."""
+
+BENCH_ALIASES = {
+    "base_url": "url",
+    "num_prompts": "requests",
+    "max_concurrency": "concurrency",
+    "request_rate": "rate",
+    "random_input_len": "input_len",
+}
+"""Spellings of `vllm bench`."""
 
 EXPLAINED = {
     "tensor_parallel_size": "a model runs on one device",
@@ -301,7 +386,7 @@ def resolve(
     owners = known_options(layers)
     notes: list[str] = []
     split: dict[type[BaseModel], dict[str, Any]] = {layer: {} for layer in layers}
-    if values.get("task") is not None:
+    if values.get("task") is not None and owners.get("task") is ModelConfig:
         notes.append(
             f"task={values['task']!r} is the spelling of older releases of vLLM; tasks follow from the model, and "
             "convert or pooler_config.task say what does not"

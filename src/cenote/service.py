@@ -20,6 +20,8 @@ from cenote.errors import CenoteError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from transformers import PreTrainedModel
+
     from cenote.config import EngineConfig, ModelConfig
     from cenote.engine.rendering import Prompt, TextOptions
     from cenote.models.checkpoint import Checkpoint
@@ -37,6 +39,7 @@ class Service:
         pair_template: how query and document become one text; `None` = the tokenizer joins them.
         plugin: the IO processor that takes requests with `data`.
         ranges: of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
+        backbone: the Transformers model that the engine runs, for who looks on.
     """
 
     engine: Engine
@@ -45,6 +48,7 @@ class Service:
     pair_template: PairTemplate | None = None
     plugin: Plugin | None = None
     ranges: Ranges | None = None
+    backbone: PreTrainedModel | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -109,7 +113,8 @@ class Service:
         running: Engine = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
         if local.info.limit("embed") > local.info.max_model_len:
             running = ChunkedEngine(running)
-        return cls(running, renderer, names, checkpoint.pair_template, plugin, ranges)
+        backbone = pooling_model.layout.backbone.model
+        return cls(running, renderer, names, checkpoint.pair_template, plugin, ranges, backbone)
 
 
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:

@@ -1,4 +1,7 @@
-"""The command line. `cenote serve` starts a server; flags are made from the fields of `cenote.config`."""
+"""The command line. `cenote serve` starts a server, `cenote bench` measures.
+
+Flags are made from the fields of `cenote.config`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from cenote.errors import CenoteError
 def main(argv: list[str] | None = None) -> int:
     """Run `cenote`; returns the exit status. Errors of the user are one line, not a traceback."""
     try:
-        arguments = flags.parse(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        arguments = flags.parse(argv)
+        if arguments["command"] == "bench":
+            from cenote.cli import bench
+
+            return bench.run(arguments, argv)
         from cenote.cli import serve
 
         return serve.run(arguments)

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cenote.config import (
     ALIASES,
+    BENCH_ALIASES,
     EXPLAINED,
     LAYERS,
     SWITCHES,
+    BenchConfig,
+    EngineConfig,
+    ModelConfig,
     PoolerConfig,
     from_environment,
     from_file,
@@ -23,9 +27,16 @@ from cenote.config import (
 from cenote.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic import BaseModel
 
-COMMANDS = ("serve",)
+COMMANDS: dict[str, tuple[type[BaseModel], ...]] = {
+    "serve": LAYERS,
+    "bench": (ModelConfig, EngineConfig, BenchConfig),
+}
+"""The options that each command has as flags; a later layer's win over those of the same name."""
+SPELLINGS = {"serve": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,11 +58,23 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("models", nargs="*", metavar="MODEL", help="folder or hub id")
-    serve.add_argument("--config", metavar="FILE", help="YAML file of options")
-    for layer in LAYERS:
-        group = serve.add_argument_group(layer.__name__.removesuffix("Config").lower())
-        for name in layer.model_fields:
-            _add_flag(group, layer, name)
+    bench = commands.add_parser(
+        "bench",
+        help="measure a model, or a running server",
+        description="Measure throughput and latency of a model, or with --url of a running server.\n"
+        "Without MODEL: the embedded all-MiniLM-L6-v2, or the server's first.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("models", nargs="?", metavar="MODEL", help="folder or hub id, or the name at the server")
+    for name, command in (("serve", serve), ("bench", bench)):
+        command.add_argument("--config", metavar="FILE", help="YAML file of options")
+        owners = known_options(COMMANDS[name])
+        for layer in COMMANDS[name]:
+            group = command.add_argument_group(layer.__name__.removesuffix("Config").lower())
+            for option in layer.model_fields:
+                if owners[option] is layer:
+                    _add_flag(group, layer, option, SPELLINGS[name])
     return top
 
 
@@ -72,29 +95,36 @@ def parse(argv: list[str]) -> dict[str, Any]:
         return {"command": "help"}
     if unknown:
         flag = unknown[0].partition("=")[0]
-        options = [_flag(name) for name in (*known_options(), *ALIASES, *EXPLAINED, "config")]
+        own = known_options(COMMANDS[known.command])
+        options = [_flag(name) for name in (*own, *SPELLINGS[known.command], *EXPLAINED, "config")]
         raise ConfigError(unknown_name("flag", flag, options))
     given = {name: value for name, value in vars(known).items() if value is not None}
     given.pop("version")
     file = given.pop("config", None)
     if models := given.pop("models", None):
+        models = [models] if isinstance(models, str) else models
         if "model" in given:
             raise ConfigError(f"the model is given twice: {models[0]!r} and --model {given['model']!r}")
         given |= {"model": models[0]} if len(models) == 1 else {"models": models}
     if dotted:
         given["pooler_config"] = {**_object(given.get("pooler_config", {})), **dotted}
+    if "url" in given and (idle := given.keys() - {"command", "model"} - BenchConfig.model_fields.keys()):
+        raise ConfigError(
+            f"{_flag(min(idle))} has no effect with --url: the server was started with options of its own"
+        )
     return {**(from_file(file) if file else {}), **from_environment(), **explained, **given}
 
 
-def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str) -> None:
+def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str, aliases: Mapping[str, str]) -> None:
     field = layer.model_fields[name]
     default = field.get_default(call_default_factory=True)
-    shown = "" if default in (None, (), False) or isinstance(default, PoolerConfig) else f" (default: {default})"
+    default = " ".join(map(str, default)) if isinstance(default, tuple) and default else default
+    shown = "" if default in (None, (), "", False) or isinstance(default, PoolerConfig) else f" (default: {default})"
     text = f"{field.description or ''}{shown}".replace("%", "%%")
-    spellings = [_flag(name), *(_flag(old) for old, new in ALIASES.items() if new == name)]
+    spellings = [_flag(name), *(_flag(old) for old, new in aliases.items() if new == name)]
     if isinstance(default, bool):
         group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif default == ():
+    elif isinstance(field.default, tuple):
         group.add_argument(*spellings, dest=name, action="extend", nargs="+", default=None, help=text)
     else:
         group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())

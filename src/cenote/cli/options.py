@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import sys
 
-from cenote.config import ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, PoolerConfig
+from cenote.config import ALIASES, BENCH_ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, BenchConfig, PoolerConfig
 
 HEAD = """# Options
 
 Every option is a flag of `cenote serve`, a variable of the environment and an entry of the `--config` file; those of
 the model and the engine are also keyword arguments of `LLM`. Flags win over variables, variables over the file.
 Unknown names are errors. This page is made by `python -m cenote.cli.options`.
+"""
+
+BENCH = """
+## Bench
+
+What `cenote bench` takes besides the options of the model and the engine, as flags and in its `--config` file; there
+are no variables. Entries of the server's in the same file have no effect.
+
+| flag | default | |
+|---|---|---|
 """
 
 
@@ -26,6 +36,13 @@ def page() -> str:
             shown = "" if default in (None, ()) or isinstance(default, PoolerConfig) else f"`{default}`"
             flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
             parts.append(f"| `{flag}` | `{variable}` | {shown} | {field.description} |\n")
+    parts.append(BENCH)
+    for name, field in BenchConfig.model_fields.items():
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if default in (None, "") else f"`{default}`"
+        parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |\n")
+    spellings = ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in BENCH_ALIASES.items())
+    parts.append(f"\nSpellings of `vllm bench`: {spellings}.\n")
     parts.append("\nOlder spellings: " + ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in ALIASES.items()))
     parts.append(".\n\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
     parts += [f"- `--{name.replace('_', '-')}`: {why}\n" for name, why in EXPLAINED.items()]

@@ -43,7 +43,7 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
         raise ConfigError(f"calibration is for int8 and uint8 embeddings, and {renderer.info.name} gives none")
     if Path(path).suffix not in OF_TEXTS:
         return Ranges.load(path, dimension)
-    texts = _texts(Path(path))
+    texts = read_texts(Path(path))
     if len(texts) < 2:
         raise ConfigError(f"{path} must have at least 2 texts to calibrate by, better 1,000; got {len(texts)}")
     rows: list[np.ndarray] = []
@@ -56,7 +56,12 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
     return Ranges.calibrated(np.stack(rows))
 
 
-def _texts(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, as `load` says.
+
+    Raises:
+        ConfigError: it cannot be read, or a line has no text.
+    """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:

@@ -1,0 +1,218 @@
+"""What `cenote bench` measures: a model in this process, or a server over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import orjson
+
+from cenote.engine.pairs import PairOptions
+from cenote.engine.rendering import TextOptions
+from cenote.engine.scoring import plan
+from cenote.errors import CenoteError, ConfigError
+from cenote.llm import RENDERED_AT_ONCE
+from cenote.tasks import check_task
+from cenote.types import PoolingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from cenote.engine.scoring import Plan
+    from cenote.service import Service
+    from cenote.types import Sequence
+
+QUERY = "how deep is the water"
+"""What documents are scored against."""
+
+PATIENCE = 600.0
+"""Seconds that an answer may take."""
+
+IDLE = 2.0
+"""Seconds for which a connection is kept without use; servers close theirs after a few more."""
+
+
+class Target(Protocol):
+    """Something that answers texts.
+
+    Attributes:
+        name: of the model.
+        task: what is run.
+        longest: most tokens of a text; `None` = not known.
+    """
+
+    name: str
+    task: str
+    longest: int | None
+
+    def ask(self, texts: Seq[str]) -> int:
+        """Run one request and return the tokens that the model counts in it. Thread-safe.
+
+        Raises:
+            CenoteError: it failed.
+        """
+
+    def count(self, text: str) -> int:
+        """Tokens of a request of one text."""
+
+
+class Local:
+    """A model in this process: what `LLM` and the server both stand on.
+
+    Args:
+        service: the model.
+        task: a task that it offers, or "score"; `None` = its default.
+
+    Raises:
+        BadRequest: it does not offer the task.
+    """
+
+    def __init__(self, service: Service, task: str | None) -> None:
+        self.service = service
+        self.name = service.info.name
+        self.task = task or service.info.default_task
+        self.longest: int | None = service.info.limit(self.task)
+        if self.task == "score":
+            self._plan([QUERY])
+        else:
+            check_task(self.task, service.info.tasks)
+
+    def ask(self, texts: Seq[str]) -> int:
+        """See `Target.ask`."""
+        if self.task == "score":
+            made = self._plan(texts)
+            made.scores(self.service.engine.submit(made.sequences).result())
+            return sum(map(len, made.sequences))
+        tokens, futures = 0, []
+        for start in range(0, len(texts), RENDERED_AT_ONCE):
+            sequences = self._render(texts[start : start + RENDERED_AT_ONCE])
+            tokens += sum(map(len, sequences))
+            futures.append(self.service.engine.submit(sequences))
+        for future in futures:
+            future.result()
+        return tokens
+
+    def count(self, text: str) -> int:
+        """See `Target.count`."""
+        return sum(map(len, self._plan([text]).sequences if self.task == "score" else self._render([text])))
+
+    def _render(self, texts: Seq[str]) -> list[Sequence]:
+        return self.service.render(texts, self.task, PoolingParams(), TextOptions())
+
+    def _plan(self, texts: Seq[str]) -> Plan:
+        service = self.service
+        options = TextOptions()
+        return plan(service.renderer, service.pairs, [QUERY], texts, PoolingParams(), options, PairOptions())
+
+
+class Remote:
+    """A server with the routes of OpenAI and vLLM.
+
+    Args:
+        url: where it is, with or without `/v1`.
+        name: of the model; `None` = the server's first.
+        task: `None` = embed.
+        key: sent as bearer token.
+
+    Raises:
+        ConfigError: it does not answer, or does not serve the model.
+    """
+
+    def __init__(self, url: str, name: str | None, task: str | None, key: str = "") -> None:
+        parts = urlsplit(url)
+        self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._host = parts.netloc
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._idle: deque[tuple[float, http.client.HTTPConnection]] = deque()
+        self.task = task or "embed"
+        try:
+            cards = {str(card["id"]): card for card in self._call("GET", "/v1/models")["data"]}
+        except (CenoteError, LookupError, TypeError) as error:
+            raise ConfigError(f"no model can be had at {url}: {error}") from None
+        self.name = name or next(iter(cards), "")
+        if self.name not in cards:
+            raise ConfigError(f"{url} does not serve {self.name!r}, but {', '.join(cards) or 'nothing'}")
+        self.longest: int | None = cards[self.name].get("max_model_len")
+
+    def ask(self, texts: Seq[str]) -> int:
+        """See `Target.ask`."""
+        path, fields = _request(self.task, list(texts))
+        usage = self._call("POST", path, {"model": self.name, **fields}).get("usage") or {}
+        return int(usage.get("prompt_tokens") or usage.get("total_tokens") or 0)
+
+    def count(self, text: str) -> int:
+        """See `Target.count`."""
+        return self.ask([text])
+
+    def version(self) -> str | None:
+        """The server's version, if it says so."""
+        try:
+            return str(self._call("GET", "/version")["version"])
+        except (CenoteError, LookupError, TypeError):
+            return None
+
+    def close(self) -> None:
+        """Close what connections are kept."""
+        while self._idle:
+            self._idle.pop()[1].close()
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer's JSON.
+
+        Raises:
+            CenoteError: the server cannot be reached, or its answer is an error or no JSON.
+        """
+        connection = None
+        try:
+            connection = self._connection()
+            content = None if body is None else orjson.dumps(body)
+            connection.request(method, self._prefix + path, content, self._headers)
+            answer = connection.getresponse()
+            status, content = answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            if connection is not None:
+                connection.close()
+            raise CenoteError(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from None
+        self._idle.append((time.monotonic(), connection))
+        try:
+            found = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            found = None
+        if status != 200 or not isinstance(found, dict):
+            said = content[:200].decode(errors="replace")
+            raise CenoteError(f"{method} {path} was answered with {status}: {_message(found) or said}")
+        return found
+
+    def _connection(self) -> http.client.HTTPConnection:
+        while True:
+            try:
+                since, connection = self._idle.pop()
+            except IndexError:
+                return self._make(self._host, timeout=PATIENCE)
+            if time.monotonic() - since < IDLE:
+                return connection
+            connection.close()
+
+
+def _request(task: str, texts: list[str]) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request."""
+    if task == "embed":
+        return "/v1/embeddings", {"input": texts, "encoding_format": "base64"}
+    if task == "classify":
+        return "/classify", {"input": texts}
+    if task == "score":
+        return "/score", {"text_1": QUERY, "text_2": texts}
+    coding = "float" if task == "sparse" else "base64"
+    return "/pooling", {"task": task, "input": texts, "encoding_format": coding}
+
+
+def _message(answer: Any) -> str:
+    """What an error's body says, in the forms of OpenAI and FastAPI."""
+    if not isinstance(answer, dict):
+        return ""
+    error = answer.get("error", answer.get("detail", answer.get("message", "")))
+    return str(error.get("message", error) if isinstance(error, dict) else error)
