@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import uvicorn
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from cenote.cli import flags, main
-from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Texts, table
-from cenote.cli.load import closed, opened
+from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, table
+from cenote.cli.load import Sample, closed, opened
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer, TextOptions
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models import costs
+from cenote.models.fuse import Remembered
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingParams
@@ -170,6 +172,40 @@ def test_products_are_those_of_the_plain_model(pooling: str, kernels: bool, tmp_
     assert costs.flop(found) == sum(2 * rows * a * b for (a, b), rows in found.items())
 
 
+def test_products_of_layers_that_are_run_otherwise() -> None:
+    """What is remembered costs nothing; what its block has taken is run as often as the block; the rest as it is."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taken = nn.Linear(4, 5)
+            self.unused = nn.Linear(4, 6)
+            self.taken.weight = nn.Parameter(torch.empty(5, 4, device="meta"))
+
+        def forward(self, x: torch.Tensor, y: int = 0) -> torch.Tensor:
+            raise NotImplementedError("it is replaced")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.idle, self.plain, self.fixed = Block(), Block(), nn.Linear(4, 7), nn.Linear(4, 8)
+            for block in (self.block, self.idle):
+                vars(block)["forward"] = lambda x, y=0: x
+            self.x_12D = torch.ones(1, 2, 4)
+            vars(self.fixed)["forward"] = Remembered(self.fixed.forward, self.x_12D)
+
+        def forward(self, x: torch.Tensor) -> None:
+            self.plain(self.block(y=1, x=x))
+            self.plain(input=x[:, :1])
+            self.fixed(self.x_12D)
+
+    model = Model()
+    found = costs.products(model, lambda: model(torch.ones(2, 3, 4)))
+    assert found == {(5, 4): 6, (7, 4): 6 + 2}
+    assert costs.flop(found) == 2 * (6 * 20 + 8 * 28)
+    assert not any(x._forward_pre_hooks for x in model.modules())
+
+
 def test_seconds_of_products_grow_with_their_rows() -> None:
     few = costs.seconds(Counter({(64, 32): 1000}), rows=100, dtype=torch.float32)
     many = costs.seconds(Counter({(64, 32): 1_000_000_000}), rows=100, dtype=torch.float32)
@@ -195,6 +231,40 @@ def test_texts_of_a_file(tmp_path: Path) -> None:
     assert [row["label"] for row in result["measurements"]][1:4] == [
         f"one text of up to {bound} tokens" for bound in (4, 32, 128)
     ]
+
+
+def test_figures_of_three_rounds() -> None:
+    """Rates are medians over rounds, percentiles are over all requests, errors are no answers."""
+    own = Measurement("load", 2, "2 clients", list, 4)
+    for seconds, latencies, errors in (
+        (1.0, [0.1, 0.2], []),
+        (10.0, [4.0, 5.0], ["late"]),
+        (2.0, [0.3], ["first", "b"]),
+    ):
+        texts = 10 * len(latencies)
+        own.samples.append(Sample(seconds, texts, 100 * texts, latencies, errors))
+    assert own.figures() == {
+        "kind": "load",
+        "value": 2,
+        "label": "2 clients",
+        "requests": 8,
+        "errors": 3,
+        "first_error": "late",
+        "texts": 50,
+        "tokens": 5000,
+        "texts_per_second": 5.0,
+        "tokens_per_second": 500.0,
+        "p50_ms": pytest.approx(300),
+        "p95_ms": pytest.approx(4800),
+        "p99_ms": pytest.approx(4960),
+        "seconds": [1.0, 10.0, 2.0],
+    }
+    own.samples = [Sample(1.0, errors=["a"])]
+    silent = own.figures()
+    assert [silent[name] for name in ("texts_per_second", "tokens_per_second", "p50_ms", "p99_ms")] == [None] * 4
+    own = Measurement("throughput", 4, "all", list, 4, limits=[0.5, 1.0, 0.9])
+    own.samples = [Sample(seconds, 4, 8, [seconds]) for seconds in (1.0, 10.0, 1.0)]
+    assert own.figures()["share_of_gemm_limit"] == 0.5
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

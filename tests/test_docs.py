@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from cenote.cli import flags
 from cenote.cli.options import page
+from cenote.cli.serve import models_of
 from cenote.config import LAYERS, BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.server.app import build
 from cenote.service import Service
@@ -84,7 +85,10 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     words = shlex.split(command)
     found = flags.parse(words[1:])
     assert found.pop("command") == words[1]
-    resolve(found, (*LAYERS, BenchConfig) if words[1] == "bench" else LAYERS)
+    if words[1] == "bench":
+        resolve(found, (*LAYERS, BenchConfig))
+    else:
+        models_of(found)
 
 
 def test_options_page_is_current() -> None:

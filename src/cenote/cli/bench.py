@@ -299,7 +299,9 @@ def _measure(
                 gemm = _products(service, batch, partial(target.ask, own.source()))
                 bar.update(own.texts)
                 continue
-            sample = closed(target.ask, own.requests()[:WARM_UP], clients=own.clients, progress=bar.update)
+            sample = closed(
+                target.ask, own.requests()[:WARM_UP], clients=min(own.clients, WARM_UP), progress=bar.update
+            )
             if sample.errors and not sample.texts:
                 raise CenoteError(f"{own.label}: no request was answered: {sample.errors[0]}")
         for _ in range(bench.rounds):
@@ -401,7 +403,8 @@ class _Gemm:
     def figures(self) -> Figures:
         """What the JSON says."""
         shapes = [{"out": out, "in": into, "rows": n} for (out, into), n in self.products.items()]
-        return {"flop": self._costs.flop(self.products), "rows": self.rows, "products": shapes}
+        dtype = str(self._dtype).removeprefix("torch.")
+        return {"flop": self._costs.flop(self.products), "dtype": dtype, "rows": self.rows, "products": shapes}
 
 
 def _products(service: Service | None, batch: int, work: Callable[[], object]) -> _Gemm | None:
