@@ -127,7 +127,12 @@ class ModelConfig(BaseModel):
         None, description="older spelling (embed, classify, score, reward) of convert and pooler_config.task"
     )
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
-        "auto", description="dtype of weights and activations; auto = float32 on a CPU"
+        "auto",
+        description="dtype of weights and activations; on a CPU of weights only, and of products where it has AMX "
+        "(auto = float32 there)",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: products of Linear layers in 8 bits, on a CPU with AVX2, VNNI or AMX"
     )
     device: str | None = Field(None, description="torch device (default: cuda if there is one, else cpu)")
     max_model_len: int | None = Field(None, ge=1, description="most tokens of an input (default: the model's limit)")
@@ -168,6 +173,11 @@ class ModelConfig(BaseModel):
     @classmethod
     def _by_model(cls, value: Any) -> Any:
         return None if str(value) in ("auto", "-1") else value
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _none_as_in_vllm(cls, value: Any) -> Any:
+        return "none" if value is None else value
 
     @field_validator("served_model_name", mode="before")
     @classmethod

@@ -258,6 +258,7 @@ class ModelInfo:
         columns: with STEP pooling what `returned_token_ids` may name.
         head: where the head comes from, for the report at start.
         adapters: names of the adapters that a sequence may choose from.
+        linears: how the Linear layers run if not simply in `dtype`, for the report at start.
     """
 
     name: str
@@ -288,6 +289,7 @@ class ModelInfo:
     columns: Seq[int] = ()
     head: str = ""
     adapters: tuple[str, ...] = ()
+    linears: str = ""
     warnings: tuple[str, ...] = ()
 
     def limit(self, task: str) -> int:

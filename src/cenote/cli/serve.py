@@ -135,6 +135,8 @@ def report(service: Service) -> list[str]:
         f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
         + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
     ]
+    if info.linears:
+        lines.insert(2, f"Linear layers: {info.linears}")
     if info.head and not info.num_labels:
         lines.append(f"head: {info.head}")
     elif info.head:

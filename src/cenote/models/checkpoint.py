@@ -408,17 +408,15 @@ def resolve_device(device: str | None) -> torch.device:
 def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str]:
     """Dtype to run in, and a warning or an empty string.
 
-    On a CPU "auto" is float32. On a GPU it is the checkpoint's half type; a float32 checkpoint becomes bfloat16
-    where the GPU has it, else float16.
+    On a CPU it is float32: half types are how weights are kept there (`cenote.models.narrow`). On a GPU "auto" is the
+    checkpoint's half type; a float32 checkpoint becomes bfloat16 where the GPU has it, else float16.
     """
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
-    if option != "auto":
-        dtype = DTYPES[option]
-        slow = device.type == "cpu" and dtype is not torch.float32
-        return dtype, f"{option} arithmetic is slow on most CPUs; float32 is the fast choice there" if slow else ""
     if device.type == "cpu":
         return torch.float32, ""
+    if option != "auto":
+        return DTYPES[option], ""
     if stored in (torch.float16, torch.bfloat16):
         return stored, ""
     half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

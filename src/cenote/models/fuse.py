@@ -131,7 +131,7 @@ def _forwards(
     """The `forward` of each module that changes of these kinds replace, and how many changes of each kind those are."""
     forwards: Forwards = {}
     counts = Counter(packed=len(packed))
-    steps: dict[nn.Linear, tuple[Step, ...]] = {x: (Step(own, x.bias),) for x, own in packed.items()}
+    steps: dict[nn.Linear, tuple[Step, ...]] = {x: (Step(own, x.bias, linear=x),) for x, own in packed.items()}
     if "activated" in kinds:
         for activation, linears in seen.activations.items():
             name, _ = ACTIVATIONS[type(activation).__name__]

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cenote.errors import CenoteError, CheckpointError, EngineFailed
+from cenote.errors import CenoteError, CheckpointError, ConfigError, EngineFailed
 from cenote.models import adapters as adapting
 from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers, retrieval
+from cenote.models import narrow as narrowing
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
 from cenote.models.layout import Packed, choose, forward, vocabulary
@@ -205,6 +206,10 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     """
     checkpoint = checkpoints.read(options)
     device = checkpoints.resolve_device(options.device)
+    if options.quantization == "int8" and device.type != "cpu":
+        raise ConfigError(
+            f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
+        )
     stored = getattr(checkpoint.config, "dtype", None)
     dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
     full = checkpoints.load(checkpoint, options, device, dtype)
@@ -212,6 +217,9 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
     native.keep_freed_memory()
+    if kernels is not None and kernels.can_chain:
+        narrowing.leave_file(full)
+    prepared = _prepare(model, options)
     folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
     adapters = adapting.Adapters(model, adapting.find(folders))
     probe = None if full is model else classifiers.Probe(full, max_length=length)
@@ -261,8 +269,11 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     dense = outputs["embed"]
     if isinstance(dense, retrieval.DenseLexical) and probe is not None:
         dimension = probe.logits[0].shape[-1]  # its vector is one weight per vocabulary entry
-    info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
-    info = replace(info, adapters=adapters.names)
+    linears, why_not = narrowing.narrow(layout, full, prepared, max_length=length)
+    info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, [*notes, *why_not])
+    info = replace(info, adapters=adapters.names, linears=linears)
+    if prepared.dtype is not None:
+        info = replace(info, dtype=str(prepared.dtype).removeprefix("torch."))
     if isinstance(dense, retrieval.DenseLexical):
         info = replace(info, pooling=dense.splade.strategy, use_activation=dense.use_activation)
     pooling_model = PoolingModel(info, layout, outputs, adapters)
@@ -285,6 +296,19 @@ def _filled_to(checkpoint: Checkpoint) -> int:
     """Length to which queries are filled up with hidden tokens; 0 = they are not."""
     fill = checkpoint.multi_vector.expansion if checkpoint.multi_vector else None
     return fill.length if fill and not fill.attend else 0
+
+
+def _prepare(model: PreTrainedModel, options: ModelConfig) -> narrowing.Prepared:
+    """Narrow weights for `model`, as far as they are asked for; elsewhere than on a CPU it computes in its dtype."""
+    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
+    if model.device.type != "cpu":
+        return narrowing.Prepared()
+    return narrowing.prepare(
+        model,
+        int8=options.quantization == "int8",
+        dtype=None if dtype is torch.float32 else dtype,
+        native_kernels=options.native_kernels,
+    )
 
 
 def _classifier(

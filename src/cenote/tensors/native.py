@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,28 +242,32 @@ class Step:
         bias: added to its product.
         activation: a key of `ACTIVATIONS`, applied to the sum.
         norm: a LayerNorm over the sum with the residual; not together with an activation.
+        linear: the module whose layer it is, if any.
     """
 
     weight: Packed
     bias: Tensor | None = None
     activation: str = ""
     norm: torch.nn.LayerNorm | None = None
+    linear: torch.nn.Linear | None = None
 
 
-class Chain:
-    """Linear layers one behind the other, block of rows by block of rows, so that what is between them stays in cache.
+class Chained:
+    """What runs Linear layers one behind the other, block of rows by block of rows, so that what is between them stays
+    in cache.
 
     Args:
-        kernels: what runs them.
-        steps: the layers; only the last may normalise.
+        run: the native function: the layers, rows, rows of a residual, and where to put the result.
+        layers: as it reads them, with the attribute `out` of the last.
     """
 
-    def __init__(self, kernels: Kernels, steps: tuple[Step, ...]) -> None:
-        self.steps = steps
-        self._kernels = kernels
-        self._array = (_Step * len(steps))(*map(_plain, steps))
+    def __init__(
+        self, run: Callable[[ctypes.Array[Any], Tensor, Tensor | None, Tensor], None], layers: ctypes.Array[Any]
+    ) -> None:
+        self._run = run
+        self._layers = layers
 
-    def __deepcopy__(self, memo: object) -> Chain:
+    def __deepcopy__(self, memo: object) -> Chained:
         """Itself: it never changes."""
         return self
 
@@ -276,13 +280,26 @@ class Chain:
         """
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
-        shape = (*x.shape[:-1], self._array[-1].out)
+        shape = (*x.shape[:-1], self._layers[-1].out)
         x_RI = _rows(x)
         residual_RO = None if residual is None else _rows(residual.expand(shape))
         out_RO = torch.empty(len(x_RI), shape[-1])
         if len(x_RI):
-            self._kernels.run_chain(self._array, x_RI, residual_RO, out_RO)
+            self._run(self._layers, x_RI, residual_RO, out_RO)
         return out_RO.view(shape)
+
+
+class Chain(Chained):
+    """Linear layers of packed matrices.
+
+    Args:
+        kernels: what runs them.
+        steps: the layers; only the last may normalise.
+    """
+
+    def __init__(self, kernels: Kernels, steps: tuple[Step, ...]) -> None:
+        super().__init__(kernels.run_chain, (_Step * len(steps))(*map(_plain, steps)))
+        self.steps = steps
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -353,9 +370,8 @@ class _Blas:
 @functools.cache
 def load() -> Kernels | None:
     """The kernels, built if need be (about a second, once per processor and compiler), or `None`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cenote"
     try:
-        kernels = Kernels(build(cache))
+        kernels = Kernels(build(cache()))
         if kernels.width < NARROWEST or not kernels.agree_with_torch():
             log.info("native kernels are not used: they do not suit this processor")
             return None
@@ -365,8 +381,13 @@ def load() -> Kernels | None:
     return kernels
 
 
-def build(folder: Path) -> Path:
-    """Compile the kernels into `folder`, unless they are there already; returns the library.
+def cache() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cenote"
+
+
+def build(folder: Path, source: Path = SOURCE) -> Path:
+    """Compile `source` into `folder`, unless that has been done already; returns the library.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -379,15 +400,15 @@ def build(folder: Path) -> Path:
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
-    target = folder / f"kernels-{hashlib.sha256(bytes(0).join(parts)).hexdigest()[:20]}.so"
+    parts = [source.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    target = folder / f"{source.stem}-{hashlib.sha256(bytes(0).join(parts)).hexdigest()[:20]}.so"
     if target.exists():
         return target
     problem = ""
     for openmp in (["-fopenmp"], []):  # one thread rather than nothing where OpenMP is missing
         handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
-        command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", name]
+        command = [compiler, *FLAGS, *openmp, str(source), "-o", name]
         done = subprocess.run(command, capture_output=True, timeout=120)
         if done.returncode == 0:
             os.replace(name, target)  # atomic: another process may build at the same time
@@ -405,6 +426,13 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(line for line in lines if line.partition(":")[0].strip() in kept)
+
+
+def release_freed_memory() -> None:
+    """Give what has been freed back to the system: weights that were replaced. Without effect on other allocators."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,258 @@
+"""Linear layers with narrow weights on a CPU, for float32 inputs and outputs.
+
+int8 weights have one scale per output; rows of the input are narrowed inside the kernel, each to bytes of its own range
+(`x ~ low + step * q`, q in 0 .. 255), so that a row's result does not depend on its neighbours. bfloat16 is multiplied
+where the CPU does so (AMX); elsewhere it is, like float16, only how weights are kept, and they are widened to float32
+while they are read. The source is `linear.cpp`, compiled on first use; which instructions multiply is a *path*.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cenote.tensors import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["int8", "bfloat16", "float16"]
+
+SOURCE = Path(__file__).with_name("linear.cpp")
+PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "float16", "bfloat16")
+"""In the order of the kernel's numbers; the last two are for weights that are widened."""
+FASTEST: dict[Kind, tuple[str, ...]] = {
+    "int8": ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2"),
+    "bfloat16": ("AMX-BF16", "bfloat16"),
+    "float16": ("float16",),
+}
+"""Paths of each kind, the fastest first. vdpbf16ps is no faster than float32 on the processors tried, so it is none."""
+WIDENED = frozenset({"float16", "bfloat16"})
+"""Paths of weights that are widened."""
+PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
+"""Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
+WIDEST = 65_536
+"""Inputs beyond which sums of 255 * 127 might not fit 32 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """A Linear's weights, as the kernel reads them.
+
+    Attributes:
+        path: what they were made for.
+        inputs: D of `[outputs, D]`.
+        panels: of int8 and bfloat16 that is multiplied `[panels, groups, 16, G]`, G = 4 int8 or 2 bfloat16, of others
+            `[tiles, D, 64]`.
+        scale, sums: of int8, for each output: the scale, and the sum of its weights times it.
+        bias: zeros if there is none.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    panels: Tensor
+    scale: Tensor | None
+    sums: Tensor | None
+    bias: Tensor
+
+
+def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
+    """Narrow the weights of a Linear for `path`.
+
+    Raises:
+        ValueError: D is larger than `WIDEST`.
+    """
+    outputs, inputs = weight_ND.shape
+    if inputs > WIDEST:
+        raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
+    bias = _padded(bias_N, outputs)
+    if path in FASTEST["int8"]:
+        codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
+        sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
+        scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
+        return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
+    if path not in WIDENED:
+        return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
+    half_ND = F.pad(weight_ND.to(getattr(torch, path)), (0, 0, 0, -outputs % WIDE_TILE))
+    return Narrow(path, inputs, outputs, half_ND.view(-1, WIDE_TILE, inputs).mT.contiguous(), None, None, bias)
+
+
+def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
+    """int8 codes `[N, D]` and their scales `[N]`: symmetric, one scale per output.
+
+    Args:
+        pairs: AVX2 adds the products of two neighbours in 16 bits, so that two codes may be 128 together at most
+            (128 * 255 < 2 ** 15). Scales are larger for that, by a third for normally distributed weights.
+    """
+    weight_ND = weight_ND.float()
+    scale_N = weight_ND.abs().amax(1) / 127
+    if pairs:
+        even_ND = F.pad(weight_ND, (0, weight_ND.shape[1] % 2))
+        # Rounding moves the sum of two codes by at most 1
+        scale_N = scale_N.maximum((even_ND[:, ::2] + even_ND[:, 1::2]).abs().amax(1) / 127)
+    scale_N = scale_N.clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight_ND / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8), scale_N
+
+
+def described(path: str) -> str:
+    """What Linears do on `path`, for people."""
+    if path in WIDENED:
+        return f"{path}, widened to float32 as they are read"
+    return f"int8 by {path}" if path in FASTEST["int8"] else f"bfloat16 by {path}"
+
+
+def _panels(narrow_ND: Tensor) -> Tensor:
+    """64 bytes hold one 4-byte group of each of 16 rows; padded with zeros to whole lines and tiles."""
+    size = LINE // narrow_ND.element_size()
+    outputs, inputs = narrow_ND.shape
+    padded_ND = F.pad(narrow_ND, (0, -inputs % size, 0, -outputs % TILE))
+    group = 4 // narrow_ND.element_size()
+    return padded_ND.view(padded_ND.shape[0] // PANEL, PANEL, -1, group).transpose(1, 2).contiguous()
+
+
+def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
+    vector_N = torch.zeros(outputs) if vector_N is None else vector_N.float()
+    return F.pad(vector_N, (0, -outputs % WIDE_TILE)).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A layer of a chain: as `cenote.tensors.native.Step`, with narrow weights."""
+
+    weights: Narrow
+    activation: str = ""
+    norm: nn.LayerNorm | None = None
+
+
+class _Step(ctypes.Structure):
+    """`NarrowStep` of linear.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "sums", "bias", "gamma", "beta")),
+        *((name, ctypes.c_int64) for name in ("into", "out", "groups")),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("path", ctypes.c_int32),
+    )
+
+
+class Kernel:
+    """The compiled function. Calls release the GIL and use as many threads as torch."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._chain = library.narrow_chain
+        self._chain.argtypes = [pointer, integer, pointer, long, pointer, long, pointer, long, integer]
+        self._chain.restype = integer
+        found: int = library.linear_paths()
+        self.paths = tuple(path for i, path in enumerate(PATHS) if found >> i & 1)
+
+    def path(self, kind: Kind) -> str | None:
+        """The fastest path for weights of this kind, if there is any."""
+        return next((path for path in FASTEST[kind] if path in self.paths), None)
+
+    def run_chain(self, layers: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
+        """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
+        failed = self._chain(
+            layers,
+            len(layers),
+            x_RI.data_ptr(),
+            x_RI.stride(0),
+            None if residual_RO is None else residual_RO.data_ptr(),
+            0 if residual_RO is None else residual_RO.stride(0),
+            out_RO.data_ptr(),
+            len(x_RI),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("a chain of narrow Linear layers")
+
+    def agrees_with_torch(self) -> bool:
+        """Whether every path gives what torch does with the same narrowed numbers, in float64."""
+        generator = torch.Generator().manual_seed(0)
+        norm = nn.LayerNorm(97)
+        for rows, inputs in ((1, 5), (37, 70), (66, 130)):
+            x = torch.randn(rows, inputs, generator=generator) * 2 + 0.3
+            weight, bias, residual = (torch.randn(n, inputs, generator=generator) for n in (97, 97, rows))
+            residual = residual[:, :1].expand(rows, 97).contiguous()
+            for path in self.paths:
+                want, weights = emulate(x, weight, bias[:, 0], path), narrow(weight, bias[:, 0], path)
+                steps = [Step(weights, name) for name in ("", *native.ACTIVATIONS)]
+                wanted = [want, *(apply(want) for apply in native.ACTIVATIONS.values())]
+                found = [Chain(self, (step,))(x) for step in steps]
+                wanted.append(F.layer_norm(want + residual, (97,), eps=norm.eps))
+                found.append(Chain(self, (Step(weights, norm=norm),))(x, residual))
+                pairs = zip(found, wanted, strict=True)
+                if not all(torch.allclose(got.double(), own, atol=1e-4, rtol=1e-4) for got, own in pairs):
+                    return False
+        return True
+
+
+class Chain(native.Chained):
+    """Layers of narrow weights, all made for the same path.
+
+    Args:
+        kernel: what runs them.
+        steps: the layers; only the last may normalise.
+    """
+
+    def __init__(self, kernel: Kernel, steps: tuple[Step, ...]) -> None:
+        super().__init__(kernel.run_chain, (_Step * len(steps))(*map(_plain, steps)))
+        self.steps = steps
+
+
+def _plain(step: Step) -> _Step:
+    own, norm = step.weights, step.norm
+    vectors = [own.scale, own.sums, own.bias, *((norm.weight, norm.bias) if norm else (None, None))]
+    return _Step(
+        own.panels.data_ptr(),
+        *(None if vector is None else vector.data_ptr() for vector in vectors),
+        own.inputs,
+        own.outputs,
+        own.panels.shape[1],
+        0.0 if norm is None else norm.eps,
+        [*native.ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
+        PATHS.index(own.path),
+    )
+
+
+def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
+    """What `path` computes, by torch in float64: `[R, N]`."""
+    if path not in FASTEST["int8"]:
+        dtype = torch.float16 if path == "float16" else torch.bfloat16
+        rounded_RD = x_RD.bfloat16() if path == "AMX-BF16" else x_RD
+        return F.linear(rounded_RD.double(), weight_ND.to(dtype).double(), bias_N.double())
+    codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
+    low_R1 = x_RD.amin(1, keepdim=True)
+    range_R1 = x_RD.amax(1, keepdim=True) - low_R1
+    q_RD = ((x_RD - low_R1) * (torch.full_like(range_R1, 255) / range_R1)).round()
+    rounded_RD = q_RD.double() * (range_R1.double() / 255) + low_R1.double()
+    return F.linear(rounded_RD, codes_ND.double() * scale_N.double()[:, None], bias_N.double())
+
+
+@functools.cache
+def load() -> Kernel:
+    """The kernel, built if need be (a few seconds, once per processor and compiler).
+
+    Raises:
+        RuntimeError: it cannot be had, and why.
+    """
+    try:
+        kernel = Kernel(native.build(native.cache(), SOURCE))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(str(error)) from error
+    if not kernel.paths:
+        raise RuntimeError("the processor has none of AVX2, VNNI and AMX")
+    if not kernel.agrees_with_torch():
+        raise RuntimeError("the kernel does not agree with torch")
+    return kernel

@@ -1,0 +1,236 @@
+"""The kernel for Linears with narrow weights, on every path that this processor has, against sums in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cenote.tensors import linear, native
+from cenote.tensors.linear import PATHS, Chain, Kernel, Step, narrow, quantize
+
+INT8 = PATHS[:4]
+SHAPES = [(1, 3, 2), (2, 64, 32), (7, 70, 50), (16, 384, 96), (33, 130, 97), (65, 1536, 40), (150, 9, 33)]
+"""Rows, inputs and outputs: whole and broken blocks, lines, vectors and tiles."""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    return linear.load()
+
+
+@pytest.fixture(scope="module")
+def narrowest(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    """As built for a processor with nothing but AVX2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FLAGS", flags("haswell"))
+        return Kernel(native.build(tmp_path_factory.mktemp("library"), linear.SOURCE))
+
+
+def flags(processor: str) -> tuple[str, ...]:
+    return tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native.FLAGS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A kernel and a path of it."""
+
+    kernel: Kernel
+    path: str
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
+        return Chain(self.kernel, (Step(narrow(weight, bias, self.path), activation),))(x)
+
+
+@pytest.fixture(params=[*PATHS, "AVX2 alone", "float16 alone"])
+def run(request: pytest.FixtureRequest, kernel: Kernel, narrowest: Kernel) -> Run:
+    path = request.param.removesuffix(" alone")
+    if path != request.param:
+        return Run(narrowest, path)
+    if path not in kernel.paths:
+        pytest.skip(f"this processor has no {path}")
+    return Run(kernel, path)
+
+
+def drawn(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator) * torch.rand(inputs, generator=generator) * 5 + 0.3
+    weight = torch.randn(outputs, inputs, generator=generator) * torch.rand(outputs, 1, generator=generator)
+    return x, weight, torch.randn(outputs, generator=generator)
+
+
+def by_hand(x: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
+    """Rows rounded to 256 steps of their own range, weights to 255 of each output's; or what is rounded to halves."""
+    if path not in INT8:
+        half = weight.half() if path == "float16" else weight.bfloat16()
+        return F.linear((x.bfloat16() if path == "AMX-BF16" else x).double(), half.double(), bias.double())
+    rows = []
+    for row in x:
+        low, width = row.min(), row.max() - row.min()
+        scale = torch.tensor(255.0) / width if width > 0 else torch.tensor(0.0)
+        rows.append(torch.round((row - low) * scale).double() * width.double() / 255 + low.double())
+    codes, scale = quantize(weight, pairs=path == "AVX2")
+    return F.linear(torch.stack(rows), codes.double() * scale.double()[:, None], bias.double())
+
+
+def near(got: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(got.double(), expected, rtol=1e-5, atol=2e-6 * max(1.0, float(expected.abs().max())))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("shape", "count"), list(itertools.product(SHAPES, [1, 3])))
+def test_equals_the_same_sums_by_hand(run: Run, shape: tuple[int, int, int], count: int) -> None:
+    x, weight, bias = drawn(*shape)
+    expected = by_hand(x, weight, bias, run.path)
+    with threads(count):
+        assert near(run(x, weight, bias), expected)
+    exact = F.linear(x, weight, bias).double()
+    assert float((expected - exact).norm() / exact.norm()) < 0.03, "the sums stand for those of the Linear"
+
+
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activations(run: Run, activation: str) -> None:
+    x, weight, bias = drawn(33, 130, 97)
+    expected = native.ACTIVATIONS[activation](by_hand(x, weight, bias, run.path))
+    assert near(run(x, weight, bias, activation), expected)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (5, 3), (40, 2), (150, 1), (300, 2)])
+def test_chains(run: Run, rows: int, count: int) -> None:
+    """Up, activation, down, residual, LayerNorm; each step on what the one before gave in float32."""
+    x, up, bias = drawn(rows, 70, 200)
+    _, down, _ = drawn(rows + 1, 200, 70)
+    norm = nn.LayerNorm(70).requires_grad_(False)
+    norm.weight.normal_(), norm.bias.normal_()
+    residual = torch.randn(rows, 70)
+    first, last = Step(narrow(up, bias, run.path), "gelu"), Step(narrow(down, None, run.path), norm=norm)
+    with threads(count):
+        between = Chain(run.kernel, (first,))(x)
+        apart = Chain(run.kernel, (last,))(between, residual)
+        together = Chain(run.kernel, (first, last))(x, residual)
+    assert torch.equal(together, apart)
+    summed = by_hand(between, down, torch.zeros(70), run.path) + residual
+    expected = F.layer_norm(summed, (70,), norm.weight.double(), norm.bias.double(), norm.eps)
+    assert torch.allclose(together.double(), expected, atol=2e-5)
+
+
+def test_large_weights(run: Run) -> None:
+    """Blocks have more rows there than a tile."""
+    x, weight, bias = drawn(100, 2100, 4100)
+    assert near(run(x, weight, bias)[70:, 4000:], by_hand(x[70:], weight[4000:], bias[4000:], run.path))
+
+
+def test_a_row_knows_nothing_of_its_neighbours(run: Run) -> None:
+    x, weight, bias = drawn(150, 384, 97)
+    whole = run(x, weight, bias)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(x[order], weight, bias), whole[order])
+    for rows in (slice(0, 1), slice(5, 9), slice(60, 75), slice(3, 150)):
+        assert torch.equal(run(x[rows], weight, bias), whole[rows])
+        with threads(3):
+            assert torch.equal(run(x[rows], weight, bias), whole[rows])
+    assert torch.equal(run(x.view(2, 75, 384), weight, bias), whole.view(2, 75, 97))
+    assert torch.equal(run(x.t().contiguous().t(), weight, bias), whole), "a strided matrix"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 37, 69])
+def test_a_poisoned_row_stays_poisoned_and_alone(run: Run, poison: float, place: int) -> None:
+    x, weight, bias = drawn(9, 70, 33)
+    x[4, place] = poison
+    finite = run(x, weight, bias).isfinite().all(1)
+    assert finite.tolist() == [row != 4 for row in range(9)]
+
+
+def test_rows_without_a_range(run: Run) -> None:
+    """Equal values have no steps between them."""
+    _, weight, bias = drawn(3, 70, 33)
+    x = torch.tensor([[0.0], [2.0], [-0.5]]).expand(3, 70)
+    assert near(run(x, weight, bias), by_hand(x, weight, bias, run.path))
+    assert torch.allclose(run(torch.full((1, 70), 1e-42), weight, bias)[0], bias, atol=1e-6)
+
+
+def test_the_largest_products_do_not_overflow(run: Run) -> None:
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(32)
+    x = torch.ones(8, 4096)
+    x[:, -1] = 0  # so that the others are 255 steps above the lowest
+    rounded = 0.01 if run.path == "AVX2" else 1e-4  # equal neighbours have codes of 64 there, not 127
+    assert torch.allclose(run(x, signs[:, None].expand(64, 4096)), (4095 * signs).expand(8, 64), rtol=rounded)
+
+
+def test_no_rows(run: Run) -> None:
+    _, weight, bias = drawn(1, 40, 33)
+    assert run(torch.empty(0, 40), weight, bias).shape == (0, 33)
+
+
+def test_too_wide_a_linear_is_refused() -> None:
+    with pytest.raises(ValueError, match="a Linear of 65537 inputs is too wide, expected at most 65536"):
+        narrow(torch.empty(1, 65_537), None, "AVX2")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_codes_of_weights(pairs: bool) -> None:
+    _, weight, _ = drawn(4, 129, 33)
+    weight[3] = 0
+    codes, scale = quantize(weight, pairs=pairs)
+    assert codes.dtype == torch.int8
+    assert codes.abs().amax(1).max() == 127 or pairs
+    assert ((codes * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+    sums = F.pad(codes.int(), (0, 1)).view(33, -1, 2).sum(-1).abs()
+    assert (sums.max() <= 128) == pairs
+    assert (codes[3] == 0).all()
+    assert (scale > (weight.abs().amax(1) / 126).clamp(min=1e-9)).any() == pairs
+
+
+@pytest.mark.parametrize(("path", "size"), [("AVX2", 1), ("AMX", 1), ("AMX-BF16", 2), ("float16", 2), ("bfloat16", 2)])
+def test_bytes_of_a_weight(path: str, size: int) -> None:
+    assert narrow(torch.randn(192, 128), None, path).panels.nbytes == 192 * 128 * size
+
+
+def test_the_fastest_path_is_chosen(kernel: Kernel, narrowest: Kernel) -> None:
+    assert narrowest.paths == ("AVX2", "float16", "bfloat16")
+    assert [narrowest.path(kind) for kind in ("int8", "bfloat16", "float16")] == ["AVX2", "bfloat16", "float16"]
+    assert kernel.path("int8") == next(
+        path for path in ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2") if path in kernel.paths
+    )
+    assert (kernel.path("bfloat16") == "AMX-BF16") == ("AMX" in kernel.paths)
+
+
+def missing_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("PATH", "")
+    patch.delenv("CXX", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (missing_compiler, "there is no C\\+\\+ compiler"),
+        (lambda patch: patch.setenv("CXX", "/bin/false"), "false"),
+        (lambda patch: patch.setattr(native, "FLAGS", flags("x86-64")), "the processor has none of AVX2, VNNI and AMX"),
+        (lambda patch: patch.setattr(linear, "_padded", lambda x, _: torch.zeros(128)), "does not agree with torch"),
+    ],
+    ids=["no compiler", "a failing compiler", "an old processor", "another result"],
+)
+def test_reasons_to_do_without(
+    spoil: Callable[[pytest.MonkeyPatch], None], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spoil(monkeypatch)
+    with pytest.raises(RuntimeError, match=reason):
+        linear.load.__wrapped__()

@@ -1,0 +1,386 @@
+"""Backbones in int8, bfloat16 and float16 on a CPU: near float32, independent of company, and smaller."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cenote import LLM
+from cenote.cli.serve import report
+from cenote.config import EngineConfig, ModelConfig
+from cenote.errors import CheckpointError, ConfigError
+from cenote.models import checkpoint as checkpoints_module
+from cenote.models import narrow as narrowing
+from cenote.models import runner
+from cenote.models.layout import Layout, choose, forward
+from cenote.models.narrow import Outcome, leave_file, narrow, prepare
+from cenote.service import Service
+from cenote.tensors import linear, native
+from cenote.tensors.packing import pack
+from cenote.types import Sequence
+from tests import checkpoints
+from tests.corpus import docstrings
+from tests.test_adapters import jina
+from tests.test_parity_zoo import alone, sequences
+from tests.test_retrieval_quality import TOKENS, collect, ndcg_at_10
+from tests.zoo import ZOO, Architecture, build
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+AMX = "AMX" in linear.load().paths
+
+COUNTS = {
+    "bert": (19, 19), "albert": (8, 8), "distilbert": (18, 18), "roberta": (19, 19), "esm": (19, 20), "mpnet": (19, 19),
+    "mobilebert": (47, 47), "convbert": (22, 25), "longformer": (19, 28), "deberta": (18, 18), "t5-gated": (21, 21),
+    "nomic-bert": (21, 21), "modernbert": (12, 12), "gpt-neox": (12, 12), "qwen3": (21, 21), "gemma3": (21, 21),
+    "mixtral": (12, 12), "bart": (38, 38), "mamba": (6, 12),
+}  # fmt: skip
+"""Linears that become int8, of all: those that run, have at least 32 outputs and share their weights with nobody."""
+STEADY = {"bert", "albert", "distilbert", "roberta", "t5-gated", "nomic-bert", "gpt-neox", "qwen3", "gemma3"}
+"""Of these, those whose rows do not move by a last bit with their company in float32."""
+
+
+def named(name: str) -> Architecture:
+    return next(architecture for architecture in ZOO if architecture.name == name)
+
+
+def narrowed(
+    architecture: Architecture, *, int8: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Layout, Outcome]:
+    model = build(architecture)
+    leave_file(model)
+    prepared = prepare(model, int8=int8, dtype=dtype, native_kernels=True)
+    layout, _ = choose(model, kernels=native.load())
+    assert layout.name == architecture.layout
+    return layout, narrow(layout, model, prepared)
+
+
+def rows(layout: Layout, batch: list[Sequence]) -> list[Tensor]:
+    return list(forward(layout, pack(batch)).split([len(s) for s in batch]))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_int8_is_near_float32_and_knows_nothing_of_company(name: str) -> None:
+    model = build(named(name))
+    batch = sequences(model.get_input_embeddings().weight.shape[0])
+    layout, outcome = narrowed(named(name), int8=True)
+    assert outcome.text.startswith("{} of {} in int8 by ".format(*COUNTS[name]))
+    assert not outcome.notes
+    found = rows(layout, batch)
+    for got, wanted in zip(found, alone(model, batch), strict=True):
+        assert float(F.cosine_similarity(got, wanted).mean()) > 0.975
+        assert not torch.allclose(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    turned = rows(layout, batch[::-1])[::-1]
+    allowed = 0.0 if name in STEADY else 0.02 * float(max(own.abs().max() for own in found))  # a few steps of rounding
+    for i, sequence in enumerate(batch):
+        assert torch.allclose(found[i], rows(layout, [sequence])[0], rtol=0, atol=allowed)
+        assert torch.allclose(found[i], turned[i], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "modernbert", "qwen3", "gemma3", "bart", "mobilebert"])
+def test_halves_equal_a_model_of_rounded_weights(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arithmetic is float32: the reference is the eager model, its matrices rounded."""
+    monkeypatch.setitem(linear.FASTEST, "bfloat16", ("bfloat16",))  # though the CPU may multiply it
+    model = build(named(name))
+    batch = sequences(model.get_input_embeddings().weight.shape[0])
+    exact = alone(model, batch)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    table = model.get_input_embeddings()
+    alone_held = type(table) is nn.Embedding and name != "bart"  # whose encoder and decoder share it
+    for module in (*linears, *([table] if alone_held else [])):
+        module.weight.data = module.weight.data.to(HALVES[dtype]).float()
+    layout, outcome = narrowed(named(name), dtype=HALVES[dtype])
+    assert outcome.text.startswith(f"{len(linears)} of {len(linears)} in {dtype}, widened")
+    for got, wanted, other in zip(rows(layout, batch), alone(model, batch), exact, strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        assert not torch.allclose(got, other, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.skipif(not AMX, reason="this processor has no AMX, so bfloat16 is widened")
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3"])
+def test_bfloat16_is_multiplied_where_the_cpu_can(name: str) -> None:
+    model = build(named(name))
+    batch = sequences(model.get_input_embeddings().weight.shape[0])
+    layout, outcome = narrowed(named(name), dtype=torch.bfloat16)
+    assert "in bfloat16 by AMX-BF16" in outcome.text
+    found = rows(layout, batch)
+    for i, (got, wanted) in enumerate(zip(found, alone(model, batch), strict=True)):
+        assert float(F.cosine_similarity(got, wanted).min()) > 0.999
+        assert torch.equal(got, rows(layout, [batch[i]])[0])
+
+
+def test_int8_with_a_half_embedding() -> None:
+    layout, outcome = narrowed(named("bert"), int8=True, dtype=torch.float16)
+    assert "in int8 by" in outcome.text
+    table = layout.backbone.model.get_input_embeddings()
+    whole = build(named("bert")).get_input_embeddings()
+    ids = torch.tensor([[5, 7, 299]])
+    assert torch.equal(table(ids), whole(ids).half().float())
+    assert not torch.equal(table(ids), whole(ids))
+
+
+@pytest.mark.parametrize("options", [{"int8": True}, {"dtype": torch.float16}], ids=str)
+def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
+    model = build(named("bert"))
+    watched = [m for m in model.modules() if type(m) is nn.Linear]
+    if "dtype" in options:
+        watched.append(model.get_input_embeddings())
+    own = [weakref.ref(module.weight) for module in watched]
+    prepared = prepare(model, **{"int8": False, "dtype": None, **options}, native_kernels=True)
+    layout, _ = choose(model, kernels=native.load())
+    narrow(layout, model, prepared)
+    gc.collect()
+    assert len(own) >= 19
+    assert not any(weight() is not None for weight in own)
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in model.parameters()
+        if p.device.type == "cpu"
+    }
+    weights = {step.weights for chain in chains(model) for step in chain.steps}
+    narrow_bytes = sum(own.panels.nbytes for own in weights)
+    shapes = [m.weight.shape for m in watched if isinstance(m, nn.Linear)]
+    linear_size = sum(map(math.prod, shapes))
+    if "int8" in options:
+        padded = sum((out + -out % linear.TILE) * (into + -into % linear.LINE) for out, into in shapes)
+    else:
+        padded = sum(2 * (out + -out % linear.WIDE_TILE) * into for out, into in shapes)
+    assert narrow_bytes == padded
+    assert sum(held.values()) < 4 * sum(p.numel() for p in model.parameters()) - 4 * linear_size + 1024
+
+
+def chains(model: nn.Module) -> list[linear.Chain]:
+    return [own for module in model.modules() if isinstance(own := vars(module).get("forward"), linear.Chain)]
+
+
+def test_weights_that_others_hold_stay() -> None:
+    """T5's two names of one embedding, and a Linear that shares its matrix."""
+    layout, _ = narrowed(named("t5-gated"), dtype=torch.float16)
+    table = layout.backbone.model.get_input_embeddings()
+    assert torch.equal(table.weight, build(named("t5-gated")).get_input_embeddings().weight)
+    model = build(named("bert"))
+    first, second = (model.encoder.layer[i].intermediate.dense for i in (0, 1))
+    second.weight = first.weight
+    prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
+    layout, _ = choose(model, kernels=native.load())
+    assert narrow(layout, model, prepared).text.startswith("17 of 19")
+
+
+def test_a_table_that_is_read_past_its_forward_stays() -> None:
+    model = build(named("bert"))
+    table = model.get_input_embeddings()
+    model.embeddings.LayerNorm.register_forward_hook(lambda _, __, y: y + table.weight[0] * 1e-3)
+    whole = table.weight.clone()
+    prepared = prepare(model, int8=False, dtype=torch.float16, native_kernels=True)
+    layout, _ = choose(model, kernels=native.load())
+    narrow(layout, model, prepared)
+    assert torch.equal(table.weight, whole)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_layers_of_another_kind_stay_in_float32(name: str) -> None:
+    model = build(named(name))
+    batch = sequences(300)
+    layout, outcome = narrowed(named(name), int8=True)
+    assert outcome.text == ""
+    assert outcome.notes[0].startswith(
+        "none of the 12 Linear layers is of the plain kind that could be kept in int8 by"
+    )
+    for got, wanted in zip(rows(layout, batch), alone(model, batch), strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_model_that_does_not_bear_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outlier in every row, a million times the rest, leaves nothing of the rest."""
+    model = build(named("roberta-prelayernorm"))
+    for module in model.encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.bias.data[3] = 1e6
+        elif isinstance(module, nn.Linear) and module.in_features == 64:
+            module.weight.data[:, 3] *= 1e-6
+    prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
+    layout, _ = choose(model, kernels=native.load())
+    monkeypatch.setattr(narrowing, "LEAST_COSINE", 0.9999)
+    with pytest.raises(CheckpointError, match="does not bear weights in int8 by .*, expected at least 0.9999; leave"):
+        narrow(layout, model, prepared)
+
+
+def test_rows_that_move_with_their_neighbours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one scale for a whole batch would do."""
+    run = linear.Chain.__call__
+
+    def whole(self: linear.Chain, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        step = x.abs().max() / 127
+        return run(self, (x / step).round() * step, residual)
+
+    monkeypatch.setattr(linear.Chain, "__call__", whole)
+    with pytest.raises(CheckpointError, match="BertModel with weights in int8 by .*: rows move with their neighbours"):
+        narrowed(named("bert"), int8=True)
+
+
+# --- the embedded model ------------------------------------------------------------------------------------------
+
+FORMS: dict[str, tuple[dict[str, Any], float]] = {
+    **{path: ({"quantization": "int8"}, 0.998) for path in linear.FASTEST["int8"]},
+    "AMX-BF16": ({"dtype": "bfloat16"}, 0.9999),
+    "bfloat16": ({"dtype": "bfloat16"}, 0.9999),
+    "float16": ({"dtype": "half"}, 0.999999),
+}
+"""Path to options and the least mean cosine to float32 over docstrings."""
+TEXTS = docstrings(150)
+
+
+def vectors(llm: LLM, texts: tuple[str, ...] = TEXTS) -> np.ndarray:
+    return np.array([output.outputs.embedding for output in llm.embed([*texts], use_tqdm=False)])
+
+
+@pytest.fixture(scope="module")
+def whole() -> np.ndarray:
+    with LLM(auto_truncate=True) as llm:
+        return vectors(llm)
+
+
+@pytest.fixture(params=FORMS)
+def llm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, LLM]]:
+    path: str = request.param
+    if path not in linear.load().paths:
+        pytest.skip(f"this processor has no {path}")
+    for kind, paths in linear.FASTEST.items():
+        monkeypatch.setitem(linear.FASTEST, kind, (path,) if path in paths else paths)
+    with LLM(auto_truncate=True, **FORMS[path][0]) as llm:
+        yield path, llm
+
+
+def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
+    path, own = llm
+    assert f"37 of 37 in {linear.described(path)}, cosine" in own.info.linears
+    assert not own.info.warnings
+    assert own.info.dtype == (
+        "float32" if path in linear.FASTEST["int8"] else path.lower().replace("amx-bf16", "bfloat16")
+    )
+    found = vectors(own)
+    cosines = (found * whole).sum(axis=1)
+    assert cosines.mean() > FORMS[path][1]
+    assert cosines.min() > 1 - 4 * (1 - FORMS[path][1])
+    assert cosines.mean() < 1 - 1e-8, "it is not float32"
+    few = (TEXTS[3], TEXTS[77])
+    assert np.array_equal(vectors(own, few), found[[3, 77]]), "company changes nothing, not a bit"
+    assert np.array_equal(vectors(own, TEXTS[::-1])[::-1], found)
+
+
+def test_search_is_as_good_in_int8(record_property: Callable[[str, object], None]) -> None:
+    pairs = collect(1000)
+    texts = (*pairs.queries, *pairs.documents)
+    found = []
+    for options in ({}, {"quantization": "int8"}):
+        with LLM(auto_truncate=True, max_model_len=TOKENS, **options) as llm:
+            own = vectors(llm, texts)
+            found.append(ndcg_at_10(own[:1000], own[1000:]))
+    record_property("ndcg@10", found)
+    assert found[0] > 0.5
+    assert abs(found[1] / found[0] - 1) < 0.01
+
+
+# --- options and other models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"quantization": "int8"}, "int8 fell back to float32: "),
+        ({"dtype": "half"}, "float16 fell back to float32: "),
+        ({"quantization": "int8", "dtype": "bfloat16"}, "int8 and bfloat16 fell back to float32: "),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cause", ["switched off", "no compiler"])
+def test_without_the_kernel_it_is_float32(
+    options: dict[str, Any], reason: str, cause: str, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cause == "no compiler":
+
+        def missing() -> None:
+            raise RuntimeError("there is no C++ compiler")
+
+        monkeypatch.setattr(linear, "load", missing)
+    more = {"native_kernels": False} if cause == "switched off" else {}
+    with LLM(auto_truncate=True, **options, **more) as llm:
+        assert llm.info.dtype == "float32"
+        assert llm.info.linears == ""
+        told = "native kernels are switched off" if more else "there is no C++ compiler"
+        assert llm.info.warnings == (reason + told,)
+        assert np.allclose(vectors(llm, TEXTS[:5]), whole[:5], atol=1e-6)
+
+
+def test_report() -> None:
+    service = Service.load(ModelConfig(quantization="int8"), EngineConfig())
+    try:
+        lines = report(service)
+    finally:
+        service.engine.close()
+    assert lines[1].startswith("runs: float32 on cpu, packed")
+    assert lines[2].startswith("Linear layers: 37 of 37 in int8 by ")
+    assert 0.99 < float(lines[2].split("cosine ")[1].split()[0]) < 1
+
+
+def test_quantization_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints_module, "resolve_device", lambda _: torch.device("cuda", 1))
+    with pytest.raises(
+        ConfigError, match="quantization int8 is for CPUs, and the device is cuda:1; leave it out or set"
+    ):
+        runner.load(ModelConfig(quantization="int8"))
+
+
+@pytest.mark.parametrize("value", ["int4", "awq", "fp8", ""])
+def test_other_quantizations_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="quantization: Input should be 'none' or 'int8'"):
+        LLM(quantization=value)
+
+
+def test_no_quantization() -> None:
+    assert ModelConfig(quantization=None).quantization == "none"  # type: ignore[arg-type]
+
+
+def test_adapters(tmp_path: Path) -> None:
+    folder = jina(tmp_path / "jina")
+    texts = list(checkpoints.SHORT)
+    found = {}
+    for name, options in {"float32": {}, "int8": {"quantization": "int8"}, "float16": {"dtype": "float16"}}.items():
+        with LLM(str(folder), **options) as llm:
+            assert ("in int8 by" in llm.info.linears) == (name == "int8")
+            for adapter in ("retrieval_query", "separation", None):
+                asked = {"input_type": adapter} if adapter else {}
+                outputs = llm.embed(texts, use_tqdm=False, **asked)
+                found[name, adapter] = np.array([output.outputs.embedding for output in outputs])
+    for name, least in (("int8", 0.99), ("float16", 0.99999)):
+        for adapter in ("retrieval_query", "separation", None):
+            assert (found[name, adapter] * found["float32", adapter]).sum(1).min() > least
+        other = (found[name, "separation"] * found["float32", None]).sum(1)
+        assert other.min() < 0.99, "another adapter is further away"
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
+def test_heads_stay_in_float32(options: dict[str, Any], tmp_path: Path) -> None:
+    """Scores of a classifier, and the weights of a SPLADE model, whose head holds the token embedding."""
+    classifier = checkpoints.classifier(tmp_path / "classifier", num_labels=3)
+    splade = checkpoints.classifier(tmp_path / "splade", head="ForMaskedLM")
+    scores, weights = [], []
+    for own in ({}, options):
+        with LLM(str(classifier), **own) as llm:
+            scores.append(np.array([o.outputs.probs for o in llm.classify(checkpoints.SHORT, use_tqdm=False)]))
+        with LLM(str(splade), convert="sparse", **own) as llm:
+            outputs = llm.encode(checkpoints.SHORT, pooling_task="embed", use_tqdm=False)
+            weights.append(np.array([output.outputs.data.numpy() for output in outputs]))
+    assert 0 < np.abs(scores[0] - scores[1]).max() < 0.1
+    cosines = (weights[0] * weights[1]).sum(1) / np.linalg.norm(weights[0], axis=1) / np.linalg.norm(weights[1], axis=1)
+    assert cosines.min() > 0.98
