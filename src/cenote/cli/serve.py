@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -42,6 +44,7 @@ def _serve(arguments: dict[str, Any]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for note in notes:
         log.info(note)
+    _share_cores()
 
     import uvicorn
 
@@ -69,12 +72,24 @@ def _serve(arguments: dict[str, Any]) -> None:
         access_log=server.log_level == "debug",
         timeout_keep_alive=75,
     )
+    gc.freeze()  # looking through all that was imported takes a fifth of a second, and nothing of it is garbage
     listener.listen(config.backlog)  # who reads the line below may connect at once
     port = listener.getsockname()[1]
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _share_cores() -> None:
+    """Let threads that wait sleep. Has to be done before torch is imported; what the user has set stays.
+
+    OpenMP's threads spin by default while they wait for each other. Here they share the cores with the event loop and
+    with whatever else runs on the machine: a spinning thread keeps the one that it waits for from running.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, EngineConfig, ServerConfig]], list[str]]:

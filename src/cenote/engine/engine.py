@@ -231,7 +231,7 @@ class LocalEngine:
         with self._changed:
             while True:
                 if dropped := self._scheduler.drop_cancelled():
-                    metrics.sequences.labels("dropped").inc(dropped)
+                    metrics.sequences_of("dropped").inc(dropped)
                 batch = self._scheduler.next_batch()
                 if batch or not wait or self._closing:
                     return batch
@@ -240,7 +240,7 @@ class LocalEngine:
     def _launch(self, batch: list[_Entry], running: deque[tuple[list[_Entry], Launched, float]]) -> None:
         began = time.monotonic()
         for entry in {id(e.job): e for e in batch}.values():
-            metrics.stage_seconds.labels("queue").observe(began - entry.job.accepted)
+            metrics.stage("queue").observe(began - entry.job.accepted)
         try:
             running.append((batch, self._model.launch([e.sequence for e in batch]), began))
         except Exception as error:  # whatever the model raises fails this batch, and only this one
@@ -258,12 +258,12 @@ class LocalEngine:
         metrics.tokens.inc(tokens)
         metrics.batch_tokens.observe(tokens)
         metrics.batch_sequences.observe(len(batch))
-        metrics.stage_seconds.labels("forward").observe(time.monotonic() - began)
+        metrics.stage("forward").observe(time.monotonic() - began)
         finished = Counter(e.job for e, output in zip(batch, outputs, strict=True) if isinstance(output, Output))
         for job, count in finished.items():
             job.advance(count)
         for entry, output in zip(batch, outputs, strict=True):
-            metrics.sequences.labels("done" if isinstance(output, Output) else "failed").inc()
+            metrics.sequences_of("done" if isinstance(output, Output) else "failed").inc()
             if isinstance(output, Output):
                 entry.job.put(entry.place, output)
             else:
@@ -281,7 +281,7 @@ class LocalEngine:
             return
         log.error("a batch of %d sequences failed", len(batch), exc_info=error)
         self._last_failed = True
-        metrics.sequences.labels("failed").inc(len(batch))
+        metrics.sequences_of("failed").inc(len(batch))
         for job in {id(e.job): e.job for e in batch}.values():
             job.fail(EngineFailed(f"the forward pass failed: {type(error).__name__}: {error}"))
 

@@ -237,6 +237,11 @@ class Renderer:
         """Token ids of `text`, of any length."""
         return list(self._encode([text], add_special_tokens)[0].ids)
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether tokenising takes no Python and no lock."""
+        return self._backend is not None
+
     def token_strings(self, ids: Seq[int]) -> list[str]:
         """The vocabulary entries of `ids`."""
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
@@ -286,7 +291,7 @@ class Renderer:
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
         if not texts:
             return []
-        found = self.encodings(texts, add_special_tokens=add_special_tokens)
+        found = self.encodings(texts, add_special_tokens=add_special_tokens, offsets=False)
         if found is not None:
             return [self.from_encoding(encoding) for encoding in found]
         with self._lock:
@@ -344,8 +349,13 @@ class Renderer:
         pairs = zip(fitted, found, strict=True)
         return [(Sequence(t.ids, task, params, t.type_ids, adapter=own), e) for t, e in pairs]
 
-    def encodings(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding] | None:
-        """What the fast tokenizer makes of `texts`, with offsets; `None` if there is only a slow one.
+    def encodings(self, texts: list[str], *, add_special_tokens: bool, offsets: bool = True) -> list[Encoding] | None:
+        """What the fast tokenizer makes of `texts`; `None` if there is only a slow one.
+
+        Args:
+            texts: any number.
+            add_special_tokens: let it add its own.
+            offsets: keep which characters a token stands for.
 
         Raises:
             BadRequest: a text is no valid Unicode.
@@ -353,7 +363,8 @@ class Renderer:
         if self._backend is None:
             return None
         try:
-            found: list[Encoding] = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+            found: list[Encoding] = encode(texts, add_special_tokens=add_special_tokens)
         except TypeError:  # what tokenizers calls a str that has no UTF-8
             raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
         return found

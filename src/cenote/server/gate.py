@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import time
-import uuid
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from cenote import metrics
 from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Unauthorized
 from cenote.server import faults
+from cenote.server.serving import new_id
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,8 +39,9 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id") or uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = headers.get("x-request-id")
+        given = headers.get("x-request-id")
+        state = scope.setdefault("state", {})
+        state["request_id"], state["body_bytes"] = given, 0
         began, status = time.monotonic(), 500
 
         async def counted(message: Message) -> None:
@@ -48,7 +49,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if self.config.enable_request_id_headers:
-                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                    MutableHeaders(scope=message)["X-Request-Id"] = given or new_id()
             await send(message)
 
         is_counted = scope["path"] not in UNCOUNTED
@@ -57,7 +58,7 @@ class Gate:
         try:
             try:
                 self._check(scope, headers)
-                replayed = await self._body(headers, receive) if scope["method"] == "POST" else receive
+                replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
             except CenoteError as error:
                 await faults.answer(error)(scope, receive, counted)
                 return
@@ -66,8 +67,8 @@ class Gate:
             if is_counted:
                 metrics.running_requests.dec()
                 route = getattr(scope.get("route"), "path", "other")
-                metrics.requests.labels(route, str(status)).inc()
-                metrics.request_seconds.labels(route).observe(time.monotonic() - began)
+                metrics.requests_of(route, status).inc()
+                metrics.seconds_of(route).observe(time.monotonic() - began)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
@@ -81,8 +82,8 @@ class Gate:
             if kind != "application/json":
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
 
-    async def _body(self, headers: Headers, receive: Receive) -> Receive:
-        """Read the whole body, at most the limit, and return a `receive` that gives it again."""
+    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""
         limit = self.config.max_body_bytes
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
@@ -99,6 +100,7 @@ class Gate:
                 raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
             if not message.get("more_body"):
                 break
+        scope["state"]["body_bytes"] = size
         pending: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
         async def replay() -> Message:

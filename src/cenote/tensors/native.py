@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -442,3 +443,23 @@ def keep_freed_memory() -> None:
     (ceilings: 32 and 64 MiB). Without effect on other allocators.
     """
     del [torch.empty(31 << 20, dtype=torch.uint8)][0]
+
+
+def leave_unused_memory() -> None:
+    """Give back what loading has left behind: freed memory that glibc keeps, and weights read from mapped files.
+
+    A packed matrix is a copy, so nobody reads its file again; pages that are read again come back. A mapping in which
+    something was written, which only this process has, is left alone. Does nothing where there is no /proc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
+    try:
+        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    except OSError:
+        return
+    for mapping in mappings:
+        head = mapping.partition("\n")[0]
+        if head.endswith(".safetensors") and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
+            begin, end = (int(x, 16) for x in head.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

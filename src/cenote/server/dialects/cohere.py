@@ -126,7 +126,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
 
     if sum(v.size for v in vectors) * len(types) > LARGE:
         return await serving.in_pool("encode", encode)
-    with metrics.stage_seconds.labels("encode").time():
+    with metrics.stage("encode").time():
         return encode()
 
 

@@ -130,7 +130,10 @@ def router(serving: Serving) -> APIRouter:
         body.refuse_media()
         params = PoolingParams(use_activation=body.use_activation)
         sequences, outputs = await serving.compute(
-            request, service, lambda: render(serving, service, body, "classify", params)
+            request,
+            service,
+            lambda: render(serving, service, body, "classify", params),
+            is_plain=body.conversations() is None,
         )
         labels = service.info.labels
         data = [
@@ -262,7 +265,7 @@ async def answer_vectors(
             )
         return [replace(sequence, also=also) for sequence in sequences] if also else sequences
 
-    sequences, outputs = await serving.compute(request, service, rendered)
+    sequences, outputs = await serving.compute(request, service, rendered, is_plain=body.conversations() is None)
     head = answers.head(serving, request, body, prefix, sequences, applied)
     if also or any(output.indices is not None for output in outputs):
         return await serving.in_pool(
@@ -289,7 +292,7 @@ async def answer_vectors(
 
     if sum(v.size for v in vectors) > LARGE:
         return await serving.in_pool("encode", encode)
-    with metrics.stage_seconds.labels("encode").time():
+    with metrics.stage("encode").time():
         return encode()
 
 
