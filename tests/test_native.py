@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -301,3 +303,37 @@ def test_what_depends_on_no_token_is_computed_once(kernels: Kernels, with_kernel
         model.table.weight.data.mul_(2)
         with torch.inference_mode():
             assert not torch.allclose(model(x), expected[0]), "another input gets its own answer"
+
+
+MAPPED = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from cenote.tensors import native
+
+def resident():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))
+    return int(line.split()[1]) << 10
+
+file = sys.argv[1]
+save_file({"a": torch.arange(1 << 22, dtype=torch.float32), "b": torch.ones(1 << 20)}, file)
+loaded = load_file(file)
+total = float(loaded["a"].double().sum())
+before = resident()
+native.leave_unused_memory()
+left = before - resident()
+assert float(loaded["a"].double().sum()) == total, "what is read again is there"
+loaded["b"][7] = 5.0
+native.leave_unused_memory()
+assert loaded["b"][:9].tolist() == [1, 1, 1, 1, 1, 1, 1, 5, 1], "what was written stays"
+print(left)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
+def test_weights_in_a_mapped_file_leave_memory_and_come_back(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPED, str(tmp_path / "x.safetensors")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 15 << 20, "16 MiB were mapped and read"

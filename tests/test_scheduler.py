@@ -101,7 +101,7 @@ def test_every_batch_pays_for_the_beginnings_in_it() -> None:
 
 @given(workloads, st.integers(50, 300))
 def test_every_batch_takes_the_oldest_of_the_request_whose_turn_it_is(lengths: list[list[int]], budget: int) -> None:
-    """So a sequence waits for at most the sequences before it in its request, times the requests beside it."""
+    """So a sequence waits for at most the sequences before it in its request, times the requests beside it, twice."""
     scheduler: Scheduler[Piece] = Scheduler(budget)
     left = {}
     for one in lengths:
@@ -115,7 +115,7 @@ def test_every_batch_takes_the_oldest_of_the_request_whose_turn_it_is(lengths: l
         for job in [*left]:
             left[job] = [item for item in left[job] if item not in batch]
             waits[job] = 0 if job in served else waits[job] + 1
-            assert waits[job] < len(lengths)
+            assert waits[job] < 2 * len(lengths)
             if not left[job]:
                 del left[job]
 
@@ -128,6 +128,42 @@ def test_a_bulk_request_does_not_delay_a_small_one() -> None:
     small = Request()
     scheduler.add(small, pieces(small, [12]))
     assert small in {item.job for item in scheduler.next_batch()}
+
+
+def test_bulk_that_others_come_beside_runs_in_short_batches_and_lets_them_pass() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600)
+    bulk = Request()
+    scheduler.add(bulk, pieces(bulk, [100] * 100_000))
+    assert len(scheduler.next_batch()) == 16, "alone, it fills its batches"
+    for _ in range(3):
+        first, second = Request(), Request()
+        scheduler.add(first, pieces(first, [12]))
+        assert [item.job for item in scheduler.next_batch()] == [first], "nothing of the bulk beside it"
+        scheduler.add(second, pieces(second, [12]))
+        own, *rest = sorted(scheduler.next_batch(), key=len)
+        assert own.job is second
+        assert [item.job for item in rest] == [bulk], "but not twice without the bulk: 12 + 100 of 200 tokens"
+    sizes = [len(scheduler.next_batch()) for _ in range(80)]
+    assert sizes[:10] == [2] * 10, "somebody else may come again"
+    assert sizes[-10:] == [16] * 10, "nobody came"
+    assert sizes == sorted(sizes)
+
+
+def test_requests_that_fill_no_batch_do_not_shorten_any() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600)
+    for _ in range(16):
+        request = Request()
+        scheduler.add(request, pieces(request, [100] * 16))
+    assert [len(batch) for batch in drain(scheduler)] == [16] * 16
+
+
+def test_short_batches_are_worth_what_they_begin_with() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600)
+    bulk, small = Request(shared=150), Request()
+    scheduler.add(bulk, pieces(bulk, [160] * 1000))
+    scheduler.add(small, pieces(small, [160]))
+    assert len(scheduler.next_batch()) == 1
+    assert len(scheduler.next_batch()) == 45, "160 + 44 * 10 of 600 tokens; 200 would have room for 5"
 
 
 def test_room_goes_to_the_nearest_lengths() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,3 +111,29 @@ def test_models_that_were_loaded_are_closed_when_another_cannot_be(
     assert main(["serve", "a", "b", "c", "--port", "0"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "cenote: c is broken"
     assert [engine.closed for engine in engines] == [True, True]
+
+
+SET = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active", "OPENBLAS_NUM_THREADS": "1"}),
+        ({"GOMP_SPINCOUNT": "500"}, {"GOMP_SPINCOUNT": "500", "OPENBLAS_NUM_THREADS": "1"}),
+        ({"OPENBLAS_NUM_THREADS": "2"}, {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "2"}),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], kept: dict[str, str]) -> None:
+    """Before torch is there, as its OpenMP reads this once; a model that is missing ends the command right after."""
+    code = (
+        "import os, sys; from cenote.cli import main, serve; sys.argv[0:] = ['cenote'];"
+        "share = serve._share_cores; seen = [];"
+        "serve._share_cores = lambda: (seen.append('torch' in sys.modules), share());"
+        "status = main(['serve', '--model', '/nowhere/at/all', '--port', '0']);"
+        f"print(seen, status, {{name: os.environ[name] for name in {SET} if name in os.environ}})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in SET} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == f"[False] 2 {kept}", done.stderr

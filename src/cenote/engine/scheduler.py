@@ -3,15 +3,25 @@
 A batch holds at most `max_tokens` tokens; where the model runs the common beginning of a request's sequences once, it
 counts once. A batch begins with the oldest sequence of every request in turn, so that one request of thousands cannot
 starve a small one; the room that is left goes to the waiting sequences nearest in length to the first, so that a batch
-is cheap to run. Every batch contains the head of the turn, so a sequence waits for no more batches than there are
-sequences before it and requests beside it.
+is cheap to run.
+
+A request that fills more than two batches is bulk. As long as others come beside it, its batches are short, and every
+other one is without it, so that they wait for little and run at once. Apart from that every batch contains the head of
+the turn: a sequence waits for no more than twice as many batches as there are sequences before it and requests beside
+it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
+
+SHORT = 8
+"""Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
+cost throughput."""
+WARY = 64
+"""Batches that stay short after the last other request came: some seconds."""
 
 
 class Job(Protocol):
@@ -55,6 +65,9 @@ class Scheduler(Generic[I]):
         self.max_sequences = max_sequences
         self.look_ahead = look_ahead
         self._waiting: OrderedDict[Job, deque[I]] = OrderedDict()
+        self._left: Counter[Job] = Counter()  # tokens, without common beginnings
+        self._wary = 0
+        self._passed_over = False
         self.depth = 0
         self.tokens = 0
 
@@ -63,7 +76,9 @@ class Scheduler(Generic[I]):
         if items:
             self._waiting.setdefault(job, deque()).extend(items)
             self.depth += len(items)
-            self.tokens += sum(map(len, items))
+            tokens = sum(map(len, items))
+            self._left[job] += tokens - job.shared * len(items)
+            self.tokens += tokens
 
     def drop_cancelled(self) -> int:
         """Forget the requests that were given up; returns how many sequences that spared."""
@@ -73,27 +88,45 @@ class Scheduler(Generic[I]):
     def next_batch(self) -> list[I]:
         """Take the next batch; empty if nothing waits."""
         self.drop_cancelled()
+        jobs, most = self._admitted()
         batch: list[I] = []
         tokens = 0
-        for job in [*self._waiting]:
+        for job in jobs:
             head = self._waiting[job][0]
-            if batch and (tokens + len(head) > self.max_tokens or len(batch) == self.max_sequences):
+            if batch and (tokens + len(head) > most or len(batch) == self.max_sequences):
                 break
             batch.append(self._waiting[job].popleft())
             tokens += len(head)
             self._waiting.move_to_end(job)
-        if batch and len(batch) < self.max_sequences and tokens < self.max_tokens:
-            batch += self._nearest(batch, self.max_tokens - tokens)
+        if batch and len(batch) < self.max_sequences and tokens < most:
+            batch += self._nearest(batch, most - tokens, jobs)
+        for item in batch:
+            self._left[item.job] -= len(item) - item.job.shared
         for job in [job for job, items in self._waiting.items() if not items]:
-            del self._waiting[job]
+            del self._waiting[job], self._left[job]
         self.depth -= len(batch)
         self.tokens -= sum(map(len, batch))
         return batch
 
-    def _nearest(self, batch: list[I], room: int) -> list[I]:
-        """Take waiting sequences nearest in length to the first of `batch` that fit beside it."""
-        share = max(1, self.look_ahead // max(1, len(self._waiting)))
-        window = [item for items in self._waiting.values() for item in islice(items, share)]
+    def _admitted(self) -> tuple[list[Job], int]:
+        """The requests that the next batch may take from, in turn, and how many tokens."""
+        jobs = [*self._waiting]
+        bulk = {job for job in jobs if self._left[job] > 2 * self.max_tokens}
+        if 0 < len(bulk) < len(jobs):
+            self._wary = WARY
+        if not bulk or not self._wary:
+            return jobs, self.max_tokens
+        self._wary -= 1
+        self._passed_over = len(bulk) < len(jobs) and not self._passed_over
+        if self._passed_over:
+            return [job for job in jobs if job not in bulk], self.max_tokens
+        worth = 4 * max(job.shared for job in bulk)  # what is run once is run once a batch
+        return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, worth))
+
+    def _nearest(self, batch: list[I], room: int, jobs: list[Job]) -> list[I]:
+        """Take waiting sequences of `jobs` nearest in length to the first of `batch` that fit beside it."""
+        share = max(1, self.look_ahead // max(1, len(jobs)))
+        window = [item for job in jobs for item in islice(self._waiting[job], share)]
         begun = {item.job for item in batch}
         taken: list[I] = []
         for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
@@ -109,6 +142,7 @@ class Scheduler(Generic[I]):
 
     def _forget(self, job: Job) -> int:
         items = self._waiting.pop(job)
+        del self._left[job]
         self.depth -= len(items)
         self.tokens -= sum(map(len, items))
         return len(items)

@@ -1,0 +1,142 @@
+"""A request's trip inside the server: on which thread it is rendered, and how answers come back to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from cenote.config import ModelConfig
+from cenote.engine.rendering import Renderer
+from cenote.errors import EngineFailed
+from cenote.models import runner
+from cenote.server.serving import SHORT, Answers, new_id
+from cenote.types import Sequence
+from tests.conftest import expected, floats
+
+if TYPE_CHECKING:
+    from tests.conftest import Serve
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
+    async def ask() -> list[Any]:
+        answers = Answers(asyncio.get_running_loop())
+        futures: list[Future[int]] = [Future() for _ in range(400)]
+        waiting = [answers.of(future) for future in futures]
+
+        def settle(start: int) -> None:
+            for i in range(start, len(futures), 4):
+                futures[i].set_exception(EngineFailed(str(i))) if i % 7 == 0 else futures[i].set_result(i)
+
+        with ThreadPoolExecutor(4) as threads:
+            for start in range(4):
+                threads.submit(settle, start)
+            return await asyncio.gather(*waiting, return_exceptions=True)
+
+    found = asyncio.run(ask())
+    assert [x for i, x in enumerate(found) if i % 7] == [i for i in range(400) if i % 7]
+    assert [str(x) for x in found[::7]] == [str(i) for i in range(0, 400, 7)]
+    assert all(isinstance(x, EngineFailed) for x in found[::7])
+
+
+def test_the_loop_is_woken_once_for_all_that_are_done() -> None:
+    async def ask() -> tuple[int, list[int]]:
+        loop = asyncio.get_running_loop()
+        answers, wake, woken = Answers(loop), loop.call_soon_threadsafe, []
+        loop.call_soon_threadsafe = lambda *args: (woken.append(args), wake(*args))[1]  # type: ignore[method-assign,assignment,misc]
+        futures: list[Future[int]] = [Future() for _ in range(8)]
+        waiting = [answers.of(future) for future in futures]
+        for i, future in enumerate(futures):
+            future.set_result(i)
+        first = await asyncio.gather(*waiting)
+        again: Future[int] = Future()
+        last = answers.of(again)
+        again.set_result(8)
+        return len(woken), [*first, await last]
+
+    assert asyncio.run(ask()) == (2, [*range(9)])
+
+
+def test_those_who_gave_up_do_not_keep_others_from_their_answers() -> None:
+    async def ask() -> tuple[bool, bool, int]:
+        answers = Answers(asyncio.get_running_loop())
+        left: Future[int] = Future()
+        cancelled: Future[int] = Future()
+        kept: Future[int] = Future()
+        gone, dropped, waiting = answers.of(left), answers.of(cancelled), answers.of(kept)
+        gone.cancel()
+        left.set_result(1)
+        cancelled.cancel()
+        kept.set_result(2)
+        found = await waiting
+        return gone.cancelled(), dropped.cancelled(), found
+
+    assert asyncio.run(ask()) == (True, True, 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "on_the_loop"),
+    [
+        ({"input": "a short text"}, True),
+        ({"input": [[5, 6], [7]]}, True),
+        ({"input": "long " * SHORT}, False),
+        ({"messages": [{"role": "user", "content": "a template may take its time"}]}, False),
+        ({"input": [{"role": "user", "content": "so does this one"}]}, False),
+    ],
+)
+def test_only_short_plain_requests_are_rendered_on_the_event_loop(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], on_the_loop: bool
+) -> None:
+    ran: list[str] = []
+    render = Renderer.render
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        ran.append(threading.current_thread().name)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render", watched)
+    client = serve(chat_template=TEMPLATE, auto_truncate=True)
+    assert client.post("/v1/embeddings", json=body).status_code == 200
+    assert [name.startswith("cenote-render") for name in ran] == [not on_the_loop]
+
+
+def test_a_slow_tokenizer_stays_off_the_event_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Renderer, "is_fast", False)
+    ran: list[str] = []
+    check = Renderer.check
+    monkeypatch.setattr(Renderer, "check", lambda *args: (ran.append(threading.current_thread().name), check(*args))[1])
+    answer = serve().post("/v1/embeddings", json={"input": [[5, 6]]})
+    assert floats(answer.json()["data"][0]["embedding"]) == expected([5, 6])
+    assert ran[0].startswith("cenote-render")
+
+
+def test_ids_are_of_32_digits_and_differ() -> None:
+    ids = {new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(len(one) == 32 and int(one, 16) >= 0 for one in ids)
+
+
+def test_a_small_batch_runs_on_one_thread_and_the_next_large_one_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = runner.load(ModelConfig())
+    seen: list[int] = []
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda *args: (seen.append(torch.get_num_threads()), forward(*args))[1])
+    small, large = Sequence([101, 7592, 102]), Sequence([101, *[2088] * 200, 102])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for batch in ([small], [large], [small, large], [small] * 8):
+            model.launch(batch).finish()
+            assert torch.get_num_threads() == 3
+        with pytest.raises(IndexError):
+            model.launch([Sequence([1 << 40])])
+        assert torch.get_num_threads() == 3, "also after a failure"
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 3, 3, 1, 1], "8 x 3 tokens x 10.6 million weights are few"
