@@ -11,14 +11,8 @@ medians over rounds; absolute figures of a shared machine mean little. "CPU" is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
@@ -29,7 +23,6 @@ from cenote import LLM
 from cenote.models.checkpoint import embedded
 
 MAX_TOKENS = 256
-CLIENTS = 16
 SHAPES = [*[(384, 384)] * 4, (1536, 384), (384, 1536)]
 LAYERS = 6
 LINEAR_PARAMETERS = LAYERS * sum(a * b for a, b in SHAPES)
@@ -90,74 +83,6 @@ def offline(texts: list[str], rounds: int) -> dict[str, Any]:
     return result
 
 
-class Server:
-    """`cenote serve` in a process of its own."""
-
-    def __init__(self) -> None:
-        began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "cenote", "serve", "--port", "0", "--auto-truncate"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "serving http" in line:
-                self.port = int(line.split("http://127.0.0.1:")[1].split(",")[0])
-                break
-        self.post([["hello"]])
-        self.first_answer = time.perf_counter() - began
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-
-    def post(self, requests: list[list[str]]) -> None:
-        """Send requests one after the other over one connection, and read every answer."""
-        connection = HTTPConnection("127.0.0.1", self.port)
-        for texts in requests:
-            body = json.dumps({"input": texts, "encoding_format": "base64"})
-            connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status != 200:
-                raise RuntimeError(content.decode())
-        connection.close()
-
-    def rate(self, texts: list[str], size: int) -> float:
-        """Texts per second with `CLIENTS` clients in a closed loop, each request with `size` texts."""
-        requests = [texts[i : i + size] for i in range(0, len(texts), size)]
-        threads = [threading.Thread(target=self.post, args=(requests[c::CLIENTS],)) for c in range(CLIENTS)]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return len(texts) / (time.perf_counter() - began)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
-def served(texts: list[str], rounds: int) -> dict[str, Any]:
-    """The server's rate against the offline rate, interleaved; and the time to the first answer."""
-    starts = []
-    for _ in range(3):
-        server = Server()
-        starts.append(server.first_answer)
-        if len(starts) < 3:
-            server.stop()
-    fractions: dict[str, list[float]] = {"1": [], "8": []}
-    llm = Worker(cenote, threads=os.cpu_count() or 1)
-    llm.ask(texts[:64])
-    for _ in range(rounds):
-        for size, found in fractions.items():
-            served_rate = server.rate(texts, int(size))
-            _, wall, _ = llm.ask(texts)
-            found.append(served_rate * wall / len(texts))
-    server.stop()
-    llm.stop()
-    return {"first_answer_seconds": starts, "fraction_of_offline": fractions}
-
-
 def main() -> None:
     """Run and print; `--save` writes a JSON beside the earlier results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,7 +91,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     texts = list(docstrings(options.texts))
-    result: dict[str, Any] = {"offline": offline(texts, options.rounds), "served": served(texts, options.rounds)}
+    result: dict[str, Any] = {"offline": offline(texts, options.rounds)}
 
     median = statistics.median
     found = result["offline"]
@@ -183,9 +108,6 @@ def main() -> None:
     row("share of the GEMM limit, CPU, 1 thread", f"{median(found['gemm_fraction']):.0%}", ">= 70 %")
     row("offline rate, all threads", f"{median(found['texts_per_second']):.0f} texts/s")
     row("32 mixed texts as one request vs one padded batch, wall", f"{median(found['one_request']):.2f} x", ">= 3")
-    for size, fractions in result["served"]["fraction_of_offline"].items():
-        row(f"served / offline, {CLIENTS} clients, {size} text(s) a request", f"{median(fractions):.0%}", ">= 90 %")
-    row("start to first answer", f"{median(result['served']['first_answer_seconds']):.1f} s", "<= 6")
     if options.save:
         save(options.save, result, f"python -m benchmarks.embed --texts {options.texts} --rounds {options.rounds}")
 

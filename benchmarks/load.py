@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 PATIENCE = 300.0
 
@@ -31,11 +31,6 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
     wall: float = 0.0
     cpu: float = 0.0
-
-    def quantile(self, q: float) -> float:
-        """A quantile of `seconds`."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 def prepared(texts: list[str]) -> bytes:
@@ -90,9 +85,7 @@ class Client:
         return time.perf_counter() - self.began
 
 
-def closed_loop(
-    port: int, requests: Iterator[bytes], clients: int, until: Callable[[Seen], bool] = lambda _: False
-) -> Seen:
+def closed_loop(port: int, requests: Iterator[bytes], clients: int) -> Seen:
     """Let each of `clients` send the next of `requests` as soon as it has its answer, until they are used up."""
     seen, chooser = Seen(), selectors.DefaultSelector()
     cpu, began, under_way = time.process_time(), time.perf_counter(), 0
@@ -108,7 +101,7 @@ def closed_loop(
             if client.receive():
                 seen.seconds.append(time.perf_counter() - client.began)
                 under_way -= 1
-                if not until(seen) and (request := next(requests, None)) is not None:
+                if (request := next(requests, None)) is not None:
                     client.send(request)
                     under_way += 1
     seen.wall, seen.cpu = time.perf_counter() - began, time.process_time() - cpu
