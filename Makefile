@@ -29,12 +29,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Embedding, reranking and search against sentence-transformers. Minutes each; run on a quiet machine.
+# Embedding, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.embed $(ARGS)
 	$(BIN)/python -m benchmarks.forward $(ARGS)
 	$(BIN)/python -m benchmarks.rerank $(ARGS)
 	$(BIN)/python -m benchmarks.search $(ARGS)
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 # Cenote beside other engines, each in an environment of its own under .bench/ (some 10 GB, made once).
 # ARGS="--quick" proves that it runs; ARGS="--peers vllm infinity --workloads mixed" takes a part.

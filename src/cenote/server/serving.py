@@ -34,6 +34,7 @@ CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
 T = TypeVar("T")
+_ids = random.Random()
 
 
 class Serving:
@@ -181,4 +182,4 @@ def request_id(request: Request, given: str | None) -> str:
 
 def new_id() -> str:
     """32 random hexadecimal digits. They name a request and guard nothing, so they need not wait for the kernel's."""
-    return f"{random.getrandbits(128):032x}"
+    return f"{_ids.getrandbits(128):032x}"

@@ -401,7 +401,8 @@ def build(folder: Path, source: Path = SOURCE) -> Path:
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    parts = [source.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    sources = [file.read_bytes() for file in sorted(source.parent.glob("*.cpp"))]  # one may include another
+    parts = [*sources, version, " ".join(FLAGS).encode(), _processor().encode()]
     target = folder / f"{source.stem}-{hashlib.sha256(bytes(0).join(parts)).hexdigest()[:20]}.so"
     if target.exists():
         return target
@@ -451,9 +452,7 @@ def leave_unused_memory() -> None:
     A packed matrix is a copy, so nobody reads its file again; pages that are read again come back. A mapping in which
     something was written, which only this process has, is left alone. Does nothing where there is no /proc.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(ctypes.c_size_t(0))
+    release_freed_memory()
     try:
         mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     except OSError:
@@ -462,4 +461,4 @@ def leave_unused_memory() -> None:
         head = mapping.partition("\n")[0]
         if head.endswith(".safetensors") and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
             begin, end = (int(x, 16) for x in head.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
