@@ -1,8 +1,8 @@
 """The local engine: one device thread that pulls batches, and futures that are each resolved once.
 
-Callers submit from any thread. The device thread asks the scheduler for a batch when it can take one: there are no
-timers and no sleeps. On a GPU the next batch is launched while the last one runs. A batch that runs out of memory is
-split and tried again; any other failure fails the requests of that batch only.
+Callers submit from any thread. The device thread asks the scheduler for a batch when it can take one; no request waits
+for a timer. On a GPU the next batch is launched while the last one runs. A batch that runs out of memory is split and
+tried again; any other failure fails the requests of that batch only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from cenote import metrics
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
+from cenote.tensors.native import release_freed_memory
 from cenote.tensors.packing import common_prefix
 from cenote.types import ModelInfo, Output, Sequence
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
+REST = 2.0
+"""Seconds without work after which freed memory goes back to the system."""
 
 
 _RUNNING: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
@@ -228,14 +231,18 @@ class LocalEngine:
 
     def _take(self, *, wait: bool) -> list[_Entry]:
         """The next batch. With `wait`, an empty one means that the engine closes."""
-        with self._changed:
-            while True:
+        rest: float | None = REST
+        while True:
+            with self._changed:
                 if dropped := self._scheduler.drop_cancelled():
                     metrics.sequences_of("dropped").inc(dropped)
                 batch = self._scheduler.next_batch()
                 if batch or not wait or self._closing:
                     return batch
-                self._changed.wait()
+                is_changed = self._changed.wait(rest)
+            if not is_changed:
+                release_freed_memory()
+                rest = None
 
     def _launch(self, batch: list[_Entry], running: deque[tuple[list[_Entry], Launched, float]]) -> None:
         began = time.monotonic()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 250
 """Longer text than this many characters per allowed token is not tokenised at all."""
+ENCODED_AT_ONCE = 256
+"""Texts whose encodings are held at once: each token of one takes some hundred bytes."""
 
 Ids = list[int]
 Prompt = str | Ids | Mapping[str, Any]
@@ -289,11 +291,12 @@ class Renderer:
         return [text if len(text) <= longest else text[-longest:] if left else text[:longest] for text in texts]
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
+        if self.is_fast:
+            parts = (texts[i : i + ENCODED_AT_ONCE] for i in range(0, len(texts), ENCODED_AT_ONCE))
+            found = (self.encodings(part, add_special_tokens=add_special_tokens, offsets=False) for part in parts)
+            return [self.from_encoding(encoding) for encodings in found for encoding in encodings or ()]
         if not texts:
             return []
-        found = self.encodings(texts, add_special_tokens=add_special_tokens, offsets=False)
-        if found is not None:
-            return [self.from_encoding(encoding) for encoding in found]
         with self._lock:
             texts = [text.lower() for text in texts] if self._lowercase else texts
             ids = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
