@@ -31,17 +31,52 @@ def kernels() -> Kernels:
     return found
 
 
+RULES = [(False, None), (True, None), (False, 3), (False, 64), (True, 1), (True, 20), (True, 200)]
+"""Causal or not, and the window."""
+
+
+@pytest.mark.parametrize(("causal", "window"), RULES)
 @pytest.mark.parametrize(("size", "group"), list(itertools.product([32, 64, 80, 128], [1, 2, 4])))
-def test_attention_equals_torch(kernels: Kernels, size: int, group: int) -> None:
+def test_attention_equals_torch(kernels: Kernels, size: int, group: int, causal: bool, window: int | None) -> None:
     generator = torch.Generator().manual_seed(size)
     batch = pack([Sequence([1] * n) for n in LENGTHS])
     states = [torch.randn(1, batch.tokens, n, size, generator=generator) * 1.5 for n in (4, 4 // group, 4 // group)]
     q, k, v = (x.transpose(1, 2) for x in states)
     with torch.inference_mode():
         assert kernels.can_attend(q, k, v, batch.max_length)
-        got = kernels.attend(q, k, v, batch.offsets, size**-0.5)
-    expected = attend_runs(q.double(), k.double(), v.double(), batch, Rule(causal=False))
-    assert torch.allclose(got.double(), expected, atol=5e-6), (got - expected).abs().max()
+        got = kernels.attend(q, k, v, batch.offsets, size**-0.5, causal=causal, window=window)
+    expected = attend_runs(q.double(), k.double(), v.double(), batch, Rule(causal, window))
+    assert torch.allclose(got.double(), expected, atol=1e-5), (got - expected).abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_comes_later_moves_no_bit(kernels: Kernels, window: int | None) -> None:
+    batch = pack([Sequence([1] * 70)])
+    q, k, v = (torch.randn(1, 2, 70, 32) for _ in range(3))
+    others = [x.clone() for x in (q, k, v)]
+    for x in others:
+        x[:, :, 41:] = torch.randn(1, 2, 29, 32) * 1e6
+    with torch.inference_mode():
+        one, other = (
+            kernels.attend(*states, batch.offsets, 0.2, causal=True, window=window) for states in ((q, k, v), others)
+        )
+    assert torch.equal(one[:, :41], other[:, :41])
+    assert not torch.equal(one[:, 41:], other[:, 41:])
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 5, 3, 128), (4, 97), (300, 1024), (0, 64)])
+def test_rms_norm_equals_torch(kernels: Kernels, shape: tuple[int, ...]) -> None:
+    x, gamma = torch.randn(shape) * 3, torch.randn(shape[-1])
+    wanted = F.rms_norm(x.double(), shape[-1:], gamma.double(), 1e-3)
+    assert torch.allclose(kernels.rms_norm(x, gamma, 1e-3).double(), wanted, atol=1e-6, rtol=1e-6)
+    turned = torch.randn(*shape[:-1][::-1], shape[-1]).transpose(0, -2)
+    assert torch.equal(kernels.rms_norm(turned, gamma, 1e-3), kernels.rms_norm(turned.contiguous(), gamma, 1e-3))
+
+
+def test_rms_norm_refuses_other_numbers(kernels: Kernels) -> None:
+    for x in (torch.randn(3, 8).double(), torch.randn(3, 9)):
+        with pytest.raises(TypeError, match=r"expected float32 \[..., 8\] on the CPU, got torch.float"):
+            kernels.rms_norm(x, torch.ones(8), 1e-5)
 
 
 def test_attention_survives_extreme_scores(kernels: Kernels) -> None:
@@ -259,6 +294,35 @@ def test_only_a_sum_with_the_residual_is_normalised_natively(kernels: Kernels, t
     assert kinds == {"": ("packed", "normalised"), "weight": ()}.get(twist, ("packed",))
     if twist == "weight":
         assert torch.equal(block.dense.weight, weight), "a model that reads the matrix gets it back"
+
+
+class Scaled(nn.Module):
+    """Rows over their root mean square; `twist` does something else."""
+
+    def __init__(self, twist: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.twist = nn.Parameter(torch.randn(32)), 1e-2, twist
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True) if self.twist == "centred" else x
+        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return y * (1 + self.weight if self.twist == "one more" else self.weight)
+
+
+@pytest.mark.parametrize("twist", ["", "one more", "centred", "hooked"])
+def test_only_rows_over_their_root_mean_square_take_one_pass(kernels: Kernels, twist: str) -> None:
+    torch.manual_seed(4)
+    norm = Scaled(twist).eval()
+    model = nn.Sequential(nn.Linear(32, 32), norm)
+    if twist == "hooked":
+        norm.register_forward_hook(lambda module, args, y: y + 1)
+    x, other = torch.randn(1, 9, 32), torch.randn(2, 5, 32)
+    with torch.inference_mode():
+        expected, unseen = model(x).clone(), model(other).clone()
+        kinds = fuse(model, lambda: model(x), lambda: model(other), kernels)
+        assert torch.allclose(model(x), expected, atol=1e-6)
+        assert torch.allclose(model(other), unseen, atol=1e-6)
+    assert kinds == (("packed", "in one pass") if twist in ("", "one more") else ("packed",))
 
 
 def test_a_tied_matrix_stays_where_it_is(kernels: Kernels) -> None:

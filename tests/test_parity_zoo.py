@@ -12,6 +12,8 @@ from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 LENGTHS = (17, 3, 100, 40, 1, 17, 64)
+AMPLIFIES = {"qwen3.5"}
+"""Architectures whose recurrence amplifies rounding: eager is 1e-4 from float64 itself. Cenote may not be further."""
 
 
 def sequences(vocab: int) -> list[Sequence]:
@@ -39,8 +41,13 @@ def test_equals_eager_one_by_one(architecture: Architecture, with_kernels: bool)
     assert layout.name == architecture.layout, reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
-    for got, wanted in zip(hidden, expected, strict=True):
-        assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * scale), float((got - wanted).abs().max())
+    if architecture.name in AMPLIFIES:
+        exact = torch.cat(alone(build(architecture).double(), batch))
+        assert (torch.cat(hidden) - exact).abs().max() <= (torch.cat(expected) - exact).abs().max() + 1e-5 * scale
+        assert torch.allclose(torch.cat(hidden), torch.cat(expected), rtol=0, atol=1e-4 * scale)
+    else:
+        for got, wanted in zip(hidden, expected, strict=True):
+            assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * scale), float((got - wanted).abs().max())
     if isinstance(layout, Packed):
         everywhere = {
             "albert",

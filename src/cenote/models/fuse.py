@@ -1,7 +1,7 @@
 """Runs Linear layers with what follows them, without knowing the model: on a CPU, fewer passes over memory.
 
 A probe forward shows what happens to the output of each Linear: an activation module takes it, whose output another
-Linear takes; or a block adds it to a residual and normalises the sum. Five kinds of change follow from that, each to
+Linear takes; or a block adds it to a residual and normalises the sum. Changes of these kinds follow from that, each to
 the `forward` of single modules, while classes stay as they are:
 
 - *packed*: the matrix is kept in the order in which the BLAS reads it, which is worth most to small batches;
@@ -9,6 +9,7 @@ the `forward` of single modules, while classes stay as they are:
 - *chained*: a Linear that takes what another has activated runs both, block of rows by block of rows, and the other
   passes its input on;
 - *normalised*: a block of a Linear, a residual and a LayerNorm becomes the end of such a chain;
+- *in one pass*: a module that divides rows by their root mean square (RMSNorm) does not write what is between;
 - *in place*: activations that remain overwrite their input;
 - *remembered*: a Linear that gets the same input in every forward, as those of DeBERTa's relative positions do, gives
   what it gave before.
@@ -21,9 +22,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cenote.tensors.native import Chain, Step
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KINDS = ("packed", "activated", "chained", "normalised", "in place", "remembered")
+KINDS = ("packed", "activated", "chained", "normalised", "in one pass", "in place", "remembered")
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "GELUActivation": ("gelu", torch.ops.aten.gelu_),
     "GELU": ("gelu", torch.ops.aten.gelu_),
@@ -66,6 +69,7 @@ class Seen:
         next: the Linear that takes what a Linear gave and an activation changed, and nobody else does.
         constants: Linears that were called with the same input when the tokens were others, and that input.
         norms: blocks that add a Linear's output to their second argument and normalise, with the Linear and the norm.
+        scales: modules that divide rows by their root mean square, with the factors on the result, `[D]`.
     """
 
     free: set[nn.Module] = field(default_factory=set)
@@ -73,6 +77,7 @@ class Seen:
     activations: dict[nn.Module, list[nn.Linear]] = field(default_factory=dict)
     next: dict[nn.Linear, nn.Linear] = field(default_factory=dict)
     norms: dict[nn.Module, tuple[nn.Linear, nn.LayerNorm]] = field(default_factory=dict)
+    scales: dict[nn.Module, Tensor] = field(default_factory=dict)
     constants: dict[nn.Linear, Tensor] = field(default_factory=dict)
 
 
@@ -152,6 +157,10 @@ def _forwards(
                 own = steps[linear]
                 forwards[block] = Chain(kernels, (*own[:-1], replace(own[-1], norm=norm)))
                 counts["normalised"] += 1
+        if "in one pass" in kinds:
+            scales = {x: own for x, own in seen.scales.items() if x in seen.free}
+            forwards |= {x: partial(kernels.rms_norm, gamma_D=own, epsilon=_epsilon(x)) for x, own in scales.items()}
+            counts["in one pass"] = len(scales)
     if "in place" in kinds:
         rest = [x for x in seen.activations if x not in forwards and seen.free.issuperset(seen.activations[x])]
         forwards |= {x: ACTIVATIONS[type(x).__name__][1] for x in rest}
@@ -176,6 +185,7 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
     targets: dict[nn.Linear, list[nn.Linear]] = {}
     inputs: dict[nn.Module, tuple[Any, ...]] = {}
     adds: dict[nn.Module, bool] = {}
+    ratios: dict[nn.Module, list[Tensor | None]] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = () if kwargs else args
@@ -198,6 +208,8 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
             if (source := sources[module][-1]) is not None:
                 held.append(output)
                 activated[id(output)] = source
+        elif _epsilon(module):
+            ratios.setdefault(module, []).append(_scale(module, args, output))
         elif (pair := _block(module)) is not None:
             adds[module] = adds.get(module, True) and _adds(inputs, module, *pair, output)
 
@@ -208,6 +220,7 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
                 type(module) in (nn.Linear, nn.LayerNorm)
                 or type(module).__name__ in ACTIVATIONS
                 or _block(module) is not None
+                or _epsilon(module)
             ):
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
@@ -223,6 +236,7 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
         if set(seconds) == {second} and len(seconds) == gave[first] == gave[second]:
             seen.next[first] = second
     seen.norms = {module: pair for module, yes in adds.items() if yes and (pair := _block(module))}
+    seen.scales = {module: own[0] for module, own in ratios.items() if None not in own and own[0] is not None}
     return seen
 
 
@@ -289,6 +303,32 @@ def _adds(
         and torch.equal(summed[0], linear.forward(own[0]) + own[1])
         and torch.equal(output, norm.forward(summed[0]))
     )
+
+
+def _epsilon(module: nn.Module) -> float:
+    """What a module that has one vector as its only parameter calls its epsilon; 0 for any other module."""
+    weights = [*module._parameters.values()]
+    if len(weights) != 1 or weights[0] is None or weights[0].dim() != 1 or module._buffers or module._modules:
+        return 0.0
+    found = next((own for name in ("variance_epsilon", "eps") if (own := getattr(module, name, None))), 0.0)
+    return found if isinstance(found, float) else 0.0
+
+
+def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    """The factors by which `module` has just given `args[0] / root mean square * factors`: its vector, or 1 + that."""
+    (weight,) = module.parameters()
+    if (
+        len(args) != 1
+        or weight.dtype != torch.float32
+        or weight.device.type != "cpu"
+        or args[0].shape[-1:] != weight.shape
+    ):
+        return None
+    for gamma in (weight, 1 + weight):
+        expected = F.rms_norm(args[0].double(), weight.shape, gamma.double(), _epsilon(module))
+        if output.shape == expected.shape and torch.allclose(output.double(), expected, rtol=1e-5, atol=1e-6):
+            return gamma.detach().contiguous()
+    return None
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -151,10 +151,6 @@ class Rule:
         """The same rule for sequences of at most `max_length`: a window that they do not reach is none."""
         return replace(self, window=None) if self.window is not None and max_length <= self.window else self
 
-    def unmasked(self, batch: Batch) -> bool:
-        """True if, in this batch, everybody sees everybody of their sequence."""
-        return self.plain and not self.causal and self.within(batch.max_length).window is None
-
 
 def packed_attention(
     module: torch.nn.Module,
@@ -213,10 +209,11 @@ def packed_attention(
     if place is not None:
         return attend_at(place, q_1NTH, k_1NTH, v_1NTH, batch, rule), None
     kernels = under_way.kernels
-    plain = kernels is not None and batch.prefixes is None and rule.unmasked(batch)
-    if kernels is not None and plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
-        scale = q_1NTH.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale), None
+    is_plain = rule.plain and batch.prefixes is None
+    if kernels is not None and is_plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
+        scale = _scale(q_1NTH, rule)
+        states = kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale, causal=rule.causal, window=rule.window)
+        return states, None
     return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
 
 

@@ -1,6 +1,7 @@
-// Two CPU kernels for packed (padding-free) inference, fp32 only.
+// CPU kernels for packed (padding-free) inference, fp32 only.
 //
 //   packed_attention   softmax(scale * Q K^T) V within each sequence of a packed batch
+//   rms_norm           rows over their root mean square
 //   linear_chain       Linear layers with what follows them: bias, activation, residual and LayerNorm
 //
 // Plain C interface, no dependency on torch headers: builds in a second or two and is
@@ -194,42 +195,67 @@ inline void value_tile(const float* p, int64_t ldp, Rows value, int64_t n, const
     for (int v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v] * inv[r]);
 }
 
+// Who sees whom in a sequence: keys up to the query's own position if causal, and nearer than `window`.
+struct Rule {
+  int64_t window;  // or more than any length
+  bool causal;
+  int64_t first(int64_t query) const { return query < window ? 0 : query - window + 1; }
+  int64_t last(int64_t query, int64_t len) const {  // one beyond
+    return causal ? query + 1 : len - query <= window ? len : query + window;
+  }
+};
+
+// Queries i, i + 1, ... i + R - 1 of a sequence: softmax(scale * q K^T) V over the keys that each sees.
 template <int R>
-void query_block(Rows q, const float* kt, int64_t ldk, int64_t ld, Rows v, int64_t len, int D, float scale, float* s,
-                 float* out, int64_t out_stride) {
+void query_block(Rows q, const float* kt, int64_t ldk, Rows v, int64_t i, int64_t len, Rule rule, int D, float scale,
+                 float* s, float* out, int64_t out_stride) {
+  const int64_t begin = rule.first(i) / W * W, end = rule.last(i + R - 1, len), n = end - begin;
+  const int64_t ld = (n + W - 1) / W * W;
+  kt += begin;
+  v.base += begin * v.stride;
   int64_t j = 0;
   if (kWide)
     for (; j + 4 * W <= ld; j += 4 * W) score_tile<R, 4>(q, kt + j, ldk, D, scale, s + j, ld);
   for (; j + 2 * W <= ld; j += 2 * W) score_tile<R, 2>(q, kt + j, ldk, D, scale, s + j, ld);
   for (; j < ld; j += W) score_tile<R, 1>(q, kt + j, ldk, D, scale, s + j, ld);
-  if (len < ld)
-    for (int r = 0; r < R; ++r)
-      for (int64_t i = len; i < ld; ++i) s[r * ld + i] = -__builtin_inff();
+  int64_t first[R], last[R];
+  for (int r = 0; r < R; ++r) {
+    first[r] = rule.first(i + r) - begin;
+    last[r] = rule.last(i + r, len) - begin;
+  }
+  const auto hide = [&](float value) {
+    for (int r = 0; r < R; ++r) {
+      for (int64_t c = 0; c < first[r]; ++c) s[r * ld + c] = value;
+      for (int64_t c = last[r]; c < ld; ++c) s[r * ld + c] = value;
+    }
+  };
+  hide(-__builtin_inff());
   vf top[R], sum[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) top[r] = load(s + r * ld);
-  for (int64_t i = W; i < ld; i += W)
+  for (int64_t c = W; c < ld; c += W)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) top[r] = vmax(top[r], load(s + r * ld + i));
+    for (int r = 0; r < R; ++r) top[r] = vmax(top[r], load(s + r * ld + c));
   max_lanes<R>(top);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sum[r] = splat(0.0f);
-  for (int64_t i = 0; i < ld; i += W)
+  for (int64_t c = 0; c < ld; c += W)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf e = exp_nonpositive(load(s + r * ld + i) - top[r]);
-      store(s + r * ld + i, e);
+      const vf e = exp_nonpositive(load(s + r * ld + c) - top[r]);
+      store(s + r * ld + c, e);
       sum[r] += e;
     }
+  hide(0.0f);  // what the exponential left there, 1e-38, is nothing beside the sum
   sum_lanes<R>(sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sum[r] = 1.0f / sum[r];
   int d = 0;
   if (kWide)
     for (; d + 4 * W <= D; d += 4 * W)
-      value_tile<R, 4>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
-  for (; d + 2 * W <= D; d += 2 * W) value_tile<R, 2>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
-  for (; d < D; d += W) value_tile<R, 1>(s, ld, Rows{v.base + d, v.stride}, len, sum, out + d, out_stride);
+      value_tile<R, 4>(s, ld, Rows{v.base + d, v.stride}, n, sum, out + d, out_stride);
+  for (; d + 2 * W <= D; d += 2 * W) value_tile<R, 2>(s, ld, Rows{v.base + d, v.stride}, n, sum, out + d, out_stride);
+  for (; d < D; d += W) value_tile<R, 1>(s, ld, Rows{v.base + d, v.stride}, n, sum, out + d, out_stride);
 }
 
 // dst[d][j] = k[j][d]; columns up to the next multiple of W are set to 0.
@@ -250,8 +276,8 @@ struct Next {
   const float *q, *k, *v;
 };
 
-void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, int D, float scale, float* out, int64_t out_stride,
-              Scratch& scratch) {
+void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, Rule rule, int D, float scale, float* out,
+              int64_t out_stride, Scratch& scratch) {
   constexpr int R = 6;
   const int64_t ld = (len + W - 1) / W * W;
   // Rows of V a multiple of 1 KiB apart share few L1 sets: worth a copy once they are read often enough.
@@ -274,14 +300,14 @@ void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, int D, float scale
         __builtin_prefetch(next.k + (i + r) * k.stride + d);
         __builtin_prefetch(next.v + (i + r) * v.stride + d);
       }
-    query_block<R>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+    query_block<R>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
                    out_stride);
   }
   for (; i + 2 <= len; i += 2)
-    query_block<2>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+    query_block<2>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
                    out_stride);
   for (; i < len; ++i)
-    query_block<1>({q.base + i * q.stride, q.stride}, kt, ldk, ld, v, len, D, scale, s, out + i * out_stride,
+    query_block<1>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
                    out_stride);
 }
 
@@ -383,6 +409,28 @@ void add_norm(float* row, const Step& step, const float* other) {
   }
 }
 
+// to = row / sqrt(mean of row^2 + epsilon) * gamma
+void rms_norm_row(const float* row, const float* gamma, float epsilon, float* to, int64_t columns) {
+  vf squares[2] = {splat(0.0f), splat(0.0f)};
+  int64_t c = 0;
+  for (; c + 2 * W <= columns; c += 2 * W) {
+    const vf a = load(row + c), b = load(row + c + W);
+    squares[0] += a * a;
+    squares[1] += b * b;
+  }
+  for (; c < columns; c += W) {
+    const vf x = load(row + c, columns - c);
+    squares[0] += x * x;
+  }
+  squares[0] += squares[1];
+  sum_lanes<2>(squares);
+  const vf scale = splat(1.0f / __builtin_sqrtf(squares[0][0] / static_cast<float>(columns) + epsilon));
+  for (c = 0; c < columns; c += W) {
+    const int64_t n = columns - c;
+    store(to + c, load(row + c, n) * scale * load(gamma + c, n), n);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -391,12 +439,14 @@ extern "C" {
 int vector_width() { return W; }
 
 // q: row (head h, token t) at q + h * qh + t * qt, D contiguous floats; k, v alike with
-// heads / group heads.  out: (tokens, heads, D) contiguous.  starts: sequences + 1 offsets.
+// heads / group heads.  out: (tokens, heads, D) contiguous.  starts: sequences + 1 offsets.  A query sees keys up to
+// its own position if causal, and nearer than `window` positions (0 = any).
 // Returns 0, or 1 when memory ran out (out is then unspecified).
 int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int64_t kh, int64_t kt, const float* v,
                      int64_t vh, int64_t vt, float* out, const int64_t* starts, int64_t sequences, int64_t heads,
-                     int64_t group, int64_t D, float scale, int threads) {
+                     int64_t group, int64_t D, float scale, int causal, int64_t window, int threads) {
   const int64_t work = sequences * heads;
+  const Rule rule{window > 0 ? window : INT64_MAX, causal != 0};
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -408,7 +458,7 @@ int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int
       try {
         one_head({q + h * qh + a * qt, qt}, {k + h / group * kh + a * kt, kt}, {v + h / group * vh + a * vt, vt},
                  {q + (h + 1) * qh + a * qt, k + (h + 1) / group * kh + a * kt, v + (h + 1) / group * vh + a * vt}, len,
-                 static_cast<int>(D), scale, out + (a * heads + h) * D, heads * D, scratch);
+                 rule, static_cast<int>(D), scale, out + (a * heads + h) * D, heads * D, scratch);
       } catch (const std::bad_alloc&) {
 #pragma omp atomic write
         failed = 1;
@@ -416,6 +466,14 @@ int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int
     }
   }
   return failed;
+}
+
+// out = x / sqrt(mean of x^2 + epsilon) * gamma over contiguous rows.
+void rms_norm(const float* x, const float* gamma, float epsilon, float* out, int64_t rows, int64_t columns,
+              int threads) {
+  const bool many = rows * columns >= 1 << 16;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && many)
+  for (int64_t t = 0; t < rows; ++t) rms_norm_row(x + t * columns, gamma, epsilon, out + t * columns, columns);
 }
 
 // A chain of Linear layers: rows of x pass every step while they are in the cache.  A step multiplies by a matrix that

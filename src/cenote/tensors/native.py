@@ -67,8 +67,11 @@ class Kernels:
         pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         self._attention = library.packed_attention
         strided = (pointer, long, long)
-        self._attention.argtypes = [*strided, *strided, *strided, pointer, pointer, *[long] * 4, real, integer]
+        self._attention.argtypes = [*strided * 3, pointer, pointer, *[long] * 4, real, integer, long, integer]
         self._attention.restype = integer
+        self._rms_norm = library.rms_norm
+        self._rms_norm.argtypes = [pointer, pointer, real, pointer, long, long, integer]
+        self._rms_norm.restype = None
         self._chain = library.linear_chain
         self._chain.argtypes = [pointer, pointer, integer, pointer, long, pointer, long, pointer, long, long, integer]
         self._chain.restype = integer
@@ -89,13 +92,27 @@ class Kernels:
             )
         )
 
-    def attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, starts: Tensor, scale: float) -> Tensor:
-        """Attention without mask within each sequence: `[1, T, N, H]`, contiguous.
+    def attend(
+        self,
+        q_1NTH: Tensor,
+        k_1NTH: Tensor,
+        v_1NTH: Tensor,
+        starts: Tensor,
+        scale: float,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention within each sequence: `[1, T, N, H]`, contiguous.
 
         Args:
             q_1NTH: queries; keys and values may have fewer heads, whole groups of queries sharing one.
+            k_1NTH: keys.
+            v_1NTH: values.
             starts: B + 1 int64 offsets.
             scale: factor on the dot products.
+            causal: a query sees keys up to its own position only.
+            window: a query sees keys nearer than this many positions; `None` = all.
 
         Raises:
             MemoryError: there is no room for the scores of one block of queries.
@@ -112,11 +129,27 @@ class Kernels:
             heads // k_1NTH.shape[1],
             size,
             scale,
+            causal,
+            window or 0,
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError("packed attention")
         return out_1TNH
+
+    def rms_norm(self, x: Tensor, gamma_D: Tensor, epsilon: float) -> Tensor:
+        """`x / sqrt(mean of x^2 + epsilon) * gamma` over the last dimension, contiguous.
+
+        Raises:
+            TypeError: `x` is not float32 on the CPU, or its rows have another size than `gamma_D`.
+        """
+        if (x.dtype, x.device.type, x.shape[-1:]) != (torch.float32, "cpu", gamma_D.shape):
+            raise TypeError(f"expected float32 [..., {len(gamma_D)}] on the CPU, got {x.dtype} {tuple(x.shape)}")
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+        self._rms_norm(x.data_ptr(), gamma_D.data_ptr(), epsilon, out.data_ptr(), rows, x.shape[-1], threads)
+        return out
 
     @property
     def can_chain(self) -> bool:
@@ -170,14 +203,26 @@ class Kernels:
                 )
                 if not self.can_attend(q, k, v, max(lengths)):
                     return False
-                got = self.attend(q, k, v, starts, size**-0.5)
-                for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-                    one_q, one_k, one_v = (x[:, :, a:b].double() for x in (q, k, v))
-                    want = F.scaled_dot_product_attention(
-                        one_q, one_k, one_v, scale=size**-0.5, enable_gqa=heads != kv_heads
-                    )
-                    if not torch.allclose(got[:, a:b].double(), want.transpose(1, 2), atol=1e-5, rtol=1e-5):
-                        return False
+                for causal, window in ((False, None), (True, None), (False, 9), (True, 20)):
+                    got = self.attend(q, k, v, starts, size**-0.5, causal=causal, window=window)
+                    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+                        one_q, one_k, one_v = (x[:, :, a:b].double() for x in (q, k, v))
+                        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+                        seen = distance.abs() < (window or b)
+                        want = F.scaled_dot_product_attention(
+                            one_q,
+                            one_k,
+                            one_v,
+                            attn_mask=seen & (distance >= 0) if causal else seen,
+                            scale=size**-0.5,
+                            enable_gqa=heads != kv_heads,
+                        )
+                        if not torch.allclose(got[:, a:b].double(), want.transpose(1, 2), atol=1e-5, rtol=1e-5):
+                            return False
+            x, gamma = torch.randn(3, 5, 97, generator=generator) * 3, torch.randn(97, generator=generator)
+            want = F.rms_norm(x.double(), (97,), gamma.double(), 1e-5)
+            if not torch.allclose(self.rms_norm(x, gamma, 1e-5).double(), want, atol=1e-5, rtol=1e-5):
+                return False
             return not self.can_chain or self._chains_agree(generator)
 
     def _chains_agree(self, generator: torch.Generator) -> bool:
