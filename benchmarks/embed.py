@@ -1,6 +1,6 @@
 """Embedding with the default model against sentence-transformers and against the GEMM limit.
 
-    python -m benchmarks.embed [--texts 1500] [--rounds 3] [--save NAME]
+    python -m benchmarks.embed [--texts 500] [--rounds 9] [--save NAME]
 
 Rounds are interleaved, each engine in a process of its own that the other's settings do not reach, and ratios are
 medians over rounds; absolute figures of a shared machine mean little. "CPU" is process CPU time with one thread,
@@ -86,8 +86,8 @@ def offline(texts: list[str], rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Run and print; `--save` writes a JSON beside the earlier results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=1500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     texts = list(docstrings(options.texts))

@@ -4,8 +4,8 @@
 
 The texts are docstrings of at most 256 tokens; the models have the shapes of MiniLM-L6, bge-base, Qwen3-0.6B and
 DeBERTa-v3-small (3 layers) and random weights. Everything runs in one process, interleaved; figures are medians of
-process CPU time over rounds. The GEMM limit is what `torch.nn.functional.linear` takes for the same products, over
-2,048 rows of random numbers, in the same round.
+ratios of process CPU time within a round. The GEMM limit is what `torch.nn.functional.linear` takes for the same
+products, over 2,048 rows of random numbers, in the same round.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from benchmarks.harness import gemm_rate, row, save, timed
+from benchmarks.harness import row, save, timed
 from cenote.models.checkpoint import embedded
 from cenote.models.fuse import Remembered
 from cenote.models.layout import Layout, choose, forward
@@ -40,6 +40,7 @@ from cenote.types import Sequence
 
 MAX_TOKENS = 256
 VOCABULARY = 31_000
+ROWS = 2048
 
 Works = dict[str, Callable[[], Any]]
 
@@ -95,13 +96,18 @@ def linears(model: nn.Module) -> list[tuple[int, int]]:
     return [(x.out_features, x.in_features) for x in model.modules() if isinstance(x, nn.Linear)]
 
 
-def medians(works: Works, rounds: int) -> dict[str, float]:
-    """CPU seconds of each, interleaved."""
+def timings(works: Works, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each, interleaved, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
             seconds[name].append(timed(work)[0])
-    return {name: statistics.median(own[1:]) for name, own in seconds.items()}  # the first round warms up
+    return {name: own[1:] for name, own in seconds.items()}  # the first round warms up
+
+
+def ratio(found: dict[str, list[float]], over: str, under: str, factor: float = 1.0) -> float:
+    """Median of the ratios within a round, times `factor`."""
+    return factor * statistics.median(a / b for a, b in zip(found[over], found[under], strict=True))
 
 
 def padded(model: PreTrainedModel, ids: list[list[int]], size: int) -> Callable[[], None]:
@@ -125,10 +131,18 @@ def padded(model: PreTrainedModel, ids: list[list[int]], size: int) -> Callable[
     return work
 
 
-def limit(shapes: list[tuple[int, int]], tokens: int) -> float:
-    """CPU seconds that the products alone would take."""
+def products(shapes: list[tuple[int, int]]) -> tuple[Callable[[], None], float]:
+    """The matrix products of some layers over `ROWS` rows of random numbers, and which part of `shapes` they are."""
     some = shapes[: 7 * max(1, len(shapes) // 28)]  # layers are alike
-    return 2 * tokens * sum(a * b for a, b in shapes) / gemm_rate(some, 1)
+    weights = [torch.randn(out, into) for out, into in some]
+    inputs = {into: torch.randn(ROWS, into) for _, into in some}
+
+    def work() -> None:
+        with torch.inference_mode():
+            for weight in weights:
+                nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return work, sum(a * b for a, b in some) / sum(a * b for a, b in shapes)
 
 
 def encoder(width: int, layers: int, ids: list[list[int]], rounds: int) -> dict[str, Any]:
@@ -137,19 +151,20 @@ def encoder(width: int, layers: int, ids: list[list[int]], rounds: int) -> dict[
     plain = bert(width, layers).eval()
     shapes = linears(plain)
     layout, batch = packed(copy.deepcopy(plain), ids)
+    gemm, part = products(shapes)
     works: Works = {
         "packed": partial(forward, layout, batch),
+        "gemm": gemm,
         "first": partial(forward, layout, batch, "first"),
         "sorted": padded(plain, ids, 8),
     }
-    found = medians(works, rounds)
-    seconds = statistics.median(limit(shapes, batch.tokens) for _ in range(3))
+    found = timings(works, rounds)
     # Of the units of a layer, 12 x width^2 a token: 4 for the attention, 8 for the feed-forward part.
     return {
         "tokens": batch.tokens,
-        "gemm_fraction": seconds / found["packed"],
-        "sorted_ratio": found["sorted"] / found["packed"],
-        "last_layer": found["packed"] / found["first"],
+        "gemm_fraction": ratio(found, "gemm", "packed", batch.tokens / ROWS / part),
+        "sorted_ratio": ratio(found, "sorted", "packed"),
+        "last_layer": ratio(found, "packed", "first"),
         "last_layer_predicted": 1 / (1 - 9 / 12 / layers),
         "seconds": found,
     }
@@ -162,21 +177,22 @@ def decoder(ids: list[list[int]], rounds: int) -> dict[str, Any]:
     shapes = linears(plain)
     copied = copy.deepcopy(plain)
     layout, batch = packed(copied, ids)
+    gemm, part = products(shapes)
     works: Works = {
         "packed": partial(forward, layout, batch),
+        "gemm": gemm,
         "last": partial(forward, layout, batch, "last"),
         "one": padded(plain, ids, len(ids)),
         "sorted": padded(plain, ids, 4),
     }
-    found = medians(works, rounds)
-    seconds = statistics.median(limit(shapes, batch.tokens) for _ in range(3))
+    found = timings(works, rounds)
     spared = (2 * 1024 * 2048 + 3 * 1024 * 3072) / sum(a * b for a, b in shapes)
     return {
         "tokens": batch.tokens,
-        "gemm_fraction": seconds / found["packed"],
-        "one_ratio": found["one"] / found["last"],
-        "sorted_ratio": found["sorted"] / found["last"],
-        "last_layer": found["packed"] / found["last"],
+        "gemm_fraction": ratio(found, "gemm", "packed", batch.tokens / ROWS / part),
+        "one_ratio": ratio(found, "one", "last"),
+        "sorted_ratio": ratio(found, "sorted", "last"),
+        "last_layer": ratio(found, "packed", "last"),
         "last_layer_predicted": 1 / (1 - spared),
         "seconds": found,
     }
@@ -195,7 +211,7 @@ def relative_positions(ids: list[list[int]], rounds: int) -> dict[str, Any]:
             vars(module)["forward"] = memory if on else memory.plain
         forward(layout, what)
 
-    found = medians(
+    found = timings(
         {
             f"{name} {on}": partial(run, on, what)
             for name, what in (("batch", batch), ("query", query))
@@ -203,7 +219,7 @@ def relative_positions(ids: list[list[int]], rounds: int) -> dict[str, Any]:
         },
         rounds,
     )
-    return {"batch": found["batch 0"] / found["batch 1"], "query": found["query 0"] / found["query 1"]}
+    return {what: ratio(found, f"{what} 0", f"{what} 1") for what in ("batch", "query")}
 
 
 def packed(model: PreTrainedModel, ids: list[list[int]]) -> tuple[Layout, Batch]:

@@ -33,7 +33,7 @@ PAIRS = 2000
 
 
 def engine(form: str, processor: str) -> Encode:
-    """`LLM.embed` to a NumPy array; asked for `None`, how the Linear layers run."""
+    """`LLM.embed` to a NumPy array; asked for nothing, how the Linear layers run."""
     from cenote import LLM
     from cenote.tensors import native
 
@@ -41,8 +41,8 @@ def engine(form: str, processor: str) -> Encode:
         native.FLAGS = tuple("-march=haswell" if flag == "-march=native" else flag for flag in native.FLAGS)
     llm = LLM(auto_truncate=True, max_model_len=TOKENS, **FORMS[form])
 
-    def encode(texts: list[str] | None) -> Any:
-        if texts is None:
+    def encode(texts: list[str]) -> Any:
+        if not texts:
             return llm.info.linears or "float32"
         return np.array([output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)])
 
@@ -54,7 +54,7 @@ def measured(processor: str, texts: list[str], rounds: int) -> dict[str, Any]:
     if processor == "AVX2":
         os.environ.update(AVX2)
     workers = {form: Worker(engine, form, processor, threads=1) for form in FORMS}
-    found: dict[str, Any] = {form: {"runs": worker.ask(None)[2], "ratios": []} for form, worker in workers.items()}
+    found: dict[str, Any] = {form: {"runs": worker.ask([])[2], "ratios": []} for form, worker in workers.items()}
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     vectors = {}
     for _ in range(rounds + 1):

@@ -131,10 +131,10 @@ def test_a_bulk_request_does_not_delay_a_small_one() -> None:
 
 
 def test_bulk_that_others_come_beside_runs_in_short_batches_and_lets_them_pass() -> None:
-    scheduler: Scheduler[Piece] = Scheduler(max_tokens=2400)
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600)
     bulk = Request()
     scheduler.add(bulk, pieces(bulk, [100] * 100_000))
-    assert len(scheduler.next_batch()) == 24, "alone, it fills its batches"
+    assert len(scheduler.next_batch()) == 16, "alone, it fills its batches"
     for _ in range(3):
         first, second = Request(), Request()
         scheduler.add(first, pieces(first, [12]))
@@ -145,7 +145,7 @@ def test_bulk_that_others_come_beside_runs_in_short_batches_and_lets_them_pass()
         assert [item.job for item in rest] == [bulk], "but not twice without the bulk: 12 + 100 of 200 tokens"
     sizes = [len(scheduler.next_batch()) for _ in range(80)]
     assert sizes[:10] == [2] * 10, "somebody else may come again"
-    assert sizes[-10:] == [24] * 10, "nobody came"
+    assert sizes[-10:] == [16] * 10, "nobody came"
     assert sizes == sorted(sizes)
 
 

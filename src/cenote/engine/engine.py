@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 REST = 2.0
@@ -142,7 +142,7 @@ class LocalEngine:
         self.info = model.info
         self._model = model
         device = model.info.device.partition(":")[0]
-        self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 2048)
+        self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 1024)
         self._scheduler: Scheduler[_Entry] = Scheduler(self.max_batch_tokens, max_batch_sequences)
         self._max_queued = max_queued
         self._threads = threads

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict, deque
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-SHORT = 12
+SHORT = 8
 """Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
 cost throughput."""
 WARY = 64
