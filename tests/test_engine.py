@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import CancelledError, Future, wait
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from cenote import metrics
+from cenote.engine import engine as engine_module
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
@@ -303,3 +305,23 @@ def test_the_fake_keeps_the_contract() -> None:
     engine.close()
     with pytest.raises(Closed):
         engine.submit(texts(1))
+
+
+@pytest.mark.parametrize(("rest", "long_work", "wanted"), [(0.3, 1e9, 1), (1e9, 0.0, 2), (1e9, 1e9, 0)])
+def test_freed_memory_goes_back_once_after_work(
+    rest: float, long_work: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nothing came for a while, or at a pause of long work; not again before there was more work."""
+    released: list[float] = []
+    monkeypatch.setattr(engine_module, "REST", rest)
+    monkeypatch.setattr(engine_module, "LONG_WORK", long_work)
+    monkeypatch.setattr(engine_module, "release_freed_memory", lambda: released.append(time.monotonic()))
+    engine = LocalEngine(Model(), max_batch_tokens=64)
+    try:
+        for _ in range(3):
+            engine.submit([Sequence([1, 2])]).result(timeout=5)
+            time.sleep(0.01)
+        time.sleep(0.8)
+        assert len(released) == wanted
+    finally:
+        engine.close()

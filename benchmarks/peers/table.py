@@ -103,6 +103,8 @@ PEERS = (
         tasks=(EMBED, RERANK, COLBERT),
         serve=("{python}", "-m", "cenote", "serve", "{folder}", "--port", "{port}", "--served-model-name", "model"),
     ),
+    Peer("Cenote bf16", None, "cenote", "bfloat16", needs=("avx512_bf16", "amx_bf16")),
+    Peer("Cenote int8", None, "cenote", "int8"),
     Peer(REFERENCE, ST, ST, "torch", tasks=(EMBED, RERANK, COLBERT), goals={(EMBED, "cpu"): 1.85}),
     Peer("sentence-transformers ONNX", ST_ONNX, ST, "onnx", "onnx", tasks=(EMBED, RERANK)),
     Peer(

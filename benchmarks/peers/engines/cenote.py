@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 
+FORMS: dict[str, dict[str, Any]] = {
+    "": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+}
+
 
 def load(task: str, folder: str, variant: str, threads: int) -> Callable[[Any], Any]:
     """What answers orders of `task`; threads are those of the environment."""
     from cenote import LLM
 
-    llm = LLM(folder, auto_truncate=True)
+    llm = LLM(folder, auto_truncate=True, **FORMS[variant])
     if task == "rerank":
         return lambda order: np.array([o.outputs.score for o in llm.score(*order, use_tqdm=False)])
     if task == "colbert":

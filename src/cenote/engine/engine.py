@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
-REST = 2.0
-"""Seconds without work after which freed memory goes back to the system."""
+REST, LONG_WORK = 2.0, 10.0
+"""Seconds without work, and seconds of work with pauses, after which freed memory goes back to the system."""
 
 
 _RUNNING: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
@@ -150,6 +150,7 @@ class LocalEngine:
         self._closing = False
         self._dead: BaseException | None = None
         self._last_failed = False
+        self._untidy_since: float | None = None
         self._rate: metrics.Rate = metrics.Rate()
         _RUNNING.add(self)
         self._thread = threading.Thread(target=self._work, name="cenote-device", daemon=True)
@@ -231,18 +232,20 @@ class LocalEngine:
 
     def _take(self, *, wait: bool) -> list[_Entry]:
         """The next batch. With `wait`, an empty one means that the engine closes."""
-        rest: float | None = REST
         while True:
             with self._changed:
                 if dropped := self._scheduler.drop_cancelled():
                     metrics.sequences_of("dropped").inc(dropped)
                 batch = self._scheduler.next_batch()
+                if batch and self._untidy_since is None:
+                    self._untidy_since = time.monotonic()
                 if batch or not wait or self._closing:
                     return batch
-                is_changed = self._changed.wait(rest)
-            if not is_changed:
+                is_resting = not self._changed.wait(None if self._untidy_since is None else REST)
+            since = self._untidy_since
+            if since is not None and (is_resting or time.monotonic() - since > LONG_WORK):
                 release_freed_memory()
-                rest = None
+                self._untidy_since = None
 
     def _launch(self, batch: list[_Entry], running: deque[tuple[list[_Entry], Launched, float]]) -> None:
         began = time.monotonic()
