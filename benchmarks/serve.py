@@ -27,6 +27,7 @@ from benchmarks.embed import cenote
 from benchmarks.harness import Encode, Worker, row, save
 from benchmarks.load import Client, closed_loop, prepared
 from cenote.config import ModelConfig
+from cenote.engine.engine import REST
 from cenote.models import runner
 from cenote.models.checkpoint import embedded
 
@@ -167,13 +168,15 @@ def stall(server: Server, texts: list[str]) -> dict[str, Any]:
 
 
 def flatness(server: Server, texts: list[str], count: int) -> dict[str, Any]:
-    """Resident memory before, over `count` requests of a short text, ten readings, and after the long ones."""
+    """Resident memory before and over `count` requests of a short text, ten readings; its peak; and when all rest."""
     short = [prepared([" ".join(text.split()[:6])]) for text in texts]
     source, readings = itertools.cycle(short), [server.megabytes()]
     for _ in range(10):
         closed_loop(server.port, itertools.islice(source, max(1, count // 10)), 16)
         readings.append(server.megabytes())
-    return {"requests": count, "megabytes": readings, "peak": server.megabytes("VmHWM")}
+    time.sleep(REST + 1)
+    peak, resting = server.megabytes("VmHWM"), server.megabytes()
+    return {"requests": count, "megabytes": readings, "peak": peak, "resting": resting}
 
 
 def main() -> None:
@@ -216,6 +219,7 @@ def main() -> None:
     row("resident after loading", f"{result['loaded_megabytes']:.0f} MB", f"<= {weights + 500:.0f}")
     row("  after the loads above", f"{memory['megabytes'][0]:.0f} MB", f"<= {weights + 500:.0f}")
     row(f"  after {memory['requests']} more requests", f"{memory['megabytes'][-1]:.0f} MB", "flat")
+    row("  when the server rests", f"{memory['resting']:.0f} MB", f"<= {weights + 500:.0f}")
     if options.save:
         command = f"python -m benchmarks.serve --texts {options.texts} --rounds {options.rounds}"
         save(options.save, result, f"{command} --requests {options.requests}")

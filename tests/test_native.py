@@ -46,7 +46,8 @@ def test_attention_equals_torch(kernels: Kernels, size: int, group: int, causal:
         assert kernels.can_attend(q, k, v, batch.max_length)
         got = kernels.attend(q, k, v, batch.offsets, size**-0.5, causal=causal, window=window)
     expected = attend_runs(q.double(), k.double(), v.double(), batch, Rule(causal, window))
-    assert torch.allclose(got.double(), expected, atol=1e-5), (got - expected).abs().max()
+    allowed = 1e-5 if causal or window else 5e-6
+    assert torch.allclose(got.double(), expected, atol=allowed), (got - expected).abs().max()
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -41,7 +41,7 @@ def test_equals_eager_one_by_one(architecture: Architecture, with_kernels: bool)
     assert layout.name == architecture.layout, reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
-    if architecture.name in AMPLIFIES:
+    if with_kernels and architecture.name in AMPLIFIES:
         exact = torch.cat(alone(build(architecture).double(), batch))
         assert (torch.cat(hidden) - exact).abs().max() <= (torch.cat(expected) - exact).abs().max() + 1e-5 * scale
         assert torch.allclose(torch.cat(hidden), torch.cat(expected), rtol=0, atol=1e-4 * scale)

@@ -63,7 +63,7 @@ GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_GRAPH_TOKENS = 16384
 ONE_THREAD = 7e8
-"""Multiplications of a forward on a CPU up to which one thread is as fast as several, which wait for each other."""
+"""Multiplications of a forward on a CPU up to which one thread is nearly as fast as several, which await each other."""
 
 
 class PoolingModel:

@@ -1,8 +1,8 @@
 """The part of a request's trip that all dialects share: find the model, render, submit, wait, encode.
 
 A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
-request without a template is rendered on the event loop: that takes a tenth of a millisecond, less than the way to a
-thread and back, on which every step waits for the interpreter's lock.
+request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
+every step of the way to a thread and back waits for the interpreter's lock.
 """
 
 from __future__ import annotations
