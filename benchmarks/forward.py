@@ -34,7 +34,7 @@ from benchmarks.harness import row, save, timed
 from cenote.models.checkpoint import embedded
 from cenote.models.fuse import Remembered
 from cenote.models.layout import Layout, choose, forward
-from cenote.tensors import native
+from cenote.tensors import linear, native
 from cenote.tensors.packing import Batch, pack
 from cenote.types import Sequence
 
@@ -224,7 +224,9 @@ def relative_positions(ids: list[list[int]], rounds: int) -> dict[str, Any]:
 
 def packed(model: PreTrainedModel, ids: list[list[int]]) -> tuple[Layout, Batch]:
     """The layout that is chosen for a model, and a batch."""
-    layout, reasons = choose(model, kernels=native.load())
+    kernels = native.load()
+    matrices = [x.weight for x in model.modules() if type(x) is torch.nn.Linear]
+    layout, reasons = choose(model, kernels=kernels, products=linear.float32(kernels, matrices))
     for reason in reasons:
         print(f"  {type(model).__name__}: {reason}")
     return layout, pack([Sequence(own) for own in sorted(ids, key=len, reverse=True)])

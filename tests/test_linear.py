@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cenote.tensors import linear, native
-from cenote.tensors.linear import PATHS, Chain, Kernel, Step, narrow, quantize
+from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
+from cenote.tensors.native import Step
 
 INT8 = PATHS[:4]
 SHAPES = [(1, 3, 2), (2, 64, 32), (7, 70, 50), (16, 384, 96), (33, 130, 97), (65, 1536, 40), (150, 9, 33)]
@@ -46,7 +48,7 @@ class Run:
     path: str
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
-        return Chain(self.kernel, (Step(narrow(weight, bias, self.path), activation),))(x)
+        return self.kernel.chain((Step(narrow(weight, bias, self.path), activation),))(x)
 
 
 @pytest.fixture(params=[*PATHS, "AVX2 alone", "float16 alone"])
@@ -68,6 +70,8 @@ def drawn(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
     """Rows rounded to 256 steps of their own range, weights to 255 of each output's; or what is rounded to halves."""
+    if path == "AMX-FLOAT32":
+        return F.linear(x.double(), weight.double(), bias.double())
     if path not in INT8:
         half = weight.half() if path == "float16" else weight.bfloat16()
         return F.linear((x.bfloat16() if path == "AMX-BF16" else x).double(), half.double(), bias.double())
@@ -121,13 +125,63 @@ def test_chains(run: Run, rows: int, count: int) -> None:
     residual = torch.randn(rows, 70)
     first, last = Step(narrow(up, bias, run.path), "gelu"), Step(narrow(down, None, run.path), norm=norm)
     with threads(count):
-        between = Chain(run.kernel, (first,))(x)
-        apart = Chain(run.kernel, (last,))(between, residual)
-        together = Chain(run.kernel, (first, last))(x, residual)
+        between = run.kernel.chain((first,))(x)
+        apart = run.kernel.chain((last,))(between, residual)
+        together = run.kernel.chain((first, last))(x, residual)
     assert torch.equal(together, apart)
     summed = by_hand(between, down, torch.zeros(70), run.path) + residual
     expected = F.layer_norm(summed, (70,), norm.weight.double(), norm.bias.double(), norm.eps)
     assert torch.allclose(together.double(), expected, atol=2e-5)
+
+
+@pytest.fixture
+def exact(kernel: Kernel) -> Exact:
+    path = kernel.path("float32")
+    if path is None:
+        pytest.skip("this processor has no AMX")
+    return Exact(kernel, path)
+
+
+@pytest.mark.parametrize(("stored", "parts"), [(torch.float32, 3), (torch.float16, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (40, 1024, 64), (77, 1025, 33), (300, 2100, 40)])
+def test_float32_loses_nothing(exact: Exact, shape: tuple[int, int, int], stored: torch.dtype, parts: int) -> None:
+    """Errors of float32 products, but for those of torch's; inputs beyond 1,024 are added in a second turn."""
+    x, weight, bias = drawn(*shape)
+    x[0] *= torch.logspace(-12, 12, shape[1])
+    weight = weight.to(stored).float()
+    packed = exact.pack(weight, bias)
+    assert packed.parts == parts
+    assert packed.panels.nbytes == 2 * parts * -(-shape[2] // 32) * 32 * -(-shape[1] // 32) * 32
+    assert torch.equal(exact.unpack(packed), weight)
+    expected = by_hand(x, weight, bias, exact.path)
+    per_row = expected.abs().amax(1, keepdim=True)
+    off = ((exact.chain((Step(packed),))(x) - expected) / per_row).norm()
+    assert off <= max(1.5 * float(((F.linear(x, weight, bias) - expected) / per_row).norm()), 3e-8)
+
+
+def test_parts_sum_to_the_number() -> None:
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 70)
+    first, second, third = (part.double() for part in linear.split(weight))
+    assert torch.equal(first + second + third, weight.double())
+    assert (second.abs() <= first.abs() / 256).all()
+    assert len(linear.split(torch.zeros(2, 2))) == 1
+
+
+def test_float32_takes_amx_where_there_is_room(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = native.load()
+    weights = [torch.randn(100, 100), torch.randn(50, 100)]
+    halves = [x.bfloat16().float() for x in weights]
+    for memory, whole, stored_in_halves in ((4 * 6 * 15_000, exact, exact), (4 * 2 * 15_000, kernels, exact)):
+        monkeypatch.setattr(native, "memory", lambda memory=memory: memory)
+        assert linear.float32(kernels, weights) == whole
+        assert linear.float32(kernels, halves) == stored_in_halves
+    monkeypatch.setattr(native, "memory", lambda: 4 * 2 * 15_000 - 1)
+    assert linear.float32(kernels, halves) is kernels
+    assert linear.float32(None, weights) is None
+
+
+def test_memory_is_that_of_the_machine_or_less() -> None:
+    assert 1 << 28 < native.memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_large_weights(run: Run) -> None:
@@ -205,11 +259,12 @@ def test_bytes_of_a_weight(path: str, size: int) -> None:
 
 def test_the_fastest_path_is_chosen(kernel: Kernel, narrowest: Kernel) -> None:
     assert narrowest.paths == ("AVX2", "float16", "bfloat16")
-    assert [narrowest.path(kind) for kind in ("int8", "bfloat16", "float16")] == ["AVX2", "bfloat16", "float16"]
+    assert [narrowest.path(kind) for kind in FASTEST] == ["AVX2", "bfloat16", "float16", None]
     assert kernel.path("int8") == next(
         path for path in ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2") if path in kernel.paths
     )
     assert (kernel.path("bfloat16") == "AMX-BF16") == ("AMX" in kernel.paths)
+    assert (kernel.path("float32") == "AMX-FLOAT32") == ("AMX" in kernel.paths)
 
 
 def missing_compiler(patch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from cenote.models.layout import Layout, choose, forward
 from cenote.models.narrow import Outcome, leave_file, narrow, prepare
 from cenote.service import Service
 from cenote.tensors import linear, native
+from cenote.tensors.linear import Narrow
+from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests import checkpoints
@@ -59,7 +61,7 @@ def narrowed(
     model = build(architecture)
     leave_file(model)
     prepared = prepare(model, int8=int8, dtype=dtype, native_kernels=True)
-    layout, _ = choose(model, kernels=native.load())
+    layout, _ = choose(model, kernels=native.load(), products=native.load())
     assert layout.name == architecture.layout
     return layout, narrow(layout, model, prepared)
 
@@ -137,7 +139,7 @@ def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
         watched.append(model.get_input_embeddings())
     own = [weakref.ref(module.weight) for module in watched]
     prepared = prepare(model, **{"int8": False, "dtype": None, **options}, native_kernels=True)
-    layout, _ = choose(model, kernels=native.load())
+    layout, _ = choose(model, kernels=native.load(), products=native.load())
     narrow(layout, model, prepared)
     gc.collect()
     assert len(own) >= 19
@@ -159,8 +161,9 @@ def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
     assert sum(held.values()) < 4 * sum(p.numel() for p in model.parameters()) - 4 * linear_size + 1024
 
 
-def chains(model: nn.Module) -> list[linear.Chain]:
-    return [own for module in model.modules() if isinstance(own := vars(module).get("forward"), linear.Chain)]
+def chains(model: nn.Module) -> list[Chain[Narrow]]:
+    found = [own for module in model.modules() if isinstance(own := vars(module).get("forward"), Chain)]
+    return [own for own in found if isinstance(own.steps[0].weights, Narrow)]
 
 
 def test_weights_that_others_hold_stay() -> None:
@@ -172,7 +175,7 @@ def test_weights_that_others_hold_stay() -> None:
     first, second = (model.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.weight = first.weight
     prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
-    layout, _ = choose(model, kernels=native.load())
+    layout, _ = choose(model, kernels=native.load(), products=native.load())
     assert narrow(layout, model, prepared).text.startswith("17 of 19")
 
 
@@ -182,7 +185,7 @@ def test_a_table_that_is_read_past_its_forward_stays() -> None:
     model.embeddings.LayerNorm.register_forward_hook(lambda _, __, y: y + table.weight[0] * 1e-3)
     whole = table.weight.clone()
     prepared = prepare(model, int8=False, dtype=torch.float16, native_kernels=True)
-    layout, _ = choose(model, kernels=native.load())
+    layout, _ = choose(model, kernels=native.load(), products=native.load())
     narrow(layout, model, prepared)
     assert torch.equal(table.weight, whole)
 
@@ -209,7 +212,7 @@ def test_a_model_that_does_not_bear_it_is_refused(monkeypatch: pytest.MonkeyPatc
         elif isinstance(module, nn.Linear) and module.in_features == 64:
             module.weight.data[:, 3] *= 1e-6
     prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
-    layout, _ = choose(model, kernels=native.load())
+    layout, _ = choose(model, kernels=native.load(), products=native.load())
     monkeypatch.setattr(narrowing, "LEAST_COSINE", 0.9999)
     with pytest.raises(CheckpointError, match="does not bear weights in int8 by .*, expected at least 0.9999; leave"):
         narrow(layout, model, prepared)
@@ -217,13 +220,15 @@ def test_a_model_that_does_not_bear_it_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_that_move_with_their_neighbours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one scale for a whole batch would do."""
-    run = linear.Chain.__call__
+    run = Chain.__call__
 
-    def whole(self: linear.Chain, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        step = x.abs().max() / 127
-        return run(self, (x / step).round() * step, residual)
+    def whole(self: Chain[Any], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(self.steps[0].weights, Narrow):
+            step = x.abs().max() / 127
+            x = (x / step).round() * step
+        return run(self, x, residual)
 
-    monkeypatch.setattr(linear.Chain, "__call__", whole)
+    monkeypatch.setattr(Chain, "__call__", whole)
     with pytest.raises(CheckpointError, match="BertModel with weights in int8 by .*: rows move with their neighbours"):
         narrowed(named("bert"), int8=True)
 

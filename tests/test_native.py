@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.models.fuse import fuse
-from cenote.tensors import native
+from cenote.tensors import linear, native
 from cenote.tensors.attention import Rule, attend_runs
-from cenote.tensors.native import Chain, Kernels, Step
+from cenote.tensors.native import Kernels, Products, Step
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 
@@ -133,19 +134,19 @@ def test_chains_equal_torch(kernels: Kernels, rows: int, into: int, middle: int,
     wide, residual = torch.randn(rows, into + 5), torch.randn(1, rows, out)
     x = wide[None, :, :into]  # rows further apart than they are long
     before, torch_threads = wide.clone(), torch.get_num_threads()
-    packed = [kernels.pack(linear.weight) for linear in (first, second)]
+    packed = [kernels.pack(linear.weight, linear.bias) for linear in (first, second)]
     try:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             for name, apply in native.ACTIVATIONS.items():
-                steps = (Step(packed[0], first.bias, activation=name), Step(packed[1], norm=norm))
-                got = Chain(kernels, steps)(x, residual)
+                steps = (Step(packed[0], activation=name), Step(packed[1], norm=norm))
+                got = kernels.chain(steps)(x, residual)
                 inner = apply(F.linear(x.double(), first.weight.double(), first.bias.double()))
                 total = F.linear(inner, second.weight.double()) + residual
                 expected = F.layer_norm(total, (out,), norm.weight.double(), norm.bias.double(), norm.eps)
                 assert got.shape == (1, rows, out)
                 assert torch.allclose(got.double(), expected, atol=2e-5), name
-            alone = Chain(kernels, (Step(packed[0], first.bias),))(x)
+            alone = kernels.chain((Step(packed[0]),))(x)
             assert torch.allclose(alone, first(x), atol=1e-5)
     finally:
         torch.set_num_threads(torch_threads)
@@ -156,21 +157,21 @@ def test_activations_in_a_chain_equal_torch_everywhere(kernels: Kernels) -> None
     x = torch.cat([torch.linspace(-20, 20, 2048), torch.randn(2048) * 3, torch.tensor([-1e4, 1e4, 0.0])])[:, None]
     one = kernels.pack(torch.ones(1, 1))
     for name, apply in native.ACTIVATIONS.items():
-        got = Chain(kernels, (Step(one, activation=name),))(x)
+        got = kernels.chain((Step(one, activation=name),))(x)
         assert torch.allclose(got.double(), apply(x.double()), atol=2e-6, rtol=1e-6), name
 
 
 def test_a_poisoned_row_of_a_chain_stays_alone(kernels: Kernels) -> None:
     x = torch.randn(9, 8)
     x[4, 2] = float("nan")
-    packed = kernels.pack(torch.randn(8, 8))
-    steps = (Step(packed, torch.randn(8), activation="gelu"), Step(packed, norm=nn.LayerNorm(8)))
-    poisoned = Chain(kernels, steps)(x, torch.randn(9, 8)).isnan().all(1)
+    packed = kernels.pack(torch.randn(8, 8), torch.randn(8))
+    steps = (Step(packed, activation="gelu"), Step(packed, norm=nn.LayerNorm(8)))
+    poisoned = kernels.chain(steps)(x, torch.randn(9, 8)).isnan().all(1)
     assert poisoned.nonzero().flatten().tolist() == [4]
 
 
 def test_chains_refuse_other_numbers(kernels: Kernels) -> None:
-    chain = Chain(kernels, (Step(kernels.pack(torch.randn(4, 4))),))
+    chain = kernels.chain((Step(kernels.pack(torch.randn(4, 4))),))
     with pytest.raises(TypeError, match=r"expected float32 on the CPU, got torch\.float64"):
         chain(torch.randn(2, 4).double())
     assert chain(torch.randn(0, 4)).shape == (0, 4)
@@ -178,7 +179,7 @@ def test_chains_refuse_other_numbers(kernels: Kernels) -> None:
 
 def test_unpacking_gives_the_very_same_matrix(kernels: Kernels) -> None:
     weight = torch.randn(70, 300) * torch.logspace(-20, 20, 300)
-    assert torch.equal(kernels.unpack(kernels.pack(weight)), weight)
+    assert torch.equal(kernels.unpack(kernels.pack(weight, torch.randn(70))), weight)
 
 
 def test_no_compiler_means_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,6 +205,15 @@ def test_the_build_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(native.os, "replace", lambda *_: pytest.fail("built again"))
     assert native.build(tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.fixture(params=["BLAS", "AMX"])
+def products(kernels: Kernels, request: pytest.FixtureRequest) -> Products[Any]:
+    found = linear.float32(kernels, []) if request.param == "AMX" else kernels
+    if isinstance(found, linear.Exact) != (request.param == "AMX"):
+        pytest.skip("this processor has no AMX")
+    assert found is not None
+    return found
 
 
 class Block(nn.Module):
@@ -241,6 +251,7 @@ class Block(nn.Module):
 )
 def test_fusing_never_changes_the_result(
     kernels: Kernels,
+    products: Products[Any],
     with_kernels: bool,
     activation: Callable[[], nn.Module],
     options: dict[str, bool],
@@ -252,7 +263,7 @@ def test_fusing_never_changes_the_result(
     x, other = torch.randn(1, 9, 32), torch.randn(1, 5, 32)
     with torch.inference_mode():
         expected, unseen = block(x).clone(), block(other).clone()
-        kinds = fuse(block, lambda: block(x), lambda: block(other), kernels if with_kernels else None)
+        kinds = fuse(block, lambda: block(x), lambda: block(other), *((kernels, products) if with_kernels else ()))
         assert torch.allclose(block(x), expected, atol=2e-6)
         assert torch.allclose(block(other), unseen, atol=2e-6)
     assert kinds == (natively if with_kernels else plainly)
@@ -281,7 +292,9 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("twist", ["", "scaled", "inside", "after", "weight", "hooked"])
-def test_only_a_sum_with_the_residual_is_normalised_natively(kernels: Kernels, twist: str) -> None:
+def test_only_a_sum_with_the_residual_is_normalised_natively(
+    kernels: Kernels, products: Products[Any], twist: str
+) -> None:
     torch.manual_seed(1)
     block = Residual(twist).eval()
     if twist == "hooked":
@@ -290,7 +303,7 @@ def test_only_a_sum_with_the_residual_is_normalised_natively(kernels: Kernels, t
     weight = block.dense.weight.clone()
     with torch.inference_mode():
         expected = block(x, residual).clone()
-        kinds = fuse(block, lambda: block(x, residual), lambda: block(residual, x), kernels)
+        kinds = fuse(block, lambda: block(x, residual), lambda: block(residual, x), kernels, products)
         assert torch.allclose(block(x, residual), expected, atol=2e-6)
     assert kinds == {"": ("packed", "normalised"), "weight": ()}.get(twist, ("packed",))
     if twist == "weight":
@@ -311,7 +324,9 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("twist", ["", "one more", "centred", "hooked"])
-def test_only_rows_over_their_root_mean_square_take_one_pass(kernels: Kernels, twist: str) -> None:
+def test_only_rows_over_their_root_mean_square_take_one_pass(
+    kernels: Kernels, products: Products[Any], twist: str
+) -> None:
     torch.manual_seed(4)
     norm = Scaled(twist).eval()
     model = nn.Sequential(nn.Linear(32, 32), norm)
@@ -320,20 +335,20 @@ def test_only_rows_over_their_root_mean_square_take_one_pass(kernels: Kernels, t
     x, other = torch.randn(1, 9, 32), torch.randn(2, 5, 32)
     with torch.inference_mode():
         expected, unseen = model(x).clone(), model(other).clone()
-        kinds = fuse(model, lambda: model(x), lambda: model(other), kernels)
+        kinds = fuse(model, lambda: model(x), lambda: model(other), kernels, products)
         assert torch.allclose(model(x), expected, atol=1e-6)
         assert torch.allclose(model(other), unseen, atol=1e-6)
     assert kinds == (("packed", "in one pass") if twist in ("", "one more") else ("packed",))
 
 
-def test_a_tied_matrix_stays_where_it_is(kernels: Kernels) -> None:
+def test_a_tied_matrix_stays_where_it_is(kernels: Kernels, products: Products[Any]) -> None:
     torch.manual_seed(2)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)).eval()
     model[1].weight = model[0].weight  # type: ignore[assignment]
     ids = torch.arange(20)
     with torch.inference_mode():
         expected = model(ids).clone()
-        assert fuse(model, lambda: model(ids), lambda: model(ids.flip(0)), kernels) == ()
+        assert fuse(model, lambda: model(ids), lambda: model(ids.flip(0)), kernels, products) == ()
         assert torch.equal(model(ids), expected)
 
 
@@ -354,13 +369,15 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("spoil", [False, True])
 @pytest.mark.parametrize("with_kernels", [False, True])
-def test_what_depends_on_no_token_is_computed_once(kernels: Kernels, with_kernels: bool, spoil: bool) -> None:
+def test_what_depends_on_no_token_is_computed_once(
+    kernels: Kernels, products: Products[Any], with_kernels: bool, spoil: bool
+) -> None:
     torch.manual_seed(3)
     model = Positions(spoil=spoil).eval()
     x, other, third = torch.randn(1, 9, 8), torch.randn(1, 5, 8), torch.randn(1, 6, 8)
     with torch.inference_mode():
         expected = [model(each).clone() for each in (x, other, third)]
-        kinds = fuse(model, lambda: model(x), lambda: model(other), kernels if with_kernels else None)
+        kinds = fuse(model, lambda: model(x), lambda: model(other), *((kernels, products) if with_kernels else ()))
         for each, wanted in zip((x, other, third), expected, strict=True):
             assert torch.allclose(model(each), wanted, atol=1e-6)
     assert ("remembered" in kinds) != spoil, "who overwrites the answer gets a new one every time"
@@ -373,8 +390,9 @@ def test_what_depends_on_no_token_is_computed_once(kernels: Kernels, with_kernel
 MAPPED = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from safetensors.torch import load_file, save_file
-from cenote.tensors import native
+from cenote.tensors import linear, native
 
 def resident():
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cenote.models.layout import Packed, choose, forward
-from cenote.tensors import native
+from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
@@ -31,17 +31,24 @@ def alone(model: torch.nn.Module, batch: list[Sequence]) -> list[torch.Tensor]:
     return [rows[i] for i in range(len(batch))]
 
 
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["torch", "native"])
+@pytest.mark.parametrize("products", ["torch", "BLAS", "AMX"])
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
-def test_equals_eager_one_by_one(architecture: Architecture, with_kernels: bool) -> None:
+def test_equals_eager_one_by_one(architecture: Architecture, products: str) -> None:
+    """By plain torch, and with native kernels and either of what multiplies for them."""
+    kernels = native.load() if products != "torch" else None
+    multiplied = (
+        linear.float32(kernels, []) if products == "AMX" else kernels if kernels and kernels.can_chain else None
+    )
+    if products == "AMX" and not isinstance(multiplied, linear.Exact):
+        pytest.skip("this processor has no AMX")
     model = build(architecture)
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     expected = alone(model, batch)
-    layout, reasons = choose(build(architecture), kernels=native.load() if with_kernels else None)
+    layout, reasons = choose(build(architecture), kernels=kernels, products=multiplied)
     assert layout.name == architecture.layout, reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
-    if with_kernels and architecture.name in AMPLIFIES:
+    if kernels and architecture.name in AMPLIFIES:
         exact = torch.cat(alone(build(architecture).double(), batch))
         assert (torch.cat(hidden) - exact).abs().max() <= (torch.cat(expected) - exact).abs().max() + 1e-5 * scale
         assert torch.allclose(torch.cat(hidden), torch.cat(expected), rtol=0, atol=1e-4 * scale)

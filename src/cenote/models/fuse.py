@@ -4,7 +4,7 @@ A probe forward shows what happens to the output of each Linear: an activation m
 Linear takes; or a block adds it to a residual and normalises the sum. Changes of these kinds follow from that, each to
 the `forward` of single modules, while classes stay as they are:
 
-- *packed*: the matrix is kept in the order in which the BLAS reads it, which is worth most to small batches;
+- *packed*: the matrix is kept in the order in which it is multiplied, which is worth most to small batches;
 - *activated*: the Linear adds its bias and activates in one go, and the activation module passes its input on;
 - *chained*: a Linear that takes what another has activated runs both, block of rows by block of rows, and the other
   passes its input on;
@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.tensors.native import Chain, Step
+from cenote.tensors.native import Step, W
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from cenote.tensors.native import Kernels, Packed
+    from cenote.tensors.native import Kernels, Products
 
     Forwards = dict[nn.Module, Callable[..., Tensor]]
 
@@ -83,7 +83,11 @@ class Seen:
 
 @torch.inference_mode()
 def fuse(
-    model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor], kernels: Kernels | None = None
+    model: nn.Module,
+    probe: Callable[[], Tensor],
+    other: Callable[[], Tensor],
+    kernels: Kernels | None = None,
+    products: Products[Any] | None = None,
 ) -> tuple[str, ...]:
     """Fuse what can be fused; returns the kinds of change that were kept, of `KINDS`.
 
@@ -95,20 +99,21 @@ def fuse(
         probe: runs the model over a fixed batch of a few sequences and returns its output.
         other: does so with other tokens.
         kernels: native kernels, if there are any.
+        products: what multiplies by packed matrices, if anything does.
     """
     reference = probe().clone()
     seen = _observe(model, probe)
     seen.constants = _constants(model, probe, other)
-    packed: dict[nn.Linear, Packed] = {}
-    if kernels is not None and kernels.can_chain:
+    packed: dict[nn.Linear, Any] = {}
+    if products is not None:
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        packed = {x: _pack(x, kernels) for x in seen.linears if _is_plain(x) and uses[id(x.weight)] == 1}
+        packed = {x: _pack(x, products) for x in seen.linears if _is_plain(x) and uses[id(x.weight)] == 1}
     installed: Forwards = {}
 
     def attempt(kinds: tuple[str, ...]) -> tuple[str, ...] | None:
         """Install changes of these kinds instead; those of them that there are, or `None` if the result moved."""
         nonlocal installed
-        forwards, counts = _forwards(kinds, seen, packed, kernels)
+        forwards, counts = _forwards(kinds, seen, packed, kernels, products)
         _exchange(installed, forwards)
         if _gives(probe, reference) and _gives(probe, reference):  # the second time, what the first one left counts
             installed = forwards
@@ -123,20 +128,24 @@ def fuse(
     for kind in KINDS:
         found = attempt((*kept, kind))
         kept = kept if found is None else found
-        if kind == "packed" and found is None and kernels is not None:
+        if kind == "packed" and found is None and products is not None:
             for linear, own in packed.items():
-                linear.weight = nn.Parameter(kernels.unpack(own), requires_grad=False)
+                linear.weight = nn.Parameter(products.unpack(own), requires_grad=False)
             packed = {}
     return kept
 
 
 def _forwards(
-    kinds: tuple[str, ...], seen: Seen, packed: Mapping[nn.Linear, Packed], kernels: Kernels | None
+    kinds: tuple[str, ...],
+    seen: Seen,
+    packed: Mapping[nn.Linear, Any],
+    kernels: Kernels | None,
+    products: Products[Any] | None,
 ) -> tuple[Forwards, Counter[str]]:
     """The `forward` of each module that changes of these kinds replace, and how many changes of each kind those are."""
     forwards: Forwards = {}
     counts = Counter(packed=len(packed))
-    steps: dict[nn.Linear, tuple[Step, ...]] = {x: (Step(own, x.bias, linear=x),) for x, own in packed.items()}
+    steps: dict[nn.Linear, tuple[Step[Any], ...]] = {x: (Step(own, linear=x),) for x, own in packed.items()}
     if "activated" in kinds:
         for activation, linears in seen.activations.items():
             name, _ = ACTIVATIONS[type(activation).__name__]
@@ -150,17 +159,17 @@ def _forwards(
                 forwards[first] = _identity
                 steps[second] = (*steps.pop(first), *steps[second])
                 counts["chained"] += 1
-    if kernels is not None:
-        forwards |= {x: Chain(kernels, own) for x, own in steps.items()}
+    if products is not None:
+        forwards |= {x: products.chain(own) for x, own in steps.items()}
         for block, (linear, norm) in seen.norms.items() if "normalised" in kinds else ():
             if linear in steps and not steps[linear][-1].activation and linear in seen.free:
                 own = steps[linear]
-                forwards[block] = Chain(kernels, (*own[:-1], replace(own[-1], norm=norm)))
+                forwards[block] = products.chain((*own[:-1], replace(own[-1], norm=norm)))
                 counts["normalised"] += 1
-        if "in one pass" in kinds:
-            scales = {x: own for x, own in seen.scales.items() if x in seen.free}
-            forwards |= {x: partial(kernels.rms_norm, gamma_D=own, epsilon=_epsilon(x)) for x, own in scales.items()}
-            counts["in one pass"] = len(scales)
+    if "in one pass" in kinds and kernels is not None:
+        scales = {x: own for x, own in seen.scales.items() if x in seen.free}
+        forwards |= {x: partial(kernels.rms_norm, gamma_D=own, epsilon=_epsilon(x)) for x, own in scales.items()}
+        counts["in one pass"] = len(scales)
     if "in place" in kinds:
         rest = [x for x in seen.activations if x not in forwards and seen.free.issuperset(seen.activations[x])]
         forwards |= {x: ACTIVATIONS[type(x).__name__][1] for x in rest}
@@ -337,9 +346,9 @@ def _is_plain(linear: nn.Linear) -> bool:
     return "forward" not in vars(linear) and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in own)
 
 
-def _pack(linear: nn.Linear, kernels: Kernels) -> Packed:
-    """Its matrix for the BLAS; what stays behind is only a shape."""
-    packed = kernels.pack(linear.weight)
+def _pack(linear: nn.Linear, products: Products[W]) -> W:
+    """Its weights, packed; what stays behind of the matrix is only a shape."""
+    packed = products.pack(linear.weight, linear.bias)
     linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
     return packed
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cenote.tensors.native import Kernels
+    from cenote.tensors.native import Kernels, Products
     from cenote.tensors.packing import Batch, Place, Static
 
 log = logging.getLogger(__name__)
@@ -245,6 +245,7 @@ def choose(
     max_length: int = 1 << 30,
     packed: bool = True,
     kernels: Kernels | None = None,
+    products: Products[Any] | None = None,
     share_prefixes: bool = True,
     graph_tokens: int = 0,
     filled_to: int = 0,
@@ -258,6 +259,7 @@ def choose(
         max_length: most tokens of a sequence, so that the probe stays within the model's positions.
         packed: whether to try packing at all.
         kernels: native CPU kernels to use where they apply.
+        products: what multiplies by packed matrices on a CPU.
         share_prefixes: whether to try running common prefixes once.
         graph_tokens: tokens up to which forwards are replayed, where that is proved to change nothing; 0 = none.
         filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
@@ -282,7 +284,7 @@ def choose(
                     _try_sharing(layout, window, max_length)
                 if model.device.type == "cpu":
                     probe, other = (partial(forward, layout, x) for x in reference.short)
-                    fuse(model, probe, other, kernels)
+                    fuse(model, probe, other, kernels, products)
                 if isinstance(layout, Packed):
                     _try_places(layout, reference)
                     if graph_tokens:

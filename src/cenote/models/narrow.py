@@ -8,8 +8,8 @@ rows must still resemble those in float32, and may not move with a neighbour's t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from cenote.errors import CheckpointError
 from cenote.models.fuse import Remembered
 from cenote.models.layout import forward, vocabulary
 from cenote.tensors import linear, native
+from cenote.tensors.linear import Narrow
+from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.models.layout import Layout
-    from cenote.tensors.linear import Kernel, Kind, Narrow
+    from cenote.tensors.linear import Kernel, Kind
     from cenote.tensors.packing import Batch
 
 PROBE_LENGTHS = (7, 11, 3)
@@ -95,7 +97,7 @@ class Outcome(NamedTuple):
     """What came of it.
 
     Attributes:
-        text: how the Linears run now, for the report at start; empty if all are in float32.
+        text: how the Linears run now, for the report at start; empty if a BLAS multiplies them in float32.
         notes: what a user would want to be warned of.
     """
 
@@ -116,9 +118,12 @@ def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_len
     Raises:
         CheckpointError: narrowed, the model is another one, or a row depends on its neighbours.
     """
-    if prepared.kernel is None:
-        return Outcome("", prepared.notes)
     model = layout.backbone.model
+    total = sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
+    if prepared.kernel is None:
+        own = {step.linear: step.weights for _, chain in _chains(model) for step in chain.steps}
+        path = next((x.path for x in own.values() if isinstance(x, Narrow)), None)
+        return Outcome(f"{len(own)} of {total} in {linear.described(path)}" if path else "", prepared.notes)
     batch, apart, others_T = _probe(model, max_length)
     reference_TD = forward(layout, batch)
     # Products over experts may move by a last bit with the batch in float32 already
@@ -139,7 +144,6 @@ def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_len
         )
     if steady and not torch.equal(found_TD[others_T], forward(layout, apart)[others_T]):
         raise CheckpointError(f"{type(model).__name__} with weights in {how}: rows move with their neighbours")
-    total = sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
     if count == 0:
         return Outcome("", (f"none of the {total} Linear layers is of the plain kind that could be kept in {how}",))
     return Outcome(f"{count} of {total} in {how}, cosine {cosine:.4f} to float32 on a probe", prepared.notes)
@@ -156,20 +160,27 @@ def _probe(model: PreTrainedModel, max_length: int) -> tuple[Batch, Batch, Tenso
     return batch, apart, others_T
 
 
-def _exchange(model: nn.Module, kernel: Kernel, prepared: Prepared) -> int:
-    """Replace the chains all of whose layers are prepared; returns how many Linears those are."""
-    found: set[nn.Linear] = set()
+def _chains(model: nn.Module) -> list[tuple[nn.Module, Chain[Any]]]:
+    """The chains that `cenote.models.fuse` has made, and whose `forward` they are."""
+    found = []
     for module in model.modules():
         own = vars(module).get("forward")
         chain = own.plain if isinstance(own, Remembered) else own
-        if not isinstance(chain, native.Chain):
-            continue
+        if isinstance(chain, Chain):
+            found.append((module, chain))
+    return found
+
+
+def _exchange(model: nn.Module, kernel: Kernel, prepared: Prepared) -> int:
+    """Replace the chains all of whose layers are prepared; returns how many Linears those are."""
+    found: set[nn.Linear] = set()
+    for module, chain in _chains(model):
         linears = [step.linear for step in chain.steps if step.linear in prepared.weights]
         if len(linears) < len(chain.steps):
             continue
         weights = [prepared.weights[x] for x in linears if x is not None]
-        steps = (linear.Step(w, x.activation, x.norm) for w, x in zip(weights, chain.steps, strict=True))
-        narrowed = linear.Chain(kernel, tuple(steps))
+        narrowed = kernel.chain(tuple(replace(x, weights=w) for x, w in zip(chain.steps, weights, strict=True)))
+        own = vars(module)["forward"]
         if isinstance(own, Remembered):
             own.plain = narrowed
         else:

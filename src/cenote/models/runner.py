@@ -36,7 +36,7 @@ from cenote.models.outputs import (
     activation_of,
 )
 from cenote.tasks import TASKS, only_of
-from cenote.tensors import native
+from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
 from cenote.types import UNLIMITED, ModelInfo, Output, Sequence, Similarity
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layout import Layout
     from cenote.models.outputs import TaskOutput
+    from cenote.tensors.native import Kernels, Products
     from cenote.tensors.packing import Batch, Place
     from cenote.types import PoolingParams
 
@@ -234,9 +235,10 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
     native.keep_freed_memory()
-    if kernels is not None and kernels.can_chain:
-        narrowing.leave_file(full)
     prepared = _prepare(model, options)
+    products = _products(model, kernels, prepared)
+    if products is not None:
+        narrowing.leave_file(full)
     folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
     adapters = adapting.Adapters(model, adapting.find(folders))
     probe = None if full is model else classifiers.Probe(full, max_length=length)
@@ -246,6 +248,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             max_length=length,
             packed=options.packing,
             kernels=kernels,
+            products=products,
             share_prefixes=options.prefix_sharing,
             graph_tokens=0 if adapters.names else graph_tokens(model, options, device),
             filled_to=_filled_to(checkpoint),
@@ -314,6 +317,13 @@ def _filled_to(checkpoint: Checkpoint) -> int:
     """Length to which queries are filled up with hidden tokens; 0 = they are not."""
     fill = checkpoint.multi_vector.expansion if checkpoint.multi_vector else None
     return fill.length if fill and not fill.attend else 0
+
+
+def _products(model: nn.Module, kernels: Kernels | None, prepared: narrowing.Prepared) -> Products[Any] | None:
+    """What multiplies in float32: if weights wait to be narrowed, only until they are."""
+    if prepared.kernel is not None:
+        return kernels if kernels is not None and kernels.can_chain else None
+    return linear.float32(kernels, [x.weight for x in model.modules() if type(x) is nn.Linear])
 
 
 def _prepare(model: PreTrainedModel, options: ModelConfig) -> narrowing.Prepared:

@@ -1,5 +1,8 @@
-// Linear layers with narrow weights on x86, and what follows them: y = f(x W^T + b), for float32 x and y.
+// Linear layers on x86 in other than plain float32, and what follows them: y = f(x W^T + b), for float32 x and y.
 //
+//   float32    x and W are sums of up to three bfloat16, whose products AMX sums in float32: as exact as float32 itself,
+//              and faster.  G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype
+//              For Higher-Precision Computations", 2019.
 //   int8       a row of x becomes bytes q of its own range, x ~ low + step * q; W is int8 with a scale per output:
 //              y = scale * step * (q . w) + low * sum(w) * scale + b.  Rows know nothing of each other.
 //   bfloat16   x is rounded to bfloat16; products are summed in float32.
@@ -11,6 +14,7 @@
 //
 // int8 and bfloat16 weights are laid out in panels of 16 outputs: 64 bytes hold 4 consecutive bytes of each of the 16
 // rows of W.  This is what vpmaddubsw, vpdpbusd and AMX all read.  Rows are padded with zeros to 64 bytes, outputs to 32.
+// Of float32, 32 inputs are two panels of 1 KiB for each of its parts, the lowest first; pairs of inputs are (i, i + 16).
 // Halves are in panels of 64 outputs, 128 bytes for each input.
 #include "kernels.cpp"  // vectors, activations, LayerNorm
 
@@ -34,12 +38,14 @@
 
 namespace {
 
-enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kFloat16, kBfloat16 };  // as in linear.py
+enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kFloat16, kBfloat16 };  // as in linear.py
 
 constexpr int kColumns = 32, kWideColumns = 64;    // of a tile; of a tile of widened weights
 constexpr int kRows = 64;                          // of both
 constexpr int kFewestRows = 16, kMostRows = 256;   // of a block; AMX takes 16 at once
 constexpr int64_t kLargeWeights = int64_t{8} << 20;  // bytes of weights that are read from memory for every block
+constexpr int kSplitRows = 128;                    // of a block of float32 that is split
+constexpr int64_t kSplitInputs = 1024, kSplitGroups = 3 * kSplitInputs / 2;  // of it that are multiplied at once
 constexpr int kChunk = 64;                         // inputs whose weights are widened at once
 
 inline bool is_widened(Path path) { return path == kFloat16 || path == kBfloat16; }
@@ -109,6 +115,39 @@ void narrow_int8(const float* x, int64_t size, uint8_t* q, float* low, float* st
 }
 
 #if defined(CENOTE_AMX)
+// The bfloat16 nearest to each float32, in its upper half.
+inline __m512i upper_half(vf x) {
+  const __m512i rounded = _mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000));
+  return _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff0000));
+}
+// Pairs of halves: those of a, and those of b above them.
+inline __m512i halves(__m512i a, __m512i b) {
+  constexpr int select = 0xea;  // (first & second) | third
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff0000), b, _mm512_srli_epi32(a, 16), select);
+}
+
+// 32 inputs become three lines of bfloat16, whose sum they are, each of the pairs (i, i + 16).
+void split_float32(const float* x, int64_t size, uint8_t* q) {
+  float rest[2 * W];
+  for (int64_t i = 0; i < size; i += 2 * W, q += 192) {
+    const float* at = x + i;
+    if (i + 2 * W > size) {
+      std::memset(rest, 0, sizeof rest);
+      std::memcpy(rest, at, (size - i) * sizeof(float));
+      at = rest;
+    } else {
+      prefetch(at);
+    }
+    vf a = load(at), b = load(at + W);
+    for (int part = 0; part < 2; ++part) {
+      const __m512i high_a = upper_half(a), high_b = upper_half(b);
+      _mm512_storeu_si512(q + 64 * part, halves(high_a, high_b));
+      a -= (vf)high_a, b -= (vf)high_b;
+    }
+    _mm512_storeu_si512(q + 128, halves((__m512i)a, (__m512i)b));
+  }
+}
+
 void narrow_bf16(const float* x, int64_t size, uint8_t* q) {
   int64_t i = 0;
   for (; i + W <= size; i += W) {
@@ -130,14 +169,15 @@ struct Product {
   const uint8_t* q;  // rows at distance `stride`
   int64_t stride, groups;
   const uint8_t* w;  // two panels at distance 64 * groups
-  int32_t* tile;  // int32, or float32 for bfloat16
+  int32_t* tile;     // int32, or float32 for bfloat16
+  int parts;         // of w, for float32
 
   inline int32_t group(int row, int64_t g) const {
     int32_t x;
     std::memcpy(&x, q + row * stride + 4 * g, 4);
     return x;
   }
-  inline Product from(int row) const { return {q + row * stride, stride, groups, w, tile + row * kColumns}; }
+  inline Product from(int row) const { return {q + row * stride, stride, groups, w, tile + row * kColumns, parts}; }
 };
 
 struct Avx2 {  // w is such that the sum of two products fits 16 bits
@@ -258,6 +298,56 @@ void multiply_tiles(const Product& p, int rows) {
   }
 #undef DOT
 }
+
+// float32 as sums of bfloat16: of the products of parts those that matter are summed, small ones first; the others are
+// below 2^-25 of the whole.  A tile is loaded while the one before it is multiplied.
+template <int parts, bool two>
+inline void multiply_split_rows(const uint8_t* a0, int64_t stride, const uint8_t* w, const uint8_t* end, float* to) {
+#define ROWS(tile, part) _tile_loadd(tile, a0 + (tile - 4) * 16 * stride + 64 * part, stride);
+#define PANEL(tile, part) _tile_loadd(tile, w + 1024 * (2 * (parts - 1 - part) + tile - 6), 64);
+#define DOT(c, a, b) _tile_dpbf16ps(c, a, b);
+#define BOTH(x) \
+  if constexpr (two) { x }
+#define FIRST(row, panel) ROWS(4, row) PANEL(6, panel) BOTH(ROWS(5, row)) PANEL(7, panel)
+#define THEN_ROWS(next) DOT(0, 4, 6) DOT(1, 4, 7) ROWS(4, next) BOTH(DOT(2, 5, 6) DOT(3, 5, 7) ROWS(5, next))
+#define THEN_PANELS(next) \
+  DOT(0, 4, 6) BOTH(DOT(2, 5, 6)) PANEL(6, next) DOT(1, 4, 7) BOTH(DOT(3, 5, 7)) PANEL(7, next)
+#define LAST DOT(0, 4, 6) DOT(1, 4, 7) BOTH(DOT(2, 5, 6) DOT(3, 5, 7))
+  _tile_zero(0);
+  _tile_zero(1);
+  BOTH(_tile_zero(2); _tile_zero(3);)
+  for (; w < end; a0 += 192, w += 2048 * parts) {
+    if constexpr (parts == 3) {
+      FIRST(0, 2) THEN_PANELS(1) THEN_ROWS(1) THEN_PANELS(0) THEN_ROWS(2) THEN_ROWS(0) LAST
+    } else if constexpr (parts == 2) {
+      FIRST(0, 1) THEN_ROWS(1) THEN_PANELS(0) THEN_ROWS(2) THEN_ROWS(0) LAST
+    } else {
+      FIRST(2, 0) THEN_ROWS(1) THEN_ROWS(0) LAST
+    }
+  }
+  constexpr int64_t row = sizeof(float) * kColumns;
+  _tile_stored(0, to, row);
+  _tile_stored(1, to + 16, row);
+  BOTH(_tile_stored(2, to + 16 * kColumns, row); _tile_stored(3, to + 16 * kColumns + 16, row);)
+#undef LAST
+#undef THEN_PANELS
+#undef THEN_ROWS
+#undef FIRST
+#undef BOTH
+#undef DOT
+#undef PANEL
+#undef ROWS
+}
+
+template <int parts>
+void multiply_split(const Product& p, int rows) {
+  const uint8_t* end = p.w + 128 * parts * (p.groups / 3);
+  float* tile = reinterpret_cast<float*>(p.tile);
+  int r = 0;
+  for (; r + 16 < rows; r += 32)
+    multiply_split_rows<parts, true>(p.q + r * p.stride, p.stride, p.w, end, tile + r * kColumns);
+  if (r < rows) multiply_split_rows<parts, false>(p.q + r * p.stride, p.stride, p.w, end, tile + r * kColumns);
+}
 #endif
 
 void multiply(Path path, const Product& p, int rows) {
@@ -272,6 +362,8 @@ void multiply(Path path, const Product& p, int rows) {
 #if defined(CENOTE_AMX)
     case kAmxInt8: return multiply_tiles<true>(p, rows);
     case kAmxBf16: return multiply_tiles<false>(p, rows);
+    case kAmxFloat32:
+      return p.parts == 3 ? multiply_split<3>(p, rows) : p.parts == 2 ? multiply_split<2>(p, rows) : multiply_split<1>(p, rows);
 #endif
     default: return;
   }
@@ -349,82 +441,111 @@ struct NarrowStep {
   const float* gamma;
   const float* beta;
   int64_t in, out;
-  int64_t groups;  // of 4 bytes of a padded row of W
+  int64_t groups;  // of 4 bytes of a padded row of x, as it is multiplied
   float epsilon;
   int32_t activation;
-  int32_t path;  // the same in all steps
+  int32_t path;   // the same in all steps
+  int32_t parts;  // of float32: the bfloat16 that each weight is a sum of
+
+  // Bytes of a tile of weights up to a number of those groups.
+  int64_t weights(int64_t before) const {
+    return (path == kAmxFloat32 ? before / 3 * parts : before) * 4 * tile_columns(static_cast<Path>(path));
+  }
 };
 
 // What one thread needs for a block.
 struct Work {
   uint8_t* q;
   int64_t stride;
-  float low[kMostRows], step[kMostRows];
+  float low[kMostRows + kFewestRows], step[kMostRows + kFewestRows];
   alignas(64) int32_t tile[kRows * kWideColumns];
 };
 
+// A share of the inputs of a step; the first begins the sums, the last ends them.
+struct Share {
+  int64_t begin, size, groups;
+  bool first, last;
+};
+
 template <int activation>
-void finish(const NarrowStep& s, const Work& work, int columns, int first, int rows, int64_t column, float* y) {
+void finish(const NarrowStep& s, const Share& share, const Work& work, int columns, int first, int rows, int64_t column,
+            float* y) {
   const int64_t wanted = s.out - column < columns ? s.out - column : columns;
   for (int r = 0; r < rows; ++r)
     for (int64_t c = 0; c < wanted; c += W) {
       const int32_t* sums = work.tile + r * columns + c;
+      float* to = y + (first + r) * s.out + column + c;
       vf v;
       const vf bias = load(s.bias + column + c);
       if (s.scale) {
         const vf rest = load(s.sums + column + c) * work.low[first + r] + bias;
         v = from_int(sums) * (load(s.scale + column + c) * work.step[first + r]) + rest;
       } else {
-        v = load(reinterpret_cast<const float*>(sums)) + bias;
+        v = load(reinterpret_cast<const float*>(sums)) + (share.first ? bias : load(to, wanted - c));
       }
-      store(y + (first + r) * s.out + column + c, activate<activation>(v), wanted - c);
+      store(to, activate<activation>(v), wanted - c);
     }
 }
 
-void finish(const NarrowStep& s, const Work& work, int columns, int first, int rows, int64_t column, float* y) {
-  switch (s.activation) {
-    case 1: return finish<1>(s, work, columns, first, rows, column, y);
-    case 2: return finish<2>(s, work, columns, first, rows, column, y);
-    case 3: return finish<3>(s, work, columns, first, rows, column, y);
-    case 4: return finish<4>(s, work, columns, first, rows, column, y);
-    default: return finish<0>(s, work, columns, first, rows, column, y);
+void finish(const NarrowStep& s, const Share& share, const Work& work, int columns, int first, int rows, int64_t column,
+            float* y) {
+  switch (share.last ? s.activation : 0) {
+    case 1: return finish<1>(s, share, work, columns, first, rows, column, y);
+    case 2: return finish<2>(s, share, work, columns, first, rows, column, y);
+    case 3: return finish<3>(s, share, work, columns, first, rows, column, y);
+    case 4: return finish<4>(s, share, work, columns, first, rows, column, y);
+    default: return finish<0>(s, share, work, columns, first, rows, column, y);
+  }
+}
+
+// Rows of x, as the path multiplies them, into work.q.
+void narrow_rows(Path path, Rows x, int rows, const Share& share, Work& work) {
+  for (int r = 0; r < rows; ++r) {
+    const float* from = x.base + r * x.stride + share.begin;
+    uint8_t* row = work.q + r * work.stride;
+    int64_t used = share.size;
+    if (is_widened(path)) {
+      std::memcpy(row, from, used *= 4);
+#if defined(CENOTE_AMX)
+    } else if (path == kAmxBf16) {
+      narrow_bf16(from, share.size, row);
+      used *= 2;
+    } else if (path == kAmxFloat32) {
+      split_float32(from, share.size, row);
+      used = 4 * share.groups;
+#endif
+    } else {
+      narrow_int8(from, share.size, row, work.low + r, work.step + r);
+    }
+    std::memset(row + used, 0, 4 * share.groups - used);
   }
 }
 
 // Columns of the tiles [from, to) of a step over a block of rows, into y, whose rows are contiguous.
 void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, int64_t to, Work& work, float* y) {
-  const bool halves = is_widened(path);
-  for (int r = 0; r < rows; ++r) {
-    uint8_t* row = work.q + r * work.stride;
-    int64_t used = s.in;
-    if (halves) {
-      std::memcpy(row, x.base + r * x.stride, used *= 4);
-    } else if (path == kAmxBf16) {
-#if defined(CENOTE_AMX)
-      narrow_bf16(x.base + r * x.stride, s.in, row);
-#endif
-      used *= 2;
-    } else {
-      narrow_int8(x.base + r * x.stride, s.in, row, work.low + r, work.step + r);
-    }
-    std::memset(row + used, 0, 4 * s.groups - used);
-  }
   const int columns = tile_columns(path);
-  for (int64_t t = from; t < to; ++t)
-    for (int first = 0; first < rows; first += kRows) {
-      const int n = rows - first < kRows ? rows - first : kRows;
-      for (int r = 0; r < n; ++r)  // or each row's stores would wait for memory in turn
-        for (int c = 0; c < columns; c += 16) __builtin_prefetch(y + (first + r) * s.out + t * columns + c, 1);
-      const uint8_t* q = work.q + first * work.stride;
-      const uint8_t* w = static_cast<const uint8_t*>(s.weight);
-      if (halves)
-        multiply_halves(path, {reinterpret_cast<const float*>(q), work.stride / 4}, s.in,
-                        reinterpret_cast<const uint16_t*>(w) + t * columns * s.in,
-                        reinterpret_cast<float*>(work.tile), n);
-      else
-        multiply(path, {q, work.stride, s.groups, w + t * 4 * columns * s.groups, work.tile}, n);
-      finish(s, work, columns, first, n, t * columns, y);
-    }
+  const uint8_t* w = static_cast<const uint8_t*>(s.weight);
+  const int64_t at_once = path == kAmxFloat32 ? kSplitInputs : s.in;
+  for (int64_t begin = 0, groups = 0; begin < s.in; begin += at_once) {
+    const bool last = begin + at_once >= s.in;
+    const Share share{begin, last ? s.in - begin : at_once, last ? s.groups - groups : kSplitGroups, begin == 0, last};
+    narrow_rows(path, x, rows, share, work);
+    for (int64_t t = from; t < to; ++t)
+      for (int first = 0; first < rows; first += kRows) {
+        const int n = rows - first < kRows ? rows - first : kRows;
+        for (int r = 0; r < n; ++r)  // or each row's stores would wait for memory in turn
+          for (int c = 0; c < columns; c += 16) __builtin_prefetch(y + (first + r) * s.out + t * columns + c, 1);
+        const uint8_t* q = work.q + first * work.stride;
+        if (is_widened(path))
+          multiply_halves(path, {reinterpret_cast<const float*>(q), work.stride / 4}, s.in,
+                          reinterpret_cast<const uint16_t*>(w) + t * columns * s.in,
+                          reinterpret_cast<float*>(work.tile), n);
+        else
+          multiply(path, {q, work.stride, share.groups, w + t * s.weights(s.groups) + s.weights(groups), work.tile, s.parts}, n);
+        finish(s, share, work, columns, first, n, t * columns, y);
+      }
+    groups += share.groups;
+  }
 }
 
 struct Chain {
@@ -433,23 +554,32 @@ struct Chain {
   int count;
   Rows x, residual;
   float* out;
-  int64_t rows, block;
+  int64_t rows, blocks;
+
+  // Blocks are as even as whole tiles of rows let them be.
+  int64_t begin(int64_t b) const {
+    return b == blocks ? rows : rows * b / blocks / kFewestRows * kFewestRows;
+  }
+  int64_t longest() const { return (rows / blocks / kFewestRows + 2) * kFewestRows; }
 
   // Bytes of a thread's scratch memory, and of what threads share that run a block together.
   int64_t stride() const {
     int64_t groups = 0;
     for (int i = 0; i < count; ++i) groups = steps[i].groups > groups ? steps[i].groups : groups;
+    if (path == kAmxFloat32 && groups > kSplitGroups) groups = kSplitGroups;
     return 4 * groups + 64;  // rows at a power-of-two distance would evict each other from L1
   }
   int64_t between() const {
     int64_t widest = 0;
     for (int i = 0; i + 1 < count; ++i) widest = steps[i].out > widest ? steps[i].out : widest;
-    return widest * block;
+    return widest * longest();
   }
 
   // The share `part` of `parts` in a block of rows; `wait` is called where all must have come so far.
   template <class Wait>
-  void run(int64_t first, int n, float* halves, Work& work, int part, int parts, Wait wait) const {
+  void run(int64_t b, float* halves, Work& work, int part, int parts, Wait wait) const {
+    const int64_t first = begin(b);
+    const int n = static_cast<int>(begin(b + 1) - first);
     Rows from{x.base + first * x.stride, x.stride};
     for (int i = 0; i < count; ++i) {
       const NarrowStep& s = steps[i];
@@ -489,7 +619,7 @@ int linear_paths() {
 #if defined(__AVX512VNNI__)
   found |= 1 << kAvx512Vnni;
 #endif
-  if (may_use_amx()) found |= 1 << kAmxInt8 | 1 << kAmxBf16;
+  if (may_use_amx()) found |= 1 << kAmxInt8 | 1 << kAmxBf16 | 1 << kAmxFloat32;
   return found;
 }
 
@@ -498,20 +628,19 @@ int linear_paths() {
 int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_stride, const float* residual,
                  int64_t residual_stride, float* out, int64_t rows, int threads) {
   const Path path = static_cast<Path>(steps[0].path);
-  int64_t block = kRows;
+  int64_t block = path == kAmxFloat32 ? kSplitRows : kRows;
   for (int i = 0; i < count; ++i)
-    if (!is_widened(path) && 4 * steps[i].groups * steps[i].out > kLargeWeights) block = kMostRows;
+    if (path < kAmxFloat32 && 4 * steps[i].groups * steps[i].out > kLargeWeights) block = kMostRows;
 #if defined(_OPENMP)
-  const int64_t each = (rows + threads - 1) / threads;
   // Too few rows to give every thread some of its own: all run each block together.
-  const bool together = threads > 1 && each < kFewestRows;
-  if (!together && each < block) block = (each + kFewestRows - 1) / kFewestRows * kFewestRows;
+  const bool together = threads > 1 && rows < kFewestRows * threads;
 #else
   const bool together = false;
   threads = 1;
 #endif
-  const Chain chain{path, steps, count, {x, x_stride}, {residual, residual_stride}, out, rows, block};
-  const int64_t blocks = (rows + block - 1) / block, between = (count > 1 ? 2 : 0) * chain.between();
+  const int64_t parallel = together ? 1 : threads, turns = (rows + block * parallel - 1) / (block * parallel);
+  const Chain chain{path, steps, count, {x, x_stride}, {residual, residual_stride}, out, rows, turns * parallel};
+  const int64_t between = (count > 1 ? 2 : 0) * chain.between();
   float* shared = nullptr;
   Scratch common;
   int failed = 0;
@@ -524,7 +653,7 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
   {
     static thread_local Scratch scratch;
 #if defined(CENOTE_AMX)
-    const bool amx = path == kAmxInt8 || path == kAmxBf16;
+    const bool amx = path == kAmxInt8 || path == kAmxBf16 || path == kAmxFloat32;
     const TileConfig config;
     if (amx) _tile_loadconfig(&config);
 #endif
@@ -532,7 +661,7 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
     work.stride = chain.stride();
     float* own = nullptr;
     try {
-      own = scratch.get(between + block * work.stride / 4);
+      own = scratch.get(between + chain.longest() * work.stride / 4);
     } catch (const std::bad_alloc&) {
 #pragma omp atomic write
       failed = 1;
@@ -540,17 +669,16 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
 #pragma omp barrier
     if (!failed) {
       work.q = reinterpret_cast<uint8_t*>(own + between);
-      const auto rows_of = [&](int64_t b) { return static_cast<int>(rows - b * block < block ? rows - b * block : block); };
 #if defined(_OPENMP)
       if (together) {
-        for (int64_t b = 0; b < blocks; ++b)
-          chain.run(b * block, rows_of(b), shared, work, omp_get_thread_num(), omp_get_num_threads(), [] {
+        for (int64_t b = 0; b < chain.blocks; ++b)
+          chain.run(b, shared, work, omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
           });
       } else
 #endif
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = 0; b < blocks; ++b) chain.run(b * block, rows_of(b), own, work, 0, 1, [] {});
+        for (int64_t b = 0; b < chain.blocks; ++b) chain.run(b, own, work, 0, 1, [] {});
     }
 #if defined(CENOTE_AMX)
     if (amx) _tile_release();

@@ -1,6 +1,7 @@
-"""Linear layers with narrow weights on a CPU, for float32 inputs and outputs.
+"""Linear layers on a CPU by other products than those of float32, for float32 inputs and outputs.
 
-int8 weights have one scale per output; rows of the input are narrowed inside the kernel, each to bytes of its own range
+float32 itself is multiplied by AMX as sums of bfloat16, without loss. The other kinds narrow the weights. int8 weights
+have one scale per output; rows of the input are narrowed inside the kernel, each to bytes of its own range
 (`x ~ low + step * q`, q in 0 .. 255), so that a row's result does not depend on its neighbours. bfloat16 is multiplied
 where the CPU does so (AMX); elsewhere it is, like float16, only how weights are kept, and they are widened to float32
 while they are read. The source is `linear.cpp`, compiled on first use; which instructions multiply is a *path*.
@@ -13,32 +14,39 @@ import functools
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cenote.tensors import native
+from cenote.tensors.native import Chain, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["int8", "bfloat16", "float16"]
+    from cenote.tensors.native import Kernels, Products
+
+Kind = Literal["int8", "bfloat16", "float16", "float32"]
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "float16", "bfloat16")
+PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "AMX-FLOAT32", "float16", "bfloat16")
 """In the order of the kernel's numbers; the last two are for weights that are widened."""
 FASTEST: dict[Kind, tuple[str, ...]] = {
     "int8": ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2"),
     "bfloat16": ("AMX-BF16", "bfloat16"),
     "float16": ("float16",),
+    "float32": ("AMX-FLOAT32",),
 }
 """Paths of each kind, the fastest first. vdpbf16ps is no faster than float32 on the processors tried, so it is none."""
 WIDENED = frozenset({"float16", "bfloat16"})
 """Paths of weights that are widened."""
 PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
 """Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
+STORED = (torch.float32, torch.float16, torch.bfloat16)
+MEMORY_SHARE = 0.25
+"""Of the memory there is, what float32 weights may take in parts: 6 bytes each, unless they were stored in fewer."""
 WIDEST = 65_536
 """Inputs beyond which sums of 255 * 127 might not fit 32 bits."""
 
@@ -54,6 +62,8 @@ class Narrow:
             `[tiles, D, 64]`.
         scale, sums: of int8, for each output: the scale, and the sum of its weights times it.
         bias: zeros if there is none.
+        parts: of float32, the bfloat16 numbers that each weight is the sum of: 3, 2 if the checkpoint was stored in
+            float16, 1 if in bfloat16.
     """
 
     path: str
@@ -63,23 +73,33 @@ class Narrow:
     scale: Tensor | None
     sums: Tensor | None
     bias: Tensor
+    parts: int = 1
+
+    @property
+    def groups(self) -> int:
+        """4 bytes each, of a row of the input as it is multiplied."""
+        groups: int = self.panels.shape[1]
+        return groups // self.parts * 3 if self.path in FASTEST["float32"] else groups
 
 
 def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
     """Narrow the weights of a Linear for `path`.
 
     Raises:
-        ValueError: D is larger than `WIDEST`.
+        ValueError: D is larger than `WIDEST`, and the weights are to be int8.
     """
     outputs, inputs = weight_ND.shape
-    if inputs > WIDEST:
-        raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
     bias = _padded(bias_N, outputs)
     if path in FASTEST["int8"]:
+        if inputs > WIDEST:
+            raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
         codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
         sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
         scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
         return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
+    if path in FASTEST["float32"]:
+        parts = split(weight_ND)
+        return Narrow(path, inputs, outputs, _split_panels(parts), None, None, bias, len(parts))
     if path not in WIDENED:
         return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
     half_ND = F.pad(weight_ND.to(getattr(torch, path)), (0, 0, 0, -outputs % WIDE_TILE))
@@ -107,6 +127,8 @@ def described(path: str) -> str:
     """What Linears do on `path`, for people."""
     if path in WIDENED:
         return f"{path}, widened to float32 as they are read"
+    if path in FASTEST["float32"]:
+        return "float32, as sums of bfloat16, by AMX"
     return f"int8 by {path}" if path in FASTEST["int8"] else f"bfloat16 by {path}"
 
 
@@ -119,18 +141,38 @@ def _panels(narrow_ND: Tensor) -> Tensor:
     return padded_ND.view(padded_ND.shape[0] // PANEL, PANEL, -1, group).transpose(1, 2).contiguous()
 
 
+def split(weight_ND: Tensor) -> list[Tensor]:
+    """The bfloat16 matrices whose sum a float32 matrix is, the largest first: as many as it takes, at most three."""
+    rest_ND = weight_ND.float()
+    parts: list[Tensor] = []
+    while not parts or (len(parts) < 3 and bool(rest_ND.count_nonzero())):
+        parts.append(rest_ND.bfloat16())
+        rest_ND = rest_ND - parts[-1].float()
+    return parts
+
+
+def _split_panels(parts: list[Tensor]) -> Tensor:
+    """`[panels, groups, 16, 2]`; 32 inputs are 16 groups for each part."""
+    padded = torch.stack([F.pad(x, (0, -x.shape[1] % TILE, 0, -x.shape[0] % TILE)) for x in reversed(parts)])
+    # parts, tiles of 32 outputs, panels, outputs, blocks of 32 inputs, half of the block, input
+    panels = padded.view(len(parts), -1, 2, PANEL, padded.shape[-1] // TILE, 2, TILE // 2).permute(1, 4, 0, 2, 6, 3, 5)
+    return panels.reshape(2 * len(panels), -1, PANEL, 2).contiguous()
+
+
+def unsplit(own: Narrow) -> Tensor:
+    """The float32 matrix `[N, D]` again, exactly."""
+    blocks = -(-own.inputs // TILE)
+    panels = own.panels.view(-1, blocks, own.parts, 2, TILE // 2, PANEL, 2).permute(2, 0, 3, 5, 1, 6, 4)
+    parts = panels.reshape(own.parts, -1, blocks * TILE).float()
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole + part
+    return whole[: own.outputs, : own.inputs].contiguous()
+
+
 def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
     vector_N = torch.zeros(outputs) if vector_N is None else vector_N.float()
     return F.pad(vector_N, (0, -outputs % WIDE_TILE)).contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A layer of a chain: as `cenote.tensors.native.Step`, with narrow weights."""
-
-    weights: Narrow
-    activation: str = ""
-    norm: nn.LayerNorm | None = None
 
 
 class _Step(ctypes.Structure):
@@ -142,6 +184,7 @@ class _Step(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("path", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
     )
 
 
@@ -160,6 +203,10 @@ class Kernel:
     def path(self, kind: Kind) -> str | None:
         """The fastest path for weights of this kind, if there is any."""
         return next((path for path in FASTEST[kind] if path in self.paths), None)
+
+    def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
+        """Layers of weights that were all made for the same path; only the last may normalise."""
+        return Chain(self.run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
 
     def run_chain(self, layers: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
         """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
@@ -181,37 +228,44 @@ class Kernel:
         """Whether every path gives what torch does with the same narrowed numbers, in float64."""
         generator = torch.Generator().manual_seed(0)
         norm = nn.LayerNorm(97)
-        for rows, inputs in ((1, 5), (37, 70), (66, 130)):
+        for rows, inputs in ((1, 5), (37, 70), (65, 1030), (66, 130)):
             x = torch.randn(rows, inputs, generator=generator) * 2 + 0.3
             weight, bias, residual = (torch.randn(n, inputs, generator=generator) for n in (97, 97, rows))
             residual = residual[:, :1].expand(rows, 97).contiguous()
             for path in self.paths:
-                want, weights = emulate(x, weight, bias[:, 0], path), narrow(weight, bias[:, 0], path)
+                stored = weight.to(STORED[rows % 3]).float()  # in as many parts, if in any
+                want, weights = emulate(x, stored, bias[:, 0], path), narrow(stored, bias[:, 0], path)
                 steps = [Step(weights, name) for name in ("", *native.ACTIVATIONS)]
                 wanted = [want, *(apply(want) for apply in native.ACTIVATIONS.values())]
-                found = [Chain(self, (step,))(x) for step in steps]
+                found = [self.chain((step,))(x) for step in steps]
                 wanted.append(F.layer_norm(want + residual, (97,), eps=norm.eps))
-                found.append(Chain(self, (Step(weights, norm=norm),))(x, residual))
+                found.append(self.chain((Step(weights, norm=norm),))(x, residual))
                 pairs = zip(found, wanted, strict=True)
                 if not all(torch.allclose(got.double(), own, atol=1e-4, rtol=1e-4) for got, own in pairs):
                     return False
         return True
 
 
-class Chain(native.Chained):
-    """Layers of narrow weights, all made for the same path.
+class Exact(NamedTuple):
+    """float32, multiplied as exactly as by a BLAS: see `cenote.tensors.native.Products`."""
 
-    Args:
-        kernel: what runs them.
-        steps: the layers; only the last may normalise.
-    """
+    kernel: Kernel
+    path: str
 
-    def __init__(self, kernel: Kernel, steps: tuple[Step, ...]) -> None:
-        super().__init__(kernel.run_chain, (_Step * len(steps))(*map(_plain, steps)))
-        self.steps = steps
+    def pack(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Narrow:
+        """The weights as the kernel reads them."""
+        return narrow(weight_ND.detach(), bias_N, self.path)
+
+    def unpack(self, packed: Narrow) -> Tensor:
+        """The float32 matrix `[N, D]` again."""
+        return unsplit(packed)
+
+    def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
+        """What runs the layers."""
+        return self.kernel.chain(steps)
 
 
-def _plain(step: Step) -> _Step:
+def _plain(step: Step[Narrow]) -> _Step:
     own, norm = step.weights, step.norm
     vectors = [own.scale, own.sums, own.bias, *((norm.weight, norm.bias) if norm else (None, None))]
     return _Step(
@@ -219,15 +273,35 @@ def _plain(step: Step) -> _Step:
         *(None if vector is None else vector.data_ptr() for vector in vectors),
         own.inputs,
         own.outputs,
-        own.panels.shape[1],
+        own.groups,
         0.0 if norm is None else norm.eps,
         [*native.ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
         PATHS.index(own.path),
+        own.parts,
     )
+
+
+def float32(kernels: Kernels | None, weights: list[Tensor]) -> Products[Any] | None:
+    """What multiplies in float32 by these matrices: AMX, if there is room for their parts; or a BLAS, if any."""
+    if kernels is None:
+        return None
+    blas = kernels if kernels.can_chain else None
+    try:
+        kernel = load()
+    except RuntimeError:
+        return blas
+    path, room = kernel.path("float32"), MEMORY_SHARE * native.memory()
+    if path is None or (
+        sum(6 * x.numel() for x in weights) > room and sum(2 * len(split(x)) * x.numel() for x in weights) > room
+    ):
+        return blas
+    return Exact(kernel, path)
 
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
     """What `path` computes, by torch in float64: `[R, N]`."""
+    if path in FASTEST["float32"]:
+        return F.linear(x_RD.double(), weight_ND.double(), bias_N.double())
     if path not in FASTEST["int8"]:
         dtype = torch.float16 if path == "float16" else torch.bfloat16
         rounded_RD = x_RD.bfloat16() if path == "AMX-BF16" else x_RD

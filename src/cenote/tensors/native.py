@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -156,14 +156,19 @@ class Kernels:
         """Whether there is a BLAS that multiplies by packed matrices: torch's MKL, on x86."""
         return self._blas is not None
 
-    def pack(self, weight: Tensor) -> Packed:
-        """A copy of the float32 matrix `[out, in]` of a Linear layer, in the order in which the BLAS reads it."""
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        """See `Products`; the order is that in which the BLAS reads the matrix."""
         assert self._blas is not None
-        return Packed(self._blas.pack(weight.detach().contiguous()), *weight.shape)
+        rows, columns = weight.shape
+        return Packed(self._blas.pack(weight.detach().contiguous()), rows, columns, bias)
 
     def unpack(self, packed: Packed) -> Tensor:
-        """The matrix `[out, in]` again, by its products with the unit vectors, which are exact."""
-        return Chain(self, (Step(packed),))(torch.eye(packed.columns)).t().contiguous()
+        """See `Products`: products with the unit vectors are exact."""
+        return self.chain((Step(packed._replace(bias=None)),))(torch.eye(packed.columns)).t().contiguous()
+
+    def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
+        """See `Products`."""
+        return Chain(self.run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
 
     def run_chain(self, steps: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
         """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
@@ -232,15 +237,15 @@ class Kernels:
         first, second, norm = torch.nn.Linear(40, 100), torch.nn.Linear(100, 40, bias=False), torch.nn.LayerNorm(40)
         for parameter in (*first.parameters(), *second.parameters(), *norm.parameters()):
             parameter.copy_(draw(*parameter.shape))
-        packed = [self.pack(linear.weight) for linear in (first, second)]
+        packed = [self.pack(linear.weight, linear.bias) for linear in (first, second)]
         for rows in (1, 5, 300):
             x, residual = draw(rows, 40), draw(rows, 40)
             hidden = F.linear(x.double(), first.weight.double(), first.bias.double())
             for name, apply in ACTIVATIONS.items():
                 product = F.linear(apply(hidden), second.weight.double()) + residual
                 want = F.layer_norm(product, (40,), norm.weight.double(), norm.bias.double(), norm.eps)
-                steps = (Step(packed[0], first.bias, activation=name), Step(packed[1], norm=norm))
-                if not torch.allclose(Chain(self, steps)(x, residual).double(), want, atol=2e-5, rtol=1e-5):
+                steps = (Step(packed[0], activation=name), Step(packed[1], norm=norm))
+                if not torch.allclose(self.chain(steps)(x, residual).double(), want, atol=2e-5, rtol=1e-5):
                     return False
         return all(torch.equal(self.unpack(p), x.weight) for p, x in zip(packed, (first, second), strict=True))
 
@@ -267,11 +272,13 @@ class Packed(NamedTuple):
         memory: its bytes. Most of what MKL asks for beyond the matrix is never touched, so it costs no memory.
         rows: outputs of the layer.
         columns: inputs of the layer.
+        bias: of the layer.
     """
 
     memory: mmap.mmap
     rows: int
     columns: int
+    bias: Tensor | None
 
     @property
     def address(self) -> int:
@@ -279,41 +286,61 @@ class Packed(NamedTuple):
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
+W = TypeVar("W")
+"""The weights of a Linear layer, as what multiplies by them keeps them."""
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[W]):
     """A Linear layer and what follows it at once.
 
     Attributes:
-        weight: its matrix.
-        bias: added to its product.
+        weights: its matrix and bias.
         activation: a key of `ACTIVATIONS`, applied to the sum.
         norm: a LayerNorm over the sum with the residual; not together with an activation.
         linear: the module whose layer it is, if any.
     """
 
-    weight: Packed
-    bias: Tensor | None = None
+    weights: W
     activation: str = ""
     norm: torch.nn.LayerNorm | None = None
     linear: torch.nn.Linear | None = None
 
 
-class Chained:
-    """What runs Linear layers one behind the other, block of rows by block of rows, so that what is between them stays
-    in cache.
+class Products(Protocol[W]):
+    """What multiplies by the matrices of Linear layers, which it keeps in an order of its own."""
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None, /) -> W:
+        """A copy of a float32 matrix `[out, in]` and the bias `[out]` of its layer."""
+
+    def unpack(self, packed: W, /) -> Tensor:
+        """The very same matrix again."""
+
+    def chain(self, steps: tuple[Step[W], ...], /) -> Chain[W]:
+        """What runs the layers; only the last may normalise."""
+
+
+class Chain(Generic[W]):
+    """Runs Linear layers one behind the other, block of rows by block of rows, so that what is between them stays in
+    cache.
 
     Args:
         run: the native function: the layers, rows, rows of a residual, and where to put the result.
         layers: as it reads them, with the attribute `out` of the last.
+        steps: the layers.
     """
 
     def __init__(
-        self, run: Callable[[ctypes.Array[Any], Tensor, Tensor | None, Tensor], None], layers: ctypes.Array[Any]
+        self,
+        run: Callable[[ctypes.Array[Any], Tensor, Tensor | None, Tensor], None],
+        layers: ctypes.Array[Any],
+        steps: tuple[Step[W], ...],
     ) -> None:
         self._run = run
         self._layers = layers
+        self.steps = steps
 
-    def __deepcopy__(self, memo: object) -> Chained:
+    def __deepcopy__(self, memo: object) -> Chain[W]:
         """Itself: it never changes."""
         return self
 
@@ -335,34 +362,21 @@ class Chained:
         return out_RO.view(shape)
 
 
-class Chain(Chained):
-    """Linear layers of packed matrices.
-
-    Args:
-        kernels: what runs them.
-        steps: the layers; only the last may normalise.
-    """
-
-    def __init__(self, kernels: Kernels, steps: tuple[Step, ...]) -> None:
-        super().__init__(kernels.run_chain, (_Step * len(steps))(*map(_plain, steps)))
-        self.steps = steps
-
-
 def _rows(x: Tensor) -> Tensor:
     """As a matrix whose rows are contiguous."""
     x_RD = x.reshape(-1, x.shape[-1])
     return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
 
 
-def _plain(step: Step) -> _Step:
-    norm = step.norm
+def _plain(step: Step[Packed]) -> _Step:
+    own, norm = step.weights, step.norm
     return _Step(
-        step.weight.address,
-        None if step.bias is None else step.bias.data_ptr(),
+        own.address,
+        None if own.bias is None else own.bias.data_ptr(),
         None if norm is None else norm.weight.data_ptr(),
         None if norm is None else norm.bias.data_ptr(),
-        step.weight.columns,
-        step.weight.rows,
+        own.columns,
+        own.rows,
         0.0 if norm is None else norm.eps,
         [*ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
     )
@@ -473,6 +487,18 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(line for line in lines if line.partition(":")[0].strip() in kept)
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: those of the machine, or of its container."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            found = Path("/sys/fs/cgroup", name).read_text().strip()
+        except OSError:
+            continue
+        limits += [int(found)] if found.isdigit() else []
+    return min(limits)
 
 
 def release_freed_memory() -> None:
