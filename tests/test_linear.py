@@ -73,7 +73,7 @@ def by_hand(x: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
     if path == "AMX-FLOAT32":
         return F.linear(x.double(), weight.double(), bias.double())
     if path not in INT8:
-        half = weight.half() if path == "float16" else weight.bfloat16()
+        half = weight.half() if path.lower().endswith("float16") and path != "bfloat16" else weight.bfloat16()
         return F.linear((x.bfloat16() if path == "AMX-BF16" else x).double(), half.double(), bias.double())
     rows = []
     for row in x:
@@ -252,7 +252,9 @@ def test_codes_of_weights(pairs: bool) -> None:
     assert (scale > (weight.abs().amax(1) / 126).clamp(min=1e-9)).any() == pairs
 
 
-@pytest.mark.parametrize(("path", "size"), [("AVX2", 1), ("AMX", 1), ("AMX-BF16", 2), ("float16", 2), ("bfloat16", 2)])
+@pytest.mark.parametrize(
+    ("path", "size"), [*((own, 1) for own in INT8), *((own, 2) for own in PATHS[4:] if own != "AMX-FLOAT32")]
+)
 def test_bytes_of_a_weight(path: str, size: int) -> None:
     assert narrow(torch.randn(192, 128), None, path).panels.nbytes == 192 * 128 * size
 
@@ -264,6 +266,7 @@ def test_the_fastest_path_is_chosen(kernel: Kernel, narrowest: Kernel) -> None:
         path for path in ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2") if path in kernel.paths
     )
     assert (kernel.path("bfloat16") == "AMX-BF16") == ("AMX" in kernel.paths)
+    assert (kernel.path("float16") == "AMX-FLOAT16") == ("AMX" in kernel.paths)
     assert (kernel.path("float32") == "AMX-FLOAT32") == ("AMX" in kernel.paths)
 
 

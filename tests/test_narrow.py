@@ -88,11 +88,14 @@ def test_int8_is_near_float32_and_knows_nothing_of_company(name: str) -> None:
         assert torch.allclose(found[i], turned[i], rtol=0, atol=allowed)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("path", ["bfloat16", "float16", "AMX-FLOAT16"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "modernbert", "qwen3", "gemma3", "bart", "mobilebert"])
-def test_halves_equal_a_model_of_rounded_weights(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_equal_a_model_of_rounded_weights(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All arithmetic is float32: the reference is the eager model, its matrices rounded."""
-    monkeypatch.setitem(linear.FASTEST, "bfloat16", ("bfloat16",))  # though the CPU may multiply it
+    if path not in linear.load().paths:
+        pytest.skip(f"this processor has no {path}")
+    dtype = "bfloat16" if path == "bfloat16" else "float16"
+    monkeypatch.setitem(linear.FASTEST, dtype, (path,))  # though the CPU may have a faster one
     model = build(named(name))
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     exact = alone(model, batch)
@@ -102,7 +105,7 @@ def test_halves_equal_a_model_of_rounded_weights(name: str, dtype: str, monkeypa
     for module in (*linears, *([table] if alone_held else [])):
         module.weight.data = module.weight.data.to(HALVES[dtype]).float()
     layout, outcome = narrowed(named(name), dtype=HALVES[dtype])
-    assert outcome.text.startswith(f"{len(linears)} of {len(linears)} in {dtype}, widened")
+    assert outcome.text.startswith(f"{len(linears)} of {len(linears)} in {linear.described(path)}")
     for got, wanted, other in zip(rows(layout, batch), alone(model, batch), exact, strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         assert not torch.allclose(got, other, rtol=0, atol=1e-5 * float(wanted.abs().max()))
@@ -153,10 +156,12 @@ def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
     narrow_bytes = sum(own.panels.nbytes for own in weights)
     shapes = [m.weight.shape for m in watched if isinstance(m, nn.Linear)]
     linear_size = sum(map(math.prod, shapes))
-    if "int8" in options:
-        padded = sum((out + -out % linear.TILE) * (into + -into % linear.LINE) for out, into in shapes)
-    else:
+    if not AMX and "dtype" in options:
         padded = sum(2 * (out + -out % linear.WIDE_TILE) * into for out, into in shapes)
+    elif "dtype" in options:
+        padded = sum(2 * (out + -out % linear.TILE) * (into + -into % linear.TILE) for out, into in shapes)
+    else:
+        padded = sum((out + -out % linear.TILE) * (into + -into % linear.LINE) for out, into in shapes)
     assert narrow_bytes == padded
     assert sum(held.values()) < 4 * sum(p.numel() for p in model.parameters()) - 4 * linear_size + 1024
 
@@ -240,6 +245,7 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "AMX-BF16": ({"dtype": "bfloat16"}, 0.9999),
     "bfloat16": ({"dtype": "bfloat16"}, 0.9999),
     "float16": ({"dtype": "half"}, 0.999999),
+    "AMX-FLOAT16": ({"dtype": "half"}, 0.999999),
 }
 """Path to options and the least mean cosine to float32 over docstrings."""
 TEXTS = docstrings(150)
@@ -270,9 +276,7 @@ def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     path, own = llm
     assert f"37 of 37 in {linear.described(path)}, cosine" in own.info.linears
     assert not own.info.warnings
-    assert own.info.dtype == (
-        "float32" if path in linear.FASTEST["int8"] else path.lower().replace("amx-bf16", "bfloat16")
-    )
+    assert own.info.dtype == {"half": "float16"}.get(dtype := FORMS[path][0].get("dtype", "float32"), dtype)
     found = vectors(own)
     cosines = (found * whole).sum(axis=1)
     assert cosines.mean() > FORMS[path][1]

@@ -81,7 +81,8 @@ def prepare(model: nn.Module, *, int8: bool, dtype: torch.dtype | None, native_k
         return Prepared(notes=(f"{' and '.join(kinds)} fell back to float32: {error}",))
     path = kernel.path(kinds[0])
     assert path is not None, "a processor that has any path has one of each kind"
-    fewest = 1 if path in linear.WIDENED else linear.TILE  # smaller ones are gates, not worth their rounding
+    exact = linear.WIDENED | linear.SPLIT
+    fewest = 1 if path in exact else linear.TILE  # smaller ones are gates, not worth their rounding
     fit = [
         x
         for x in model.modules()

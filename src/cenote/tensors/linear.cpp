@@ -6,7 +6,8 @@
 //   int8       a row of x becomes bytes q of its own range, x ~ low + step * q; W is int8 with a scale per output:
 //              y = scale * step * (q . w) + low * sum(w) * scale + b.  Rows know nothing of each other.
 //   bfloat16   x is rounded to bfloat16; products are summed in float32.
-//   halves     W is float16 or bfloat16 in memory only: it is widened to float32, a few KiB at a time.
+//   halves     W is float16 or bfloat16 in memory only: it is widened to float32, a few KiB at a time.  AMX takes
+//              float16 in two parts, split for a block of rows at a time.
 //
 // Layers run as chains: a thread takes a block of rows through all of them while they are in its cache.  For each, it
 // narrows the rows, multiplies 32 columns at a time into a tile, and finishes the tile: bias, activation.  Which
@@ -38,7 +39,7 @@
 
 namespace {
 
-enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kFloat16, kBfloat16 };  // as in linear.py
+enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kAmxFloat16, kFloat16, kBfloat16 };  // as in linear.py
 
 constexpr int kColumns = 32, kWideColumns = 64;    // of a tile; of a tile of widened weights
 constexpr int kRows = 64;                          // of both
@@ -48,6 +49,7 @@ constexpr int kSplitRows = 128;                    // of a block of float32 that
 constexpr int64_t kSplitInputs = 1024, kSplitGroups = 3 * kSplitInputs / 2;  // of it that are multiplied at once
 constexpr int kChunk = 64;                         // inputs whose weights are widened at once
 
+inline bool is_split(Path path) { return path == kAmxFloat32 || path == kAmxFloat16; }
 inline bool is_widened(Path path) { return path == kFloat16 || path == kBfloat16; }
 inline int tile_columns(Path path) { return is_widened(path) ? kWideColumns : kColumns; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
@@ -146,6 +148,19 @@ void split_float32(const float* x, int64_t size, uint8_t* q) {
     }
     _mm512_storeu_si512(q + 128, halves((__m512i)a, (__m512i)b));
   }
+}
+
+// A tile of float16 weights, 32 outputs and 32 inputs of each block, becomes its two parts; 64 bytes are 16 outputs of an
+// input i, and of i + 16.
+void split_float16(const uint8_t* w, int64_t blocks, uint8_t* parts) {
+  for (; blocks > 0; --blocks, w += 2048, parts += 4096)
+    for (int line = 0; line < 2048; line += 64) {
+      const vf a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + line)));
+      const vf b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + line + 32)));
+      const __m512i high_a = upper_half(a), high_b = upper_half(b);
+      _mm512_storeu_si512(parts + 2048 + line, halves(high_a, high_b));
+      _mm512_storeu_si512(parts + line, halves((__m512i)(a - (vf)high_a), (__m512i)(b - (vf)high_b)));
+    }
 }
 
 void narrow_bf16(const float* x, int64_t size, uint8_t* q) {
@@ -449,13 +464,15 @@ struct NarrowStep {
 
   // Bytes of a tile of weights up to a number of those groups.
   int64_t weights(int64_t before) const {
-    return (path == kAmxFloat32 ? before / 3 * parts : before) * 4 * tile_columns(static_cast<Path>(path));
+    const Path own = static_cast<Path>(path);
+    return (is_split(own) ? before / 3 * parts * 4 : is_widened(own) ? before * 2 : before * 4) * tile_columns(own);
   }
 };
 
 // What one thread needs for a block.
 struct Work {
   uint8_t* q;
+  uint8_t* parts;  // of a tile of float16 weights
   int64_t stride;
   float low[kMostRows + kFewestRows], step[kMostRows + kFewestRows];
   alignas(64) int32_t tile[kRows * kWideColumns];
@@ -510,7 +527,7 @@ void narrow_rows(Path path, Rows x, int rows, const Share& share, Work& work) {
     } else if (path == kAmxBf16) {
       narrow_bf16(from, share.size, row);
       used *= 2;
-    } else if (path == kAmxFloat32) {
+    } else if (is_split(path)) {
       split_float32(from, share.size, row);
       used = 4 * share.groups;
 #endif
@@ -525,12 +542,21 @@ void narrow_rows(Path path, Rows x, int rows, const Share& share, Work& work) {
 void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, int64_t to, Work& work, float* y) {
   const int columns = tile_columns(path);
   const uint8_t* w = static_cast<const uint8_t*>(s.weight);
-  const int64_t at_once = path == kAmxFloat32 ? kSplitInputs : s.in;
+  const int64_t at_once = is_split(path) ? kSplitInputs : s.in;
   for (int64_t begin = 0, groups = 0; begin < s.in; begin += at_once) {
     const bool last = begin + at_once >= s.in;
     const Share share{begin, last ? s.in - begin : at_once, last ? s.groups - groups : kSplitGroups, begin == 0, last};
     narrow_rows(path, x, rows, share, work);
-    for (int64_t t = from; t < to; ++t)
+    for (int64_t t = from; t < to; ++t) {
+      const uint8_t* at = w + t * s.weights(s.groups) + s.weights(groups);
+      Path multiplied = path;
+      int parts = s.parts;
+#if defined(CENOTE_AMX)
+      if (path == kAmxFloat16) {
+        split_float16(at, share.groups / 48, work.parts);
+        at = work.parts, multiplied = kAmxFloat32, parts = 2;
+      }
+#endif
       for (int first = 0; first < rows; first += kRows) {
         const int n = rows - first < kRows ? rows - first : kRows;
         for (int r = 0; r < n; ++r)  // or each row's stores would wait for memory in turn
@@ -538,12 +564,12 @@ void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, in
         const uint8_t* q = work.q + first * work.stride;
         if (is_widened(path))
           multiply_halves(path, {reinterpret_cast<const float*>(q), work.stride / 4}, s.in,
-                          reinterpret_cast<const uint16_t*>(w) + t * columns * s.in,
-                          reinterpret_cast<float*>(work.tile), n);
+                          reinterpret_cast<const uint16_t*>(at), reinterpret_cast<float*>(work.tile), n);
         else
-          multiply(path, {q, work.stride, share.groups, w + t * s.weights(s.groups) + s.weights(groups), work.tile, s.parts}, n);
+          multiply(multiplied, {q, work.stride, share.groups, at, work.tile, parts}, n);
         finish(s, share, work, columns, first, n, t * columns, y);
       }
+    }
     groups += share.groups;
   }
 }
@@ -566,7 +592,7 @@ struct Chain {
   int64_t stride() const {
     int64_t groups = 0;
     for (int i = 0; i < count; ++i) groups = steps[i].groups > groups ? steps[i].groups : groups;
-    if (path == kAmxFloat32 && groups > kSplitGroups) groups = kSplitGroups;
+    if (is_split(path) && groups > kSplitGroups) groups = kSplitGroups;
     return 4 * groups + 64;  // rows at a power-of-two distance would evict each other from L1
   }
   int64_t between() const {
@@ -619,7 +645,7 @@ int linear_paths() {
 #if defined(__AVX512VNNI__)
   found |= 1 << kAvx512Vnni;
 #endif
-  if (may_use_amx()) found |= 1 << kAmxInt8 | 1 << kAmxBf16 | 1 << kAmxFloat32;
+  if (may_use_amx()) found |= 1 << kAmxInt8 | 1 << kAmxBf16 | 1 << kAmxFloat32 | 1 << kAmxFloat16;
   return found;
 }
 
@@ -628,7 +654,7 @@ int linear_paths() {
 int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_stride, const float* residual,
                  int64_t residual_stride, float* out, int64_t rows, int threads) {
   const Path path = static_cast<Path>(steps[0].path);
-  int64_t block = path == kAmxFloat32 ? kSplitRows : kRows;
+  int64_t block = is_split(path) ? kSplitRows : kRows;
   for (int i = 0; i < count; ++i)
     if (path < kAmxFloat32 && 4 * steps[i].groups * steps[i].out > kLargeWeights) block = kMostRows;
 #if defined(_OPENMP)
@@ -653,22 +679,24 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
   {
     static thread_local Scratch scratch;
 #if defined(CENOTE_AMX)
-    const bool amx = path == kAmxInt8 || path == kAmxBf16 || path == kAmxFloat32;
+    const bool amx = path >= kAmxInt8 && path <= kAmxFloat16;
     const TileConfig config;
     if (amx) _tile_loadconfig(&config);
 #endif
     Work work;
     work.stride = chain.stride();
+    const int64_t parts = path == kAmxFloat16 ? 4096 / 32 * kSplitInputs : 0;  // bytes
     float* own = nullptr;
     try {
-      own = scratch.get(between + chain.longest() * work.stride / 4);
+      own = scratch.get(between + (chain.longest() * work.stride + parts) / 4);
     } catch (const std::bad_alloc&) {
 #pragma omp atomic write
       failed = 1;
     }
 #pragma omp barrier
     if (!failed) {
-      work.q = reinterpret_cast<uint8_t*>(own + between);
+      work.parts = reinterpret_cast<uint8_t*>(own + between);
+      work.q = work.parts + parts;
 #if defined(_OPENMP)
       if (together) {
         for (int64_t b = 0; b < chain.blocks; ++b)

@@ -31,17 +31,19 @@ if TYPE_CHECKING:
 Kind = Literal["int8", "bfloat16", "float16", "float32"]
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "AMX-FLOAT32", "float16", "bfloat16")
+PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "AMX-FLOAT32", "AMX-FLOAT16", "float16", "bfloat16")
 """In the order of the kernel's numbers; the last two are for weights that are widened."""
 FASTEST: dict[Kind, tuple[str, ...]] = {
     "int8": ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2"),
     "bfloat16": ("AMX-BF16", "bfloat16"),
-    "float16": ("float16",),
+    "float16": ("AMX-FLOAT16", "float16"),
     "float32": ("AMX-FLOAT32",),
 }
 """Paths of each kind, the fastest first. vdpbf16ps is no faster than float32 on the processors tried, so it is none."""
 WIDENED = frozenset({"float16", "bfloat16"})
 """Paths of weights that are widened."""
+SPLIT = frozenset({"AMX-FLOAT32", "AMX-FLOAT16"})
+"""Paths of inputs that are split into three bfloat16."""
 PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
 """Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
 STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,7 +81,7 @@ class Narrow:
     def groups(self) -> int:
         """4 bytes each, of a row of the input as it is multiplied."""
         groups: int = self.panels.shape[1]
-        return groups // self.parts * 3 if self.path in FASTEST["float32"] else groups
+        return groups // self.parts * 3 if self.path in SPLIT else groups
 
 
 def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
@@ -100,6 +102,8 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
     if path in FASTEST["float32"]:
         parts = split(weight_ND)
         return Narrow(path, inputs, outputs, _split_panels(parts), None, None, bias, len(parts))
+    if path in SPLIT:
+        return Narrow(path, inputs, outputs, _half_panels(weight_ND.half()), None, None, bias)
     if path not in WIDENED:
         return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
     half_ND = F.pad(weight_ND.to(getattr(torch, path)), (0, 0, 0, -outputs % WIDE_TILE))
@@ -127,8 +131,8 @@ def described(path: str) -> str:
     """What Linears do on `path`, for people."""
     if path in WIDENED:
         return f"{path}, widened to float32 as they are read"
-    if path in FASTEST["float32"]:
-        return "float32, as sums of bfloat16, by AMX"
+    if path in SPLIT:
+        return f"{'float16' if path in FASTEST['float16'] else 'float32'}, as sums of bfloat16, by AMX"
     return f"int8 by {path}" if path in FASTEST["int8"] else f"bfloat16 by {path}"
 
 
@@ -151,12 +155,23 @@ def split(weight_ND: Tensor) -> list[Tensor]:
     return parts
 
 
+def _blocks(matrices: Tensor) -> Tensor:
+    """`[..., N, D]` as `[..., tiles, panels, outputs, blocks, halves, inputs]`: of 32 outputs; of 32 inputs."""
+    outputs, inputs = matrices.shape[-2:]
+    padded = F.pad(matrices, (0, -inputs % TILE, 0, -outputs % TILE))
+    return padded.view(*matrices.shape[:-2], -1, 2, PANEL, padded.shape[-1] // TILE, 2, TILE // 2)
+
+
 def _split_panels(parts: list[Tensor]) -> Tensor:
-    """`[panels, groups, 16, 2]`; 32 inputs are 16 groups for each part."""
-    padded = torch.stack([F.pad(x, (0, -x.shape[1] % TILE, 0, -x.shape[0] % TILE)) for x in reversed(parts)])
-    # parts, tiles of 32 outputs, panels, outputs, blocks of 32 inputs, half of the block, input
-    panels = padded.view(len(parts), -1, 2, PANEL, padded.shape[-1] // TILE, 2, TILE // 2).permute(1, 4, 0, 2, 6, 3, 5)
+    """`[panels, groups, 16, 2]`; 32 inputs are 16 groups for each part, of an input i and of i + 16."""
+    panels = _blocks(torch.stack(parts[::-1])).permute(1, 4, 0, 2, 6, 3, 5)
     return panels.reshape(2 * len(panels), -1, PANEL, 2).contiguous()
+
+
+def _half_panels(half_ND: Tensor) -> Tensor:
+    """`[panels, groups, 2, 16]`; 32 inputs are 16 groups, of an input i and of i + 16."""
+    panels = _blocks(half_ND).permute(0, 3, 1, 5, 4, 2)
+    return panels.reshape(2 * len(panels), -1, 2, PANEL).contiguous()
 
 
 def unsplit(own: Narrow) -> Tensor:
@@ -303,7 +318,7 @@ def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tenso
     if path in FASTEST["float32"]:
         return F.linear(x_RD.double(), weight_ND.double(), bias_N.double())
     if path not in FASTEST["int8"]:
-        dtype = torch.float16 if path == "float16" else torch.bfloat16
+        dtype = torch.float16 if path in FASTEST["float16"] else torch.bfloat16
         rounded_RD = x_RD.bfloat16() if path == "AMX-BF16" else x_RD
         return F.linear(rounded_RD.double(), weight_ND.to(dtype).double(), bias_N.double())
     codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
