@@ -8,14 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from cenote.config import ModelConfig
 from cenote.engine.rendering import Renderer
 from cenote.errors import EngineFailed
-from cenote.models import runner
 from cenote.server.serving import SHORT, Answers, new_id
-from cenote.types import Sequence
 from tests.conftest import expected, floats
 
 if TYPE_CHECKING:
@@ -120,23 +116,3 @@ def test_ids_are_of_32_digits_and_differ() -> None:
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(one) == 32 and int(one, 16) >= 0 for one in ids)
-
-
-def test_a_small_batch_runs_on_one_thread_and_the_next_large_one_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = runner.load(ModelConfig())
-    seen: list[int] = []
-    forward = runner.forward
-    monkeypatch.setattr(runner, "forward", lambda *args: (seen.append(torch.get_num_threads()), forward(*args))[1])
-    small, large = Sequence([101, 7592, 102]), Sequence([101, *[2088] * 200, 102])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        for batch in ([small], [large], [small, large], [small] * 8):
-            model.launch(batch).finish()
-            assert torch.get_num_threads() == 3
-        with pytest.raises(IndexError):
-            model.launch([Sequence([1 << 40])])
-        assert torch.get_num_threads() == 3, "also after a failure"
-    finally:
-        torch.set_num_threads(threads)
-    assert seen == [1, 3, 3, 1, 1], "8 x 3 tokens x 10.6 million weights are few"

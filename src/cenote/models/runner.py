@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +40,7 @@ from cenote.tensors.packing import pack
 from cenote.types import UNLIMITED, ModelInfo, Output, Sequence, Similarity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -63,8 +62,6 @@ LAUNCH_SECONDS = 2e-5
 GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_GRAPH_TOKENS = 16384
-ONE_THREAD = 7e8
-"""Multiplications of a forward on a CPU up to which one thread is nearly as fast as several, which await each other."""
 
 
 class PoolingModel:
@@ -75,8 +72,6 @@ class PoolingModel:
         self.layout = layout
         self.outputs = outputs
         self.adapters = adapters
-        weights = sum(x.weight.numel() for x in layout.backbone.model.modules() if isinstance(x, nn.Linear))
-        self._alone = ONE_THREAD / max(1, weights) if layout.backbone.device.type == "cpu" else 0
 
     @property
     def shares_prefixes(self) -> bool:
@@ -89,10 +84,9 @@ class PoolingModel:
         for i, sequence in enumerate(sequences):
             chosen[sequence.adapter].append(i)
         parts: list[Part] = []
-        with _one_thread() if sum(map(len, sequences)) <= self._alone else nullcontext():
-            for adapter, own in chosen.items():
-                with self.adapters.active(adapter):
-                    parts += self._run(sequences, own)
+        for adapter, own in chosen.items():
+            with self.adapters.active(adapter):
+                parts += self._run(sequences, own)
         return Pending(sequences, parts, self.layout.backbone.device)
 
     def _run(self, sequences: Seq[Sequence], own: list[int]) -> list[Part]:
@@ -138,17 +132,6 @@ class PoolingModel:
 def _is_read(sequence: Sequence) -> bool:
     """Whether the model has to read `sequence`: not if a table gives all that is asked of it."""
     return not (sequence.looked_up and LOOKED_UP.issuperset((sequence.task, *sequence.also)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run on the calling thread alone, and leave the other cores to whoever has work for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Part(NamedTuple):
