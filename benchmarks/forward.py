@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    native.keep_freed_memory()
+    native.keep_freed_memory(31 << 20)
     tokenizer = AutoTokenizer.from_pretrained(embedded()[0])
     ids = [own[:MAX_TOKENS] for own in tokenizer(list(docstrings(1500))[::37], truncation=True)["input_ids"]]
     result = {

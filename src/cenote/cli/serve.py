@@ -91,9 +91,9 @@ def _serve(arguments: dict[str, Any]) -> None:
 def _share_cores() -> None:
     """Let threads that wait for long sleep. Has to be done before torch is imported; what the user has set stays.
 
-    OpenMP's threads spin while they wait for each other. Within a forward that saves waking them at every layer, a third
-    of the time of a short one; between forwards they would keep others from the cores: the event loop, and whatever else
-    runs on the machine.
+    OpenMP's threads spin while they wait for each other. Within a forward that saves waking them at every layer, a
+    third of the time of a short one; between forwards they would keep others from the cores: the event loop, and
+    whatever else runs on the machine.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # a few milliseconds

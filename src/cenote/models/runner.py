@@ -62,6 +62,8 @@ LAUNCH_SECONDS = 2e-5
 GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_GRAPH_TOKENS = 16384
+LARGE_BATCH = 1024
+"""Tokens of a batch whose activations stay in the process on a CPU."""
 
 
 class PoolingModel:
@@ -217,7 +219,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
-    native.keep_freed_memory()
+    native.keep_freed_memory(4 * LARGE_BATCH * max((x.out_features for x in _linears(model)), default=0))
     prepared = _prepare(model, options)
     products = _products(model, kernels, prepared)
     if products is not None:
@@ -306,7 +308,11 @@ def _products(model: nn.Module, kernels: Kernels | None, prepared: narrowing.Pre
     """What multiplies in float32: if weights wait to be narrowed, only until they are."""
     if prepared.kernel is not None:
         return kernels if kernels is not None and kernels.can_chain else None
-    return linear.float32(kernels, [x.weight for x in model.modules() if type(x) is nn.Linear])
+    return linear.float32(kernels, [x.weight for x in _linears(model)])
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [x for x in model.modules() if type(x) is nn.Linear]
 
 
 def _prepare(model: PreTrainedModel, options: ModelConfig) -> narrowing.Prepared:

@@ -508,13 +508,16 @@ def release_freed_memory() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int) -> None:
     """Keep glibc from giving activations back to the system after every layer, and faulting them in again.
 
     Freeing one large mapped block raises malloc's mmap threshold to its size and the trim threshold to twice that
     (ceilings: 32 and 64 MiB). Without effect on other allocators.
+
+    Args:
+        largest: bytes of the largest activation; more is kept at least, and no more than glibc can.
     """
-    del [torch.empty(31 << 20, dtype=torch.uint8)][0]
+    del [torch.empty(min(max(largest, 8 << 20), 31 << 20), dtype=torch.uint8)][0]
 
 
 def leave_unused_memory() -> None:
