@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -108,7 +109,9 @@ def test_models_that_were_loaded_are_closed_when_another_cannot_be(
         return Service(engines[-1], Renderer(tokenizer, INFO), model.served_model_name)
 
     monkeypatch.setattr(Service, "load", load)
+    collections = gc.get_threshold()
     assert main(["serve", "a", "b", "c", "--port", "0"]) == 2
+    assert gc.get_threshold() == collections
     assert capsys.readouterr().err.splitlines()[-1] == "cenote: c is broken"
     assert [engine.closed for engine in engines] == [True, True]
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,13 @@ from cenote.errors import CenoteError, ConfigError
 from cenote.types import Similarity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pydantic import BaseModel
 
     from cenote.service import Service
 
 log = logging.getLogger("cenote")
-
-NEVER = 1 << 30
-"""Collections of middle-aged objects before one of all objects: none. Little of what is imported is garbage, looking
-through all of it takes a fifth of a second, and what is there after the start is left out of later collections."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -49,43 +48,54 @@ def _serve(arguments: dict[str, Any]) -> None:
     for note in notes:
         log.info(note)
     _share_cores()
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, NEVER)
+    with _no_full_collections():
+        import uvicorn
 
-    import uvicorn
+        from cenote.server.app import build
+        from cenote.service import Service
 
-    from cenote.server.app import build
-    from cenote.service import Service
-
-    listener = _bind(server)
-    services: list[Service] = []
-    try:
-        for model, *_ in configs:
-            services.append(Service.load(model, engine))
-            for line in report(services[-1]):
-                log.info(line)
-    except CenoteError:
-        listener.close()
-        for service in services:
-            service.engine.close()
-        raise
-    for line in limits(engine, server):
-        log.info(line)
-    config = uvicorn.Config(
-        build(services, server),
-        log_config=None,
-        log_level=server.log_level,
-        access_log=server.log_level == "debug",
-        timeout_keep_alive=75,
-    )
-    gc.freeze()
-    gc.set_threshold(young, middle, old)
+        listener = _bind(server)
+        services: list[Service] = []
+        try:
+            for model, *_ in configs:
+                services.append(Service.load(model, engine))
+                for line in report(services[-1]):
+                    log.info(line)
+        except CenoteError:
+            listener.close()
+            for service in services:
+                service.engine.close()
+            raise
+        for line in limits(engine, server):
+            log.info(line)
+        config = uvicorn.Config(
+            build(services, server),
+            log_config=None,
+            log_level=server.log_level,
+            access_log=server.log_level == "debug",
+            timeout_keep_alive=75,
+        )
     listener.listen(config.backlog)  # who reads the line below may connect at once
     port = listener.getsockname()[1]
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """Look through young objects only, and leave what is there in the end out of later collections.
+
+    Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 1 << 30)
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.set_threshold(*before)
 
 
 def _share_cores() -> None:

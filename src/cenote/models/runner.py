@@ -63,7 +63,7 @@ GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_GRAPH_TOKENS = 16384
 LARGE_BATCH = 1024
-"""Tokens of a batch whose activations stay in the process on a CPU."""
+"""Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer: the engine's default."""
 
 
 class PoolingModel:
@@ -219,7 +219,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     kernels = native.load() if options.native_kernels and device.type == "cpu" else None
-    native.keep_freed_memory(4 * LARGE_BATCH * max((x.out_features for x in _linears(model)), default=0))
+    widest = max((x.out_features for x in _linears(model)), default=0)
+    native.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
     prepared = _prepare(model, options)
     products = _products(model, kernels, prepared)
     if products is not None:

@@ -39,7 +39,8 @@
 
 namespace {
 
-enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kAmxFloat16, kFloat16, kBfloat16 };  // as in linear.py
+// As in linear.py.
+enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kAmxFloat16, kFloat16, kBfloat16 };
 
 constexpr int kColumns = 32, kWideColumns = 64;    // of a tile; of a tile of widened weights
 constexpr int kRows = 64;                          // of both
