@@ -776,7 +776,7 @@ def test_a_forgotten_llm_stops_its_thread(folder: Path) -> None:
     engine = made._service.engine
     assert isinstance(engine, CachedEngine)
     assert isinstance(engine._engine, LocalEngine)
-    thread, gone = engine._engine._thread, weakref.ref(made)
+    thread, gone = engine._engine._threads[0], weakref.ref(made)
     assert thread.is_alive()
     del made
     gc.collect()

@@ -261,6 +261,165 @@ def test_close_finishes_what_was_accepted() -> None:
     engine.close()
 
 
+class Streamed(Model):
+    """A model that several threads may launch at a time; `seen` has each batch with its thread's number of threads."""
+
+    is_reentrant = True
+
+    def __init__(self, before: Callable[[Seq[Sequence]], None] = lambda _: None) -> None:
+        super().__init__(before)
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def launch(self, sequences: Seq[Sequence]) -> Done:
+        self.seen.append((torch.get_num_threads(), sorted(len(s) for s in sequences)))
+        return super().launch(sequences)
+
+
+def test_streams_run_side_by_side_each_on_its_part_of_the_threads() -> None:
+    together = threading.Barrier(2)
+    model = Streamed(lambda _: (together.wait(PATIENCE), None)[1])
+    engine = LocalEngine(model, threads=5, streams=2)
+    many = texts(30, 10, 20, 40)
+    check(engine.submit(many), many)
+    assert engine.info.streams == 2
+    assert sorted(threads for threads, _ in model.seen) == [2, 3]
+    assert sorted(lengths for _, lengths in model.seen) == [[10, 40], [20, 30]]
+    engine.close()
+
+
+def test_what_comes_alone_runs_on_all_threads_and_nothing_beside_it() -> None:
+    begun, go, together = threading.Event(), threading.Event(), threading.Barrier(2)
+
+    def before(sequences: Seq[Sequence]) -> None:
+        if len(sequences[0]) == 7:
+            begun.set()
+            assert go.wait(PATIENCE)
+        elif len(sequences[0]) > 7:
+            together.wait(PATIENCE)
+
+    model = Streamed(before)
+    engine = LocalEngine(model, threads=4)
+    alone = engine.submit(texts(7))
+    assert begun.wait(PATIENCE)
+    later = [engine.submit(texts(length)) for length in (8, 9)]
+    time.sleep(0.05)
+    assert model.seen == [(4, [7])]
+    go.set()
+    for future, length in zip([alone, *later], (7, 8, 9), strict=True):
+        check(future, texts(length))
+    assert sorted(model.seen[1:]) == [(2, [8]), (2, [9])]
+    check(engine.submit(texts(5)), texts(5))
+    assert model.seen[-1] == (4, [5])
+    engine.close()
+
+
+def test_one_stream_goes_on_while_another_is_busy() -> None:
+    go = threading.Event()
+    model = Streamed(lambda sequences: (len(sequences[0]) > 90 and go.wait(PATIENCE), None)[1])
+    engine = LocalEngine(model, threads=2, max_batch_tokens=100)
+    slow = engine.submit(texts(95, 3))
+    while not any(95 in lengths for _, lengths in model.seen):
+        time.sleep(0.001)
+    for length in range(10, 20):
+        check(engine.submit(texts(length)), texts(length))
+    assert not slow.done()
+    go.set()
+    check(slow, texts(95, 3))
+    engine.close()
+
+
+@pytest.mark.parametrize(("reentrant", "threads", "streams"), [(False, 4, 2), (True, 1, 2), (True, 4, 1)])
+def test_one_stream_has_all_threads(reentrant: bool, threads: int, streams: int) -> None:
+    model = Streamed()
+    model.is_reentrant = reentrant
+    engine = LocalEngine(model, threads=threads, streams=streams)
+    assert engine.info.streams == 1
+    check(engine.submit(texts(3, 4, 5)), texts(3, 4, 5))
+    check(engine.submit(texts(3)), texts(3))
+    assert model.seen == [(threads, [3, 4, 5]), (threads, [3])]
+    engine.close()
+
+
+def test_threads_of_others_do_not_get_the_number_of_a_stream() -> None:
+    engine = LocalEngine(Streamed(), threads=torch.get_num_threads() + 3, streams=2)
+    found: list[int] = []
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found == [torch.get_num_threads()]
+    engine.close()
+
+
+def test_streams_answer_everything_once_whoever_gives_up() -> None:
+    """Requests from several threads, some of which are cancelled, some fail; at the end nothing waits."""
+
+    def before(sequences: Seq[Sequence]) -> None:
+        if any(len(s) == 13 for s in sequences):
+            raise ValueError("13 is unlucky")
+
+    engine = LocalEngine(Streamed(before), threads=3, streams=3, max_batch_tokens=40)
+    requests = [texts(*(1 + (i * j) % 29 for j in range(1, 2 + i % 9))) for i in range(300)]
+    futures: list[Future[list[Output]]] = [Future()] * len(requests)
+    counts = [0] * len(requests)
+
+    def submit(start: int) -> None:
+        for i in range(start, len(requests), 4):
+
+            def count(n: int, i: int = i) -> None:
+                counts[i] += n
+
+            futures[i] = engine.submit(requests[i], progress=count)
+            if i % 11 == 0:
+                futures[i].cancel()
+
+    threads = [threading.Thread(target=submit, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    done = 0
+    for i, (future, request) in enumerate(zip(futures, requests, strict=True)):
+        assert future.done()
+        if future.cancelled():
+            assert i % 11 == 0
+        elif future.exception() is None:
+            check(future, request)
+            assert counts[i] == len(request)
+            done += 1
+        else:
+            assert "13 is unlucky" in str(future.exception())
+    assert done > 100
+    with pytest.raises(Closed):
+        engine.submit(texts(1))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stream_that_dies_takes_the_others_along() -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def before(sequences: Seq[Sequence]) -> None:
+        if any(len(s) == 66 for s in sequences):
+            raise SystemExit("the interpreter is going down")
+        begun.set()
+        assert go.wait(PATIENCE)
+
+    engine = LocalEngine(Streamed(before), threads=2, max_batch_tokens=66)
+    kept = engine.submit(texts(40, 40))
+    assert begun.wait(PATIENCE)
+    lost = engine.submit(texts(66, 66))
+    go.set()
+    check(kept, texts(40, 40))
+    with pytest.raises(EngineFailed, match="device thread died"):
+        lost.result(PATIENCE)
+    with pytest.raises(EngineFailed, match="device thread died"):
+        engine.submit(texts(1))
+    assert not engine.healthy()
+    for thread in engine._threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_device_thread_answers_everybody() -> None:
     held = Held()

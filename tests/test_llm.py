@@ -465,7 +465,7 @@ def test_close(folder: Path) -> None:
 def test_a_forgotten_llm_stops_its_thread(folder: Path) -> None:
     made = LLM(model=str(folder))
     made.embed("a", use_tqdm=False)
-    thread, gone = made._service.engine._thread, weakref.ref(made)  # type: ignore[attr-defined]
+    thread, gone = made._service.engine._threads[0], weakref.ref(made)  # type: ignore[attr-defined]
     assert thread.is_alive()
     del made
     gc.collect()

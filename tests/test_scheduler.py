@@ -43,17 +43,19 @@ def drain(scheduler: Scheduler[Piece]) -> list[list[Piece]]:
 workloads = st.lists(st.lists(st.integers(1, 120), min_size=1, max_size=40), min_size=1, max_size=8)
 
 
-@given(workloads, st.integers(1, 300), st.integers(1, 20), st.integers(1, 64))
+@given(workloads, st.integers(1, 300), st.integers(1, 20), st.integers(1, 64), st.lists(st.integers(0, 3), max_size=50))
 def test_everything_runs_once_within_the_budgets(
-    lengths: list[list[int]], max_tokens: int, max_sequences: int, look_ahead: int
+    lengths: list[list[int]], max_tokens: int, max_sequences: int, look_ahead: int, order: list[int]
 ) -> None:
-    scheduler: Scheduler[Piece] = Scheduler(max_tokens, max_sequences, look_ahead)
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens, max_sequences, look_ahead, streams=4)
     added = [pieces(Request(), one) for one in lengths]
     for items in added:
         scheduler.add(items[0].job, items)
     assert scheduler.depth == sum(map(len, lengths))
     assert scheduler.tokens == sum(map(sum, lengths))
-    batches = drain(scheduler)
+    batches = [batch for stream in order if (batch := scheduler.next_batch(stream))]
+    assert len(batches) == len(order) or not scheduler.depth, "who asks while something waits gets some of it"
+    batches += drain(scheduler)
     ran = [id(item) for batch in batches for item in batch]
     assert sorted(ran) == sorted(id(item) for items in added for item in items)
     assert scheduler.depth == scheduler.tokens == 0
@@ -192,3 +194,52 @@ def test_cancelled_requests_cost_nothing(lengths: list[list[int]], cancelled: in
     assert not any(item.job.gone for item in ran)
     assert len(ran) == sum(map(len, lengths)) - len(lengths[cancelled % len(requests)])
     assert scheduler.depth == scheduler.tokens == 0
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=12), st.integers(2, 4))
+def test_what_waits_is_dealt_out_evenly_among_free_streams(lengths: list[int], streams: int) -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1000, streams=streams)
+    request = Request()
+    scheduler.add(request, pieces(request, lengths))
+    batches = [scheduler.next_batch(stream) for stream in range(streams)]
+    assert scheduler.depth == 0
+    shares = [sum(map(len, batch)) for batch in batches]
+    assert max(shares) < sum(lengths) / streams + streams * max(lengths), "each leaves less than one sequence too many"
+    assert sum(map(bool, batches)) >= min(2, len(lengths))
+
+
+def test_a_stream_beside_busy_ones_takes_all_that_there_is() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1000, streams=2)
+    first, second = Request(), Request()
+    scheduler.add(first, pieces(first, [10] * 8))
+    assert len(scheduler.next_batch(0)) == 4
+    assert len(scheduler.next_batch(1)) == 4
+    scheduler.add(second, pieces(second, [10] * 8))
+    assert len(scheduler.next_batch(1)) == 8, "the other is busy"
+    assert scheduler.next_batch(1) == []
+    scheduler.add(second, pieces(second, [10] * 8))
+    assert len(scheduler.next_batch(0)) == 4, "and now nobody is"
+
+
+def test_streams_share_a_common_beginning_only_if_it_pays() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1000, streams=2)
+    request = Request(shared=100)
+    scheduler.add(request, pieces(request, [110] * 40))
+    assert [len(scheduler.next_batch(stream)) for stream in (0, 1)] == [30, 10], "at least 4 x 100 tokens in a batch"
+
+
+def test_bulk_leaves_one_stream_to_those_who_come_beside_it() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600, streams=2)
+    bulk = Request()
+    scheduler.add(bulk, pieces(bulk, [100] * 100_000))
+    assert [len(scheduler.next_batch(stream)) for stream in (0, 1)] == [16, 16], "alone, it fills all batches"
+    query = Request()
+    scheduler.add(query, pieces(query, [12]))
+    assert [item.job for item in scheduler.next_batch(1)] == [query], "nothing of the bulk beside it"
+    assert len(scheduler.next_batch(0)) == 16, "one stream goes on with long batches"
+    assert len(scheduler.next_batch(1)) == 2, "the other has short ones"
+    assert len(scheduler.next_batch(1)) == 2
+    assert len(scheduler.next_batch(0)) == 16
+    scheduler.add(query, pieces(query, [12]))
+    assert [item.job for item in scheduler.next_batch(0)] == [query], "whoever is free first takes it"
+    assert len(scheduler.next_batch(1)) == 16, "then the other may have the long ones"

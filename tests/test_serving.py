@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer
-from cenote.errors import EngineFailed
-from cenote.server.serving import SHORT, Answers, new_id
+from cenote.errors import EngineFailed, Overloaded
+from cenote.server import serving
+from cenote.server.serving import QUIET, SHORT, Desk, new_id
+from cenote.types import Output, Sequence
 from tests.conftest import expected, floats
 
 if TYPE_CHECKING:
@@ -22,9 +25,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
     async def ask() -> list[Any]:
-        answers = Answers(asyncio.get_running_loop())
+        desk = Desk(asyncio.get_running_loop())
         futures: list[Future[int]] = [Future() for _ in range(400)]
-        waiting = [answers.of(future) for future in futures]
+        waiting = [desk.of(future) for future in futures]
 
         def settle(start: int) -> None:
             for i in range(start, len(futures), 4):
@@ -44,15 +47,15 @@ def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
 def test_the_loop_is_woken_once_for_all_that_are_done() -> None:
     async def ask() -> tuple[int, list[int]]:
         loop = asyncio.get_running_loop()
-        answers, wake, woken = Answers(loop), loop.call_soon_threadsafe, []
+        desk, wake, woken = Desk(loop), loop.call_soon_threadsafe, []
         loop.call_soon_threadsafe = lambda *args: (woken.append(args), wake(*args))[1]  # type: ignore[method-assign,assignment,misc]
         futures: list[Future[int]] = [Future() for _ in range(8)]
-        waiting = [answers.of(future) for future in futures]
+        waiting = [desk.of(future) for future in futures]
         for i, future in enumerate(futures):
             future.set_result(i)
         first = await asyncio.gather(*waiting)
         again: Future[int] = Future()
-        last = answers.of(again)
+        last = desk.of(again)
         again.set_result(8)
         return len(woken), [*first, await last]
 
@@ -61,11 +64,11 @@ def test_the_loop_is_woken_once_for_all_that_are_done() -> None:
 
 def test_those_who_gave_up_do_not_keep_others_from_their_answers() -> None:
     async def ask() -> tuple[bool, bool, int]:
-        answers = Answers(asyncio.get_running_loop())
+        desk = Desk(asyncio.get_running_loop())
         left: Future[int] = Future()
         cancelled: Future[int] = Future()
         kept: Future[int] = Future()
-        gone, dropped, waiting = answers.of(left), answers.of(cancelled), answers.of(kept)
+        gone, dropped, waiting = desk.of(left), desk.of(cancelled), desk.of(kept)
         gone.cancel()
         left.set_result(1)
         cancelled.cancel()
@@ -74,6 +77,98 @@ def test_those_who_gave_up_do_not_keep_others_from_their_answers() -> None:
         return gone.cancelled(), dropped.cancelled(), found
 
     assert asyncio.run(ask()) == (True, True, 2)
+
+
+class Counting(FakeEngine):
+    """Notes how many turns of the event loop have passed at each submission."""
+
+    def __init__(self) -> None:
+        super().__init__(held=True)
+        self.turns = 0
+        self.at: list[int] = []
+        self.futures: list[Future[list[Output]]] = []
+
+    def submit(self, sequences: Any, *, progress: Any = None) -> Future[list[Output]]:
+        self.at.append(self.turns)
+        self.futures.append(super().submit(sequences))
+        return self.futures[-1]
+
+    async def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            await asyncio.sleep(0)
+            self.turns += 1
+
+
+def test_requests_that_come_together_reach_the_engine_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MOST_HELD", 10.0)
+
+    async def ask() -> list[int]:
+        engine = Counting()
+        desk = Desk(asyncio.get_running_loop())
+        for number in range(5):
+            desk.submit(engine, [Sequence([number])])
+            await engine.turn()
+        assert engine.at == []
+        await engine.turn(10)
+        assert [s.ids for s in engine.submitted] == [[number] for number in range(5)]
+        desk.submit(engine, [Sequence([9])])
+        await engine.turn(10)
+        return engine.at
+
+    *first, last = asyncio.run(ask())
+    assert len(first) == 5
+    assert len(set(first)) == 1, "in one turn of the loop"
+    assert first[0] <= 4 + QUIET + 1
+    assert last - 15 <= QUIET + 1
+
+
+def test_nothing_is_held_for_long_because_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MOST_HELD", 0.0)
+
+    async def ask() -> list[int]:
+        engine = Counting()
+        desk = Desk(asyncio.get_running_loop())
+        for number in range(5):
+            desk.submit(engine, [Sequence([number])])
+            await engine.turn()
+        await engine.turn(3)
+        return engine.at
+
+    assert asyncio.run(ask()) == [0, 1, 2, 3, 4]
+
+
+def test_whoever_gives_up_takes_the_work_along() -> None:
+    async def ask() -> None:
+        engine = Counting()
+        desk = Desk(asyncio.get_running_loop())
+        early, late, kept = (desk.submit(engine, [Sequence([number])]) for number in (1, 2, 3))
+        early.cancel()
+        await engine.turn(10)
+        assert [s.ids for s in engine.submitted] == [[2], [3]], "what was given up before never reaches the engine"
+        late.cancel()
+        await engine.turn()
+        assert [future.cancelled() for future in engine.futures] == [True, False]
+        engine.release()
+        assert len(await kept) == 1
+
+    asyncio.run(ask())
+
+
+def test_what_the_engine_refuses_is_the_answer_of_that_request_alone() -> None:
+    class Full(FakeEngine):
+        def submit(self, sequences: Any, *, progress: Any = None) -> Future[list[Output]]:
+            if sequences[0].ids == [13]:
+                raise Overloaded("the queue is full", retry_after=3)
+            return super().submit(sequences)
+
+    async def ask() -> list[Any]:
+        desk, engine = Desk(asyncio.get_running_loop()), Full()
+        waiting = [desk.submit(engine, [Sequence([number])]) for number in (12, 13, 14)]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    first, second, third = asyncio.run(ask())
+    assert isinstance(second, Overloaded)
+    assert [len(first), len(third)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,12 @@ class EngineConfig(BaseModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a forward (default: torch's: OMP_NUM_THREADS, else one a core)"
     )
+    streams: int | None = Field(
+        None,
+        ge=1,
+        description="batches that run at a time on a CPU, each on its part of the threads (default: 2; 1 for models "
+        "that remember things between calls)",
+    )
     max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
     max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
     cache_size: int = Field(0, ge=0, description="MiB of results kept, keyed by token ids; 0 = off")

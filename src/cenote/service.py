@@ -101,6 +101,7 @@ class Service:
             max_batch_sequences=engine.max_num_seqs,
             max_queued=max_queued or engine.max_queued_seqs,
             threads=engine.threads,
+            streams=engine.streams,
         )
         ranges = None
         if model.calibration is not None:

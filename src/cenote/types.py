@@ -259,6 +259,7 @@ class ModelInfo:
         head: where the head comes from, for the report at start.
         adapters: names of the adapters that a sequence may choose from.
         linears: how the Linear layers run if not simply in `dtype`, for the report at start.
+        streams: batches that run at a time, each on its part of the CPU's threads.
     """
 
     name: str
@@ -290,6 +291,7 @@ class ModelInfo:
     head: str = ""
     adapters: tuple[str, ...] = ()
     linears: str = ""
+    streams: int = 1
     warnings: tuple[str, ...] = ()
 
     def limit(self, task: str) -> int:

@@ -161,6 +161,7 @@ def report(service: Service) -> list[str]:
     lines = [
         f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
         f"runs: {info.dtype} on {info.device}, {info.layout}"
+        + (f", {info.streams} batches at a time" if info.streams > 1 else "")
         + (", common prefixes once" if info.shares_prefixes else "")
         + f"; {info.max_model_len} tokens an input"
         + (", embed takes longer ones in blocks" if info.limit("embed") > info.max_model_len else ""),

@@ -1,8 +1,10 @@
-"""The local engine: one device thread that pulls batches, and futures that are each resolved once.
+"""The local engine: device threads that pull batches, and futures that are each resolved once.
 
-Callers submit from any thread. The device thread asks the scheduler for a batch when it can take one; no request waits
-for a timer. On a GPU the next batch is launched while the last one runs. A batch that runs out of memory is split and
-tried again; any other failure fails the requests of that batch only.
+Callers submit from any thread. A device thread asks the scheduler for a batch when it can take one; no request waits
+for a timer. On a GPU there is one, and it launches the next batch while the last one runs. On a CPU there are several
+*streams*, each with its part of the cores: two forwards side by side waste less of them than one on all does, between
+its layers. Only what comes alone runs on all of them. A batch that runs out of memory is split and tried again; any
+other failure fails the requests of that batch only.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 import weakref
 from collections import Counter, deque
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from cenote import metrics
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+DEFAULT_STREAMS = {"cpu": 2}
+"""For models that bear it."""
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 REST, LONG_WORK = 2.0, 10.0
@@ -54,7 +59,8 @@ class Launched(Protocol):
 class Model(Protocol):
     """What the engine asks of a model; `cenote.models.runner.PoolingModel` is one.
 
-    A model that runs once what sequences have in common at their beginning says so: `shares_prefixes = True`.
+    A model that runs once what sequences have in common at their beginning says so: `shares_prefixes = True`; and so
+    does one that several threads may launch at a time: `is_reentrant = True`.
     """
 
     info: ModelInfo
@@ -73,6 +79,7 @@ class _Job:
         self.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
+        self._lock = threading.Lock()  # several streams may have parts of it
 
     def cancelled(self) -> bool:
         """True once the caller gave up or a part failed: what still waits need not run."""
@@ -82,15 +89,18 @@ class _Job:
         """Tell the caller that `count` more sequences are done; what its callback raises is its own affair."""
         if self.progress is not None:
             try:
-                self.progress(count)
+                with self._lock:
+                    self.progress(count)
             except Exception:  # a broken progress bar must not stop the device
                 log.exception("the progress callback failed")
 
     def put(self, place: int, output: Output) -> None:
         """Store one output; the last one resolves the future."""
-        self._outputs[place] = output
-        self._left -= 1
-        if not self._left:
+        with self._lock:
+            self._outputs[place] = output
+            self._left -= 1
+            is_whole = not self._left
+        if is_whole:
             self._settle(lambda: self.future.set_result([o for o in self._outputs if o is not None]))
 
     def fail(self, error: CenoteError) -> None:
@@ -118,6 +128,22 @@ class _Entry:
         return len(self.sequence)
 
 
+class _Stream:
+    """A device thread, from the outside.
+
+    Attributes:
+        threads: CPU threads of its forwards; `None` = torch's.
+        is_wide: it runs what comes alone, on all cores, and nothing runs beside it.
+        woken: tells it that it may find work.
+    """
+
+    def __init__(self, number: int, threads: int | None, lock: threading.RLock, *, is_wide: bool = False) -> None:
+        self.number = number
+        self.threads = threads
+        self.is_wide = is_wide
+        self.woken = threading.Condition(lock)
+
+
 class LocalEngine:
     """Runs one model on one device.
 
@@ -126,8 +152,10 @@ class LocalEngine:
         max_batch_tokens: tokens of a batch; `None` = by device.
         max_batch_sequences: sequences of a batch.
         max_queued: sequences that may wait. A request is refused as a whole, unless nothing waits.
-        threads: CPU threads of a forward; `None` = torch's. It is the device thread's own number: torch keeps one for
+        threads: CPU threads in all; `None` = torch's. They are the device threads' own numbers: torch keeps one for
             each thread, and who sets it elsewhere does not change it here.
+        streams: forwards that run at a time, each on its part of `threads`; `None` = by device. 1 where the model does
+            not bear more.
     """
 
     def __init__(
@@ -138,23 +166,47 @@ class LocalEngine:
         max_batch_sequences: int = 256,
         max_queued: int = 16384,
         threads: int | None = None,
+        streams: int | None = None,
     ) -> None:
-        self.info = model.info
         self._model = model
         device = model.info.device.partition(":")[0]
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 1024)
-        self._scheduler: Scheduler[_Entry] = Scheduler(self.max_batch_tokens, max_batch_sequences)
         self._max_queued = max_queued
-        self._threads = threads
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._streams = [
+            _Stream(i, own, self._lock, is_wide=wide)
+            for i, (own, wide) in enumerate(_shares(threads, self._bears(streams, device)))
+        ]
+        self.info = replace(model.info, streams=sum(not stream.is_wide for stream in self._streams))
+        self._scheduler: Scheduler[_Entry] = Scheduler(
+            self.max_batch_tokens, max_batch_sequences, streams=self.info.streams
+        )
+        self._busy: set[_Stream] = set()
         self._closing = False
         self._dead: BaseException | None = None
         self._last_failed = False
         self._untidy_since: float | None = None
+        self._worked_until = 0.0
         self._rate: metrics.Rate = metrics.Rate()
         _RUNNING.add(self)
-        self._thread = threading.Thread(target=self._work, name="cenote-device", daemon=True)
-        self._thread.start()
+        began = threading.Barrier(len(self._streams) + 1)
+        self._threads = [
+            threading.Thread(target=self._work, args=(stream, began), name="cenote-device", daemon=True)
+            for stream in self._streams
+        ]
+        for thread in self._threads:
+            thread.start()
+        began.wait()
+        if any(stream.threads is not None for stream in self._streams):
+            import torch
+
+            torch.set_num_threads(torch.get_num_threads())  # what other new threads begin with is the last number set
+
+    def _bears(self, wanted: int | None, device: str) -> int:
+        """How many forwards may run at a time."""
+        if device != "cpu" or not getattr(self._model, "is_reentrant", False):
+            return 1
+        return DEFAULT_STREAMS[device] if wanted is None else wanted
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
@@ -163,7 +215,7 @@ class LocalEngine:
         shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
         job = _Job(len(sequences), progress, shared)
         entries = [_Entry(job, place, sequence) for place, sequence in enumerate(sequences)]
-        with self._changed:
+        with self._lock:
             if self._dead is not None:
                 raise EngineFailed(f"the device thread died: {self._dead!r}")
             if self._closing:
@@ -176,12 +228,12 @@ class LocalEngine:
                 job.future.set_result([])
                 return job.future
             self._scheduler.add(job, entries)
-            self._changed.notify()
+            self._wake()
         return job.future
 
     def healthy(self) -> bool:
-        """True if the device thread lives and its last forward succeeded, or a new one of one token does."""
-        if self._dead is not None or not self._thread.is_alive():
+        """True if the device threads live and the last forward succeeded, or a new one of one token does."""
+        if self._dead is not None or not all(thread.is_alive() for thread in self._threads):
             return False
         if not self._last_failed:
             return True
@@ -193,12 +245,13 @@ class LocalEngine:
 
     def close(self) -> None:
         """Refuse new work, finish what was accepted, and stop. May be called twice."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify()
+            self._wake()
         _RUNNING.discard(self)
-        if threading.current_thread() is not self._thread:  # an owner may be garbage-collected there
-            self._thread.join()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # an owner may be garbage-collected there
+                thread.join()
 
     def _overloaded(self, more: int) -> Overloaded:
         rate = self._rate.value()
@@ -209,17 +262,19 @@ class LocalEngine:
             retry_after=min(60, max(1, round(seconds))),
         )
 
-    def _work(self) -> None:
-        """The device thread: take a batch, launch it, deliver the one before."""
+    def _work(self, stream: _Stream, began: threading.Barrier) -> None:
+        """A device thread: take a batch, launch it, deliver the one before."""
         running: deque[tuple[list[_Entry], Launched, float]] = deque()
         batch: list[_Entry] = []
         try:
-            if self._threads is not None:
+            if stream.threads is not None:
                 import torch
 
-                torch.set_num_threads(self._threads)
+                torch.set_num_threads(stream.threads)
+                torch.get_num_threads()  # the first time, it begins with the last number that any thread has set
+            began.wait()
             while True:
-                batch = self._take(wait=not running)
+                batch = self._take(stream, wait=not running)
                 if batch:
                     self._launch(batch, running)
                 elif not running:
@@ -230,22 +285,53 @@ class LocalEngine:
             log.exception("the device thread died")
             self._die(error, [*batch, *(entry for run in running for entry in run[0])])
 
-    def _take(self, *, wait: bool) -> list[_Entry]:
-        """The next batch. With `wait`, an empty one means that the engine closes."""
+    def _take(self, stream: _Stream, *, wait: bool) -> list[_Entry]:
+        """The next batch of `stream`. With `wait`, an empty one means that the engine closes."""
+        if wait:
+            with self._lock:
+                self._worked_until = time.monotonic()
+                self._busy.discard(stream)
+                self._scheduler.done(stream.number)
         while True:
-            with self._changed:
+            with self._lock:
                 if dropped := self._scheduler.drop_cancelled():
                     metrics.sequences_of("dropped").inc(dropped)
-                batch = self._scheduler.next_batch()
-                if batch and self._untidy_since is None:
-                    self._untidy_since = time.monotonic()
-                if batch or not wait or self._closing:
+                batch = self._scheduler.next_batch(stream.number) if self._may_take(stream) else []
+                if batch:
+                    self._busy.add(stream)
+                    self._untidy_since = self._untidy_since or time.monotonic()
+                self._wake()  # for what is left
+                if batch or not wait or (self._closing and not self._scheduler.depth):
                     return batch
-                is_resting = not self._changed.wait(None if self._untidy_since is None else REST)
-            since = self._untidy_since
-            if since is not None and (is_resting or time.monotonic() - since > LONG_WORK):
+                stream.woken.wait(None if self._untidy_since is None else REST)
+                if is_pause := self._is_pause():
+                    self._untidy_since = None
+            if is_pause:
                 release_freed_memory()
-                self._untidy_since = None
+
+    def _may_take(self, stream: _Stream) -> bool:
+        """Whether what waits is for `stream`: the wide one, if there is one, runs what is alone."""
+        if any(other.is_wide for other in self._busy):
+            return False
+        is_alone = not self._busy and self._scheduler.depth == 1
+        return stream.is_wide == (is_alone and self._streams[-1].is_wide)
+
+    def _wake(self) -> None:
+        """Tell a stream of work that it may take; when closing, all that they may have to end."""
+        for stream in self._streams:
+            if self._closing or (self._scheduler.depth and stream not in self._busy and self._may_take(stream)):
+                stream.woken.notify()
+                if not self._closing:
+                    return
+
+    def _is_pause(self) -> bool:
+        """Whether to tidy up: nothing runs, after work, for a while or for the first time in long."""
+        now = time.monotonic()
+        return (
+            self._untidy_since is not None
+            and not self._busy
+            and (now - self._worked_until >= REST or now - self._untidy_since > LONG_WORK)
+        )
 
     def _launch(self, batch: list[_Entry], running: deque[tuple[list[_Entry], Launched, float]]) -> None:
         began = time.monotonic()
@@ -262,9 +348,10 @@ class LocalEngine:
         except Exception as error:  # as in _launch: a GPU reports its failures here
             self._failed(batch, error)
             return
-        self._last_failed = False
         tokens = sum(map(len, batch))
-        self._rate.add(tokens)
+        with self._lock:
+            self._last_failed = False
+            self._rate.add(tokens)
         metrics.tokens.inc(tokens)
         metrics.batch_tokens.observe(tokens)
         metrics.batch_sequences.observe(len(batch))
@@ -297,9 +384,25 @@ class LocalEngine:
 
     def _die(self, error: BaseException, lost: list[_Entry]) -> None:
         failure = EngineFailed(f"the device thread died: {error!r}")
-        with self._changed:
+        with self._lock:
             self._dead = error
+            self._closing = True
             while batch := self._scheduler.next_batch():
                 lost += batch
+            self._wake()
         for entry in lost:
             entry.job.fail(failure)
+
+
+def _shares(threads: int | None, streams: int) -> list[tuple[int | None, bool]]:
+    """The CPU threads of each device thread, and whether it is the wide one; `None` = torch's."""
+    if streams > 1:
+        import torch
+
+        threads = threads or torch.get_num_threads()
+        streams = min(streams, threads)
+    if streams < 2:
+        return [(threads, False)]
+    assert threads is not None
+    narrow = [(threads // streams + (i < threads % streams), False) for i in range(streams)]
+    return [*narrow, (threads, True)]

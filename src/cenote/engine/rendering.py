@@ -256,15 +256,15 @@ class Renderer:
     def resolve(self, options: TextOptions, task: str = "") -> TextOptions:
         """`options` with the maximum of `task` and the server's default filled in, and checked."""
         limit = self.info.limit(task)
-        options = replace(options, most=limit)
         if options.truncate is not None and options.truncate > limit:
             raise BadRequest(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
             )
-        if options.truncate == -1 or (options.truncate is None and self.auto_truncate and not options.whole):
-            return replace(options, truncate=limit if limit < UNLIMITED else None)
-        return options
+        truncate = options.truncate
+        if truncate == -1 or (truncate is None and self.auto_truncate and not options.whole):
+            truncate = limit if limit < UNLIMITED else None
+        return replace(options, most=limit, truncate=truncate)
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
         """Ids of `texts`; those that are too long are cut as `options` say, or refused by `fit`."""

@@ -5,17 +5,22 @@ counts once. A batch begins with the oldest sequence of every request in turn, s
 starve a small one; the room that is left goes to the waiting sequences nearest in length to the first, so that a batch
 is cheap to run.
 
-A request that fills more than two batches is bulk. As long as others come beside it, its batches are short, and every
-other one is without it, so that they wait for little and run at once. Apart from that every batch contains the head of
-the turn: a sequence waits for no more than twice as many batches as there are sequences before it and requests beside
-it.
+Where several batches run at a time, in *streams*, what waits is dealt out evenly among those that are free.
+
+A request that fills more than two batches is bulk. As long as others come beside it, every other batch is without it,
+and one stream has no long batches of it, so that they wait for little. Apart from that every batch contains the head
+of the turn: a sequence waits for no more than twice as many batches as there are sequences before it and requests
+beside it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SHORT = 8
 """Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
@@ -58,12 +63,15 @@ class Scheduler(Generic[I]):
         max_tokens: tokens that a batch runs. A single longer sequence runs alone.
         max_sequences: sequences of a batch.
         look_ahead: how many waiting sequences are compared by length for each batch.
+        streams: batches that run at a time.
     """
 
-    def __init__(self, max_tokens: int, max_sequences: int = 256, look_ahead: int = 1024) -> None:
+    def __init__(self, max_tokens: int, max_sequences: int = 256, look_ahead: int = 1024, streams: int = 1) -> None:
         self.max_tokens = max_tokens
         self.max_sequences = max_sequences
         self.look_ahead = look_ahead
+        self.streams = streams
+        self._under_way: dict[int, bool] = {}  # streams with a batch, and whether it is a long one of bulk
         self._waiting: OrderedDict[Job, deque[I]] = OrderedDict()
         self._left: Counter[Job] = Counter()  # tokens, without common beginnings
         self._wary = 0
@@ -85,10 +93,11 @@ class Scheduler(Generic[I]):
         gone = [job for job in self._waiting if job.cancelled()]
         return sum(self._forget(job) for job in gone)
 
-    def next_batch(self) -> list[I]:
-        """Take the next batch; empty if nothing waits."""
+    def next_batch(self, stream: int = 0) -> list[I]:
+        """Take the next batch for `stream`, whose last one is done; empty if nothing waits."""
         self.drop_cancelled()
-        jobs, most = self._admitted()
+        self.done(stream)
+        jobs, most, is_long_bulk = self._admitted()
         batch: list[I] = []
         tokens = 0
         for job in jobs:
@@ -102,26 +111,40 @@ class Scheduler(Generic[I]):
             batch += self._nearest(batch, most - tokens, jobs)
         for item in batch:
             self._left[item.job] -= len(item) - item.job.shared
+        if batch:
+            self._under_way[stream] = is_long_bulk
         for job in [job for job, items in self._waiting.items() if not items]:
             del self._waiting[job], self._left[job]
         self.depth -= len(batch)
         self.tokens -= sum(map(len, batch))
         return batch
 
-    def _admitted(self) -> tuple[list[Job], int]:
-        """The requests that the next batch may take from, in turn, and how many tokens."""
+    def done(self, stream: int) -> None:
+        """The batch of `stream` is over."""
+        self._under_way.pop(stream, None)
+
+    def _admitted(self) -> tuple[list[Job], int, bool]:
+        """The requests that the next batch may take from, in turn, how many tokens, and whether it is long and bulk."""
         jobs = [*self._waiting]
         bulk = {job for job in jobs if self._left[job] > 2 * self.max_tokens}
         if 0 < len(bulk) < len(jobs):
             self._wary = WARY
         if not bulk or not self._wary:
-            return jobs, self.max_tokens
+            return jobs, self._even(jobs), False
         self._wary -= 1
         self._passed_over = len(bulk) < len(jobs) and not self._passed_over
         if self._passed_over:
-            return [job for job in jobs if job not in bulk], self.max_tokens
-        worth = 4 * max(job.shared for job in bulk)  # what is run once is run once a batch
-        return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, worth))
+            rest = [job for job in jobs if job not in bulk]
+            return rest, self._even(rest), False
+        if sum(self._under_way.values()) < self.streams - 1:
+            return [job for job in jobs if job in bulk], self.max_tokens, True
+        return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, _worth(bulk))), False
+
+    def _even(self, jobs: list[Job]) -> int:
+        """Tokens of a batch of `jobs`: what leaves as much for each other stream that is free."""
+        free = max(1, self.streams - len(self._under_way))
+        waiting = sum(self._left[job] + job.shared for job in jobs)
+        return min(self.max_tokens, max(-(-waiting // free), _worth(jobs)))
 
     def _nearest(self, batch: list[I], room: int, jobs: list[Job]) -> list[I]:
         """Take waiting sequences of `jobs` nearest in length to the first of `batch` that fit beside it."""
@@ -146,3 +169,8 @@ class Scheduler(Generic[I]):
         self.depth -= len(items)
         self.tokens -= sum(map(len, items))
         return len(items)
+
+
+def _worth(jobs: Iterable[Job]) -> int:
+    """Tokens that a batch of `jobs` should have at least, because what they share is run once a batch."""
+    return 4 * max((job.shared for job in jobs), default=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,8 +70,12 @@ def find(folders: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
+_ACTIVE: ContextVar[str | None] = ContextVar("cenote_adapter", default=None)
+"""Of the forward under way."""
+
+
 class Adapters:
-    """The adapters of a backbone. One forward at a time, as the model's.
+    """The adapters of a backbone.
 
     Args:
         model: the backbone, before its layout is chosen: its hooked modules are left out of fusing.
@@ -82,7 +87,6 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
         self.names = tuple(sorted(folders))
-        self._active: str | None = None
         changes: dict[str, dict[str, Change]] = {}
         for name in self.names:
             for path, change in _read(model, name, folders[name]).items():
@@ -99,15 +103,15 @@ class Adapters:
         """
         if name is not None and name not in self.names:
             raise BadRequest(f"unknown adapter {name!r}. Supported values: {', '.join(self.names) or 'none'}")
-        self._active = name
+        token = _ACTIVE.set(name)
         try:
             yield
         finally:
-            self._active = None
+            _ACTIVE.reset(token)
 
     def _hook(self, changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            change = changes.get(self._active or "")
+            change = changes.get(_ACTIVE.get() or "")
             if change is None:
                 return y
             low = F.embedding(args[0], change.a) if isinstance(module, nn.Embedding) else F.linear(args[0], change.a)

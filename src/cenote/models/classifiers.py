@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -69,23 +70,26 @@ class _States(tuple[Any, ...]):
         return self[place] if place < len(self) else None
 
 
+_STATES: ContextVar[Tensor] = ContextVar("cenote_states")
+"""Of the head that is running."""
+
+
 class _Stub(nn.Module):
-    """Stands where the backbone was, and returns the states it was given."""
+    """Stands where the backbone was, and returns the states that it would."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.states = torch.empty(0)
         pooler = getattr(backbone, "pooler", None)
         self.pooler = copy.deepcopy(pooler).float() if isinstance(pooler, nn.Module) else None
         self.pooler_activation = getattr(backbone, "pooler_activation", None)  # ALBERT's is beside its pooler
 
     def forward(self, *_: Any, **__: Any) -> _States:
-        pooled = None
+        states_BLD, pooled = _STATES.get(), None
         if isinstance(self.pooler, nn.Linear) and self.pooler_activation is not None:
-            pooled = self.pooler_activation(self.pooler(self.states[:, 0]))
+            pooled = self.pooler_activation(self.pooler(states_BLD[:, 0]))
         elif self.pooler is not None:
-            pooled = self.pooler(self.states)
-        return _States(self.states, pooled)
+            pooled = self.pooler(states_BLD)
+        return _States(states_BLD, pooled)
 
 
 class OwnHead:
@@ -96,9 +100,8 @@ class OwnHead:
         for child in model.children():
             if child is not backbone:
                 child.float()
-        self._stub = _Stub(backbone)
         self._model = copy.copy(model)
-        self._model._modules = {**model._modules, model.base_model_prefix: self._stub}
+        self._model._modules = {**model._modules, model.base_model_prefix: _Stub(backbone)}
         self._model.config = copy.deepcopy(model.config)
         text = self._model.config.get_text_config()
         self.pad = text.pad_token_id
@@ -107,11 +110,11 @@ class OwnHead:
 
     def __call__(self, states_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """The model's own logits for given last hidden states."""
-        self._stub.states = states_BLD.float()
+        token = _STATES.set(states_BLD.float())
         try:
             logits: Tensor = self._model(input_ids=ids_BL, attention_mask=mask_BL, return_dict=True).logits
         finally:
-            self._stub.states = torch.empty(0)
+            _STATES.reset(token)
         return logits.float()
 
     def rows(self, x_RD: Tensor) -> Tensor:

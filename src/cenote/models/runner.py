@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import nn
 from cenote.errors import CenoteError, CheckpointError, ConfigError, EngineFailed
 from cenote.models import adapters as adapting
 from cenote.models import checkpoint as checkpoints
-from cenote.models import classifiers, retrieval
+from cenote.models import classifiers, reentrant, retrieval
 from cenote.models import narrow as narrowing
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
@@ -67,13 +68,18 @@ LARGE_BATCH = 1024
 
 
 class PoolingModel:
-    """Backbone, layout, task outputs and adapters of one checkpoint. One forward at a time: the device thread's."""
+    """Backbone, layout, task outputs and adapters of one checkpoint.
+
+    Attributes:
+        is_reentrant: whether several threads may `launch` at a time.
+    """
 
     def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput], adapters: Adapters) -> None:
         self.info = info
         self.layout = layout
         self.outputs = outputs
         self.adapters = adapters
+        self.is_reentrant = False
 
     @property
     def shares_prefixes(self) -> bool:
@@ -161,11 +167,15 @@ class Part(NamedTuple):
 
 
 class Pending:
-    """A launched batch."""
+    """A launched batch.
+
+    Attributes:
+        parts: its results, on their way.
+    """
 
     def __init__(self, sequences: Seq[Sequence], parts: list[Part], device: torch.device) -> None:
         self._sequences = sequences
-        self._parts = parts
+        self.parts = parts
         self._event = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -180,7 +190,7 @@ class Pending:
         if self._event is not None:
             self._event.synchronize()
         found: list[dict[str, Output]] = [{} for _ in self._sequences]
-        for part in self._parts:
+        for part in self.parts:
             all_finite = bool(torch.isfinite(part.values).all())
             indices = [None] * len(part.places) if part.indices is None else part.split(part.indices)
             for place, values, own in zip(part.places, part.split(part.values), indices, strict=True):
@@ -284,6 +294,10 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         info = replace(info, pooling=dense.splade.strategy, use_activation=dense.use_activation)
     pooling_model = PoolingModel(info, layout, outputs, adapters)
     _check_first_forward(pooling_model, pooler)
+    if device.type == "cpu":
+        why_not_beside = _fault_beside(pooling_model, full, probe)
+        pooling_model.is_reentrant = not why_not_beside
+        log.debug("%s runs %s", info.name, f"one batch at a time: {why_not_beside}" if why_not_beside else "in streams")
     native.leave_unused_memory()
     return pooling_model, checkpoint
 
@@ -547,6 +561,24 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     if declared is None:  # Sentence-Transformers tags the card of a model with the losses that it was trained with
         declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
     return () if declared else None
+
+
+def _fault_beside(model: PoolingModel, full: nn.Module, probe: classifiers.Probe | None) -> str:
+    """Why several threads cannot launch `model` at a time, or an empty string."""
+    if model.layout.backbone.rope_class is not None:
+        return "its rotary frequencies are those of the longest sequence"
+    most, last = model.info.max_model_len, model.info.vocab_size - 1
+    drawn = [[min(i, last) for i in range(1, 1 + min(n, most))] for n in (9, 4)]
+    ids = [s.ids for s in probe.sequences[:2]] if probe is not None else drawn
+
+    def run(own: Seq[int]) -> list[Tensor]:
+        sequences = [Sequence(own, task=task) for task in model.outputs]
+        return [part.values for part in model.launch(sequences).parts]
+
+    try:
+        return reentrant.fault(full, [partial(run, own) for own in ids])
+    except Exception as error:  # whatever a model raises over plain token ids, it can do so in one thread alone
+        return f"{type(error).__name__}: {checkpoints.first_line(error)}"
 
 
 def _check_first_forward(model: PoolingModel, pooler: Pooler) -> None:

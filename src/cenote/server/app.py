@@ -13,6 +13,7 @@ import cenote
 from cenote import metrics
 from cenote.server import faults
 from cenote.server.dialects import cohere, entities, fastdeploy, openai, pooling, scoring
+from cenote.server.direct import Direct, handlers
 from cenote.server.encoding import json_response
 from cenote.server.gate import Gate
 from cenote.server.serving import Serving
@@ -44,10 +45,11 @@ def build(services: list[Service], config: ServerConfig) -> FastAPI:
         root_path=config.root_path,
         **docs,  # type: ignore[arg-type]
     )
-    for dialect in DIALECTS:
-        app.include_router(dialect.router(serving))
-    app.include_router(_operations(serving))
+    routers = [*(dialect.router(serving) for dialect in DIALECTS), _operations(serving)]
+    for router in routers:
+        app.include_router(router)
     faults.install(app)
+    app.add_middleware(Direct, handlers=handlers(routers))
     app.add_middleware(Gate, config=config)
     return app
 

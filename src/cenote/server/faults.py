@@ -72,31 +72,28 @@ def validation(errors: Sequence[Any]) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers on `app`. Unknown paths and methods keep the framework's `{"detail": ...}`."""
-
-    async def cenote_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, CenoteError)
-        if error.status >= 500:
-            log.error("%s: %s", type(error).__name__, error.message)
-        return answer(error)
-
-    async def validation_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return validation(error.errors())
-
-    async def http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 400:  # a body that FastAPI could not read at all, as one nested too deeply
-            return body(str(error.detail), "Bad Request", "body", 400)
-        return await http_exception_handler(request, error)
+    """Register the handlers on `app`."""
 
     async def unexpected(_: Request, error: Exception) -> Response:
         return body("Internal server error", "InternalServerError", None, 500)
 
-    app.add_exception_handler(CenoteError, cenote_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(HTTPException, http_error)
+    for kind in (CenoteError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, respond)
     app.add_exception_handler(Exception, unexpected)
+
+
+async def respond(request: Request, error: Exception) -> Response:
+    """The response for what a route raises. Unknown paths and methods keep the framework's `{"detail": ...}`."""
+    if isinstance(error, CenoteError):
+        if error.status >= 500:
+            log.error("%s: %s", type(error).__name__, error.message)
+        return answer(error)
+    if isinstance(error, RequestValidationError):
+        return validation(error.errors())
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # a body that could not be read at all, as one nested too deeply
+        return body(str(error.detail), "Bad Request", "body", 400)
+    return await http_exception_handler(request, error)
 
 
 def _entry(error: Any) -> str:

@@ -2,7 +2,8 @@
 
 A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
 request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
-every step of the way to a thread and back waits for the interpreter's lock.
+every step of the way to a thread and back waits for the interpreter's lock. What arrives together reaches the engine
+together, so that the first of many is no batch of one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -27,12 +29,18 @@ if TYPE_CHECKING:
 
     from cenote.config import ServerConfig
     from cenote.service import Service
-    from cenote.types import Output, Sequence
+    from cenote.types import Engine, Output, Sequence
 
 RENDER_THREADS = 2
 CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
+QUIET = 2
+"""Turns of the event loop without a new request after which those that have come reach the engine."""
+MOST_HELD = 1e-3
+"""Seconds after which they do so even if others keep coming."""
+NOTICE = 1.0
+"""Seconds after which it is noticed that a client has left."""
 T = TypeVar("T")
 _ids = random.Random()
 
@@ -47,7 +55,7 @@ class Serving:
         self.running = 0
         self._by_name = {name: service for service in services for name in service.names}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
-        self._answers: Answers | None = None
+        self._desk: Desk | None = None
 
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
         """The service called `model`; the first one if the request names none.
@@ -107,22 +115,15 @@ class Serving:
                 metrics.stage("render").observe(time.monotonic() - began)
             else:
                 sequences = await self.in_pool("render", render)
-            future = service.engine.submit(sequences)
             loop = asyncio.get_running_loop()
-            if self._answers is None or self._answers.loop is not loop:
-                self._answers = Answers(loop)
-            answer = self._answers.of(future)
-            gone = asyncio.ensure_future(_gone(request))
-            gone.add_done_callback(lambda _: answer.cancel())
+            if self._desk is None or self._desk.loop is not loop:
+                self._desk = Desk(loop)
+            answer = self._desk.submit(service.engine, sequences)
+            watch = loop.call_later(NOTICE, _watch, request, answer)
             try:
                 return sequences, await answer
-            except asyncio.CancelledError:
-                if not gone.done() or gone.cancelled():
-                    raise
-                raise HTTPException(CLIENT_CLOSED, "the client closed the connection") from None
             finally:
-                future.cancel()
-                gone.cancel()
+                watch.cancel()
         finally:
             self.running -= 1
 
@@ -133,18 +134,54 @@ class Serving:
         self._pool.shutdown()
 
 
-class Answers:
-    """Futures of other threads as futures of `loop`, which is woken once for all that are done by then."""
+class Desk:
+    """Between one event loop and engines, whose futures belong to other threads.
+
+    Requests are handed over once no other has come for some turns of the loop, and the loop is woken once for all
+    answers that are there by then.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._held: deque[tuple[Engine, list[Sequence], asyncio.Future[list[Output]]]] = deque()
+        self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken = False
+
+    def submit(self, engine: Engine, sequences: list[Sequence]) -> asyncio.Future[list[Output]]:
+        """The outputs of `sequences`, or what `engine` refuses. Whoever cancels the future cancels the work."""
+        answer: asyncio.Future[list[Output]] = self.loop.create_future()
+        self._held.append((engine, sequences, answer))
+        if len(self._held) == 1:
+            self._held_since = time.monotonic()
+            self.loop.call_soon(self._hold, 1, 0)
+        return answer
 
     def of(self, future: Future[T]) -> asyncio.Future[T]:
         """A future of the loop that ends as `future` does."""
         answer: asyncio.Future[T] = self.loop.create_future()
+        self._follow(future, answer)
+        return answer
 
+    def _hold(self, count: int, quiet: int) -> None:
+        """A turn of the loop; `count` had come before the last one, and `quiet` turns brought none."""
+        quiet = quiet + 1 if count == len(self._held) else 0
+        if quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD:
+            self.loop.call_soon(self._hold, len(self._held), quiet)
+            return
+        while self._held:
+            engine, sequences, answer = self._held.popleft()
+            if answer.done():  # cancelled
+                continue
+            try:
+                future = engine.submit(sequences)
+            except Exception as error:  # what the engine refuses is the answer
+                answer.set_exception(error)
+                continue
+            self._follow(future, answer)
+            answer.add_done_callback(partial(_drop, future))
+
+    def _follow(self, future: Future[T], answer: asyncio.Future[T]) -> None:
         def done(future: Future[T]) -> None:
             self._done.append((answer, future))
             if not self._woken:  # else `_settle` has not begun yet and will find it
@@ -152,7 +189,6 @@ class Answers:
                 self.loop.call_soon_threadsafe(self._settle)
 
         future.add_done_callback(done)
-        return answer
 
     def _settle(self) -> None:
         self._woken = False
@@ -168,10 +204,21 @@ class Answers:
                 answer.set_result(future.result())
 
 
-async def _gone(request: Request) -> None:
-    """Return when the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _drop(work: Future[Any], _: asyncio.Future[Any]) -> None:
+    work.cancel()
+
+
+def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
+    """Give up `answer` when the client leaves."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if not answer.done():
+            answer.set_exception(HTTPException(CLIENT_CLOSED, "the client closed the connection"))
+
+    watching = asyncio.ensure_future(leave())
+    answer.add_done_callback(lambda _: watching.cancel())
 
 
 def request_id(request: Request, given: str | None) -> str:
