@@ -413,6 +413,35 @@ print(left)
 """
 
 
+LIBRARIES = """
+import re, torch
+from pathlib import Path
+from cenote.tensors import native
+
+def resident():
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    own = [x for x in parts if "libtorch_cpu.so" in x.split("\\n")[0]]
+    return sum(int(re.search(r"^Rss: +(\\d+)", x, re.MULTILINE)[1]) for x in own)
+
+torch.set_num_threads(3)
+x = torch.arange(12.0).view(3, 4)
+wanted = (x @ x.T).softmax(1)
+before = resident()
+native.leave_unused_memory()
+print(before, resident())
+assert torch.equal((x @ x.T).softmax(1), wanted)
+assert torch.get_num_threads() == 3, "what the library has noted stays"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
+def test_what_only_importing_has_run_of_libraries_leaves_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after < before / 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
 def test_weights_in_a_mapped_file_leave_memory_and_come_back(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -221,7 +221,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="tokens of a batch (default: 1024 on a CPU, 16384 on a GPU)"
+        None, ge=1, description="tokens of a batch (default: 768 on a CPU, 16384 on a GPU)"
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a forward (default: torch's: OMP_NUM_THREADS, else one a core)"

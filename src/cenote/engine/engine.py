@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+DEFAULT_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}
 DEFAULT_STREAMS = {"cpu": 2}
 """For models that bear it."""
 HEALTH_PATIENCE = 30.0
@@ -170,7 +170,7 @@ class LocalEngine:
     ) -> None:
         self._model = model
         device = model.info.device.partition(":")[0]
-        self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 1024)
+        self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 768)
         self._max_queued = max_queued
         self._lock = threading.RLock()
         self._streams = [

@@ -38,6 +38,7 @@ from cenote.models.outputs import (
 from cenote.tasks import TASKS, only_of
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
+from cenote.tensors.results import kept
 from cenote.types import UNLIMITED, ModelInfo, Output, Sequence, Similarity
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Part(NamedTuple):
 
     def split(self, x: Tensor) -> list[np.ndarray]:
         """`x` for each sequence."""
-        rows = x.numpy()
+        rows = kept(x)
         if self.lengths is None:
             return list(rows)
         return [rows[end - length : end] for length, end in zip(self.lengths, accumulate(self.lengths), strict=True)]

@@ -42,6 +42,8 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+MAPPED = re.compile(r" r[-w][-x]p .*\.safetensors$| r-[-x]p .*\.so[.\d]*$")
+"""Lines of /proc/self/smaps of weights, and of what is only read of libraries."""
 LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
 NARROWEST = 8
@@ -521,10 +523,11 @@ def keep_freed_memory(largest: int) -> None:
 
 
 def leave_unused_memory() -> None:
-    """Give back what loading has left behind: freed memory that glibc keeps, and weights read from mapped files.
+    """Give back what loading has left behind: freed memory that glibc keeps, and what was read from mapped files.
 
-    A packed matrix is a copy, so nobody reads its file again; pages that are read again come back. A mapping in which
-    something was written, which only this process has, is left alone. Does nothing where there is no /proc.
+    Those are weights, of which a packed matrix is a copy, and libraries, of which importing runs more than all that
+    follows. Pages that are read again come back. A mapping in which something was written, which only this process
+    has, is left alone. Does nothing where there is no /proc.
     """
     release_freed_memory()
     try:
@@ -533,6 +536,6 @@ def leave_unused_memory() -> None:
         return
     for mapping in mappings:
         head = mapping.partition("\n")[0]
-        if head.endswith(".safetensors") and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
+        if MAPPED.search(head) and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
             begin, end = (int(x, 16) for x in head.split()[0].split("-"))
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
