@@ -54,7 +54,8 @@ def test_everything_runs_once_within_the_budgets(
     assert scheduler.depth == sum(map(len, lengths))
     assert scheduler.tokens == sum(map(sum, lengths))
     batches = [batch for stream in order if (batch := scheduler.next_batch(stream))]
-    assert len(batches) == len(order) or not scheduler.depth, "who asks while something waits gets some of it"
+    for stream in range(4):
+        scheduler.done(stream)
     batches += drain(scheduler)
     ran = [id(item) for batch in batches for item in batch]
     assert sorted(ran) == sorted(id(item) for items in added for item in items)
@@ -234,12 +235,31 @@ def test_bulk_leaves_one_stream_to_those_who_come_beside_it() -> None:
     scheduler.add(bulk, pieces(bulk, [100] * 100_000))
     assert [len(scheduler.next_batch(stream)) for stream in (0, 1)] == [16, 16], "alone, it fills all batches"
     query = Request()
+    for stream in (1, 1, 0):
+        scheduler.add(query, pieces(query, [12]))
+        assert [item.job for item in scheduler.next_batch(stream)] == [query], (
+            "at once, and nothing of the bulk beside it"
+        )
+        if stream == 1:
+            assert scheduler.next_batch(1) == [], "then it waits for the next one"
+            assert len(scheduler.next_batch(0)) == 16, "while the other goes on with long batches"
+    assert len(scheduler.next_batch(1)) == 16, "whichever is not theirs"
+    assert scheduler.next_batch(0) == []
+    sizes = []
+    for _ in range(60):
+        sizes += [len(scheduler.next_batch(stream)) for stream in (1, 0)]
+    assert sizes[:20] == [16, 0] * 10, "somebody else may come again"
+    assert sizes[40:44] == [16, 2] * 2, "short ones in between, for a while"
+    assert sizes[-4:] == [16] * 4, "nobody came"
+
+
+def test_bulk_is_all_that_is_left_for_streams_when_it_ends() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens=100, streams=2)
+    bulk, query = Request(), Request()
+    scheduler.add(bulk, pieces(bulk, [50] * 12))
     scheduler.add(query, pieces(query, [12]))
-    assert [item.job for item in scheduler.next_batch(1)] == [query], "nothing of the bulk beside it"
-    assert len(scheduler.next_batch(0)) == 16, "one stream goes on with long batches"
-    assert len(scheduler.next_batch(1)) == 2, "the other has short ones"
-    assert len(scheduler.next_batch(1)) == 2
-    assert len(scheduler.next_batch(0)) == 16
-    scheduler.add(query, pieces(query, [12]))
-    assert [item.job for item in scheduler.next_batch(0)] == [query], "whoever is free first takes it"
-    assert len(scheduler.next_batch(1)) == 16, "then the other may have the long ones"
+    ran = []
+    for turn in range(20):
+        ran += scheduler.next_batch(turn % 2)
+    assert len(ran) == 13
+    assert scheduler.depth == 0

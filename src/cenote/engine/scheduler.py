@@ -7,10 +7,10 @@ is cheap to run.
 
 Where several batches run at a time, in *streams*, what waits is dealt out evenly among those that are free.
 
-A request that fills more than two batches is bulk. As long as others come beside it, every other batch is without it,
-and one stream has no long batches of it, so that they wait for little. Apart from that every batch contains the head
-of the turn: a sequence waits for no more than twice as many batches as there are sequences before it and requests
-beside it.
+A request that fills more than two batches is bulk. As long as others come beside it, one stream is theirs, and with a
+single stream every other batch is, and the rest of its batches are short: they wait for little. Apart from that every
+batch contains the head of the turn: a sequence waits for no more than twice as many batches as there are sequences
+before it and requests beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 SHORT = 8
 """Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
 cost throughput."""
-WARY = 64
-"""Batches that stay short after the last other request came: some seconds."""
+WARY, RESERVED = 64, 16
+"""Batches of bulk after the last other request came until others are no longer thought of, some seconds; and until the
+stream that was theirs takes short ones."""
 
 
 class Job(Protocol):
@@ -94,7 +95,7 @@ class Scheduler(Generic[I]):
         return sum(self._forget(job) for job in gone)
 
     def next_batch(self, stream: int = 0) -> list[I]:
-        """Take the next batch for `stream`, whose last one is done; empty if nothing waits."""
+        """Take the next batch for `stream`, whose last one is done; empty if nothing waits, or only bulk for others."""
         self.drop_cancelled()
         self.done(stream)
         jobs, most, is_long_bulk = self._admitted()
@@ -130,13 +131,16 @@ class Scheduler(Generic[I]):
         if 0 < len(bulk) < len(jobs):
             self._wary = WARY
         if not bulk or not self._wary:
-            return jobs, self._even(jobs), False
-        self._wary -= 1
-        self._passed_over = len(bulk) < len(jobs) and not self._passed_over
+            return jobs, self._even(jobs), bool(bulk)
+        rest = [job for job in jobs if job not in bulk]
+        long = sum(self._under_way.values())
+        self._passed_over = bool(rest) and (long > 0 or not self._passed_over)
         if self._passed_over:
-            rest = [job for job in jobs if job not in bulk]
             return rest, self._even(rest), False
-        if sum(self._under_way.values()) < self.streams - 1:
+        if long and long == self.streams - 1 and self._wary > WARY - RESERVED:
+            return [], 0, False
+        self._wary -= 1
+        if long < self.streams - 1:
             return [job for job in jobs if job in bulk], self.max_tokens, True
         return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, _worth(bulk))), False
 
