@@ -163,7 +163,7 @@ def test_requests_that_fill_no_batch_do_not_shorten_any() -> None:
 def test_short_batches_are_worth_what_they_begin_with() -> None:
     scheduler: Scheduler[Piece] = Scheduler(max_tokens=1600)
     bulk, small = Request(shared=150), Request()
-    scheduler.add(bulk, pieces(bulk, [160] * 1000))
+    scheduler.add(bulk, pieces(bulk, [160] * 2000))
     scheduler.add(small, pieces(small, [160]))
     assert len(scheduler.next_batch()) == 1
     assert len(scheduler.next_batch()) == 45, "160 + 44 * 10 of 600 tokens; 200 would have room for 5"

@@ -7,7 +7,7 @@ is cheap to run.
 
 Where several batches run at a time, in *streams*, what waits is dealt out evenly among those that are free.
 
-A request that fills more than two batches is bulk. As long as others come beside it, one stream is theirs, and with a
+A request that fills more than a few batches is bulk. As long as others come beside it, one stream is theirs, and with a
 single stream every other batch is, and the rest of its batches are short: they wait for little. Apart from that every
 batch contains the head of the turn: a sequence waits for no more than twice as many batches as there are sequences
 before it and requests beside it.
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+BULK = 8
+"""Batches that a request fills at least to be bulk: about half a second of work for a small model on a CPU."""
 SHORT = 8
 """Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
 cost throughput."""
@@ -127,7 +129,7 @@ class Scheduler(Generic[I]):
     def _admitted(self) -> tuple[list[Job], int, bool]:
         """The requests that the next batch may take from, in turn, how many tokens, and whether it is long and bulk."""
         jobs = [*self._waiting]
-        bulk = {job for job in jobs if self._left[job] > 2 * self.max_tokens}
+        bulk = {job for job in jobs if self._left[job] > BULK * self.max_tokens}
         if 0 < len(bulk) < len(jobs):
             self._wary = WARY
         if not bulk or not self._wary:
