@@ -233,7 +233,7 @@ class Kernel:
             None if residual_RO is None else residual_RO.data_ptr(),
             0 if residual_RO is None else residual_RO.stride(0),
             out_RO.data_ptr(),
-            len(x_RI),
+            x_RI.shape[0],
             torch.get_num_threads(),
         )
         if failed:

@@ -126,7 +126,7 @@ class Kernels:
             *strided,
             out_1TNH.data_ptr(),
             starts.data_ptr(),
-            len(starts) - 1,
+            starts.shape[0] - 1,
             heads,
             heads // k_1NTH.shape[1],
             size,
@@ -175,7 +175,7 @@ class Kernels:
     def run_chain(self, steps: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
         """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
         assert self._blas is not None
-        rows, threads = len(x_RI), torch.get_num_threads()
+        rows, threads = x_RI.shape[0], torch.get_num_threads()
         widest = max(step.out for step in steps)
         block = max(SHORTEST_BLOCK, min(LONGEST_BLOCK, CACHE // (4 * widest)))
         if rows > block or threads > 1:
@@ -340,6 +340,7 @@ class Chain(Generic[W]):
     ) -> None:
         self._run = run
         self._layers = layers
+        self._columns = int(layers[-1].out)
         self.steps = steps
 
     def __deepcopy__(self, memo: object) -> Chain[W]:
@@ -355,11 +356,13 @@ class Chain(Generic[W]):
         """
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
-        shape = (*x.shape[:-1], self._layers[-1].out)
+        shape = (*x.shape[:-1], self._columns)
         x_RI = _rows(x)
-        residual_RO = None if residual is None else _rows(residual.expand(shape))
-        out_RO = torch.empty(len(x_RI), shape[-1])
-        if len(x_RI):
+        residual_RO = (
+            None if residual is None else _rows(residual if residual.shape == shape else residual.expand(shape))
+        )
+        out_RO = torch.empty(x_RI.shape[0], self._columns)
+        if x_RI.shape[0]:
             self._run(self._layers, x_RI, residual_RO, out_RO)
         return out_RO.view(shape)
 
