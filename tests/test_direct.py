@@ -103,6 +103,10 @@ def test_routes_that_take_something_else_have_none() -> None:
     async def both(body: dict[str, Any], request: Request) -> Response:
         return Response()
 
+    @routes.post("/thread")
+    def waits(body: dict[str, Any]) -> Response:
+        return Response()
+
     @routes.post("/short")
     async def short(body: dict[str, int]) -> Response:
         return Response(str(body["a"]))

@@ -535,3 +535,28 @@ def test_threads_are_those_of_the_forward(folder: Path, monkeypatch: pytest.Monk
         torch.set_num_threads(mine)
     with pytest.raises(ConfigError, match="threads: Input should be greater than or equal to 1"):
         LLM(model=str(folder), threads=0)
+
+
+def test_streams_give_what_one_gives(folder: Path) -> None:
+    texts = [f"{text} {number}" for number in range(20) for text in SHORT]
+    vectors = []
+    for streams in (1, 2, 3):
+        with LLM(model=str(folder), threads=3, streams=streams, max_num_batched_tokens=64) as made:
+            info = made._service.engine.info
+            assert (info.streams, info.warnings) == (streams, ())
+            vectors.append(np.array([o.outputs.embedding for o in made.embed(texts, use_tqdm=False)]))
+    assert np.abs(vectors[1] - vectors[0]).max() <= 1e-6
+    assert np.abs(vectors[2] - vectors[0]).max() <= 1e-6
+
+
+def test_a_model_that_remembers_runs_one_batch_at_a_time_and_says_so(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    checkpoints.decoder(tmp_path, rope_parameters=rope, max_position_embeddings=32)
+    with LLM(model=str(tmp_path), runner="pooling", threads=2, streams=2, max_model_len=64) as made:
+        info = made._service.engine.info
+        assert info.streams == 1
+        assert [note for note in info.warnings if "runs one batch at a time, because its rotary frequencies" in note]
+        short, long = "one two", "one two " * 6
+        (alone,) = made.embed([short], use_tqdm=False)
+        _, again, _ = made.embed([long, short, long], use_tqdm=False)
+    assert np.allclose(alone.outputs.embedding, again.outputs.embedding, atol=1e-5)

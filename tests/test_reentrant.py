@@ -162,3 +162,14 @@ def test_what_is_only_there_during_a_forward_is_found_by_running_two() -> None:
 
     fault = reentrant.fault(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
     assert fault == "forwards beside each other give something else"
+
+
+def test_a_forward_that_fails_beside_another_is_a_fault() -> None:
+    def run(x: Tensor) -> list[Tensor]:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("thread-local state is missing")
+        return [x]
+
+    module = Plain()
+    fault = reentrant.fault(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
+    assert fault == "forwards beside each other give something else"

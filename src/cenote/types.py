@@ -310,7 +310,7 @@ class Engine(Protocol):
         """Accept all `sequences` as one request, or raise `Overloaded` or `Closed`.
 
         The future resolves to outputs in the order of `sequences`; cancelling it drops the work that has not
-        begun. `progress` is called from the device thread with the number of sequences just finished.
+        begun. `progress` is called from a device thread, one at a time, with the number of sequences just finished.
         """
 
     def healthy(self) -> bool:

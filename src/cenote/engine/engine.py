@@ -282,6 +282,7 @@ class LocalEngine:
                 while running and (not batch or len(running) > 1 or running[0][1].ready()):
                     self._deliver(*running.popleft())
         except BaseException as error:  # the thread is lost: nobody may wait for it
+            began.abort()
             log.exception("the device thread died")
             self._die(error, [*batch, *(entry for run in running for entry in run[0])])
 

@@ -298,7 +298,9 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     if device.type == "cpu":
         why_not_beside = _fault_beside(pooling_model, full, probe)
         pooling_model.is_reentrant = not why_not_beside
-        log.debug("%s runs %s", info.name, f"one batch at a time: {why_not_beside}" if why_not_beside else "in streams")
+        if why_not_beside:
+            note = f"runs one batch at a time, because {why_not_beside}"
+            pooling_model.info = replace(info, warnings=(*info.warnings, note))
     native.leave_unused_memory()
     return pooling_model, checkpoint
 

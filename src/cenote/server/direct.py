@@ -45,6 +45,8 @@ class Handler:
         names = list(inspect.signature(route.endpoint).parameters)
         if route.methods != {"POST"} or "{" in route.path or names not in (["body"], ["body", "request"]):
             return None
+        if not inspect.iscoroutinefunction(route.endpoint):
+            return None
         return cls(route, get_type_hints(route.endpoint)["body"], takes_request=len(names) == 2)
 
     async def __call__(self, request: Request) -> Response:
