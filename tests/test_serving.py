@@ -99,15 +99,20 @@ class Counting(FakeEngine):
             self.turns += 1
 
 
+async def five(desk: Desk, engine: Counting) -> None:
+    """A request in each of five turns."""
+    for number in range(5):
+        desk.submit(engine, [Sequence([number])])
+        await engine.turn()
+
+
 def test_requests_that_come_together_reach_the_engine_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "MOST_HELD", 10.0)
 
     async def ask() -> list[int]:
         engine = Counting()
         desk = Desk(asyncio.get_running_loop())
-        for number in range(5):
-            desk.submit(engine, [Sequence([number])])
-            await engine.turn()
+        await five(desk, engine)
         assert engine.at == []
         await engine.turn(10)
         assert [s.ids for s in engine.submitted] == [[number] for number in range(5)]
@@ -128,9 +133,7 @@ def test_nothing_is_held_for_long_because_others_come(monkeypatch: pytest.Monkey
     async def ask() -> list[int]:
         engine = Counting()
         desk = Desk(asyncio.get_running_loop())
-        for number in range(5):
-            desk.submit(engine, [Sequence([number])])
-            await engine.turn()
+        await five(desk, engine)
         await engine.turn(3)
         return engine.at
 

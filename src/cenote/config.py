@@ -224,7 +224,9 @@ class EngineConfig(BaseModel):
         None, ge=1, description="tokens of a batch (default: 768 on a CPU, 16384 on a GPU)"
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of a forward (default: torch's: OMP_NUM_THREADS, else one a core)"
+        None,
+        ge=1,
+        description="CPU threads of all forwards together (default: torch's: OMP_NUM_THREADS, else one a core)",
     )
     streams: int | None = Field(
         None,

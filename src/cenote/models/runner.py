@@ -65,7 +65,7 @@ GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_GRAPH_TOKENS = 16384
 LARGE_BATCH = 1024
-"""Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer: the engine's default."""
+"""Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer. Ours are smaller."""
 
 
 class PoolingModel:

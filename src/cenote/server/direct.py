@@ -2,7 +2,7 @@
 
 FastAPI describes the API and serves whatever else there is. For a route whose handler takes a `body` and perhaps the
 `request`, it does for each request what is known beforehand: try the routes one by one, open stacks for dependencies
-that there are not, take the body apart by a signature. That is half of what a small request costs a server.
+that there are not, take the body apart by a signature. That is a quarter of what a small request costs the application.
 """
 
 from __future__ import annotations
