@@ -57,6 +57,7 @@ class Backbone:
         position_offset: what is added to positions that count from 0 (`padding_idx + 1` in the RoBERTa family).
         padding_idx: id whose tokens keep position `padding_idx`; RoBERTa treats a literal `<pad>` so.
         rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
+        device: where the weights are.
     """
 
     model: PreTrainedModel
@@ -64,17 +65,14 @@ class Backbone:
     position_offset: int = 0
     padding_idx: int | None = None
     rope_class: Callable[[int], int] | None = field(init=False)
+    device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.model.forward).parameters
         only_keywords = "input_ids" not in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepts = INPUTS if only_keywords else frozenset(parameters)
         self.rope_class = rope_class(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        self.device = self.model.device
 
     def run(self, **inputs: Tensor | None) -> Tensor:
         """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""

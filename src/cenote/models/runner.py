@@ -35,6 +35,7 @@ from cenote.models.outputs import (
     TokenEmbed,
     activation_of,
 )
+from cenote.models.shortcuts import shorten
 from cenote.tasks import TASKS, only_of
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
@@ -294,6 +295,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     if isinstance(dense, retrieval.DenseLexical):
         info = replace(info, pooling=dense.splade.strategy, use_activation=dense.use_activation)
     pooling_model = PoolingModel(info, layout, outputs, adapters)
+    shorten(full)
     _check_first_forward(pooling_model, pooler)
     if device.type == "cpu":
         why_not_beside = _fault_beside(pooling_model, full, probe)

@@ -221,22 +221,11 @@ class Kernel:
 
     def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
         """Layers of weights that were all made for the same path; only the last may normalise."""
-        return Chain(self.run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
+        return Chain(self._run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
 
-    def run_chain(self, layers: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
-        """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
-        failed = self._chain(
-            layers,
-            len(layers),
-            x_RI.data_ptr(),
-            x_RI.stride(0),
-            None if residual_RO is None else residual_RO.data_ptr(),
-            0 if residual_RO is None else residual_RO.stride(0),
-            out_RO.data_ptr(),
-            x_RI.shape[0],
-            torch.get_num_threads(),
-        )
-        if failed:
+    def _run_chain(self, layers: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
+        """See `Chain`."""
+        if self._chain(layers, len(layers), *states, rows, torch.get_num_threads()):
             raise MemoryError("a chain of narrow Linear layers")
 
     def agrees_with_torch(self) -> bool:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -170,31 +171,18 @@ class Kernels:
 
     def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
         """See `Products`."""
-        return Chain(self.run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
-
-    def run_chain(self, steps: ctypes.Array[_Step], x_RI: Tensor, residual_RO: Tensor | None, out_RO: Tensor) -> None:
-        """See `Chain`; rows of `x_RI` and `residual_RO` are contiguous, `out_RO` is as a whole."""
-        assert self._blas is not None
-        rows, threads = x_RI.shape[0], torch.get_num_threads()
-        widest = max(step.out for step in steps)
+        widest = max(step.weights.rows for step in steps)
         block = max(SHORTEST_BLOCK, min(LONGEST_BLOCK, CACHE // (4 * widest)))
+        return Chain(partial(self._run_chain, block), (_Step * len(steps))(*map(_plain, steps)), steps)
+
+    def _run_chain(self, block: int, steps: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
+        """See `Chain`. `block` is how many rows go through the layers at a time, if there are that many."""
+        assert self._blas is not None
+        threads = torch.get_num_threads()
         if rows > block or threads > 1:
             turns = -(-rows // (block * threads))
             block = max(SHORTEST_BLOCK, -(-rows // (turns * threads)))
-        failed = self._chain(
-            self._blas.compute,
-            steps,
-            len(steps),
-            x_RI.data_ptr(),
-            x_RI.stride(0),
-            None if residual_RO is None else residual_RO.data_ptr(),
-            0 if residual_RO is None else residual_RO.stride(0),
-            out_RO.data_ptr(),
-            rows,
-            block,
-            threads,
-        )
-        if failed:
+        if self._chain(self._blas.compute, steps, len(steps), *states, rows, block, threads):
             raise MemoryError("a chain of Linear layers")
 
     def agree_with_torch(self) -> bool:
@@ -327,14 +315,16 @@ class Chain(Generic[W]):
     cache.
 
     Args:
-        run: the native function: the layers, rows, rows of a residual, and where to put the result.
+        run: the native function: the layers, the number of rows; then addresses and from row to row the distance in
+            floats, of the input and of the residual, or `None` and 0; and the address of the result. Rows are
+            contiguous, and the result is as a whole.
         layers: as it reads them, with the attribute `out` of the last.
         steps: the layers.
     """
 
     def __init__(
         self,
-        run: Callable[[ctypes.Array[Any], Tensor, Tensor | None, Tensor], None],
+        run: Callable[..., None],
         layers: ctypes.Array[Any],
         steps: tuple[Step[W], ...],
     ) -> None:
@@ -354,23 +344,26 @@ class Chain(Generic[W]):
             MemoryError: there is no room for a block.
             TypeError: the input is not float32 on the CPU.
         """
-        if x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.dtype != torch.float32 or not x.is_cpu:
             raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
-        shape = (*x.shape[:-1], self._columns)
-        x_RI = _rows(x)
-        residual_RO = (
-            None if residual is None else _rows(residual if residual.shape == shape else residual.expand(shape))
-        )
-        out_RO = torch.empty(x_RI.shape[0], self._columns)
-        if x_RI.shape[0]:
-            self._run(self._layers, x_RI, residual_RO, out_RO)
-        return out_RO.view(shape)
+        out = torch.empty(*x.shape[:-1], self._columns)
+        x, stride = _rows(x)
+        after, after_stride = None, 0
+        if residual is not None:
+            residual, after_stride = _rows(residual if residual.shape == out.shape else residual.expand(out.shape))
+            after = residual.data_ptr()
+        if rows := out.numel() // self._columns:
+            self._run(self._layers, rows, x.data_ptr(), stride, after, after_stride, out.data_ptr())
+        return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """As a matrix whose rows are contiguous."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` with contiguous rows, and the distance between them."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     x_RD = x.reshape(-1, x.shape[-1])
-    return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+    x_RD = x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+    return x_RD, x_RD.stride(0)
 
 
 def _plain(step: Step[Packed]) -> _Step:
