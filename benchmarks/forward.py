@@ -225,8 +225,7 @@ def relative_positions(ids: list[list[int]], rounds: int) -> dict[str, Any]:
 def packed(model: PreTrainedModel, ids: list[list[int]]) -> tuple[Layout, Batch]:
     """The layout that is chosen for a model, and a batch."""
     kernels = native.load()
-    matrices = [x.weight for x in model.modules() if type(x) is torch.nn.Linear]
-    layout, reasons = choose(model, kernels=kernels, products=linear.float32(kernels, matrices))
+    layout, reasons = choose(model, kernels=kernels, products=linear.float32(kernels))
     for reason in reasons:
         print(f"  {type(model).__name__}: {reason}")
     return layout, pack([Sequence(own) for own in sorted(ids, key=len, reverse=True)])

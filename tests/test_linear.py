@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ def test_float32_loses_nothing(exact: Exact, shape: tuple[int, int, int], stored
     weight = weight.to(stored).float()
     packed = exact.pack(weight, bias)
     assert packed.parts == parts
-    assert packed.panels.nbytes == 2 * parts * -(-shape[2] // 32) * 32 * -(-shape[1] // 32) * 32
+    assert packed.panels.nbytes == stored.itemsize * -(-shape[2] // 32) * 32 * -(-shape[1] // 32) * 32
     assert torch.equal(exact.unpack(packed), weight)
     expected = by_hand(x, weight, bias, exact.path)
     per_row = expected.abs().amax(1, keepdim=True)
@@ -159,29 +158,26 @@ def test_float32_loses_nothing(exact: Exact, shape: tuple[int, int, int], stored
     assert off <= max(1.5 * float(((F.linear(x, weight, bias) - expected) / per_row).norm()), 3e-8)
 
 
-def test_parts_sum_to_the_number() -> None:
-    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 70)
-    first, second, third = (part.double() for part in linear.split(weight))
-    assert torch.equal(first + second + third, weight.double())
-    assert (second.abs() <= first.abs() / 256).all()
-    assert len(linear.split(torch.zeros(2, 2))) == 1
+def test_float32_is_kept_as_it_was_stored() -> None:
+    """Also where a half would hold all numbers but one."""
+    weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(0))
+    for dtype in linear.PARTS:
+        assert linear.as_stored(weight.to(dtype).float()).dtype == dtype
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32)):
+        mixed = weight.to(dtype).float()
+        mixed[3, 5] = 1 + 2**-20
+        assert linear.as_stored(mixed).dtype == other
+    assert linear.as_stored(weight.bfloat16().float() * 2.0**40).dtype == torch.bfloat16, "no float16 is that large"
+    assert linear.as_stored(weight.half().float() * 2.0**40).dtype == torch.float32
 
 
-def test_float32_takes_amx_where_there_is_room(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_takes_amx_where_there_is_some(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = native.load()
-    weights = [torch.randn(100, 100), torch.randn(50, 100)]
-    halves = [x.bfloat16().float() for x in weights]
-    for memory, whole, stored_in_halves in ((4 * 6 * 15_000, exact, exact), (4 * 2 * 15_000, kernels, exact)):
-        monkeypatch.setattr(native, "memory", lambda memory=memory: memory)
-        assert linear.float32(kernels, weights) == whole
-        assert linear.float32(kernels, halves) == stored_in_halves
-    monkeypatch.setattr(native, "memory", lambda: 4 * 2 * 15_000 - 1)
-    assert linear.float32(kernels, halves) is kernels
-    assert linear.float32(None, weights) is None
-
-
-def test_memory_is_that_of_the_machine_or_less() -> None:
-    assert 1 << 28 < native.memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert linear.float32(None) is None
+    if (path := kernel.path("float32")) is not None:
+        assert linear.float32(kernels) == Exact(kernel, path)
+    monkeypatch.setattr(kernel, "paths", ("AVX2",))
+    assert linear.float32(kernels) is (kernels if kernels is not None and kernels.can_chain else None)
 
 
 def test_large_weights(run: Run) -> None:

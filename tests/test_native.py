@@ -209,7 +209,7 @@ def test_the_build_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 @pytest.fixture(params=["BLAS", "AMX"])
 def products(kernels: Kernels, request: pytest.FixtureRequest) -> Products[Any]:
-    found = linear.float32(kernels, []) if request.param == "AMX" else kernels
+    found = linear.float32(kernels) if request.param == "AMX" else kernels
     if isinstance(found, linear.Exact) != (request.param == "AMX"):
         pytest.skip("this processor has no AMX")
     assert found is not None

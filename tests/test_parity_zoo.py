@@ -36,9 +36,7 @@ def alone(model: torch.nn.Module, batch: list[Sequence]) -> list[torch.Tensor]:
 def test_equals_eager_one_by_one(architecture: Architecture, products: str) -> None:
     """By plain torch, and with native kernels and either of what multiplies for them."""
     kernels = native.load() if products != "torch" else None
-    multiplied = (
-        linear.float32(kernels, []) if products == "AMX" else kernels if kernels and kernels.can_chain else None
-    )
+    multiplied = linear.float32(kernels) if products == "AMX" else kernels if kernels and kernels.can_chain else None
     if products == "AMX" and not isinstance(multiplied, linear.Exact):
         pytest.skip("this processor has no AMX")
     model = build(architecture)

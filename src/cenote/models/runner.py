@@ -328,7 +328,7 @@ def _products(model: nn.Module, kernels: Kernels | None, prepared: narrowing.Pre
     """What multiplies in float32: if weights wait to be narrowed, only until they are."""
     if prepared.kernel is not None:
         return kernels if kernels is not None and kernels.can_chain else None
-    return linear.float32(kernels, [x.weight for x in _linears(model)])
+    return linear.float32(kernels)
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

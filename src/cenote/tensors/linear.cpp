@@ -1,13 +1,12 @@
 // Linear layers on x86 in other than plain float32, and what follows them: y = f(x W^T + b), for float32 x and y.
 //
-//   float32    x and W are sums of up to three bfloat16, whose products AMX sums in float32: as exact as float32 itself,
-//              and faster.  G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype
-//              For Higher-Precision Computations", 2019.
+//   float32    x and W are sums of three bfloat16, whose products AMX sums in float32: as exact as float32 itself, and
+//              faster.  G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+//              Higher-Precision Computations", 2019.  W is split while it is read; of float16 into two, bfloat16 is one.
 //   int8       a row of x becomes bytes q of its own range, x ~ low + step * q; W is int8 with a scale per output:
 //              y = scale * step * (q . w) + low * sum(w) * scale + b.  Rows know nothing of each other.
 //   bfloat16   x is rounded to bfloat16; products are summed in float32.
-//   halves     W is float16 or bfloat16 in memory only: it is widened to float32, a few KiB at a time.  AMX takes
-//              float16 in two parts, split for a block of rows at a time.
+//   halves     W is float16 or bfloat16 in memory only: it is widened to float32, a few KiB at a time.
 //
 // Layers run as chains: a thread takes a block of rows through all of them while they are in its cache.  For each, it
 // narrows the rows, multiplies 32 columns at a time into a tile, and finishes the tile: bias, activation.  Which
@@ -15,8 +14,8 @@
 //
 // int8 and bfloat16 weights are laid out in panels of 16 outputs: 64 bytes hold 4 consecutive bytes of each of the 16
 // rows of W.  This is what vpmaddubsw, vpdpbusd and AMX all read.  Rows are padded with zeros to 64 bytes, outputs to 32.
-// Of float32, 32 inputs are two panels of 1 KiB for each of its parts, the lowest first; pairs of inputs are (i, i + 16).
-// Halves are in panels of 64 outputs, 128 bytes for each input.
+// What is split is laid out in blocks of 32 outputs and 32 inputs: for each panel 16 lines of an input i and of i + 16; as
+// bfloat16, the two of an output are neighbours.  Halves are in panels of 64 outputs, 128 bytes for each input.
 #include "kernels.cpp"  // vectors, activations, LayerNorm
 
 #if defined(__x86_64__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -48,6 +47,7 @@ constexpr int kFewestRows = 16, kMostRows = 256;   // of a block; AMX takes 16 a
 constexpr int64_t kLargeWeights = int64_t{8} << 20;  // bytes of weights that are read from memory for every block
 constexpr int kSplitRows = 128;                    // of a block of float32 that is split
 constexpr int64_t kSplitInputs = 1024, kSplitGroups = 3 * kSplitInputs / 2;  // of it that are multiplied at once
+constexpr int kAhead = 8192;                       // bytes of weights that are fetched before they are split
 constexpr int kChunk = 64;                         // inputs whose weights are widened at once
 
 inline bool is_split(Path path) { return path == kAmxFloat32 || path == kAmxFloat16; }
@@ -151,17 +151,29 @@ void split_float32(const float* x, int64_t size, uint8_t* q) {
   }
 }
 
-// A tile of float16 weights, 32 outputs and 32 inputs of each block, becomes its two parts; 64 bytes are 16 outputs of an
-// input i, and of i + 16.
-void split_float16(const uint8_t* w, int64_t blocks, uint8_t* parts) {
-  for (; blocks > 0; --blocks, w += 2048, parts += 4096)
-    for (int line = 0; line < 2048; line += 64) {
-      const vf a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + line)));
-      const vf b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + line + 32)));
-      const __m512i high_a = upper_half(a), high_b = upper_half(b);
-      _mm512_storeu_si512(parts + 2048 + line, halves(high_a, high_b));
-      _mm512_storeu_si512(parts + line, halves((__m512i)(a - (vf)high_a), (__m512i)(b - (vf)high_b)));
+// Lines [from, to) of a block of weights become lines of its two or three parts, which have 2 KiB each, the lowest first.
+template <int parts>
+inline void split_weights(const uint8_t* w, int from, int to, uint8_t* into) {
+  constexpr int half = parts == 2 ? 32 : 64;
+  w += 2 * half * from, into += 64 * from;
+  for (; from < to; ++from, w += 2 * half, into += 64) {
+    __builtin_prefetch(w + kAhead, 0, 2);
+    if (half == 64) __builtin_prefetch(w + kAhead + 64, 0, 2);
+    vf a, b;
+    if constexpr (parts == 2) {
+      a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+      b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + half)));
+    } else {
+      a = load(reinterpret_cast<const float*>(w)), b = load(reinterpret_cast<const float*>(w + half));
     }
+#pragma GCC unroll 2
+    for (int part = parts - 1; part > 0; --part) {
+      const __m512i high_a = upper_half(a), high_b = upper_half(b);
+      _mm512_storeu_si512(into + 2048 * part, halves(high_a, high_b));
+      a -= (vf)high_a, b -= (vf)high_b;
+    }
+    _mm512_storeu_si512(into, halves((__m512i)a, (__m512i)b));
+  }
 }
 
 void narrow_bf16(const float* x, int64_t size, uint8_t* q) {
@@ -186,14 +198,18 @@ struct Product {
   int64_t stride, groups;
   const uint8_t* w;  // two panels at distance 64 * groups
   int32_t* tile;     // int32, or float32 for bfloat16
-  int parts;         // of w, for float32
+  int parts;         // of w, if it is split
+  uint8_t* split;    // room for them: those of all blocks, or of two by turns, if no other rows need them
+  bool once;
 
+  // The parts of a block.
+  inline uint8_t* block(int64_t b) const { return split + (once ? b % 2 : b) * 2048 * parts; }
   inline int32_t group(int row, int64_t g) const {
     int32_t x;
     std::memcpy(&x, q + row * stride + 4 * g, 4);
     return x;
   }
-  inline Product from(int row) const { return {q + row * stride, stride, groups, w, tile + row * kColumns, parts}; }
+  inline Product from(int row) const { return {q + row * stride, stride, groups, w, tile + row * kColumns, parts, split, once}; }
 };
 
 struct Avx2 {  // w is such that the sum of two products fits 16 bits
@@ -316,57 +332,76 @@ void multiply_tiles(const Product& p, int rows) {
 }
 
 // float32 as sums of bfloat16: of the products of parts those that matter are summed, small ones first; the others are
-// below 2^-25 of the whole.  A tile is loaded while the one before it is multiplied.
-template <int parts, bool two>
-inline void multiply_split_rows(const uint8_t* a0, int64_t stride, const uint8_t* w, const uint8_t* end, float* to) {
-#define ROWS(tile, part) _tile_loadd(tile, a0 + (tile - 4) * 16 * stride + 64 * part, stride);
+// below 2^-25 of the whole.  A tile is loaded while the one before it is multiplied, and with `splits`, the next block of
+// weights is split meanwhile.
+template <int parts, bool two, bool splits>
+inline void multiply_split_rows(const Product& p, int row) {
+#define ROWS(tile, part) _tile_loadd(tile, a0 + (tile - 4) * 16 * p.stride + 64 * part, p.stride);
 #define PANEL(tile, part) _tile_loadd(tile, w + 1024 * (2 * (parts - 1 - part) + tile - 6), 64);
 #define DOT(c, a, b) _tile_dpbf16ps(c, a, b);
 #define BOTH(x) \
   if constexpr (two) { x }
+#define AHEAD(turn) \
+  if constexpr (splits) \
+    if (more) split_weights<parts>(next, 8 * turn, 8 * turn + 8, into);
 #define FIRST(row, panel) ROWS(4, row) PANEL(6, panel) BOTH(ROWS(5, row)) PANEL(7, panel)
 #define THEN_ROWS(next) DOT(0, 4, 6) DOT(1, 4, 7) ROWS(4, next) BOTH(DOT(2, 5, 6) DOT(3, 5, 7) ROWS(5, next))
 #define THEN_PANELS(next) \
   DOT(0, 4, 6) BOTH(DOT(2, 5, 6)) PANEL(6, next) DOT(1, 4, 7) BOTH(DOT(3, 5, 7)) PANEL(7, next)
 #define LAST DOT(0, 4, 6) DOT(1, 4, 7) BOTH(DOT(2, 5, 6) DOT(3, 5, 7))
+  constexpr int64_t size = 2048 * parts, stored = parts == 3 ? 4096 : 2048;
+  const uint8_t* a0 = p.q + row * p.stride;
+  const int64_t blocks = p.groups / 48;
+  const uint8_t* next = p.w;
+  if constexpr (splits) split_weights<parts>(next, 0, 32, p.block(0));
   _tile_zero(0);
   _tile_zero(1);
   BOTH(_tile_zero(2); _tile_zero(3);)
-  for (; w < end; a0 += 192, w += 2048 * parts) {
+  for (int64_t b = 0; b < blocks; ++b, a0 += 192) {
+    const uint8_t* w = parts == 1 ? p.w + b * size : p.block(b);
+    [[maybe_unused]] const bool more = b + 1 < blocks;
+    [[maybe_unused]] uint8_t* into = p.block(b + 1);
+    next += stored;
     if constexpr (parts == 3) {
-      FIRST(0, 2) THEN_PANELS(1) THEN_ROWS(1) THEN_PANELS(0) THEN_ROWS(2) THEN_ROWS(0) LAST
+      FIRST(0, 2) AHEAD(0) THEN_PANELS(1) AHEAD(1) THEN_ROWS(1) AHEAD(2) THEN_PANELS(0) AHEAD(3)
+      THEN_ROWS(2) THEN_ROWS(0) LAST
     } else if constexpr (parts == 2) {
-      FIRST(0, 1) THEN_ROWS(1) THEN_PANELS(0) THEN_ROWS(2) THEN_ROWS(0) LAST
+      FIRST(0, 1) AHEAD(0) THEN_ROWS(1) AHEAD(1) THEN_PANELS(0) AHEAD(2) THEN_ROWS(2) AHEAD(3) THEN_ROWS(0) LAST
     } else {
       FIRST(2, 0) THEN_ROWS(1) THEN_ROWS(0) LAST
     }
   }
-  constexpr int64_t row = sizeof(float) * kColumns;
-  _tile_stored(0, to, row);
-  _tile_stored(1, to + 16, row);
-  BOTH(_tile_stored(2, to + 16 * kColumns, row); _tile_stored(3, to + 16 * kColumns + 16, row);)
+  constexpr int64_t line = sizeof(float) * kColumns;
+  float* to = reinterpret_cast<float*>(p.tile) + row * kColumns;
+  _tile_stored(0, to, line);
+  _tile_stored(1, to + 16, line);
+  BOTH(_tile_stored(2, to + 16 * kColumns, line); _tile_stored(3, to + 16 * kColumns + 16, line);)
 #undef LAST
 #undef THEN_PANELS
 #undef THEN_ROWS
 #undef FIRST
+#undef AHEAD
 #undef BOTH
 #undef DOT
 #undef PANEL
 #undef ROWS
 }
 
+// `begins`: these are the first rows that meet the tile's weights, which are split for all.
 template <int parts>
-void multiply_split(const Product& p, int rows) {
-  const uint8_t* end = p.w + 128 * parts * (p.groups / 3);
-  float* tile = reinterpret_cast<float*>(p.tile);
+void multiply_split(const Product& p, int rows, bool begins) {
   int r = 0;
-  for (; r + 16 < rows; r += 32)
-    multiply_split_rows<parts, true>(p.q + r * p.stride, p.stride, p.w, end, tile + r * kColumns);
-  if (r < rows) multiply_split_rows<parts, false>(p.q + r * p.stride, p.stride, p.w, end, tile + r * kColumns);
+  if (begins && parts > 1) {
+    constexpr bool splits = parts > 1;
+    rows > 16 ? multiply_split_rows<parts, true, splits>(p, 0) : multiply_split_rows<parts, false, splits>(p, 0);
+    r = 32;
+  }
+  for (; r + 16 < rows; r += 32) multiply_split_rows<parts, true, false>(p, r);
+  if (r < rows) multiply_split_rows<parts, false, false>(p, r);
 }
 #endif
 
-void multiply(Path path, const Product& p, int rows) {
+void multiply(Path path, const Product& p, int rows, bool begins) {
   switch (path) {
     case kAvx2: return multiply<Avx2>(p, rows);
 #if defined(CENOTE_VNNI)
@@ -379,7 +414,9 @@ void multiply(Path path, const Product& p, int rows) {
     case kAmxInt8: return multiply_tiles<true>(p, rows);
     case kAmxBf16: return multiply_tiles<false>(p, rows);
     case kAmxFloat32:
-      return p.parts == 3 ? multiply_split<3>(p, rows) : p.parts == 2 ? multiply_split<2>(p, rows) : multiply_split<1>(p, rows);
+    case kAmxFloat16:
+      if (p.parts == 3) return multiply_split<3>(p, rows, begins);
+      return p.parts == 2 ? multiply_split<2>(p, rows, begins) : multiply_split<1>(p, rows, begins);
 #endif
     default: return;
   }
@@ -461,19 +498,20 @@ struct NarrowStep {
   float epsilon;
   int32_t activation;
   int32_t path;   // the same in all steps
-  int32_t parts;  // of float32: the bfloat16 that each weight is a sum of
+  int32_t parts;  // of what is split: the bfloat16 that each weight is a sum of, which tells float32 from halves
 
   // Bytes of a tile of weights up to a number of those groups.
   int64_t weights(int64_t before) const {
     const Path own = static_cast<Path>(path);
-    return (is_split(own) ? before / 3 * parts * 4 : is_widened(own) ? before * 2 : before * 4) * tile_columns(own);
+    const int64_t bytes = is_split(own) ? before / 3 * (parts == 3 ? 8 : 4) : is_widened(own) ? before * 2 : before * 4;
+    return bytes * tile_columns(own);
   }
 };
 
 // What one thread needs for a block.
 struct Work {
   uint8_t* q;
-  uint8_t* parts;  // of a tile of float16 weights
+  uint8_t* parts;  // of a tile of weights
   int64_t stride;
   float low[kMostRows + kFewestRows], step[kMostRows + kFewestRows];
   alignas(64) int32_t tile[kRows * kWideColumns];
@@ -550,14 +588,6 @@ void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, in
     narrow_rows(path, x, rows, share, work);
     for (int64_t t = from; t < to; ++t) {
       const uint8_t* at = w + t * s.weights(s.groups) + s.weights(groups);
-      Path multiplied = path;
-      int parts = s.parts;
-#if defined(CENOTE_AMX)
-      if (path == kAmxFloat16) {
-        split_float16(at, share.groups / 48, work.parts);
-        at = work.parts, multiplied = kAmxFloat32, parts = 2;
-      }
-#endif
       for (int first = 0; first < rows; first += kRows) {
         const int n = rows - first < kRows ? rows - first : kRows;
         for (int r = 0; r < n; ++r)  // or each row's stores would wait for memory in turn
@@ -567,7 +597,7 @@ void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, in
           multiply_halves(path, {reinterpret_cast<const float*>(q), work.stride / 4}, s.in,
                           reinterpret_cast<const uint16_t*>(at), reinterpret_cast<float*>(work.tile), n);
         else
-          multiply(multiplied, {q, work.stride, share.groups, at, work.tile, parts}, n);
+          multiply(path, {q, work.stride, share.groups, at, work.tile, s.parts, work.parts, rows <= 32}, n, first == 0);
         finish(s, share, work, columns, first, n, t * columns, y);
       }
     }
@@ -686,7 +716,7 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
 #endif
     Work work;
     work.stride = chain.stride();
-    const int64_t parts = path == kAmxFloat16 ? 4096 / 32 * kSplitInputs : 0;  // bytes
+    const int64_t parts = is_split(path) ? 6144 / 32 * kSplitInputs : 0;  // bytes
     float* own = nullptr;
     try {
       own = scratch.get(between + (chain.longest() * work.stride + parts) / 4);

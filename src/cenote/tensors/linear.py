@@ -43,12 +43,11 @@ FASTEST: dict[Kind, tuple[str, ...]] = {
 WIDENED = frozenset({"float16", "bfloat16"})
 """Paths of weights that are widened."""
 SPLIT = frozenset({"AMX-FLOAT32", "AMX-FLOAT16"})
-"""Paths of inputs that are split into three bfloat16."""
+"""Paths of inputs and weights that are split into bfloat16 while they are read: inputs into three."""
 PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
 """Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
-STORED = (torch.float32, torch.float16, torch.bfloat16)
-MEMORY_SHARE = 0.25
-"""Of the memory there is, what float32 weights may take in parts: 6 bytes each, unless they were stored in fewer."""
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""How many bfloat16 numbers one of each is the sum of."""
 WIDEST = 65_536
 """Inputs beyond which sums of 255 * 127 might not fit 32 bits."""
 
@@ -60,12 +59,10 @@ class Narrow:
     Attributes:
         path: what they were made for.
         inputs: D of `[outputs, D]`.
-        panels: of int8 and bfloat16 that is multiplied `[panels, groups, 16, G]`, G = 4 int8 or 2 bfloat16, of others
-            `[tiles, D, 64]`.
+        panels: of int8 and bfloat16 that is multiplied `[panels, groups, 16, G]`, G = 4 int8 or 2 bfloat16; of what is
+            split see `_blocks`; of what is widened `[tiles, D, 64]`.
         scale, sums: of int8, for each output: the scale, and the sum of its weights times it.
         bias: zeros if there is none.
-        parts: of float32, the bfloat16 numbers that each weight is the sum of: 3, 2 if the checkpoint was stored in
-            float16, 1 if in bfloat16.
     """
 
     path: str
@@ -75,13 +72,17 @@ class Narrow:
     scale: Tensor | None
     sums: Tensor | None
     bias: Tensor
-    parts: int = 1
 
     @property
     def groups(self) -> int:
         """4 bytes each, of a row of the input as it is multiplied."""
-        groups: int = self.panels.shape[1]
-        return groups // self.parts * 3 if self.path in SPLIT else groups
+        found: int = self.panels.shape[1]
+        return 3 * TILE // 2 * found if self.path in SPLIT else found
+
+    @property
+    def parts(self) -> int:
+        """bfloat16 numbers that a weight is the sum of, where it is split."""
+        return PARTS[self.panels.dtype] if self.path in SPLIT else 1
 
 
 def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
@@ -99,11 +100,9 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
         sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
         scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
         return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
-    if path in FASTEST["float32"]:
-        parts = split(weight_ND)
-        return Narrow(path, inputs, outputs, _split_panels(parts), None, None, bias, len(parts))
     if path in SPLIT:
-        return Narrow(path, inputs, outputs, _half_panels(weight_ND.half()), None, None, bias)
+        exact_ND = weight_ND.half() if path in FASTEST["float16"] else as_stored(weight_ND)
+        return Narrow(path, inputs, outputs, _blocks(exact_ND), None, None, bias)
     if path not in WIDENED:
         return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
     half_ND = F.pad(weight_ND.to(getattr(torch, path)), (0, 0, 0, -outputs % WIDE_TILE))
@@ -145,44 +144,28 @@ def _panels(narrow_ND: Tensor) -> Tensor:
     return padded_ND.view(padded_ND.shape[0] // PANEL, PANEL, -1, group).transpose(1, 2).contiguous()
 
 
-def split(weight_ND: Tensor) -> list[Tensor]:
-    """The bfloat16 matrices whose sum a float32 matrix is, the largest first: as many as it takes, at most three."""
-    rest_ND = weight_ND.float()
-    parts: list[Tensor] = []
-    while not parts or (len(parts) < 3 and bool(rest_ND.count_nonzero())):
-        parts.append(rest_ND.bfloat16())
-        rest_ND = rest_ND - parts[-1].float()
-    return parts
+def as_stored(weight_ND: Tensor) -> Tensor:
+    """A float32 matrix in the smallest dtype that holds all of it, as checkpoints are often stored in halves."""
+    halves = (weight_ND.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((x for x in halves if torch.equal(x.float(), weight_ND)), weight_ND)
 
 
-def _blocks(matrices: Tensor) -> Tensor:
-    """`[..., N, D]` as `[..., tiles, panels, outputs, blocks, halves, inputs]`: of 32 outputs; of 32 inputs."""
-    outputs, inputs = matrices.shape[-2:]
-    padded = F.pad(matrices, (0, -inputs % TILE, 0, -outputs % TILE))
-    return padded.view(*matrices.shape[:-2], -1, 2, PANEL, padded.shape[-1] // TILE, 2, TILE // 2)
+def _blocks(weight_ND: Tensor) -> Tensor:
+    """`[tiles, blocks, 2, 16, 2, 16]`: 32 outputs; 32 inputs; panels; inputs i; i and i + 16; outputs.
 
-
-def _split_panels(parts: list[Tensor]) -> Tensor:
-    """`[panels, groups, 16, 2]`; 32 inputs are 16 groups for each part, of an input i and of i + 16."""
-    panels = _blocks(torch.stack(parts[::-1])).permute(1, 4, 0, 2, 6, 3, 5)
-    return panels.reshape(2 * len(panels), -1, PANEL, 2).contiguous()
-
-
-def _half_panels(half_ND: Tensor) -> Tensor:
-    """`[panels, groups, 2, 16]`; 32 inputs are 16 groups, of an input i and of i + 16."""
-    panels = _blocks(half_ND).permute(0, 3, 1, 5, 4, 2)
-    return panels.reshape(2 * len(panels), -1, 2, PANEL).contiguous()
+    The last two are the other way round in bfloat16, which is multiplied as it is.
+    """
+    outputs, inputs = weight_ND.shape
+    padded = F.pad(weight_ND, (0, -inputs % TILE, 0, -outputs % TILE))
+    blocks = padded.view(-1, 2, PANEL, padded.shape[1] // TILE, 2, TILE // 2).permute(0, 3, 1, 5, 4, 2)
+    return (blocks.mT if weight_ND.dtype == torch.bfloat16 else blocks).contiguous()
 
 
 def unsplit(own: Narrow) -> Tensor:
     """The float32 matrix `[N, D]` again, exactly."""
-    blocks = -(-own.inputs // TILE)
-    panels = own.panels.view(-1, blocks, own.parts, 2, TILE // 2, PANEL, 2).permute(2, 0, 3, 5, 1, 6, 4)
-    parts = panels.reshape(own.parts, -1, blocks * TILE).float()
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    return whole[: own.outputs, : own.inputs].contiguous()
+    blocks = own.panels.mT if own.panels.dtype == torch.bfloat16 else own.panels
+    whole = blocks.permute(0, 2, 5, 1, 4, 3).reshape(TILE * blocks.shape[0], -1)
+    return whole[: own.outputs, : own.inputs].float().contiguous()
 
 
 def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
@@ -237,7 +220,7 @@ class Kernel:
             weight, bias, residual = (torch.randn(n, inputs, generator=generator) for n in (97, 97, rows))
             residual = residual[:, :1].expand(rows, 97).contiguous()
             for path in self.paths:
-                stored = weight.to(STORED[rows % 3]).float()  # in as many parts, if in any
+                stored = weight.to([*PARTS][rows % 3]).float()  # in as many parts, if in any
                 want, weights = emulate(x, stored, bias[:, 0], path), narrow(stored, bias[:, 0], path)
                 steps = [Step(weights, name) for name in ("", *native.ACTIVATIONS)]
                 wanted = [want, *(apply(want) for apply in native.ACTIVATIONS.values())]
@@ -285,21 +268,16 @@ def _plain(step: Step[Narrow]) -> _Step:
     )
 
 
-def float32(kernels: Kernels | None, weights: list[Tensor]) -> Products[Any] | None:
-    """What multiplies in float32 by these matrices: AMX, if there is room for their parts; or a BLAS, if any."""
+def float32(kernels: Kernels | None) -> Products[Any] | None:
+    """What multiplies in float32: AMX, or a BLAS, if any."""
     if kernels is None:
         return None
-    blas = kernels if kernels.can_chain else None
     try:
         kernel = load()
     except RuntimeError:
-        return blas
-    path, room = kernel.path("float32"), MEMORY_SHARE * native.memory()
-    if path is None or (
-        sum(6 * x.numel() for x in weights) > room and sum(2 * len(split(x)) * x.numel() for x in weights) > room
-    ):
-        return blas
-    return Exact(kernel, path)
+        return kernels if kernels.can_chain else None
+    path = kernel.path("float32")
+    return Exact(kernel, path) if path is not None else kernels if kernels.can_chain else None
 
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:

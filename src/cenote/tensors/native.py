@@ -487,18 +487,6 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.partition(":")[0].strip() in kept)
 
 
-def memory() -> int:
-    """Bytes of memory that this process may use: those of the machine, or of its container."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            found = Path("/sys/fs/cgroup", name).read_text().strip()
-        except OSError:
-            continue
-        limits += [int(found)] if found.isdigit() else []
-    return min(limits)
-
-
 def release_freed_memory() -> None:
     """Give what has been freed back to the system: weights that were replaced. Without effect on other allocators."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
