@@ -529,7 +529,7 @@ class LLM:
             self._service.pairs,
             queries,
             documents,
-            replace(params, extra_kwargs=None),
+            params,
             text_options(tokenization_kwargs or {}),
             PairOptions(template=template, kwargs=kwargs, **given),
             score_type,
@@ -558,7 +558,7 @@ class LLM:
 
         listed = listed_prompts(prompts)
         params = per_prompt(pooling_params, len(listed))
-        options = replace(text_options(tokenization_kwargs or {}), prompt=applied)
+        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
         render, engine = self._service.render, self._service.engine
         for name in also:
             check_task(name, self.info.tasks)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,12 +33,14 @@ CHARACTERS_PER_TOKEN = 250
 ENCODED_AT_ONCE = 256
 """Texts whose encodings are held at once: each token of one takes some hundred bytes."""
 
+CHECKED = 128
+"""Parameters that are not checked again: those of most requests are the same."""
+
 Ids = list[int]
 Prompt = str | Ids | Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+class TextOptions(NamedTuple):
     """How text becomes ids.
 
     Attributes:
@@ -59,6 +62,9 @@ class TextOptions:
     most: int = 0
 
 
+PLAIN = TextOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
     """How messages become text.
@@ -74,8 +80,7 @@ class ChatOptions:
     kwargs: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """A tokenised text; `type_ids` is `None` where all are zero."""
 
     ids: Seq[int]
@@ -126,9 +131,10 @@ class Renderer:
             existing = self._backend.normalizer
             self._backend.normalizer = Normalizers([Lowercase(), *([existing] if existing else [])])
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
+        self._allowed = lru_cache(CHECKED)(self._check)
 
     def render(
-        self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions = TextOptions()
+        self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions = PLAIN
     ) -> list[Sequence]:
         """Sequences for `prompts`, each text, token ids, `{"prompt": str}` or `{"prompt_token_ids": ids}`.
 
@@ -148,10 +154,10 @@ class Renderer:
         if self._sides is not None:  # the lengths of the two sides belong to the model, so nothing is refused for them
             limit = self._sides.limit(applied.role, options.most)
             if limit is not None:
-                cut = replace(options, truncate=min(limit, options.truncate or limit))
+                cut = options._replace(truncate=min(limit, options.truncate or limit))
         looked_up = self._sides is not None and self._sides.by_table and applied.role == "query"
         if looked_up:
-            cut = replace(cut, add_special_tokens=False)
+            cut = cut._replace(add_special_tokens=False)
         rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
         skip = self._skip(applied.text)
         sequences: list[Sequence] = []
@@ -187,12 +193,15 @@ class Renderer:
         return self._skips[prompt]
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
-        """`params` for `task`, or `BadRequest` if the model does not offer the task or the parameters."""
+        """`params` as the engine takes them, or `BadRequest` if the model does not offer the task or the parameters."""
+        return self._allowed(task, params)
+
+    def _check(self, task: str, params: PoolingParams) -> PoolingParams:
         check_params(check_task(task, self.info.tasks), params)
         if params.dimensions is not None:
             self._check_dimensions(params.dimensions)
         self._check_step(params)
-        return replace(params, task=task)
+        return replace(params, task=task, extra_kwargs=None)
 
     def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = ChatOptions()) -> str:
         """The text of one conversation, by the request's or the model's chat template.
@@ -264,7 +273,7 @@ class Renderer:
         truncate = options.truncate
         if truncate == -1 or (truncate is None and self.auto_truncate and not options.whole):
             truncate = limit if limit < UNLIMITED else None
-        return replace(options, most=limit, truncate=truncate)
+        return options._replace(most=limit, truncate=truncate)
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
         """Ids of `texts`; those that are too long are cut as `options` say, or refused by `fit`."""
@@ -327,7 +336,7 @@ class Renderer:
         return encoding
 
     def annotated(
-        self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = TextOptions()
+        self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = PLAIN
     ) -> list[tuple[Sequence, Encoding]]:
         """Sequences for `texts`, each with the encoding that says which characters a token stands for.
 

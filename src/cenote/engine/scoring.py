@@ -148,7 +148,7 @@ def plan(
         (prompts.of("query"), queries, options.max_tokens_per_query),
         (prompts.of("document"), documents, options.max_tokens_per_doc),
     ):
-        sequences += renderer.render(pairs.cut(texts, most), task, params, replace(text_options, prompt=prompt))
+        sequences += renderer.render(pairs.cut(texts, most), task, params, text_options._replace(prompt=prompt))
     if also := ALSO.get(score_type):
         sequences = [replace(s, also=also) for s in sequences]
     return Plan(sequences, score_type, len(queries), renderer.info.similarity)

@@ -160,9 +160,8 @@ class Part(NamedTuple):
     lengths: list[int] | None
     indices: Tensor | None
 
-    def split(self, x: Tensor) -> list[np.ndarray]:
-        """`x` for each sequence."""
-        rows = kept(x)
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """`rows` of each sequence."""
         if self.lengths is None:
             return list(rows)
         return [rows[end - length : end] for length, end in zip(self.lengths, accumulate(self.lengths), strict=True)]
@@ -193,9 +192,10 @@ class Pending:
             self._event.synchronize()
         found: list[dict[str, Output]] = [{} for _ in self._sequences]
         for part in self.parts:
-            all_finite = bool(torch.isfinite(part.values).all())
-            indices = [None] * len(part.places) if part.indices is None else part.split(part.indices)
-            for place, values, own in zip(part.places, part.split(part.values), indices, strict=True):
+            rows = kept(part.values)
+            all_finite = bool(np.isfinite(rows).all())
+            indices = [None] * len(part.places) if part.indices is None else part.split(kept(part.indices))
+            for place, values, own in zip(part.places, part.split(rows), indices, strict=True):
                 if all_finite or np.isfinite(values).all():
                     found[place][part.task] = Output(values, own)
         return [_joined(s, own) for s, own in zip(self._sequences, found, strict=True)]

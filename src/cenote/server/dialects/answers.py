@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cenote.server.serving import request_id
@@ -73,7 +72,7 @@ def render(
 ) -> list[Sequence]:
     """The sequences of a request with `input` or `messages`."""
     conversations = body.conversations()
-    options = replace(body.options(is_chat=conversations is not None), prompt=applied)
+    options = body.options(is_chat=conversations is not None)._replace(prompt=applied)
     if conversations is None:
         prompts = body.prompts()
     else:

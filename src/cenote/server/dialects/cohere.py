@@ -154,10 +154,10 @@ def _render(serving: Serving, service: Service, body: EmbedRequest, params: Pool
     }[body.truncate]
     if body.inputs and renderer.tokenizer.chat_template:
         prompts = [renderer.chat_text(_messages(given, applied)) for given in body.inputs]
-        options = replace(options, prompt=replace(applied, text=""), add_special_tokens=False)
+        options = options._replace(prompt=replace(applied, text=""), add_special_tokens=False)
     else:
         prompts = body.texts or ["\n".join(str(part.text) for part in given.content) for given in body.inputs or ()]
-        options = replace(options, prompt=applied)
+        options = options._replace(prompt=applied)
     sequences = service.render(prompts, "embed", params, options)
     longest = max(map(len, sequences))
     if body.truncate == "NONE" and body.max_tokens is not None and longest > body.max_tokens:

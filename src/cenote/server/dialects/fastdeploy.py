@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -90,7 +89,7 @@ def _render(serving: Serving, service: Service, body: RewardRequest) -> list[Seq
     activate = activate if body.use_activation is None else body.use_activation
     # FastDeploy keeps the last tokens of what is too long, special tokens or not.
     side = body.truncation_side or ("left" if body.truncate_prompt_tokens is not None else None)
-    options = replace(body.text_options(add_special_tokens=bool(body.add_special_tokens)), side=side)
+    options = body.text_options(add_special_tokens=bool(body.add_special_tokens))._replace(side=side)
     ids = body.token_ids()
     if ids is None:
         body.chat_template = body.chat_template or None
