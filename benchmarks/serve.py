@@ -28,7 +28,7 @@ from benchmarks.harness import Encode, Worker, row, save
 from benchmarks.load import Client, closed_loop, prepared
 from cenote.config import ModelConfig
 from cenote.engine.engine import REST
-from cenote.models import runner
+from cenote.models import assembly
 from cenote.models.checkpoint import embedded
 
 LOADS = ((1, 1), (16, 1), (64, 1), (16, 8))
@@ -81,7 +81,7 @@ class Server:
 
 def bare() -> Encode:
     """Seconds of forwards of one text, given its ids, without server, queue or tokenizer."""
-    model, checkpoint = runner.load(ModelConfig())
+    model, checkpoint = assembly.load(ModelConfig())
 
     def run(order: tuple[str, int]) -> list[float]:
         from cenote.types import Sequence

@@ -20,8 +20,8 @@ from transformers import AutoModel, RobertaConfig, RobertaModel
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
+from cenote.models import assembly
 from cenote.models import checkpoint as module
-from cenote.models import runner
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
@@ -611,7 +611,7 @@ def test_options_are_read_once(bert: Path) -> None:
 def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, Any], expected: Any) -> None:
     folder = checkpoints.bert(tmp_path / "model")
     (folder / "README.md").write_text(card)
-    model, _ = runner.load(ModelConfig(model=str(folder), hf_overrides=overrides))
+    model, _ = assembly.load(ModelConfig(model=str(folder), hf_overrides=overrides))
     assert model.info.matryoshka == expected
 
 
@@ -625,4 +625,4 @@ def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, 
 def test_heads_whose_backbone_does_not_run_alone(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     folder = checkpoints.classifier(tmp_path / "model", family, num_labels=2, **options)
     with pytest.raises(CheckpointError, match=f"model: {family}.*Model cannot be run over token ids alone"):
-        runner.load(ModelConfig(model=str(folder)))
+        assembly.load(ModelConfig(model=str(folder)))

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from cenote.config import ModelConfig
-from cenote.models import runner
+from cenote.models import assembly
 from cenote.models.checkpoint import embedded
 from cenote.models.layout import LONGEST_REAL_WINDOW, Packed, choose, forward
 from cenote.tensors import attention, graphs
@@ -260,8 +260,8 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
     texts = list(docstrings(24))
     reference = SentenceTransformer(str(embedded()[0]), device=str(DEVICE))
     expected = reference.encode(texts, batch_size=1)
-    monkeypatch.setattr(runner, "graph_tokens", lambda *_: 2048)
-    model, checkpoint = runner.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
+    monkeypatch.setattr(assembly, "graph_tokens", lambda *_: 2048)
+    model, checkpoint = assembly.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
     ids = checkpoint.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
     parts = [[Sequence(own) for own in ids[i : i + 8]] for i in range(0, 24, 8)]
     token_rows = [replace(s, task="token_embed") for s in parts[0]]
@@ -277,8 +277,8 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there, it can be recorded")
 def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "graph_tokens", lambda *_: 2048)
-    model, _ = runner.load(ModelConfig())
+    monkeypatch.setattr(assembly, "graph_tokens", lambda *_: 2048)
+    model, _ = assembly.load(ModelConfig())
     (note,) = model.info.warnings
     assert note.startswith("runs without CUDA graphs: NotImplementedError: no fused kernel does the attention of Bert")
     (found,) = model.launch([Sequence([101, 7592, 102])]).finish()
@@ -292,9 +292,9 @@ def test_recordings_are_for_batches_that_launch_longer_than_they_run() -> None:
     small = torch.nn.Sequential(*[torch.nn.Linear(384, 384) for _ in range(36)])
     large = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, device="meta") for _ in range(200)])
     embeddings = torch.nn.Sequential(torch.nn.Embedding(1_000_000, 4096, device="meta"), *small)
-    assert runner.graph_tokens(small, ModelConfig(), gpu) == runner.MOST_GRAPH_TOKENS
-    assert runner.graph_tokens(embeddings, ModelConfig(), gpu) == runner.MOST_GRAPH_TOKENS
-    assert 100 < runner.graph_tokens(large, ModelConfig(), gpu) < 500
-    assert runner.graph_tokens(small, ModelConfig(max_cudagraph_capture_size=300), gpu) == 300
-    assert runner.graph_tokens(small, ModelConfig(enforce_eager=True), gpu) == 0
-    assert runner.graph_tokens(small, ModelConfig(), torch.device("cpu")) == 0
+    assert assembly.graph_tokens(small, ModelConfig(), gpu) == assembly.MOST_GRAPH_TOKENS
+    assert assembly.graph_tokens(embeddings, ModelConfig(), gpu) == assembly.MOST_GRAPH_TOKENS
+    assert 100 < assembly.graph_tokens(large, ModelConfig(), gpu) < 500
+    assert assembly.graph_tokens(small, ModelConfig(max_cudagraph_capture_size=300), gpu) == 300
+    assert assembly.graph_tokens(small, ModelConfig(enforce_eager=True), gpu) == 0
+    assert assembly.graph_tokens(small, ModelConfig(), torch.device("cpu")) == 0

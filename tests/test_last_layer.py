@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cenote.config import ModelConfig, PoolerConfig
-from cenote.models import runner
+from cenote.models import assembly
 from cenote.models.last_layer import LastLayer, find
 from cenote.models.layout import choose, forward
 from cenote.models.runner import PoolingModel
@@ -28,7 +28,7 @@ def draw(*lengths: int) -> list[list[int]]:
 
 def load(folder: Path, pooling_type: str | None = None) -> PoolingModel:
     config = PoolerConfig(pooling_type=pooling_type) if pooling_type else PoolerConfig()
-    return runner.load(ModelConfig(model=str(folder), pooler_config=config))[0]
+    return assembly.load(ModelConfig(model=str(folder), pooler_config=config))[0]
 
 
 def watch(model: PoolingModel) -> list[int]:

@@ -19,9 +19,9 @@ from cenote import LLM
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig
 from cenote.errors import CheckpointError, ConfigError
+from cenote.models import assembly
 from cenote.models import checkpoint as checkpoints_module
 from cenote.models import narrow as narrowing
-from cenote.models import runner
 from cenote.models.layout import Layout, choose, forward
 from cenote.models.narrow import Outcome, leave_file, narrow, prepare
 from cenote.service import Service
@@ -347,7 +347,7 @@ def test_quantization_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match="quantization int8 is for CPUs, and the device is cuda:1; leave it out or set"
     ):
-        runner.load(ModelConfig(quantization="int8"))
+        assembly.load(ModelConfig(quantization="int8"))
 
 
 @pytest.mark.parametrize("value", ["int4", "awq", "fp8", ""])

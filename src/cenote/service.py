@@ -80,9 +80,9 @@ class Service:
     @classmethod
     def load(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
         """Load the checkpoint and start its engine."""
-        from cenote.models import runner
+        from cenote.models import assembly
 
-        pooling_model, checkpoint = runner.load(model)
+        pooling_model, checkpoint = assembly.load(model)
         st = checkpoint.st
         renderer = Renderer(
             checkpoint.tokenizer,
