@@ -569,7 +569,7 @@ def _bound_bias(module: nn.Module) -> None:
     original: Callable[..., Tensor] = module.compute_bias  # type: ignore[assignment]
 
     def compute_bias(query_length: int, key_length: int, **kwargs: Any) -> Tensor:
-        longest = attention.current().max_length
+        longest = attention.current().batch.max_length
         return original(min(query_length, longest), min(key_length, longest), **kwargs)
 
     module.compute_bias = compute_bias  # type: ignore[assignment]

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -109,12 +109,12 @@ def boundaries(batch: Batch | Static, kernels: Kernels | None = None, place: Pla
         raise RuntimeError("the model does not call the registered attention function")
 
 
-def current() -> Batch | Static:
-    """The batch whose forward is under way, or `RuntimeError`."""
+def current() -> Forward:
+    """The packed forward under way, or `RuntimeError`."""
     under_way = under_way_or_none()
     if under_way is None:
         raise RuntimeError("packed attention was called outside a packed forward")
-    return under_way.batch
+    return under_way
 
 
 def under_way_or_none() -> Forward | None:
@@ -122,8 +122,7 @@ def under_way_or_none() -> Forward | None:
     return _FORWARD.get(None)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """Who sees whom, and how scores are made of dot products.
 
     Attributes:
@@ -149,7 +148,7 @@ class Rule:
 
     def within(self, max_length: int) -> Rule:
         """The same rule for sequences of at most `max_length`: a window that they do not reach is none."""
-        return replace(self, window=None) if self.window is not None and max_length <= self.window else self
+        return self._replace(window=None) if self.window is not None and max_length <= self.window else self
 
 
 def packed_attention(
@@ -174,47 +173,57 @@ def packed_attention(
             prefixes and the attention is not causal or has a position bias.
         RuntimeError: no batch is set, or the tokens are not the batch's (a vision tower, say).
     """
-    if unknown := {name for name, value in rest.items() if value is not None} - HARMLESS:
-        raise NotImplementedError(f"{type(module).__name__} passes {sorted(unknown)}, which packing does not honour")
     if attention_mask is not None and hides(attention_mask):
         raise NotImplementedError(f"{type(module).__name__} passes a mask of its own, which packing does not honour")
-    batch, under_way = current(), under_way_or_none()
-    assert under_way is not None
+    for name, value in rest.items():
+        if value is not None and name not in HARMLESS:
+            raise NotImplementedError(f"{type(module).__name__} passes {name!r}, which packing does not honour")
+    under_way = current()
     under_way.is_called = True
-    tokens = batch.size if under_way.keys else batch.tokens
-    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != tokens or k_1NTH.shape[2] != tokens:
-        raise RuntimeError(f"expected the batch's {tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if causal is None:
         raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
     rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
     under_way.is_causal &= rule.causal
+    _check_tokens(module, q_1NTH, k_1NTH, under_way, rule)
+    if under_way.wants_keys:
+        under_way.keys = (k_1NTH, v_1NTH)
+        raise KeysFound
+    return _of_batch(module, q_1NTH, *(under_way.keys or (k_1NTH, v_1NTH)), under_way, rule), None
+
+
+def _check_tokens(module: torch.nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, under_way: Forward, rule: Rule) -> None:
+    """Refuse tokens that are not the batch's, and a rule that does not go with its prefixes."""
+    batch = under_way.batch
+    tokens = batch.size if under_way.keys else batch.tokens
+    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != tokens or k_1NTH.shape[2] != tokens:
+        raise RuntimeError(f"expected the batch's {tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
     if batch.prefixes is not None and rule.bias is not None:
         raise NotImplementedError(f"{type(module).__name__} has a position bias, which does not reach past a sequence")
     if batch.prefixes is not None and not (rule.causal or batch.blind):
         raise NotImplementedError(f"{type(module).__name__} needs causal attention to share a prefix")
-    if under_way.wants_keys:
-        under_way.keys = (k_1NTH, v_1NTH)
-        raise KeysFound
+
+
+def _of_batch(
+    module: torch.nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, under_way: Forward, rule: Rule
+) -> Tensor:
+    """By the fastest way that there is; `[1, T, N, H]`, or with the keys of all tokens at hand `[1, B, N, H]`."""
+    batch, kernels = under_way.batch, under_way.kernels
     place = under_way.place if under_way.keys else None
-    k_1NTH, v_1NTH = under_way.keys or (k_1NTH, v_1NTH)
-    if (
-        q_1NTH.device.type in FUSED_ON
-        and (fused := attend_fused(q_1NTH, k_1NTH, v_1NTH, batch, rule, place)) is not None
-    ):
-        return fused, None
+    if q_1NTH.device.type in FUSED_ON:
+        fused = attend_fused(q_1NTH, k_1NTH, v_1NTH, batch, rule, place)
+        if fused is not None:
+            return fused
     under_way.is_fused = False
     if not isinstance(batch, Batch):
         raise NotImplementedError(f"no fused kernel does the attention of {type(module).__name__} here")
     if place is not None:
-        return attend_at(place, q_1NTH, k_1NTH, v_1NTH, batch, rule), None
-    kernels = under_way.kernels
+        return attend_at(place, q_1NTH, k_1NTH, v_1NTH, batch, rule)
     is_plain = rule.plain and batch.prefixes is None
     if kernels is not None and is_plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
         scale = _scale(q_1NTH, rule)
-        states = kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale, causal=rule.causal, window=rule.window)
-        return states, None
-    return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule), None
+        return kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale, causal=rule.causal, window=rule.window)
+    return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule)
 
 
 def hides(mask: Tensor) -> bool:

@@ -209,7 +209,9 @@ struct Product {
     std::memcpy(&x, q + row * stride + 4 * g, 4);
     return x;
   }
-  inline Product from(int row) const { return {q + row * stride, stride, groups, w, tile + row * kColumns, parts, split, once}; }
+  inline Product from(int row) const {
+    return {q + row * stride, stride, groups, w, tile + row * kColumns, parts, split, once};
+  }
 };
 
 struct Avx2 {  // w is such that the sum of two products fits 16 bits

@@ -89,10 +89,11 @@ class Kernels:
             and k_1NTH.shape == v_1NTH.shape
             and q_1NTH.shape[-1] == k_1NTH.shape[-1]
             and not torch.is_grad_enabled()
-            and all(
-                x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1
-                for x in (q_1NTH, k_1NTH, v_1NTH)
-            )
+            and q_1NTH.dtype == k_1NTH.dtype == v_1NTH.dtype == torch.float32
+            and q_1NTH.is_cpu
+            and k_1NTH.is_cpu
+            and v_1NTH.is_cpu
+            and q_1NTH.stride(-1) == k_1NTH.stride(-1) == v_1NTH.stride(-1) == 1
         )
 
     def attend(
