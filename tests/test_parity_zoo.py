@@ -12,8 +12,9 @@ from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 LENGTHS = (17, 3, 100, 40, 1, 17, 64)
-AMPLIFIES = {"qwen3.5"}
-"""Architectures whose recurrence amplifies rounding: eager is 1e-4 from float64 itself. Cenote may not be further."""
+AMPLIFIES = {"qwen3.5", "qwen3-next"}
+"""Architectures whose recurrence amplifies rounding: eager is 1e-4 and 3e-5 from float64 itself. Cenote may not be
+further."""
 
 
 def sequences(vocab: int) -> list[Sequence]:
@@ -47,7 +48,9 @@ def test_equals_eager_one_by_one(architecture: Architecture, products: str) -> N
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
     if kernels and architecture.name in AMPLIFIES:
-        exact = torch.cat(alone(build(architecture).double(), batch))
+        reference = build(architecture).double()
+        reference.set_experts_implementation("eager")  # grouped products take no float64
+        exact = torch.cat(alone(reference, batch))
         assert (torch.cat(hidden) - exact).abs().max() <= (torch.cat(expected) - exact).abs().max() + 1e-5 * scale
         assert torch.allclose(torch.cat(hidden), torch.cat(expected), rtol=0, atol=1e-4 * scale)
     else:
