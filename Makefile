@@ -29,10 +29,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Embedding, reranking, search and serving. Minutes each; run on a quiet machine.
+# Embedding, forwards, fewer bits, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.embed $(ARGS)
 	$(BIN)/python -m benchmarks.forward $(ARGS)
+	$(BIN)/python -m benchmarks.quantize $(ARGS)
 	$(BIN)/python -m benchmarks.rerank $(ARGS)
 	$(BIN)/python -m benchmarks.search $(ARGS)
 	$(BIN)/python -m benchmarks.serve $(ARGS)

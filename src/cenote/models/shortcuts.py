@@ -1,4 +1,4 @@
-"""Shortens Python's way through a model whose classes stay as they are: of a short text, that is a third of a forward.
+"""Shortens Python's way through a model whose classes stay as they are: much of a short text's forward.
 
 Neither changes what a model computes:
 
