@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from cenote.cli import flags, main
+from cenote.cli import load as load_module
 from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, table
 from cenote.cli.load import Sample, closed, opened
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
@@ -319,10 +321,14 @@ def test_texts_are_new_each_time(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class Asked:
-    """Answers each text with its length, unless it is "bad"; remembers what was asked and how many at once."""
+    """Answers each text with its length, unless it is "bad"; remembers what was asked and how many at once.
 
-    def __init__(self, seconds: float = 0.002) -> None:
+    The first `together` requests wait for each other.
+    """
+
+    def __init__(self, seconds: float = 0.002, *, together: int = 1) -> None:
         self.seconds = seconds
+        self._first = iter([threading.Barrier(together)] * together)
         self.texts: list[str] = []
         self.now = self.most = 0
         self._lock = threading.Lock()
@@ -332,6 +338,9 @@ class Asked:
             self.texts += texts
             self.now += 1
             self.most = max(self.most, self.now)
+            together = next(self._first, None)
+        if together is not None:
+            together.wait(PATIENCE)
         time.sleep(self.seconds)
         with self._lock:
             self.now -= 1
@@ -345,11 +354,11 @@ REQUESTS = [["a", "bb"], ["bad"], ["ccc"], ["dddd"], ["bad"], ["e"]] * 4
 
 @pytest.mark.parametrize("clients", [1, 3, 50])
 def test_a_closed_loop_sends_each_request_once(clients: int) -> None:
-    asked, told = Asked(), list[int]()
+    together = min(clients, len(REQUESTS))
+    asked, told = Asked(together=together), list[int]()
     sample = closed(asked, REQUESTS, clients=clients, progress=told.append)
     assert Counter(asked.texts) == Counter(text for request in REQUESTS for text in request)
-    assert asked.most <= clients
-    assert clients == 1 or asked.most > 1
+    assert asked.most == together
     assert (sample.texts, sample.tokens) == (4 * 5, 4 * 11)
     assert len(sample.latencies) == 4 * 4
     assert sample.errors == ["it is bad"] * 8
@@ -374,12 +383,33 @@ def test_in_an_open_loop_waiting_counts() -> None:
     assert sorted(sample.latencies) == sample.latencies
 
 
-def test_arrivals_are_as_many_a_second_as_asked() -> None:
-    """Gaps are drawn from the seed; they are at least waited for."""
-    asked = Asked(0.0)
-    short, long = (opened(asked, [["a"]] * 40, rate=rate).seconds for rate in (1e9, 400))
-    assert long > 0.05, "40 arrivals at 400 a second"
-    assert short < long
+class Clock:
+    """Stands still but for those who sleep; notes for how long they do."""
+
+    def __init__(self) -> None:
+        self.now, self.gaps = 100.0, list[float]()
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.gaps.append(seconds)
+
+
+def test_arrivals_are_as_many_a_second_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaps are exponential, hence as wide as they are long on average, and those of the seed at any rate."""
+    gaps = {}
+    for rate, seed in ((400, 0), (400, 1), (4, 0)):
+        clock = Clock()
+        monkeypatch.setattr(load_module, "time", clock)
+        opened(Asked(0.0), [["a"]] * 2000, rate=rate, seed=seed)
+        gaps[rate, seed] = np.array(clock.gaps)
+    for (rate, _), found in gaps.items():
+        assert found.mean() == pytest.approx(1 / rate, rel=0.1)
+        assert found.std() == pytest.approx(1 / rate, rel=0.1)
+    np.testing.assert_allclose(gaps[4, 0], gaps[400, 0] * 100, rtol=1e-6)
+    assert not np.allclose(gaps[400, 1], gaps[400, 0])
 
 
 def test_a_loop_that_is_broken_off_sends_no_more() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
 from cenote.types import ModelInfo, Output, Sequence
 
-PATIENCE = 10
+PATIENCE = 60
 
 
 class OutOfMemoryError(RuntimeError):
@@ -466,21 +467,44 @@ def test_the_fake_keeps_the_contract() -> None:
         engine.submit(texts(1))
 
 
-@pytest.mark.parametrize(("rest", "long_work", "wanted"), [(0.3, 1e9, 1), (1e9, 0.0, 2), (1e9, 1e9, 0)])
-def test_freed_memory_goes_back_once_after_work(
-    rest: float, long_work: float, wanted: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When nothing came for a while, or at a pause of long work; not again before there was more work."""
+@contextmanager
+def tidied(monkeypatch: pytest.MonkeyPatch, rest: float, long_work: float) -> Iterator[tuple[LocalEngine, list[float]]]:
+    """An engine, and when it gave freed memory back."""
     released: list[float] = []
     monkeypatch.setattr(engine_module, "REST", rest)
     monkeypatch.setattr(engine_module, "LONG_WORK", long_work)
     monkeypatch.setattr(engine_module, "release_freed_memory", lambda: released.append(time.monotonic()))
     engine = LocalEngine(Model(), max_batch_tokens=64)
     try:
-        for _ in range(3):
-            engine.submit([Sequence([1, 2])]).result(timeout=5)
-            time.sleep(0.01)
-        time.sleep(0.8)
-        assert len(released) == wanted
+        yield engine, released
     finally:
         engine.close()
+
+
+def test_freed_memory_goes_back_once_when_nothing_came_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tidied(monkeypatch, rest=0.1, long_work=1e9) as (engine, released):
+        for times in (1, 2):
+            check(engine.submit(texts(2)), texts(2))
+            deadline = time.monotonic() + PATIENCE
+            while len(released) < times:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.3)
+            assert len(released) == times, "once, until there was more work"
+
+
+def test_freed_memory_goes_back_at_a_pause_of_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tidied(monkeypatch, rest=1e9, long_work=0.0) as (engine, released):
+        deadline = time.monotonic() + PATIENCE
+        while len(released) < 2:
+            assert time.monotonic() < deadline
+            check(engine.submit(texts(2)), texts(2))
+            time.sleep(0.01)
+
+
+def test_freed_memory_is_kept_while_work_is_short_and_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tidied(monkeypatch, rest=1e9, long_work=1e9) as (engine, released):
+        for _ in range(3):
+            check(engine.submit(texts(2)), texts(2))
+            time.sleep(0.01)
+        assert not released
