@@ -19,9 +19,10 @@ $(VENV)/.dev: $(VENV)/.serve
 serve: $(VENV)/.serve
 	$(BIN)/cenote serve $(ARGS)
 
-# The whole test suite. One thread: its models are so small that threads would only wait for each other.
+# The whole test suite, in two processes. One thread each: its models are so small that threads would only wait for each
+# other.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Lint, formatting, types.
 check: $(VENV)/.dev

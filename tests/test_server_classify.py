@@ -461,7 +461,7 @@ def test_pairs_between_other_prompts_offline(llm: LLM, folder: Path) -> None:
         ("multi_label_classification", lambda x: x.sigmoid()),
         ("regression", lambda x: x),
     ],
-    ids=str,
+    ids=["single label", "multi label", "regression"],
 )
 def test_the_activation_follows_the_problem_type(tmp_path: Path, serve: Serve, problem: str, activation: Any) -> None:
     folder = checkpoints.classifier(tmp_path, num_labels=3, problem_type=problem)
