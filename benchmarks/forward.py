@@ -34,7 +34,7 @@ from benchmarks.harness import row, save, timed
 from cenote.models.checkpoint import embedded
 from cenote.models.fuse import Remembered
 from cenote.models.layout import Layout, choose, forward
-from cenote.tensors import linear, native
+from cenote.tensors import linear, native, process
 from cenote.tensors.packing import Batch, pack
 from cenote.types import Sequence
 
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    native.keep_freed_memory(31 << 20)
+    process.keep_freed_memory(31 << 20)
     tokenizer = AutoTokenizer.from_pretrained(embedded()[0])
     ids = [own[:MAX_TOKENS] for own in tokenizer(list(docstrings(1500))[::37], truncation=True)["input_ids"]]
     result = {

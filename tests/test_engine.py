@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -465,6 +469,39 @@ def test_the_fake_keeps_the_contract() -> None:
     engine.close()
     with pytest.raises(Closed):
         engine.submit(texts(1))
+
+
+LOADED = """
+import os, torch
+from cenote.tensors.process import release_threads
+from tests.test_engine import LocalEngine, Model, check, texts
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+x = torch.arange(1 << 20, dtype=torch.float32)
+release_threads()
+before = count()
+x + x
+loaded = count()
+engine = LocalEngine(Model(), threads=2)
+print(loaded - before, count() - loaded, len(engine._threads))
+check(engine.submit(texts(3)), texts(3))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch has no OpenMP")
+def test_threads_that_have_loaded_a_model_are_given_back() -> None:
+    """With them, OpenMP would count more threads than cores, and let them all sleep between the parts of a layer."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    begun, more, device = map(int, done.stdout.split())
+    assert begun >= 1
+    assert more == device - begun
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -385,67 +383,3 @@ def test_what_depends_on_no_token_is_computed_once(
         model.table.weight.data.mul_(2)
         with torch.inference_mode():
             assert not torch.allclose(model(x), expected[0]), "another input gets its own answer"
-
-
-MAPPED = """
-import sys, torch
-from pathlib import Path
-from typing import Any
-from safetensors.torch import load_file, save_file
-from cenote.tensors import linear, native
-
-def resident():
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))
-    return int(line.split()[1]) << 10
-
-file = sys.argv[1]
-save_file({"a": torch.arange(1 << 22, dtype=torch.float32), "b": torch.ones(1 << 20)}, file)
-loaded = load_file(file)
-total = float(loaded["a"].double().sum())
-before = resident()
-native.leave_unused_memory()
-left = before - resident()
-assert float(loaded["a"].double().sum()) == total, "what is read again is there"
-loaded["b"][7] = 5.0
-native.leave_unused_memory()
-assert loaded["b"][:9].tolist() == [1, 1, 1, 1, 1, 1, 1, 5, 1], "what was written stays"
-print(left)
-"""
-
-
-LIBRARIES = """
-import re, torch
-from pathlib import Path
-from cenote.tensors import native
-
-def resident():
-    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    own = [x for x in parts if "libtorch_cpu.so" in x.split("\\n")[0]]
-    return sum(int(re.search(r"^Rss: +(\\d+)", x, re.MULTILINE)[1]) for x in own)
-
-torch.set_num_threads(3)
-x = torch.arange(12.0).view(3, 4)
-wanted = (x @ x.T).softmax(1)
-before = resident()
-native.leave_unused_memory()
-print(before, resident())
-assert torch.equal((x @ x.T).softmax(1), wanted)
-assert torch.get_num_threads() == 3, "what the library has noted stays"
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
-def test_what_only_importing_has_run_of_libraries_leaves_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
-    assert after < before / 2
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
-def test_weights_in_a_mapped_file_leave_memory_and_come_back(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MAPPED, str(tmp_path / "x.safetensors")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 15 << 20, "16 MiB were mapped and read"

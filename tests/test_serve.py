@@ -122,10 +122,10 @@ SET = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ({}, {"GOMP_SPINCOUNT": "100000", "OPENBLAS_NUM_THREADS": "1"}),
+        ({}, {"GOMP_SPINCOUNT": "200000", "OPENBLAS_NUM_THREADS": "1"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active", "OPENBLAS_NUM_THREADS": "1"}),
         ({"GOMP_SPINCOUNT": "500"}, {"GOMP_SPINCOUNT": "500", "OPENBLAS_NUM_THREADS": "1"}),
-        ({"OPENBLAS_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "100000", "OPENBLAS_NUM_THREADS": "2"}),
+        ({"OPENBLAS_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "200000", "OPENBLAS_NUM_THREADS": "2"}),
     ],
 )
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], kept: dict[str, str]) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer
 from cenote.errors import EngineFailed, Overloaded
 from cenote.server import serving
-from cenote.server.serving import QUIET, SHORT, Desk, new_id
+from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
 from cenote.types import Output, Sequence
 from tests.conftest import expected, floats
 
@@ -42,6 +43,31 @@ def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
     assert [x for i, x in enumerate(found) if i % 7] == [i for i in range(400) if i % 7]
     assert [str(x) for x in found[::7]] == [str(i) for i in range(0, 400, 7)]
     assert all(isinstance(x, EngineFailed) for x in found[::7])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_render_thread_keeps_no_threads_of_torch_s(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[tuple[str, int]] = []
+    monkeypatch.setattr(serving, "release_threads", lambda: happened.append(("released", threading.get_ident())))
+
+    def work() -> int:
+        happened.append(("worked", threading.get_ident()))
+        if fails:
+            raise Overloaded("for now")
+        return 7
+
+    own = Serving([], ServerConfig())
+    try:
+        if fails:
+            with pytest.raises(Overloaded, match="for now"):
+                asyncio.run(own.in_pool("encode", work))
+        else:
+            assert asyncio.run(own.in_pool("encode", work)) == 7
+    finally:
+        own.close()
+    (first, thread), (then, same) = happened
+    assert (first, then) == ("worked", "released")
+    assert thread == same != threading.get_ident()
 
 
 def test_the_loop_is_woken_once_for_all_that_are_done() -> None:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 from cenote import metrics
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
-from cenote.tensors.native import release_freed_memory
 from cenote.tensors.packing import common_prefix
+from cenote.tensors.process import release_freed_memory, release_threads
 from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class LocalEngine:
             import torch
 
             torch.set_num_threads(torch.get_num_threads())  # what other new threads begin with is the last number set
+        release_threads()  # those with which this thread has loaded the model
 
     def _bears(self, wanted: int | None, device: str) -> int:
         """How many forwards may run at a time."""

@@ -28,7 +28,7 @@ from cenote.models.outputs import (
 )
 from cenote.models.runner import PoolingModel
 from cenote.models.shortcuts import shorten
-from cenote.tensors import linear, native
+from cenote.tensors import linear, native, process
 from cenote.types import UNLIMITED, ModelInfo, Sequence, Similarity
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
-    native.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
+    process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
     prepared = _prepare(model, options)
     folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
     adapters = adapting.Adapters(model, adapting.find(folders))
@@ -95,7 +95,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     _check_first_forward(pooling_model, pooler)
     if device.type == "cpu":
         _let_run_beside(pooling_model, full, probe)
-    native.leave_unused_memory()
+    process.leave_unused_memory()
     return pooling_model, checkpoint
 
 

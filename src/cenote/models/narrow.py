@@ -18,7 +18,7 @@ from torch import nn
 from cenote.errors import CheckpointError
 from cenote.models.fuse import Remembered
 from cenote.models.layout import forward, vocabulary
-from cenote.tensors import linear, native
+from cenote.tensors import linear, process
 from cenote.tensors.linear import Narrow
 from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
@@ -133,7 +133,7 @@ def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_len
     if prepared.dtype is not None:
         _narrow_embedding(full, model.get_input_embeddings(), prepared.dtype, lambda: forward(layout, batch))
     prepared.weights.clear()
-    native.release_freed_memory()
+    process.release_freed_memory()
 
     found_TD = forward(layout, batch)
     cosine = float(F.cosine_similarity(found_TD, reference_TD).mean())

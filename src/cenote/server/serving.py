@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest, ModelNotFound
+from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,9 +87,16 @@ class Serving:
             )
 
     async def in_pool(self, stage: str, work: Callable[[], T]) -> T:
-        """Run `work` on a render thread and time it as `stage`."""
+        """Run `work` on a render thread, which keeps no threads of torch's afterwards, and time it as `stage`."""
+
+        def run() -> T:
+            try:
+                return work()
+            finally:
+                release_threads()
+
         began = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        result = await asyncio.get_running_loop().run_in_executor(self._pool, run)
         metrics.stage(stage).observe(time.monotonic() - began)
         return result
 

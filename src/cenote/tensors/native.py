@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -43,8 +42,6 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-MAPPED = re.compile(r" r[-w][-x]p .*\.safetensors$| r-[-x]p .*\.so[.\d]*$")
-"""Lines of /proc/self/smaps of weights, and of what is only read of libraries."""
 LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
 NARROWEST = 8
@@ -486,41 +483,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(line for line in lines if line.partition(":")[0].strip() in kept)
-
-
-def release_freed_memory() -> None:
-    """Give what has been freed back to the system: weights that were replaced. Without effect on other allocators."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def keep_freed_memory(largest: int) -> None:
-    """Keep glibc from giving activations back to the system after every layer, and faulting them in again.
-
-    Freeing one large mapped block raises malloc's mmap threshold to its size and the trim threshold to twice that
-    (ceilings: 32 and 64 MiB). Without effect on other allocators.
-
-    Args:
-        largest: bytes of the largest activation; more is kept at least, and no more than glibc can.
-    """
-    del [torch.empty(min(max(largest, 8 << 20), 31 << 20), dtype=torch.uint8)][0]
-
-
-def leave_unused_memory() -> None:
-    """Give back what loading has left behind: freed memory that glibc keeps, and what was read from mapped files.
-
-    Those are weights, of which a packed matrix is a copy, and libraries, of which importing runs more than all that
-    follows. Pages that are read again come back. A mapping in which something was written, which only this process
-    has, is left alone. Does nothing where there is no /proc.
-    """
-    release_freed_memory()
-    try:
-        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    except OSError:
-        return
-    for mapping in mappings:
-        head = mapping.partition("\n")[0]
-        if MAPPED.search(head) and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
-            begin, end = (int(x, 16) for x in head.split()[0].split("-"))
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
