@@ -20,11 +20,11 @@ def release_threads() -> None:
 
     Each thread that has run something in parallel keeps its own. While there are more of them in all than cores,
     libgomp's no longer spin between the parallel parts of a forward: they sleep, and are woken a dozen times a layer.
-    Without effect on other builds of torch.
+    Without effect with other OpenMPs, where the call would be for all threads, and without any.
     """
-    pause = getattr(ctypes.CDLL(torch._C.__file__), "omp_pause_resource_all", None)
-    if pause is not None:
-        pause(SOFT)
+    library = ctypes.CDLL(torch._C.__file__)
+    if hasattr(library, "omp_pause_resource_all") and not hasattr(library, "__kmpc_fork_call"):  # LLVM's and Intel's
+        library.omp_pause_resource_all(SOFT)
 
 
 def release_freed_memory() -> None:
