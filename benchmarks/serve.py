@@ -135,8 +135,7 @@ def rates(server: Server, texts: list[str], rounds: int) -> dict[str, Any]:
 def latency(server: Server, rounds: int) -> dict[str, Any]:
     """One client with one short text against the bare forward, in turns of 20.
 
-    The forward is measured in a loop, and again with a pause before each, as a server's has: what it reads has then
-    partly left the caches.
+    The forward is measured in a loop, and again with a pause before each, as a server's has.
     """
     worker = Worker(bare, threads=os.cpu_count() or 1)
     query, client = prepared([QUERY]), Client(server.port)

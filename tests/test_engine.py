@@ -532,11 +532,13 @@ def test_freed_memory_goes_back_once_when_nothing_came_for_a_while(monkeypatch: 
 
 def test_freed_memory_goes_back_at_a_pause_of_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with tidied(monkeypatch, rest=1e9, long_work=0.0) as (engine, released):
-        deadline = time.monotonic() + PATIENCE
+        deadline, sent = time.monotonic() + PATIENCE, 0
         while len(released) < 2:
             assert time.monotonic() < deadline
             check(engine.submit(texts(2)), texts(2))
+            sent += 1
             time.sleep(0.01)
+            assert len(released) < sent, "once a pause, when work ends it"
 
 
 def test_freed_memory_is_kept_while_work_is_short_and_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,4 +546,5 @@ def test_freed_memory_is_kept_while_work_is_short_and_frequent(monkeypatch: pyte
         for _ in range(3):
             check(engine.submit(texts(2)), texts(2))
             time.sleep(0.01)
+        time.sleep(0.3)
         assert not released

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cenote.tensors.process import release_threads
-
 MAPPED = """
 import sys, torch
 from pathlib import Path
@@ -123,8 +121,3 @@ def test_each_thread_gives_back_its_own_threads_and_makes_new_ones() -> None:
     assert elsewhere == 3, "a thread, and two of its own"
     assert given_back == -2
     assert then == 0, "two given back elsewhere, two begun here"
-
-
-def test_without_threads_there_is_nothing_to_give_back() -> None:
-    release_threads()
-    release_threads()

@@ -106,7 +106,7 @@ def _share_cores() -> None:
     the cores: the event loop, and whatever else runs on the machine.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "200000")  # some five to ten milliseconds
+        os.environ.setdefault("GOMP_SPINCOUNT", "200000")  # milliseconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

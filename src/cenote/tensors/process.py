@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import re
 from pathlib import Path
@@ -22,9 +23,16 @@ def release_threads() -> None:
     libgomp's no longer spin between the parallel parts of a forward: they sleep, and are woken a dozen times a layer.
     Without effect with other OpenMPs, where the call would be for all threads, and without any.
     """
-    library = ctypes.CDLL(torch._C.__file__)
-    if hasattr(library, "omp_pause_resource_all") and not hasattr(library, "__kmpc_fork_call"):  # LLVM's and Intel's
+    if (library := _libgomp()) is not None:
         library.omp_pause_resource_all(SOFT)
+
+
+@functools.cache
+def _libgomp() -> ctypes.CDLL | None:
+    """The OpenMP that torch runs on, if it is GNU's."""
+    library = ctypes.CDLL(torch._C.__file__)
+    is_other = hasattr(library, "__kmpc_fork_call")  # LLVM's and Intel's
+    return library if hasattr(library, "omp_pause_resource_all") and not is_other else None
 
 
 def release_freed_memory() -> None:
