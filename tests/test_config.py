@@ -389,6 +389,45 @@ def test_limits_that_are_told_at_start(options: dict[str, Any], warns: bool) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("", "is empty"),
+        (" secret", "begins or ends with white space"),
+        ("secret\n", "begins or ends with white space"),
+        ("s\u00e9cret", "has characters that no HTTP header carries"),
+        ("sec\x00ret", "has characters that no HTTP header carries"),
+    ],
+)
+def test_a_key_that_no_request_can_bring_is_refused_without_showing_it(key: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=f"api_key: key 2 of 2 {fault}") as refused:
+        resolve({"api_key": ("other", key)})
+    assert "cret" not in str(refused.value)
+    assert "other" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["", "abc,", ",abc", " ", "abc, def"])
+def test_an_empty_key_in_the_environment_does_not_open_the_server(
+    value: str, environment: dict[str, str], capsys: Any
+) -> None:
+    environment["CENOTE_API_KEY"] = value
+    assert main(["serve", "--port", "0", "--model", "/nowhere/at/all"]) == 2
+    assert "cenote: api_key: key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["api_key: ''", "api_key: [secret, '']", "api_key:"])
+def test_an_empty_key_in_a_file_does_not_open_the_server(content: str, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert main(["serve", "--config", str(file), "--port", "0", "--model", "/nowhere/at/all"]) == 2
+    assert "cenote: api_key: " in capsys.readouterr().err
+
+
+def test_an_empty_key_among_the_flags_does_not_open_the_server(capsys: Any) -> None:
+    assert main(["serve", "--port", "0", "--model", "/nowhere/at/all", "--api-key", ""]) == 2
+    assert "cenote: api_key: key 1 of 1 is empty" in capsys.readouterr().err
+
+
 def test_configs_are_frozen() -> None:
     for layer in (*config.LAYERS, PoolerConfig):
         made = layer()

@@ -326,6 +326,7 @@ def test_every_route_but_health_needs_the_key(serve: Serve, sent: dict[str, str]
             assert answer.status_code == 200, (method, path)
         else:
             assert answer.status_code == 401, (method, path)
+            assert answer.headers["www-authenticate"] == "Bearer"
             assert method == "HEAD" or answer.json() == {"error": "Unauthorized", "detail": "Unauthorized"}
     assert not engine.submitted
 

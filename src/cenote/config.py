@@ -260,6 +260,28 @@ class ServerConfig(BaseModel):
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("api_key")
+    @classmethod
+    def _keys_that_requests_can_bring(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for number, key in enumerate(keys, start=1):
+            if fault := _key_fault(key):
+                raise ValueError(
+                    f"key {number} of {len(keys)} {fault}; give a key of printable ASCII characters, or leave the "
+                    "option out to serve without keys"
+                )
+        return keys
+
+
+def _key_fault(key: str) -> str:
+    """Return why no request can bring `key` in its `Authorization` header, or an empty string. Never shows the key."""
+    if not key:
+        return "is empty"
+    if key != key.strip():
+        return "begins or ends with white space, which HTTP drops"
+    if not (key.isascii() and key.isprintable()):
+        return "has characters that no HTTP header carries"
+    return ""
+
 
 SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "texts": (".txt", ".jsonl")}
 """Files of `BenchConfig`, by the last part of their name."""

@@ -35,7 +35,7 @@ def answer(error: CenoteError) -> Response:
     """The response for `error`."""
     if isinstance(error, Unauthorized):
         content = orjson.dumps({"error": "Unauthorized", "detail": "Unauthorized"})
-        return Response(content, 401, media_type="application/json")
+        return Response(content, 401, {"WWW-Authenticate": "Bearer"}, media_type="application/json")
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else {}
     # vLLM has no score routes for such a model, and its clients look for what a missing route answers.
     detail = "Not Found" if isinstance(error, NotScored) else None
