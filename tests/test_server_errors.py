@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, Closed, EngineFailed, Overloaded
-from tests.conftest import INFO, JSON, error, expected, floats
+from cenote.server import direct, faults
+from tests.conftest import CLASSIFIER, INFO, JSON, error, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -340,3 +342,71 @@ def test_a_bug_is_not_shown(serve: Serve) -> None:
         "param": None,
         "code": 500,
     }
+
+
+FLOODS = {
+    "nulls": (b'{"input": [' + b"null," * 200_000 + b"null]}", ROUTE),
+    "fractions": (b'{"input": [' + b"1.5," * 1_000_000 + b"1.5]}", ROUTE),
+    "one id each": (b'{"input": [' + b"[1]," * 1_000_000 + b"[1]]}", ROUTE),
+    "objects": (b'{"input": [' + b"{}," * 200_000 + b"{}]}", "/classify"),
+    "documents": (b'{"query": "a", "documents": [' + b"null," * 200_000 + b"null]}", "/rerank"),
+    "messages": (b'{"messages": [' + b"null," * 200_000 + b"null]}", "/tokenize"),
+    "wrong messages": (b'{"messages": [' + b"{}," * 4_000 + b"null]}", "/tokenize"),
+    "texts": (b'{"texts": [' + b"null," * 200_000 + b"null]}", "/v2/embed"),
+    "ids": (b'{"tokens": [' + b"1," * 1_100_000 + b"1]}", "/detokenize"),
+    "a model's name": (b'{"input": "a", "model": "' + b"/" * 5_000_000 + b'"}', ROUTE),
+    "digits": (b'{"input": "a", "priority": ' + b"1" * 5_000 + b"}", ROUTE),
+    "digits among unknown fields": (b'{"input": "a", "x": ' + b"1" * 5_000 + b"}", ROUTE),
+}
+
+
+@pytest.mark.parametrize(("body", "path"), FLOODS.values(), ids=FLOODS)
+def test_a_large_wrong_body_is_refused_by_a_short_report(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, body: bytes, path: str
+) -> None:
+    """No more is reported than is shown, and a long body is parsed on another thread than the event loop's."""
+    report, parse = faults.validation, direct._parsed
+    reported: list[int] = []
+    threads: list[str] = []
+
+    def validation(errors: Any) -> Any:
+        reported.append(len(errors))
+        return report(errors)
+
+    def parsed(content: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(content)
+
+    monkeypatch.setattr(faults, "validation", validation)
+    monkeypatch.setattr(direct, "_parsed", parsed)
+    answer = serve(FakeEngine(CLASSIFIER)).post(path, content=body, headers=JSON)
+    assert answer.status_code in (400, 404), answer.text[:300]
+    assert len(answer.content) < 100_000
+    assert all(count <= 6 for count in reported)
+    (thread,) = threads
+    assert thread.startswith("cenote-render") == (len(body) > direct.LARGE)
+
+
+@pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/classify", "/rerank", "/score", "/tokenize"])
+def test_a_number_of_too_many_digits_is_the_request_s_fault(client: TestClient, route: str) -> None:
+    found = error(client, b'{"input": "a", "x": ' + b"1" * 5_000 + b"}", route)
+    assert (found["code"], found["type"]) == (400, "Bad Request")
+    assert found["message"].startswith("JSON decode error: Exceeds the limit (4300 digits) for integer string")
+
+
+def test_texts_that_are_tokenised_have_a_limit(serve: Serve) -> None:
+    client = serve(max_tokenize_bytes=10)
+    assert client.post("/tokenize", json={"prompt": "a" * 10}).status_code == 200
+    found = error(client, {"prompt": "\u6c34" * 4}, "/tokenize")
+    assert found["param"] == "prompt"
+    assert found["message"].startswith("the text has 12 bytes; at most 10 are tokenised.")
+    assert client.post("/detokenize", json={"tokens": [5] * 10}).status_code == 200
+    found = error(client, {"tokens": [5] * 11}, "/detokenize")
+    assert found["message"] == "the request has 11 token ids; at most 10 are allowed"
+
+
+def test_a_conversation_that_is_tokenised_has_the_limit_of_its_text(serve: Serve) -> None:
+    client = serve(max_tokenize_bytes=10, chat_template="{{ messages[0].content * 6 }}")
+    assert client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).status_code == 200
+    found = error(client, {"messages": [{"role": "user", "content": "aa"}]}, "/tokenize")
+    assert (found["param"], found["message"][:20]) == ("messages", "the text has 12 byte")

@@ -248,7 +248,10 @@ class ServerConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
     api_key: tuple[str, ...] = Field((), description="key that requests must bring; may be given several times")
     max_body_bytes: int = Field(64 << 20, ge=1, description="largest request body")
-    max_client_batch_size: int = Field(2048, ge=1, description="most inputs of one request")
+    max_client_batch_size: int = Field(2048, ge=1, description="maximum inputs of one request")
+    max_tokenize_bytes: int = Field(
+        1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
+    )
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")

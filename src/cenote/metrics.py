@@ -26,7 +26,7 @@ request_seconds = Histogram(
 )
 stage_seconds = Histogram(
     "cenote_stage_seconds",
-    "Time in one stage: render, queue, forward, encode",
+    "Time in one stage: parse, render, queue, forward, encode",
     ("stage",),
     buckets=_SECONDS,
     registry=REGISTRY,

@@ -49,7 +49,7 @@ def build(services: list[Service], config: ServerConfig) -> FastAPI:
     for router in routers:
         app.include_router(router)
     faults.install(app)
-    app.add_middleware(Direct, handlers=handlers(routers))
+    app.add_middleware(Direct, handlers=handlers(routers), serving=serving)
     app.add_middleware(Gate, config=config)
     return app
 

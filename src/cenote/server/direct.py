@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cenote.errors import CenoteError
 from cenote.server import faults
+from cenote.server.dialects.requests import Body, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from cenote.server.serving import Serving
+
+LARGE = 65_536
+"""Bodies with more bytes than this are parsed off the event loop."""
+MOST_MESSAGES = 4096
+"""Messages of a conversation."""
 MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 
 
@@ -37,6 +44,7 @@ class Handler:
     def __init__(self, route: APIRoute, body: type, *, takes_request: bool) -> None:
         self.route = route
         self._endpoint: Callable[..., Awaitable[Response]] = route.endpoint
+        self._kind = body
         self._body: TypeAdapter[Any] = TypeAdapter(body)
         self._takes_request = takes_request
 
@@ -50,7 +58,7 @@ class Handler:
             return None
         return cls(route, get_type_hints(route.endpoint)["body"], takes_request=len(names) == 2)
 
-    async def __call__(self, request: Request) -> Response:
+    async def __call__(self, request: Request, serving: Serving) -> Response:
         """Answer a request.
 
         Raises:
@@ -58,32 +66,60 @@ class Handler:
             HTTPException: what the route raises; or the body cannot be read at all.
             RequestValidationError: the body is no JSON, or not what the route takes.
         """
-        body = self._read(await request.body())
+        content = await request.body()
+        limits = Limits(serving.config.max_client_batch_size, MOST_MESSAGES, serving.config.max_tokenize_bytes)
+        if len(content) > LARGE:
+            body = await serving.in_pool("parse", lambda: self._read(content, limits))
+        else:
+            body = self._read(content, limits)
         return await (self._endpoint(body, request) if self._takes_request else self._endpoint(body))
 
-    def _read(self, content: bytes) -> Any:
+    def _read(self, content: bytes, limits: Limits) -> Any:
         if not content:
             raise RequestValidationError([MISSING])
-        with suppress(ValidationError):  # at once; what is wrong is looked for below, and told as FastAPI does
-            return self._body.validate_json(content)
+        value = _parsed(content)
+        if issubclass(self._kind, Body):
+            self._kind.check_lengths(value, limits)
         try:
-            return self._body.validate_python(json.loads(content), from_attributes=True)
-        except json.JSONDecodeError as error:
-            entry = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
-            raise RequestValidationError([{**entry, "ctx": {"error": error.msg}}]) from error
+            return self._body.validate_python(value, from_attributes=True)
         except ValidationError as error:
             entries = error.errors(include_url=False)
             raise RequestValidationError([{**entry, "loc": ("body", *entry["loc"])} for entry in entries]) from error
-        except (RecursionError, UnicodeDecodeError) as error:
-            raise HTTPException(400, "There was an error parsing the body") from error
+
+
+def _parsed(content: bytes) -> Any:
+    """Parse JSON. Python's own reader has the last word: it takes other Unicode encodings and lone surrogates too.
+
+    Raises:
+        HTTPException: the body is nested too deeply, or has bytes of no encoding.
+        RequestValidationError: it is no JSON, or has a number of more digits than Python reads.
+    """
+    try:
+        return from_json(content)
+    except ValueError:
+        pass
+    try:
+        return json.loads(content)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise HTTPException(400, "There was an error parsing the body") from error
+    except json.JSONDecodeError as error:
+        raise _invalid(error.msg, error.pos) from error
+    except ValueError as error:
+        raise _invalid(str(error).partition(";")[0], 0) from error
+
+
+def _invalid(message: str, position: int) -> RequestValidationError:
+    entry = {"type": "json_invalid", "loc": ("body", position), "msg": "JSON decode error", "input": {}}
+    return RequestValidationError([{**entry, "ctx": {"error": message}}])
 
 
 class Direct:
     """ASGI middleware. What is no route of `handlers` goes on to `app`."""
 
-    def __init__(self, app: ASGIApp, handlers: dict[str, Handler]) -> None:
+    def __init__(self, app: ASGIApp, handlers: dict[str, Handler], serving: Serving) -> None:
         self.app = app
         self.handlers = handlers
+        self.serving = serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -94,7 +130,7 @@ class Direct:
         scope["route"] = handler.route
         request = Request(scope, receive, send)
         try:
-            response = await handler(request)
+            response = await handler(request, self.serving)
         except (CenoteError, HTTPException, RequestValidationError) as error:
             response = await faults.respond(request, error)
         await response(scope, receive, send)

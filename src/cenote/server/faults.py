@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_ENTRIES, LONGEST_ENTRY, LONGEST_INPUT = 10, 1000, 200
+LONGEST_MESSAGE = 16_384
+"""Characters of a message, which may repeat what the request sent."""
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = LONGEST_INPUT
+_SHORTENED.maxlist = _SHORTENED.maxdict = 8
 _BRANCH = re.compile(r"^(list\[|dict\[|str$|int$|bool$|none|function-|constrained-)")
 _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
@@ -51,6 +57,8 @@ def body(
     detail: str | None = None,
 ) -> Response:
     """An error body with the given fields; its `detail` is the message unless another is given."""
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}..."
     text = _PATH.sub("<path>", message).encode(errors="replace").decode()  # no lone surrogates
     fields = {"message": text, "type": kind, "param": param, "code": status}
     content = orjson.dumps({"error": fields, "detail": detail or text})
@@ -99,14 +107,15 @@ async def respond(request: Request, error: Exception) -> Response:
 def _entry(error: Any) -> str:
     shown = {key: error[key] for key in ("type", "loc", "msg", "input") if key in error}
     if "input" in shown:
-        value = shown["input"]
-        is_container = isinstance(value, (list, tuple, dict, set))
-        shown["input"] = (
-            f"<{type(value).__name__} of {len(value)}>"
-            if is_container and len(value) > 8
-            else repr(value)[:LONGEST_INPUT]
-        )
+        shown["input"] = _shortened(shown["input"])
     return str(shown)[:LONGEST_ENTRY]
+
+
+def _shortened(value: Any) -> str:
+    """Return a representation that is bounded before it is made."""
+    if isinstance(value, (list, tuple, dict, set)) and len(value) > 8:
+        return f"<{type(value).__name__} of {len(value)}>"
+    return _SHORTENED.repr(value)[:LONGEST_INPUT]
 
 
 def _where(loc: Sequence[Any]) -> str:

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote import metrics
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
 from cenote.server.dialects.pooling import LARGE
+from cenote.server.dialects.requests import Body, Many, Some
 from cenote.server.dialects.vectors import ranges_for
 from cenote.server.encoding import VectorType, json_response, typed
 from cenote.server.serving import request_id
@@ -48,21 +49,19 @@ class Content(BaseModel):
 class Input(BaseModel):
     """An input of several parts."""
 
-    content: Annotated[list[Content], Field(min_length=1)]
+    content: Some[Content]
 
 
-class EmbedRequest(BaseModel):
+class EmbedRequest(Body):
     """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     model: str | None = None
     input_type: str | None = Field(None, description="search_query, search_document, or one of the model's prompts")
-    texts: list[str] | None = None
-    images: list[str] | None = None
-    inputs: list[Input] | None = None
+    texts: Many[str] | None = None
+    images: Many[str] | None = None
+    inputs: Many[Input] | None = None
     output_dimension: int | None = None
-    embedding_types: list[VectorType] | None = Field(None, description="default: float")
+    embedding_types: Many[VectorType] | None = Field(None, description="default: float")
     truncate: Literal["NONE", "START", "END"] = "END"
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default: the model's maximum")
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0

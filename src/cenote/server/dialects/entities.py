@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cenote.engine.entities import check_aggregation, check_labels, entities
 from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Shared
+from cenote.server.dialects.requests import Many, Shared, Some
 from cenote.server.encoding import json_response, with_data
 from cenote.types import PoolingParams
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class EntityRequest(Shared):
     """Body of `POST /v1/token_classify`."""
 
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: str | Some[str]
     aggregation_strategy: str = Field("none", description="none, simple, first, average or max")
-    ignore_labels: list[str] = Field(["O"], description="labels that are no entities")
+    ignore_labels: Many[str] = Field(["O"], description="labels that are no entities")
 
 
 def router(serving: Serving) -> APIRouter:

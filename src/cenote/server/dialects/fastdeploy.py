@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.engine.scoring import reward_task
 from cenote.errors import BadRequest
 from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Chat, Conversation, Shared
+from cenote.server.dialects.requests import Chat, Conversation, Shared, Some
 from cenote.server.encoding import json_response
 from cenote.server.serving import request_id
 from cenote.types import PoolingParams
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class RewardRequest(Shared, Chat):
     """Body of `POST /v1/chat/reward`: a conversation whose last message is judged, or token ids."""
 
-    messages: Conversation | Annotated[list[int], Field(min_length=1)] | None = None
-    prompt_token_ids: Annotated[list[int], Field(min_length=1)] | None = None
+    messages: Conversation | Some[int] | None = None
+    prompt_token_ids: Some[int] | None = None
     return_token_ids: bool | None = None
     dimensions: int | None = None
     use_activation: bool | None = None

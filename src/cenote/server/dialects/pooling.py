@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote import metrics
@@ -17,7 +17,17 @@ from cenote.errors import BadRequest, PluginFailed
 from cenote.plugins import NOT_INSTALLED, WRONG_TASK
 from cenote.server.dialects import answers
 from cenote.server.dialects.answers import render
-from cenote.server.dialects.requests import KINDS_OF_TASKS, Chat, Conversation, Inputs, PoolingFields, TextInput
+from cenote.server.dialects.requests import (
+    KINDS_OF_TASKS,
+    Body,
+    Chat,
+    Conversation,
+    Inputs,
+    Many,
+    PoolingFields,
+    Some,
+    TextInput,
+)
 from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
 from cenote.server.serving import request_id
@@ -39,9 +49,11 @@ LARGE = 65_536
 class PoolingRequest(PoolingFields):
     """Body of `POST /pooling`: as `/v1/embeddings`, and the task to run."""
 
+    uncounted = frozenset({"data"})
+
     task: str | None = Field(None, description="default: the model's default task")
     step_tag_id: Annotated[int, Field(strict=True, ge=0)] | None = None
-    returned_token_ids: list[Annotated[int, Field(strict=True, ge=0)]] | None = Field(None, min_length=1)
+    returned_token_ids: Some[Annotated[int, Field(strict=True, ge=0)]] | None = None
     data: Any = Field(None, description="input of an IO-processor plugin")
 
     @property
@@ -60,7 +72,7 @@ class PairInput(BaseModel):
 class ClassifyRequest(Inputs):
     """Body of `POST /classify`: `input` (text, ids, pairs of texts, or lists of them) or `messages`."""
 
-    input: PairInput | list[PairInput] | TextInput | Conversation | list[Conversation] | None = None  # type: ignore[assignment]
+    input: PairInput | Many[PairInput] | TextInput | Conversation | Many[Conversation] | None = None  # type: ignore[assignment]
 
     def prompts(self) -> list[Any]:
         """See `Inputs.prompts`."""
@@ -70,10 +82,8 @@ class ClassifyRequest(Inputs):
         return super().prompts()
 
 
-class TokenizeRequest(Chat):
+class TokenizeRequest(Body, Chat):
     """Body of `POST /tokenize`: `prompt` or `messages`."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     model: str | None = None
     prompt: str | None = None
@@ -90,13 +100,11 @@ class TokenizeRequest(Chat):
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """Body of `POST /detokenize`."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**63)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**63)]]
 
 
 def router(serving: Serving) -> APIRouter:
@@ -150,17 +158,22 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/tokenize")
     @routes.post("/v1/tokenize", include_in_schema=False)
     async def tokenize(body: TokenizeRequest) -> Response:
-        """Token ids of a prompt or a conversation, of any length."""
+        """Token ids of a prompt or a conversation, also of more tokens than the model reads."""
         service = serving.find(body.model)
-        ids = await serving.in_pool("render", lambda: _tokens(serving, service, body))
-        return json_response(
-            {
-                "count": len(ids),
-                "max_model_len": service.info.max_model_len,
-                "tokens": ids,
-                "token_strs": service.renderer.token_strings(ids) if body.return_token_strs else None,
-            }
-        )
+
+        def answered() -> Response:
+            ids = _tokens(serving, service, body)
+            strings = service.renderer.token_strings(ids) if body.return_token_strs else None
+            return json_response(
+                {
+                    "count": len(ids),
+                    "max_model_len": service.info.max_model_len,
+                    "tokens": ids,
+                    "token_strs": strings,
+                }
+            )
+
+        return await serving.in_pool("render", answered)
 
     @routes.post("/detokenize")
     @routes.post("/v1/detokenize", include_in_schema=False)
@@ -174,14 +187,28 @@ def router(serving: Serving) -> APIRouter:
 
 
 def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[int]:
+    """Return the token ids of a request.
+
+    Raises:
+        BadRequest: the text is longer than the server tokenises, or the chat template refuses the messages.
+    """
     if body.messages is None:
-        special = body.add_special_tokens if body.add_special_tokens is not None else True
-        return service.renderer.tokenize(body.prompt or "", add_special_tokens=special)
-    options = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-    opens = body.add_generation_prompt if body.add_generation_prompt is not None else not body.continue_final_message
-    options = ChatOptions(opens, options.continue_final_message, options.template, options.kwargs)
-    text = service.renderer.chat_text(body.messages, options)
-    return service.renderer.tokenize(text, add_special_tokens=bool(body.add_special_tokens))
+        text = body.prompt or ""
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+    else:
+        chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
+        opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        options = ChatOptions(opens, chat.continue_final_message, chat.template, chat.kwargs)
+        text = service.renderer.chat_text(body.messages, options)
+        special = bool(body.add_special_tokens)
+    size = len(text.encode(errors="replace"))
+    if size > serving.config.max_tokenize_bytes:
+        raise BadRequest(
+            f"the text has {size} bytes; at most {serving.config.max_tokenize_bytes} are tokenised. "
+            "Send it in parts, or start the server with a larger --max-tokenize-bytes",
+            param="prompt" if body.messages is None else "messages",
+        )
+    return service.renderer.tokenize(text, add_special_tokens=special)
 
 
 async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest) -> Response:

@@ -4,7 +4,8 @@ as that wire specification says."""
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,19 +17,76 @@ from cenote.errors import BadRequest
 from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
 from cenote.types import LateChunkingParams
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element: a report on each of a million would take gigabytes."""
+Some = Annotated[list[T], Field(fail_fast=True, min_length=1)]
+"""The same, of at least one element."""
 Message = dict[str, Any]
-Conversation = Annotated[list[Message], Field(min_length=1)]
-TextInput = list[int] | list[list[int]] | str | list[str]
+Conversation = Some[Message]
+TextInput = Many[int] | Many[Many[int]] | str | Many[str]
 KINDS: dict[str, str] = {"dense": "embed", "sparse": "sparse", "colbert": "token_embed"}
 """Kinds of embeddings that `embedding_types` may name, and the task of each."""
 KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 
 
-class Shared(BaseModel):
-    """Fields of every pooling request."""
+@dataclass(frozen=True)
+class Limits:
+    """Lengths of the lists of a request body.
+
+    Attributes:
+        inputs: maximum inputs.
+        messages: maximum messages of a conversation.
+        ids: maximum token ids of one input.
+    """
+
+    inputs: int
+    messages: int
+    ids: int
+
+    def of(self, first: Any) -> tuple[int, str]:
+        """Return the maximum length of a list that begins with `first`, and the noun of its elements."""
+        if isinstance(first, dict):
+            return max(self.messages, self.inputs), "messages"
+        if isinstance(first, (int, float)):
+            return self.ids, "token ids"
+        return self.inputs, "inputs"
+
+
+class Body(BaseModel):
+    """Base of request bodies."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    uncounted: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose lists may have any length."""
+
+    @classmethod
+    def check_lengths(cls, values: Any, limits: Limits) -> None:
+        """Count the lists of a parsed body before their elements are validated.
+
+        Raises:
+            BadRequest: a list is longer than `limits` allow.
+        """
+        if isinstance(values, dict):
+            for name in cls.model_fields.keys() & values.keys() - cls.uncounted:
+                _check_length(values[name], limits)
+
+
+def _check_length(value: Any, limits: Limits) -> None:
+    if not isinstance(value, list) or not value:
+        return
+    most, noun = limits.of(value[0])
+    if len(value) > most:
+        raise BadRequest(f"the request has {len(value)} {noun}; at most {most} are allowed", param="input")
+    if isinstance(value[0], list):
+        for element in value:
+            _check_length(element, limits)
+
+
+class Shared(Body):
+    """Fields of every pooling request."""
 
     model: str | None = None
     user: str | None = None
@@ -128,8 +186,8 @@ class Chat(BaseModel):
 class Inputs(Shared, Chat):
     """A request with `input` (text, ids, or lists of them) or `messages`."""
 
-    input: TextInput | Conversation | list[Conversation] | None = None
-    messages: Conversation | Annotated[list[Conversation], Field(min_length=1)] | None = None
+    input: TextInput | Conversation | Many[Conversation] | None = None
+    messages: Conversation | Some[Conversation] | None = None
     use_activation: bool | None = None
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from cenote.engine import scoring
 from cenote.engine.pairs import PairOptions
 from cenote.errors import BadRequest
 from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Shared
+from cenote.server.dialects.requests import Many, Shared
 from cenote.server.encoding import json_response, with_data
 from cenote.tensors.scoring import ranking
 from cenote.types import PoolingParams
@@ -61,13 +61,13 @@ class ScoringFields(Shared):
 class ScoreRequest(ScoringFields):
     """Body of `POST /score`: two sides, 1:1, 1:N or N:N, under any of four pairs of names."""
 
-    queries: Text | list[Text] | None = None
-    documents: Text | list[Text] | None = None
-    items: Text | list[Text] | None = None
-    data_1: Text | list[Text] | None = None
-    data_2: Text | list[Text] | None = None
-    text_1: Text | list[Text] | None = None
-    text_2: Text | list[Text] | None = None
+    queries: Text | Many[Text] | None = None
+    documents: Text | Many[Text] | None = None
+    items: Text | Many[Text] | None = None
+    data_1: Text | Many[Text] | None = None
+    data_2: Text | Many[Text] | None = None
+    text_1: Text | Many[Text] | None = None
+    text_2: Text | Many[Text] | None = None
 
     @model_validator(mode="after")
     def _two_sides(self) -> ScoreRequest:
@@ -86,7 +86,7 @@ class RerankRequest(ScoringFields):
     """Body of `POST /rerank`."""
 
     query: Text
-    documents: Text | list[Text]
+    documents: Text | Many[Text]
     top_n: int | None = Field(0, ge=0, description="how many results; 0 = all")
     top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, whose results are under `data`)")
     return_documents: bool | None = Field(None, description="false leaves the documents out")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.errors import BadRequest
-from cenote.server.dialects.requests import KINDS, PoolingFields
+from cenote.server.dialects.requests import KINDS, Many, PoolingFields
 from cenote.server.encoding import VECTOR_TYPES, VectorType, typed, typed_values
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ class TypedFields(PoolingFields):
     One type makes each vector that form, several an object by type. `base64` alone is an `encoding_format`.
     """
 
-    embedding_type: VectorType | list[VectorType] | None = Field(
+    embedding_type: VectorType | Many[VectorType] | None = Field(
         None, description="float, int8, uint8, binary, ubinary, base64, or several of them (Jina)"
     )
-    encoding_type: VectorType | list[VectorType] | None = Field(None, description="as `embedding_type` (LlamaIndex)")
+    encoding_type: VectorType | Many[VectorType] | None = Field(None, description="as `embedding_type` (LlamaIndex)")
     output_dtype: VectorType | None = Field(None, description="as `embedding_type` (Voyage)")
-    embedding_types: list[str] | None = Field(
+    embedding_types: Many[str] | None = Field(
         None, description="as `embedding_type` (Cohere); and dense, sparse, colbert: several kinds from one forward"
     )
 
