@@ -282,6 +282,61 @@ def test_sigterm_finishes_what_was_accepted(reference: SentenceTransformer) -> N
         socket.create_connection(("127.0.0.1", process.port))
 
 
+@pytest.fixture
+def ending() -> Iterator[Callable[..., Process]]:
+    """Starts servers that a test ends."""
+    processes: list[Process] = []
+
+    def start(*flags: str) -> Process:
+        processes.append(Process(*flags))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def connected(process: Process, content: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", process.port), timeout=PATIENCE)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.sendall(content)
+    return connection
+
+
+def everything(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_clients_that_send_or_read_half_do_not_keep_the_server_from_ending(ending: Callable[..., Process]) -> None:
+    process = ending("--shutdown-timeout", "1")
+    body = json.dumps({"input": ["never sent whole"]}).encode()
+    sends_half = connected(process, head(body) + body[:10])
+    matrices = json.dumps({"input": ["a text of several words " * 10] * 64, "task": "token_embed"}).encode()
+    reads_nothing = connected(process, head(matrices, "/pooling") + matrices)  # of an answer of 15 MB
+    process.wait_until(lambda: process.metric("cenote_requests_total", route="/pooling", status="200") == 1)
+    assert process.stop() == 0
+    answer = everything(sends_half)
+    assert answer.startswith(b"HTTP/1.1 503 "), answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the server is shutting down"
+    assert "1 requests were not done in time and are answered 503" in process.log
+    reads_nothing.close()
+
+
+def test_a_second_signal_ends_requests_at_once(ending: Callable[..., Process]) -> None:
+    process = ending("--shutdown-timeout", "3600")
+    body = json.dumps(LARGE).encode()
+    works = connected(process, head(body) + body)
+    process.wait_until(lambda: process.metric("cenote_batch_sequences_count") > 0)
+    process.process.send_signal(signal.SIGTERM)
+    process.wait_until(lambda: "Waiting for connections to close" in process.log)
+    assert process.stop() == 0
+    assert everything(works).startswith(b"HTTP/1.1 503 ")
+    assert "Traceback" not in process.log
+
+
 def test_two_models(tmp_path: Path) -> None:
     """An embedder and a reranker in one process, each under its own name."""
     embedder = checkpoints.bert(tmp_path / "embedder")

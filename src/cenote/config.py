@@ -252,6 +252,9 @@ class ServerConfig(BaseModel):
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )
+    shutdown_timeout: float = Field(
+        30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the server is ended"
+    )
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")

@@ -52,6 +52,7 @@ def _serve(arguments: dict[str, Any]) -> None:
         import uvicorn
 
         from cenote.server.app import build
+        from cenote.server.ending import Server
         from cenote.service import Service
 
         listener = _bind(server)
@@ -68,8 +69,9 @@ def _serve(arguments: dict[str, Any]) -> None:
             raise
         for line in limits(engine, server):
             log.info(line)
+        app = build(services, server)
         config = uvicorn.Config(
-            build(services, server),
+            app,
             log_config=None,
             log_level=server.log_level,
             access_log=server.log_level == "debug",
@@ -80,7 +82,7 @@ def _serve(arguments: dict[str, Any]) -> None:
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, app.state.under_way, server.shutdown_timeout).run(sockets=[listener])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from cenote.server import faults
 from cenote.server.dialects import cohere, entities, fastdeploy, openai, pooling, scoring
 from cenote.server.direct import Direct, handlers
 from cenote.server.encoding import json_response
-from cenote.server.gate import Gate
+from cenote.server.gate import Gate, UnderWay
 from cenote.server.serving import Serving
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ DIALECTS = (openai, cohere, pooling, scoring, entities, fastdeploy)
 
 
 def build(services: list[Service], config: ServerConfig) -> FastAPI:
-    """The application that serves `services`. Shutting it down finishes what they accepted."""
+    """Return the application that serves `services`; shutting it down finishes what they accepted.
+
+    `app.state.under_way` has its requests.
+    """
     serving = Serving(services, config)
 
     @asynccontextmanager
@@ -50,7 +53,8 @@ def build(services: list[Service], config: ServerConfig) -> FastAPI:
         app.include_router(router)
     faults.install(app)
     app.add_middleware(Direct, handlers=handlers(routers), serving=serving)
-    app.add_middleware(Gate, config=config)
+    app.state.under_way = UnderWay()
+    app.add_middleware(Gate, config=config, under_way=app.state.under_way)
     return app
 
 

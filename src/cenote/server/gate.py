@@ -5,18 +5,21 @@ Plain ASGI, so that a handler can still see the client leave. The body is read h
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from cenote import metrics
-from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Unauthorized
+from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unauthorized
 from cenote.server import faults
 from cenote.server.serving import new_id
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from cenote.config import ServerConfig
@@ -25,12 +28,51 @@ OPEN_PATHS = frozenset({"/health", "/ping"})
 UNCOUNTED = frozenset({"/health", "/ping", "/metrics", "/load", "/version"})
 
 
-class Gate:
-    """ASGI middleware. Answers what it refuses by itself, in the error shape of the API."""
+class UnderWay:
+    """The requests that are being answered, each the asyncio task of its connection."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.is_over = False
+
+    async def run(self, answer: Coroutine[Any, Any, None]) -> bool:
+        """Await `answer`; returns False if `end` cut it short, or came before it."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self.is_over:
+            answer.close()
+            return False
+        self._tasks.add(task)
+        try:
+            await answer
+        except asyncio.CancelledError:
+            if not self.is_over or task not in self._tasks:
+                raise
+            task.uncancel()
+            return False
+        finally:
+            self._tasks.discard(task)
+        return True
+
+    def end(self) -> int:
+        """Cut all of them short; returns their number."""
+        self.is_over = True
+        for task in self._tasks:
+            task.cancel()
+        return len(self._tasks)
+
+
+class Gate:
+    """ASGI middleware. Answers what it refuses by itself, in the error shape of the API.
+
+    Attributes:
+        under_way: requests whose body is read or whose answer is not sent.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, under_way: UnderWay) -> None:
         self.app = app
         self.config = config
+        self.under_way = under_way
         self._keys = [key.encode() for key in config.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,12 +84,12 @@ class Gate:
         given = headers.get("x-request-id")
         state = scope.setdefault("state", {})
         state["request_id"], state["body_bytes"] = given, 0
-        began, status = time.monotonic(), 500
+        began, status, is_started = time.monotonic(), 500, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, is_started = message["status"], True
                 if self.config.enable_request_id_headers:
                     MutableHeaders(scope=message)["X-Request-Id"] = given or new_id()
             await send(message)
@@ -56,19 +98,24 @@ class Gate:
         if is_counted:
             metrics.running_requests.inc()
         try:
-            try:
-                self._check(scope, headers)
-                replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
-            except CenoteError as error:
-                await faults.answer(error)(scope, receive, counted)
-                return
-            await self.app(scope, replayed, counted)
+            is_answered = await self.under_way.run(self._answer(scope, headers, receive, counted))
+            if not is_answered and not is_started:
+                await faults.answer(Closed("the server is shutting down"))(scope, receive, counted)
         finally:
             if is_counted:
                 metrics.running_requests.dec()
                 route = getattr(scope.get("route"), "path", "other")
                 metrics.requests_of(route, status).inc()
                 metrics.seconds_of(route).observe(time.monotonic() - began)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope, headers)
+            replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
+        except CenoteError as error:
+            await faults.answer(error)(scope, receive, send)
+            return
+        await self.app(scope, replayed, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
