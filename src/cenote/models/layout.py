@@ -125,7 +125,7 @@ class Packed:
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
         """One forward; `[T, D]`, NaN but for the rows at `place`, if one of `places` is given."""
         batch = self._positioned(batch)
-        if batch.hidden is not None:
+        if batch.hides:
             return self._run(set_apart(batch))
         if place not in self.places or batch.tokens < 2 * batch.size:
             place = None
@@ -200,8 +200,8 @@ class Padded:
         """One padded forward over all of `batch`; `[T, D]`, whatever `place` is wanted."""
         places_L, lengths_B1 = np.arange(batch.max_length), np.array(batch.lengths)[:, None]
         mask = seen = places_L < lengths_B1
-        if batch.hidden is not None:
-            seen = places_L < lengths_B1 - np.array(batch.hidden)[:, None]
+        if batch.hides:
+            seen = places_L < lengths_B1 - np.array([sequence.hidden for sequence in batch.sequences])[:, None]
         pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
         types_T = batch.host_type_ids_T
         states = self.backbone.run(
@@ -223,7 +223,7 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
         batch: of what.
         place: the only token of each sequence whose row is wanted; others may be NaN.
     """
-    groups = layout.groups(batch.lengths, hides=batch.hidden is not None)
+    groups = layout.groups(batch.lengths, hides=batch.hides)
     if groups == [list(range(batch.size))]:
         return layout.run(batch, place)
     hidden_TD: Tensor | None = None

@@ -57,12 +57,12 @@ class Splade:
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         """The weight of every vocabulary entry, `[V]` for each sequence in turn."""
-        if self.table_V is None or batch.looked_up is None:
+        if self.table_V is None:
             yield from self._read(x_TD, batch, members)
             return
-        read = self._read(x_TD, batch, [i for i in members if not batch.looked_up[i]])
+        read = self._read(x_TD, batch, [i for i in members if not batch.sequences[i].looked_up])
         for i in members:
-            if batch.looked_up[i]:
+            if batch.sequences[i].looked_up:
                 ids = batch.ids_T[batch.starts[i] : batch.starts[i + 1]]
                 yield torch.zeros_like(self.table_V).index_copy(0, ids, self.table_V[ids])
             else:

@@ -75,7 +75,7 @@ class Pooler:
 
 def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
     """The only token of each sequence that pooling by `modes` looks at, if there is one."""
-    if modes == ("cls",) and batch.skips is None:
+    if modes == ("cls",) and not batch.skips:
         return "first"
     return "last" if modes == ("lasttoken",) else None
 
@@ -126,10 +126,10 @@ class TokenEmbed:
             return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
         rows, lengths = batch.rows_of(members)
         found_RD = self.pooler.finish(x_TD[rows], params)
-        if self.clustering is None or batch.clusters is None:
+        if self.clustering is None or not any(sequence.clusters for sequence in batch.sequences):
             return Rows(found_RD, lengths)
         own = zip(members, torch.split(found_RD, lengths), strict=True)
-        parts = [self.clustering(part) if batch.clusters[i] else part.cpu() for i, part in own]
+        parts = [self.clustering(part) if batch.sequences[i].clusters else part.cpu() for i, part in own]
         return Rows(torch.cat(parts), [len(part) for part in parts])
 
 

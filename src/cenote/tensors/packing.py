@@ -68,13 +68,9 @@ class Batch:
         host_type_ids_T: int64 token type ids, or `None` when no sequence carries any.
         starts: B + 1 offsets.
         device: where its tensors are.
-        skips: per sequence, leading tokens that pooling leaves out; `None` when all are 0.
+        sequences: what the rows were laid out from; `()` where rows are pieces of sequences (`share`, `set_apart`).
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
         blind: a sequence with a prefix sees nothing but it, not even itself.
-        hidden: per sequence, trailing tokens that no token attends to; `None` when all are 0.
-        keeps: per sequence, the tokens whose rows are wanted, `None` = all; `None` when all are wanted of all.
-        looked_up: per sequence, whether its sparse embedding comes from a table; `None` when none does.
-        clusters: per sequence, whether its token vectors are joined into fewer; `None` when none are.
     """
 
     host_ids_T: Ids
@@ -82,13 +78,9 @@ class Batch:
     host_type_ids_T: Ids | None
     starts: tuple[int, ...]
     device: torch.device
-    skips: tuple[int, ...] | None = None
+    sequences: tuple[Sequence, ...] = ()
     prefixes: tuple[range, ...] | None = None
     blind: bool = False
-    hidden: tuple[int, ...] | None = None
-    keeps: tuple[Seq[int] | None, ...] | None = None
-    looked_up: tuple[bool, ...] | None = None
-    clusters: tuple[bool, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -109,6 +101,16 @@ class Batch:
     def max_length(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether pooling leaves tokens of a sequence out."""
+        return any(sequence.skip for sequence in self.sequences)
+
+    @cached_property
+    def hides(self) -> bool:
+        """Whether a sequence has tokens that no token attends to."""
+        return any(sequence.hidden for sequence in self.sequences)
 
     @cached_property
     def _tokens_on_device(self) -> list[Tensor]:
@@ -189,26 +191,23 @@ class Batch:
             host_type_ids_T=None if self.host_type_ids_T is None else self.host_type_ids_T[host_rows],
             starts=tuple(starts),
             device=self.device,
-            skips=None if self.skips is None else tuple(self.skips[i] for i in members),
-            hidden=None if self.hidden is None else tuple(self.hidden[i] for i in members),
-            keeps=None if self.keeps is None else tuple(self.keeps[i] for i in members),
-            looked_up=None if self.looked_up is None else tuple(self.looked_up[i] for i in members),
-            clusters=None if self.clusters is None else tuple(self.clusters[i] for i in members),
+            sequences=tuple(self.sequences[i] for i in members),
         )
         return part, self.index(host_rows)
 
     def rows_of(self, members: Seq[int]) -> tuple[Tensor | slice, list[int]]:
-        """Rows of the tokens that are wanted of the sequences numbered `members`, and how many each has."""
-        if self.keeps is None and len(members) == self.size and all(i == m for i, m in enumerate(members)):
+        """Return the kept rows of the sequences numbered `members`, and the number of rows of each."""
+        keeps_all = all(sequence.keep is None for sequence in self.sequences)
+        if keeps_all and list(members) == list(range(self.size)):
             return slice(None), list(self.lengths)
-        keeps = self.keeps or (None,) * self.size
-        wanted = [
-            np.arange(self.starts[i], self.starts[i + 1])
-            if (kept := keeps[i]) is None
-            else self.starts[i] + np.asarray(kept, dtype=np.int64)
-            for i in members
-        ]
-        return self.index(np.concatenate(wanted)), [len(rows) for rows in wanted]
+        rows = [self._kept_rows(i) for i in members]
+        return self.index(np.concatenate(rows)), [len(part) for part in rows]
+
+    def _kept_rows(self, i: int) -> Ids:
+        keep = self.sequences[i].keep
+        if keep is None:
+            return np.arange(self.starts[i], self.starts[i + 1])
+        return self.starts[i] + np.asarray(keep, dtype=np.int64)
 
     def split(self, x_T: Tensor) -> list[Tensor]:
         """Cut a tensor with T rows into one view per sequence."""
@@ -279,34 +278,21 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         host_type_ids_T=type_ids_T,
         starts=tuple(starts.tolist()),
         device=torch.device(device),
-        skips=tuple(s.skip for s in sequences) if any(s.skip for s in sequences) else None,
-        hidden=tuple(s.hidden for s in sequences) if any(s.hidden for s in sequences) else None,
-        keeps=tuple(s.keep for s in sequences) if any(s.keep is not None for s in sequences) else None,
-        looked_up=tuple(s.looked_up for s in sequences) if any(s.looked_up for s in sequences) else None,
-        clusters=tuple(s.clusters for s in sequences) if any(s.clusters for s in sequences) else None,
+        sequences=tuple(sequences),
     )
 
 
 def set_apart(batch: Batch) -> Batch:
-    """The same rows with hidden tokens as sequences of their own, which see the tokens before them and nothing else."""
-    assert batch.hidden is not None
+    """Lay hidden tokens out as sequences of their own, which see the tokens before them and nothing else."""
     starts, prefixes = [0], []
-    for start, stop, hidden in zip(batch.starts, batch.starts[1:], batch.hidden, strict=False):
-        starts.append(stop - hidden)
+    for start, stop, sequence in zip(batch.starts, batch.starts[1:], batch.sequences, strict=False):
+        first_hidden = stop - sequence.hidden
+        starts.append(first_hidden)
         prefixes.append(range(0))
-        if hidden:
+        if sequence.hidden:
             starts.append(stop)
-            prefixes.append(range(start, stop - hidden))
-    return replace(
-        batch,
-        starts=tuple(starts),
-        prefixes=tuple(prefixes),
-        blind=True,
-        skips=None,
-        hidden=None,
-        keeps=None,
-        looked_up=None,
-    )
+            prefixes.append(range(start, first_hidden))
+    return replace(batch, starts=tuple(starts), prefixes=tuple(prefixes), blind=True, sequences=())
 
 
 class Shared(NamedTuple):
@@ -329,7 +315,7 @@ def share(batch: Batch) -> Shared | None:
     A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, what
     a prefix's rows become does not depend on what follows.
     """
-    groups = _common_prefixes(batch) if batch.host_type_ids_T is None and batch.hidden is None else []
+    groups = _common_prefixes(batch) if batch.host_type_ids_T is None and not batch.hides else []
     if not groups:
         return None
     starts = batch.starts

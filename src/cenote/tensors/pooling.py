@@ -27,7 +27,7 @@ PART = 32
 
 def cls(x_TD: Tensor, batch: Batch) -> Tensor:
     """The first token that is not skipped."""
-    begins = batch.rows_at("first") if batch.skips is None else batch.index(_begins(batch))
+    begins = batch.index(_begins(batch)) if batch.skips else batch.rows_at("first")
     return x_TD[begins].float()
 
 
@@ -112,10 +112,8 @@ class Clustering:
 
 def _begins(batch: Batch) -> list[int]:
     """First row of each sequence that pooling looks at. A prompt that is the whole input is not skipped by `cls`."""
-    return [
-        start + (skip if skip < length else 0)
-        for start, skip, length in zip(batch.starts, batch.skips or (), batch.lengths, strict=False)
-    ]
+    skips = [sequence.skip if sequence.skip < len(sequence) else 0 for sequence in batch.sequences]
+    return [start + skip for start, skip in zip(batch.starts, skips, strict=False)]
 
 
 def _counts(batch: Batch) -> Tensor:
@@ -124,8 +122,10 @@ def _counts(batch: Batch) -> Tensor:
 
 
 def _lengths(batch: Batch) -> np.ndarray:
-    lengths: np.ndarray = np.maximum(np.array(batch.lengths) - np.array(batch.skips or 0), 0)
-    return lengths
+    lengths = np.array(batch.lengths)
+    if batch.skips:
+        lengths -= np.array([sequence.skip for sequence in batch.sequences])
+    return lengths.clip(min=0)
 
 
 def _joined(x_TD: Tensor, batch: Batch, how: str) -> Tensor:
@@ -134,9 +134,9 @@ def _joined(x_TD: Tensor, batch: Batch, how: str) -> Tensor:
     First within parts of `PART` tokens, then over parts: a GPU has one thread walk along each. Checking the lengths
     would wait for the device.
     """
-    if batch.skips is not None:
-        bounds = zip(batch.starts, batch.starts[1:], batch.skips, strict=False)
-        kept = [np.arange(min(start + skip, stop), stop) for start, stop, skip in bounds]
+    if batch.skips:
+        bounds = zip(batch.starts, batch.starts[1:], batch.sequences, strict=False)
+        kept = [np.arange(min(start + sequence.skip, stop), stop) for start, stop, sequence in bounds]
         x_TD = x_TD[batch.index(np.concatenate(kept))]
     lengths = _lengths(batch)
     parts_of = -(-lengths // PART)
