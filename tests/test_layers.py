@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "cenote"
 
 LAYERS = (
-    ("words", ("errors", "types", "tasks", "config", "metrics")),
+    ("words", ("errors", "types", "tasks", "config", "metrics", "tokenizer")),
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),

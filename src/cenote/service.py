@@ -11,7 +11,6 @@ from cenote import plugins
 from cenote.engine import calibration
 from cenote.engine.cache import CachedEngine
 from cenote.engine.chunking import ChunkedEngine, late
-from cenote.engine.engine import LocalEngine
 from cenote.engine.pairs import PairRenderer
 from cenote.engine.prompts import Prompts, Sides
 from cenote.engine.rendering import Renderer
@@ -80,6 +79,7 @@ class Service:
     @classmethod
     def load(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
         """Load the checkpoint and start its engine."""
+        from cenote.engine.engine import LocalEngine
         from cenote.models import assembly
 
         pooling_model, checkpoint = assembly.load(model)

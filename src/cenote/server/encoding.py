@@ -10,6 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import ml_dtypes
 import numpy as np
 import orjson
 from starlette.responses import Response
@@ -29,18 +30,29 @@ VectorType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
 """Forms of a dense vector that requests may ask for: `quantize`'s, and base64 of little-endian float32."""
 
-_TORCH_DTYPES = {"bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+_DTYPES: dict[EmbedDType, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+LARGEST_E4M3 = 448.0
+_BITS = {4: np.uint32, 2: np.uint16, 1: np.uint8}
+"""Integers by their bytes, as which the bits of numbers are swapped."""
 
 
 def to_bytes(values: np.ndarray[Any, np.dtype[np.float32]], dtype: EmbedDType, endianness: Endianness) -> bytes:
-    """Raw bytes of `values`. bfloat16 and the two fp8 kinds are bit patterns, which NumPy has no name for."""
-    if dtype in _TORCH_DTYPES:
-        import torch
+    """Raw bytes of `values`, rounded to the nearest number of `dtype`, ties to even, as torch rounds.
 
-        cast = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, _TORCH_DTYPES[dtype]))
-        bits = cast.view(torch.int16 if cast.element_size() == 2 else torch.uint8).numpy()
-    else:
-        bits = values.astype(dtype, copy=False)
+    What is too large for fp8_e4m3, which has no infinity, becomes its largest number.
+
+    Args:
+        values: finite, of any shape.
+    """
+    if dtype == "fp8_e4m3":
+        values = values.clip(-LARGEST_E4M3, LARGEST_E4M3)
+    bits = values.astype(_DTYPES[dtype], copy=False).view(_BITS[_DTYPES[dtype].itemsize])
     if endianness not in ("native", sys.byteorder):
         bits = bits.byteswap()
     return bits.tobytes()

@@ -6,9 +6,8 @@ import ctypes
 import functools
 import mmap
 import re
+import sys
 from pathlib import Path
-
-import torch
 
 MAPPED = re.compile(r" r[-w][-x]p .*\.safetensors$| r-[-x]p .*\.so[.\d]*$")
 """Lines of /proc/self/smaps of weights, and of what is only read of libraries."""
@@ -21,15 +20,21 @@ def release_threads() -> None:
 
     Each thread that has run something in parallel keeps its own. While there are more of them in all than cores,
     libgomp's no longer spin between the parallel parts of a forward: they sleep, and are woken a dozen times a layer.
-    Without effect with other OpenMPs, where the call would be for all threads, and without any.
+    Without effect with other OpenMPs, where the call would be for all threads, without any, and in a process that has
+    not imported torch.
     """
-    if (library := _libgomp()) is not None:
+    if "torch" not in sys.modules:
+        return
+    library = _libgomp()
+    if library is not None:
         library.omp_pause_resource_all(SOFT)
 
 
 @functools.cache
 def _libgomp() -> ctypes.CDLL | None:
     """The OpenMP that torch runs on, if it is GNU's."""
+    import torch
+
     library = ctypes.CDLL(torch._C.__file__)
     is_other = hasattr(library, "__kmpc_fork_call")  # LLVM's and Intel's
     return library if hasattr(library, "omp_pause_resource_all") and not is_other else None
@@ -51,6 +56,8 @@ def keep_freed_memory(largest: int) -> None:
     Args:
         largest: bytes of the largest activation; more is kept at least, and no more than glibc can.
     """
+    import torch
+
     del [torch.empty(min(max(largest, 8 << 20), 31 << 20), dtype=torch.uint8)][0]
 
 

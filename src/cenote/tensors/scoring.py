@@ -8,26 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor
-
     from cenote.types import Similarity
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
+    Floats = np.ndarray[Any, np.dtype[Any]]
+    """float32 or float64."""
     Indices = np.ndarray[Any, np.dtype[np.int64]]
     Sparse = tuple[Indices, Array]
     """Rising indices `[K]` and values `[K]`."""
 
-PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": lambda x_ND, y_ND: F.cosine_similarity(x_ND, y_ND, dim=1),
+SHORTEST = 1e-8
+"""Length that a vector has at least in a cosine, as in torch's: a zero vector is like no other."""
+
+
+def _cosine(x_ND: Floats, y_ND: Floats) -> Floats:
+    lengths_2N = np.maximum(np.linalg.norm(np.stack([x_ND, y_ND]), axis=2), SHORTEST)
+    cosines_N: Floats = (x_ND / lengths_2N[0][:, None] * (y_ND / lengths_2N[1][:, None])).sum(1)
+    return cosines_N
+
+
+PAIRWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "cosine": _cosine,
     "dot": lambda x_ND, y_ND: (x_ND * y_ND).sum(1),
-    "euclidean": lambda x_ND, y_ND: -(x_ND - y_ND).square().sum(1).sqrt(),
-    "manhattan": lambda x_ND, y_ND: -(x_ND - y_ND).abs().sum(1),
+    "euclidean": lambda x_ND, y_ND: -np.sqrt(np.square(x_ND - y_ND).sum(1)),
+    "manhattan": lambda x_ND, y_ND: -np.abs(x_ND - y_ND).sum(1),
 }
 """Similarities of two vectors, `[N, D], [N, D] -> [N]`, by the names that sentence-transformers gives them; distances
 are negative, so that more is more alike."""
@@ -57,8 +65,7 @@ def pairwise(queries: Sequence[Array], documents: Sequence[Array], name: str = "
     queries_ND, documents_ND = np.stack(queries), np.stack(documents)
     if queries_ND.shape != documents_ND.shape:
         raise ValueError(f"queries {queries_ND.shape} and documents {documents_ND.shape} do not pair up")
-    scores_N: Array = PAIRWISE[name](torch.from_numpy(queries_ND), torch.from_numpy(documents_ND)).numpy()
-    return scores_N
+    return PAIRWISE[name](queries_ND, documents_ND)
 
 
 def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
@@ -77,18 +84,16 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
     lengths = [len(document) for document in documents]
     if 0 in lengths:
         raise ValueError(f"document {lengths.index(0)} has no tokens")
-    with torch.inference_mode():
-        query_DQ = torch.from_numpy(query_QD).T.contiguous()
-        largest_NQ = torch.empty(len(documents), len(query_QD))
-        for first, end in _chunks(lengths):
-            if end - first == 1:
-                largest_NQ[first] = (torch.from_numpy(documents[first]) @ query_DQ).amax(0)
-                continue
-            products_TQ = torch.from_numpy(np.concatenate(documents[first:end])) @ query_DQ
-            largest_NQ[first:end] = torch.segment_reduce(
-                products_TQ, "max", lengths=torch.tensor(lengths[first:end]), axis=0, unsafe=True
-            )
-        scores_N: Array = largest_NQ.sum(1).numpy()
+    query_DQ = np.ascontiguousarray(query_QD.T)
+    largest_NQ = np.empty((len(documents), len(query_QD)), np.float32)
+    for first, end in _chunks(lengths):
+        if end - first == 1:
+            np.max(documents[first] @ query_DQ, axis=0, out=largest_NQ[first])
+            continue
+        products_TQ = np.concatenate(documents[first:end]) @ query_DQ
+        starts = np.cumsum([0, *lengths[first : end - 1]])
+        np.maximum.reduceat(products_TQ, starts, axis=0, out=largest_NQ[first:end])
+    scores_N: Array = largest_NQ.sum(1)
     return scores_N
 
 
@@ -107,8 +112,7 @@ def sparse_similarity(first: Sparse, second: Sparse, name: str = "dot") -> float
     pair_2K = np.zeros((2, len(known_K)))
     for own_K, (indices, values) in zip(pair_2K, (first, second), strict=True):
         own_K[np.searchsorted(known_K, indices)] = values
-    pair = torch.from_numpy(pair_2K)
-    return float(PAIRWISE[name](pair[:1], pair[1:]))
+    return float(PAIRWISE[name](pair_2K[:1], pair_2K[1:]).item())
 
 
 def similarities(query: Array | Sparse, documents: Sequence[Any], similarity: Similarity) -> Array:
