@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
     from transformers import PreTrainedTokenizerBase
+
+settings.register_profile("counted", deadline=None)
+settings.load_profile("counted")
 
 JSON = {"Content-Type": "application/json"}
 INFO = replace(FAKE_INFO, vocab_size=30_522)

@@ -31,7 +31,7 @@ from cenote.models.fuse import Remembered
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingParams
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.conftest import CROSS_ENCODER, INFO
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-PATIENCE = 60
 LIMIT = INFO.max_model_len
 
 

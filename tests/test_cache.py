@@ -25,12 +25,11 @@ from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import Closed, EngineFailed, Overloaded
 from cenote.service import Service
 from cenote.types import Output, PoolingParams, Sequence
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT
 from tests.conftest import Serve
 from tests.test_engine import Held, Model
 
-PATIENCE = 10
 ROOM = 1 << 20
 
 

@@ -16,6 +16,7 @@ from cenote.cli import flags, main
 from cenote.cli.serve import limits, models_of
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
+from tests import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -481,7 +482,7 @@ def test_module_is_the_command_and_imports_lazily() -> None:
         [sys.executable, "-X", "importtime", "-m", "cenote", "--version"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert shown.stdout == f"{cenote.__version__}\n"

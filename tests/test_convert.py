@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from cenote import LLM, default_pooling_type, register_model
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models.convert import CLS_FAMILIES, MEAN_FAMILIES, architecture_pooling, conversion
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, SHORT, pooling
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def test_a_model_of_an_installed_package(bert: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         env=environment,
         check=False,
     )

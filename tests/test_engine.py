@@ -24,8 +24,7 @@ from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
 from cenote.types import ModelInfo, Output, Sequence
-
-PATIENCE = 60
+from tests import PATIENCE
 
 
 class OutOfMemoryError(RuntimeError):

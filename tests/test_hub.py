@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from cenote import LLM
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, dense, pooling
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _run(loads: dict[str, dict[str, Any]], environment: dict[str, str], cwd: Pat
         input=json.dumps(loads),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         env=environment,
         cwd=cwd,
         check=False,

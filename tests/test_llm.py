@@ -20,7 +20,7 @@ import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
 from cenote.types import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT, TEXTS
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ class _Gate:
 
         def held(sequences: Any) -> Any:
             self.entered.set()
-            assert self.open.wait(30)
+            assert self.open.wait(PATIENCE)
             return launch(sequences)
 
         monkeypatch.setattr(model, "launch", held)
@@ -469,7 +469,7 @@ def test_a_forgotten_llm_stops_its_thread(folder: Path) -> None:
     assert thread.is_alive()
     del made
     gc.collect()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert gone() is None
     assert not thread.is_alive()
 
@@ -482,7 +482,7 @@ def test_an_open_llm_does_not_disturb_the_interpreters_exit(folder: Path) -> Non
         "made._service.engine.submit(made._service.renderer.render(['b'] * 500, 'embed', cenote.PoolingParams()))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 

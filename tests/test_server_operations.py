@@ -17,6 +17,7 @@ from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FakeEngine, fake_vector
 from cenote.models.runner import Part, Pending
 from cenote.server.app import build
+from tests import PATIENCE
 from tests.conftest import INFO, expected, floats, routes
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tests.conftest import Serve
 
 ROUTE = "/v1/embeddings"
-PATIENCE = 10
 POISON = 666
 OPEN = {"/health", "/ping"}
 

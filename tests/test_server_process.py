@@ -26,13 +26,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from cenote.models.checkpoint import EMBEDDED_NAME, embedded
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PATIENCE = 60
 TOLERANCE = 1e-5
 TEXTS = [
     "Hello, my name is",
