@@ -16,6 +16,7 @@ LAYERS = (
     ("models", ("models",)),
     ("engine", ("engine",)),
     ("service", ("service", "plugins")),
+    ("pipeline", ("pipeline",)),
     ("faces", ("arguments", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )

@@ -34,6 +34,7 @@ from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
+from cenote.pipeline import operations
 from cenote.plugins import Plugin, Tokenizing
 from cenote.server.app import build
 from cenote.service import Service
@@ -808,7 +809,7 @@ def test_no_plugin(tmp_path: Path) -> None:
         for prompt, task in (({"data": 1}, "plugin"), ({"data": 1}, None), ("a", "plugin")):
             with pytest.raises(BadRequest) as caught:
                 llm.encode(prompt, pooling_task=task, use_tqdm=False)
-            assert (caught.value.message, caught.value.param) == (plugins.NOT_INSTALLED, "data")
+            assert (caught.value.message, caught.value.param) == (operations.NO_PLUGIN, "data")
 
 
 # --- the example and the page --------------------------------------------------------------------------------------

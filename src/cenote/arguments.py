@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
+from cenote.engine.pairs import PairOptions
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
-from cenote.types import EmbeddingOutput, PoolingOutput, PoolingParams, SparseEmbedding
+from cenote.types import (
+    EmbeddingOutput,
+    PairTemplate,
+    PoolingOutput,
+    PoolingParams,
+    SparseEmbedding,
+    template_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cenote.engine.rendering import Renderer
     from cenote.types import Output
 
 
@@ -68,6 +77,27 @@ def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
     if padding not in (None, False, "max_length", "do_not_pad"):
         raise BadRequest(f"padding must be 'max_length' or 'do_not_pad', got {padding!r}", param="padding")
     return TextOptions(cut, side, padding == "max_length", bool(kwargs.get("add_special_tokens", True)))
+
+
+def pair_options(options: Mapping[str, Any], chat_template: str | None) -> PairOptions:
+    """Return the options of `LLM.score` and `LLM.rerank` for pairs.
+
+    Raises:
+        BadRequest: an option is unknown, or sets a reserved variable of the template.
+    """
+    known = ("max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs")
+    for name in options:
+        if name not in known:
+            raise BadRequest(unknown_name("scoring option", name, known), param=name)
+    template = None if chat_template is None else PairTemplate(template_text(chat_template))
+    return PairOptions.of(template=template, **options)
+
+
+def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
+    """Return a sparse result as `LLM.embed_sparse` does, with its entries as text."""
+    assert output.indices is not None
+    ids = output.indices.tolist()
+    return SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
 
 
 def listed_prompts(prompts: Any) -> list[Any]:

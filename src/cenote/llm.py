@@ -10,27 +10,32 @@ import itertools
 import logging
 import warnings
 import weakref
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
-from cenote.arguments import as_tensors, comparable, listed_prompts, per_prompt, text_options
-from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve, unknown_name
-from cenote.engine.entities import check_aggregation, check_labels, entities
-from cenote.engine.pairs import PairOptions
-from cenote.engine.scoring import plan, reward_task
+from cenote.arguments import (
+    as_tensors,
+    comparable,
+    listed_prompts,
+    pair_options,
+    per_prompt,
+    sparse_embedding,
+    text_options,
+)
+from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
+from cenote.engine.scoring import pair_ids
 from cenote.errors import BadRequest
-from cenote.plugins import NOT_INSTALLED, WRONG_TASK
+from cenote.pipeline import operations
 from cenote.service import Service
-from cenote.tasks import PLUGIN, check_task
-from cenote.tensors.scoring import ranking, similarities
+from cenote.tasks import PLUGIN
+from cenote.tensors.scoring import similarities
 from cenote.types import (
     ClassificationOutput,
     ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    PairTemplate,
     PoolingOutput,
     PoolingParams,
     PoolingRequestOutput,
@@ -38,20 +43,20 @@ from cenote.types import (
     ScoringOutput,
     ScoringRequestOutput,
     SparseEmbedding,
-    template_text,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from collections.abc import Sequence as Seq
+    from concurrent.futures import Future
 
     import torch
     from tqdm import tqdm
 
     from cenote.engine.entities import Entity
-    from cenote.engine.prompts import Applied
     from cenote.engine.rendering import Prompt
-    from cenote.engine.scoring import Plan
+    from cenote.pipeline.job import Job
+    from cenote.pipeline.operations import Params
     from cenote.types import ModelInfo, Output, Pair, Sequence
 
 log = logging.getLogger(__name__)
@@ -139,19 +144,22 @@ class LLM:
         Raises:
             BadRequest: a `ValueError` that says what was wrong with which argument.
         """
-        return self._run(
+        applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
+        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        results = self._run(
             prompts,
-            "embed",
             pooling_params,
             use_tqdm,
-            tokenization_kwargs,
-            applied=self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
-            finish=lambda sequence, output: EmbeddingRequestOutput(
-                request_id=str(next(self._numbers)),
+            lambda part, params: operations.encode(self._service, part, "embed", params, options),
+        )
+        return [
+            EmbeddingRequestOutput(
+                request_id=self._number(),
                 outputs=EmbeddingOutput(output.data.tolist()),
                 prompt_token_ids=list(sequence.ids),
-            ),
-        )
+            )
+            for sequence, output in results
+        ]
 
     def encode(
         self,
@@ -184,26 +192,22 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        own = pooling_params.task if isinstance(pooling_params, PoolingParams) else None
         tasks = [pooling_task] if isinstance(pooling_task, str) else list(pooling_task or ())
-        task, also = next(iter(tasks), own), tuple(tasks[1:])
-        if task == PLUGIN or (hasattr(prompts, "keys") and "data" in prompts):
+        if not tasks and isinstance(pooling_params, PoolingParams) and pooling_params.task is not None:
+            tasks = [pooling_params.task]
+        if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
+            task = tasks[0] if tasks else None
             return self._run_plugin(prompts, task, pooling_params, use_tqdm, tokenization_kwargs)
-        return self._run(
+        task, *also = tasks or [self.info.default_task]
+        applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
+        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        results = self._run(
             prompts,
-            task or self.info.default_task,
             pooling_params,
             use_tqdm,
-            tokenization_kwargs,
-            applied=self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
-            also=also,
-            finish=lambda sequence, output: PoolingRequestOutput(
-                request_id=str(next(self._numbers)),
-                outputs=as_tensors(output),
-                prompt_token_ids=list(sequence.ids),
-                late_chunking=sequence.late_chunking,
-            ),
+            lambda part, params: operations.encode(self._service, part, task, params, options, also=tuple(also)),
         )
+        return self._tensors(results)
 
     def embed_sparse(
         self,
@@ -231,22 +235,18 @@ class LLM:
             BadRequest: the model has no lexical head, or as `embed`.
         """
         renderer = self._service.renderer
-
-        def finish(sequence: Sequence, output: Output) -> PoolingRequestOutput[SparseEmbedding]:
-            assert output.indices is not None
-            ids = output.indices.tolist()
-            found = SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
-            return PoolingRequestOutput(str(next(self._numbers)), found, list(sequence.ids))
-
-        return self._run(
+        applied = renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
+        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        results = self._run(
             prompts,
-            "sparse",
             PoolingParams(top_k=top_k),
             use_tqdm,
-            tokenization_kwargs,
-            applied=renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type),
-            finish=finish,
+            lambda part, params: operations.encode(self._service, part, "sparse", params, options),
         )
+        return [
+            PoolingRequestOutput(self._number(), sparse_embedding(output, renderer), list(sequence.ids))
+            for sequence, output in results
+        ]
 
     def similarity(self, first: Seq[PoolingRequestOutput[Any]], second: Seq[PoolingRequestOutput[Any]]) -> torch.Tensor:
         """How alike embeddings are, each of `first` with each of `second`: `[len(first), len(second)]` float32.
@@ -285,21 +285,21 @@ class LLM:
         Raises:
             BadRequest: the model has no classification head, or as `embed`.
         """
-        labels = self.info.labels
-        return self._run(
+        options = text_options(tokenization_kwargs or {})
+        results = self._run(
             prompts,
-            "classify",
             pooling_params,
             use_tqdm,
-            tokenization_kwargs,
-            finish=lambda sequence, output: ClassificationRequestOutput(
-                request_id=str(next(self._numbers)),
-                outputs=ClassificationOutput(
-                    output.data.tolist(), labels[int(output.data.argmax())] if labels else None
-                ),
-                prompt_token_ids=list(sequence.ids),
-            ),
+            lambda part, params: operations.classify(self._service, part, params, options),
         )
+        return [
+            ClassificationRequestOutput(
+                request_id=self._number(),
+                outputs=ClassificationOutput(classes.values.tolist(), classes.label),
+                prompt_token_ids=list(sequence.ids),
+            )
+            for sequence, classes in results
+        ]
 
     def token_classify(
         self,
@@ -323,32 +323,17 @@ class LLM:
             BadRequest: the model does not label tokens, or as `embed`.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise BadRequest("You must pass at least one prompt")
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRequest("entities are found in text: prompts must be str, not token ids")
-        params = PoolingParams(use_activation=True)
-        options = text_options(tokenization_kwargs or {})
-        renderer = self._service.renderer
-        check_aggregation(aggregation_strategy)
-        check_labels(self.info)
-        rendered = renderer.annotated(texts, "token_classify", params, options)
-        outputs = self._submit([sequence for sequence, _ in rendered], use_tqdm)
+        job = operations.find_entities(
+            self._service,
+            texts,
+            text_options(tokenization_kwargs or {}),
+            aggregation=aggregation_strategy,
+            ignore_labels=ignore_labels,
+        )
+        found = self._answers([job], len(texts), use_tqdm)[0]
         return [
-            PoolingRequestOutput(
-                request_id=str(next(self._numbers)),
-                outputs=entities(
-                    text,
-                    encoding,
-                    output.data,
-                    self.info.labels,
-                    renderer.tokenizer,
-                    aggregation=aggregation_strategy,
-                    ignore_labels=ignore_labels,
-                ),
-                prompt_token_ids=list(sequence.ids),
-            )
-            for text, (sequence, encoding), output in zip(texts, rendered, outputs, strict=True)
+            PoolingRequestOutput(request_id=self._number(), outputs=entities, prompt_token_ids=list(sequence.ids))
+            for sequence, entities in zip(job.sequences, found, strict=True)
         ]
 
     def score(
@@ -381,13 +366,21 @@ class LLM:
         """
         queries, documents = ([d] if isinstance(d, str) else list(d) for d in (data_1, data_2))
         params = pooling_params or PoolingParams()
-        made = self._plan(queries, documents, params, tokenization_kwargs, chat_template, score_type, options)
-        scores = made.scores(self._submit(made.sequences, use_tqdm))
+        job = operations.score(
+            self._service,
+            queries,
+            documents,
+            params,
+            text_options(tokenization_kwargs or {}),
+            pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
+            score_type,
+        )
+        scores = self._answers([job], len(job.sequences), use_tqdm)[0]
         return [
             ScoringRequestOutput(
-                request_id=str(next(self._numbers)),
+                request_id=self._number(),
                 outputs=ScoringOutput(float(score)),
-                prompt_token_ids=made.ids(pair),
+                prompt_token_ids=pair_ids(job.sequences, len(scores), pair),
             )
             for pair, score in enumerate(scores)
         ]
@@ -421,13 +414,20 @@ class LLM:
         Raises:
             BadRequest: `top_n` is negative, or as `score`.
         """
-        if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0:
-            raise BadRequest(f"top_n must be a non-negative integer, got {top_n!r}", param="top_n")
         documents = [documents] if isinstance(documents, str) else list(documents)
         params = pooling_params or PoolingParams()
-        made = self._plan([query], documents, params, tokenization_kwargs, chat_template, score_type, options)
-        scores = made.scores(self._submit(made.sequences, use_tqdm))
-        return [RankedDocument(i, float(scores[i]), documents[i]) for i in ranking(scores, top_n)]
+        job = operations.rerank(
+            self._service,
+            query,
+            documents,
+            top_n,
+            params,
+            text_options(tokenization_kwargs or {}),
+            pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
+            score_type,
+        )
+        ranked = self._answers([job], len(job.sequences), use_tqdm)[0]
+        return [RankedDocument(rank.index, rank.score, documents[rank.index]) for rank in ranked]
 
     def reward(
         self,
@@ -449,19 +449,14 @@ class LLM:
         Raises:
             BadRequest: the model gives no reward.
         """
-        task, default = reward_task(self.info)
-
-        def filled(params: PoolingParams) -> PoolingParams:
-            return replace(params, use_activation=default) if params.use_activation is None else params
-
-        one = PoolingParams() if pooling_params is None else pooling_params
-        return self.encode(
+        options = text_options(tokenization_kwargs or {})
+        results = self._run(
             prompts,
-            filled(one) if isinstance(one, PoolingParams) else [filled(params) for params in one],
-            use_tqdm=use_tqdm,
-            pooling_task=task,
-            tokenization_kwargs=tokenization_kwargs,
+            pooling_params,
+            use_tqdm,
+            lambda part, params: operations.reward(self._service, part, params, options),
         )
+        return self._tensors(results)
 
     def get_tokenizer(self) -> Any:
         """A copy of the model's Transformers tokenizer: calling it may switch truncation or padding on."""
@@ -486,106 +481,76 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[PoolingRequestOutput[Any]]:
         """What the IO-processor plugin makes of `{"data": ...}`."""
-        plugin = self._service.plugin
-        if task not in (None, PLUGIN):
-            raise BadRequest(WRONG_TASK, param="data")
-        if plugin is None:
-            raise BadRequest(NOT_INSTALLED, param="data")
+        operations.check_plugin(self._service, task)
         if not hasattr(prompt, "keys") or set(prompt) != {"data"}:
             raise BadRequest(
                 f"the 'plugin' task takes {{'data': ...}} and nothing else, got {prompt!r:.100}", param="data"
             )
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise BadRequest("the 'plugin' task takes one `PoolingParams`, not a list", param="pooling_params")
-        number = str(next(self._numbers))
-        call = plugin.call(prompt["data"], number)
-        prompts, task, params = call.prepare(self.info, pooling_params)
-        sequences = self._service.render(prompts, task, params, text_options(tokenization_kwargs or {}))
-        answer = call.finish(sequences, self._submit(sequences, use_tqdm))
+        number = self._number()
+        options = text_options(tokenization_kwargs or {})
+        job = operations.plugin(self._service, prompt["data"], number, options, params=pooling_params)
+        answer = self._answers([job], len(job.sequences), use_tqdm)[0]
         return [PoolingRequestOutput(request_id=number, outputs=answer, prompt_token_ids=[])]
 
-    def _plan(
-        self,
-        queries: list[str],
-        documents: list[str],
-        params: PoolingParams,
-        tokenization_kwargs: Mapping[str, Any] | None,
-        chat_template: str | None,
-        score_type: str | None,
-        options: Mapping[str, Any],
-    ) -> Plan:
-        given = {**(params.extra_kwargs or {}), **options}
-        kwargs = dict(given.pop("chat_template_kwargs", None) or {})
-        if (instruction := given.pop("instruction", None)) is not None:
-            kwargs.setdefault("instruction", instruction)
-        limits = {"max_tokens_per_query", "max_tokens_per_doc"}
-        for name in given:
-            if name not in limits:
-                known = {*limits, "instruction", "chat_template_kwargs"}
-                raise BadRequest(unknown_name("scoring option", name, known), param=name)
-        template = None if chat_template is None else PairTemplate(template_text(chat_template))
-        return plan(
-            self._service.renderer,
-            self._service.pairs,
-            queries,
-            documents,
-            params,
-            text_options(tokenization_kwargs or {}),
-            PairOptions(template=template, kwargs=kwargs, **given),
-            score_type,
-        )
+    def _number(self) -> str:
+        """Return the number of the next output."""
+        return str(next(self._numbers))
 
-    def _submit(self, sequences: list[Sequence], use_tqdm: bool) -> list[Output]:
-        """Run `sequences` as one request."""
-        from tqdm import tqdm
-
-        with tqdm(total=len(sequences), desc="Pooling", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            return self._service.engine.submit(sequences, progress=lambda done: _advance(bar, done)).result()
+    def _tensors(self, results: list[tuple[Sequence, Output]]) -> list[PoolingRequestOutput[PoolingOutput]]:
+        return [
+            PoolingRequestOutput(
+                request_id=self._number(),
+                outputs=as_tensors(output),
+                prompt_token_ids=list(sequence.ids),
+                late_chunking=sequence.late_chunking,
+            )
+            for sequence, output in results
+        ]
 
     def _run(
         self,
         prompts: Prompt | Pair | Seq[Prompt | Pair],
-        task: str,
         pooling_params: PoolingParams | Seq[PoolingParams] | None,
         use_tqdm: bool,
-        tokenization_kwargs: Mapping[str, Any] | None,
-        *,
-        finish: Callable[[Sequence, Output], R],
-        applied: Applied | None = None,
-        also: tuple[str, ...] = (),
-    ) -> list[R]:
-        from tqdm import tqdm
-
+        make: Callable[[list[Any], Params], Job[list[R]]],
+    ) -> list[tuple[Sequence, R]]:
+        """Run an operation over prompts, some of them at a time; the result of each with its sequence."""
         listed = listed_prompts(prompts)
         params = per_prompt(pooling_params, len(listed))
-        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
-        render, engine = self._service.render, self._service.engine
-        for name in also:
-            check_task(name, self.info.tasks)
-        if not listed:
-            raise BadRequest("You must pass at least one prompt")
-        futures = []
-        results: list[R] = []
-        with tqdm(total=len(listed), desc="Pooling", disable=not use_tqdm, dynamic_ncols=True) as bar:
+
+        def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
+            for start in range(0, max(1, len(listed)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
+                part = slice(start, start + RENDERED_AT_ONCE)
+                job = make(listed[part], params if isinstance(params, PoolingParams) else params[part])
+                yield job.then(partial(_paired, job.sequences))
+
+        parts = self._answers(jobs(), len(listed), use_tqdm)
+        return [result for part in parts for result in part]
+
+    def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:
+        """Submit each job as soon as it is made, and finish them in order.
+
+        Whatever interrupts that, an error or the user, cancels those under way.
+        """
+        from tqdm import tqdm
+
+        under_way: list[tuple[Job[R], Future[list[Output]]]] = []
+        with tqdm(total=total, desc="Pooling", disable=not use_tqdm, dynamic_ncols=True) as bar:
             try:
-                for start in range(0, len(listed), RENDERED_AT_ONCE):
-                    part = listed[start : start + RENDERED_AT_ONCE]
-                    if isinstance(params, PoolingParams):
-                        sequences = render(part, task, params, options)
-                    else:
-                        sequences = [
-                            render([prompt], task, own, options)[0]
-                            for prompt, own in zip(part, params[start : start + RENDERED_AT_ONCE], strict=True)
-                        ]
-                    sequences = [replace(s, also=also) for s in sequences] if also else sequences
-                    futures.append((sequences, engine.submit(sequences, progress=lambda done: _advance(bar, done))))
-                for sequences, future in futures:
-                    results += [finish(s, output) for s, output in zip(sequences, future.result(), strict=True)]
+                for job in jobs:
+                    future = self._service.engine.submit(job.sequences, progress=lambda done: _advance(bar, done))
+                    under_way.append((job, future))
+                return [job.finish(future.result()) for job, future in under_way]
             except BaseException:
-                for _, future in futures:
+                for _, future in under_way:
                     future.cancel()
                 raise
-        return results
+
+
+def _paired(sequences: list[Sequence], results: list[R]) -> list[tuple[Sequence, R]]:
+    return list(zip(sequences, results, strict=True))
 
 
 def _advance(bar: tqdm[NoReturn], done: int) -> None:

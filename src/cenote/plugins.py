@@ -39,15 +39,6 @@ GROUPS = ("cenote.io_processor_plugins", "vllm.io_processor_plugins")
 REFUSALS = (ValueError, TypeError, LookupError, AttributeError)
 """What a plugin raises over data that it does not like; anything else is a failure of the plugin."""
 
-NOT_INSTALLED = (
-    "No IOProcessor plugin installed. Send a prompt instead of `data`, or name an installed plugin: "
-    "--io-processor-plugin NAME, LLM(io_processor_plugin=NAME)."
-)
-"""What a request with `data` is told where no plugin was loaded."""
-
-WRONG_TASK = "The 'data' field is only supported for the 'plugin' pooling task."
-"""What a request with `data` for one of the model's own tasks is told."""
-
 In = TypeVar("In")
 Out = TypeVar("Out")
 T = TypeVar("T")
@@ -142,6 +133,10 @@ class Plugin:
         """A request's way through the plugin. Clients may repeat a request id, so something is added to it."""
         return Call(self, data, f"{request_id}-{uuid4().hex[:8]}")
 
+    def failed(self, error: BaseException) -> PluginFailed:
+        """Return the error of a request over which the plugin raised `error`."""
+        return PluginFailed(f"the plugin {self.name!r} failed: {_told(error)}")
+
 
 @dataclass
 class Call:
@@ -189,10 +184,6 @@ class Call:
         assert late is not None
         return self._run(lambda: late(_numbered(made), request_id=self.request_id, **self._wanted(late)))
 
-    def failed(self, error: BaseException) -> PluginFailed:
-        """What is raised for what the plugin raised."""
-        return PluginFailed(f"the plugin {self.plugin.name!r} failed: {_told(error)}")
-
     def _params(self, info: ModelInfo, given: PoolingParams | None) -> PoolingParams:
         """Parameters for a task of the model, whatever class the plugin's are of."""
         merge, params = _written(self.plugin.processor, "merge_pooling_params"), given
@@ -222,7 +213,7 @@ class Call:
             if may_refuse and isinstance(error, REFUSALS):
                 message = f"the plugin {self.plugin.name!r} refuses the data: {_told(error)}"
                 raise BadRequest(message, param="data") from error
-            raise self.failed(error) from error
+            raise self.plugin.failed(error) from error
 
 
 def load(name: str | None, checkpoint: Checkpoint, renderer: Renderer) -> Plugin | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.plugins import Plugin
     from cenote.tensors.quantize import Ranges
-    from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
+    from cenote.types import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Service:
         """Renders pairs of texts."""
         return PairRenderer(self.renderer, self.pair_template)
 
-    def render(self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions) -> list[Sequence]:
+    def render(
+        self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions
+    ) -> list[Sequence]:
         """Sequences for `prompts`: whatever `Renderer.render` takes, and pairs of texts.
 
         A pair is `{"text": ..., "text_pair": ...}`, as in Transformers' pipelines, or a tuple of two texts.
@@ -151,7 +153,7 @@ def _sides(checkpoint: Checkpoint) -> Sides | None:
     )
 
 
-def _pair(prompt: Prompt | tuple[str, str]) -> tuple[str, str] | None:
+def _pair(prompt: Prompt | Pair) -> Pair | None:
     """The two texts of a prompt that is a pair."""
     if isinstance(prompt, Mapping) and set(prompt) == {"text", "text_pair"}:
         first, second = prompt["text"], prompt["text_pair"]

@@ -12,18 +12,17 @@ import orjson
 
 from cenote.engine.pairs import PairOptions
 from cenote.engine.rendering import TextOptions
-from cenote.engine.scoring import plan
 from cenote.errors import CenoteError, ConfigError
 from cenote.llm import RENDERED_AT_ONCE
+from cenote.pipeline import operations
 from cenote.tasks import check_task
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from cenote.engine.scoring import Plan
+    from cenote.pipeline.job import Job
     from cenote.service import Service
-    from cenote.types import Sequence
 
 QUERY = "how deep is the water"
 """What documents are scored against."""
@@ -76,36 +75,31 @@ class Local:
         self.task = task or service.info.default_task
         self.longest: int | None = service.info.limit(self.task)
         if self.task == "score":
-            self._plan([QUERY])
+            self._job([QUERY])
         else:
             check_task(self.task, service.info.tasks)
 
     def ask(self, texts: Seq[str]) -> int:
         """See `Target.ask`."""
-        if self.task == "score":
-            made = self._plan(texts)
-            made.scores(self.service.engine.submit(made.sequences).result())
-            return sum(map(len, made.sequences))
-        tokens, futures = 0, []
-        for start in range(0, len(texts), RENDERED_AT_ONCE):
-            sequences = self._render(texts[start : start + RENDERED_AT_ONCE])
-            tokens += sum(map(len, sequences))
-            futures.append(self.service.engine.submit(sequences))
-        for future in futures:
-            future.result()
+        at_once = len(texts) if self.task == "score" else RENDERED_AT_ONCE
+        tokens, under_way = 0, []
+        for start in range(0, len(texts), at_once):
+            job = self._job(texts[start : start + at_once])
+            tokens += job.tokens
+            under_way.append((job, self.service.engine.submit(job.sequences)))
+        for job, future in under_way:
+            job.finish(future.result())
         return tokens
 
     def count(self, text: str) -> int:
         """See `Target.count`."""
-        return sum(map(len, self._plan([text]).sequences if self.task == "score" else self._render([text])))
+        return self._job([text]).tokens
 
-    def _render(self, texts: Seq[str]) -> list[Sequence]:
-        return self.service.render(texts, self.task, PoolingParams(), TextOptions())
-
-    def _plan(self, texts: Seq[str]) -> Plan:
-        service = self.service
-        options = TextOptions()
-        return plan(service.renderer, service.pairs, [QUERY], texts, PoolingParams(), options, PairOptions())
+    def _job(self, texts: Seq[str]) -> Job[Any]:
+        params, options = PoolingParams(), TextOptions()
+        if self.task == "score":
+            return operations.score(self.service, [QUERY], texts, params, options, PairOptions())
+        return operations.encode(self.service, texts, self.task, params, options)
 
 
 class Remote:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MOST_CUTS = 8
 """Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
 
+RESERVED = ("chat_template", "tools", "tokenize")
+"""Variables of templates that requests may not set."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
@@ -42,6 +45,28 @@ class PairOptions:
     max_tokens_per_doc: int = 0
     template: PairTemplate | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        instruction: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        template: PairTemplate | None = None,
+        **limits: int,
+    ) -> PairOptions:
+        """Return the options that a request spells so.
+
+        Raises:
+            BadRequest: a variable of the template is reserved.
+        """
+        kwargs = dict(chat_template_kwargs or {})
+        for name in RESERVED:
+            if name in kwargs:
+                raise BadRequest(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
+        if instruction is not None:
+            kwargs.setdefault("instruction", instruction)
+        return cls(template=template, kwargs=kwargs, **limits)
 
 
 class PairRenderer:

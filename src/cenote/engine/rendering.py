@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cenote.engine.prompts import Applied, Role, Sides
-    from cenote.types import ModelInfo
+    from cenote.types import ModelInfo, Pair
 
 CHARACTERS_PER_TOKEN = 250
 """Longer text than this many characters per allowed token is not tokenised at all."""
@@ -134,7 +134,7 @@ class Renderer:
         self._allowed = lru_cache(CHECKED)(self._check)
 
     def render(
-        self, prompts: Seq[Prompt], task: str, params: PoolingParams, options: TextOptions = PLAIN
+        self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
     ) -> list[Sequence]:
         """Sequences for `prompts`, each text, token ids, `{"prompt": str}` or `{"prompt_token_ids": ids}`.
 
@@ -512,8 +512,8 @@ def _too_long(limit: int, count: str) -> TooLong:
     )
 
 
-def _plain(prompt: Prompt) -> str | Ids:
-    """The text or the ids of a prompt."""
+def _plain(prompt: Prompt | Pair) -> str | Ids:
+    """Return the text or the ids of a prompt; a pair is neither."""
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown:
@@ -524,7 +524,7 @@ def _plain(prompt: Prompt) -> str | Ids:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt):
-        return list(prompt)
+        return list(prompt)  # type: ignore[arg-type]
     raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
 
 

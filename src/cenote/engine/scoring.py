@@ -1,4 +1,4 @@
-"""Score and rerank: which sequences rate a request's pairs, and how their outputs become scores.
+"""Score and rerank: the ways in which a model rates pairs, and the scores out of its outputs.
 
 By what the model offers: a cross-encoder reads query and document together; a bi-encoder compares one vector of each;
 late interaction compares the vectors of their tokens by MaxSim; sparse embeddings are compared, or all three. In all
@@ -7,155 +7,150 @@ but the first a query is encoded once for all its documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cenote.errors import BadRequest, NotScored, TaskNotOffered
 from cenote.tensors.scoring import late_interaction, pairwise, sparse_similarity
-from cenote.types import Similarity
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.engine.pairs import PairOptions, PairRenderer
-    from cenote.engine.rendering import Renderer, TextOptions
     from cenote.tensors.scoring import Array, Sparse
-    from cenote.types import ModelInfo, Output, PoolingParams, Sequence
-
-SCORE_TYPES: dict[str, str] = {
-    "cross-encoder": "classify",
-    "bi-encoder": "embed",
-    "late-interaction": "token_embed",
-    "sparse": "sparse",
-    "hybrid": "embed",
-}
-"""Ways to score, and the task that each runs."""
-
-ALSO: dict[str, tuple[str, ...]] = {"hybrid": ("sparse", "token_embed")}
-"""Further tasks of a way to score, answered by the same forward."""
+    from cenote.types import ModelInfo, Output, Sequence, Similarity
 
 HYBRID_WEIGHTS = (0.4, 0.2, 0.4)
 """Weights of the dense, sparse and late-interaction scores, those of bge-m3's model card."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a request runs, and what its outputs mean.
+class Sides:
+    """Outputs of the queries and of the documents of a request, one query for each document or one for all.
 
     Attributes:
-        sequences: what is submitted, in order.
-        score_type: a key of `SCORE_TYPES`.
-        queries: how many of `sequences` are queries; 0 for a cross-encoder, whose sequences are pairs.
-        similarity: how their embeddings are compared.
+        queries: empty for cross-encoders, whose documents are pairs.
     """
 
-    sequences: list[Sequence]
-    score_type: str
-    queries: int
-    similarity: Similarity = field(default_factory=Similarity)
+    queries: Seq[Output]
+    documents: Seq[Output]
 
     @property
-    def count(self) -> int:
-        """Number of scores."""
-        return len(self.sequences) - self.queries
+    def pairs(self) -> list[tuple[Output, Output]]:
+        """Each document with its query."""
+        queries = self.queries if len(self.queries) > 1 else [*self.queries] * len(self.documents)
+        return list(zip(queries, self.documents, strict=True))
 
-    def ids(self, pair: int) -> list[int]:
-        """Token ids that pair number `pair` was rated by."""
-        own = list(self.sequences[self.queries + pair].ids)
-        return [*self.sequences[self._query(pair)].ids, *own] if self.queries else own
-
-    def scores(self, outputs: Seq[Output]) -> Array:
-        """`[N]` float32, one per pair, in order."""
-        queries, documents = ([o.data for o in part] for part in (outputs[: self.queries], outputs[self.queries :]))
-        if self.score_type == "cross-encoder":
-            return np.concatenate(documents)
-        if self.score_type == "bi-encoder":
-            return pairwise([queries[self._query(i)] for i in range(self.count)], documents, self.similarity.vectors)
-        asked, given = outputs[: self.queries], outputs[self.queries :]
-        if self.score_type == "sparse":
-            return self._lexical(asked, given)
-        if self.score_type == "hybrid":
-            late = [[o.others["token_embed"].data for o in part] for part in (asked, given)]
-            lexical = self._lexical(*([o.others["sparse"] for o in part] for part in (asked, given)))
-            dense = np.array([queries[self._query(i)] @ documents[i] for i in range(self.count)], dtype=np.float32)
-            lengths = np.array([len(late[0][self._query(i)]) for i in range(self.count)], dtype=np.float32)
-            parts = (dense, lexical, self._late(late[0], late[1], "maxsim") / lengths)
-            weighted: Array = np.sum([w * part for w, part in zip(HYBRID_WEIGHTS, parts, strict=True)], axis=0)
-            return weighted.astype(np.float32)
-        return self._late(queries, documents, self.similarity.tokens)
-
-    def _late(self, queries: list[Array], documents: list[Array], name: str) -> Array:
-        if self.queries == 1:
-            return late_interaction(queries[0], documents, name)
-        return np.concatenate([late_interaction(q, [d], name) for q, d in zip(queries, documents, strict=True)])
-
-    def _lexical(self, queries: Seq[Output], documents: Seq[Output]) -> Array:
-        pairs = [(queries[self._query(i)], documents[i]) for i in range(self.count)]
-        scores = [sparse_similarity(_sparse(q), _sparse(d), self.similarity.sparse) for q, d in pairs]
-        return np.array(scores, dtype=np.float32)
-
-    def _query(self, pair: int) -> int:
-        return 0 if self.queries == 1 else pair
+    def of(self, task: str) -> Sides:
+        """The outputs of a further task."""
+        return Sides([o.others[task] for o in self.queries], [o.others[task] for o in self.documents])
 
 
-def _sparse(output: Output) -> Sparse:
+def _cross_encoder(sides: Sides, _: Similarity) -> Array:
+    return np.concatenate([output.data for output in sides.documents])
+
+
+def _bi_encoder(sides: Sides, similarity: Similarity) -> Array:
+    queries, documents = zip(*sides.pairs, strict=True)
+    return pairwise([o.data for o in queries], [o.data for o in documents], similarity.vectors)
+
+
+def _late_interaction(sides: Sides, similarity: Similarity) -> Array:
+    return _late(sides, similarity.tokens)
+
+
+def _late(sides: Sides, name: str) -> Array:
+    if len(sides.queries) == 1:
+        return late_interaction(sides.queries[0].data, [o.data for o in sides.documents], name)
+    scores = [late_interaction(query.data, [document.data], name) for query, document in sides.pairs]
+    return np.concatenate(scores)
+
+
+def _sparse(sides: Sides, similarity: Similarity) -> Array:
+    scores = [sparse_similarity(_entries(q), _entries(d), similarity.sparse) for q, d in sides.pairs]
+    return np.array(scores, dtype=np.float32)
+
+
+def _entries(output: Output) -> Sparse:
     assert output.indices is not None
     return output.indices, output.data
 
 
-def plan(
-    renderer: Renderer,
-    pairs: PairRenderer,
-    queries: Seq[str],
-    documents: Seq[str],
-    params: PoolingParams,
-    text_options: TextOptions,
-    options: PairOptions,
-    score_type: str | None = None,
-) -> Plan:
-    """Render one query for each document, or one for all of them.
+def _hybrid(sides: Sides, similarity: Similarity) -> Array:
+    tokens = sides.of("token_embed")
+    dense = np.array([query.data @ document.data for query, document in sides.pairs], dtype=np.float32)
+    lengths = np.array([len(query.data) for query, _ in tokens.pairs], dtype=np.float32)
+    parts = (dense, _sparse(sides.of("sparse"), similarity), _late(tokens, "maxsim") / lengths)
+    weighted: Array = np.sum([weight * part for weight, part in zip(HYBRID_WEIGHTS, parts, strict=True)], axis=0)
+    return weighted.astype(np.float32)
 
-    Raises:
-        BadRequest: the lists do not pair up, or as the renderers.
-        NotScored: the model cannot score, or not so.
+
+@dataclass(frozen=True)
+class Way:
+    """A way to score pairs.
+
+    Attributes:
+        name: in requests and in `ModelInfo.score_types`.
+        task: run on each query and document, or on each pair.
+        scores: float32 `[N]` out of its outputs.
+        also: further tasks, answered by the same forward.
+        of_pairs: query and document are one sequence.
     """
+
+    name: str
+    task: str
+    scores: Callable[[Sides, Similarity], Array]
+    also: tuple[str, ...] = ()
+    of_pairs: bool = False
+
+
+WAYS: dict[str, Way] = {
+    way.name: way
+    for way in (
+        Way("cross-encoder", "classify", _cross_encoder, of_pairs=True),
+        Way("bi-encoder", "embed", _bi_encoder),
+        Way("late-interaction", "token_embed", _late_interaction),
+        Way("sparse", "sparse", _sparse),
+        Way("hybrid", "embed", _hybrid, also=("sparse", "token_embed")),
+    )
+}
+
+
+def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
+    """Return the token ids by which pair number `pair` of `count` was scored.
+
+    Args:
+        sequences: of the request, queries first.
+        count: number of pairs.
+        pair: number of one of them.
+    """
+    queries = len(sequences) - count
+    document = list(sequences[queries + pair].ids)
+    if not queries:
+        return document
+    query = sequences[0 if queries == 1 else pair]
+    return [*query.ids, *document]
+
+
+def check_pairing(queries: Seq[str], documents: Seq[str]) -> None:
+    """Raise `BadRequest` unless there is one query for all documents, or one for each."""
     if not queries:
         raise BadRequest("At least one text element must be given", param="queries")
     if not documents:
         raise BadRequest("At least one text_pair element must be given", param="documents")
     if len(queries) not in (1, len(documents)):
         raise BadRequest("Input lengths must be either 1:1, 1:N or N:N", param="documents")
-    score_type = choose(renderer.info, score_type)
-    task = SCORE_TYPES[score_type]
-    if params.late_chunking_params is not None:
-        raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
-    if score_type == "cross-encoder":
-        repeated = [*queries] * (len(documents) // len(queries))
-        joined = list(zip(repeated, documents, strict=True))
-        return Plan(pairs.render(joined, task, params, text_options, options), score_type, 0)
-    if options.kwargs or options.template:
-        raise BadRequest(
-            f"{renderer.info.name} scores as a {score_type}, which renders no pairs: "
-            f"{', '.join(sorted(options.kwargs)) or 'a template'} would have no effect",
-            param=min(options.kwargs, default="chat_template"),
-        )
-    pairs.check(options)
-    prompts = renderer.prompts
-    sequences: list[Sequence] = []
-    for prompt, texts, most in (
-        (prompts.of("query"), queries, options.max_tokens_per_query),
-        (prompts.of("document"), documents, options.max_tokens_per_doc),
-    ):
-        sequences += renderer.render(pairs.cut(texts, most), task, params, text_options._replace(prompt=prompt))
-    if also := ALSO.get(score_type):
-        sequences = [replace(s, also=also) for s in sequences]
-    return Plan(sequences, score_type, len(queries), renderer.info.similarity)
 
 
-def choose(info: ModelInfo, asked: str | None) -> str:
-    """The way to score: `asked`, also as "cross", "bi" or "late", else the model's first."""
+def choose(info: ModelInfo, asked: str | None) -> Way:
+    """Return the way to score: `asked`, also as "cross", "bi" or "late", else the model's first.
+
+    Raises:
+        BadRequest: there is no such way, or the model does not offer it.
+        NotScored: the model cannot score.
+    """
     if not info.score_types:
         if info.num_labels > 1:
             raise NotScored(
@@ -164,16 +159,16 @@ def choose(info: ModelInfo, asked: str | None) -> str:
             )
         raise NotScored(f"This model does not support the Scoring API. It offers: {', '.join(info.tasks)}")
     if asked is None:
-        return info.score_types[0]
+        return WAYS[info.score_types[0]]
     spelled = asked.lower().replace("_", "-")
-    found = next((name for name in SCORE_TYPES if spelled in (name, name.partition("-")[0])), None)
-    if found is None:
-        raise BadRequest(f"score_type must be one of {', '.join(SCORE_TYPES)}, got {asked!r}", param="score_type")
-    if found not in info.score_types:
+    name = next((name for name in WAYS if spelled in (name, name.partition("-")[0])), None)
+    if name is None:
+        raise BadRequest(f"score_type must be one of {', '.join(WAYS)}, got {asked!r}", param="score_type")
+    if name not in info.score_types:
         raise BadRequest(
-            f"{info.name} cannot score as a {found}; it offers {', '.join(info.score_types)}", param="score_type"
+            f"{info.name} cannot score as a {name}; it offers {', '.join(info.score_types)}", param="score_type"
         )
-    return found
+    return WAYS[name]
 
 
 def reward_task(info: ModelInfo) -> tuple[str, bool]:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from starlette.requests import Request
+    from starlette.responses import Response
 
     from cenote.config import ServerConfig
+    from cenote.pipeline.job import Job
     from cenote.service import Service
     from cenote.types import Engine, Output, Sequence
 
@@ -36,6 +38,8 @@ RENDER_THREADS = 2
 CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
+LARGE = 65_536
+"""Answers of more numbers than this are encoded off the event loop."""
 QUIET = 2
 """Turns of the event loop without a new request after which those that have come reach the engine."""
 MOST_HELD = 1e-3
@@ -100,40 +104,48 @@ class Serving:
         metrics.stage(stage).observe(time.monotonic() - began)
         return result
 
-    async def compute(
-        self, request: Request, service: Service, render: Callable[[], list[Sequence]], *, is_plain: bool = False
-    ) -> tuple[list[Sequence], list[Output]]:
-        """Render, submit and wait: the sequences of a request, and their outputs.
+    async def answer(
+        self, request: Request, service: Service, make: Callable[[], Job[Response]], *, is_plain: bool = False
+    ) -> Response:
+        """Make the job of a request, compute its outputs, and finish it.
 
         Args:
-            request: whose client may leave.
-            service: what computes.
-            render: makes the sequences.
-            is_plain: it only tokenises what the body holds.
+            request: of a client that may leave.
+            service: the model.
+            make: makes the job, whose answer is the response.
+            is_plain: it only tokenises text of the body.
 
         Raises:
-            CenoteError: what rendering or the engine refuse.
+            CenoteError: the operation or the engine refuses the request, or fails.
             HTTPException: the client left.
         """
         self.running += 1
         try:
             if is_plain and request.state.body_bytes <= SHORT and service.renderer.is_fast:
                 began = time.monotonic()
-                sequences = render()
+                job = make()
                 metrics.stage("render").observe(time.monotonic() - began)
             else:
-                sequences = await self.in_pool("render", render)
-            loop = asyncio.get_running_loop()
-            if self._desk is None or self._desk.loop is not loop:
-                self._desk = Desk(loop)
-            answer = self._desk.submit(service.engine, sequences)
-            watch = loop.call_later(NOTICE, _watch, request, answer)
-            try:
-                return sequences, await answer
-            finally:
-                watch.cancel()
+                job = await self.in_pool("render", make)
+            outputs = await self._outputs(request, service, job)
         finally:
             self.running -= 1
+        if job.is_slow or sum(output.data.size for output in outputs) > LARGE:
+            return await self.in_pool("encode", lambda: job.finish(outputs))
+        with metrics.stage("encode").time():
+            return job.finish(outputs)
+
+    async def _outputs(self, request: Request, service: Service, job: Job[Response]) -> list[Output]:
+        """Wait for the outputs of `job`, or until the client leaves."""
+        loop = asyncio.get_running_loop()
+        if self._desk is None or self._desk.loop is not loop:
+            self._desk = Desk(loop)
+        answer = self._desk.submit(service.engine, job.sequences)
+        watch = loop.call_later(NOTICE, _watch, request, answer)
+        try:
+            return await answer
+        finally:
+            watch.cancel()
 
     def close(self) -> None:
         """Finish what was accepted and stop."""

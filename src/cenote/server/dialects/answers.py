@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from cenote.engine.prompts import Applied
+    from cenote.engine.rendering import TextOptions
     from cenote.server.dialects.requests import Inputs, Shared
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.types import Output, PoolingParams, Sequence
+    from cenote.types import Output, Sequence
 
 
 def head(
@@ -62,22 +63,20 @@ def value(output: Output, service: Service, *, return_tokens: bool = False) -> A
     return {"indices": output.indices, "values": output.data, **tokens}
 
 
-def render(
-    serving: Serving,
-    service: Service,
-    body: Inputs,
-    task: str,
-    params: PoolingParams,
-    applied: Applied | None = None,
-) -> list[Sequence]:
-    """The sequences of a request with `input` or `messages`."""
+def prompts_of(
+    serving: Serving, service: Service, body: Inputs, applied: Applied | None = None
+) -> tuple[list[Any], TextOptions]:
+    """Return the prompts of a request with `input` or `messages`, and how they become ids.
+
+    Raises:
+        BadRequest: there are too many, or the chat template refuses one.
+    """
     conversations = body.conversations()
     options = body.options(is_chat=conversations is not None)._replace(prompt=applied)
     if conversations is None:
         prompts = body.prompts()
-    else:
-        serving.check_count(len(conversations))  # before any is rendered
-        chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        prompts = [service.renderer.chat_text(conversation, chat) for conversation in conversations]
-    serving.check_count(len(prompts))
-    return service.render(prompts, task, params, options)
+        serving.check_count(len(prompts))
+        return prompts, options
+    serving.check_count(len(conversations))  # before any is rendered
+    chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
+    return [service.renderer.chat_text(conversation, chat) for conversation in conversations], options

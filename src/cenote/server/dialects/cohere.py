@@ -13,10 +13,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote import metrics
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
-from cenote.server.dialects.pooling import LARGE
+from cenote.pipeline import operations
 from cenote.server.dialects.requests import Body, Many, Some
 from cenote.server.dialects.vectors import ranges_for
 from cenote.server.encoding import VectorType, json_response, typed
@@ -25,9 +24,10 @@ from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from cenote.engine.prompts import Applied
+    from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.types import Sequence
+    from cenote.types import Output
 
 
 class Content(BaseModel):
@@ -98,45 +98,61 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
     service = serving.find(body.model)
     params = PoolingParams(dimensions=body.output_dimension)
     types: list[VectorType] = body.embedding_types or ["float"]
-    checked = []
-
-    def rendered() -> list[Sequence]:
-        sequences = _render(serving, service, body, params)
-        checked.append(ranges_for(service, types, params, "embedding_types"))
-        return sequences
-
-    sequences, outputs = await serving.compute(request, service, rendered)
-    vectors = [output.data for output in outputs]
     is_bare = version == "1" and not body.embedding_types
 
-    def encode() -> Response:
-        embeddings = typed(vectors, types, *checked, param="embedding_types")
-        answer = {
-            "id": f"embd-{request_id(request, None)}",
-            "embeddings": embeddings["float"] if is_bare else embeddings,
-            **({"texts": body.texts} if body.texts else {}),
-            "meta": {
-                "api_version": {"version": version},
-                "billed_units": {"input_tokens": sum(map(len, sequences)), "image_tokens": 0},
-            },
-            "response_type": "embeddings_floats" if is_bare else "embeddings_by_type",
-        }
-        return json_response(answer)
+    def make() -> Job[Response]:
+        prompts, options = _prompts(serving, service, body)
+        job = operations.encode(service, prompts, "embed", params, options)
+        _check_uncut(body, max(map(len, job.sequences)))
+        ranges = ranges_for(service, types, params, "embedding_types")
 
-    if sum(v.size for v in vectors) * len(types) > LARGE:
-        return await serving.in_pool("encode", encode)
-    with metrics.stage("encode").time():
-        return encode()
+        def encode(outputs: list[Output]) -> Response:
+            embeddings = typed([output.data for output in outputs], types, ranges, param="embedding_types")
+            answer = {
+                "id": f"embd-{request_id(request, None)}",
+                "embeddings": embeddings["float"] if is_bare else embeddings,
+                **({"texts": body.texts} if body.texts else {}),
+                "meta": {
+                    "api_version": {"version": version},
+                    "billed_units": {"input_tokens": job.tokens, "image_tokens": 0},
+                },
+                "response_type": "embeddings_floats" if is_bare else "embeddings_by_type",
+            }
+            return json_response(answer)
+
+        return job.then(encode)
+
+    return await serving.answer(request, service, make)
 
 
-def _render(serving: Serving, service: Service, body: EmbedRequest, params: PoolingParams) -> list[Sequence]:
-    """The sequences of a request.
+def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[list[str], TextOptions]:
+    """Return the prompts of a request, and how they become ids.
 
     Raises:
-        BadRequest: it has images, a prompt that the model has not, or what is too long and may not be cut.
+        BadRequest: it has images, or names a prompt that the model does not have.
     """
     renderer = service.renderer
     serving.check_count(len(body.texts or body.inputs or body.images or ()))
+    _refuse_images(service, body)
+    applied = renderer.prompts.choose(input_type=body.input_type)
+    options = _text_options(service, body)
+    if body.inputs and renderer.tokenizer.chat_template:
+        prompts = [renderer.chat_text(_messages(given, applied)) for given in body.inputs]
+        return prompts, options._replace(prompt=replace(applied, text=""), add_special_tokens=False)
+    texts = ["\n".join(str(part.text) for part in given.content) for given in body.inputs or ()]
+    return body.texts or texts, options._replace(prompt=applied)
+
+
+def _text_options(service: Service, body: EmbedRequest) -> TextOptions:
+    most = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
+    return {
+        "NONE": TextOptions(whole=True),
+        "START": TextOptions(most, "left"),  # as in vLLM the ids are cut, and a special token at their start goes too
+        "END": TextOptions(most),
+    }[body.truncate]
+
+
+def _refuse_images(service: Service, body: EmbedRequest) -> None:
     parts = [part for given in body.inputs or () for part in given.content]
     if body.images or any(part.type == "image_url" for part in parts):
         raise BadRequest(
@@ -144,28 +160,16 @@ def _render(serving: Serving, service: Service, body: EmbedRequest, params: Pool
             "type 'text'",
             param="images" if body.images else "inputs",
         )
-    applied = renderer.prompts.choose(input_type=body.input_type)
-    most = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
-    options = {
-        "NONE": TextOptions(whole=True),
-        "START": TextOptions(most, "left"),  # as in vLLM the ids are cut, and a special token at their start goes too
-        "END": TextOptions(most),
-    }[body.truncate]
-    if body.inputs and renderer.tokenizer.chat_template:
-        prompts = [renderer.chat_text(_messages(given, applied)) for given in body.inputs]
-        options = options._replace(prompt=replace(applied, text=""), add_special_tokens=False)
-    else:
-        prompts = body.texts or ["\n".join(str(part.text) for part in given.content) for given in body.inputs or ()]
-        options = options._replace(prompt=applied)
-    sequences = service.render(prompts, "embed", params, options)
-    longest = max(map(len, sequences))
+
+
+def _check_uncut(body: EmbedRequest, longest: int) -> None:
+    """Raise `BadRequest` where an input exceeds `max_tokens` and may not be cut."""
     if body.truncate == "NONE" and body.max_tokens is not None and longest > body.max_tokens:
         raise BadRequest(
             f"Input of {longest} tokens exceeds max_tokens={body.max_tokens} with truncate=NONE. "
             "Set truncate to END or START to allow truncation.",
             param="max_tokens",
         )
-    return sequences
 
 
 def _messages(given: Input, applied: Applied) -> list[dict[str, Any]]:

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from cenote.engine.entities import check_aggregation, check_labels, entities
+from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Many, Shared, Some
 from cenote.server.encoding import json_response, with_data
-from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
-
     from cenote.engine.entities import Entity
+    from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
-    from cenote.types import Sequence
 
 
 class EntityRequest(Shared):
@@ -39,39 +36,29 @@ def router(serving: Serving) -> APIRouter:
         """The entities of each text, with label, score and character offsets."""
         service = serving.find(body.model)
         body.refuse_media()
-        check_aggregation(body.aggregation_strategy)
-        check_labels(service.info)
         texts = [body.input] if isinstance(body.input, str) else body.input
         serving.check_count(len(texts))
-        encodings: list[Encoding] = []
 
-        def rendered() -> list[Sequence]:
-            params = PoolingParams(use_activation=True)
-            made = service.renderer.annotated(texts, "token_classify", params, body.text_options())
-            encodings.extend(encoding for _, encoding in made)
-            return [sequence for sequence, _ in made]
+        def make() -> Job[Response]:
+            job = operations.find_entities(
+                service,
+                texts,
+                body.text_options(),
+                aggregation=body.aggregation_strategy,
+                ignore_labels=body.ignore_labels,
+            )
 
-        sequences, outputs = await serving.compute(request, service, rendered)
+            def encode(entities: list[list[Entity]]) -> Response:
+                data = [
+                    {"index": i, "object": "token_classify", "entities": [wire(entity) for entity in of_text]}
+                    for i, of_text in enumerate(entities)
+                ]
+                head = answers.head(serving, request, body, "token_classify", job.sequences)
+                return json_response(with_data(head, data))
 
-        def found() -> list[list[Entity]]:
-            return [
-                entities(
-                    text,
-                    encoding,
-                    output.data,
-                    service.info.labels,
-                    service.renderer.tokenizer,
-                    aggregation=body.aggregation_strategy,
-                    ignore_labels=body.ignore_labels,
-                )
-                for text, encoding, output in zip(texts, encodings, outputs, strict=True)
-            ]
+            return job.then(encode)
 
-        data = [
-            {"index": i, "object": "token_classify", "entities": [wire(entity) for entity in own]}
-            for i, own in enumerate(await serving.in_pool("encode", found))
-        ]
-        return json_response(with_data(answers.head(serving, request, body, "token_classify", sequences), data))
+        return await serving.answer(request, service, make)
 
     return routes
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine.scoring import reward_task
 from cenote.errors import BadRequest
+from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Chat, Conversation, Shared, Some
 from cenote.server.encoding import json_response
@@ -18,9 +18,10 @@ from cenote.server.serving import request_id
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.types import Output, Sequence
+    from cenote.types import Output
 
 
 class RewardRequest(Shared, Chat):
@@ -58,46 +59,49 @@ def router(serving: Serving) -> APIRouter:
         body.refuse_media()
         if body.dimensions is not None:
             raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
-        sequences, outputs = await serving.compute(request, service, lambda: _render(serving, service, body))
-        ids = list(sequences[0].ids) if body.return_token_ids else None
-        entry = {
-            "index": 0,
-            "object": "reward",
-            "score": _scores(service, outputs[0]),
-            "prompt_token_ids": ids,
-            "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
-        }
-        user = f"{body.user}-" if body.user else ""
-        return json_response(
-            {
-                "id": f"reward-{user}{request_id(request, body.request_id)}",
-                "object": "object",
-                "created": int(time.time()),
-                "model": serving.name(body.model),
-                "data": [entry],
-                "usage": answers.usage(sequences),
-            }
-        )
+
+        def make() -> Job[Response]:
+            job = _job(serving, service, body)
+
+            def encode(outputs: list[Output]) -> Response:
+                ids = list(job.sequences[0].ids) if body.return_token_ids else None
+                entry = {
+                    "index": 0,
+                    "object": "reward",
+                    "score": _scores(service, outputs[0]),
+                    "prompt_token_ids": ids,
+                    "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
+                }
+                user = f"{body.user}-" if body.user else ""
+                return json_response(
+                    {
+                        "id": f"reward-{user}{request_id(request, body.request_id)}",
+                        "object": "object",
+                        "created": int(time.time()),
+                        "model": serving.name(body.model),
+                        "data": [entry],
+                        "usage": answers.usage(job.sequences),
+                    }
+                )
+
+            return job.then(encode)
+
+        return await serving.answer(request, service, make)
 
     return routes
 
 
-def _render(serving: Serving, service: Service, body: RewardRequest) -> list[Sequence]:
-    task, activate = reward_task(service.info)
-    if task == "token_classify" and not service.info.step and "classify" in service.info.tasks:
-        task = "classify"  # the token that is judged is the last one
-    activate = activate if body.use_activation is None else body.use_activation
+def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Output]]:
     # FastDeploy keeps the last tokens of what is too long, special tokens or not.
     side = body.truncation_side or ("left" if body.truncate_prompt_tokens is not None else None)
     options = body.text_options(add_special_tokens=bool(body.add_special_tokens))._replace(side=side)
-    ids = body.token_ids()
-    if ids is None:
+    prompt: Any = body.token_ids()
+    if prompt is None:
         body.chat_template = body.chat_template or None
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        prompt: Any = service.renderer.chat_text(body.messages, chat)  # type: ignore[arg-type]
-    else:
-        prompt = ids
-    return service.renderer.render([prompt], task, PoolingParams(use_activation=activate), options)
+        prompt = service.renderer.chat_text(body.messages, chat)  # type: ignore[arg-type]
+    params = PoolingParams(use_activation=body.use_activation)
+    return operations.reward(service, [prompt], params, options, of_tokens=False)  # the last token is judged
 
 
 def _scores(service: Service, output: Output) -> list[float]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote import metrics
 from cenote.engine.rendering import ChatOptions
 from cenote.errors import BadRequest, PluginFailed
-from cenote.plugins import NOT_INSTALLED, WRONG_TASK
+from cenote.pipeline import operations
 from cenote.server.dialects import answers
-from cenote.server.dialects.answers import render
 from cenote.server.dialects.requests import (
     KINDS_OF_TASKS,
     Body,
@@ -31,19 +28,18 @@ from cenote.server.dialects.requests import (
 from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
 from cenote.server.serving import request_id
-from cenote.tasks import PLUGIN, check_task
+from cenote.tasks import PLUGIN
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from cenote.pipeline.job import Job
+    from cenote.pipeline.operations import Classes
+    from cenote.server.dialects.vectors import Form
     from cenote.server.serving import Serving
     from cenote.service import Service
-    from cenote.tensors.quantize import Ranges
     from cenote.types import Output, Sequence
 
 log = logging.getLogger(__name__)
-
-LARGE = 65_536
-"""Answers with more numbers than this are encoded off the event loop."""
 
 
 class PoolingRequest(PoolingFields):
@@ -137,23 +133,21 @@ def router(serving: Serving) -> APIRouter:
         service = serving.find(body.model)
         body.refuse_media()
         params = PoolingParams(use_activation=body.use_activation)
-        sequences, outputs = await serving.compute(
-            request,
-            service,
-            lambda: render(serving, service, body, "classify", params),
-            is_plain=body.conversations() is None,
-        )
-        labels = service.info.labels
-        data = [
-            {
-                "index": i,
-                "label": labels[int(output.data.argmax())] if labels else None,
-                "probs": output.data,
-                "num_classes": len(output.data),
-            }
-            for i, output in enumerate(outputs)
-        ]
-        return json_response(with_data(answers.head(serving, request, body, "classify", sequences), data))
+
+        def make() -> Job[Response]:
+            prompts, options = answers.prompts_of(serving, service, body)
+            job = operations.classify(service, prompts, params, options)
+
+            def encode(inputs: list[Classes]) -> Response:
+                data = [
+                    {"index": i, "label": classes.label, "probs": classes.values, "num_classes": len(classes.values)}
+                    for i, classes in enumerate(inputs)
+                ]
+                return json_response(with_data(answers.head(serving, request, body, "classify", job.sequences), data))
+
+            return job.then(encode)
+
+        return await serving.answer(request, service, make, is_plain=body.conversations() is None)
 
     @routes.post("/tokenize")
     @routes.post("/v1/tokenize", include_in_schema=False)
@@ -212,38 +206,32 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
 
 
 async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest) -> Response:
-    """The trip of a request whose input and answer are an IO-processor plugin's.
+    """Answer a request whose input and answer are an IO-processor plugin's.
 
     Raises:
         BadRequest: there is no plugin, or it refuses the data.
         PluginFailed: it fails.
     """
     service = serving.find(body.model)
-    if body.task not in (None, PLUGIN):
-        raise BadRequest(WRONG_TASK, param="data")
-    if service.plugin is None:
-        raise BadRequest(NOT_INSTALLED, param="data")
+    plugin = operations.check_plugin(service, body.task)
     if body.input is not None or body.messages is not None:
         raise BadRequest("a request for a plugin has `data`, and neither `input` nor `messages`", param="data")
     body.refuse_media()
     number = f"pooling-{request_id(request, body.request_id)}"
-    call = service.plugin.call(body.data, number)
+    options = body.options(is_chat=False)
 
-    def rendered() -> list[Sequence]:
-        prompts, task, params = call.prepare(service.info)
-        serving.check_count(len(prompts))
-        return service.render(prompts, task, params, body.options(is_chat=False))
-
-    def answered() -> Response:
-        answer = call.finish(sequences, outputs)
+    def encode(answer: Any) -> Response:
         try:
             return foreign_response({"request_id": number, "created_at": int(time.time()), "data": answer})
         except TypeError as error:
-            raise call.failed(ValueError(f"its answer does not fit into JSON: {error}")) from error
+            raise plugin.failed(ValueError(f"its answer does not fit into JSON: {error}")) from error
+
+    def make() -> Job[Response]:
+        job = operations.plugin(service, body.data, number, options, check_count=serving.check_count)
+        return job.then(encode)
 
     try:
-        sequences, outputs = await serving.compute(request, service, rendered)
-        return await serving.in_pool("encode", answered)
+        return await serving.answer(request, service, make)
     except PluginFailed as error:
         log.error("%s", error.message, exc_info=error.__cause__)  # where in the plugin it was
         raise
@@ -261,7 +249,7 @@ async def answer_vectors(
     kind: str,
     field: str,
 ) -> Response:
-    """The whole trip of a request whose answer is a vector, a matrix or a sparse vector per input, or several."""
+    """Answer a request for a vector, a matrix or a sparse vector per input, or for several of them."""
     service = serving.find(body.model)
     body.refuse_media()
     params = params or PoolingParams(
@@ -275,77 +263,69 @@ async def answer_vectors(
             f"late chunking is for the task 'token_embed' alone, not for {[task, *also]}", param="late_chunking_params"
         )
     applied = body.applied(service.renderer.prompts)
-    for name in also:
-        check_task(name, service.info.tasks)
-    small = body if isinstance(body, TypedFields) and body.vector_types() else None
-    ranges: list[Ranges | None] = []
+    tasks = (task, *also)
 
-    def rendered() -> list[Sequence]:
-        sequences = render(serving, service, body, task, params, applied)
-        if small is not None:
-            ranges.append(small.ranges(service, (task, *also), params))
+    def make() -> Job[Response]:
+        prompts, options = answers.prompts_of(serving, service, body, applied)
+        job = operations.encode(service, prompts, task, params, options, also=also)
+        form = body.form(service, tasks, params) if isinstance(body, TypedFields) else None
         if (also or task == "sparse") and body.encoding_format != "float":
             raise BadRequest(
                 f"sparse embeddings and several kinds at once have only the encoding_format 'float', "
                 f"got {body.encoding_format!r}",
                 param="encoding_format",
             )
-        return [replace(sequence, also=also) for sequence in sequences] if also else sequences
 
-    sequences, outputs = await serving.compute(request, service, rendered, is_plain=body.conversations() is None)
-    head = answers.head(serving, request, body, prefix, sequences, applied)
-    if also or any(output.indices is not None for output in outputs):
-        return await serving.in_pool(
-            "encode", lambda: _several(service, body, head, outputs, task, kind, field, small, ranges)
-        )
-    vectors = [output.data for output in outputs]
-
-    def encode() -> Response:
-        if small is not None:
-            values = small.values(vectors, *ranges)
+        def encode(outputs: list[Output]) -> Response:
+            head = answers.head(serving, request, body, prefix, job.sequences, applied)
+            if also or task == "sparse":
+                values = _several(service, body, outputs, tasks, form)
+            elif form is not None:
+                values = form([output.data for output in outputs])
+            else:
+                return _vectors(body, head, outputs, job.sequences, kind, field)
             return json_response(
-                with_data(head, [{"index": i, "object": kind, field: own} for i, own in enumerate(values)])
+                with_data(head, [{"index": i, "object": kind, field: value} for i, value in enumerate(values)])
             )
-        return vectors_response(
-            head,
-            vectors,
-            kind=kind,
-            field=field,
-            encoding_format=body.encoding_format,
-            embed_dtype=body.embed_dtype,
-            endianness=body.endianness,
-            beside=[{"late_chunking": s.late_chunking} for s in sequences] if params.late_chunking_params else None,
-        )
 
-    if sum(v.size for v in vectors) > LARGE:
-        return await serving.in_pool("encode", encode)
-    with metrics.stage("encode").time():
-        return encode()
+        return job.then(encode)
+
+    return await serving.answer(request, service, make, is_plain=body.conversations() is None)
 
 
-def _several(
-    service: Service,
+def _vectors(
     body: PoolingFields,
     head: dict[str, Any],
     outputs: list[Output],
-    task: str,
+    sequences: list[Sequence],
     kind: str,
     field: str,
-    small: TypedFields | None,
-    ranges: list[Ranges | None],
 ) -> Response:
-    """An answer with sparse embeddings, or with several kinds; of several, each is under its name."""
+    """An answer of plain vectors or matrices, in any encoding."""
+    beside = [{"late_chunking": sequence.late_chunking} for sequence in sequences] if body.late() else None
+    return vectors_response(
+        head,
+        [output.data for output in outputs],
+        kind=kind,
+        field=field,
+        encoding_format=body.encoding_format,
+        embed_dtype=body.embed_dtype,
+        endianness=body.endianness,
+        beside=beside,
+    )
 
-    def shown(output: Output) -> Any:
-        return answers.value(output, service, return_tokens=body.return_tokens)
 
-    dense = [output if task == "embed" else output.others.get("embed") for output in outputs]
-    forms = small.values([own.data for own in dense if own is not None], *ranges) if small is not None else None
-    data = []
-    for i, output in enumerate(outputs):
-        values = {task: shown(output), **{name: shown(other) for name, other in output.others.items()}}
-        if forms is not None:
-            values["embed"] = forms[i]
-        content = values[task] if not output.others else {KINDS_OF_TASKS[name]: own for name, own in values.items()}
-        data.append({"index": i, "object": kind, field: content})
-    return json_response(with_data(head, data))
+def _several(
+    service: Service, body: PoolingFields, outputs: list[Output], tasks: tuple[str, ...], form: Form | None
+) -> list[Any]:
+    """What stands for each input: a sparse vector, or several kinds of embeddings by their names."""
+    by_task = {task: [output if task == tasks[0] else output.others[task] for output in outputs] for task in tasks}
+    values = {
+        task: [answers.value(output, service, return_tokens=body.return_tokens) for output in of_task]
+        for task, of_task in by_task.items()
+    }
+    if form is not None:
+        values["embed"] = form([output.data for output in by_task["embed"]])
+    if len(tasks) == 1:
+        return values[tasks[0]]
+    return [{KINDS_OF_TASKS[task]: values[task][i] for task in tasks} for i in range(len(outputs))]

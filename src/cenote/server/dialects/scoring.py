@@ -8,29 +8,26 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine import scoring
 from cenote.engine.pairs import PairOptions
 from cenote.errors import BadRequest
+from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Many, Shared
 from cenote.server.encoding import json_response, with_data
-from cenote.tensors.scoring import ranking
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
-    from cenote.engine.scoring import Plan
+    from cenote.pipeline.job import Job
+    from cenote.pipeline.operations import Ranked
     from cenote.server.serving import Serving
     from cenote.service import Service
     from cenote.tensors.scoring import Array
-    from cenote.types import Sequence
 
 Text = str | dict[str, Any]
 """A text, or `{"content": [parts]}` or `{"text": ...}` whose parts are texts."""
 
 SPELLINGS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
 """The names of the two sides of `/score`; the first pair that is complete counts."""
-
-RESERVED = ("chat_template", "tools", "tokenize")
 
 
 class ScoringFields(Shared):
@@ -49,13 +46,12 @@ class ScoringFields(Shared):
         Raises:
             BadRequest: a variable of the template is one that requests may not set.
         """
-        kwargs = dict(self.chat_template_kwargs or {})
-        for name in RESERVED:
-            if name in kwargs:
-                raise BadRequest(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
-        if self.instruction is not None:
-            kwargs.setdefault("instruction", self.instruction)
-        return PairOptions(self.max_tokens_per_query, self.max_tokens_per_doc, None, kwargs)
+        return PairOptions.of(
+            max_tokens_per_query=self.max_tokens_per_query,
+            max_tokens_per_doc=self.max_tokens_per_doc,
+            instruction=self.instruction,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
 
 class ScoreRequest(ScoringFields):
@@ -109,9 +105,22 @@ def router(serving: Serving) -> APIRouter:
         sides = body.sides()
         assert sides is not None
         queries, documents = (texts(side, service) for side in sides)
-        sequences, scores = await _rate(serving, request, service, body, queries, documents)
-        data = [{"index": i, "object": "score", "score": s} for i, s in enumerate(scores.tolist())]
-        return json_response(with_data(answers.head(serving, request, body, "score", sequences), data))
+        body.refuse_media()
+        serving.check_count(max(len(queries), len(documents)))
+        params = PoolingParams(use_activation=body.use_activation)
+
+        def make() -> Job[Response]:
+            job = operations.score(
+                service, queries, documents, params, body.text_options(), body.pair_options(), body.score_type
+            )
+
+            def encode(scores: Array) -> Response:
+                data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores.tolist())]
+                return json_response(with_data(answers.head(serving, request, body, "score", job.sequences), data))
+
+            return job.then(encode)
+
+        return await serving.answer(request, service, make)
 
     @routes.post("/rerank")
     @routes.post("/v1/rerank", include_in_schema=False)
@@ -120,51 +129,39 @@ def router(serving: Serving) -> APIRouter:
         """The documents by falling relevance to the query."""
         service = serving.find(body.model)
         documents = texts(body.documents, service)
-        sequences, scores = await _rate(serving, request, service, body, texts(body.query, service), documents)
-        results: list[dict[str, Any]] = []
-        for i in ranking(scores, body.top_k if body.is_voyage else body.top_n):
-            shown = documents[i] if body.is_voyage else {"text": documents[i], "multi_modal": None}
-            is_shown = body.return_documents if body.is_voyage else body.return_documents is not False
-            echo = {"document": shown} if is_shown else {}
-            results.append({"index": i, **echo, "relevance_score": float(scores[i])})
-        head = answers.head(serving, request, body, "score", sequences)
-        usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
-        answer = {"id": head["id"], "model": head["model"], "usage": usage}
-        return json_response(answer | ({"object": "list", "data": results} if body.is_voyage else {"results": results}))
+        (query,) = texts(body.query, service)
+        body.refuse_media()
+        serving.check_count(len(documents))
+        top_n = body.top_k if body.is_voyage else body.top_n
+        params = PoolingParams(use_activation=body.use_activation)
+
+        def make() -> Job[Response]:
+            job = operations.rerank(
+                service, query, documents, top_n, params, body.text_options(), body.pair_options(), body.score_type
+            )
+
+            def encode(ranked: list[Ranked]) -> Response:
+                results = [_result(body, rank, documents[rank.index]) for rank in ranked]
+                head = answers.head(serving, request, body, "score", job.sequences)
+                usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
+                entries = {"object": "list", "data": results} if body.is_voyage else {"results": results}
+                return json_response({"id": head["id"], "model": head["model"], "usage": usage, **entries})
+
+            return job.then(encode)
+
+        return await serving.answer(request, service, make)
 
     return routes
 
 
-async def _rate(
-    serving: Serving,
-    request: Request,
-    service: Service,
-    body: ScoringFields,
-    queries: list[str],
-    documents: list[str],
-) -> tuple[list[Sequence], Array]:
-    """Plan, compute and reduce: what ran, and one score per pair."""
-    body.refuse_media()
-    serving.check_count(max(len(queries), len(documents)))
-    params = PoolingParams(use_activation=body.use_activation)
-    plans: list[Plan] = []
-
-    def planned() -> list[Sequence]:
-        made = scoring.plan(
-            service.renderer,
-            service.pairs,
-            queries,
-            documents,
-            params,
-            body.text_options(),
-            body.pair_options(),
-            body.score_type,
-        )
-        plans.append(made)
-        return made.sequences
-
-    sequences, outputs = await serving.compute(request, service, planned)
-    return sequences, await serving.in_pool("encode", lambda: plans[0].scores(outputs))
+def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
+    """An entry of the answer, in vLLM's form or in Voyage's."""
+    result: dict[str, Any] = {"index": rank.index}
+    if body.is_voyage and body.return_documents:
+        result["document"] = document
+    if not body.is_voyage and body.return_documents is not False:
+        result["document"] = {"text": document, "multi_modal": None}
+    return {**result, "relevance_score": rank.score}
 
 
 def texts(side: Text | list[Text], service: Service) -> list[str]:

@@ -13,11 +13,14 @@ from cenote.server.dialects.requests import KINDS, Many, PoolingFields
 from cenote.server.encoding import VECTOR_TYPES, VectorType, typed, typed_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from cenote.service import Service
     from cenote.tensors.quantize import Array, Ranges
     from cenote.types import PoolingParams
+
+    Form = Callable[[Sequence[Array]], list[Any]]
+    """Vectors of one length to what stands for each in the answer."""
 
 SPELLINGS = ("embedding_type", "encoding_type", "output_dtype", "embedding_types")
 """Names of the field that asks for types: Jina's, LlamaIndex's for Jina, Voyage's and Cohere's."""
@@ -72,23 +75,24 @@ class TypedFields(PoolingFields):
         forms = self._forms()
         return () if forms in (("float",), ("base64",)) else forms
 
-    def ranges(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Ranges | None:
-        """The ranges of int8 and uint8; see `ranges_for`.
+    def form(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Form | None:
+        """Return what makes the values of an answer out of dense vectors; `None` if `encoding_format` says it all.
 
         Raises:
-            BadRequest: a form cannot be made, or no dense vector is asked for.
+            BadRequest: a form cannot be made of these vectors, or no dense vector is asked for.
         """
+        types = self.vector_types()
+        if not types:
+            return None
         field = next(name for name in SPELLINGS if getattr(self, name))
         if "embed" not in tasks:
             raise BadRequest(
                 f"`{field}` is for dense embeddings (task 'embed'), and the task is {' and '.join(map(repr, tasks))}",
                 param=field,
             )
-        return ranges_for(service, self.vector_types(), params, field)
-
-    def values(self, vectors: Sequence[Array], ranges: Ranges | None) -> list[Any]:
-        """What stands for each of `vectors` in the answer."""
-        return typed_values(vectors, self.vector_types(), ranges, as_base64=self.encoding_format == "base64")
+        ranges = ranges_for(service, types, params, field)
+        as_base64 = self.encoding_format == "base64"
+        return lambda vectors: typed_values(vectors, types, ranges, as_base64=as_base64)
 
     def _forms(self) -> tuple[VectorType, ...]:
         given: Any = next((value for name in SPELLINGS if (value := getattr(self, name))), ())

@@ -1,0 +1,38 @@
+"""The work of one request, between its operation and its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cenote.types import Output, Sequence
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[T]):
+    """The sequences that a request needs, and how their outputs become its answer.
+
+    Attributes:
+        sequences: input of the engine, in order.
+        finish: makes the answer of their outputs, which are in the same order.
+        is_slow: finishing takes long even where the outputs are small.
+    """
+
+    sequences: list[Sequence]
+    finish: Callable[[list[Output]], T]
+    is_slow: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+    def then(self, change: Callable[[T], U]) -> Job[U]:
+        """Return the job whose answer is `change` of this one's."""
+        return Job(self.sequences, lambda outputs: change(self.finish(outputs)), self.is_slow)

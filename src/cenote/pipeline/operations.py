@@ -1,0 +1,318 @@
+"""Everything that can be asked of a model: each operation checks its arguments and returns a `Job`.
+
+`LLM` and the server both call these functions, so that both refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cenote.engine.entities import check_aggregation, check_labels, entities
+from cenote.engine.scoring import Sides, Way, check_pairing, choose, reward_task
+from cenote.errors import BadRequest
+from cenote.pipeline.job import Job
+from cenote.tasks import PLUGIN, check_task
+from cenote.tensors.scoring import ranking
+from cenote.types import PoolingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from collections.abc import Sequence as Seq
+
+    from cenote.engine.entities import Entity
+    from cenote.engine.pairs import PairOptions
+    from cenote.engine.rendering import Prompt, TextOptions
+    from cenote.plugins import Plugin
+    from cenote.service import Service
+    from cenote.tensors.scoring import Array
+    from cenote.types import Output, Pair, Sequence
+
+    Params = PoolingParams | Seq[PoolingParams]
+    """Parameters for all prompts, or one for each."""
+
+NO_PLUGIN = (
+    "No IOProcessor plugin installed. Send a prompt instead of `data`, or name an installed plugin: "
+    "--io-processor-plugin NAME, LLM(io_processor_plugin=NAME)."
+)
+WRONG_TASK = "The 'data' field is only supported for the 'plugin' pooling task."
+
+
+class Classes(NamedTuple):
+    """Classes of one input.
+
+    Attributes:
+        values: float32 `[C]`, probabilities or logits.
+        label: name of the class with the largest value; `None` if the checkpoint names none.
+    """
+
+    values: Array
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document's place among the documents of the request, and its score."""
+
+    index: int
+    score: float
+
+
+def encode(
+    service: Service,
+    prompts: Seq[Prompt | Pair],
+    task: str,
+    params: Params,
+    options: TextOptions,
+    *,
+    also: tuple[str, ...] = (),
+) -> Job[list[Output]]:
+    """Run `task` on each prompt.
+
+    Args:
+        service: the model.
+        prompts: as `Service.render` takes them.
+        task: one of the model's.
+        params: of the task.
+        options: how text becomes ids.
+        also: further tasks, answered by the same forward, in `Output.others`.
+
+    Raises:
+        BadRequest: the model does not offer a task or a parameter, or a prompt cannot be rendered.
+    """
+    for name in also:
+        check_task(name, service.info.tasks)
+    if isinstance(params, PoolingParams):
+        sequences = service.render(prompts, task, params, options)
+    else:
+        sequences = _rendered_one_by_one(service, prompts, task, params, options)
+    if also:
+        sequences = [replace(sequence, also=also) for sequence in sequences]
+    return Job(sequences, list)
+
+
+def classify(service: Service, prompts: Seq[Prompt | Pair], params: Params, options: TextOptions) -> Job[list[Classes]]:
+    """Rate each prompt by every class.
+
+    Raises:
+        BadRequest: as `encode`.
+    """
+    labels = service.info.labels
+
+    def named(output: Output) -> Classes:
+        return Classes(output.data, labels[int(output.data.argmax())] if labels else None)
+
+    return encode(service, prompts, "classify", params, options).then(lambda outputs: [named(o) for o in outputs])
+
+
+def find_entities(
+    service: Service,
+    texts: Seq[str],
+    options: TextOptions,
+    *,
+    aggregation: str = "none",
+    ignore_labels: Collection[str] = ("O",),
+) -> Job[list[list[Entity]]]:
+    """Find the named entities of each text, as Transformers' token-classification pipeline does.
+
+    Raises:
+        BadRequest: there is no text, an aggregation is unknown, or the model does not label tokens.
+    """
+    if not texts:
+        raise BadRequest("You must pass at least one prompt", param="input")
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("entities are found in text: prompts must be str, not token ids", param="input")
+    check_aggregation(aggregation)
+    check_labels(service.info)
+    params = PoolingParams(use_activation=True)
+    annotated = service.renderer.annotated(texts, "token_classify", params, options)
+
+    def finish(outputs: list[Output]) -> list[list[Entity]]:
+        return [
+            entities(
+                text,
+                encoding,
+                output.data,
+                service.info.labels,
+                service.renderer.tokenizer,
+                aggregation=aggregation,
+                ignore_labels=ignore_labels,
+            )
+            for text, (_, encoding), output in zip(texts, annotated, outputs, strict=True)
+        ]
+
+    return Job([sequence for sequence, _ in annotated], finish, is_slow=True)
+
+
+def score(
+    service: Service,
+    queries: Seq[str],
+    documents: Seq[str],
+    params: PoolingParams,
+    text_options: TextOptions,
+    pair_options: PairOptions,
+    score_type: str | None = None,
+) -> Job[Array]:
+    """Score one query with each document, or each query with its own: float32 `[N]`.
+
+    Raises:
+        BadRequest: the lists do not pair up, an option has no effect, or a text cannot be rendered.
+        NotScored: the model cannot score, or not so.
+    """
+    check_pairing(queries, documents)
+    way = choose(service.info, score_type)
+    if params.late_chunking_params is not None:
+        raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
+    if way.of_pairs:
+        repeated = [*queries] * (len(documents) // len(queries))
+        pairs = list(zip(repeated, documents, strict=True))
+        sequences = service.pairs.render(pairs, way.task, params, text_options, pair_options)
+        count = 0
+    else:
+        sequences = _rendered_sides(service, way, queries, documents, params, text_options, pair_options)
+        count = len(queries)
+    similarity = service.info.similarity
+
+    def finish(outputs: list[Output]) -> Array:
+        return way.scores(Sides(outputs[:count], outputs[count:]), similarity)
+
+    return Job(sequences, finish, is_slow=True)
+
+
+def rerank(
+    service: Service,
+    query: str,
+    documents: Seq[str],
+    top_n: int | None,
+    params: PoolingParams,
+    text_options: TextOptions,
+    pair_options: PairOptions,
+    score_type: str | None = None,
+) -> Job[list[Ranked]]:
+    """Sort documents by falling relevance to the query.
+
+    Args:
+        top_n: maximum number of results; 0 or `None` = all.
+
+    Raises:
+        BadRequest: `top_n` is negative, or as `score`.
+    """
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
+        raise BadRequest(f"top_n must be a non-negative integer, got {top_n!r}", param="top_n")
+
+    def ranked(scores: Array) -> list[Ranked]:
+        return [Ranked(i, float(scores[i])) for i in ranking(scores, top_n)]
+
+    job = score(service, [query], documents, params, text_options, pair_options, score_type)
+    return job.then(ranked)
+
+
+def reward(
+    service: Service, prompts: Seq[Prompt | Pair], params: Params, options: TextOptions, *, of_tokens: bool = True
+) -> Job[list[Output]]:
+    """Rate each prompt by the model's reward head.
+
+    Args:
+        of_tokens: a model that rates every token gives all its numbers, not the last one.
+
+    Raises:
+        TaskNotOffered: the model gives no reward.
+        BadRequest: as `encode`.
+    """
+    task, activates = reward_task(service.info)
+    if not of_tokens and task == "token_classify" and not service.info.step and "classify" in service.info.tasks:
+        task = "classify"
+
+    def filled(one: PoolingParams) -> PoolingParams:
+        return replace(one, use_activation=activates) if one.use_activation is None else one
+
+    if isinstance(params, PoolingParams):
+        return encode(service, prompts, task, filled(params), options)
+    return encode(service, prompts, task, [filled(one) for one in params], options)
+
+
+def plugin(
+    service: Service,
+    data: Any,
+    request_id: str,
+    options: TextOptions,
+    *,
+    task: str | None = None,
+    params: PoolingParams | None = None,
+    check_count: Callable[[int], None] | None = None,
+) -> Job[Any]:
+    """Let the IO-processor plugin make prompts of `data`, and an answer of their outputs.
+
+    Args:
+        request_id: of the request, which the plugin is told.
+        task: asked for by the request.
+        params: of the request, which the plugin may change.
+        check_count: raises for a number of prompts that is too large.
+
+    Raises:
+        BadRequest: the task is another one, there is no plugin, or it refuses the data.
+        PluginFailed: it fails.
+    """
+    call = check_plugin(service, task).call(data, request_id)
+    prompts, model_task, model_params = call.prepare(service.info, params)
+    if check_count is not None:
+        check_count(len(prompts))
+    sequences = service.render(prompts, model_task, model_params, options)
+    return Job(sequences, lambda outputs: call.finish(sequences, outputs), is_slow=True)
+
+
+def check_plugin(service: Service, task: str | None) -> Plugin:
+    """Return the model's plugin.
+
+    Raises:
+        BadRequest: there is none, or the request asks for another task.
+    """
+    if task not in (None, PLUGIN):
+        raise BadRequest(WRONG_TASK, param="data")
+    if service.plugin is None:
+        raise BadRequest(NO_PLUGIN, param="data")
+    return service.plugin
+
+
+def _rendered_one_by_one(
+    service: Service,
+    prompts: Seq[Prompt | Pair],
+    task: str,
+    params: Seq[PoolingParams],
+    options: TextOptions,
+) -> list[Sequence]:
+    """Render prompts with parameters of their own."""
+    sequences: list[Sequence] = []
+    for prompt, one in zip(prompts, params, strict=True):
+        sequences += service.render([prompt], task, one, options)
+    return sequences
+
+
+def _rendered_sides(
+    service: Service,
+    way: Way,
+    queries: Seq[str],
+    documents: Seq[str],
+    params: PoolingParams,
+    text_options: TextOptions,
+    options: PairOptions,
+) -> list[Sequence]:
+    """Render queries, then documents, each with the prompt of its side."""
+    if options.kwargs or options.template:
+        variables = ", ".join(sorted(options.kwargs)) or "a template"
+        raise BadRequest(
+            f"{service.info.name} scores as a {way.name}, which renders no pairs: {variables} would have no effect",
+            param=min(options.kwargs, default="chat_template"),
+        )
+    service.pairs.check(options)
+    prompts = service.renderer.prompts
+    sequences: list[Sequence] = []
+    for prompt, texts, most in (
+        (prompts.of("query"), queries, options.max_tokens_per_query),
+        (prompts.of("document"), documents, options.max_tokens_per_doc),
+    ):
+        cut = service.pairs.cut(texts, most)
+        sequences += service.renderer.render(cut, way.task, params, text_options._replace(prompt=prompt))
+    if way.also:
+        return [replace(sequence, also=way.also) for sequence in sequences]
+    return sequences
