@@ -35,11 +35,9 @@ PAIRS = 2000
 def engine(form: str, processor: str) -> Encode:
     """`LLM.embed` to a NumPy array; asked for nothing, how the Linear layers run."""
     from cenote import LLM
-    from cenote.tensors import native
 
-    if processor == "AVX2":
-        native.FLAGS = tuple("-march=haswell" if flag == "-march=native" else flag for flag in native.FLAGS)
-    llm = LLM(auto_truncate=True, max_model_len=TOKENS, **FORMS[form])
+    isa = "avx2" if processor == "AVX2" else "auto"
+    llm = LLM(auto_truncate=True, max_model_len=TOKENS, isa=isa, **FORMS[form])
 
     def encode(texts: list[str]) -> Any:
         if not texts:

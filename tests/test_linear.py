@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cenote import LLM
+from cenote.config import Isa, ModelConfig
+from cenote.errors import ConfigError
+from cenote.models import assembly
 from cenote.tensors import linear, native
 from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
-from cenote.tensors.native import Step
+from cenote.tensors.native import Step, Target
+from tests import checkpoints
 
-INT8 = PATHS[:4]
+INT8 = tuple(name for name, path in PATHS.items() if path.kind == "int8")
 SHAPES = [(1, 3, 2), (2, 64, 32), (7, 70, 50), (16, 384, 96), (33, 130, 97), (65, 1536, 40), (150, 9, 33)]
 """Rows, inputs and outputs: whole and broken blocks, lines, vectors and tiles."""
 
@@ -30,13 +35,7 @@ def kernel() -> Kernel:
 @pytest.fixture(scope="module")
 def narrowest(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     """As built for a processor with nothing but AVX2."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "FLAGS", flags("haswell"))
-        return Kernel(native.build(tmp_path_factory.mktemp("library"), linear.SOURCE))
-
-
-def flags(processor: str) -> tuple[str, ...]:
-    return tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native.FLAGS)
+    return Kernel(native.build(tmp_path_factory.mktemp("library"), linear.SOURCE, "haswell"))
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ def test_codes_of_weights(pairs: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "size"), [*((own, 1) for own in INT8), *((own, 2) for own in PATHS[4:] if own != "AMX-FLOAT32")]
+    ("path", "size"), [*((own, 1) for own in INT8), *((own, 2) for own in PATHS if own not in (*INT8, "AMX-FLOAT32"))]
 )
 def test_bytes_of_a_weight(path: str, size: int) -> None:
     assert narrow(torch.randn(192, 128), None, path).panels.nbytes == 192 * 128 * size
@@ -276,7 +275,10 @@ def missing_compiler(patch: pytest.MonkeyPatch) -> None:
     [
         (missing_compiler, "there is no C\\+\\+ compiler"),
         (lambda patch: patch.setenv("CXX", "/bin/false"), "false"),
-        (lambda patch: patch.setattr(native, "FLAGS", flags("x86-64")), "the processor has none of AVX2, VNNI and AMX"),
+        (
+            lambda patch: patch.setitem(native.TARGETS, "auto", Target("x86-64", 8)),
+            "the processor has none of AVX2, VNNI and AMX",
+        ),
         (lambda patch: patch.setattr(linear, "_padded", lambda x, _: torch.zeros(128)), "does not agree with torch"),
     ],
     ids=["no compiler", "a failing compiler", "an old processor", "another result"],
@@ -287,4 +289,106 @@ def test_reasons_to_do_without(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spoil(monkeypatch)
     with pytest.raises(RuntimeError, match=reason):
-        linear.load.__wrapped__()
+        linear._load.__wrapped__("auto")
+
+
+# --- instructions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx"])
+def test_isa_leaves_out_wider_instructions(isa: Isa, kernel: Kernel) -> None:
+    """Each allows what the processor has of it and of those before it."""
+    paths = {
+        "avx2": ("AVX2", "float16", "bfloat16"),
+        "avx512": ("AVX2", "AVX-VNNI", "AVX512-VNNI", "float16", "bfloat16"),
+        "amx": tuple(PATHS),
+    }
+    try:
+        linear.require(isa)
+    except ConfigError as error:
+        assert str(error).startswith(f"CPU kernels with isa {isa} cannot be had here: the processor")
+        assert str(error).endswith("; leave isa out for the widest that can")
+        pytest.skip(str(error))
+    assert set(linear.load(isa).paths) == {*paths[isa]} & {*kernel.paths}
+    kernels = native.load(isa)
+    assert kernels is not None
+    assert kernels.width == (8 if isa == "avx2" else 16)
+    assert isinstance(linear.float32(kernels), Exact) == (isa == "amx")
+
+
+def test_no_isa_is_plain_torch() -> None:
+    linear.require("none")
+    assert native.load("none") is None
+    with pytest.raises(RuntimeError, match="native kernels are switched off"):
+        linear.load("none")
+
+
+def test_builds_of_two_isas_do_not_mix(tmp_path: Path) -> None:
+    assert native.build(tmp_path) != native.build(tmp_path, march=native.TARGETS["avx2"].march)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (missing_compiler, "there is no C\\+\\+ compiler"),
+        (
+            lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+            "the processor has no AVX2",
+        ),
+        (
+            lambda patch: patch.setattr(native.Kernels, "agree_with_torch", lambda _: False),
+            "they do not agree with tor",
+        ),
+        (
+            lambda patch: patch.setitem(native.TARGETS, "avx2", Target("haswell", 64)),
+            "vectors have 8 lanes, expected 64",
+        ),
+        (lambda patch: patch.setattr(Kernel, "agrees_with_torch", lambda _: False), "the kernel does not agree with"),
+    ],
+    ids=["no compiler", "an old processor", "another result", "narrow vectors", "other products"],
+)
+def test_named_instructions_must_be_there(
+    spoil: Callable[[pytest.MonkeyPatch], None], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the variable as from the option, which wins."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in (native, linear):
+        monkeypatch.setattr(module, "_load", module._load.__wrapped__)
+    spoil(monkeypatch)
+    with pytest.raises(ConfigError, match=f"^CPU kernels with isa avx2 cannot be had here: .*{reason}"):
+        linear.require("avx2")
+    monkeypatch.setenv("CENOTE_ISA", "avx2")
+    with pytest.raises(ConfigError, match=f"^CPU kernels with isa avx2 cannot be had here: .*{reason}"):
+        LLM()
+    with LLM(isa="none") as llm:
+        assert llm.info.linears == ""
+
+
+def test_the_variable_chooses_where_no_option_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CENOTE_ISA", "none")
+    assert native.load() is None
+    monkeypatch.setenv("CENOTE_ISA", "sse")
+    with pytest.raises(
+        ConfigError, match="^environment variable CENOTE_ISA is 'sse', expected one of auto, none, avx2"
+    ):
+        LLM()
+
+
+def test_isa_reaches_the_model(tmp_path: Path) -> None:
+    """int8 tells its instructions, and plain torch makes no chains."""
+    folder = checkpoints.bert(tmp_path / "model")
+    with LLM(str(folder), isa="avx2", quantization="int8") as llm:
+        assert "in int8 by AVX2, cosine" in llm.info.linears
+    with LLM(str(folder), isa="none", quantization="int8") as llm:
+        assert llm.info.warnings == ("int8 fell back to float32: native kernels are switched off",)
+    for isa in ("none", "avx2"):
+        model, _ = assembly.load(ModelConfig(model=str(folder), isa=isa))
+        chains = [x for x in model.layout.backbone.model.modules() if isinstance(vars(x).get("forward"), native.Chain)]
+        assert bool(chains) == (isa == "avx2")
+
+
+def test_isa_without_kernels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="isa 'avx2' is of the CPU kernels, and native_kernels switches them off"):
+        LLM(isa="avx2", native_kernels=False)
+    with pytest.raises(ConfigError, match="isa: Input should be 'auto', 'none', 'avx2', 'avx512' or 'amx'"):
+        LLM(isa="sse")

@@ -60,7 +60,7 @@ def narrowed(
 ) -> tuple[Layout, Outcome]:
     model = build(architecture)
     leave_file(model)
-    prepared = prepare(model, int8=int8, dtype=dtype, native_kernels=True)
+    prepared = prepare(model, int8=int8, dtype=dtype)
     layout, _ = choose(model, kernels=native.load(), products=native.load())
     assert layout.name == architecture.layout
     return layout, narrow(layout, model, prepared)
@@ -105,7 +105,7 @@ def test_halves_equal_a_model_of_rounded_weights(name: str, path: str, monkeypat
     for module in (*linears, *([table] if alone_held else [])):
         module.weight.data = module.weight.data.to(HALVES[dtype]).float()
     layout, outcome = narrowed(named(name), dtype=HALVES[dtype])
-    assert outcome.text.startswith(f"{len(linears)} of {len(linears)} in {linear.described(path)}")
+    assert outcome.text.startswith(f"{len(linears)} of {len(linears)} in {linear.PATHS[path].text}")
     for got, wanted, other in zip(rows(layout, batch), alone(model, batch), exact, strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         assert not torch.allclose(got, other, rtol=0, atol=1e-5 * float(wanted.abs().max()))
@@ -141,7 +141,7 @@ def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
     if "dtype" in options:
         watched.append(model.get_input_embeddings())
     own = [weakref.ref(module.weight) for module in watched]
-    prepared = prepare(model, **{"int8": False, "dtype": None, **options}, native_kernels=True)
+    prepared = prepare(model, **{"int8": False, "dtype": None, **options})
     layout, _ = choose(model, kernels=native.load(), products=native.load())
     narrow(layout, model, prepared)
     gc.collect()
@@ -179,7 +179,7 @@ def test_weights_that_others_hold_stay() -> None:
     model = build(named("bert"))
     first, second = (model.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.weight = first.weight
-    prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
+    prepared = prepare(model, int8=True, dtype=None)
     layout, _ = choose(model, kernels=native.load(), products=native.load())
     assert narrow(layout, model, prepared).text.startswith("17 of 19")
 
@@ -189,7 +189,7 @@ def test_a_table_that_is_read_past_its_forward_stays() -> None:
     table = model.get_input_embeddings()
     model.embeddings.LayerNorm.register_forward_hook(lambda _, __, y: y + table.weight[0] * 1e-3)
     whole = table.weight.clone()
-    prepared = prepare(model, int8=False, dtype=torch.float16, native_kernels=True)
+    prepared = prepare(model, int8=False, dtype=torch.float16)
     layout, _ = choose(model, kernels=native.load(), products=native.load())
     narrow(layout, model, prepared)
     assert torch.equal(table.weight, whole)
@@ -216,7 +216,7 @@ def test_a_model_that_does_not_bear_it_is_refused(monkeypatch: pytest.MonkeyPatc
             module.bias.data[3] = 1e6
         elif isinstance(module, nn.Linear) and module.in_features == 64:
             module.weight.data[:, 3] *= 1e-6
-    prepared = prepare(model, int8=True, dtype=None, native_kernels=True)
+    prepared = prepare(model, int8=True, dtype=None)
     layout, _ = choose(model, kernels=native.load(), products=native.load())
     monkeypatch.setattr(narrowing, "LEAST_COSINE", 0.9999)
     with pytest.raises(CheckpointError, match="does not bear weights in int8 by .*, expected at least 0.9999; leave"):
@@ -274,7 +274,7 @@ def llm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     path, own = llm
-    assert f"37 of 37 in {linear.described(path)}, cosine" in own.info.linears
+    assert f"37 of 37 in {linear.PATHS[path].text}, cosine" in own.info.linears
     assert not own.info.warnings
     assert own.info.dtype == {"half": "float16"}.get(dtype := FORMS[path][0].get("dtype", "float32"), dtype)
     found = vectors(own)
@@ -318,7 +318,7 @@ def test_without_the_kernel_it_is_float32(
 ) -> None:
     if cause == "no compiler":
 
-        def missing() -> None:
+        def missing(_: str) -> None:
             raise RuntimeError("there is no C++ compiler")
 
         monkeypatch.setattr(linear, "load", missing)

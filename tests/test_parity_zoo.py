@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+from cenote.config import Isa
+from cenote.errors import ConfigError
 from cenote.models.layout import Packed, choose, forward
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
@@ -63,18 +65,42 @@ def amplified(name: str) -> tuple[torch.Tensor, float]:
     return exact_TD, furthest
 
 
-@pytest.mark.parametrize("products", ["torch", "BLAS", "AMX"])
+PRODUCTS: dict[str, Isa] = {"torch": "none", "AVX2": "avx2", "BLAS": "avx512", "AMX": "amx"}
+"""What multiplies, and the instructions of the kernels beside it: with wide vectors that is a BLAS, or AMX."""
+
+
+def missing(isa: Isa) -> str:
+    """Why the kernels of `isa` cannot be had on this machine; empty if they can."""
+    try:
+        linear.require(isa)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def kept() -> Isa:
+    """The kernels that `make test` runs: those of `CENOTE_ISA`, or the fastest."""
+    isa = native.chosen("auto")
+    return isa if isa != "auto" else next(x for x in reversed(PRODUCTS.values()) if not missing(x))
+
+
+KEPT = kept()
+
+
+@pytest.mark.parametrize(
+    "isa",
+    [pytest.param(x, id=name, marks=() if x == KEPT else pytest.mark.full) for name, x in PRODUCTS.items()],
+)
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
-def test_equals_eager_one_by_one(architecture: Architecture, products: str) -> None:
-    """By plain torch, and with native kernels and either of what multiplies for them."""
-    kernels = native.load() if products != "torch" else None
-    multiplied = linear.float32(kernels) if products == "AMX" else kernels if kernels and kernels.can_chain else None
-    if products == "AMX" and not isinstance(multiplied, linear.Exact):
-        pytest.skip("this processor has no AMX")
+def test_equals_eager_one_by_one(architecture: Architecture, isa: Isa) -> None:
+    """By plain torch, and with the kernels of every instruction set that the processor has."""
+    if reason := missing(isa):
+        pytest.skip(reason)
+    kernels = native.load(isa)
     model = build(architecture)
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     expected = alone(model, batch)
-    layout, reasons = choose(build(architecture), kernels=kernels, products=multiplied)
+    layout, reasons = choose(build(architecture), kernels=kernels, products=linear.float32(kernels))
     assert layout.name == architecture.layout, reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))

@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cenote.errors import ConfigError
 from cenote.tasks import REMOVED, TASKS
 
+Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
+"""Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
 RENAMED_PARAMS = {
     "normalize": "use_activation",
@@ -158,6 +160,11 @@ class ModelConfig(BaseModel):
     )
     auto_truncate: bool = Field(False, description="cut inputs that are too long instead of refusing them")
     native_kernels: bool = Field(True, description="compile and use the CPU kernels, where there is a C++ compiler")
+    isa: Isa = Field(
+        "auto",
+        description="widest instructions that the CPU kernels may use: avx2, avx512, amx, or none for plain torch "
+        "(auto = the widest that the processor has; the variable holds in Python, too)",
+    )
     enforce_eager: bool = Field(False, description="launch every kernel from the host: no CUDA graphs")
     max_cudagraph_capture_size: int | None = Field(
         None,
@@ -205,6 +212,14 @@ class ModelConfig(BaseModel):
             changes["pooler_config"] = self.pooler_config.model_copy(update={"task": task})
         for name, value in changes.items():
             object.__setattr__(self, name, value)
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_for_isa(self) -> ModelConfig:
+        if not self.native_kernels and self.isa not in ("auto", "none"):
+            raise ValueError(
+                f"isa {self.isa!r} is of the CPU kernels, and native_kernels switches them off; drop either"
+            )
         return self
 
     @field_validator("runner")

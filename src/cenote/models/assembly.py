@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cenote.config import ModelConfig
+    from cenote.config import Isa, ModelConfig
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layout import Layout
     from cenote.models.outputs import TaskOutput
@@ -65,6 +65,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         raise ConfigError(
             f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
         )
+    isa = _isa(options, device)
     stored = getattr(checkpoint.config, "dtype", None)
     dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
     full = checkpoints.load(checkpoint, options, device, dtype)
@@ -72,11 +73,11 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
-    prepared = _prepare(model, options)
+    prepared = _prepare(model, options, isa)
     folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
     adapters = adapting.Adapters(model, adapting.find(folders))
     probe = None if full is model else classifiers.Probe(full, max_length=length)
-    layout, layout_note = _layout(checkpoint, full, options, prepared, length, replayed=not adapters.names)
+    layout, layout_note = _layout(checkpoint, full, options, prepared, length, isa, replayed=not adapters.names)
     pooler, dimension = _pooler(checkpoint, model, options)
     for step in pooler.steps:
         if isinstance(step, nn.Module):
@@ -105,13 +106,14 @@ def _layout(
     options: ModelConfig,
     prepared: narrowing.Prepared,
     length: int,
+    isa: Isa,
     *,
     replayed: bool,
 ) -> tuple[Layout, str]:
     """How the backbone of `full` runs, and what a user may want to know of it."""
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     device = model.device
-    kernels = native.load() if options.native_kernels and device.type == "cpu" else None
+    kernels = native.load(isa)
     products = _products(kernels, prepared)
     if products is not None:
         narrowing.leave_file(full)
@@ -191,7 +193,19 @@ def _products(kernels: Kernels | None, prepared: narrowing.Prepared) -> Products
     return linear.float32(kernels)
 
 
-def _prepare(model: PreTrainedModel, options: ModelConfig) -> narrowing.Prepared:
+def _isa(options: ModelConfig, device: torch.device) -> Isa:
+    """Instructions that the CPU kernels may use.
+
+    Raises:
+        ConfigError: kernels with the instructions named cannot be had.
+    """
+    if device.type != "cpu" or not options.native_kernels:
+        return "none"
+    linear.require(options.isa)
+    return options.isa
+
+
+def _prepare(model: PreTrainedModel, options: ModelConfig, isa: Isa) -> narrowing.Prepared:
     """Narrow weights for `model`, as far as they are asked for; elsewhere than on a CPU it computes in its dtype."""
     dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
     if model.device.type != "cpu":
@@ -200,7 +214,7 @@ def _prepare(model: PreTrainedModel, options: ModelConfig) -> narrowing.Prepared
         model,
         int8=options.quantization == "int8",
         dtype=None if dtype is torch.float32 else dtype,
-        native_kernels=options.native_kernels,
+        isa=isa,
     )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cenote.config import Isa
     from cenote.models.layout import Layout
     from cenote.tensors.linear import Kernel, Kind
     from cenote.tensors.packing import Batch
@@ -59,14 +60,14 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, *, int8: bool, dtype: torch.dtype | None, native_kernels: bool) -> Prepared:
+def prepare(model: nn.Module, *, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Prepared:
     """Narrow the weights of the Linears of `model`, which keeps its own.
 
     Args:
         model: the backbone, on the CPU, in float32.
         int8: whether Linears are to be quantised.
         dtype: `torch.float16`, `torch.bfloat16` or `None`; see `Prepared.dtype`.
-        native_kernels: whether kernels may be compiled.
+        isa: instructions that the kernels may use.
     """
     kinds: list[Kind] = ["int8"] if int8 else []
     if dtype is not None:
@@ -74,15 +75,14 @@ def prepare(model: nn.Module, *, int8: bool, dtype: torch.dtype | None, native_k
     if not kinds:
         return Prepared()
     try:
-        if not native_kernels:
-            raise RuntimeError("native kernels are switched off")
-        kernel = linear.load()
+        kernel = linear.load(isa)
     except RuntimeError as error:
         return Prepared(notes=(f"{' and '.join(kinds)} fell back to float32: {error}",))
     path = kernel.path(kinds[0])
     assert path is not None, "a processor that has any path has one of each kind"
-    exact = linear.WIDENED | linear.SPLIT
-    fewest = 1 if path in exact else linear.TILE  # smaller ones are gates, not worth their rounding
+    fewest = (
+        linear.TILE if linear.PATHS[path].layout == "panels" else 1
+    )  # smaller ones are gates, not worth their rounding
     fit = [
         x
         for x in model.modules()
@@ -124,7 +124,7 @@ def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_len
     if prepared.kernel is None:
         own = {step.linear: step.weights for _, chain in _chains(model) for step in chain.steps}
         path = next((x.path for x in own.values() if isinstance(x, Narrow)), None)
-        return Outcome(f"{len(own)} of {total} in {linear.described(path)}" if path else "", prepared.notes)
+        return Outcome(f"{len(own)} of {total} in {linear.PATHS[path].text}" if path else "", prepared.notes)
     batch, apart, others_T = _probe(model, max_length)
     reference_TD = forward(layout, batch)
     # Products over experts may move by a last bit with the batch in float32 already
@@ -137,7 +137,7 @@ def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_len
 
     found_TD = forward(layout, batch)
     cosine = float(F.cosine_similarity(found_TD, reference_TD).mean())
-    how = linear.described(prepared.path)
+    how = linear.PATHS[prepared.path].text
     if not cosine >= LEAST_COSINE:
         raise CheckpointError(
             f"{type(model).__name__} does not bear weights in {how}: the cosine of its states to those in float32 is "

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import pathlib
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -26,13 +26,45 @@ from cenote.tensors.native import Chain, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cenote.config import Isa
     from cenote.tensors.native import Kernels, Products
 
 Kind = Literal["int8", "bfloat16", "float16", "float32"]
 
-SOURCE = Path(__file__).with_name("linear.cpp")
-PATHS = ("AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "AMX-BF16", "AMX-FLOAT32", "AMX-FLOAT16", "float16", "bfloat16")
-"""In the order of the kernel's numbers; the last two are for weights that are widened."""
+SOURCE = pathlib.Path(__file__).with_name("linear.cpp")
+
+
+class Path(NamedTuple):
+    """Products of Linear layers by one set of instructions.
+
+    Attributes:
+        kind: of the weights.
+        isa: least instructions.
+        layout: of the weights: multiplied as they are in panels, widened to float32 from tiles, or split with their
+            inputs into bfloat16 from blocks, while they are read.
+        text: for people.
+    """
+
+    kind: Kind
+    isa: Isa
+    layout: Literal["panels", "tiles", "blocks"]
+    text: str
+
+
+PATHS: dict[str, Path] = {
+    "AVX2": Path("int8", "avx2", "panels", "int8 by AVX2"),
+    "AVX-VNNI": Path("int8", "avx2", "panels", "int8 by AVX-VNNI"),
+    "AVX512-VNNI": Path("int8", "avx512", "panels", "int8 by AVX512-VNNI"),
+    "AMX": Path("int8", "amx", "panels", "int8 by AMX"),
+    "AMX-BF16": Path("bfloat16", "amx", "panels", "bfloat16 by AMX-BF16"),
+    "AMX-FLOAT32": Path("float32", "amx", "blocks", "float32, as sums of bfloat16, by AMX"),
+    "AMX-FLOAT16": Path("float16", "amx", "blocks", "float16, as sums of bfloat16, by AMX"),
+    "float16": Path("float16", "avx2", "tiles", "float16, widened to float32 as they are read"),
+    "bfloat16": Path("bfloat16", "avx2", "tiles", "bfloat16, widened to float32 as they are read"),
+}
+"""In the order of the kernel's numbers."""
+ISAS: tuple[Isa, ...] = ("avx2", "avx512", "amx", "auto")
+"""Each allows the instructions of those before it."""
 FASTEST: dict[Kind, tuple[str, ...]] = {
     "int8": ("AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2"),
     "bfloat16": ("AMX-BF16", "bfloat16"),
@@ -40,10 +72,6 @@ FASTEST: dict[Kind, tuple[str, ...]] = {
     "float32": ("AMX-FLOAT32",),
 }
 """Paths of each kind, the fastest first. vdpbf16ps is no faster than float32 on the processors tried, so it is none."""
-WIDENED = frozenset({"float16", "bfloat16"})
-"""Paths of weights that are widened."""
-SPLIT = frozenset({"AMX-FLOAT32", "AMX-FLOAT16"})
-"""Paths of inputs and weights that are split into bfloat16 while they are read: inputs into three."""
 PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
 """Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -76,13 +104,13 @@ class Narrow:
     @property
     def groups(self) -> int:
         """4 bytes each, of a row of the input as it is multiplied."""
-        found: int = self.panels.shape[1]
-        return 3 * TILE // 2 * found if self.path in SPLIT else found
+        lines: int = self.panels.shape[1]
+        return 3 * TILE // 2 * lines if PATHS[self.path].layout == "blocks" else lines
 
     @property
     def parts(self) -> int:
         """bfloat16 numbers that a weight is the sum of, where it is split."""
-        return PARTS[self.panels.dtype] if self.path in SPLIT else 1
+        return PARTS[self.panels.dtype] if PATHS[self.path].layout == "blocks" else 1
 
 
 def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
@@ -93,19 +121,20 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
     """
     outputs, inputs = weight_ND.shape
     bias = _padded(bias_N, outputs)
-    if path in FASTEST["int8"]:
+    kind, _, layout, _ = PATHS[path]
+    if kind == "int8":
         if inputs > WIDEST:
             raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
         codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
         sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
         scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
         return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
-    if path in SPLIT:
-        exact_ND = weight_ND.half() if path in FASTEST["float16"] else as_stored(weight_ND)
+    if layout == "blocks":
+        exact_ND = weight_ND.half() if kind == "float16" else as_stored(weight_ND)
         return Narrow(path, inputs, outputs, _blocks(exact_ND), None, None, bias)
-    if path not in WIDENED:
+    if layout == "panels":
         return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
-    half_ND = F.pad(weight_ND.to(getattr(torch, path)), (0, 0, 0, -outputs % WIDE_TILE))
+    half_ND = F.pad(weight_ND.to(getattr(torch, kind)), (0, 0, 0, -outputs % WIDE_TILE))
     return Narrow(path, inputs, outputs, half_ND.view(-1, WIDE_TILE, inputs).mT.contiguous(), None, None, bias)
 
 
@@ -124,15 +153,6 @@ def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
         scale_N = scale_N.maximum((even_ND[:, ::2] + even_ND[:, 1::2]).abs().amax(1) / 127)
     scale_N = scale_N.clamp(min=torch.finfo(torch.float32).tiny)
     return (weight_ND / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8), scale_N
-
-
-def described(path: str) -> str:
-    """What Linears do on `path`, for people."""
-    if path in WIDENED:
-        return f"{path}, widened to float32 as they are read"
-    if path in SPLIT:
-        return f"{'float16' if path in FASTEST['float16'] else 'float32'}, as sums of bfloat16, by AMX"
-    return f"int8 by {path}" if path in FASTEST["int8"] else f"bfloat16 by {path}"
 
 
 def _panels(narrow_ND: Tensor) -> Tensor:
@@ -187,16 +207,27 @@ class _Step(ctypes.Structure):
 
 
 class Kernel:
-    """The compiled function. Calls release the GIL and use as many threads as torch."""
+    """The compiled function. Calls release the GIL and use as many threads as torch.
 
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+    Args:
+        file: the library.
+        isa: instructions that it may use.
+
+    Attributes:
+        paths: that the library, the processor and `isa` have in common.
+    """
+
+    def __init__(self, file: pathlib.Path, isa: Isa = "auto") -> None:
+        library = ctypes.CDLL(str(file))
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._chain = library.narrow_chain
         self._chain.argtypes = [pointer, integer, pointer, long, pointer, long, pointer, long, integer]
         self._chain.restype = integer
-        found: int = library.linear_paths()
-        self.paths = tuple(path for i, path in enumerate(PATHS) if found >> i & 1)
+        bits: int = library.linear_paths()
+        allowed = ISAS[: ISAS.index(isa) + 1]
+        self.paths = tuple(
+            name for i, (name, path) in enumerate(PATHS.items()) if bits >> i & 1 and path.isa in allowed
+        )
 
     def path(self, kind: Kind) -> str | None:
         """The fastest path for weights of this kind, if there is any."""
@@ -263,7 +294,7 @@ def _plain(step: Step[Narrow]) -> _Step:
         own.groups,
         0.0 if norm is None else norm.eps,
         [*native.ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
-        PATHS.index(own.path),
+        [*PATHS].index(own.path),
         own.parts,
     )
 
@@ -273,7 +304,7 @@ def float32(kernels: Kernels | None) -> Products[Any] | None:
     if kernels is None:
         return None
     try:
-        kernel = load()
+        kernel = load(kernels.isa)
     except RuntimeError:
         return kernels if kernels.can_chain else None
     path = kernel.path("float32")
@@ -282,10 +313,11 @@ def float32(kernels: Kernels | None) -> Products[Any] | None:
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
     """What `path` computes, by torch in float64: `[R, N]`."""
-    if path in FASTEST["float32"]:
+    kind = PATHS[path].kind
+    if kind == "float32":
         return F.linear(x_RD.double(), weight_ND.double(), bias_N.double())
-    if path not in FASTEST["int8"]:
-        dtype = torch.float16 if path in FASTEST["float16"] else torch.bfloat16
+    if kind != "int8":
+        dtype = getattr(torch, kind)
         rounded_RD = x_RD.bfloat16() if path == "AMX-BF16" else x_RD
         return F.linear(rounded_RD.double(), weight_ND.to(dtype).double(), bias_N.double())
     codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
@@ -296,19 +328,46 @@ def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tenso
     return F.linear(rounded_RD, codes_ND.double() * scale_N.double()[:, None], bias_N.double())
 
 
-@functools.cache
-def load() -> Kernel:
+def load(isa: Isa = "auto") -> Kernel:
     """The kernel, built if need be (a few seconds, once per processor and compiler).
+
+    Args:
+        isa: instructions that it may use; see `cenote.tensors.native.chosen`.
 
     Raises:
         RuntimeError: it cannot be had, and why.
     """
+    return _load(native.chosen(isa))
+
+
+@functools.cache
+def _load(isa: Isa) -> Kernel:
+    if isa == "none":
+        raise RuntimeError("native kernels are switched off")
     try:
-        kernel = Kernel(native.build(native.cache(), SOURCE))
+        kernel = Kernel(native.build(native.cache(), SOURCE, native.TARGETS[isa].march), isa)
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(str(error)) from error
     if not kernel.paths:
         raise RuntimeError("the processor has none of AVX2, VNNI and AMX")
+    if isa == "amx" and "AMX" not in kernel.paths:
+        raise RuntimeError("the processor has no AMX, or the system does not allow it")
     if not kernel.agrees_with_torch():
         raise RuntimeError("the kernel does not agree with torch")
     return kernel
+
+
+def require(isa: Isa) -> None:
+    """Build and try all kernels of `isa`, if it names instructions.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    isa = native.chosen(isa)
+    native.load(isa)
+    if isa in ("auto", "none"):
+        return
+    try:
+        load(isa)
+    except RuntimeError as error:
+        raise native.unavailable(isa, error) from error

@@ -1,7 +1,8 @@
 """Optional CPU kernels, compiled on first use with the system's C++ compiler and loaded with ctypes.
 
 All of it may be absent: `load` returns `None` where there is no compiler, the build fails, the processor has no wide
-vectors, or the kernels disagree with torch; callers then keep to plain torch. The source is `kernels.cpp`.
+vectors, or the kernels disagree with torch; callers then keep to plain torch. Only where somebody names instructions is
+that an error. The source is `kernels.cpp`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cenote.config import Isa
+from cenote.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +38,6 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 # Without -ffast-math: infinities and NaN keep their meaning.
 FLAGS = (
     "-O3",
-    "-march=native",
     "-std=c++17",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -42,10 +45,9 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+VARIABLE = "CENOTE_ISA"
 LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
-NARROWEST = 8
-"""Vectors with fewer lanes (SSE) lose against torch."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
 """Rows that pass a chain of Linear layers together: fewer waste the BLAS, more leave the cache."""
 CACHE = 3 << 19
@@ -59,10 +61,36 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What a chain can apply to a layer's output, in the order of kernels.cpp."""
 
 
-class Kernels:
-    """The compiled functions. Calls release the GIL and use as many threads as torch."""
+class Target(NamedTuple):
+    """Processor that the kernels are compiled for.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        march: its name, for the compiler.
+        lanes: float32 numbers of a vector, at least; with four (SSE) the kernels lose against torch.
+    """
+
+    march: str
+    lanes: int
+
+
+TARGETS: dict[Isa, Target] = {
+    "auto": Target("native", 8),
+    "avx2": Target("haswell", 8),
+    "avx512": Target("native", 16),
+    "amx": Target("native", 16),
+}
+
+
+class Kernels:
+    """The compiled functions. Calls release the GIL and use as many threads as torch.
+
+    Args:
+        path: of the library.
+        isa: instructions that it may use.
+    """
+
+    def __init__(self, path: Path, isa: Isa = "auto") -> None:
+        self.isa = isa
         library = ctypes.CDLL(str(path))
         pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         self._attention = library.packed_attention
@@ -423,17 +451,68 @@ class _Blas:
         return memory
 
 
+def load(isa: Isa = "auto") -> Kernels | None:
+    """The kernels, built if need be (about a second, once per processor and compiler).
+
+    Args:
+        isa: instructions that they may use; see `chosen`.
+
+    Returns:
+        The kernels; `None` for `none`, and for `auto` where they cannot be had.
+
+    Raises:
+        ConfigError: kernels with the instructions named cannot be had.
+    """
+    return _load(chosen(isa))
+
+
 @functools.cache
-def load() -> Kernels | None:
-    """The kernels, built if need be (about a second, once per processor and compiler), or `None`."""
+def _load(isa: Isa) -> Kernels | None:
+    if isa == "none":
+        return None
     try:
-        kernels = Kernels(build(cache()))
-        if kernels.width < NARROWEST or not kernels.agree_with_torch():
-            log.info("native kernels are not used: they do not suit this processor")
-            return None
+        return _checked(isa)
     except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+        if isa != "auto":
+            raise unavailable(isa, error) from error
         log.info("native kernels are not used: %s", error)
         return None
+
+
+def chosen(isa: Isa) -> Isa:
+    """`isa`, or in place of `auto` that of the environment variable `CENOTE_ISA`.
+
+    Raises:
+        ConfigError: the variable names none.
+    """
+    named = os.environ.get(VARIABLE, "auto") if isa == "auto" else isa
+    known: tuple[Isa, ...] = get_args(Isa)
+    if named not in known:
+        raise ConfigError(f"environment variable {VARIABLE} is {named!r}, expected one of {', '.join(known)}")
+    return named
+
+
+def unavailable(isa: Isa, reason: Exception) -> ConfigError:
+    """The error for instructions that were named and cannot be had."""
+    return ConfigError(
+        f"CPU kernels with isa {isa} cannot be had here: {reason}; leave isa out for the widest that can"
+    )
+
+
+def _checked(isa: Isa) -> Kernels:
+    """Build, load and try the kernels.
+
+    Raises:
+        RuntimeError: they do not suit the processor, or disagree with torch.
+    """
+    target = TARGETS[isa]
+    if isa == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        raise RuntimeError("the processor has no AVX2")
+    kernels = Kernels(build(cache(), march=target.march), isa)
+    if kernels.width < target.lanes:
+        raise RuntimeError(f"the processor's vectors have {kernels.width} lanes, expected {target.lanes}")
+    if not kernels.agree_with_torch():
+        raise RuntimeError("they do not agree with torch")
     return kernels
 
 
@@ -442,8 +521,8 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cenote"
 
 
-def build(folder: Path, source: Path = SOURCE) -> Path:
-    """Compile `source` into `folder`, unless that has been done already; returns the library.
+def build(folder: Path, source: Path = SOURCE, march: str = "native") -> Path:
+    """Compile `source` for the processor `march` into `folder`, unless that has been done already; returns the library.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -452,12 +531,13 @@ def build(folder: Path, source: Path = SOURCE) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise RuntimeError("there is no C++ compiler")
+    flags = (*FLAGS, f"-march={march}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
     sources = [file.read_bytes() for file in sorted(source.parent.glob("*.cpp"))]  # one may include another
-    parts = [*sources, version, " ".join(FLAGS).encode(), _processor().encode()]
+    parts = [*sources, version, " ".join(flags).encode(), _processor().encode()]
     target = folder / f"{source.stem}-{hashlib.sha256(bytes(0).join(parts)).hexdigest()[:20]}.so"
     if target.exists():
         return target
@@ -465,7 +545,7 @@ def build(folder: Path, source: Path = SOURCE) -> Path:
     for openmp in (["-fopenmp"], []):  # one thread rather than nothing where OpenMP is missing
         handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
-        command = [compiler, *FLAGS, *openmp, str(source), "-o", name]
+        command = [compiler, *flags, *openmp, str(source), "-o", name]
         done = subprocess.run(command, capture_output=True, timeout=120)
         if done.returncode == 0:
             os.replace(name, target)  # atomic: another process may build at the same time
