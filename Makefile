@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check bench bench-peers clean
+.PHONY: serve test test-rest test-all check bench bench-peers clean
 
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +19,19 @@ $(VENV)/.dev: $(VENV)/.serve
 serve: $(VENV)/.serve
 	$(BIN)/cenote serve $(ARGS)
 
-# The whole test suite, in two processes. One thread each: its models are so small that threads would only wait for each
-# other.
+# Two processes. One thread each: the models are so small that threads would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
+
+# The rest: the other kernel paths that this processor has, and figures over more text.
+test-rest: $(VENV)/.dev
+	$(PYTEST) -m full $(ARGS)
+
+# The whole test suite.
+test-all: test test-rest
 
 # Lint, formatting, types.
 check: $(VENV)/.dev

@@ -287,14 +287,15 @@ def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     assert np.array_equal(vectors(own, TEXTS[::-1])[::-1], found)
 
 
-def test_search_is_as_good_in_int8(record_property: Callable[[str, object], None]) -> None:
-    pairs = collect(1000)
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.full)])
+def test_search_is_as_good_in_int8(count: int, record_property: Callable[[str, object], None]) -> None:
+    pairs = collect(count)
     texts = (*pairs.queries, *pairs.documents)
     found = []
     for options in ({}, {"quantization": "int8"}):
         with LLM(auto_truncate=True, max_model_len=TOKENS, **options) as llm:
             own = vectors(llm, texts)
-            found.append(ndcg_at_10(own[:1000], own[1000:]))
+            found.append(ndcg_at_10(own[:count], own[count:]))
     record_property("ndcg@10", found)
     assert found[0] > 0.5
     assert abs(found[1] / found[0] - 1) < 0.01

