@@ -12,6 +12,7 @@ CenoteError
 ├── Unauthorized      401
 ├── Overloaded        429  carries `retry_after`
 ├── Closed            503  the engine is shutting down
+├── EngineGone        503  carries `retry_after`; its process does not answer
 ├── EngineFailed      500
 └── PluginFailed      500
 """
@@ -109,6 +110,21 @@ class Closed(CenoteError):
 
     status = 503
     type = "ServiceUnavailableError"
+
+
+class EngineGone(CenoteError):
+    """The engine's process cannot be reached, or was lost before it answered.
+
+    Attributes:
+        retry_after: seconds after which a retry has a fair chance.
+    """
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineFailed(CenoteError):

@@ -6,20 +6,21 @@ written for it reads on (`vllm/outputs.py`, `vllm/pooling_params.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from cenote.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from collections.abc import Sequence as Seq
+    from collections.abc import Callable
     from concurrent.futures import Future
 
-    import numpy as np
     import torch
 
 T = TypeVar("T")
@@ -300,7 +301,7 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """The seam. Everything above talks to this; `LocalEngine` and `FakeEngine` implement it."""
+    """The seam. Everything above talks to this; `LocalEngine`, `RemoteEngine` and `FakeEngine` implement it."""
 
     info: ModelInfo
 
@@ -310,7 +311,8 @@ class Engine(Protocol):
         """Accept all `sequences` as one request, or raise `Overloaded` or `Closed`.
 
         The future resolves to outputs in the order of `sequences`; cancelling it drops the work that has not
-        begun. `progress` is called from a device thread, one at a time, with the number of sequences just finished.
+        begun. `progress` is called from a thread of the engine's, one at a time, with the number of sequences just
+        finished. An engine in another process refuses by the future, not by raising.
         """
 
     def healthy(self) -> bool:

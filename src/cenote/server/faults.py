@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cenote.errors import CenoteError, NotScored, Overloaded, Unauthorized
+from cenote.errors import CenoteError, EngineGone, NotScored, Overloaded, Unauthorized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def answer(error: CenoteError) -> Response:
     if isinstance(error, Unauthorized):
         content = orjson.dumps({"error": "Unauthorized", "detail": "Unauthorized"})
         return Response(content, 401, {"WWW-Authenticate": "Bearer"}, media_type="application/json")
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else {}
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, (Overloaded, EngineGone)) else {}
     # vLLM has no score routes for such a model, and its clients look for what a missing route answers.
     detail = "Not Found" if isinstance(error, NotScored) else None
     return body(error.message, error.type, error.param, error.status, headers, detail)

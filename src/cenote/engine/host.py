@@ -1,0 +1,237 @@
+"""An engine that serves other processes: it listens on a Unix socket, and any number of fronts connect.
+
+Whoever may open the socket may run the model, so it is the user's alone (mode 0600). A front that is lost takes its
+work with it; a front that cannot be understood is disconnected, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cenote
+from cenote.engine.wire import (
+    FLUSH,
+    FRONT_DECODER,
+    LARGEST_REQUEST,
+    Answer,
+    Ask,
+    Cancel,
+    Card,
+    Channel,
+    FromFront,
+    Health,
+    Hello,
+    Progress,
+    Submit,
+    WireError,
+    fault,
+)
+from cenote.errors import BadRequest, Closed, ConfigError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from cenote.types import Engine, ModelInfo, Output, Sequence
+
+log = logging.getLogger(__name__)
+
+
+class Host:
+    """Serves an engine to the processes that connect.
+
+    Args:
+        engine: runs what they submit; closed with the host.
+        path: of the socket. Its folder is made if there is none, for the user alone.
+        about: plain data that every front gets beside the model's `info`.
+
+    Raises:
+        ConfigError: the socket cannot be made, or another host listens there.
+    """
+
+    def __init__(self, engine: Engine, path: str | Path, about: Any = None) -> None:
+        self._engine = engine
+        self._card = Card(engine.info, about)
+        self._path = Path(path)
+        self._fronts: set[_Front] = set()
+        self._lock = threading.Lock()
+        self._doctor = ThreadPoolExecutor(1, thread_name_prefix="cenote-health")
+        self._listener = _listen(self._path)
+        self._inode = self._path.stat().st_ino
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._accept, name="cenote-host", daemon=True)
+        self._thread.start()
+
+    @property
+    def fronts(self) -> int:
+        """Number of fronts that are connected."""
+        return len(self._fronts)
+
+    def close(self) -> None:
+        """Accept no more, finish what was accepted, close the engine, and disconnect. May be called twice."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        if self._path.exists() and self._path.stat().st_ino == self._inode:  # no other host has taken the place
+            self._path.unlink()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        self._engine.close()
+        with self._lock:
+            fronts = [*self._fronts]
+        for front in fronts:
+            front.close()
+        self._doctor.shutdown()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if not self._is_closing:
+                    log.error("fronts can connect no more: %s", error)
+                return
+            front = _Front(connection, self._engine, self._card, self._doctor)
+            with self._lock:
+                self._fronts.add(front)
+            threading.Thread(target=self._serve, args=(front,), name="cenote-front", daemon=True).start()
+
+    def _serve(self, front: _Front) -> None:
+        try:
+            front.run()
+        finally:
+            with self._lock:
+                self._fronts.discard(front)
+
+
+class _Front:
+    """The host's end of one connection."""
+
+    def __init__(self, connection: socket.socket, engine: Engine, card: Card, doctor: ThreadPoolExecutor) -> None:
+        self._channel: Channel[FromFront] = Channel(connection, FRONT_DECODER, LARGEST_REQUEST)
+        self._engine = engine
+        self._card = card
+        self._doctor = doctor
+        self._running: dict[int, Future[list[Output]]] = {}
+
+    def run(self) -> None:
+        """Do as the front says until it is gone."""
+        self._channel.send(Hello(cenote.__version__))
+        self._channel.send(self._card)
+        try:
+            for frame in self._channel.frames():
+                self._take(frame)
+        except WireError as error:
+            log.warning("a front is disconnected: %s", error)
+        for future in [*self._running.values()]:
+            future.cancel()
+
+    def close(self) -> None:
+        """Disconnect, once what was sent is taken."""
+        self._channel.close(FLUSH)
+
+    def _take(self, frame: FromFront) -> None:
+        if isinstance(frame, Submit):
+            self._submit(frame)
+        elif isinstance(frame, Cancel):
+            future = self._running.get(frame.number)
+            if future is not None:
+                future.cancel()
+        else:
+            self._doctor.submit(self._examine, frame)
+
+    def _submit(self, frame: Submit) -> None:
+        progress = partial(self._report, frame.number) if frame.follows else None
+        try:
+            _check(frame.sequences, self._engine.info)
+            future = self._engine.submit(frame.sequences, progress=progress)
+        except Exception as error:  # whatever the engine raises is the answer
+            self._channel.send(fault(frame.number, error))
+            return
+        self._running[frame.number] = future
+        future.add_done_callback(partial(self._answer, frame.number))
+
+    def _report(self, number: int, count: int) -> None:
+        self._channel.send(Progress(number, count))
+
+    def _answer(self, number: int, future: Future[list[Output]]) -> None:
+        """Send what became of a request. A front that has cancelled it looks for no answer."""
+        self._running.pop(number, None)
+        try:
+            outcome = Closed("the engine dropped the request") if future.cancelled() else future.exception()
+            self._channel.send(Answer(number, future.result()) if outcome is None else fault(number, outcome))
+        except Exception as error:  # an output that does not cross
+            log.exception("a request cannot be answered")
+            self._channel.send(fault(number, error))
+
+    def _examine(self, frame: Ask) -> None:
+        self._channel.send(Health(frame.number, self._engine.healthy()))
+
+
+def _check(sequences: list[Sequence], info: ModelInfo) -> None:
+    """Refuse what no renderer makes, and a model would stumble over together with the requests of others.
+
+    Raises:
+        BadRequest: a task is not offered, there are no ids or too many, or one is outside the vocabulary.
+    """
+    for sequence in sequences:
+        foreign = {sequence.task, *sequence.also} - {*info.tasks}
+        if foreign:
+            raise BadRequest(f"{info.name} does not offer {min(foreign)!r}, but {', '.join(info.tasks)}")
+        if not 1 <= len(sequence.ids) <= info.limit(sequence.task):
+            raise BadRequest(f"got {len(sequence.ids)} tokens, expected 1 to {info.limit(sequence.task)}")
+        if min(sequence.ids) < 0 or max(sequence.ids) >= info.vocab_size:
+            raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
+        if sequence.type_ids is not None and len(sequence.type_ids) != len(sequence.ids):
+            raise BadRequest(f"got {len(sequence.type_ids)} type ids for {len(sequence.ids)} tokens")
+
+
+def _listen(path: Path) -> socket.socket:
+    """A socket at `path` that only this user can open.
+
+    What a host that was killed has left there is replaced.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_room(path)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
+
+
+def _make_room(path: Path) -> None:
+    """Remove a socket that nobody listens on.
+
+    Raises:
+        ConfigError: somebody does, or it is no socket.
+    """
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise ConfigError(f"cannot listen on {path}: it is a file, not a socket; name another path, or remove it")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise ConfigError(f"cannot listen on {path}: another engine does")

@@ -1,0 +1,332 @@
+"""An engine in another process, which listens on a Unix socket: the front's end of `cenote.engine.host`.
+
+A connection that is lost fails the requests under way (503) and is made again as soon as a host listens; requests that
+come meanwhile are refused at once. A host that comes back with another model is not taken: what was rendered for
+the first would be wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import Future, InvalidStateError, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import cenote
+from cenote.engine.wire import (
+    HOST_DECODER,
+    LARGEST_ANSWER,
+    Answer,
+    Ask,
+    Cancel,
+    Card,
+    Channel,
+    FromHost,
+    Health,
+    Hello,
+    Progress,
+    Submit,
+    WireError,
+    error_of,
+)
+from cenote.errors import CenoteError, Closed, ConfigError, EngineGone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from collections.abc import Sequence as Seq
+    from pathlib import Path
+
+    from cenote.types import ModelInfo, Output, Sequence
+
+    Frames = Generator[FromHost]
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds that the first connection may take: the engine may still be loading."""
+HEALTH_PATIENCE = 40.0
+"""Seconds that a health check waits for the host, which may run a forward for it."""
+INTRODUCTION = 10.0
+"""Seconds that a host may take to introduce itself."""
+SOONEST, LATEST = 0.05, 1.0
+"""Seconds between two attempts to connect, at first and in the end."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request under way."""
+
+    future: Future[Any]
+    progress: Callable[[int], None] | None = None
+
+
+class RemoteEngine:
+    """Runs nothing itself: a `Host` in another process does.
+
+    Args:
+        path: of the host's socket.
+        patience: seconds to wait until there is a host.
+
+    Attributes:
+        info: the model, as the host described it when this engine connected first.
+        about: the host's plain data beside it.
+
+    Raises:
+        ConfigError: there is no host, or it is of another version.
+    """
+
+    def __init__(self, path: str | Path, *, patience: float = PATIENCE) -> None:
+        self._path = str(path)
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._numbers = itertools.count()
+        self._closing = threading.Event()
+        self._channel: Channel[FromHost] | None = None
+        self._why_not = ""
+        deadline = time.monotonic() + patience
+        channel, frames, card = self._first_connection(deadline)
+        self.info: ModelInfo = card.info
+        self.about = card.about
+        self._channel = channel
+        self._thread = threading.Thread(target=self._run, args=(frames,), name="cenote-remote", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
+    ) -> Future[list[Output]]:
+        """See `cenote.types.Engine.submit`. What the host refuses is the future's exception.
+
+        Raises:
+            Closed: this engine was closed.
+            EngineGone: there is no host.
+        """
+        future: Future[list[Output]] = Future()
+        number, channel = self._enter(_Pending(future, progress))
+        try:
+            channel.send(Submit(number, [_plain(s) for s in sequences], progress is not None))
+        except BaseException:
+            self._leave(number)
+            raise
+        future.add_done_callback(partial(self._cancelled, number))
+        return future
+
+    def healthy(self) -> bool:
+        """True if the host can be reached and its engine is well."""
+        future: Future[bool] = Future()
+        try:
+            number, channel = self._enter(_Pending(future))
+        except CenoteError:
+            return False
+        channel.send(Ask(number))
+        try:
+            return future.result(HEALTH_PATIENCE)
+        except (CenoteError, TimeoutError):
+            return False
+        finally:
+            self._leave(number)
+
+    def close(self) -> None:
+        """Refuse new work, wait for what was accepted, and disconnect. The host goes on."""
+        self._closing.set()
+        is_reader = self._thread is threading.current_thread()  # an owner may be garbage-collected there
+        with self._lock:
+            under_way = [pending.future for pending in self._pending.values()]
+        if not is_reader:
+            wait(under_way)
+        with self._lock:
+            channel = self._channel
+        if channel is not None:
+            channel.close()
+        if not is_reader:
+            self._thread.join()
+
+    def _enter(self, pending: _Pending) -> tuple[int, Channel[FromHost]]:
+        """The number of a new request, and the connection that it goes by."""
+        with self._lock:
+            if self._closing.is_set():
+                raise Closed("the engine is shutting down")
+            if self._channel is None:
+                raise EngineGone(self._why_not)
+            number = next(self._numbers)
+            self._pending[number] = pending
+            return number, self._channel
+
+    def _leave(self, number: int) -> _Pending | None:
+        with self._lock:
+            return self._pending.pop(number, None)
+
+    def _cancelled(self, number: int, future: Future[list[Output]]) -> None:
+        """Tell the host of a request that nobody waits for. One that was answered has left already."""
+        with self._lock:
+            is_under_way = self._pending.pop(number, None) is not None
+            channel = self._channel
+        if is_under_way and channel is not None:
+            channel.send(Cancel(number))
+
+    def _run(self, frames: Frames) -> None:
+        """The thread that reads: one connection after the other."""
+        while True:
+            try:
+                for frame in frames:
+                    self._take(frame)
+            except WireError as error:
+                log.error("the engine at %s is not understood: %s", self._path, error)
+            self._lose()
+            connected = self._connected_again()
+            if connected is None:
+                return
+            channel, frames = connected
+            with self._lock:
+                self._channel = channel
+            if self._closing.is_set():
+                channel.close()
+            log.info("connected to the engine at %s again", self._path)
+
+    def _take(self, frame: FromHost) -> None:
+        if isinstance(frame, Progress):
+            self._advance(frame)
+            return
+        if isinstance(frame, (Hello, Card)):
+            raise WireError("the host introduces itself a second time")
+        pending = self._leave(frame.number)
+        if pending is None:  # cancelled
+            return
+        if isinstance(frame, Answer):
+            _settle(partial(pending.future.set_result, frame.outputs))
+        elif isinstance(frame, Health):
+            _settle(partial(pending.future.set_result, frame.is_well))
+        else:
+            _settle(partial(pending.future.set_exception, error_of(frame)))
+
+    def _advance(self, frame: Progress) -> None:
+        """Pass progress on; what the caller's function raises is its own affair."""
+        with self._lock:
+            pending = self._pending.get(frame.number)
+        if pending is None or pending.progress is None:
+            return
+        try:
+            pending.progress(frame.count)
+        except Exception:  # a broken progress bar must not stop the answers
+            log.exception("the progress callback failed")
+
+    def _lose(self) -> None:
+        """The connection is over: fail what was under way."""
+        with self._lock:
+            self._channel = None
+            self._why_not = "the engine's process is gone; the request can be sent again once it is back"
+            lost = [*self._pending.values()]
+            self._pending.clear()
+        if not self._closing.is_set():
+            log.error("lost the engine at %s, and %d requests with it", self._path, len(lost))
+        for pending in lost:
+            error = EngineGone("the engine's process was lost before it answered; send the request again")
+            _settle(partial(pending.future.set_exception, error))
+
+    def _refuse(self, why_not: str) -> None:
+        """Say from now on why there is no host."""
+        with self._lock:
+            is_new, self._why_not = why_not != self._why_not, why_not
+        if is_new:
+            log.error("%s: %s", self._path, why_not)
+
+    def _first_connection(self, deadline: float) -> tuple[Channel[FromHost], Frames, Card]:
+        pause = SOONEST
+        while True:
+            try:
+                return _connect(self._path)
+            except (OSError, WireError) as error:
+                if time.monotonic() + pause > deadline:
+                    raise ConfigError(
+                        f"cannot reach an engine at {self._path}: {getattr(error, 'strerror', None) or error}; "
+                        "start one with: cenote engine MODEL --listen PATH"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LATEST)
+
+    def _connected_again(self) -> tuple[Channel[FromHost], Frames] | None:
+        """A connection to a host of the same model, however long it takes; `None` when this engine is closed."""
+        pause = SOONEST
+        while not self._closing.wait(pause):
+            pause = min(2 * pause, LATEST)
+            try:
+                channel, frames, card = _connect(self._path)
+            except (OSError, WireError, ConfigError) as error:
+                log.debug("cannot reach the engine at %s: %s", self._path, error)
+                continue
+            if _contract(card) == _contract(Card(self.info, self.about)):
+                return channel, frames
+            channel.close()
+            frames.close()
+            self._refuse(f"the engine's process is another one's now, of {card.info.name}; restart this server")
+        return None
+
+
+def _connect(path: str) -> tuple[Channel[FromHost], Frames, Card]:
+    """A connection, what comes from it, and the host's card, which was the first to come.
+
+    Raises:
+        OSError: nobody listens.
+        WireError: the host is gone before it introduced itself, or not understood.
+        ConfigError: it is of another version.
+    """
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(INTRODUCTION)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    channel: Channel[FromHost] = Channel(connection, HOST_DECODER, LARGEST_ANSWER)
+    frames = channel.frames()
+    try:
+        card = _introduction(path, frames)
+    except BaseException:
+        frames.close()
+        raise
+    connection.settimeout(None)
+    return channel, frames, card
+
+
+def _introduction(path: str, frames: Frames) -> Card:
+    hello = next(frames, None)
+    if not isinstance(hello, Hello):
+        raise WireError("the host is gone before it said its version")
+    if hello.version != cenote.__version__:
+        raise ConfigError(
+            f"the engine at {path} is of Cenote {hello.version}, and this is {cenote.__version__}: "
+            "both must be of one version"
+        )
+    card = next(frames, None)
+    if not isinstance(card, Card):
+        raise WireError("the host is gone before it described its model")
+    return card
+
+
+def _contract(card: Card) -> tuple[ModelInfo, Any]:
+    """What must not change while a front runs: all of a card but what says how fast its engine is, and on what."""
+    info = replace(card.info, device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
+    return info, card.about
+
+
+def _plain(sequence: Sequence) -> Sequence:
+    """`sequence` with its ids as lists, which is how integers cross."""
+    ids, types = sequence.ids, sequence.type_ids
+    if isinstance(ids, np.ndarray):
+        sequence = replace(sequence, ids=ids.tolist())
+    if isinstance(types, np.ndarray):
+        sequence = replace(sequence, type_ids=types.tolist())
+    return sequence
+
+
+def _settle(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except InvalidStateError:
+        log.debug("the caller of a request gave up just now")

@@ -1,0 +1,322 @@
+"""What crosses between an engine's process and those in front of it, and how: frames over a socket.
+
+A frame is its length (8 bytes, little-endian) and a typed message in MessagePack. Arrays are their dtype, shape and raw
+bytes. Every message is validated while it is decoded, against the annotations of the classes below and of
+`cenote.types`, so a new field of `Sequence` or `Output` crosses by itself. Nothing is pickled.
+
+| from the front | | from the host | |
+|---|---|---|---|
+| `Submit` | run these sequences | `Hello` | first of all: the version |
+| `Cancel` | drop a request | `Card` | the model, and what rendering has to know of it |
+| `Ask` | is the engine well? | `Answer` or `Fault` | exactly one for each `Submit` that is not cancelled |
+| | | `Progress` | some sequences are finished |
+| | | `Health` | to `Ask` |
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Generator
+from typing import Any, Generic, TypeVar, get_args, get_origin
+
+import msgspec
+import numpy as np
+from msgspec.msgpack import Ext
+
+from cenote import errors
+from cenote.errors import CenoteError, EngineFailed
+from cenote.types import ModelInfo, Output, Sequence
+
+log = logging.getLogger(__name__)
+
+LENGTH = struct.Struct("<Q")
+LARGEST_REQUEST = 1 << 30
+"""Bytes of a frame that a host accepts."""
+LARGEST_ANSWER = 1 << 40
+"""Bytes of a frame that a front accepts."""
+FLUSH = 10.0
+"""Seconds that closing waits for the other side to take what was sent."""
+RAW = 1
+"""MessagePack's code for the bytes of an array."""
+
+
+class Hello(msgspec.Struct, tag="hello"):
+    """The host's version, which must be the front's."""
+
+    version: str
+
+
+class Card(msgspec.Struct, tag="card"):
+    """The model of the host.
+
+    Attributes:
+        about: plain data of the layer above, which knows what is in it.
+    """
+
+    info: ModelInfo
+    about: Any
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    """A request. Numbers are the front's own and are not used twice on a connection.
+
+    Attributes:
+        follows: send `Progress`.
+    """
+
+    number: int
+    sequences: list[Sequence]
+    follows: bool = False
+
+
+class Cancel(msgspec.Struct, tag="cancel"):
+    """Nobody waits for request `number` any more."""
+
+    number: int
+
+
+class Ask(msgspec.Struct, tag="ask"):
+    """A question after the engine's health."""
+
+    number: int
+
+
+class Answer(msgspec.Struct, tag="answer"):
+    """The outputs of request `number`."""
+
+    number: int
+    outputs: list[Output]
+
+
+class Fault(msgspec.Struct, tag="fault"):
+    """The error of request `number`.
+
+    Attributes:
+        kind: name of a class in `cenote.errors`.
+        fields: its attributes besides the message.
+    """
+
+    number: int
+    kind: str
+    message: str
+    fields: dict[str, Any]
+
+
+class Progress(msgspec.Struct, tag="progress"):
+    """`count` more sequences of request `number` are finished."""
+
+    number: int
+    count: int
+
+
+class Health(msgspec.Struct, tag="health"):
+    """Whether the engine is well."""
+
+    number: int
+    is_well: bool
+
+
+FromFront = Submit | Cancel | Ask
+FromHost = Hello | Card | Answer | Fault | Progress | Health
+
+KINDS: dict[str, type[CenoteError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, CenoteError)
+}
+"""Errors that cross as themselves."""
+
+
+class WireError(Exception):
+    """The other side does not keep to the protocol."""
+
+
+def fault(number: int, error: BaseException) -> Fault:
+    """`error` as the answer to request `number`; what is no error of Cenote's becomes an `EngineFailed`."""
+    if not isinstance(error, CenoteError):
+        error = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+    fields = {name: value for name, value in vars(error).items() if name != "message"}
+    return Fault(number, type(error).__name__, error.message, fields)
+
+
+def error_of(fault: Fault) -> CenoteError:
+    """The error that the host raised."""
+    error = KINDS.get(fault.kind, EngineFailed)(fault.message)
+    vars(error).update(fault.fields)
+    return error
+
+
+def _encoded(value: Any) -> Any:
+    """What msgspec does not know, made of what it knows."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, Ext(RAW, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, range):
+        return list(value)
+    raise NotImplementedError(f"{type(value).__name__} does not cross between processes")
+
+
+def _decoded(kind: Any, value: Any) -> Any:
+    """An array of the dtype that the annotation `kind` names, in memory of its own."""
+    if get_origin(kind) is not np.ndarray:
+        raise NotImplementedError(f"{kind} does not cross between processes")
+    name, shape, raw = value
+    (dtype,) = get_args(get_args(kind)[1])
+    if np.dtype(dtype).str != name:
+        raise ValueError(f"expected an array of {np.dtype(dtype)}, got {name!r}")
+    return np.frombuffer(raw, dtype).reshape(shape).copy()
+
+
+def _raw(code: int, data: memoryview) -> memoryview:
+    if code != RAW:
+        raise ValueError(f"unknown extension {code}")
+    return data
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_encoded)
+FRONT_DECODER = msgspec.msgpack.Decoder(FromFront, dec_hook=_decoded, ext_hook=_raw)
+"""Reads what a front sends."""
+HOST_DECODER: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost, dec_hook=_decoded, ext_hook=_raw)
+"""Reads what a host sends."""
+
+F = TypeVar("F")
+
+
+class Channel(Generic[F]):
+    """One end of a connection. Sending never waits for the other side; one thread reads.
+
+    Args:
+        connection: a connected stream socket, from now on the channel's.
+        decoder: of what the other side sends.
+        largest: bytes of a frame that are accepted.
+    """
+
+    def __init__(self, connection: socket.socket, decoder: msgspec.msgpack.Decoder[F], largest: int) -> None:
+        self._socket = connection
+        self._decoder = decoder
+        self._largest = largest
+        self._waiting: deque[memoryview] = deque()
+        self._ready = threading.Condition()
+        self._is_over = False
+        self._writer = threading.Thread(target=self._write, name="cenote-send", daemon=True)
+        self._writer.start()
+
+    def send(self, frame: Any) -> None:
+        """Send `frame`, or nothing if the connection is over.
+
+        What the socket takes at once is sent by the calling thread, and the rest by the channel's.
+
+        Raises:
+            NotImplementedError: there is something in the frame that does not cross.
+        """
+        buffer = bytearray(LENGTH.size)
+        _ENCODER.encode_into(frame, buffer, LENGTH.size)
+        LENGTH.pack_into(buffer, 0, len(buffer) - LENGTH.size)
+        data = memoryview(buffer)
+        with self._ready:
+            if self._is_over:
+                return
+            if not self._waiting:
+                data = data[self._sent_at_once(data) :]
+            if data:
+                self._waiting.append(data)
+                self._ready.notify_all()
+
+    def frames(self) -> Generator[F]:
+        """What the other side sends, until it is gone; then the socket is closed.
+
+        Raises:
+            WireError: a frame is too large or malformed.
+        """
+        try:
+            body = self._body()
+            while body is not None:
+                yield self._read(body)
+                body = self._body()
+        finally:
+            self._end()
+            self._writer.join()
+            self._socket.close()
+
+    def close(self, patience: float = 0.0) -> None:
+        """End the connection, after at most `patience` seconds in which the other side takes what was sent.
+
+        The thread that reads finds no more frames.
+        """
+        with self._ready:
+            self._ready.wait_for(lambda: self._is_over or not self._waiting, patience)
+        self._end()
+
+    def _sent_at_once(self, data: memoryview) -> int:
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            log.debug("the other side of a connection is gone: %s", error)
+            self._end()
+            return len(data)
+
+    def _write(self) -> None:
+        """Send what could not be sent at once."""
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._is_over or self._waiting)
+                if self._is_over:
+                    return
+                data = self._waiting[0]
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                log.debug("the other side of a connection is gone: %s", error)
+                self._end()
+                return
+            with self._ready:
+                self._waiting.popleft()
+                self._ready.notify_all()
+
+    def _body(self) -> bytearray | None:
+        """The next frame's bytes; `None` if there are no more."""
+        head = self._received(LENGTH.size)
+        if head is None:
+            return None
+        (length,) = LENGTH.unpack(head)
+        if length > self._largest:
+            raise WireError(f"a frame has {length} bytes, at most {self._largest} are accepted")
+        return self._received(length)
+
+    def _read(self, body: bytearray) -> F:
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            raise WireError(f"a frame cannot be read: {error}") from error
+
+    def _received(self, size: int) -> bytearray | None:
+        """The next `size` bytes; `None` if the connection ends before."""
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while view:
+            try:
+                count = self._socket.recv_into(view)
+            except OSError as error:
+                log.debug("the other side of a connection is gone: %s", error)
+                return None
+            if not count:
+                return None
+            view = view[count:]
+        return buffer
+
+    def _end(self) -> None:
+        with self._ready:
+            was_over, self._is_over = self._is_over, True
+            self._waiting.clear()
+            self._ready.notify_all()
+        if was_over:
+            return
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes both threads
+        except OSError as error:
+            log.debug("a connection was over already: %s", error)
