@@ -25,7 +25,6 @@ from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequenc
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastapi import FastAPI
     from transformers import PreTrainedTokenizerBase
 
 settings.register_profile("counted", deadline=None)
@@ -143,16 +142,3 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
 def client(serve: Serve) -> TestClient:
     """An application with every option at its default."""
     return serve()
-
-
-def routes(app: FastAPI) -> set[tuple[str, str]]:
-    """Method and path of every route, those of included routers too."""
-    found: set[tuple[str, str]] = set()
-    waiting = [*app.routes]
-    while waiting:
-        route: Any = waiting.pop()
-        if hasattr(route, "original_router"):
-            waiting += route.original_router.routes
-        else:
-            found |= {(method, route.path) for method in route.methods}
-    return found

@@ -10,7 +10,7 @@ import pytest
 
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, Closed, EngineFailed, Overloaded
-from cenote.server import direct, faults
+from cenote.server import app, faults, reading
 from tests.conftest import CLASSIFIER, INFO, JSON, error, expected, floats
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def test_a_large_wrong_body_is_refused_by_a_short_report(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, body: bytes, path: str
 ) -> None:
     """No more is reported than is shown, and a long body is parsed on another thread than the event loop's."""
-    report, parse = faults.validation, direct._parsed
+    report, parse = faults.validation, reading._parsed
     reported: list[int] = []
     threads: list[str] = []
 
@@ -378,13 +378,13 @@ def test_a_large_wrong_body_is_refused_by_a_short_report(
         return parse(content)
 
     monkeypatch.setattr(faults, "validation", validation)
-    monkeypatch.setattr(direct, "_parsed", parsed)
+    monkeypatch.setattr(reading, "_parsed", parsed)
     answer = serve(FakeEngine(CLASSIFIER)).post(path, content=body, headers=JSON)
     assert answer.status_code in (400, 404), answer.text[:300]
     assert len(answer.content) < 100_000
     assert all(count <= 6 for count in reported)
     (thread,) = threads
-    assert thread.startswith("cenote-render") == (len(body) > direct.LARGE)
+    assert thread.startswith("cenote-render") == (len(body) > app.LARGE)
 
 
 @pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/classify", "/rerank", "/score", "/tokenize"])

@@ -18,7 +18,7 @@ from cenote.engine.fake import FakeEngine, fake_vector
 from cenote.models.runner import Part, Pending
 from cenote.server.app import build
 from tests import PATIENCE
-from tests.conftest import INFO, expected, floats, routes
+from tests.conftest import INFO, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -305,7 +305,7 @@ def test_docs_can_be_switched_off(serve: Serve) -> None:
     check(post(client, [5]), [5])
 
 
-ROUTES = sorted(routes(build([], ServerConfig())))
+ROUTES = sorted(build([], ServerConfig()).routes)
 
 
 def test_the_list_of_routes_is_whole() -> None:

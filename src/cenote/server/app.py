@@ -1,87 +1,143 @@
-"""The web application: dialects, operations routes, error handlers and the gate around them."""
+"""The web application: one table of routes, one way from a request to its response."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import Router
 
-import cenote
-from cenote import metrics
 from cenote.server import faults
-from cenote.server.dialects import cohere, entities, fastdeploy, openai, pooling, scoring
-from cenote.server.direct import Direct, handlers
-from cenote.server.encoding import json_response
+from cenote.server.describe import described
+from cenote.server.dialects import cohere, entities, fastdeploy, openai, operations, pooling, scoring
+from cenote.server.dialects.requests import Limits
 from cenote.server.gate import Gate, UnderWay
+from cenote.server.reading import read
 from cenote.server.serving import Serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
+
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
 
     from cenote.config import ServerConfig
+    from cenote.server.routes import Dialect, Route
     from cenote.service import Service
 
-DIALECTS = (openai, cohere, pooling, scoring, entities, fastdeploy)
+log = logging.getLogger(__name__)
+
+DIALECTS: tuple[Dialect, ...] = (
+    openai.DIALECT,
+    cohere.DIALECT,
+    pooling.DIALECT,
+    scoring.DIALECT,
+    entities.DIALECT,
+    fastdeploy.DIALECT,
+    operations.DIALECT,
+)
+LARGE = 65_536
+"""Bodies with more bytes than this are parsed off the event loop."""
+MOST_MESSAGES = 4096
+"""Messages of a conversation."""
 
 
-def build(services: list[Service], config: ServerConfig) -> FastAPI:
-    """Return the application that serves `services`; shutting it down finishes what they accepted.
+class Application:
+    """An ASGI application that serves models. Shutting it down finishes the work that they accepted.
 
-    `app.state.under_way` has its requests.
+    Args:
+        services: the models.
+        config: of the server.
+        dialects: whose routes it has.
+
+    Attributes:
+        routes: the rows of the table by method and path.
+        under_way: requests that are being answered.
     """
-    serving = Serving(services, config)
+
+    def __init__(self, services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> None:
+        self._serving = Serving(services, config)
+        self._config = config
+        self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
+        dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
+        self.routes: dict[tuple[str, str], Route] = {}
+        self._dialects: dict[tuple[str, str], Dialect] = {}
+        for dialect in dialects:
+            for route in dialect.routes:
+                self._add(dialect, route)
+        self._paths = {path for _, path in self.routes}
+        self.under_way = UnderWay()
+        router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
+        self._app = Gate(router, config, self.under_way)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        await self._app(scope, receive, send)
+
+    def _add(self, dialect: Dialect, route: Route) -> None:
+        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+        for path in route.paths:
+            for method in methods:
+                if (method, path) in self.routes:
+                    raise ValueError(f"two dialects have the route {method} {path}; the second is {dialect.name}")
+                self.routes[method, path] = route
+                self._dialects[method, path] = dialect
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Any) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(serving.close)
+        await asyncio.to_thread(self._serving.close)
 
-    docs = {} if not config.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    app = FastAPI(
-        title="Cenote",
-        version=cenote.__version__,
-        description="An inference engine for pooling models.",
-        lifespan=lifespan,
-        root_path=config.root_path,
-        **docs,  # type: ignore[arg-type]
-    )
-    routers = [*(dialect.router(serving) for dialect in DIALECTS), _operations(serving)]
-    for router in routers:
-        app.include_router(router)
-    faults.install(app)
-    app.add_middleware(Direct, handlers=handlers(routers), serving=serving)
-    app.state.under_way = UnderWay()
-    app.add_middleware(Gate, config=config, under_way=app.state.under_way)
-    return app
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Find the route of a request and answer it, errors in the body of its dialect."""
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        key = scope["method"], self._path(scope)
+        dialect = self._dialects.get(key)
+        scope["route_path"] = key[1] if dialect else "other"
+        request = Request(scope, receive, send)
+        try:
+            response = await self._answer(key, request)
+        except faults.Failures as error:
+            response = faults.respond(error, dialect.error if dialect else faults.openai_error)
+        except Exception as error:
+            log.exception("%s %s failed", *key)
+            response = faults.respond(error)
+        await response(scope, receive, send)
+
+    def _path(self, scope: Scope) -> str:
+        """The path without the prefix of a proxy and without a closing slash."""
+        path: str = scope["path"]
+        prefix = self._config.root_path
+        if prefix and path.startswith(f"{prefix}/"):
+            path = path.removeprefix(prefix)
+        return path.rstrip("/") or "/"
+
+    async def _answer(self, key: tuple[str, str], request: Request) -> Response:
+        route = self.routes.get(key)
+        if route is None:
+            allowed = sorted(method for method, path in self.routes if path == key[1])
+            if not allowed:
+                raise HTTPException(404, "Not Found")
+            raise HTTPException(405, "Method Not Allowed", {"Allow": ", ".join(allowed)})
+        return await route.handler(self._serving, request, await self._body(route, request))
+
+    async def _body(self, route: Route, request: Request) -> Any:
+        """The body that `route` takes; `None` if it takes none."""
+        kind = route.body
+        if kind is None:
+            return None
+        content = await request.body()
+        if len(content) <= LARGE:
+            return read(content, kind, self._limits)
+        return await self._serving.in_pool("parse", lambda: read(content, kind, self._limits))
 
 
-def _operations(serving: Serving) -> APIRouter:
-    routes = APIRouter(tags=["Operations"])
-
-    @routes.get("/health")
-    @routes.get("/ping")
-    @routes.post("/ping", include_in_schema=False)
-    async def health() -> Response:
-        """200 if every model's last forward succeeded, or a new one does; else 503."""
-        well = await asyncio.gather(*(asyncio.to_thread(service.engine.healthy) for service in serving.services))
-        return Response(status_code=200 if all(well) else 503)
-
-    @routes.get("/version")
-    async def version() -> Response:
-        """Version of Cenote."""
-        return json_response({"version": cenote.__version__})
-
-    @routes.get("/load")
-    async def load() -> Response:
-        """Requests being computed."""
-        return json_response({"server_load": serving.running})
-
-    @routes.get("/metrics")
-    async def prometheus() -> Response:
-        """Metrics in Prometheus' text format."""
-        return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
-
-    return routes
+def build(services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> Application:
+    """Return the application that serves `services`; see `Application`."""
+    return Application(services, config, dialects)

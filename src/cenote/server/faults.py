@@ -1,7 +1,8 @@
 """Errors on the wire: the one place where an exception becomes a response.
 
-The body is OpenAI's and vLLM's, `{"error": {"message", "type", "param", "code"}}`, and beside it has the message as
-`detail`, where clients of Voyage and Jina read it. Texts never show a path.
+What every dialect says of an error is a `Fault`; the body is the dialect's. The common one is OpenAI's and vLLM's,
+`{"error": {"message", "type", "param", "code"}}`, with the message once more as `detail`, where clients of Voyage and
+Jina read it. Texts never show a path.
 """
 
 from __future__ import annotations
@@ -9,21 +10,18 @@ from __future__ import annotations
 import logging
 import re
 import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from fastapi.exception_handlers import http_exception_handler
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cenote.errors import CenoteError, EngineGone, NotScored, Overloaded, Unauthorized
+from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from fastapi import FastAPI
-    from starlette.requests import Request
+    from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -37,71 +35,104 @@ _BRANCH = re.compile(r"^(list\[|dict\[|str$|int$|bool$|none|function-|constraine
 _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
 
-def answer(error: CenoteError) -> Response:
-    """The response for `error`."""
-    if isinstance(error, Unauthorized):
-        content = orjson.dumps({"error": "Unauthorized", "detail": "Unauthorized"})
-        return Response(content, 401, {"WWW-Authenticate": "Bearer"}, media_type="application/json")
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, (Overloaded, EngineGone)) else {}
-    # vLLM has no score routes for such a model, and its clients look for what a missing route answers.
-    detail = "Not Found" if isinstance(error, NotScored) else None
-    return body(error.message, error.type, error.param, error.status, headers, detail)
+class BadBody(Exception):
+    """A body that is no JSON, or does not fit the model of its route.
+
+    Attributes:
+        errors: pydantic's reports, each with `loc` from the body on.
+    """
+
+    def __init__(self, errors: Sequence[Any]) -> None:
+        super().__init__("the body does not fit the route")
+        self.errors = errors
 
 
-def body(
-    message: str,
-    kind: str,
-    param: str | None,
-    status: int,
-    headers: Mapping[str, str] | None = None,
-    detail: str | None = None,
-) -> Response:
-    """An error body with the given fields; its `detail` is the message unless another is given."""
+@dataclass(frozen=True)
+class Fault:
+    """An error as dialects see it.
+
+    Attributes:
+        message: without paths, of valid Unicode.
+        type: name of the kind, as OpenAI spells them.
+        param: the request parameter at fault, if one is.
+        error: the exception.
+    """
+
+    status: int
+    message: str
+    type: str
+    param: str | None
+    error: Exception
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Failures = (CenoteError, BadBody, HTTPException)
+"""Exceptions that are answers; any other is a defect of the server."""
+
+
+def openai_error(fault: Fault) -> dict[str, Any]:
+    """The body of OpenAI and vLLM, with the message once more as `detail`."""
+    if isinstance(fault.error, Unauthorized):
+        return {"error": "Unauthorized", "detail": "Unauthorized"}
+    fields = {"message": fault.message, "type": fault.type, "param": fault.param, "code": fault.status}
+    return {"error": fields, "detail": fault.message}
+
+
+def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_error) -> Response:
+    """Return the response for an exception. Unknown paths and methods have `{"detail": ...}` in every dialect.
+
+    Args:
+        error: whatever was raised.
+        body: makes the dialect's error body.
+    """
+    if isinstance(error, HTTPException) and error.status_code != 400:
+        return _json({"detail": error.detail}, error.status_code, error.headers)
+    fault = fault_of(error)
+    return _json(body(fault), fault.status, fault.headers)
+
+
+def fault_of(error: Exception) -> Fault:
+    """Return what dialects are told of `error`."""
+    if isinstance(error, BadBody):
+        message, param = validation(error.errors)
+        return Fault(400, _presentable(message), "Bad Request", param, error)
+    if isinstance(error, HTTPException):  # a body that could not be read at all, as one nested too deeply
+        return Fault(error.status_code, str(error.detail), "Bad Request", "body", error)
+    if not isinstance(error, CenoteError):
+        return Fault(500, "Internal server error", "InternalServerError", None, error)
+    if error.status >= 500:
+        log.error("%s: %s", type(error).__name__, error.message)
+    return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
+
+
+def _headers(error: CenoteError) -> dict[str, str]:
+    if isinstance(error, (Overloaded, EngineGone)):
+        return {"Retry-After": str(error.retry_after)}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
+
+
+def _presentable(message: str) -> str:
+    """Return `message` bounded, without paths of files and without lone surrogates."""
     if len(message) > LONGEST_MESSAGE:
         message = f"{message[:LONGEST_MESSAGE]}..."
-    text = _PATH.sub("<path>", message).encode(errors="replace").decode()  # no lone surrogates
-    fields = {"message": text, "type": kind, "param": param, "code": status}
-    content = orjson.dumps({"error": fields, "detail": detail or text})
-    return Response(content, status, headers, media_type="application/json")
+    return _PATH.sub("<path>", message).encode(errors="replace").decode()
 
 
-def validation(errors: Sequence[Any]) -> Response:
-    """The 400 for a body that does not fit its model."""
+def _json(content: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+def validation(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Return the message and the parameter for a body that does not fit its model."""
     first = errors[0]
-    named = (first.get("ctx") or {}).get("param")
-    if named:
-        return body(first["msg"], "Bad Request", named, 400)
+    context = first.get("ctx") or {}
+    if context.get("param"):
+        return first["msg"], context["param"]
     if first["type"] == "json_invalid":
-        cause = (first.get("ctx") or {}).get("error", "the body is not JSON")
-        return body(f"JSON decode error: {cause}", "Bad Request", _where(first["loc"]), 400)
+        return f"JSON decode error: {context.get('error', 'the body is not JSON')}", _where(first["loc"])
     entries = "".join(f"\n  {_entry(error)}" for error in errors[:MOST_ENTRIES])
     plural = "s" if len(errors) != 1 else ""
-    return body(f"{len(errors)} validation error{plural}:{entries}", "Bad Request", _where(first["loc"]), 400)
-
-
-def install(app: FastAPI) -> None:
-    """Register the handlers on `app`."""
-
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return body("Internal server error", "InternalServerError", None, 500)
-
-    for kind in (CenoteError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, respond)
-    app.add_exception_handler(Exception, unexpected)
-
-
-async def respond(request: Request, error: Exception) -> Response:
-    """The response for what a route raises. Unknown paths and methods keep the framework's `{"detail": ...}`."""
-    if isinstance(error, CenoteError):
-        if error.status >= 500:
-            log.error("%s: %s", type(error).__name__, error.message)
-        return answer(error)
-    if isinstance(error, RequestValidationError):
-        return validation(error.errors())
-    assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # a body that could not be read at all, as one nested too deeply
-        return body(str(error.detail), "Bad Request", "body", 400)
-    return await http_exception_handler(request, error)
+    return f"{len(errors)} validation error{plural}:{entries}", _where(first["loc"])
 
 
 def _entry(error: Any) -> str:

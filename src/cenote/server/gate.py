@@ -100,11 +100,11 @@ class Gate:
         try:
             is_answered = await self.under_way.run(self._answer(scope, headers, receive, counted))
             if not is_answered and not is_started:
-                await faults.answer(Closed("the server is shutting down"))(scope, receive, counted)
+                await faults.respond(Closed("the server is shutting down"))(scope, receive, counted)
         finally:
             if is_counted:
                 metrics.running_requests.dec()
-                route = getattr(scope.get("route"), "path", "other")
+                route = scope.get("route_path", "other")
                 metrics.requests_of(route, status).inc()
                 metrics.seconds_of(route).observe(time.monotonic() - began)
 
@@ -113,7 +113,7 @@ class Gate:
             self._check(scope, headers)
             replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
         except CenoteError as error:
-            await faults.answer(error)(scope, receive, send)
+            await faults.respond(error)(scope, receive, send)
             return
         await self.app(scope, replayed, send)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -19,10 +18,14 @@ from cenote.pipeline import operations
 from cenote.server.dialects.requests import Body, Many, Some
 from cenote.server.dialects.vectors import ranges_for
 from cenote.server.encoding import VectorType, json_response, typed
+from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.engine.prompts import Applied
     from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
@@ -77,21 +80,14 @@ class EmbedRequest(Body):
         return self
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["Cohere"])
+async def embed(serving: Serving, request: Request, body: EmbedRequest) -> Response:
+    """One vector per input, in each of the types that are asked for."""
+    return await _answer(serving, request, body, version="2")
 
-    @routes.post("/v2/embed")
-    async def embed(body: EmbedRequest, request: Request) -> Response:
-        """One vector per input, in each of the types that are asked for."""
-        return await _answer(serving, request, body, version="2")
 
-    @routes.post("/v1/embed", include_in_schema=False)
-    async def embed_v1(body: EmbedRequest, request: Request) -> Response:
-        """The same; vectors stand in a bare list unless types are asked for."""
-        return await _answer(serving, request, body, version="1")
-
-    return routes
+async def embed_v1(serving: Serving, request: Request, body: EmbedRequest) -> Response:
+    """The same; vectors stand in a bare list unless types are asked for."""
+    return await _answer(serving, request, body, version="1")
 
 
 async def _answer(serving: Serving, request: Request, body: EmbedRequest, version: str) -> Response:
@@ -176,3 +172,12 @@ def _messages(given: Input, applied: Applied) -> list[dict[str, Any]]:
     """An input as a user's message, behind its prompt as a system message."""
     system = [{"role": "system", "content": applied.text}] if applied.text else []
     return [*system, {"role": "user", "content": [part.model_dump(exclude_none=True) for part in given.content]}]
+
+
+DIALECT = Dialect(
+    "Cohere",
+    (
+        Route("/v2/embed", embed, EmbedRequest),
+        Route("/v1/embed", embed_v1, EmbedRequest, is_described=False),
+    ),
+)

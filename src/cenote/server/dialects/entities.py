@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Many, Shared, Some
 from cenote.server.encoding import json_response, with_data
+from cenote.server.routes import Dialect, Route
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.engine.entities import Entity
     from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
@@ -26,41 +29,33 @@ class EntityRequest(Shared):
     ignore_labels: Many[str] = Field(["O"], description="labels that are no entities")
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["Entities"])
+async def token_classify(serving: Serving, request: Request, body: EntityRequest) -> Response:
+    """The entities of each text, with label, score and character offsets."""
+    service = serving.find(body.model)
+    body.refuse_media()
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    serving.check_count(len(texts))
 
-    @routes.post("/v1/token_classify")
-    @routes.post("/token_classify", include_in_schema=False)
-    async def token_classify(body: EntityRequest, request: Request) -> Response:
-        """The entities of each text, with label, score and character offsets."""
-        service = serving.find(body.model)
-        body.refuse_media()
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        serving.check_count(len(texts))
+    def make() -> Job[Response]:
+        job = operations.find_entities(
+            service,
+            texts,
+            body.text_options(),
+            aggregation=body.aggregation_strategy,
+            ignore_labels=body.ignore_labels,
+        )
 
-        def make() -> Job[Response]:
-            job = operations.find_entities(
-                service,
-                texts,
-                body.text_options(),
-                aggregation=body.aggregation_strategy,
-                ignore_labels=body.ignore_labels,
-            )
+        def encode(entities: list[list[Entity]]) -> Response:
+            data = [
+                {"index": i, "object": "token_classify", "entities": [wire(entity) for entity in of_text]}
+                for i, of_text in enumerate(entities)
+            ]
+            head = answers.head(serving, request, body, "token_classify", job.sequences)
+            return json_response(with_data(head, data))
 
-            def encode(entities: list[list[Entity]]) -> Response:
-                data = [
-                    {"index": i, "object": "token_classify", "entities": [wire(entity) for entity in of_text]}
-                    for i, of_text in enumerate(entities)
-                ]
-                head = answers.head(serving, request, body, "token_classify", job.sequences)
-                return json_response(with_data(head, data))
+        return job.then(encode)
 
-            return job.then(encode)
-
-        return await serving.answer(request, service, make)
-
-    return routes
+    return await serving.answer(request, service, make)
 
 
 def wire(entity: Entity) -> dict[str, Any]:
@@ -69,3 +64,9 @@ def wire(entity: Entity) -> dict[str, Any]:
     if entity.index is None:
         return {"entity_group": entity.label, "score": entity.score, "word": entity.word, **place}
     return {"entity": entity.label, "score": entity.score, "index": entity.index, "word": entity.word, **place}
+
+
+DIALECT = Dialect(
+    "Entities",
+    (Route("/v1/token_classify", token_classify, EntityRequest, aliases=("/token_classify",)),),
+)

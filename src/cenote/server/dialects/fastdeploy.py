@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
@@ -14,10 +13,14 @@ from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Chat, Conversation, Shared, Some
 from cenote.server.encoding import json_response
+from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
     from cenote.service import Service
@@ -47,48 +50,40 @@ class RewardRequest(Shared, Chat):
         return source if isinstance(source[0], int) else None
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["FastDeploy"])
+async def reward(serving: Serving, request: Request, body: RewardRequest) -> Response:
+    """The reward of a conversation: one number, or one per step from a process reward model."""
+    service = serving.find(body.model, any_name=True)
+    body.refuse_media()
+    if body.dimensions is not None:
+        raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
 
-    @routes.post("/v1/chat/reward")
-    @routes.post("/v1/reward")
-    async def reward(body: RewardRequest, request: Request) -> Response:
-        """The reward of a conversation: one number, or one per step from a process reward model."""
-        service = serving.find(body.model, any_name=True)
-        body.refuse_media()
-        if body.dimensions is not None:
-            raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
+    def make() -> Job[Response]:
+        job = _job(serving, service, body)
 
-        def make() -> Job[Response]:
-            job = _job(serving, service, body)
-
-            def encode(outputs: list[Output]) -> Response:
-                ids = list(job.sequences[0].ids) if body.return_token_ids else None
-                entry = {
-                    "index": 0,
-                    "object": "reward",
-                    "score": _scores(service, outputs[0]),
-                    "prompt_token_ids": ids,
-                    "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
+        def encode(outputs: list[Output]) -> Response:
+            ids = list(job.sequences[0].ids) if body.return_token_ids else None
+            entry = {
+                "index": 0,
+                "object": "reward",
+                "score": _scores(service, outputs[0]),
+                "prompt_token_ids": ids,
+                "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
+            }
+            user = f"{body.user}-" if body.user else ""
+            return json_response(
+                {
+                    "id": f"reward-{user}{request_id(request, body.request_id)}",
+                    "object": "object",
+                    "created": int(time.time()),
+                    "model": serving.name(body.model),
+                    "data": [entry],
+                    "usage": answers.usage(job.sequences),
                 }
-                user = f"{body.user}-" if body.user else ""
-                return json_response(
-                    {
-                        "id": f"reward-{user}{request_id(request, body.request_id)}",
-                        "object": "object",
-                        "created": int(time.time()),
-                        "model": serving.name(body.model),
-                        "data": [entry],
-                        "usage": answers.usage(job.sequences),
-                    }
-                )
+            )
 
-            return job.then(encode)
+        return job.then(encode)
 
-        return await serving.answer(request, service, make)
-
-    return routes
+    return await serving.answer(request, service, make)
 
 
 def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Output]]:
@@ -108,3 +103,12 @@ def _scores(service: Service, output: Output) -> list[float]:
     """The reward; of steps, whose classes are bad and good, the value of the last class."""
     values: list[float] = (output.data[:, -1] if service.info.step else output.data).ravel().tolist()
     return values
+
+
+DIALECT = Dialect(
+    "FastDeploy",
+    (
+        Route("/v1/chat/reward", reward, RewardRequest),
+        Route("/v1/reward", reward, RewardRequest),
+    ),
+)

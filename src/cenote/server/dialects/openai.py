@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -13,10 +12,14 @@ from cenote.server.dialects.pooling import answer_vectors
 from cenote.server.dialects.requests import KINDS, KINDS_OF_TASKS
 from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import json_response
+from cenote.server.routes import Dialect, Route
 from cenote.tasks import TASKS
 from cenote.types import ModelInfo
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.server.serving import Serving
 
 
@@ -57,27 +60,18 @@ class EmbeddingRequest(TypedFields):
         return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type or as_type)
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["OpenAI"])
+async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:
+    """One vector per input; of search models also token vectors and sparse weights."""
+    task, *also = body.tasks(serving.find(body.model).info)
+    return await answer_vectors(
+        serving, request, body, task, also=tuple(also), prefix="embd", kind="embedding", field="embedding"
+    )
 
-    @routes.post("/v1/embeddings")
-    @routes.post("/embeddings", include_in_schema=False)
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """One vector per input; of search models also token vectors and sparse weights."""
-        task, *also = body.tasks(serving.find(body.model).info)
-        return await answer_vectors(
-            serving, request, body, task, also=tuple(also), prefix="embd", kind="embedding", field="embedding"
-        )
 
-    @routes.get("/v1/models")
-    @routes.get("/models", include_in_schema=False)
-    async def models() -> Response:
-        """One card per name under which a model is served."""
-        cards = [_card(serving, service, name) for service in serving.services for name in service.names]
-        return json_response({"object": "list", "data": cards})
-
-    return routes
+async def models(serving: Serving, request: Request, body: None) -> Response:
+    """One card per name under which a model is served."""
+    cards = [_card(serving, service, name) for service in serving.services for name in service.names]
+    return json_response({"object": "list", "data": cards})
 
 
 def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
@@ -105,3 +99,12 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
         "max_model_len": service.info.max_model_len,
         "permission": [permission],
     }
+
+
+DIALECT = Dialect(
+    "OpenAI",
+    (
+        Route("/v1/embeddings", embeddings, EmbeddingRequest, aliases=("/embeddings",)),
+        Route("/v1/models", models, method="GET", aliases=("/models",)),
+    ),
+)

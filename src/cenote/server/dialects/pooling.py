@@ -6,7 +6,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -27,11 +26,15 @@ from cenote.server.dialects.requests import (
 )
 from cenote.server.dialects.vectors import TypedFields
 from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
+from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.tasks import PLUGIN
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Classes
     from cenote.server.dialects.vectors import Form
@@ -103,81 +106,69 @@ class DetokenizeRequest(Body):
     tokens: Many[Annotated[int, Field(ge=0, lt=2**63)]]
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["vLLM"])
+async def pooling(serving: Serving, request: Request, body: PoolingRequest) -> Response:
+    """The result of any task that the model offers: a vector or a matrix per input."""
+    if body.for_plugin:
+        return await answer_plugin(serving, request, body)
+    if body.dimensions is not None:
+        raise BadRequest("dimensions is currently not supported", param="dimensions")
+    task = body.task or serving.find(body.model).info.default_task
+    params = PoolingParams(
+        use_activation=body.use_activation,
+        top_k=body.top_k,
+        step_tag_id=body.step_tag_id,
+        returned_token_ids=None if body.returned_token_ids is None else tuple(body.returned_token_ids),
+        late_chunking_params=body.late(),
+    )
+    return await answer_vectors(serving, request, body, task, params, prefix="pooling", kind="pooling", field="data")
 
-    @routes.post("/pooling")
-    async def pooling(body: PoolingRequest, request: Request) -> Response:
-        """The result of any task that the model offers: a vector or a matrix per input."""
-        if body.for_plugin:
-            return await answer_plugin(serving, request, body)
-        if body.dimensions is not None:
-            raise BadRequest("dimensions is currently not supported", param="dimensions")
-        task = body.task or serving.find(body.model).info.default_task
-        params = PoolingParams(
-            use_activation=body.use_activation,
-            top_k=body.top_k,
-            step_tag_id=body.step_tag_id,
-            returned_token_ids=None if body.returned_token_ids is None else tuple(body.returned_token_ids),
-            late_chunking_params=body.late(),
+
+async def classify(serving: Serving, request: Request, body: ClassifyRequest) -> Response:
+    """The value of every class per input, and the name of the largest."""
+    service = serving.find(body.model)
+    body.refuse_media()
+    params = PoolingParams(use_activation=body.use_activation)
+
+    def make() -> Job[Response]:
+        prompts, options = answers.prompts_of(serving, service, body)
+        job = operations.classify(service, prompts, params, options)
+
+        def encode(inputs: list[Classes]) -> Response:
+            data = [
+                {"index": i, "label": classes.label, "probs": classes.values, "num_classes": len(classes.values)}
+                for i, classes in enumerate(inputs)
+            ]
+            return json_response(with_data(answers.head(serving, request, body, "classify", job.sequences), data))
+
+        return job.then(encode)
+
+    return await serving.answer(request, service, make, is_plain=body.conversations() is None)
+
+
+async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) -> Response:
+    """Token ids of a prompt or a conversation, also of more tokens than the model reads."""
+    service = serving.find(body.model)
+
+    def answered() -> Response:
+        ids = _tokens(serving, service, body)
+        strings = service.renderer.token_strings(ids) if body.return_token_strs else None
+        return json_response(
+            {
+                "count": len(ids),
+                "max_model_len": service.info.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
         )
-        return await answer_vectors(
-            serving, request, body, task, params, prefix="pooling", kind="pooling", field="data"
-        )
 
-    @routes.post("/classify")
-    @routes.post("/v1/classify", include_in_schema=False)
-    async def classify(body: ClassifyRequest, request: Request) -> Response:
-        """The value of every class per input, and the name of the largest."""
-        service = serving.find(body.model)
-        body.refuse_media()
-        params = PoolingParams(use_activation=body.use_activation)
+    return await serving.in_pool("render", answered)
 
-        def make() -> Job[Response]:
-            prompts, options = answers.prompts_of(serving, service, body)
-            job = operations.classify(service, prompts, params, options)
 
-            def encode(inputs: list[Classes]) -> Response:
-                data = [
-                    {"index": i, "label": classes.label, "probs": classes.values, "num_classes": len(classes.values)}
-                    for i, classes in enumerate(inputs)
-                ]
-                return json_response(with_data(answers.head(serving, request, body, "classify", job.sequences), data))
-
-            return job.then(encode)
-
-        return await serving.answer(request, service, make, is_plain=body.conversations() is None)
-
-    @routes.post("/tokenize")
-    @routes.post("/v1/tokenize", include_in_schema=False)
-    async def tokenize(body: TokenizeRequest) -> Response:
-        """Token ids of a prompt or a conversation, also of more tokens than the model reads."""
-        service = serving.find(body.model)
-
-        def answered() -> Response:
-            ids = _tokens(serving, service, body)
-            strings = service.renderer.token_strings(ids) if body.return_token_strs else None
-            return json_response(
-                {
-                    "count": len(ids),
-                    "max_model_len": service.info.max_model_len,
-                    "tokens": ids,
-                    "token_strs": strings,
-                }
-            )
-
-        return await serving.in_pool("render", answered)
-
-    @routes.post("/detokenize")
-    @routes.post("/v1/detokenize", include_in_schema=False)
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        """The text of token ids."""
-        service = serving.find(body.model)
-        text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
-        return json_response({"prompt": text})
-
-    return routes
+async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    service = serving.find(body.model)
+    text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
+    return json_response({"prompt": text})
 
 
 def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[int]:
@@ -329,3 +320,14 @@ def _several(
     if len(tasks) == 1:
         return values[tasks[0]]
     return [{KINDS_OF_TASKS[task]: values[task][i] for task in tasks} for i in range(len(outputs))]
+
+
+DIALECT = Dialect(
+    "vLLM",
+    (
+        Route("/pooling", pooling, PoolingRequest),
+        Route("/classify", classify, ClassifyRequest, aliases=("/v1/classify",)),
+        Route("/tokenize", tokenize, TokenizeRequest, aliases=("/v1/tokenize",)),
+        Route("/detokenize", detokenize, DetokenizeRequest, aliases=("/v1/detokenize",)),
+    ),
+)

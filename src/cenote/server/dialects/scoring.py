@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.engine.pairs import PairOptions
-from cenote.errors import BadRequest
+from cenote.errors import BadRequest, NotScored
 from cenote.pipeline import operations
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Many, Shared
 from cenote.server.encoding import json_response, with_data
+from cenote.server.faults import Fault, openai_error
+from cenote.server.routes import Dialect, Route
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
     from cenote.server.serving import Serving
@@ -93,65 +97,55 @@ class RerankRequest(ScoringFields):
         return "top_k" in self.model_fields_set and "top_n" not in self.model_fields_set
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes of this dialect."""
-    routes = APIRouter(tags=["Scoring"])
+async def score(serving: Serving, request: Request, body: ScoreRequest) -> Response:
+    """How well texts go together: one score per pair, in order."""
+    service = serving.find(body.model)
+    sides = body.sides()
+    assert sides is not None
+    queries, documents = (texts(side, service) for side in sides)
+    body.refuse_media()
+    serving.check_count(max(len(queries), len(documents)))
+    params = PoolingParams(use_activation=body.use_activation)
 
-    @routes.post("/score")
-    @routes.post("/v1/score", include_in_schema=False)
-    async def score(body: ScoreRequest, request: Request) -> Response:
-        """How well texts go together: one score per pair, in order."""
-        service = serving.find(body.model)
-        sides = body.sides()
-        assert sides is not None
-        queries, documents = (texts(side, service) for side in sides)
-        body.refuse_media()
-        serving.check_count(max(len(queries), len(documents)))
-        params = PoolingParams(use_activation=body.use_activation)
+    def make() -> Job[Response]:
+        job = operations.score(
+            service, queries, documents, params, body.text_options(), body.pair_options(), body.score_type
+        )
 
-        def make() -> Job[Response]:
-            job = operations.score(
-                service, queries, documents, params, body.text_options(), body.pair_options(), body.score_type
-            )
+        def encode(scores: Array) -> Response:
+            data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores.tolist())]
+            return json_response(with_data(answers.head(serving, request, body, "score", job.sequences), data))
 
-            def encode(scores: Array) -> Response:
-                data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores.tolist())]
-                return json_response(with_data(answers.head(serving, request, body, "score", job.sequences), data))
+        return job.then(encode)
 
-            return job.then(encode)
+    return await serving.answer(request, service, make)
 
-        return await serving.answer(request, service, make)
 
-    @routes.post("/rerank")
-    @routes.post("/v1/rerank", include_in_schema=False)
-    @routes.post("/v2/rerank", include_in_schema=False)
-    async def rerank(body: RerankRequest, request: Request) -> Response:
-        """The documents by falling relevance to the query."""
-        service = serving.find(body.model)
-        documents = texts(body.documents, service)
-        (query,) = texts(body.query, service)
-        body.refuse_media()
-        serving.check_count(len(documents))
-        top_n = body.top_k if body.is_voyage else body.top_n
-        params = PoolingParams(use_activation=body.use_activation)
+async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Response:
+    """The documents by falling relevance to the query."""
+    service = serving.find(body.model)
+    documents = texts(body.documents, service)
+    (query,) = texts(body.query, service)
+    body.refuse_media()
+    serving.check_count(len(documents))
+    top_n = body.top_k if body.is_voyage else body.top_n
+    params = PoolingParams(use_activation=body.use_activation)
 
-        def make() -> Job[Response]:
-            job = operations.rerank(
-                service, query, documents, top_n, params, body.text_options(), body.pair_options(), body.score_type
-            )
+    def make() -> Job[Response]:
+        job = operations.rerank(
+            service, query, documents, top_n, params, body.text_options(), body.pair_options(), body.score_type
+        )
 
-            def encode(ranked: list[Ranked]) -> Response:
-                results = [_result(body, rank, documents[rank.index]) for rank in ranked]
-                head = answers.head(serving, request, body, "score", job.sequences)
-                usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
-                entries = {"object": "list", "data": results} if body.is_voyage else {"results": results}
-                return json_response({"id": head["id"], "model": head["model"], "usage": usage, **entries})
+        def encode(ranked: list[Ranked]) -> Response:
+            results = [_result(body, rank, documents[rank.index]) for rank in ranked]
+            head = answers.head(serving, request, body, "score", job.sequences)
+            usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
+            entries = {"object": "list", "data": results} if body.is_voyage else {"results": results}
+            return json_response({"id": head["id"], "model": head["model"], "usage": usage, **entries})
 
-            return job.then(encode)
+        return job.then(encode)
 
-        return await serving.answer(request, service, make)
-
-    return routes
+    return await serving.answer(request, service, make)
 
 
 def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
@@ -187,3 +181,19 @@ def _text(item: Text, service: Service) -> str:
             param="content",
         )
     return "\n".join(str(text) for text in found)
+
+
+def scoring_error(fault: Fault) -> dict[str, Any]:
+    """The body of OpenAI; of a model without a score, which has no such routes in vLLM, with the `detail` of a 404."""
+    body = openai_error(fault)
+    return body | {"detail": "Not Found"} if isinstance(fault.error, NotScored) else body
+
+
+DIALECT = Dialect(
+    "Scoring",
+    (
+        Route("/score", score, ScoreRequest, aliases=("/v1/score",)),
+        Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank", "/v2/rerank")),
+    ),
+    scoring_error,
+)

@@ -1,0 +1,87 @@
+"""The description of the API: OpenAPI made from the route table, and pages that show it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pydantic.json_schema import models_json_schema
+from starlette.responses import HTMLResponse
+
+import cenote
+from cenote.server.encoding import json_response
+from cenote.server.routes import Dialect, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from cenote.config import ServerConfig
+    from cenote.server.serving import Serving
+
+REFERENCE = "#/components/schemas/{model}"
+
+
+def openapi(dialects: Sequence[Dialect], config: ServerConfig) -> dict[str, Any]:
+    """Return the OpenAPI description of the routes of `dialects`."""
+    routes = [(dialect, route) for dialect in dialects for route in dialect.routes if route.is_described]
+    models = [(route.body, "validation") for _, route in routes if route.body is not None]
+    _, schemas = models_json_schema(models, ref_template=REFERENCE)  # type: ignore[arg-type]
+    paths: dict[str, dict[str, Any]] = {}
+    for dialect, route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(dialect, route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Cenote",
+            "description": "An inference engine for pooling models.",
+            "version": cenote.__version__,
+        },
+        **({"servers": [{"url": config.root_path}]} if config.root_path else {}),
+        "paths": paths,
+        "components": {"schemas": schemas.get("$defs", {})},
+    }
+
+
+def _operation(dialect: Dialect, route: Route) -> dict[str, Any]:
+    name = getattr(route.handler, "__name__", route.path)
+    operation: dict[str, Any] = {
+        "tags": [dialect.name],
+        "summary": name.replace("_", " ").capitalize(),
+        "description": inspect.getdoc(route.handler) or "",
+        "operationId": f"{name}_{route.path.strip('/').replace('/', '_')}_{route.method.lower()}",
+        "responses": {"200": {"description": "Successful Response"}},
+    }
+    if route.body is not None:
+        schema = {"$ref": REFERENCE.format(model=route.body.__name__)}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["responses"]["400"] = {"description": "The request cannot be served"}
+    return operation
+
+
+def described(dialects: Sequence[Dialect], config: ServerConfig) -> Dialect:
+    """Return the routes that describe those of `dialects`."""
+    description = openapi(dialects, config)
+
+    async def schema(_: Serving, request: Request, body: None) -> Response:
+        """The API as OpenAPI."""
+        return json_response(description)
+
+    routes = [Route("/openapi.json", schema, method="GET", is_described=False)]
+    routes += [Route(path, partial(_page, kind), method="GET", is_described=False) for path, kind in PAGES.items()]
+    return Dialect("Description", tuple(routes))
+
+
+async def _page(kind: str, serving: Serving, request: Request, body: None) -> HTMLResponse:
+    from fastapi.openapi import docs
+
+    make = getattr(docs, kind)
+    page: HTMLResponse = make(openapi_url=f"{serving.config.root_path}/openapi.json", title="Cenote")
+    return page
+
+
+PAGES = {"/docs": "get_swagger_ui_html", "/redoc": "get_redoc_html"}
+"""Functions of FastAPI that make a page which shows an OpenAPI description."""

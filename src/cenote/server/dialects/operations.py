@@ -1,0 +1,52 @@
+"""Routes for those who run the server: health, load, version and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+import cenote
+from cenote import metrics
+from cenote.server.encoding import json_response
+from cenote.server.routes import Dialect, Route
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from cenote.server.serving import Serving
+
+
+async def health(serving: Serving, request: Request, body: None) -> Response:
+    """200 if every model's last forward succeeded, or a new one does; else 503."""
+    well = await asyncio.gather(*(asyncio.to_thread(service.engine.healthy) for service in serving.services))
+    return Response(status_code=200 if all(well) else 503)
+
+
+async def version(serving: Serving, request: Request, body: None) -> Response:
+    """Version of Cenote."""
+    return json_response({"version": cenote.__version__})
+
+
+async def load(serving: Serving, request: Request, body: None) -> Response:
+    """Requests being computed."""
+    return json_response({"server_load": serving.running})
+
+
+async def prometheus(serving: Serving, request: Request, body: None) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+DIALECT = Dialect(
+    "Operations",
+    (
+        Route("/health", health, method="GET", aliases=("/ping",)),
+        Route("/ping", health, is_described=False),
+        Route("/version", version, method="GET"),
+        Route("/load", load, method="GET"),
+        Route("/metrics", prometheus, method="GET"),
+    ),
+)

@@ -1,0 +1,67 @@
+"""From the bytes of a request to the validated body that its route takes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+
+from cenote.server.dialects.requests import Body
+from cenote.server.faults import BadBody
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from cenote.server.dialects.requests import Limits
+
+MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
+
+
+def read(content: bytes, kind: type[BaseModel], limits: Limits) -> Any:
+    """Parse and validate a body.
+
+    Raises:
+        BadBody: it is no JSON, or not what `kind` describes.
+        BadRequest: a list in it is longer than `limits` allow.
+        HTTPException: it cannot be read at all.
+    """
+    if not content:
+        raise BadBody([MISSING])
+    value = _parsed(content)
+    if issubclass(kind, Body):
+        kind.check_lengths(value, limits)
+    try:
+        return _adapter(kind).validate_python(value, from_attributes=True)
+    except ValidationError as error:
+        entries = error.errors(include_url=False)
+        raise BadBody([{**entry, "loc": ("body", *entry["loc"])} for entry in entries]) from error
+
+
+@cache
+def _adapter(kind: type[BaseModel]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _parsed(content: bytes) -> Any:
+    """Parse JSON. Python's own reader has the last word: it takes other Unicode encodings and lone surrogates too."""
+    try:
+        return from_json(content)
+    except ValueError:
+        pass
+    try:
+        return json.loads(content)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise HTTPException(400, "There was an error parsing the body") from error
+    except json.JSONDecodeError as error:
+        raise _invalid(error.msg, error.pos) from error
+    except ValueError as error:
+        raise _invalid(str(error).partition(";")[0], 0) from error
+
+
+def _invalid(message: str, position: int) -> BadBody:
+    entry = {"type": "json_invalid", "loc": ("body", position), "msg": "JSON decode error", "input": {}}
+    return BadBody([{**entry, "ctx": {"error": message}}])
