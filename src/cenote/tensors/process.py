@@ -9,8 +9,10 @@ import re
 import sys
 from pathlib import Path
 
-MAPPED = re.compile(r" r[-w][-x]p .*\.safetensors$| r-[-x]p .*\.so[.\d]*$")
-"""Lines of /proc/self/smaps of weights, and of what is only read of libraries."""
+WEIGHTS = re.compile(r" r[-w][-x]p .*\.safetensors$", re.MULTILINE)
+"""Lines of /proc/self/maps of weights."""
+LIBRARIES = re.compile(r" r-[-x]p .*\.so[.\d]*$", re.MULTILINE)
+"""Lines of /proc/self/maps of what is only read of libraries."""
 SOFT = 1
 """`omp_pause_soft`: variables of threads are kept."""
 
@@ -65,16 +67,29 @@ def leave_unused_memory() -> None:
     """Give back what loading has left behind: freed memory that glibc keeps, and what was read from mapped files.
 
     Those are weights, of which a packed matrix is a copy, and libraries, of which importing runs more than all that
-    follows. Pages that are read again come back. A mapping in which something was written, which only this process
-    has, is left alone. Does nothing where there is no /proc.
+    follows; once a process, for what has come back is what is used. Pages that are read again come back. A mapping in
+    which something was written, which only this process has, is left alone. Does nothing where there is no /proc.
     """
     release_freed_memory()
+    _leave(WEIGHTS)
+    _leave_libraries()
+
+
+@functools.cache
+def _leave_libraries() -> None:
+    _leave(LIBRARIES)
+
+
+def _leave(kind: re.Pattern[str]) -> None:
+    """Give the pages of mappings back to the system, if nothing was written in them."""
     try:
+        if not kind.search(Path("/proc/self/maps").read_text()):
+            return  # the kernel takes much longer for the details of all mappings
         mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     except OSError:
         return
     for mapping in mappings:
         head = mapping.partition("\n")[0]
-        if MAPPED.search(head) and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
+        if kind.search(head) and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
             begin, end = (int(x, 16) for x in head.split()[0].split("-"))
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
