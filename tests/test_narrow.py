@@ -37,6 +37,9 @@ from tests.test_parity_zoo import alone, sequences
 from tests.test_retrieval_quality import TOKENS, collect, ndcg_at_10
 from tests.zoo import ZOO, Architecture, build
 
+if native.chosen("auto") == "none":
+    pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)
+
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 AMX = "AMX" in linear.load().paths
 
@@ -261,7 +264,12 @@ def whole() -> np.ndarray:
         return vectors(llm)
 
 
-@pytest.fixture(params=FORMS)
+def kept(path: str) -> bool:
+    """Whether `make test` runs it: the fastest of its kind here."""
+    return path == linear.load().path(linear.PATHS[path].kind)
+
+
+@pytest.fixture(params=[pytest.param(path, marks=() if kept(path) else pytest.mark.full) for path in FORMS])
 def llm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, LLM]]:
     path: str = request.param
     if path not in linear.load().paths:

