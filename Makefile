@@ -20,7 +20,7 @@ serve: $(VENV)/.serve
 	$(BIN)/cenote serve $(ARGS)
 
 # Two processes. One thread each: the models are so small that threads would only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
 test: $(VENV)/.dev

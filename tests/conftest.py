@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
+LONGEST = (
+    "server_process", "retrieval_quality", "benchmarks", "hub", "multi_vector", "narrow", "checkpoint", "plugins",
+    "sentence_transformers", "classifiers", "cross_encoders", "parity_zoo", "graphs", "bench", "process", "convert",
+    "examples_of_peers", "similarity", "reentrant", "llm", "scheduler",
+)  # fmt: skip
+"""Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}
 INFO = replace(FAKE_INFO, vocab_size=30_522)
 """The fake model, with a vocabulary that fits the tokenizer: vectors of 8, at most 64 tokens."""
@@ -57,6 +63,12 @@ CROSS_ENCODER = replace(
 
 ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
 """The fake model, which scores pairs by its vectors."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files by `LONGEST`."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def expected(ids: list[int], **params: Any) -> list[float]:
