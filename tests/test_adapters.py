@@ -139,7 +139,7 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
-    service = Service.load(ModelConfig(model=str(folder), served_model_name=("jina",)), EngineConfig(cache_size=8))
+    service = Service.open(ModelConfig(model=str(folder), served_model_name=("jina",)), EngineConfig(cache_size=8))
     with TestClient(build([service], ServerConfig())) as client:
         yield client
 
@@ -262,7 +262,7 @@ def test_usage_names_them(client: TestClient, tmp_path: Path) -> None:
     both = {"adapters": ["retrieval_query", "retrieval_passage"]}
     assert details(client, "/score", queries=TEXTS[0], documents=TEXTS) == both
     folder = jina(tmp_path / "jina", prompts={"retrieval.query": "represent: ", "topic": "one "})
-    service = Service.load(ModelConfig(model=str(folder), served_model_name="jina"), EngineConfig())
+    service = Service.open(ModelConfig(model=str(folder), served_model_name="jina"), EngineConfig())
     with TestClient(build([service], ServerConfig())) as prompted:
         applied = {"prompt_name": "retrieval.query", "prompt": "represent: ", "adapters": ["retrieval_query"]}
         assert details(prompted, input=TEXTS, input_type="query") == applied
@@ -373,7 +373,7 @@ def test_no_side_among_the_adapters() -> None:
 
 
 def test_report(folder: Path) -> None:
-    service = Service.load(ModelConfig(model=str(folder)), EngineConfig())
+    service = Service.open(ModelConfig(model=str(folder)), EngineConfig())
     service.engine.close()
     assert f"adapters: {', '.join(sorted(ADAPTERS))}; default none" in report(service)
 

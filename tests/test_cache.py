@@ -746,7 +746,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("size", "kind"), [(0, LocalEngine), (1, CachedEngine)])
 def test_the_option_switches_it_on(folder: Path, size: int, kind: type) -> None:
     assert EngineConfig().cache_size == 0
-    service = Service.load(ModelConfig(model=str(folder)), EngineConfig(cache_size=size))
+    service = Service.open(ModelConfig(model=str(folder)), EngineConfig(cache_size=size))
     assert type(service.engine) is kind
     if isinstance(service.engine, CachedEngine):
         assert service.engine._store.capacity == size << 20

@@ -672,7 +672,7 @@ def client(folder: Path) -> Iterator[TestClient]:
     whole = ModelConfig(
         model=str(folder), served_model_name="whole", pooler_config={"pooling_type": "MEAN"}, chat_template=TEMPLATE
     )
-    services = [Service.load(config, EngineConfig()) for config in (blocks, whole)]
+    services = [Service.open(config, EngineConfig()) for config in (blocks, whole)]
     with TestClient(build(services, ServerConfig())) as client:
         yield client
 

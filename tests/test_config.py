@@ -13,7 +13,7 @@ import pytest
 import cenote
 from cenote import LLM, config
 from cenote.cli import flags, main
-from cenote.cli.serve import limits, models_of
+from cenote.cli.serve import engines_of, limits, models_of
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
 from tests import PATIENCE
@@ -252,6 +252,59 @@ def test_faults_of_several_models(argv: list[str], sentence: str) -> None:
         served(*argv)
 
 
+# --- engines in other processes -------------------------------------------------------------------------------------
+
+
+def in_front(*argv: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Engines, their names, and whether a tokenizer may bring code, as `cenote serve` would stand in front of them."""
+    found = flags.parse(["serve", *argv])
+    assert found.pop("command") == "serve"
+    model, server, _ = engines_of(found)
+    return server.engine, model.served_model_name, model.trust_remote_code
+
+
+def test_engines() -> None:
+    assert in_front("--engine", "a") == (("a",), (), False)
+    assert in_front("--engine", "a", "b", "--served-model-name", "x", "y") == (("a", "b"), ("x", "y"), False)
+    assert in_front("--engine", "a", "--trust-remote-code") == (("a",), (), True)
+
+
+def test_engines_from_the_environment(environment: dict[str, str]) -> None:
+    environment["CENOTE_ENGINE"] = "a,b"
+    assert in_front()[0] == ("a", "b")
+
+
+FRONT_FAULTS: dict[str, tuple[list[str], str]] = {
+    "a model": (["m", "--engine", "a"], "model has no effect with --engine: each engine was started with a model"),
+    "models": (["m", "n", "--engine", "a"], "models has no effect with --engine"),
+    "of the model": (["--engine", "a", "--dtype", "float16"], "dtype has no effect with --engine"),
+    "of the engine": (["--engine", "a", "--threads", "2"], "threads has no effect with --engine"),
+    "too few names": (
+        ["--engine", "a", "b", "--served-model-name", "x"],
+        "2 engines need as many names: --served-model-name gives 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("argv", "sentence"), FRONT_FAULTS.values(), ids=FRONT_FAULTS)
+def test_faults_of_servers_in_front(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        in_front(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "an engine needs a socket; name its path with --listen PATH"),
+        (["--listen", "a", "--io-processor-plugin", "p"], "io_processor_plugin has no effect here: plugins run in"),
+        (["a", "b", "--listen", "c"], "unknown flag"),
+    ],
+)
+def test_faults_of_engines(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["engine", *argv]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 # --- environment, file, precedence --------------------------------------------------------------------------------
 
 
@@ -427,6 +480,10 @@ def test_an_empty_key_in_a_file_does_not_open_the_server(content: str, tmp_path:
 def test_an_empty_key_among_the_flags_does_not_open_the_server(capsys: Any) -> None:
     assert main(["serve", "--port", "0", "--model", "/nowhere/at/all", "--api-key", ""]) == 2
     assert "cenote: api_key: key 1 of 1 is empty" in capsys.readouterr().err
+
+
+def test_limits_of_an_engine_elsewhere_are_its_own() -> None:
+    assert limits(None, ServerConfig()) == ["limits: 2048 inputs and 67108864 bytes a request"]
 
 
 def test_configs_are_frozen() -> None:

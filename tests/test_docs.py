@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 
 from cenote.cli import flags
 from cenote.cli.options import page
-from cenote.cli.serve import models_of
-from cenote.config import LAYERS, BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.cli.serve import engines_of, models_of
+from cenote.config import LAYERS, BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig, resolve
 from cenote.server.app import build
 from cenote.service import Service
 from tests.checkpoints import classifier
@@ -50,7 +50,7 @@ def client(folders: Path) -> Iterator[TestClient]:
     for own in options:
         own |= {"convert": "sparse"} if own["served_model_name"] == "my-splade" else {"chat_template": template}
     configs = [ModelConfig(), *(ModelConfig(**own) for own in options)]
-    with TestClient(build([Service.load(config, EngineConfig()) for config in configs], ServerConfig())) as client:
+    with TestClient(build([Service.open(config, EngineConfig()) for config in configs], ServerConfig())) as client:
         yield client
 
 
@@ -87,6 +87,10 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.pop("command") == words[1]
     if words[1] == "bench":
         resolve(found, (*LAYERS, BenchConfig))
+    elif words[1] == "engine":
+        resolve(found, (*LAYERS, HostConfig))
+    elif "engine" in found:
+        engines_of(found)
     else:
         models_of(found)
 

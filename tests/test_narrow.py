@@ -342,7 +342,7 @@ def test_without_the_kernel_it_is_float32(
 
 
 def test_report() -> None:
-    service = Service.load(ModelConfig(quantization="int8"), EngineConfig())
+    service = Service.open(ModelConfig(quantization="int8"), EngineConfig())
     try:
         lines = report(service)
     finally:

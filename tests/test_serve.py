@@ -108,7 +108,7 @@ def test_models_that_were_loaded_are_closed_when_another_cannot_be(
         engines.append(FakeEngine(INFO))
         return Service(engines[-1], Renderer(tokenizer, INFO), model.served_model_name)
 
-    monkeypatch.setattr(Service, "load", load)
+    monkeypatch.setattr(Service, "open", load)
     collections = gc.get_threshold()
     assert main(["serve", "a", "b", "c", "--port", "0"]) == 2
     assert gc.get_threshold() == collections
@@ -135,13 +135,13 @@ import os, sys
 from cenote.cli import main, serve
 from cenote.errors import ConfigError
 
-share = serve._share_cores
+share = serve.share_cores
 
 def share_and_end():
     share()
     raise ConfigError("ended before anything is loaded")
 
-serve._share_cores = share_and_end
+serve.share_cores = share_and_end
 status = main(["serve", "--port", "0"])
 print("torch" in sys.modules, status, {{name: os.environ[name] for name in {SET} if name in os.environ}})
 """

@@ -413,7 +413,7 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def real(folder: Path) -> Iterator[TestClient]:
-    with TestClient(build([Service.load(ModelConfig(model=str(folder)), EngineConfig())], ServerConfig())) as made:
+    with TestClient(build([Service.open(ModelConfig(model=str(folder)), EngineConfig())], ServerConfig())) as made:
         yield made
 
 
@@ -465,7 +465,7 @@ def test_pairs_between_other_prompts_offline(llm: LLM, folder: Path) -> None:
 )
 def test_the_activation_follows_the_problem_type(tmp_path: Path, serve: Serve, problem: str, activation: Any) -> None:
     folder = checkpoints.classifier(tmp_path, num_labels=3, problem_type=problem)
-    client = serve.of(Service.load(ModelConfig(model=str(folder)), EngineConfig()))
+    client = serve.of(Service.open(ModelConfig(model=str(folder)), EngineConfig()))
     answer = post(client, "/classify", {"input": TEXTS[:2]})
     wanted = activation(logits(folder, *TEXTS[:2]))
     np.testing.assert_allclose([entry["probs"] for entry in answer["data"]], wanted.numpy(), rtol=0, atol=2e-5)
@@ -474,7 +474,7 @@ def test_the_activation_follows_the_problem_type(tmp_path: Path, serve: Serve, p
 
 def test_token_classes_are_those_of_transformers(tmp_path: Path, serve: Serve) -> None:
     folder = checkpoints.classifier(tmp_path, head="ForTokenClassification", num_labels=4)
-    client = serve.of(Service.load(ModelConfig(model=str(folder)), EngineConfig()))
+    client = serve.of(Service.open(ModelConfig(model=str(folder)), EngineConfig()))
     model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     answer = post(client, "/pooling", {"input": TEXTS})  # its only class task is the default

@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
-    service = Service.load(ModelConfig(model=str(folder), served_model_name=("ner",)), EngineConfig())
+    service = Service.open(ModelConfig(model=str(folder), served_model_name=("ner",)), EngineConfig())
     with TestClient(build([service], ServerConfig())) as made:
         yield made
 

@@ -360,7 +360,7 @@ def tokenizer_of_steps() -> PreTrainedTokenizerBase:
 
 
 def start(folder: Path, **options: Any) -> TestClient:
-    return TestClient(build([Service.load(ModelConfig(model=str(folder), **options), EngineConfig())], ServerConfig()))
+    return TestClient(build([Service.open(ModelConfig(model=str(folder), **options), EngineConfig())], ServerConfig()))
 
 
 def states(folder: Path, text: str) -> tuple[list[int], torch.Tensor]:

@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def client(folders: dict[str, Path]) -> Iterator[TestClient]:
     services = [
-        Service.load(
+        Service.open(
             ModelConfig(model=str(folder), served_model_name=(name,), convert="sparse" if name == "splade" else "auto"),
             EngineConfig(),
         )

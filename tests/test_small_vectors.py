@@ -231,7 +231,7 @@ def m3(tmp_path_factory: pytest.TempPathFactory) -> Service:
     folder = checkpoints.bert(tmp_path_factory.mktemp("small") / "m3")
     for file, width in (("sparse_linear.pt", 1), ("colbert_linear.pt", 16)):
         torch.save({"weight": torch.ones(width, checkpoints.HIDDEN), "bias": torch.zeros(width)}, folder / file)
-    return Service.load(ModelConfig(model=str(folder), served_model_name=("m3",)), EngineConfig())
+    return Service.open(ModelConfig(model=str(folder), served_model_name=("m3",)), EngineConfig())
 
 
 def test_beside_other_kinds(serve: Serve, m3: Service) -> None:
@@ -259,7 +259,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, calibration: Path, **options: Any) -> Service:
-    return Service.load(ModelConfig(model=str(folder), calibration=str(calibration), **options), EngineConfig())
+    return Service.open(ModelConfig(model=str(folder), calibration=str(calibration), **options), EngineConfig())
 
 
 def rows_of(service: Service) -> np.ndarray:

@@ -20,6 +20,7 @@ from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
+LogLevel = Literal["debug", "info", "warning", "error"]
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
 RENAMED_PARAMS = {
     "normalize": "use_activation",
@@ -274,9 +275,12 @@ class ServerConfig(BaseModel):
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
     root_path: str = Field("", description="path prefix that a proxy strips")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    log_level: LogLevel = Field("info", description="least severe log line")
+    engine: tuple[str, ...] = Field(
+        (), description="sockets of engines in other processes (`cenote engine`), instead of MODEL"
+    )
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "engine", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -302,6 +306,15 @@ def _key_fault(key: str) -> str:
     if not (key.isascii() and key.isprintable()):
         return "has characters that no HTTP header carries"
     return ""
+
+
+class HostConfig(BaseModel):
+    """How an engine is run for servers in other processes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: str = Field("", description="path of the Unix socket that servers connect to")
+    log_level: LogLevel = Field("info", description="least severe log line")
 
 
 SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "texts": (".txt", ".jsonl")}
@@ -412,7 +425,7 @@ EXPLAINED = {
     "enable_prefix_caching": "there is no key-value cache; see prefix_sharing for what a batch has in common",
     "enable_chunked_prefill": "sequences are never split",
     "metrics_port": "metrics are on the main port, at /metrics",
-    "engine_worker_queue_port": "the engine lives in the server's process",
+    "engine_worker_queue_port": "the engine lives in the server's process, or listens on a socket; see --engine",
     "disable_log_stats": "statistics are at /metrics",
 }
 """Options of other engines that are accepted without effect, and why they have none."""

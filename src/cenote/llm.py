@@ -109,7 +109,7 @@ class LLM:
             log.info(note)
         if model_config.task is not None:
             warnings.warn(notes[0], FutureWarning, stacklevel=2)
-        self._service = Service.load(model_config, engine_config, max_queued=1 << 40)
+        self._service = Service.open(model_config, engine_config, max_queued=1 << 40)
         # Also at exit: a device thread that outlives the interpreter aborts the process.
         weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()

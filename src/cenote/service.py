@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cenote import plugins
+from cenote import plugins, tokenizer
 from cenote.engine import calibration
 from cenote.engine.cache import CachedEngine
 from cenote.engine.chunking import ChunkedEngine, late
+from cenote.engine.facts import Facts
 from cenote.engine.pairs import PairRenderer
 from cenote.engine.prompts import Prompts, Sides
-from cenote.engine.rendering import Renderer
+from cenote.engine.remote import PATIENCE, RemoteEngine
 from cenote.errors import CenoteError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from transformers import PreTrainedModel
-
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.engine.rendering import Prompt, TextOptions
+    from cenote.engine.rendering import Prompt, Renderer, TextOptions
     from cenote.models.checkpoint import Checkpoint
+    from cenote.models.runner import PoolingModel
     from cenote.plugins import Plugin
     from cenote.tensors.quantize import Ranges
     from cenote.types import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
@@ -38,7 +38,7 @@ class Service:
         pair_template: how query and document become one text; `None` = the tokenizer joins them.
         plugin: the IO processor that takes requests with `data`.
         ranges: of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
-        backbone: the Transformers model that the engine runs, for who looks on.
+        facts: what another process has to know in order to render for this engine; `None` = not known.
     """
 
     engine: Engine
@@ -47,7 +47,7 @@ class Service:
     pair_template: PairTemplate | None = None
     plugin: Plugin | None = None
     ranges: Ranges | None = None
-    backbone: PreTrainedModel | None = None
+    facts: Facts | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -79,23 +79,32 @@ class Service:
         return [joined[i] for i in range(len(prompts))]
 
     @classmethod
-    def load(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
-        """Load the checkpoint and start its engine."""
-        from cenote.engine.engine import LocalEngine
+    def open(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
+        """Load the checkpoint and start its engine, in this process.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be honoured.
+            ConfigError: an option does not fit it.
+        """
         from cenote.models import assembly
 
-        pooling_model, checkpoint = assembly.load(model)
-        st = checkpoint.st
-        renderer = Renderer(
-            checkpoint.tokenizer,
-            pooling_model.info,
-            lowercase=bool(st and st.do_lower_case),
-            prompts=_prompts(checkpoint, model, pooling_model.info.adapters),
-            include_prompt=st.include_prompt if st else True,
-            sides=_sides(checkpoint),
-            auto_truncate=model.auto_truncate,
-        )
-        names = model.served_model_name or (checkpoint.name,)
+        return cls.around(*assembly.load(model), model, engine, max_queued=max_queued)
+
+    @classmethod
+    def around(
+        cls,
+        pooling_model: PoolingModel,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        engine: EngineConfig,
+        *,
+        max_queued: int | None = None,
+    ) -> Service:
+        """Start an engine for a loaded model."""
+        from cenote.engine.engine import LocalEngine
+
+        facts = _facts(checkpoint, model, pooling_model.info.adapters)
+        renderer = facts.renderer(checkpoint.tokenizer, pooling_model.info)
         plugin = plugins.load(model.io_processor_plugin, checkpoint, renderer)
         local = LocalEngine(
             pooling_model,
@@ -113,11 +122,58 @@ class Service:
             except CenoteError:
                 local.close()
                 raise
+            facts = replace(facts, ranges=(tuple(ranges.low_D.tolist()), tuple(ranges.high_D.tolist())))
         running: Engine = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
         if local.info.limit("embed") > local.info.max_model_len:
             running = ChunkedEngine(running)
-        backbone = pooling_model.layout.backbone.model
-        return cls(running, renderer, names, checkpoint.pair_template, plugin, ranges, backbone)
+        return cls(running, renderer, facts.names, facts.pair_template, plugin, ranges, facts)
+
+    @classmethod
+    def connect(
+        cls, path: str, *, names: tuple[str, ...] = (), trust_remote_code: bool = False, patience: float = PATIENCE
+    ) -> Service:
+        """Render in this process for an engine in another one, which listens at `path` (`cenote engine`).
+
+        Both see the same files: the tokenizer is read from the folder that the engine's process names.
+
+        Args:
+            path: of the engine's socket.
+            names: instead of the engine's.
+            trust_remote_code: run Python code that the tokenizer brings.
+            patience: seconds to wait until the engine listens.
+
+        Raises:
+            ConfigError: there is no engine, it is of another version, or its tokenizer cannot be read here.
+        """
+        engine = RemoteEngine(path, patience=patience)
+        try:
+            facts = Facts.of(engine.about)
+            if facts.tokenizer.trust_remote_code and not trust_remote_code:
+                raise ConfigError(
+                    f"the engine at {path} was started with --trust-remote-code, and its tokenizer may bring code; "
+                    "it is read here only with --trust-remote-code"
+                )
+            renderer = facts.renderer(tokenizer.load(facts.tokenizer), engine.info)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            engine.close()
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"cannot render for the engine at {path}: {error}") from error
+        return cls(engine, renderer, names or facts.names, facts.pair_template, None, facts.quantisation(), facts)
+
+
+def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Facts:
+    st = checkpoint.st
+    return Facts(
+        names=options.served_model_name or (checkpoint.name,),
+        tokenizer=checkpoint.tokenizer_source,
+        prompts=_prompts(checkpoint, options, adapters),
+        sides=_sides(checkpoint),
+        pair_template=checkpoint.pair_template,
+        lowercase=bool(st and st.do_lower_case),
+        include_prompt=st.include_prompt if st else True,
+        auto_truncate=options.auto_truncate,
+    )
 
 
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:

@@ -1,9 +1,16 @@
-"""Transformers' tokenizers without torch, for processes that render text and run no model."""
+"""A checkpoint's tokenizer, made alike where the model runs and where text is only rendered, there without torch."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedTokenizerBase
 
 QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 """Environment variable that keeps Transformers from telling that torch was not found."""
@@ -34,3 +41,56 @@ def import_without_torch() -> None:
             del os.environ[QUIET]
         else:
             os.environ[QUIET] = before
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSource:
+    """Where a tokenizer comes from, and what is changed in it.
+
+    Attributes:
+        path: folder of its files.
+        trust_remote_code: run Python code that the folder brings.
+        chat_template: Jinja template instead of its own; `None` = its own.
+        whole: texts that it must not take apart, see `keep_whole`.
+    """
+
+    path: str
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    whole: tuple[str, ...] = ()
+
+
+def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`.
+
+    Raises:
+        OSError: there are no files.
+        ValueError: they are not understood; also `KeyError` and `ImportError`, as Transformers raises them.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.path, trust_remote_code=source.trust_remote_code
+    )
+    if source.chat_template is not None:
+        tokenizer.chat_template = source.chat_template
+    keep_whole(tokenizer, source.whole)
+    return tokenizer
+
+
+def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Make `texts`, or their first words, special tokens where the vocabulary has them.
+
+    A text that begins with one begins with one token then.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    split = []
+    for text in texts:
+        spellings = (text, *text.split(None, 1)[:1])
+        token = next((spelling for spelling in spellings if spelling in vocabulary), None)
+        if token is not None and tokenizer.tokenize(token) != [token]:
+            split.append(AddedToken(token, normalized=False, special=True))
+    if split:
+        tokenizer.add_special_tokens({"additional_special_tokens": split})

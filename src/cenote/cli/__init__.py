@@ -1,4 +1,4 @@
-"""The command line. `cenote serve` starts a server, `cenote bench` measures.
+"""The command line. `cenote serve` starts a server, `cenote engine` runs a model for servers, `cenote bench` measures.
 
 Flags are made from the fields of `cenote.config`.
 """
@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None) -> int:
             from cenote.cli import bench
 
             return bench.run(arguments, argv)
+        if arguments["command"] == "engine":
+            from cenote.cli import host
+
+            return host.run(arguments)
         from cenote.cli import serve
 
         return serve.run(arguments)

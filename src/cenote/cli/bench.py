@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from cenote.cli.load import Ask
     from cenote.cli.targets import Target
-    from cenote.service import Service
+    from cenote.models.runner import PoolingModel
 
     Figures = dict[str, Any]
     Source = Callable[[], list[str]]
@@ -243,16 +243,18 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     else:
         import torch
 
+        from cenote.models import assembly
         from cenote.service import Service
 
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)  # also for the GEMM limit, which is measured here
-        service = Service.load(model, engine, max_queued=1 << 40)
+        pooling_model, checkpoint = assembly.load(model)
+        service = Service.around(pooling_model, checkpoint, model, engine, max_queued=1 << 40)
         try:
             fields = ("name", "architecture", "revision", "dtype", "device", "layout", "max_model_len")
             about = {name: getattr(service.info, name) for name in fields} | {"threads": torch.get_num_threads()}
             batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
-            result = _measure(bench, given, Local(service, bench.task), service, batch)
+            result = _measure(bench, given, Local(service, bench.task), pooling_model, batch)
         finally:
             service.engine.close()
     hidden = [word.replace(bench.api_key, "***") if bench.api_key else word for word in argv]
@@ -275,7 +277,7 @@ def _draw() -> Callable[[Figures, str, Path], None]:
 
 
 def _measure(
-    bench: BenchConfig, given: list[str] | None, target: Target, service: Service | None = None, batch: int = 0
+    bench: BenchConfig, given: list[str] | None, target: Target, model: PoolingModel | None = None, batch: int = 0
 ) -> Figures:
     """Warm up, measure in rounds, and return the figures.
 
@@ -283,7 +285,7 @@ def _measure(
         bench: what.
         given: texts of the user's.
         target: of what.
-        service: its model, if it is in this process.
+        model: the one that is measured, if it is in this process.
         batch: tokens of its largest batches.
     """
     from tqdm import tqdm
@@ -296,7 +298,7 @@ def _measure(
         bar.total += sum(own.texts if own.kind == "throughput" else min(own.texts, WARM_UP * own.size) for own in plan)
         for own in plan:
             if own.kind == "throughput":
-                gemm = _products(service, batch, partial(target.ask, own.source()))
+                gemm = _products(model, batch, partial(target.ask, own.source()))
                 bar.update(own.texts)
                 continue
             sample = closed(
@@ -380,20 +382,19 @@ class _Gemm:
     """The matrix products of a workload.
 
     Args:
-        service: the model, on a CPU.
+        model: on a CPU.
         batch: tokens of its largest batches.
         work: runs the workload.
     """
 
-    def __init__(self, service: Service, batch: int, work: Callable[[], object]) -> None:
+    def __init__(self, model: PoolingModel, batch: int, work: Callable[[], object]) -> None:
         import torch
 
         from cenote.models import costs
 
-        assert service.backbone is not None
         self._costs = costs
-        self._dtype: torch.dtype = getattr(torch, service.info.dtype)
-        self.products = costs.products(service.backbone, work)
+        self._dtype: torch.dtype = getattr(torch, model.info.dtype)
+        self.products = costs.products(model.layout.backbone.model, work)
         self.rows = min(batch, max(self.products.values(), default=1))
 
     def seconds(self) -> float:
@@ -407,12 +408,12 @@ class _Gemm:
         return {"flop": self._costs.flop(self.products), "dtype": dtype, "rows": self.rows, "products": shapes}
 
 
-def _products(service: Service | None, batch: int, work: Callable[[], object]) -> _Gemm | None:
+def _products(model: PoolingModel | None, batch: int, work: Callable[[], object]) -> _Gemm | None:
     """Run a workload, and count its matrix products if the model is here and on a CPU."""
-    if service is None or service.backbone is None or service.info.device != "cpu":
+    if model is None or model.info.device != "cpu":
         work()
         return None
-    gemm = _Gemm(service, batch, work)
+    gemm = _Gemm(model, batch, work)
     return gemm if gemm.products else None
 
 

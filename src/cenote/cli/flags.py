@@ -17,6 +17,7 @@ from cenote.config import (
     SWITCHES,
     BenchConfig,
     EngineConfig,
+    HostConfig,
     ModelConfig,
     PoolerConfig,
     from_environment,
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[type[BaseModel], ...]] = {
     "serve": LAYERS,
+    "engine": (ModelConfig, EngineConfig, HostConfig),
     "bench": (ModelConfig, EngineConfig, BenchConfig),
 }
 """The options that each command has as flags; a later layer's win over those of the same name."""
-SPELLINGS = {"serve": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}}
+SPELLINGS = {"serve": ALIASES, "engine": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +60,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("models", nargs="*", metavar="MODEL", help="folder or hub id")
+    engine = commands.add_parser(
+        "engine",
+        help="run a model for servers in other processes",
+        description="Run a pooling model for servers that connect to a socket: cenote serve --engine PATH.\n"
+        "Without MODEL: the embedded all-MiniLM-L6-v2.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    engine.add_argument("models", nargs="?", metavar="MODEL", help="folder or hub id")
     bench = commands.add_parser(
         "bench",
         help="measure a model, or a running server",
@@ -67,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("models", nargs="?", metavar="MODEL", help="folder or hub id, or the name at the server")
-    for name, command in (("serve", serve), ("bench", bench)):
+    for name, command in (("serve", serve), ("engine", engine), ("bench", bench)):
         command.add_argument("--config", metavar="FILE", help="YAML file of options")
         owners = known_options(COMMANDS[name])
         for layer in COMMANDS[name]:

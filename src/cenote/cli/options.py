@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import sys
 
-from cenote.config import ALIASES, BENCH_ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, BenchConfig, PoolerConfig
+from cenote.config import (
+    ALIASES,
+    BENCH_ALIASES,
+    ENV_PREFIX,
+    EXPLAINED,
+    LAYERS,
+    BenchConfig,
+    HostConfig,
+    PoolerConfig,
+)
 
 HEAD = """# Options
 
 Every option is a flag of `cenote serve`, a variable of the environment and an entry of the `--config` file; those of
 the model and the engine are also keyword arguments of `LLM`. Flags win over variables, variables over the file.
 Unknown names are errors. This page is made by `python -m cenote.cli.options`.
+"""
+
+HOST = """
+## Engine in a process of its own
+
+What `cenote engine` takes besides the options of the model and the engine, as flags and in its `--config` file. Entries
+and variables of the server's have no effect.
+
+| flag | default | |
+|---|---|---|
 """
 
 BENCH = """
@@ -36,11 +55,12 @@ def page() -> str:
             shown = "" if default in (None, ()) or isinstance(default, PoolerConfig) else f"`{default}`"
             flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
             parts.append(f"| `{flag}` | `{variable}` | {shown} | {field.description} |\n")
-    parts.append(BENCH)
-    for name, field in BenchConfig.model_fields.items():
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        shown = "" if default in (None, "") else f"`{default}`"
-        parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |\n")
+    for head, layer in ((HOST, HostConfig), (BENCH, BenchConfig)):
+        parts.append(head)
+        for name, field in layer.model_fields.items():
+            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            shown = "" if default in (None, "") else f"`{default}`"
+            parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |\n")
     spellings = ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in BENCH_ALIASES.items())
     parts.append(f"\nSpellings of `vllm bench`: {spellings}.\n")
     parts.append("\nOlder spellings: " + ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in ALIASES.items()))

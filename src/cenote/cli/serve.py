@@ -11,21 +11,26 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
+from cenote import tokenizer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.errors import CenoteError, ConfigError
 from cenote.types import Similarity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pydantic import BaseModel
 
     from cenote.service import Service
 
 log = logging.getLogger("cenote")
+
+OF_FRONTS = {"served_model_name", "trust_remote_code"}
+"""Options of models that a server in front of engines takes, too."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -40,26 +45,23 @@ def run(arguments: dict[str, Any]) -> int:
 
 def _serve(arguments: dict[str, Any]) -> None:
     began = time.monotonic()
-    configs, notes = models_of(arguments)
-    (_, engine, server) = configs[0]
-    logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "httpcore", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for note in notes:
-        log.info(note)
-    _share_cores()
-    with _no_full_collections():
+    plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
+    server = plan.server
+    log_to_stderr(server.log_level, plan.notes)
+    share_cores()
+    with no_full_collections():
+        if plan.engine is None:
+            tokenizer.import_without_torch()
         import uvicorn
 
         from cenote.server.app import build
         from cenote.server.ending import Server
-        from cenote.service import Service
 
         listener = _bind(server)
         services: list[Service] = []
         try:
-            for model, *_ in configs:
-                services.append(Service.load(model, engine))
+            for source in plan.sources:
+                services.append(source())
                 for line in report(services[-1]):
                     log.info(line)
         except CenoteError:
@@ -67,7 +69,7 @@ def _serve(arguments: dict[str, Any]) -> None:
             for service in services:
                 service.engine.close()
             raise
-        for line in limits(engine, server):
+        for line in limits(plan.engine, server):
             log.info(line)
         app = build(services, server)
         config = uvicorn.Config(
@@ -85,8 +87,70 @@ def _serve(arguments: dict[str, Any]) -> None:
     Server(config, app.under_way, server.shutdown_timeout).run(sockets=[listener])
 
 
+def log_to_stderr(level: str, notes: Iterable[str]) -> None:
+    """Log from now on, beginning with `notes`."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "httpcore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for note in notes:
+        log.info(note)
+
+
+class _Plan(NamedTuple):
+    """A server to start.
+
+    Attributes:
+        sources: each loads a model, or connects to one.
+        engine: options of the engines in this process; `None` = they are in others.
+        notes: on options without effect.
+    """
+
+    server: ServerConfig
+    sources: Sequence[Callable[[], Service]]
+    engine: EngineConfig | None
+    notes: list[str]
+
+
+def _local_models(arguments: dict[str, Any]) -> _Plan:
+    from cenote.service import Service
+
+    configs, notes = models_of(arguments)
+    _, engine, server = configs[0]
+    return _Plan(server, [partial(Service.open, model, engine) for model, *_ in configs], engine, notes)
+
+
+def _remote_models(arguments: dict[str, Any]) -> _Plan:
+    from cenote.service import Service
+
+    model, server, notes = engines_of(arguments)
+    names: list[tuple[str, ...]] = [(name,) for name in model.served_model_name]
+    sources = [
+        partial(Service.connect, path, names=own, trust_remote_code=model.trust_remote_code)
+        for path, own in zip(server.engine, names or [()] * len(server.engine), strict=True)
+    ]
+    return _Plan(server, sources, None, notes)
+
+
+def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, list[str]]:
+    """The options of a server in front of engines, and notes on options without effect.
+
+    Raises:
+        ConfigError: an option of the model or the engine is given, or there are not as many names as engines.
+    """
+    if idle := {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} & arguments.keys() - OF_FRONTS:
+        raise ConfigError(
+            f"{min(idle)} has no effect with --engine: each engine was started with a model and options of its own"
+        )
+    layers, notes = resolve(arguments)
+    model, _, server = _layers(layers)
+    names = model.served_model_name
+    if names and len(names) != len(server.engine):
+        raise ConfigError(f"{len(server.engine)} engines need as many names: --served-model-name gives {len(names)}")
+    return model, server, notes
+
+
 @contextmanager
-def _no_full_collections() -> Iterator[None]:
+def no_full_collections() -> Iterator[None]:
     """Look through young objects only, and leave what is there in the end out of later collections.
 
     Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second.
@@ -100,7 +164,7 @@ def _no_full_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """Let threads that wait for long sleep. Has to be done before torch is imported; what the user has set stays.
 
     OpenMP's threads spin while they wait for each other. Within a forward that saves waking them at every layer, half
@@ -202,12 +266,15 @@ def report(service: Service) -> list[str]:
     return lines + [f"warning: {warning}" for warning in info.warnings]
 
 
-def limits(engine: EngineConfig, server: ServerConfig) -> list[str]:
-    """What requests may bring, and a warning if strangers may bring them."""
-    lines = [
-        f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request, "
-        f"{engine.max_queued_seqs} inputs waiting",
-    ]
+def limits(engine: EngineConfig | None, server: ServerConfig) -> list[str]:
+    """What requests may bring, and a warning if strangers may bring them.
+
+    Args:
+        engine: options of the engine; `None` = it is another process's, which has its own.
+        server: options of the server.
+    """
+    line = f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request"
+    lines = [line if engine is None else f"{line}, {engine.max_queued_seqs} inputs waiting"]
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_key:
         lines.append(f"warning: {server.host} may be reached by others, and no --api-key is set")
     return lines

@@ -6,14 +6,12 @@ and adapters differently too. Here they meet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from cenote.errors import BadRequest
 from cenote.types import plain_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 Role = Literal["query", "document"]
 

@@ -97,6 +97,7 @@ class RemoteEngine:
         self._channel = channel
         self._thread = threading.Thread(target=self._run, args=(frames,), name="cenote-remote", daemon=True)
         self._thread.start()
+        log.info("connected to the engine at %s", self._path)
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cenote import tokenizer as tokenizers
 from cenote.errors import CheckpointError
 from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.families import multi_vector
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.layout import position_rows
+from cenote.tokenizer import TokenizerSource
 from cenote.types import PairTemplate, template_text
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Checkpoint:
         revision: commit on the hub, if it came from there.
         architecture: first entry of the config's `architectures`.
         st: the Sentence-Transformers part, or `None`.
+        tokenizer_source: how `tokenizer` is made once more.
         head: the classification head it gets.
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
         multi_vector: how queries and documents are encoded, if it is a late-interaction model.
@@ -92,6 +95,7 @@ class Checkpoint:
     architecture: str
     st: SentenceTransformer | None
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_source: TokenizerSource
     head: Head
     pair_template: PairTemplate | None
     multi_vector: MultiVector | None
@@ -103,7 +107,7 @@ def read(options: ModelConfig) -> Checkpoint:
     Raises:
         CheckpointError: it cannot be found or honoured.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     register_installed()
     name = options.model or EMBEDDED_NAME
@@ -118,21 +122,20 @@ def read(options: ModelConfig) -> Checkpoint:
     config = _override(config, options.hf_overrides)
     architecture = (config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"])[0]
     source = locate(options.tokenizer, options)[0] if options.tokenizer else backbone
+    template = None if options.chat_template is None else template_text(options.chat_template)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        tokenizer = tokenizers.load(TokenizerSource(str(source), trust, template))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {source} has no tokenizer files")
-    if options.chat_template is not None:
-        tokenizer.chat_template = template_text(options.chat_template)
     conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
     pooler = options.pooler_config
     vocabulary = tokenizer.get_vocab()
     names_of_tensors = tuple(tensor_files(backbone, allow_pickle=options.allow_pickle))
     late = _multi_vector(architecture, backbone, st, names_of_tensors, plain=options.plain_late_interaction)
-    if late is not None:
-        late.keep_markers_whole(tokenizer)
+    markers = late.markers if late is not None else ()
+    tokenizers.keep_whole(tokenizer, markers)
     head = choose_head(
         Facts(
             architecture=architecture,
@@ -147,8 +150,11 @@ def read(options: ModelConfig) -> Checkpoint:
             token_id=vocabulary.get,
         )
     )
-    template = _pair_template(options, st, head)
-    return Checkpoint(name, path, revision, config, architecture, st, tokenizer, head, template, late)
+    pair_template = _pair_template(options, st, head)
+    tokenizer_source = TokenizerSource(str(source.absolute()), trust, template, markers)
+    return Checkpoint(
+        name, path, revision, config, architecture, st, tokenizer, tokenizer_source, head, pair_template, late
+    )
 
 
 def _multi_vector(

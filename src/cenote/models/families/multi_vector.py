@@ -95,22 +95,6 @@ class MultiVector:
             raise CheckpointError(f"queries are to be expanded with {token!r}, which the vocabulary does not have")
         return int(found)
 
-    def keep_markers_whole(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make markers of the vocabulary special tokens, so that a text that begins with one begins with one token."""
-        from tokenizers import AddedToken
-
-        known = tokenizer.get_vocab()
-        whole = []
-        for value in self.markers:
-            for marker in dict.fromkeys((value, *value.split(None, 1)[:1])):
-                if marker not in known:
-                    continue
-                if tokenizer.tokenize(marker) != [marker]:
-                    whole.append(AddedToken(marker, normalized=False, special=True))
-                break
-        if whole:
-            tokenizer.add_special_tokens({"additional_special_tokens": whole})
-
 
 def from_stanford(folder: Path, tensors: tuple[str, ...]) -> MultiVector:
     """Of a checkpoint in ColBERT's own layout: `artifact.metadata` beside a backbone with `linear.weight`.
