@@ -9,7 +9,8 @@ from cenote.cli import main
 from cenote.server import app
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "x-modules"
 HEAVY = ("torch", "cenote.models", "cenote.engine.engine", "safetensors")
@@ -19,8 +20,8 @@ HEAVY = ("torch", "cenote.models", "cenote.engine.engine", "safetensors")
 class Watched:
     """Adds the header to every answer, after the route has run."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, app: ASGIApp) -> None:
+        self.inner = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -32,7 +33,14 @@ class Watched:
         await self.inner(scope, receive, told if scope["type"] == "http" else send)
 
 
+def watched(*arguments: Any) -> FastAPI:
+    """The server's application, with the header."""
+    built = build(*arguments)
+    built.add_middleware(Watched)
+    return built
+
+
 if __name__ == "__main__":
     build = app.build
-    app.build = lambda *arguments: Watched(build(*arguments))  # type: ignore[assignment,return-value]
+    app.build = watched
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -24,12 +24,11 @@ from cenote.models.checkpoint import embedded
 from cenote.service import Service
 from cenote.tokenizer import TokenizerSource
 from cenote.types import LateChunkingParams, PairTemplate, PoolingParams, Sequence
-from tests import checkpoints
+from tests import PATIENCE, checkpoints
 from tests.conftest import INFO
 from tests.test_multi_vector import METADATA, colbert
 from tests.test_sparse import routed
 
-PATIENCE = 20
 TEXTS = ["the quick brown fox, and a dog.", "A", "Hello, MY name is", "fox " * 200, "水 naïve 🦊"]
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ extra }}"
 
