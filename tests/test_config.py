@@ -119,6 +119,19 @@ def test_every_option_has_a_flag_with_its_help() -> None:
         assert f"--{name.replace('_', '-')}" in text
         assert layer.model_fields[name].description
     assert "default: 127.0.0.1" in text
+    words = " ".join(text.split())
+    for option in (
+        "[priority, fcfs] (default: priority)",
+        "[debug, info, warning, error] (default: info)",
+        "[none, int8]",
+    ):
+        assert option in words
+
+
+def test_choices_of_options() -> None:
+    assert config.choices(ServerConfig, "log_level") == ("debug", "info", "warning", "error")
+    assert config.choices(config.BenchConfig, "measure") == ("throughput", "latency", "batches", "load")
+    assert config.choices(ServerConfig, "port") == ()
 
 
 FLAG_FAULTS: dict[str, tuple[list[str], str]] = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cenote import LLM, PoolingParams
+from cenote.engine.cache import CachedEngine
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import PLAIN, Renderer
 from cenote.errors import BadRequest, CenoteError
@@ -35,7 +36,7 @@ def face(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) ->
 
     def make(info: ModelInfo = INFO, engine: FakeEngine | None = None) -> LLM:
         service = Service(engine or FakeEngine(info), Renderer(tokenizer, info), ("fake",))
-        monkeypatch.setattr(Service, "load", lambda *_, **__: service)
+        monkeypatch.setattr(Service, "open", lambda *_, **__: service)
         return LLM()
 
     yield make
@@ -217,3 +218,24 @@ def test_prompts_may_have_parameters_of_their_own(tokenizer: PreTrainedTokenizer
     assert [output.data.shape for output in job.finish(outputs)] == [(2,), (8,)]
     with pytest.raises(BadRequest, match="dimensions"):
         operations.encode(service, ["a"], "embed", [PoolingParams(dimensions=9)], PLAIN)
+
+
+def test_results_of_different_salts_are_kept_apart(serve: Serve) -> None:
+    engine = FakeEngine(INFO)
+    client = serve(CachedEngine(engine, 1 << 20))
+    for body in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "a"}, {}):
+        assert client.post("/v1/embeddings", json={"input": [5], **body}).status_code == 200
+    assert [sequence.salt for sequence in engine.submitted] == [None, "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/embeddings", {"input": "a"}), ("/v2/embed", {"texts": ["a"]}), ("/pooling", {"input": "a"})],
+)
+def test_a_request_s_priority_reaches_the_engine(serve: Serve, path: str, body: dict[str, Any]) -> None:
+    engine = FakeEngine(INFO)
+    client = serve(CachedEngine(engine, 1 << 20))
+    assert client.post(path, json={**body, "priority": -7}).status_code == 200
+    assert [sequence.priority for sequence in engine.submitted] == [-7]
+    assert client.post(path, json={**body, "priority": 7}).status_code == 200
+    assert len(engine.submitted) == 1, "a priority is not part of what is kept"

@@ -144,6 +144,8 @@ FULL = Sequence(
     looked_up=True,
     clusters=True,
     late_chunking=LateChunkingMetadata(8, 3, [LateChunk((0, 3), (0, 9)), LateChunk((3, 4), None)]),
+    salt="s",
+    priority=-3,
 )
 """A sequence with every field set."""
 

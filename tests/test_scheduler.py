@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenote.engine.scheduler import Scheduler
+from cenote.engine.scheduler import MOST_PASSED, Scheduler
 
 
 @dataclass(eq=False)
 class Request:
     gone: bool = False
     shared: int = 0
+    priority: int = 0
 
     def cancelled(self) -> bool:
         return self.gone
@@ -263,3 +264,48 @@ def test_bulk_is_all_that_is_left_for_streams_when_it_ends() -> None:
         ran += scheduler.next_batch(turn % 2)
     assert len(ran) == 13
     assert scheduler.depth == 0
+
+
+def test_lower_priorities_run_first() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(100)
+    requests = [Request(priority=p) for p in (5, -1, 0)]
+    for request in requests:
+        scheduler.add(request, pieces(request, [50, 50, 50]))
+    order = [item.job.priority for batch in drain(scheduler) for item in batch]
+    assert order == [-1, -1, -1, 0, 0, 0, 5, 5, 5]
+
+
+def test_room_that_a_priority_leaves_is_the_next_one_s() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(100)
+    urgent, patient = Request(priority=0), Request(priority=1)
+    scheduler.add(patient, pieces(patient, [30] * 4))
+    scheduler.add(urgent, pieces(urgent, [30]))
+    assert [item.job for item in scheduler.next_batch()] == [urgent, patient, patient]
+
+
+def test_a_patient_request_is_not_left_out_for_ever() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(100)
+    patient = Request(priority=1)
+    scheduler.add(patient, pieces(patient, [100, 100]))
+    ran = []
+    for _ in range(2 * MOST_PASSED + 3):
+        urgent = Request(priority=0)
+        scheduler.add(urgent, pieces(urgent, [100]))
+        ran += [item.job is patient for item in scheduler.next_batch()]
+    assert [i for i, is_patient in enumerate(ran) if is_patient] == [MOST_PASSED, 2 * MOST_PASSED + 1]
+
+
+@given(workloads, st.integers(1, 300), st.integers(1, 20), st.data())
+def test_priorities_lose_nothing_and_keep_the_budgets(
+    lengths: list[list[int]], max_tokens: int, max_sequences: int, data: st.DataObject
+) -> None:
+    scheduler: Scheduler[Piece] = Scheduler(max_tokens, max_sequences)
+    for one in lengths:
+        request = Request(priority=data.draw(st.integers(-2, 2)))
+        scheduler.add(request, pieces(request, one))
+    batches = drain(scheduler)
+    assert sorted(len(item) for batch in batches for item in batch) == sorted(n for one in lengths for n in one)
+    assert scheduler.depth == scheduler.tokens == 0
+    for batch in batches:
+        assert len(batch) <= max_sequences
+        assert sum(map(len, batch)) <= max_tokens or len(batch) == 1

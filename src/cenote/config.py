@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -252,6 +252,9 @@ class EngineConfig(BaseModel):
     )
     max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
     max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
+    scheduling_policy: Literal["priority", "fcfs"] = Field(
+        "priority", description="priority: requests of a lower `priority` run first; fcfs: it has no effect"
+    )
     cache_size: int = Field(0, ge=0, description="MiB of results kept, keyed by token ids; 0 = off")
 
 
@@ -439,6 +442,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}")
+
+
+def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
+    """Return the values that option `name` may have, if they are a list."""
+    waiting = [layer.model_fields[name].annotation]
+    while waiting:
+        kind = waiting.pop()
+        if get_origin(kind) is Literal:
+            return tuple(map(str, get_args(kind)))
+        waiting += [part for part in get_args(kind) if part is not type(None)]
+    return ()
 
 
 def known_options(layers: Iterable[type[BaseModel]] = LAYERS) -> dict[str, type[BaseModel]]:

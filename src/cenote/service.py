@@ -113,6 +113,7 @@ class Service:
             max_queued=max_queued or engine.max_queued_seqs,
             threads=engine.threads,
             streams=engine.streams,
+            by_priority=engine.scheduling_policy == "priority",
         )
         ranges = None
         if model.calibration is not None:

@@ -151,6 +151,8 @@ class Sequence:
         clusters: its token vectors are joined into fewer, as the model's token pooling says.
         looked_up: its sparse embedding comes from the model's table of weights (a query of an inference-free model).
         late_chunking: what the rows stand for, where `params` ask for late chunking.
+        salt: keeps results apart from those of sequences with another salt.
+        priority: of its request; lower ones run first.
     """
 
     ids: Seq[int]
@@ -165,6 +167,8 @@ class Sequence:
     looked_up: bool = False
     clusters: bool = False
     late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
+    salt: str | None = None
+    priority: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -20,6 +20,7 @@ from cenote.config import (
     HostConfig,
     ModelConfig,
     PoolerConfig,
+    choices,
     from_environment,
     from_file,
     known_options,
@@ -131,7 +132,8 @@ def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str,
     default = field.get_default(call_default_factory=True)
     default = " ".join(map(str, default)) if isinstance(default, tuple) and default else default
     shown = "" if default in (None, (), "", False) or isinstance(default, PoolerConfig) else f" (default: {default})"
-    text = f"{field.description or ''}{shown}".replace("%", "%%")
+    listed = ", ".join(choices(layer, name))
+    text = f"{field.description or ''}{listed and f' [{listed}]'}{shown}".replace("%", "%%")
     spellings = [_flag(name), *(_flag(old) for old, new in aliases.items() if new == name)]
     if isinstance(default, bool):
         group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from cenote.config import (
     ALIASES,
@@ -13,7 +14,11 @@ from cenote.config import (
     BenchConfig,
     HostConfig,
     PoolerConfig,
+    choices,
 )
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 HEAD = """# Options
 
@@ -54,19 +59,25 @@ def page() -> str:
             default = field.get_default(call_default_factory=True)
             shown = "" if default in (None, ()) or isinstance(default, PoolerConfig) else f"`{default}`"
             flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
-            parts.append(f"| `{flag}` | `{variable}` | {shown} | {field.description} |\n")
+            parts.append(f"| `{flag}` | `{variable}` | {shown} | {_described(layer, name)} |\n")
     for head, layer in ((HOST, HostConfig), (BENCH, BenchConfig)):
         parts.append(head)
         for name, field in layer.model_fields.items():
             default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             shown = "" if default in (None, "") else f"`{default}`"
-            parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {field.description} |\n")
+            parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {_described(layer, name)} |\n")
     spellings = ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in BENCH_ALIASES.items())
     parts.append(f"\nSpellings of `vllm bench`: {spellings}.\n")
     parts.append("\nOlder spellings: " + ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in ALIASES.items()))
     parts.append(".\n\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
     parts += [f"- `--{name.replace('_', '-')}`: {why}\n" for name, why in EXPLAINED.items()]
     return "".join(parts)
+
+
+def _described(layer: type[BaseModel], name: str) -> str:
+    """What an option is, and the values that it may have."""
+    values = ", ".join(f"`{value}`" for value in choices(layer, name))
+    return f"{layer.model_fields[name].description}{values and f'; one of {values}'}"
 
 
 if __name__ == "__main__":

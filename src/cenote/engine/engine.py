@@ -72,10 +72,11 @@ class Model(Protocol):
 class _Job:
     """One accepted request: where its outputs gather."""
 
-    def __init__(self, size: int, progress: Callable[[int], None] | None, shared: int = 0) -> None:
+    def __init__(self, size: int, progress: Callable[[int], None] | None, shared: int = 0, priority: int = 0) -> None:
         self.future: Future[list[Output]] = Future()
         self.progress = progress
         self.shared = shared
+        self.priority = priority
         self.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
@@ -156,6 +157,7 @@ class LocalEngine:
             each thread, and who sets it elsewhere does not change it here.
         streams: forwards that run at a time, each on its part of `threads`; `None` = by device. 1 where the model does
             not bear more.
+        by_priority: requests of lower `Sequence.priority` run first.
     """
 
     def __init__(
@@ -167,8 +169,10 @@ class LocalEngine:
         max_queued: int = 16384,
         threads: int | None = None,
         streams: int | None = None,
+        by_priority: bool = True,
     ) -> None:
         self._model = model
+        self._by_priority = by_priority
         device = model.info.device.partition(":")[0]
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 768)
         self._max_queued = max_queued
@@ -214,7 +218,8 @@ class LocalEngine:
     ) -> Future[list[Output]]:
         """See `cenote.types.Engine.submit`."""
         shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
-        job = _Job(len(sequences), progress, shared)
+        priority = sequences[0].priority if sequences and self._by_priority else 0
+        job = _Job(len(sequences), progress, shared, priority)
         entries = [_Entry(job, place, sequence) for place, sequence in enumerate(sequences)]
         with self._lock:
             if self._dead is not None:

@@ -11,6 +11,9 @@ A request that fills more than a few batches is bulk. As long as others come bes
 single stream every other batch is, and the rest of its batches are short: they wait for little. Apart from that every
 batch contains the head of the turn: a sequence waits for no more than twice as many batches as there are sequences
 before it and requests beside it.
+
+Requests of a lower priority number have their turn first; one that `MOST_PASSED` batches in a row have left out has it
+before all others, whatever its number.
 """
 
 from __future__ import annotations
@@ -32,14 +35,20 @@ WARY, RESERVED = 64, 16
 stream that was theirs takes short ones."""
 
 
+MOST_PASSED = 16
+"""Batches in a row that may leave a request of low priority out."""
+
+
 class Job(Protocol):
     """A request, to the scheduler: something that may be given up.
 
     Attributes:
         shared: leading tokens that all its sequences have in common and a batch runs once. Each has more than these.
+        priority: lower ones have their turn first.
     """
 
     shared: int
+    priority: int
 
     def cancelled(self) -> bool:
         """Whether its sequences need not run."""
@@ -77,6 +86,7 @@ class Scheduler(Generic[I]):
         self._under_way: dict[int, bool] = {}  # streams with a batch, and whether it is a long one of bulk
         self._waiting: OrderedDict[Job, deque[I]] = OrderedDict()
         self._left: Counter[Job] = Counter()  # tokens, without common beginnings
+        self._passed: Counter[Job] = Counter()  # batches in a row that left it out
         self._wary = 0
         self._passed_over = False
         self.depth = 0
@@ -102,20 +112,14 @@ class Scheduler(Generic[I]):
         self.done(stream)
         jobs, most, is_long_bulk = self._admitted()
         batch: list[I] = []
-        tokens = 0
-        for job in jobs:
-            head = self._waiting[job][0]
-            if batch and (tokens + len(head) > most or len(batch) == self.max_sequences):
-                break
-            batch.append(self._waiting[job].popleft())
-            tokens += len(head)
-            self._waiting.move_to_end(job)
-        if batch and len(batch) < self.max_sequences and tokens < most:
-            batch += self._nearest(batch, most - tokens, jobs)
+        room = most
+        for rank in self._ranks(jobs):
+            room = self._fill(batch, room, rank)
         for item in batch:
             self._left[item.job] -= len(item) - item.job.shared
         if batch:
             self._under_way[stream] = is_long_bulk
+        self._count_passed(batch)
         for job in [job for job, items in self._waiting.items() if not items]:
             del self._waiting[job], self._left[job]
         self.depth -= len(batch)
@@ -146,32 +150,63 @@ class Scheduler(Generic[I]):
             return [job for job in jobs if job in bulk], self.max_tokens, True
         return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, _worth(bulk))), False
 
+    def _fill(self, batch: list[I], room: int, jobs: list[Job]) -> int:
+        """Add to `batch` the oldest sequence of each of `jobs`, then those nearest in length; returns the room left."""
+        for job in jobs:
+            head = self._waiting[job][0]
+            if batch and (len(head) > room or len(batch) == self.max_sequences):
+                break
+            batch.append(self._waiting[job].popleft())
+            room -= len(head)
+            self._waiting.move_to_end(job)
+        if batch and len(batch) < self.max_sequences and room > 0:
+            return self._take_nearest(batch, room, jobs)
+        return room
+
+    def _ranks(self, jobs: list[Job]) -> list[list[Job]]:
+        """Part requests by priority, lowest number first; those that were left out too often come before all."""
+        if len({job.priority for job in jobs}) < 2:
+            return [jobs]
+        ranks: dict[tuple[bool, int], list[Job]] = {}
+        for job in jobs:
+            is_overdue = self._passed[job] >= MOST_PASSED
+            ranks.setdefault((not is_overdue, 0 if is_overdue else job.priority), []).append(job)
+        return [ranks[rank] for rank in sorted(ranks)]
+
+    def _count_passed(self, batch: list[I]) -> None:
+        """Note which waiting requests `batch` leaves out, where priorities let others pass them."""
+        if not batch or len({job.priority for job in self._waiting}) < 2:
+            self._passed.clear()
+            return
+        taken = {item.job for item in batch}
+        self._passed = Counter({job: self._passed[job] + 1 for job in self._waiting if job not in taken})
+
     def _even(self, jobs: list[Job]) -> int:
         """Tokens of a batch of `jobs`: what leaves as much for each other stream that is free."""
         free = max(1, self.streams - len(self._under_way))
         waiting = sum(self._left[job] + job.shared for job in jobs)
         return min(self.max_tokens, max(-(-waiting // free), _worth(jobs)))
 
-    def _nearest(self, batch: list[I], room: int, jobs: list[Job]) -> list[I]:
-        """Take waiting sequences of `jobs` nearest in length to the first of `batch` that fit beside it."""
+    def _take_nearest(self, batch: list[I], room: int, jobs: list[Job]) -> int:
+        """Add to `batch` the sequences of `jobs` that fit, nearest in length to the first; returns the room left."""
         share = max(1, self.look_ahead // max(1, len(jobs)))
         window = [item for job in jobs for item in islice(self._waiting[job], share)]
         begun = {item.job for item in batch}
-        taken: list[I] = []
+        taken: dict[int, I] = {}
         for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
             adds = len(item) - (item.job.shared if item.job in begun else 0)
             if adds <= room and len(batch) + len(taken) < self.max_sequences:
-                taken.append(item)
+                taken[id(item)] = item
                 begun.add(item.job)
                 room -= adds
-        chosen = {id(item) for item in taken}
-        for job in {item.job: None for item in taken}:
-            self._waiting[job] = deque(item for item in self._waiting[job] if id(item) not in chosen)
-        return taken
+        batch += taken.values()
+        for job in {item.job: None for item in taken.values()}:
+            self._waiting[job] = deque(item for item in self._waiting[job] if id(item) not in taken)
+        return room
 
     def _forget(self, job: Job) -> int:
         items = self._waiting.pop(job)
-        del self._left[job]
+        del self._left[job], self._passed[job]
         self.depth -= len(items)
         self.tokens -= sum(map(len, items))
         return len(items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ class Job(Generic[T]):
     sequences: list[Sequence]
     finish: Callable[[list[Output]], T]
     is_slow: bool = False
+
+    def queued(self, *, priority: int = 0, salt: str | None = None) -> Job[T]:
+        """Return the job with sequences of that priority, and results kept apart by that salt."""
+        if not priority and salt is None:
+            return self
+        sequences = [replace(sequence, priority=priority, salt=salt) for sequence in self.sequences]
+        return Job(sequences, self.finish, self.is_slow)
 
     @property
     def tokens(self) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ServerConfig
     from cenote.pipeline.job import Job
+    from cenote.server.dialects.requests import Queued
     from cenote.service import Service
     from cenote.types import Engine, Output, Sequence
 
@@ -105,13 +106,20 @@ class Serving:
         return result
 
     async def answer(
-        self, request: Request, service: Service, make: Callable[[], Job[Response]], *, is_plain: bool = False
+        self,
+        request: Request,
+        service: Service,
+        body: Queued,
+        make: Callable[[], Job[Response]],
+        *,
+        is_plain: bool = False,
     ) -> Response:
         """Make the job of a request, compute its outputs, and finish it.
 
         Args:
             request: of a client that may leave.
             service: the model.
+            body: of the request; says how its sequences wait and whose results they may share.
             make: makes the job, whose answer is the response.
             is_plain: it only tokenises text of the body.
 
@@ -127,6 +135,7 @@ class Serving:
                 metrics.stage("render").observe(time.monotonic() - began)
             else:
                 job = await self.in_pool("render", make)
+            job = job.queued(priority=body.priority, salt=body.cache_salt)
             outputs = await self._outputs(request, service, job)
         finally:
             self.running -= 1

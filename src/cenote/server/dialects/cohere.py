@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
-from cenote.server.dialects.requests import Body, Many, Some
+from cenote.server.dialects.requests import Many, Queued, Some
 from cenote.server.dialects.vectors import ranges_for
 from cenote.server.encoding import VectorType, json_response, typed
 from cenote.server.routes import Dialect, Route
@@ -55,7 +55,7 @@ class Input(BaseModel):
     content: Some[Content]
 
 
-class EmbedRequest(Body):
+class EmbedRequest(Queued):
     """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
 
     model: str | None = None
@@ -67,7 +67,6 @@ class EmbedRequest(Body):
     embedding_types: Many[VectorType] | None = Field(None, description="default: float")
     truncate: Literal["NONE", "START", "END"] = "END"
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default: the model's maximum")
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _one_source(self) -> EmbedRequest:
@@ -118,7 +117,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make)
+    return await serving.answer(request, service, body, make)
 
 
 def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[list[str], TextOptions]:

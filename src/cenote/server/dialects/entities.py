@@ -55,7 +55,7 @@ async def token_classify(serving: Serving, request: Request, body: EntityRequest
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make)
+    return await serving.answer(request, service, body, make)
 
 
 def wire(entity: Entity) -> dict[str, Any]:

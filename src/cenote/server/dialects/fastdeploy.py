@@ -83,7 +83,7 @@ async def reward(serving: Serving, request: Request, body: RewardRequest) -> Res
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make)
+    return await serving.answer(request, service, body, make)
 
 
 def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Output]]:

@@ -142,7 +142,7 @@ async def classify(serving: Serving, request: Request, body: ClassifyRequest) ->
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make, is_plain=body.conversations() is None)
+    return await serving.answer(request, service, body, make, is_plain=body.conversations() is None)
 
 
 async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) -> Response:
@@ -222,7 +222,7 @@ async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest
         return job.then(encode)
 
     try:
-        return await serving.answer(request, service, make)
+        return await serving.answer(request, service, body, make)
     except PluginFailed as error:
         log.error("%s", error.message, exc_info=error.__cause__)  # where in the plugin it was
         raise
@@ -281,7 +281,7 @@ async def answer_vectors(
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make, is_plain=body.conversations() is None)
+    return await serving.answer(request, service, body, make, is_plain=body.conversations() is None)
 
 
 def _vectors(

@@ -85,7 +85,26 @@ def _check_length(value: Any, limits: Limits) -> None:
             _check_length(element, limits)
 
 
-class Shared(Body):
+class Queued(Body):
+    """Fields of requests that an engine runs."""
+
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(0, description="lower runs first")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="keeps cached results apart from those of other salts"
+    )
+
+    @model_validator(mode="after")
+    def _salt(self) -> Queued:
+        if self.cache_salt is not None and (len(self.cache_salt) > 128 or _SALT.search(self.cache_salt)):
+            raise PydanticCustomError(
+                "cache_salt",
+                "`cache_salt` must be at most 128 characters without '@', '/', '\\' or NUL.",
+                {"param": "cache_salt"},
+            )
+        return self
+
+
+class Shared(Queued):
     """Fields of every pooling request."""
 
     model: str | None = None
@@ -97,9 +116,7 @@ class Shared(Body):
     )
     padding: Literal["max_length", "do_not_pad"] | None = None
     request_id: str | None = None
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     mm_processor_kwargs: dict[str, Any] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -112,16 +129,6 @@ class Shared(Body):
                     {"param": old},
                 )
         return values
-
-    @model_validator(mode="after")
-    def _salt(self) -> Shared:
-        if self.cache_salt is not None and (len(self.cache_salt) > 128 or _SALT.search(self.cache_salt)):
-            raise PydanticCustomError(
-                "cache_salt",
-                "`cache_salt` must be at most 128 characters without '@', '/', '\\' or NUL.",
-                {"param": "cache_salt"},
-            )
-        return self
 
     @model_validator(mode="after")
     def _one_truncation(self) -> Shared:

@@ -118,7 +118,7 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make)
+    return await serving.answer(request, service, body, make)
 
 
 async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Response:
@@ -145,7 +145,7 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
 
         return job.then(encode)
 
-    return await serving.answer(request, service, make)
+    return await serving.answer(request, service, body, make)
 
 
 def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
