@@ -32,8 +32,8 @@ from transformers import (
 
 from benchmarks.harness import row, save, timed
 from cenote.models.checkpoint import embedded
-from cenote.models.fuse import Remembered
-from cenote.models.layout import Layout, choose, forward
+from cenote.models.layouts import Layout, choose, forward
+from cenote.models.passes.fuse import Remembered
 from cenote.tensors import linear, native, process
 from cenote.tensors.packing import Batch, pack
 from cenote.types import Sequence

@@ -40,7 +40,7 @@ from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
 from cenote.engine.rendering import TextOptions
 from cenote.models.checkpoint import embedded
-from cenote.models.layout import Packed, choose, forward
+from cenote.models.layouts import Packed, choose, forward
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
 from cenote.types import PoolingParams, Sequence

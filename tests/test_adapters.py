@@ -21,7 +21,7 @@ from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.prompts import Applied, Prompts
 from cenote.errors import BadRequest, CheckpointError, ConfigError
 from cenote.models import assembly
-from cenote.models.adapters import CONFIG, WEIGHTS, find
+from cenote.models.passes.adapters import CONFIG, WEIGHTS, find
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingParams, Sequence

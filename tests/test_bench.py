@@ -27,7 +27,7 @@ from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer, TextOptions
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models import assembly, costs
-from cenote.models.fuse import Remembered
+from cenote.models.passes.fuse import Remembered
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingParams

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaM
 
 from cenote import LLM
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models.layout import Packed
+from cenote.models.layouts import Packed
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, pooling
 

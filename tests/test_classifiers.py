@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cenote.models import classifiers
-from cenote.models.layout import choose, forward
+from cenote.models.layouts import choose, forward
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of

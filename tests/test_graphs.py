@@ -21,7 +21,7 @@ from transformers import AutoModel
 from cenote.config import ModelConfig
 from cenote.models import assembly
 from cenote.models.checkpoint import embedded
-from cenote.models.layout import LONGEST_REAL_WINDOW, Packed, choose, forward
+from cenote.models.layouts import LONGEST_REAL_WINDOW, Packed, choose, forward
 from cenote.tensors import attention, graphs
 from cenote.tensors.graphs import Graphs, lay_out, rounded, shape_of
 from cenote.tensors.packing import PLACES, Batch, Place, Static, pack

@@ -10,9 +10,9 @@ import torch
 
 from cenote.config import ModelConfig, PoolerConfig
 from cenote.models import assembly
-from cenote.models.last_layer import LastLayer, find
-from cenote.models.layout import choose, forward
-from cenote.models.runner import PoolingModel
+from cenote.models.layouts import choose, forward
+from cenote.models.model import PoolingModel
+from cenote.models.passes.last_layer import LastLayer, find
 from cenote.tensors.packing import pack
 from cenote.types import Output, PoolingParams, Sequence
 from tests.checkpoints import bert, classifier, decoder, pooling, write_modules

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cenote.errors import CheckpointError
-from cenote.models.layout import (
+from cenote.models.layouts import (
     LONGEST_REAL_WINDOW,
     Padded,
     choose,

@@ -43,7 +43,7 @@ from transformers import (
 
 from cenote import LLM
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models.layout import choose, forward
+from cenote.models.layouts import choose, forward
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests import checkpoints

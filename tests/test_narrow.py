@@ -21,9 +21,9 @@ from cenote.config import EngineConfig, ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import assembly
 from cenote.models import checkpoint as checkpoints_module
-from cenote.models import narrow as narrowing
-from cenote.models.layout import Layout, choose, forward
-from cenote.models.narrow import Outcome, leave_file, narrow, prepare
+from cenote.models.layouts import Layout, choose, forward
+from cenote.models.passes import narrow as narrowing
+from cenote.models.passes.narrow import Outcome, leave_file, narrow, prepare
 from cenote.service import Service
 from cenote.tensors import linear, native
 from cenote.tensors.linear import Narrow

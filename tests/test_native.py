@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.models.fuse import fuse
+from cenote.models.passes.fuse import fuse
 from cenote.tensors import linear, native
 from cenote.tensors.attention import Rule, attend_runs
 from cenote.tensors.native import Kernels, Products, Step

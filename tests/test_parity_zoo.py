@@ -9,7 +9,7 @@ import torch
 
 from cenote.config import Isa
 from cenote.errors import ConfigError
-from cenote.models.layout import Packed, choose, forward
+from cenote.models.layouts import Packed, choose, forward
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence

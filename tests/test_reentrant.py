@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cenote.models import reentrant
-from cenote.models.layout import choose, forward
+from cenote.models.layouts import choose, forward
 from cenote.tensors import native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence

@@ -15,7 +15,7 @@ import cenote
 from cenote.config import ServerConfig
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FakeEngine, fake_vector
-from cenote.models.runner import Part, Pending
+from cenote.models.model import Part, Pending
 from cenote.server.app import build
 from tests import PATIENCE
 from tests.conftest import INFO, expected, floats

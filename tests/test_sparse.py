@@ -23,7 +23,7 @@ from cenote.cli.serve import report
 from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models import lexical
-from cenote.models.layout import Packed
+from cenote.models.layouts import Packed
 from tests import checkpoints, corpus
 from tests.checkpoints import HIDDEN, POSITIONS, Module
 

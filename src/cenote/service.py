@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cenote.config import EngineConfig, ModelConfig
     from cenote.engine.rendering import Prompt, Renderer, TextOptions
     from cenote.models.checkpoint import Checkpoint
-    from cenote.models.runner import PoolingModel
+    from cenote.models.model import PoolingModel
     from cenote.plugins import Plugin
     from cenote.tensors.quantize import Ranges
     from cenote.types import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence

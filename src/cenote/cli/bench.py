@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from cenote.cli.load import Ask
     from cenote.cli.targets import Target
-    from cenote.models.runner import PoolingModel
+    from cenote.models.model import PoolingModel
 
     Figures = dict[str, Any]
     Source = Callable[[], list[str]]

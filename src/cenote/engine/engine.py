@@ -57,7 +57,7 @@ class Launched(Protocol):
 
 
 class Model(Protocol):
-    """What the engine asks of a model; `cenote.models.runner.PoolingModel` is one.
+    """What the engine asks of a model; `cenote.models.model.PoolingModel` is one.
 
     A model that runs once what sequences have in common at their beginning says so: `shares_prefixes = True`; and so
     does one that several threads may launch at a time: `is_reentrant = True`.

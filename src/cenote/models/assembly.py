@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from cenote.errors import CenoteError, CheckpointError, ConfigError
-from cenote.models import adapters as adapting
 from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers, reentrant, retrieval
-from cenote.models import narrow as narrowing
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
-from cenote.models.layout import Packed, choose, vocabulary
+from cenote.models.layouts import Packed, choose, vocabulary
+from cenote.models.model import PoolingModel
 from cenote.models.outputs import (
     Calibration,
     Classify,
@@ -26,7 +25,8 @@ from cenote.models.outputs import (
     TokenEmbed,
     activation_of,
 )
-from cenote.models.runner import PoolingModel
+from cenote.models.passes import adapters as adapting
+from cenote.models.passes import narrow as narrowing
 from cenote.models.shortcuts import shorten
 from cenote.tensors import linear, native, process
 from cenote.types import UNLIMITED, ModelInfo, Sequence, Similarity
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from cenote.config import Isa, ModelConfig
     from cenote.models.checkpoint import Checkpoint
-    from cenote.models.layout import Layout
+    from cenote.models.layouts import Layout
     from cenote.models.outputs import TaskOutput
     from cenote.tensors.native import Kernels, Products
 

@@ -23,7 +23,7 @@ from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.families import multi_vector
 from cenote.models.families.multi_vector import MultiVector
-from cenote.models.layout import position_rows
+from cenote.models.layouts import position_rows
 from cenote.tokenizer import TokenizerSource
 from cenote.types import PairTemplate, template_text
 
@@ -414,8 +414,8 @@ def resolve_device(device: str | None) -> torch.device:
 def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str]:
     """Dtype to run in, and a warning or an empty string.
 
-    On a CPU it is float32: half types are how weights are kept there (`cenote.models.narrow`). On a GPU "auto" is the
-    checkpoint's half type; a float32 checkpoint becomes bfloat16 where the GPU has it, else float16.
+    On a CPU it is float32: half types are how weights are kept there (`cenote.models.passes.narrow`). On a GPU "auto"
+    is the checkpoint's half type; a float32 checkpoint becomes bfloat16 where the GPU has it, else float16.
     """
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models.layout import TOLERANCE, Backbone, Padded, forward, vocabulary
+from cenote.models.layouts import TOLERANCE, Backbone, Padded, forward, vocabulary
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cenote.models.layout import Layout
+    from cenote.models.layouts import Layout
     from cenote.tensors.packing import Batch, Place
 
     Rows = Callable[[Tensor], Tensor]

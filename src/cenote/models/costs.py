@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cenote.models.fuse import Remembered
+from cenote.models.passes.fuse import Remembered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
-    from cenote.models.layout import Layout
+    from cenote.models.layouts import Layout
     from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch
     from cenote.types import PoolingParams

@@ -1,9 +1,9 @@
 """Narrows the weights of a backbone on a CPU, without knowing the model: int8, bfloat16 or float16.
 
 It comes in two steps. `prepare` narrows the weights of every Linear when they have been read. When layout, heads and
-fused layers have been proved in float32, `narrow` exchanges the chains that `cenote.models.fuse` has made for chains of
-narrow weights, and frees the others; what fusing could not take stays in float32. A probe runs before and after: its
-rows must still resemble those in float32, and may not move with a neighbour's tokens.
+fused layers have been proved in float32, `narrow` exchanges the chains that `cenote.models.passes.fuse` has made for
+chains of narrow weights, and frees the others; what fusing could not take stays in float32. A probe runs before and
+after: its rows must still resemble those in float32, and may not move with a neighbour's tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models.fuse import Remembered
-from cenote.models.layout import forward, vocabulary
+from cenote.models.layouts import forward, vocabulary
+from cenote.models.passes.fuse import Remembered
 from cenote.tensors import linear, process
 from cenote.tensors.linear import Narrow
 from cenote.tensors.native import Chain
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.config import Isa
-    from cenote.models.layout import Layout
+    from cenote.models.layouts import Layout
     from cenote.tensors.linear import Kernel, Kind
     from cenote.tensors.packing import Batch
 
@@ -162,7 +162,7 @@ def _probe(model: PreTrainedModel, max_length: int) -> tuple[Batch, Batch, Tenso
 
 
 def _chains(model: nn.Module) -> list[tuple[nn.Module, Chain[Any]]]:
-    """The chains that `cenote.models.fuse` has made, and whose `forward` they are."""
+    """The chains that `cenote.models.passes.fuse` has made, and whose `forward` they are."""
     found = []
     for module in model.modules():
         own = vars(module).get("forward")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from cenote.errors import CheckpointError
-from cenote.models import last_layer
-from cenote.models.fuse import fuse
+from cenote.models.passes import last_layer
+from cenote.models.passes.fuse import fuse
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
 from cenote.tensors.packing import PLACES, SHORTEST_PREFIX, pack, set_apart, share
@@ -250,7 +250,7 @@ def choose(
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that is exact for `model`, and why each faster one was passed over.
 
-    On a CPU the model's activations are fused with the Linears before them (`cenote.models.fuse`).
+    On a CPU the model's activations are fused with the Linears before them (`cenote.models.passes.fuse`).
 
     Args:
         model: in eval mode, on its device, with the attention implementation that it prefers.

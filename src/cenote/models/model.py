@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cenote.errors import CenoteError, EngineFailed
-from cenote.models.layout import forward
+from cenote.models.layouts import forward
 from cenote.models.lexical import LOOKED_UP
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cenote.models.adapters import Adapters
-    from cenote.models.layout import Layout
+    from cenote.models.layouts import Layout
     from cenote.models.outputs import TaskOutput
+    from cenote.models.passes.adapters import Adapters
     from cenote.tensors.packing import Batch, Place
     from cenote.types import PoolingParams
 
