@@ -32,8 +32,10 @@ from transformers import (
 
 from benchmarks.harness import row, save, timed
 from cenote.models.checkpoint import embedded
-from cenote.models.layouts import Layout, choose, forward
+from cenote.models.layouts import Layout, forward
 from cenote.models.passes.fuse import Remembered
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native, process
 from cenote.tensors.packing import Batch, pack
 from cenote.types import Sequence
@@ -225,10 +227,10 @@ def relative_positions(ids: list[list[int]], rounds: int) -> dict[str, Any]:
 def packed(model: PreTrainedModel, ids: list[list[int]]) -> tuple[Layout, Batch]:
     """The layout that is chosen for a model, and a batch."""
     kernels = native.load()
-    layout, reasons = choose(model, kernels=kernels, products=linear.float32(kernels))
-    for reason in reasons:
+    subject = prepared(model, Settings(kernels=kernels, products=linear.float32(kernels)))
+    for reason in subject.reasons:
         print(f"  {type(model).__name__}: {reason}")
-    return layout, pack([Sequence(own) for own in sorted(ids, key=len, reverse=True)])
+    return subject.layout, pack([Sequence(own) for own in sorted(ids, key=len, reverse=True)])
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
 from cenote.engine.rendering import TextOptions
 from cenote.models.checkpoint import embedded
-from cenote.models.layouts import Packed, choose, forward
+from cenote.models.layouts import Packed, forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
 from cenote.types import PoolingParams, Sequence
@@ -356,7 +358,9 @@ def checked(
     architecture: Architecture, device: torch.device, dtype: torch.dtype, exact: list[torch.Tensor]
 ) -> dict[str, Any]:
     """One architecture in one dtype."""
-    layout, reasons = choose(build(architecture).to(device, dtype), graph_tokens=1024 if device.type == "cuda" else 0)
+    graph_tokens = 1024 if device.type == "cuda" else 0
+    subject = prepared(build(architecture).to(device, dtype), Settings(graph_tokens=graph_tokens))
+    layout, reasons = subject.layout, subject.reasons
     model = build(architecture).to(device, dtype)
     ours = max(error(forward(layout, pack(own, device)), rows) for own, rows in zip(CHECKED, exact, strict=True))
     own_error = max(error(alone(model, own), rows) for own, rows in zip(CHECKED, exact, strict=True))

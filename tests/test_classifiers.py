@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cenote.models import classifiers
-from cenote.models.layouts import choose, forward
+from cenote.models.layouts import forward
+from cenote.models.passes.table import prepared
+from cenote.models.probe import HeadProbe
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of
@@ -55,9 +57,9 @@ def test_sequence_heads(case: tuple[Architecture, int]) -> None:
     config = model.config
     batch = sequences(config.vocab_size, end=config.eos_token_id if config.is_encoder_decoder else None)
     expected = torch.stack(alone(model, batch))
-    probe = classifiers.Probe(model, max_length=architecture.max_length)
-    layout, _ = choose(model.base_model)
-    classifier = classifiers.of_sequences(model, layout, probe)
+    probe = HeadProbe(model, max_length=architecture.max_length)
+    classifier = classifiers.of_sequences(model, probe)
+    layout = prepared(model.base_model).layout
     with torch.inference_mode():
         packed = pack(batch)
         got = classifier.whole(forward(layout, packed), packed, [4, 0, 1, 2, 3, 5])
@@ -74,9 +76,9 @@ def test_token_heads(case: tuple[Architecture, int]) -> None:
     model = build(architecture, head=TOKEN, num_labels=labels)
     batch = sequences(model.config.vocab_size, end=None)
     expected = torch.cat(alone(model, batch))
-    probe = classifiers.Probe(model, max_length=architecture.max_length)
-    layout, _ = choose(model.base_model)
-    classifier = classifiers.of_tokens(model, layout, probe)
+    probe = HeadProbe(model, max_length=architecture.max_length)
+    classifier = classifiers.of_tokens(model, probe)
+    layout = prepared(model.base_model).layout
     with torch.inference_mode():
         got = classifier.rows(forward(layout, pack(batch)))
     scale = max(1.0, float(expected.abs().max()))

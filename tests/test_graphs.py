@@ -21,7 +21,10 @@ from transformers import AutoModel
 from cenote.config import ModelConfig
 from cenote.models import assembly
 from cenote.models.checkpoint import embedded
-from cenote.models.layouts import LONGEST_REAL_WINDOW, Packed, choose, forward
+from cenote.models.layouts import Packed, forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
+from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.tensors import attention, graphs
 from cenote.tensors.graphs import Graphs, lay_out, rounded, shape_of
 from cenote.tensors.packing import PLACES, Batch, Place, Static, pack
@@ -76,8 +79,9 @@ def inputs(sequence: Sequence) -> dict[str, torch.Tensor]:
 def recorded(name: str, **options: Any) -> tuple[Packed, torch.nn.Module]:
     """A row's layout, which replays, and the row's model as it is."""
     row = replace(ROWS[name], options={**ROWS[name].options, **options})
-    layout, reasons = choose(build(row).to(DEVICE), graph_tokens=1024)
-    assert isinstance(layout, Packed), reasons
+    subject = prepared(build(row).to(DEVICE), Settings(graph_tokens=1024))
+    layout = subject.layout
+    assert isinstance(layout, Packed), subject.reasons
     return layout, build(row).to(DEVICE)
 
 
@@ -248,7 +252,7 @@ def test_a_forward_that_depends_on_what_it_recorded_is_found_out(monkeypatch: py
         return original(self, batch, place) + (batch.ids_T.sum() - on_host)
 
     monkeypatch.setattr(Packed, "_run", stale)
-    layout, _ = choose(build(ROWS["bert"]).to(DEVICE), graph_tokens=1024)
+    layout = prepared(build(ROWS["bert"]).to(DEVICE), Settings(graph_tokens=1024)).layout
     assert isinstance(layout, Packed)
     assert layout.graphs is None
     assert layout.unrecorded

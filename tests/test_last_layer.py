@@ -10,9 +10,10 @@ import torch
 
 from cenote.config import ModelConfig, PoolerConfig
 from cenote.models import assembly
-from cenote.models.layouts import choose, forward
+from cenote.models.layouts import forward
 from cenote.models.model import PoolingModel
 from cenote.models.passes.last_layer import LastLayer, find
+from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
 from cenote.types import Output, PoolingParams, Sequence
 from tests.checkpoints import bert, classifier, decoder, pooling, write_modules
@@ -136,6 +137,6 @@ def test_a_layer_that_does_more_than_it_shows_runs_for_all_tokens() -> None:
     assert layer is not None
     layer.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True) * 1e-2)
     packed = pack([Sequence(ids) for ids in draw(9)])
-    layout, _ = choose(net)
+    layout = prepared(net).layout
     assert layout.name != "packed" or not layout.places
     assert torch.isfinite(forward(layout, packed, "first")).all()

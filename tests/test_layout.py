@@ -10,14 +10,11 @@ import pytest
 import torch
 
 from cenote.errors import CheckpointError
-from cenote.models.layouts import (
-    LONGEST_REAL_WINDOW,
-    Padded,
-    choose,
-    forward,
-    position_offset,
-    position_rows,
-)
+from cenote.models.layouts import Layout, Padded, forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
+from cenote.models.probe import LONGEST_REAL_WINDOW
+from cenote.models.traits import position_offset, position_rows
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, build
@@ -28,6 +25,12 @@ ROWS = {architecture.name: architecture for architecture in ZOO}
 def model(name: str, **options: Any) -> Any:
     row = ROWS[name]
     return build(replace(row, options={**row.options, **options}))
+
+
+def choose(net: Any, max_length: int = 1 << 30, **options: Any) -> tuple[Layout, list[str]]:
+    """The layout of a model that has passed through all passes, and the reasons against faster ones."""
+    subject = prepared(net, Settings(max_length=max_length), **options)
+    return subject.layout, subject.reasons
 
 
 def draw(*lengths: int) -> list[Sequence]:
@@ -221,7 +224,7 @@ def test_models_that_look_ahead_do_not_share(name: str) -> None:
 def test_sharing_can_be_switched_off() -> None:
     net = model("qwen3")
     sequences = family(45, 9, 20)
-    layout, _ = choose(net, share_prefixes=False)
+    layout, _ = choose(net, leave_out=("prefixes",))
     assert (layout.name, layout.shares_prefixes) == ("packed", False)
     assert rows_run(net, layout, sequences)[1] == 45 * 2 + 9 + 20
 

@@ -43,7 +43,9 @@ from transformers import (
 
 from cenote import LLM
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models.layouts import choose, forward
+from cenote.models.layouts import forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests import checkpoints
@@ -555,7 +557,7 @@ def test_hidden_tokens_are_seen_by_none_and_see_the_others(name: str) -> None:
             net = build(row)
             mask = torch.tensor([[1] * (len(s) - s.hidden) + [0] * s.hidden])
             alone.append(net(input_ids=torch.tensor([s.ids]), attention_mask=mask)[0][0])
-        layout, _ = choose(build(row), max_length=row.max_length, filled_to=WINDOW // 2)
+        layout = prepared(build(row), Settings(max_length=row.max_length), filled_to=WINDOW // 2).layout
         together = forward(layout, pack(sequences))
         seen = forward(layout, pack([replace(s, hidden=0) for s in sequences]))
     assert layout.name == LAYOUTS_OF_HIDING.get(name, row.layout)
@@ -577,7 +579,8 @@ def test_hidden_tokens_with_nothing_to_see(name: str, layout: str) -> None:
                 for one, own in zip(ids, mask, strict=True)
             ]
         )
-        found, reasons = choose(build(row), filled_to=2 * WINDOW, max_length=row.max_length)
+        subject = prepared(build(row), Settings(max_length=row.max_length), filled_to=2 * WINDOW)
+        found, reasons = subject.layout, subject.reasons
         sequences = [Sequence(one.tolist(), hidden=int((1 - own).sum())) for one, own in zip(ids, mask, strict=True)]
         together = forward(found, pack(sequences))
     assert found.name == layout

@@ -19,11 +19,12 @@ from cenote import LLM
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models import assembly
+from cenote.models import assembly, probe
 from cenote.models import checkpoint as checkpoints_module
-from cenote.models.layouts import Layout, choose, forward
-from cenote.models.passes import narrow as narrowing
-from cenote.models.passes.narrow import Outcome, leave_file, narrow, prepare
+from cenote.models.layouts import Layout, forward
+from cenote.models.passes import narrow
+from cenote.models.passes.subject import Outcome, Settings
+from cenote.models.passes.table import prepared
 from cenote.service import Service
 from cenote.tensors import linear, native
 from cenote.tensors.linear import Narrow
@@ -61,12 +62,16 @@ def named(name: str) -> Architecture:
 def narrowed(
     architecture: Architecture, *, int8: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Layout, Outcome]:
-    model = build(architecture)
-    leave_file(model)
-    prepared = prepare(model, int8=int8, dtype=dtype)
-    layout, _ = choose(model, kernels=native.load(), products=native.load())
+    layout, outcome = narrowed_model(build(architecture), int8=int8, dtype=dtype)
     assert layout.name == architecture.layout
-    return layout, narrow(layout, model, prepared)
+    return layout, outcome
+
+
+def narrowed_model(model: Any, *, int8: bool = False, dtype: torch.dtype | None = None) -> tuple[Layout, Outcome]:
+    narrowing, kernels = narrow.choose(int8=int8, dtype=dtype), native.load()
+    settings = Settings(kernels=kernels, products=narrow.products(kernels, narrowing), narrowing=narrowing)
+    subject = prepared(model, settings)
+    return subject.layout, subject.outcomes["narrow"]
 
 
 def rows(layout: Layout, batch: list[Sequence]) -> list[Tensor]:
@@ -144,9 +149,7 @@ def test_the_float32_weights_are_freed(options: dict[str, Any]) -> None:
     if "dtype" in options:
         watched.append(model.get_input_embeddings())
     own = [weakref.ref(module.weight) for module in watched]
-    prepared = prepare(model, **{"int8": False, "dtype": None, **options})
-    layout, _ = choose(model, kernels=native.load(), products=native.load())
-    narrow(layout, model, prepared)
+    narrowed_model(model, **options)
     gc.collect()
     assert len(own) >= 19
     assert not any(weight() is not None for weight in own)
@@ -182,9 +185,7 @@ def test_weights_that_others_hold_stay() -> None:
     model = build(named("bert"))
     first, second = (model.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.weight = first.weight
-    prepared = prepare(model, int8=True, dtype=None)
-    layout, _ = choose(model, kernels=native.load(), products=native.load())
-    assert narrow(layout, model, prepared).text.startswith("17 of 19")
+    assert narrowed_model(model, int8=True)[1].text.startswith("17 of 19")
 
 
 def test_a_table_that_is_read_past_its_forward_stays() -> None:
@@ -192,9 +193,7 @@ def test_a_table_that_is_read_past_its_forward_stays() -> None:
     table = model.get_input_embeddings()
     model.embeddings.LayerNorm.register_forward_hook(lambda _, __, y: y + table.weight[0] * 1e-3)
     whole = table.weight.clone()
-    prepared = prepare(model, int8=False, dtype=torch.float16)
-    layout, _ = choose(model, kernels=native.load(), products=native.load())
-    narrow(layout, model, prepared)
+    narrowed_model(model, dtype=torch.float16)
     assert torch.equal(table.weight, whole)
 
 
@@ -219,11 +218,9 @@ def test_a_model_that_does_not_bear_it_is_refused(monkeypatch: pytest.MonkeyPatc
             module.bias.data[3] = 1e6
         elif isinstance(module, nn.Linear) and module.in_features == 64:
             module.weight.data[:, 3] *= 1e-6
-    prepared = prepare(model, int8=True, dtype=None)
-    layout, _ = choose(model, kernels=native.load(), products=native.load())
-    monkeypatch.setattr(narrowing, "LEAST_COSINE", 0.9999)
+    monkeypatch.setattr(probe, "LEAST_COSINE", 0.9999)
     with pytest.raises(CheckpointError, match="does not bear weights in int8 by .*, expected at least 0.9999; leave"):
-        narrow(layout, model, prepared)
+        narrowed_model(model, int8=True)
 
 
 def test_rows_that_move_with_their_neighbours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from cenote.config import Isa
 from cenote.errors import ConfigError
-from cenote.models.layouts import Packed, choose, forward
+from cenote.models.layouts import forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
+LAYOUTS = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text())
+"""The layout of each architecture, whether it shares prefixes, and the tokens for which alone its last layer can run:
+the same on every processor, with any number of threads."""
 LENGTHS = (17, 3, 100, 40, 1, 17, 64)
 AMPLIFIES = {"qwen3.5", "qwen3-next"}
 """Architectures whose recurrence amplifies rounding: see `amplified`."""
@@ -100,8 +107,9 @@ def test_equals_eager_one_by_one(architecture: Architecture, isa: Isa) -> None:
     model = build(architecture)
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     expected = alone(model, batch)
-    layout, reasons = choose(build(architecture), kernels=kernels, products=linear.float32(kernels))
-    assert layout.name == architecture.layout, reasons
+    subject = prepared(build(architecture), Settings(kernels=kernels, products=linear.float32(kernels)))
+    layout = subject.layout
+    assert layout.name == architecture.layout, subject.reasons
     hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
     if kernels and architecture.name in AMPLIFIES:
@@ -112,15 +120,9 @@ def test_equals_eager_one_by_one(architecture: Architecture, isa: Isa) -> None:
     else:
         for got, wanted in zip(hidden, expected, strict=True):
             assert torch.allclose(got, wanted, rtol=0, atol=1e-5 * scale), float((got - wanted).abs().max())
-    if isinstance(layout, Packed):
-        everywhere = {
-            "albert",
-            "umt5",
-            "gpt2",
-            "gpt-bigcode",
-        }  # one layer for all, or shapes taken from outside the layer
-        places = set() if architecture.name in everywhere else {"last"} if layout.is_causal else {"first", "last"}
-        assert layout.places == places
+    places = sorted(getattr(layout, "places", ()))
+    row = {"layout": layout.name, "shares_prefixes": layout.shares_prefixes, "places": places}
+    assert row == LAYOUTS[architecture.name]
     for place in getattr(layout, "places", ()):
         at = pack(batch).rows_at(place)
         got = forward(layout, pack(batch), place)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cenote.models import reentrant
-from cenote.models.layouts import choose, forward
+from cenote.models.layouts import forward
+from cenote.models.passes.subject import Settings
+from cenote.models.passes.table import prepared
+from cenote.models.probe import stable
 from cenote.tensors import native
 from cenote.tensors.packing import pack
 from cenote.types import Sequence
@@ -35,7 +37,8 @@ def hasty() -> Iterator[None]:
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
 def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Architecture, hasty: None) -> None:
     model, kernels = build(architecture), native.load()
-    layout, _ = choose(model, kernels=kernels, products=kernels if kernels and kernels.can_chain else None)
+    products = kernels if kernels and kernels.can_chain else None
+    layout = prepared(model, Settings(kernels=kernels, products=products)).layout
     generator = torch.Generator().manual_seed(3)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batches = [
@@ -47,7 +50,7 @@ def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Arc
         with torch.inference_mode():
             return [forward(layout, batches[number]).clone()]
 
-    fault = reentrant.fault(model, [partial(run, number) for number in range(2)])
+    fault = stable(model, [partial(run, number) for number in range(2)])
     assert bool(fault) == (architecture.name in STATEFUL), fault
     if fault:
         return
@@ -129,7 +132,7 @@ def test_what_a_forward_leaves_behind_is_found(change: Callable[[Plain, Tensor],
             change(inner, x)
             return [outer(x)]
 
-    fault = reentrant.fault(outer, [partial(run, torch.ones(2, 3)), partial(run, torch.ones(4, 3))])
+    fault = stable(outer, [partial(run, torch.ones(2, 3)), partial(run, torch.ones(4, 3))])
     assert fault.startswith(f"a forward changes 0.{name}" if name else "")
     assert bool(fault) == bool(name)
 
@@ -160,7 +163,7 @@ def test_what_is_only_there_during_a_forward_is_found_by_running_two() -> None:
         calls += 1
         return [module(x, beside=threading.current_thread() is not threading.main_thread())]
 
-    fault = reentrant.fault(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
+    fault = stable(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
     assert fault == "forwards beside each other give something else"
 
 
@@ -171,5 +174,5 @@ def test_a_forward_that_fails_beside_another_is_a_fault() -> None:
         return [x]
 
     module = Plain()
-    fault = reentrant.fault(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
+    fault = stable(module, [partial(run, torch.ones(2)), partial(run, torch.zeros(3))])
     assert fault == "forwards beside each other give something else"

@@ -11,10 +11,10 @@ from torch import nn
 
 from cenote.errors import CenoteError, CheckpointError, ConfigError
 from cenote.models import checkpoint as checkpoints
-from cenote.models import classifiers, reentrant, retrieval
+from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
-from cenote.models.layouts import Packed, choose, vocabulary
+from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
 from cenote.models.outputs import (
     Calibration,
@@ -25,9 +25,12 @@ from cenote.models.outputs import (
     TokenEmbed,
     activation_of,
 )
-from cenote.models.passes import adapters as adapting
-from cenote.models.passes import narrow as narrowing
-from cenote.models.shortcuts import shorten
+from cenote.models.passes import narrow
+from cenote.models.passes.adapters import find as find_adapters
+from cenote.models.passes.subject import Settings, Subject
+from cenote.models.passes.table import prepare
+from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
+from cenote.models.traits import vocabulary
 from cenote.tensors import linear, native, process
 from cenote.types import UNLIMITED, ModelInfo, Sequence, Similarity
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.layouts import Layout
     from cenote.models.outputs import TaskOutput
-    from cenote.tensors.native import Kernels, Products
+    from cenote.models.probe import Proved
 
 LAUNCH_SECONDS = 2e-5
 """That the host takes for a module without parts: Python around one kernel or two."""
@@ -73,59 +76,43 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
-    prepared = _prepare(model, options, isa)
-    folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
-    adapters = adapting.Adapters(model, adapting.find(folders))
-    probe = None if full is model else classifiers.Probe(full, max_length=length)
-    layout, layout_note = _layout(checkpoint, full, options, prepared, length, isa, replayed=not adapters.names)
+    settings = _settings(checkpoint, model, options, length, isa)
+    probe = None if full is model else HeadProbe(full, max_length=length)
+    proved = _proved(checkpoint, model, options, settings)
     pooler, dimension = _pooler(checkpoint, model, options)
     for step in pooler.steps:
         if isinstance(step, nn.Module):
             step.to(device)
-    outputs = _outputs(checkpoint, options, full, layout, probe, pooler)
+    outputs = _outputs(checkpoint, options, full, probe, pooler)
     if isinstance(outputs["embed"], retrieval.DenseLexical) and probe is not None:
-        dimension = probe.logits[0].shape[-1]  # its vector is one weight per vocabulary entry
-    linears, why_not = narrowing.narrow(layout, full, prepared, max_length=length)
-    notes = [note for note in (dtype_note, length_note, layout_note, *why_not) if note]
-    info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, notes)
-    info = replace(info, adapters=adapters.names, linears=linears)
-    if prepared.dtype is not None:
-        info = replace(info, dtype=str(prepared.dtype).removeprefix("torch."))
-    pooling_model = PoolingModel(info, layout, outputs, adapters)
-    shorten(full)
+        dimension = probe.width  # its vector is one weight per vocabulary entry
+    subject = Subject(full, proved.layout, proved.reasons, proved.probe, settings)
+    prepare(subject, left_out(options))
+    layout = subject.layout
+    outcomes = subject.outcomes.values()
+    notes = [dtype_note, length_note, _layout_note(subject, options), *(n for own in outcomes for n in own.notes)]
+    info = _info(checkpoint, model, options, layout, pooler, outputs, dimension, length, [n for n in notes if n])
+    linears = [own.text for own in outcomes if own.text]
+    info = replace(info, adapters=subject.adapters, linears=linears[-1] if linears else "")
+    narrowing = settings.narrowing
+    if narrowing is not None and narrowing.dtype is not None:
+        info = replace(info, dtype=str(narrowing.dtype).removeprefix("torch."))
+    pooling_model = PoolingModel(info, layout, outputs)
     _check_first_forward(pooling_model, pooler)
     if device.type == "cpu":
-        _let_run_beside(pooling_model, full, probe)
+        _let_run_beside(pooling_model, full)
     process.leave_unused_memory()
     return pooling_model, checkpoint
 
 
-def _layout(
-    checkpoint: Checkpoint,
-    full: PreTrainedModel,
-    options: ModelConfig,
-    prepared: narrowing.Prepared,
-    length: int,
-    isa: Isa,
-    *,
-    replayed: bool,
-) -> tuple[Layout, str]:
-    """How the backbone of `full` runs, and what a user may want to know of it."""
-    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
-    device = model.device
-    kernels = native.load(isa)
-    products = _products(kernels, prepared)
-    if products is not None:
-        narrowing.leave_file(full)
+def _proved(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig, settings: Settings) -> Proved:
+    """The layout in which the backbone runs."""
     try:
-        layout, reasons = choose(
+        return choose(
             model,
-            max_length=length,
+            max_length=settings.max_length,
             packed=options.packing,
-            kernels=kernels,
-            products=products,
-            share_prefixes=options.prefix_sharing,
-            graph_tokens=graph_tokens(model, options, device) if replayed else 0,
+            kernels=settings.kernels,
             filled_to=_filled_to(checkpoint),
         )
     except CheckpointError:
@@ -135,19 +122,64 @@ def _layout(
             f"{checkpoint.name}: {type(model).__name__} cannot be run over token ids alone, which all tasks build on: "
             f"{type(error).__name__}: {checkpoints.first_line(error)}"
         ) from error
+
+
+def _settings(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig, length: int, isa: Isa) -> Settings:
+    """What the passes may use, and what is asked of them."""
+    on_cpu = model.device.type == "cpu"
+    kernels = native.load(isa)
+    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
+    narrowing = None
+    if on_cpu:
+        narrowing = narrow.choose(
+            int8=options.quantization == "int8",
+            dtype=None if dtype is torch.float32 else dtype,
+            isa=isa,
+        )
+    folders = [checkpoint.path, checkpoint.st.backbone] if checkpoint.st else [checkpoint.path]
+    return Settings(
+        max_length=length,
+        kernels=kernels,
+        products=narrow.products(kernels, narrowing),
+        graph_tokens=graph_tokens(model, options, model.device),
+        adapters=find_adapters(folders),
+        narrowing=narrowing,
+    )
+
+
+def _isa(options: ModelConfig, device: torch.device) -> Isa:
+    """Instructions that the CPU kernels may use.
+
+    Raises:
+        ConfigError: kernels with the instructions named cannot be had.
+    """
+    if device.type != "cpu" or not options.native_kernels:
+        return "none"
+    linear.require(options.isa)
+    return options.isa
+
+
+def left_out(options: ModelConfig) -> frozenset[str]:
+    """Names of the passes that the options leave out."""
+    return frozenset() if options.prefix_sharing else frozenset({"prefixes"})
+
+
+def _layout_note(subject: Subject, options: ModelConfig) -> str:
+    """What a user may want to know of the layout, or an empty string."""
+    layout = subject.layout
     if not isinstance(layout, Packed):
-        return layout, f"runs {layout.name}" + (f", because packing failed: {reasons[0]}" if reasons else ", as asked")
-    if device.type == "cuda" and not layout.is_fused:
-        return layout, "attention runs length by length, because no fused kernel does this model's"
-    return layout, f"runs without CUDA graphs: {layout.unrecorded}" if layout.unrecorded else ""
+        why = f", because packing failed: {subject.reasons[0]}" if subject.reasons else ", as asked"
+        return f"runs {layout.name}{why}"
+    if layout.backbone.device.type == "cuda" and not layout.is_fused:
+        return "attention runs length by length, because no fused kernel does this model's"
+    return ""
 
 
 def _outputs(
     checkpoint: Checkpoint,
     options: ModelConfig,
     full: PreTrainedModel,
-    layout: Layout,
-    probe: classifiers.Probe | None,
+    probe: HeadProbe | None,
     pooler: Pooler,
 ) -> dict[str, TaskOutput]:
     """The outputs of all tasks that the checkpoint is for; the one that it is made for comes first."""
@@ -155,9 +187,9 @@ def _outputs(
     # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
     if len(pooler.modes) == 1 or not pooler.steps:
         outputs["token_embed"] = TokenEmbed(pooler)
-    special = retrieval.outputs(checkpoint, options, full, layout, probe, pooler)
+    special = retrieval.outputs(checkpoint, options, full, probe, pooler)
     outputs = {**special, **{task: own for task, own in outputs.items() if task not in special}}
-    classifier = _classifier(checkpoint, options, full, layout, probe)
+    classifier = _classifier(checkpoint, options, full, probe)
     if classifier is not None:
         outputs = {**_class_outputs(checkpoint, options, classifier), **outputs}
     else:
@@ -186,40 +218,8 @@ def _filled_to(checkpoint: Checkpoint) -> int:
     return fill.length if fill and not fill.attend else 0
 
 
-def _products(kernels: Kernels | None, prepared: narrowing.Prepared) -> Products[Any] | None:
-    """What multiplies in float32: if weights wait to be narrowed, only until they are."""
-    if prepared.kernel is not None:
-        return kernels if kernels is not None and kernels.can_chain else None
-    return linear.float32(kernels)
-
-
-def _isa(options: ModelConfig, device: torch.device) -> Isa:
-    """Instructions that the CPU kernels may use.
-
-    Raises:
-        ConfigError: kernels with the instructions named cannot be had.
-    """
-    if device.type != "cpu" or not options.native_kernels:
-        return "none"
-    linear.require(options.isa)
-    return options.isa
-
-
-def _prepare(model: PreTrainedModel, options: ModelConfig, isa: Isa) -> narrowing.Prepared:
-    """Narrow weights for `model`, as far as they are asked for; elsewhere than on a CPU it computes in its dtype."""
-    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
-    if model.device.type != "cpu":
-        return narrowing.Prepared()
-    return narrowing.prepare(
-        model,
-        int8=options.quantization == "int8",
-        dtype=None if dtype is torch.float32 else dtype,
-        isa=isa,
-    )
-
-
 def _classifier(
-    checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, layout: Layout, probe: classifiers.Probe | None
+    checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None
 ) -> classifiers.Classifier | None:
     """The classification head that was chosen for `checkpoint`, proved where Transformers has a class for it."""
     head = checkpoint.head
@@ -240,8 +240,8 @@ def _classifier(
     assert probe is not None
     if head.kind == "vocabulary":
         columns = head.columns or None
-        return classifiers.of_vocabulary(full, layout, probe, columns, difference=head.difference)
-    return (classifiers.of_tokens if head.kind == "token" else classifiers.of_sequences)(full, layout, probe)
+        return classifiers.of_vocabulary(full, probe, columns, difference=head.difference)
+    return (classifiers.of_tokens if head.kind == "token" else classifiers.of_sequences)(full, probe)
 
 
 def _class_outputs(
@@ -440,36 +440,32 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     return () if declared else None
 
 
-def _let_run_beside(model: PoolingModel, full: nn.Module, probe: classifiers.Probe | None) -> None:
+def _let_run_beside(model: PoolingModel, full: PreTrainedModel) -> None:
     """Let several threads launch `model` at a time, or say why they cannot."""
-    why_not = _fault_beside(model, full, probe)
+    why_not = _fault_beside(model, full)
     model.is_reentrant = not why_not
     if why_not:
         note = f"runs one batch at a time, because {why_not}"
         model.info = replace(model.info, warnings=(*model.info.warnings, note))
 
 
-def _fault_beside(model: PoolingModel, full: nn.Module, probe: classifiers.Probe | None) -> str:
+def _fault_beside(model: PoolingModel, full: PreTrainedModel) -> str:
     """Why several threads cannot launch `model` at a time, or an empty string."""
     if model.layout.backbone.rope_class is not None:
         return "its rotary frequencies are those of the longest sequence"
-    most, last = model.info.max_model_len, model.info.vocab_size - 1
-    drawn = [[min(i, last) for i in range(1, 1 + min(n, most))] for n in (9, 4)]
-    ids = [s.ids for s in probe.sequences[:2]] if probe is not None else drawn
+    draw = Draw(full)
+    texts = [draw.text(min(n, model.info.max_model_len)) for n in (9, 4)]
 
-    def run(own: Seq[int]) -> list[Tensor]:
-        sequences = [Sequence(own, task=task) for task in model.outputs]
+    def run(ids: Seq[int]) -> list[Tensor]:
+        sequences = [Sequence(ids, task=task) for task in model.outputs]
         return [part.values for part in model.launch(sequences).parts]
 
-    try:
-        return reentrant.fault(full, [partial(run, own) for own in ids])
-    except Exception as error:  # whatever a model raises over plain token ids, it can do so in one thread alone
-        return f"{type(error).__name__}: {checkpoints.first_line(error)}"
+    return fault_of(lambda: stable(full, [partial(run, ids) for ids in texts]))
 
 
 def _check_first_forward(model: PoolingModel, pooler: Pooler) -> None:
     """One vector through pooling and head, so that damaged head weights are refused at load and not at midnight."""
-    ids = [min(1, model.info.vocab_size - 1)] * min(4, model.info.max_model_len)
+    ids = Draw(model.layout.backbone.model).text(min(4, model.info.max_model_len))
     output, *adapted = model.launch([Sequence(ids, adapter=name) for name in (None, *model.info.adapters)]).finish()
     if isinstance(output, CenoteError):
         raise CheckpointError(f"{model.info.name}: {output.message}")

@@ -23,7 +23,7 @@ from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.families import multi_vector
 from cenote.models.families.multi_vector import MultiVector
-from cenote.models.layouts import position_rows
+from cenote.models.traits import position_rows
 from cenote.tokenizer import TokenizerSource
 from cenote.types import PairTemplate, template_text
 

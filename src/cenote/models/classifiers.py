@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models.layouts import TOLERANCE, Backbone, Padded, forward, vocabulary
-from cenote.tensors.packing import pack
-from cenote.types import Sequence
+from cenote.models.layouts import Backbone, Padded
+from cenote.models.probe import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,15 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cenote.models.layouts import Layout
+    from cenote.models.probe import HeadProbe
     from cenote.tensors.packing import Batch, Place
 
     Rows = Callable[[Tensor], Tensor]
     """Logits of rows: `[R, D] -> [R, C]`, float32."""
 
 log = logging.getLogger(__name__)
-
-PROBE_LENGTHS = (7, 11, 3, 11)
 
 
 @dataclass(frozen=True)
@@ -186,92 +183,66 @@ def at_last(pad: int | None, batch: Batch, members: list[int]) -> Place | None:
     return "last" if all(last_row(batch, i, pad) == batch.starts[i + 1] - 1 for i in members) else None
 
 
-class Probe:
-    """A few short random sequences, and the logits that the whole model gives to each of them alone."""
-
-    def __init__(self, model: PreTrainedModel, *, max_length: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        ordinary = [i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0]
-        drawn = [torch.randint(len(ordinary), (min(n, max_length),), generator=generator) for n in PROBE_LENGTHS]
-        ids = [[ordinary[i] for i in picks] for picks in drawn]
-        if model.config.is_encoder_decoder:  # BART classifies by its end-of-sequence token
-            ids = [[*own[:-1], model.config.eos_token_id] for own in ids]
-        self.sequences = [Sequence(own) for own in ids]
-        self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
-        with torch.inference_mode():
-            self.logits = [
-                model(input_ids=torch.tensor([s.ids], device=model.device), return_dict=True).logits[0].float()
-                for s in self.sequences
-            ]
-
-    def batch(self, device: torch.device) -> Batch:
-        """The sequences, packed."""
-        return pack(self.sequences, device)
-
-    def agrees(self, found: list[Tensor]) -> bool:
-        """Whether logits per sequence are those of the whole model."""
-        wanted = torch.cat([logits.flatten() for logits in self.logits])
-        given = torch.cat([logits.flatten() for logits in found])
-        if wanted.shape != given.shape:
-            return False
-        allowed = self.tolerance * max(1.0, float(wanted.abs().max()))
-        return bool((wanted - given).abs().max() <= allowed)
-
-
-def of_sequences(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifier:
+def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
     """The head of a `...ForSequenceClassification` model.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
     head = OwnHead(model)
-    batch = probe.batch(model.device)
+    batch, x_TD = probe.batch, probe.rows_TD
+    everyone = list(range(batch.size))
     faults = []
+    for name, place in (("first", at_first), ("last", partial(at_last, head.pad)), ("padded", at_none)):
+        whole = getattr(head, name)
+        fault = fault_of(partial(_head_fault, whole, probe))
+        if not fault:
+            return Classifier(head.rows, whole, name == "last", probe.width, place)
+        faults.append(f"{name}: {fault}")
+    together = Together(model)
     with torch.inference_mode():
-        x_TD = forward(layout, batch)
-        for name, place in (("first", at_first), ("last", partial(at_last, head.pad)), ("padded", at_none)):
-            whole = getattr(head, name)
-            try:
-                logits_BC = whole(x_TD, batch, list(range(batch.size)))
-            except Exception as error:  # whatever a head raises over such states means: not this way
-                faults.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0][:200])
-                continue
-            if probe.agrees(list(logits_BC)):
-                return Classifier(head.rows, whole, name == "last", logits_BC.shape[-1], place)
-            faults.append(f"{name}: other logits than the model's own")
-        together = Together(model)
-        if probe.agrees(list(together(x_TD, batch, list(range(batch.size))))):
+        if probe.agrees(list(together(x_TD, batch, everyone))):
             log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
-            return Classifier(head.rows, together, False, probe.logits[0].shape[-1], at_none)
+            return Classifier(head.rows, together, False, probe.width, at_none)
     raise CheckpointError(
         f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
     )
 
 
-def of_tokens(model: PreTrainedModel, layout: Layout, probe: Probe) -> Classifier:
+@torch.inference_mode()
+def _head_fault(whole: Callable[[Tensor, Batch, list[int]], Tensor], probe: HeadProbe) -> str:
+    """Why logits of whole sequences are not the model's own, or an empty string."""
+    batch = probe.batch
+    logits_BC = whole(probe.rows_TD, batch, list(range(batch.size)))
+    return "" if probe.agrees(list(logits_BC)) else "other logits than the model's own"
+
+
+def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None = None) -> Classifier:
     """The head of a `...ForTokenClassification` model, or another that looks at each token alone.
+
+    Args:
+        model: the whole.
+        probe: made before.
+        columns: of the logits that the probe knows, which ones the head still gives; `None` = all.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
     head = OwnHead(model)
-    batch = probe.batch(model.device)
     with torch.inference_mode():
-        logits_TC = head.rows(forward(layout, batch))
-    if not probe.agrees(batch.split(logits_TC)):
+        logits_TC = head.rows(probe.rows_TD)
+    if not probe.agrees(probe.batch.split(logits_TC), columns):
         raise CheckpointError(f"the head of {type(model).__name__} cannot be run apart from its backbone")
     return Classifier(head.rows, None, True, logits_TC.shape[-1], at_none)
 
 
 def of_vocabulary(
-    model: PreTrainedModel, layout: Layout, probe: Probe, columns: tuple[int, ...] | None, *, difference: bool
+    model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None, *, difference: bool
 ) -> Classifier:
     """The language-model head of a `...ForCausalLM` model, as a classifier of the last token.
 
     Args:
         model: its head is cut to the rows that are needed.
-        layout: of the model's backbone.
         probe: made before.
         columns: token ids whose logits are the classes; `None` = the whole vocabulary.
         difference: the one class is the second column's logit minus the first's, whose sigmoid is the softmax of both.
@@ -280,17 +251,8 @@ def of_vocabulary(
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
     if columns is not None:
-        wanted = list(columns)
-        own: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if not all(0 <= column < own.out_features for column in wanted):
-            raise CheckpointError(f"classes are logits of token ids below {own.out_features}, got {wanted}")
-        cut = nn.Linear(own.in_features, len(wanted), bias=own.bias is not None, device=own.weight.device)
-        cut.weight = nn.Parameter(own.weight[wanted].float(), requires_grad=False)
-        if own.bias is not None:
-            cut.bias = nn.Parameter(own.bias[wanted].float(), requires_grad=False)
-        model.set_output_embeddings(cut)  # type: ignore[no-untyped-call]
-        probe.logits = [logits[:, wanted] for logits in probe.logits]
-    of_each_token = of_tokens(model, layout, probe)
+        _cut_vocabulary(model, columns)
+    of_each_token = of_tokens(model, probe, columns)
 
     def rows(x_RD: Tensor) -> Tensor:
         logits_RC = of_each_token.rows(x_RD)
@@ -298,6 +260,19 @@ def of_vocabulary(
 
     num_labels = 1 if difference else of_each_token.num_labels
     return Classifier(rows, of_last(rows), True, num_labels, partial(at_last, None))
+
+
+def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
+    """Leave only these rows of the language-model head, float32."""
+    whole: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not all(0 <= column < whole.out_features for column in columns):
+        raise CheckpointError(f"classes are logits of token ids below {whole.out_features}, got {list(columns)}")
+    kept = list(columns)
+    cut = nn.Linear(whole.in_features, len(kept), bias=whole.bias is not None, device=whole.weight.device)
+    cut.weight = nn.Parameter(whole.weight[kept].float(), requires_grad=False)
+    if whole.bias is not None:
+        cut.bias = nn.Parameter(whole.bias[kept].float(), requires_grad=False)
+    model.set_output_embeddings(cut)  # type: ignore[no-untyped-call]
 
 
 def of_modules(module: nn.Module, num_labels: int) -> Classifier:

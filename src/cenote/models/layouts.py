@@ -1,29 +1,23 @@
-"""How a backbone is run over a batch: packed where that is proved exact, padded otherwise.
+"""Layouts: how a backbone runs over a batch. Packed end to end, or padded in small groups.
 
-`choose` tries layouts from the fastest to the safest and returns the first that passes two tests on the model at
-hand: its rows equal the model's own forward over one sequence at a time, and swapping one sequence's tokens moves
-no row of the others. Poolers never see padding: every layout returns packed rows.
+Which of them is exact for a model is proved at load (`cenote.models.probe`). Poolers never see padding: every layout
+returns packed rows.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cenote.errors import CheckpointError
-from cenote.models.passes import last_layer
-from cenote.models.passes.fuse import fuse
+from cenote.models.traits import position_offset, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
-from cenote.tensors.packing import PLACES, SHORTEST_PREFIX, pack, set_apart, share
-from cenote.types import Sequence
+from cenote.tensors.packing import set_apart, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,21 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cenote.tensors.native import Kernels, Products
+    from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Batch, Place, Static
 
-log = logging.getLogger(__name__)
-
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
-LONGEST_REAL_WINDOW = 512
-MOST_REAL_POSITIONS = 2048
-PROBE_WINDOW = 32
-SHORT = 16
-"""Tokens of a sequence are enough to see what Linear layers do."""
+"""Sequences of a padded forward, by the type of the device."""
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
-POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Largest difference that counts as equal, relative to the largest hidden value (at least 1)."""
 
 
 @dataclass(eq=False)
@@ -91,6 +76,8 @@ class Backbone:
 class Packed:
     """The whole batch in one forward, attention kept apart by `cenote.tensors.attention`.
 
+    It runs between `install` and `remove`.
+
     Attributes:
         is_causal: whether the last forward's attention was.
         is_fused: whether one kernel did all sequences of it, rather than each length by itself.
@@ -111,10 +98,31 @@ class Packed:
         self.places: frozenset[Place] = frozenset()
         self.graphs: Graphs | None = None
         self.unrecorded = ""
-        backbone.model.set_attn_implementation(attention.register())
-        for module in backbone.model.modules():
+        self._own_attention = backbone.model.config._attn_implementation
+
+    def install(self) -> None:
+        """Make the model call `cenote.tensors.attention`."""
+        self.backbone.model.set_attn_implementation(attention.register())
+        for module in self.backbone.model.modules():
             if hasattr(module, "compute_bias"):
                 _bound_bias(module)
+
+    def remove(self) -> None:
+        """Give the model its own attention back."""
+        model = self.backbone.model
+        if model.config._attn_implementation != self._own_attention:
+            model.set_attn_implementation(self._own_attention)
+        for module in model.modules():
+            vars(module).pop("compute_bias", None)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[Backbone]:
+        """Yield the backbone, which has its own attention meanwhile."""
+        self.remove()
+        try:
+            yield self.backbone
+        finally:
+            self.install()
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
         """Sequence numbers that may share a forward."""
@@ -178,7 +186,20 @@ class Padded:
         self.backbone = backbone
         self.equal = equal
         self.size = size or PADDED_SEQUENCES.get(backbone.device.type, 8)
-        self.name = "one by one" if self.size == 1 else "equal lengths" if equal else "padded"
+        self.name = "equal lengths" if equal else "padded"
+        if self.size == 1:
+            self.name = "one by one"
+
+    def install(self) -> None:
+        """Nothing: the model stays as it is."""
+
+    def remove(self) -> None:
+        """Nothing, as `install`."""
+
+    @contextmanager
+    def own_attention(self) -> Iterator[Backbone]:
+        """Yield the backbone, whose attention is its own anyway."""
+        yield self.backbone
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
         """Sequence numbers that may share a forward, longest first.
@@ -237,331 +258,19 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
     return hidden_TD
 
 
-def choose(
-    model: PreTrainedModel,
-    *,
-    max_length: int = 1 << 30,
-    packed: bool = True,
-    kernels: Kernels | None = None,
-    products: Products[Any] | None = None,
-    share_prefixes: bool = True,
-    graph_tokens: int = 0,
-    filled_to: int = 0,
-) -> tuple[Layout, list[str]]:
-    """The fastest layout that is exact for `model`, and why each faster one was passed over.
-
-    On a CPU the model's activations are fused with the Linears before them (`cenote.models.passes.fuse`).
+def candidates(model: PreTrainedModel, kernels: Kernels | None = None, *, packed: bool = True) -> Iterator[Layout]:
+    """Layouts from the fastest to the safest.
 
     Args:
         model: in eval mode, on its device, with the attention implementation that it prefers.
-        max_length: most tokens of a sequence, so that the probe stays within the model's positions.
-        packed: whether to try packing at all.
-        kernels: native CPU kernels to use where they apply.
-        products: what multiplies by packed matrices on a CPU.
-        share_prefixes: whether to try running common prefixes once.
-        graph_tokens: tokens up to which forwards are replayed, where that is proved to change nothing; 0 = none.
-        filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
-
-    Raises:
-        CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
-            in every layout.
+        kernels: native CPU kernels for packed attention.
+        packed: whether packed layouts are among them.
     """
-    native = model.config._attn_implementation
-    reasons: list[str] = []
-    filled = _filled(model, min(filled_to, max_length)) if filled_to > 1 else None  # by the windows as they are
-    with _shortened_windows(model) as window:
-        reference = _one_by_one(model, min(window + 9, max_length))
-    for build in _candidates(model, kernels) if packed else _padded_candidates():
-        with _shortened_windows(model):
-            layout, reason = _try(build, model, reference)
-        if layout is not None and filled is not None and (fault := _fault(filled, layout)):
-            reason, layout = f"{layout.name}, with hidden tokens: {fault}", None
-        if layout is not None:
-            with _shortened_windows(model):
-                if share_prefixes and isinstance(layout, Packed) and layout.is_causal:
-                    _try_sharing(layout, window, max_length)
-                if model.device.type == "cpu":
-                    probe, other = (partial(forward, layout, x) for x in reference.short)
-                    fuse(model, probe, other, kernels, products)
-                if isinstance(layout, Packed):
-                    _try_places(layout, reference)
-                    if graph_tokens:
-                        _try_graphs(layout, reference, graph_tokens)
-            return layout, reasons
-        reasons.append(reason)
-        _restore_attention(model, native)
-    raise CheckpointError(
-        f"{type(model).__name__} does not reproduce its own one-by-one output in any layout: {'; '.join(reasons)}"
-    )
-
-
-def _candidates(model: PreTrainedModel, kernels: Kernels | None) -> Iterator[Callable[[Backbone], Layout]]:
-    offsets = dict.fromkeys((position_offset(model), 0))
-    yield from (partial(_packed_from, offset, kernels) for offset in offsets)
-    yield from _padded_candidates()
-
-
-def _padded_candidates() -> Iterator[Callable[[Backbone], Layout]]:
-    yield Padded
-    yield lambda backbone: Padded(backbone, equal=True)
-    yield lambda backbone: Padded(backbone, equal=True, size=1)
-
-
-def _packed_from(offset: int, kernels: Kernels | None, backbone: Backbone) -> Packed:
-    backbone.position_offset = offset
-    backbone.padding_idx = offset - 1 if offset else None
-    return Packed(backbone, kernels)
-
-
-def _try(
-    build: Callable[[Backbone], Layout], model: PreTrainedModel, reference: _Reference
-) -> tuple[Layout | None, str]:
-    """Build a layout and prove it; the layout, or `None` and the reason."""
-    try:
-        layout = build(Backbone(model))
-    except Exception as error:  # as in _fault
-        return None, _line(error)
-    fault = _fault(reference, layout)
-    return (None, f"{layout.name}: {fault}") if fault else (layout, "")
-
-
-def _fault(reference: _Reference, layout: Layout) -> str:
-    """Why `layout` is not exact, or an empty string."""
-    try:
-        return reference.fault(layout)
-    except Exception as error:  # whatever a model raises under a layout means: not in this layout
-        return _line(error)
-
-
-def _try_sharing(layout: Packed, window: int, max_length: int) -> None:
-    """Let `layout` share prefixes, also those longer than the model's window, if that is proved to change nothing."""
-    try:
-        fault = _sharing_fault(layout, window, max_length)
-    except Exception as error:  # as in _fault
-        fault = _line(error)
-    layout.shares_prefixes = not fault
-    if fault:
-        log.info("%s does not share prefixes: %s", type(layout.backbone.model).__name__, fault)
-
-
-def _sharing_fault(layout: Packed, window: int, max_length: int) -> str:
-    model = layout.backbone.model
-    draw = _Draw(model)
-    ends = [draw(n) for n in (8, 8, 3, 1, 8)]
-    longest_prefix = max_length - len(ends[0])
-    if longest_prefix < SHORTEST_PREFIX:
-        return f"it takes {max_length} tokens at most"
-    prefix = draw(min(window + 5, longest_prefix))
-    *drawn, other = [prefix + end for end in ends]
-    reference = _Reference(model, [*drawn, draw(11)], other, partial(forward, layout))
-    layout.shares_prefixes = True
-    return reference.fault(layout)
-
-
-def _try_places(layout: Packed, reference: _Reference) -> None:
-    """Let `layout` run the last layer for single tokens, where that is proved to change nothing."""
-    layer = last_layer.find(layout.backbone.model)
-    if layer is None:
-        return
-    last_layer.LastLayer(layer)
-    for place in ("last",) if layout.is_causal else PLACES:
-        layout.places |= {place}
-        try:
-            exact = reference.is_exact_at(layout, place)
-        except Exception as error:  # as in _fault
-            log.info("%s runs its last layer for all tokens: %s", type(layout.backbone.model).__name__, _line(error))
-            exact = False
-        if not exact:
-            layout.places -= {place}
-    if not layout.places:
-        del vars(layer)["forward"]
-
-
-def _try_graphs(layout: Packed, reference: _Reference, max_tokens: int) -> None:
-    """Let `layout` replay its forwards if that is proved to change nothing, for other batches of a shape too."""
-    model = layout.backbone.model
-    if layout.backbone.rope_class is not None:
-        layout.unrecorded = "its rotary frequencies depend on the length of a sequence"
-        return
-    drawn, other = reference.drawn
-    moved = _Reference(model, [*drawn[2:], *drawn[:2]], other, partial(forward, layout))
-    layout.record(max_tokens)
-    assert layout.graphs is not None
-    layout.unrecorded = reference.fault(layout) or moved.fault(layout) or layout.graphs.fault
-    for place in layout.places:
-        if not layout.unrecorded and not (reference.is_exact_at(layout, place) and moved.is_exact_at(layout, place)):
-            layout.unrecorded = f"the last layer gives other rows for the {place} tokens"
-    layout.graphs = None
-    if not layout.unrecorded:
-        layout.record(max_tokens)  # anew: a recording keeps the shortened windows of the probe
-
-
-class _Draw:
-    """Random ordinary token ids of a model, the same at every start."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        self._ids = torch.tensor([i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0])
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, count: int) -> list[int]:
-        picks = torch.randint(len(self._ids), (count,), generator=self._generator)
-        ids: list[int] = self._ids[picks].tolist()
-        return ids
-
-
-def _one_by_one(model: PreTrainedModel, longest: int) -> _Reference:
-    """A few short random sequences and the model's own answer to each, alone."""
-    lengths = [min(n, longest) for n in (7, 11, max(longest, 1), 11, 3)]
-    draw = _Draw(model)
-    drawn = [draw(n) for n in lengths]
-    other = draw(lengths[1])
-    # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
-    if isinstance(mask := getattr(model.config, "mask_token_id", None), int) and 0 <= mask < vocabulary(model):
-        other[0] = mask
-    if position_offset(model) and lengths[3] > 2:
-        drawn[3][1] = position_offset(model) - 1
-    # Models that check the length of their input must see a batch longer than their positions.
-    while (rows := position_rows(model)) and rows < MOST_REAL_POSITIONS and sum(map(len, drawn)) <= rows:
-        drawn.append(draw(lengths[2]))
-    alone = Padded(Backbone(model), equal=True, size=1)
-    return _Reference(model, drawn, other, partial(forward, alone))
-
-
-def _filled(model: PreTrainedModel, length: int) -> _Reference:
-    """Sequences that few to many hidden tokens fill up to `length`, with one that has none among them."""
-    draw = _Draw(model)
-    seen = [max(1, min(n, length - 1)) for n in (3, length // 2, length - 1)]
-    drawn = [draw(n) for n in (length, length, min(5, length), length)]
-    hidden = [length - seen[0], length - seen[1], 0, length - seen[2]]
-    alone = Padded(Backbone(model), equal=True, size=1)
-    return _Reference(model, drawn, draw(length), partial(forward, alone), hidden)
-
-
-class _Reference:
-    """A batch and the rows that it must have.
-
-    Args:
-        model: whose device and dtype count.
-        drawn: token ids of the sequences.
-        other: what takes the second one's place to see whether that moves rows of the others.
-        answer: gives the rows.
-        hidden: how many of each one's last tokens are hidden.
-
-    Raises:
-        CheckpointError: they are not finite.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        drawn: list[list[int]],
-        other: list[int],
-        answer: Callable[[Batch], Tensor],
-        hidden: list[int] | None = None,
-    ) -> None:
-        self.drawn = drawn, other
-        self.tolerance = TOLERANCE.get(model.dtype, 1e-1)
-        counts = hidden or [0] * len(drawn)
-        self.batch, self.swapped = (
-            pack([Sequence(ids, hidden=n) for ids, n in zip(batch, counts, strict=True)], model.device)
-            for batch in (drawn, [drawn[0], other, *drawn[2:]])
-        )
-        short = [ids[:SHORT] for ids in drawn[:5]]
-        self.short = [pack([Sequence(ids[::way]) for ids in short], model.device) for way in (1, -1)]
-        self.rows = answer(self.batch).float()
-        if not bool(torch.isfinite(self.rows).all()):
-            where = f"for ordinary tokens: the weights are damaged, or do not fit the dtype {model.dtype}"
-            if hidden is not None:
-                where = f"where hidden tokens fill queries up to {len(drawn[0])}, as the checkpoint wants it"
-            raise CheckpointError(
-                f"{type(model).__name__} returns values that are not finite (NaN or infinity) {where}"
-            )
-
-    def fault(self, layout: Layout) -> str:
-        """Why `layout` is not exact, or an empty string."""
-        batch = self.batch
-        rows = forward(layout, batch)
-        worst = float((rows.float() - self.rows).abs().max())
-        allowed = self.tolerance * max(1.0, float(self.rows.abs().max()))
-        if not worst <= allowed:
-            return f"differs from the model's own output by {worst:.1e} (allowed {allowed:.1e})"
-        other = forward(layout, self.swapped)
-        own = torch.ones(batch.tokens, dtype=torch.bool)
-        own[batch.starts[1] : batch.starts[2]] = False
-        if not torch.equal(rows[own], other[own]):
-            return "rows move when a neighbour's tokens change"
-        return ""
-
-    def is_exact_at(self, layout: Layout, place: Place) -> bool:
-        """Whether `layout` gives the rows at `place` where it is asked for them alone."""
-        wanted_B = self.batch.rows_at(place)
-        found, rows = forward(layout, self.batch, place)[wanted_B].float(), self.rows[wanted_B]
-        return torch.allclose(found, rows, 0, self.tolerance * max(1.0, float(self.rows.abs().max())))
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Rows of the token embedding: every smaller id can be looked up."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
-    return rows
-
-
-def position_offset(model: PreTrainedModel) -> int:
-    """Where positions start: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
-
-
-def position_rows(model: PreTrainedModel) -> int | None:
-    """Number of usable rows of a learned absolute position table, or `None` if the model has none."""
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if last in POSITION_TABLES and isinstance(module, torch.nn.Embedding):
-            return int(module.weight.shape[0]) - max(position_offset(model), int(getattr(module, "offset", 0)))
-    return None
-
-
-def rope_class(model: PreTrainedModel) -> Callable[[int], int] | None:
-    """How lengths fall into classes with equal rotary frequencies; `None` if frequencies do not depend on length.
-
-    "longrope" has two sets of frequencies; "dynamic" NTK has one per length beyond the trained one
-    (`transformers/modeling_rope_utils.py`).
-    """
-    for module in model.modules():
-        types = getattr(module, "rope_type", None)
-        names = set(types.values()) if isinstance(types, dict) else {types}
-        if "longrope" in names:
-            limit = int(_original_length(module))
-            return lambda n: int(n > limit)
-        if any(isinstance(name, str) and "dynamic" in name for name in names):
-            limit = int(module.original_max_seq_len)  # type: ignore[arg-type]
-            return lambda n: max(n, limit)
-    return None
-
-
-def _original_length(module: nn.Module) -> int:
-    parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
-    if "original_max_position_embeddings" not in parameters:
-        parameters = next(p for p in parameters.values() if "original_max_position_embeddings" in p)
-    return int(parameters["original_max_position_embeddings"])
-
-
-def reset_rope(model: PreTrainedModel) -> None:
-    """Forget the longest sequence seen: Transformers keeps grown "dynamic" frequencies for later, shorter inputs."""
-    for module in model.modules():
-        names = {*vars(module), *module._buffers} if hasattr(module, "original_max_seq_len") else set()
-        for name in (n for n in names if n.endswith("original_inv_freq")):
-            prefix = name.removesuffix("original_inv_freq")
-            module.register_buffer(
-                f"{prefix}inv_freq", getattr(module, name).to(model.device).clone(), persistent=False
-            )
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    for offset in dict.fromkeys((position_offset(model), 0)) if packed else ():
+        yield Packed(Backbone(model, offset, offset - 1 if offset else None), kernels)
+    yield Padded(Backbone(model))
+    yield Padded(Backbone(model), equal=True)
+    yield Padded(Backbone(model), equal=True, size=1)
 
 
 def _bound_bias(module: nn.Module) -> None:
@@ -573,36 +282,6 @@ def _bound_bias(module: nn.Module) -> None:
         return original(min(query_length, longest), min(key_length, longest), **kwargs)
 
     module.compute_bias = compute_bias  # type: ignore[assignment]
-
-
-def _restore_attention(model: PreTrainedModel, native: str) -> None:
-    if model.config._attn_implementation != native:
-        model.set_attn_implementation(native)
-    for module in model.modules():
-        vars(module).pop("compute_bias", None)
-
-
-@contextmanager
-def _shortened_windows(model: PreTrainedModel) -> Iterator[int]:
-    """Yield a window length that a probe can exceed cheaply; long windows are shortened for the time being."""
-    holders: list[Any] = [m for m in (model.config, *model.modules()) if _window(m) is not None]
-    longest = max((_window(m) or 0 for m in holders), default=0)
-    if longest <= LONGEST_REAL_WINDOW:
-        yield max(longest, PROBE_WINDOW)
-        return
-    saved = [(holder, holder.sliding_window) for holder in holders]
-    try:
-        for holder, _ in saved:
-            holder.sliding_window = PROBE_WINDOW
-        yield PROBE_WINDOW
-    finally:
-        for holder, window in saved:
-            holder.sliding_window = window
-
-
-def _window(holder: Any) -> int | None:
-    window = getattr(holder, "sliding_window", None)
-    return window if isinstance(window, int) and not isinstance(window, bool) else None
 
 
 def _classes(lengths: tuple[int, ...], key: Callable[[int], int]) -> dict[int, list[int]]:

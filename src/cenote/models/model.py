@@ -16,6 +16,7 @@ import torch
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models.layouts import forward
 from cenote.models.lexical import LOOKED_UP
+from cenote.models.passes import adapters
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
@@ -29,23 +30,21 @@ if TYPE_CHECKING:
 
     from cenote.models.layouts import Layout
     from cenote.models.outputs import TaskOutput
-    from cenote.models.passes.adapters import Adapters
     from cenote.tensors.packing import Batch, Place
     from cenote.types import PoolingParams
 
 
 class PoolingModel:
-    """Backbone, layout, task outputs and adapters of one checkpoint.
+    """Layout and task outputs of one checkpoint.
 
     Attributes:
         is_reentrant: whether several threads may `launch` at a time.
     """
 
-    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput], adapters: Adapters) -> None:
+    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput]) -> None:
         self.info = info
         self.layout = layout
         self.outputs = outputs
-        self.adapters = adapters
         self.is_reentrant = False
 
     @property
@@ -60,7 +59,7 @@ class PoolingModel:
             chosen[sequence.adapter].append(i)
         parts: list[Part] = []
         for adapter, own in chosen.items():
-            with self.adapters.active(adapter):
+            with adapters.active(adapter, self.info.adapters):
                 parts += self._run(sequences, own)
         return Pending(sequences, parts, self.layout.backbone.device)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
-    from cenote.models.layouts import Layout
+    from cenote.models.probe import HeadProbe
     from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch
     from cenote.types import PoolingParams
@@ -67,15 +67,14 @@ def outputs(
     checkpoint: Checkpoint,
     options: ModelConfig,
     full: PreTrainedModel,
-    layout: Layout,
-    probe: classifiers.Probe | None,
+    probe: HeadProbe | None,
     pooler: Pooler,
 ) -> dict[str, TaskOutput]:
     """The outputs that only search models have, or have differently; the one that a model is made for comes first."""
     folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
     if checkpoint.head.kind == "lexical":
         assert probe is not None
-        splade = _splade(checkpoint, full, layout, probe)
+        splade = _splade(checkpoint, full, probe)
         return {"sparse": splade, "embed": DenseLexical(splade, bool(options.pooler_config.use_activation))}
     if checkpoint.multi_vector is not None:
         steps = _projection(checkpoint, folder, options, full.device)
@@ -96,14 +95,14 @@ def outputs(
     return {}
 
 
-def _splade(checkpoint: Checkpoint, full: PreTrainedModel, layout: Layout, probe: classifiers.Probe) -> Splade:
+def _splade(checkpoint: Checkpoint, full: PreTrainedModel, probe: HeadProbe) -> Splade:
     """The masked-language-model head, proved against the whole model's logits."""
     settings = (checkpoint.st.splade if checkpoint.st else None) or {}
     strategy, activation = settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")
     if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
         raise CheckpointError(f"SpladePooling of {checkpoint.name} is not understood: {settings}")
-    head = classifiers.of_tokens(full, layout, probe)
-    table = _query_table(checkpoint, probe.logits[0].shape[-1])
+    head = classifiers.of_tokens(full, probe)
+    table = _query_table(checkpoint, probe.width)
     top_k = checkpoint.st.max_active if checkpoint.st else None
     return Splade(
         head.rows, strategy, activation == "log1p_relu", None if table is None else table.to(full.device), top_k

@@ -10,6 +10,7 @@ import json
 import re
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models.checkpoint import first_line
+from cenote.models.passes.subject import Outcome
+from cenote.models.probe import fault_of, shortened_windows
 from cenote.types import plain_name
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cenote.models.passes.subject import Subject
+
+NAME = "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
 WITHOUT_EFFECT = frozenset(
@@ -39,6 +45,35 @@ WITHOUT_EFFECT = frozenset(
 NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva")}
 """Values, besides empty ones, of entries that may change it: other initialisations change the backbone's weights."""
 KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
+
+
+def apply(subject: Subject) -> Outcome:
+    """Hook the adapters in, and prove that the backbone without an active one still gives what it gave.
+
+    Raises:
+        CheckpointError: an adapter does not fit, or is of a kind that is not understood.
+    """
+    model, folders = subject.backbone, subject.settings.adapters
+    if not folders:
+        return Outcome()
+    changes: dict[str, dict[str, Change]] = {}
+    for name in sorted(folders):
+        for path, change in _read(model, name, folders[name]).items():
+            changes.setdefault(path, {})[name] = change
+    for path, of_adapters in changes.items():
+        subject.patches.hook(NAME, model.get_submodule(path), _hook(of_adapters))
+    with shortened_windows(model):
+        fault = fault_of(partial(subject.probe.fault, subject.layout))
+    if fault:
+        raise CheckpointError(f"{type(model).__name__} with adapters, of which none is active: {fault}")
+    subject.adapters = tuple(sorted(folders))
+    return Outcome()
+
+
+def undo(subject: Subject) -> None:
+    """Take the adapters away."""
+    subject.patches.remove(NAME)
+    subject.adapters = ()
 
 
 class Change(NamedTuple):
@@ -74,52 +109,35 @@ _ACTIVE: ContextVar[str | None] = ContextVar("cenote_adapter", default=None)
 """Of the forward under way."""
 
 
-class Adapters:
-    """The adapters of a backbone.
-
-    Args:
-        model: the backbone, before its layout is chosen: its hooked modules are left out of fusing.
-        folders: see `find`.
+@contextmanager
+def active(name: str | None, names: tuple[str, ...]) -> Iterator[None]:
+    """Forwards within run with the adapter `name`; `None` = with none.
 
     Raises:
-        CheckpointError: an adapter does not fit, or is of a kind that is not understood.
+        BadRequest: it is not one of `names`.
     """
+    if name is not None and name not in names:
+        raise BadRequest(f"unknown adapter {name!r}. Supported values: {', '.join(names) or 'none'}")
+    token = _ACTIVE.set(name)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
 
-    def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
-        self.names = tuple(sorted(folders))
-        changes: dict[str, dict[str, Change]] = {}
-        for name in self.names:
-            for path, change in _read(model, name, folders[name]).items():
-                changes.setdefault(path, {})[name] = change
-        for path, own in changes.items():
-            model.get_submodule(path).register_forward_hook(self._hook(own))
 
-    @contextmanager
-    def active(self, name: str | None) -> Iterator[None]:
-        """Forwards within run with the adapter `name`; `None` = with none.
+def _hook(changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds the change of the active adapter, by its name."""
 
-        Raises:
-            BadRequest: there is no such adapter.
-        """
-        if name is not None and name not in self.names:
-            raise BadRequest(f"unknown adapter {name!r}. Supported values: {', '.join(self.names) or 'none'}")
-        token = _ACTIVE.set(name)
-        try:
-            yield
-        finally:
-            _ACTIVE.reset(token)
-
-    def _hook(self, changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            change = changes.get(_ACTIVE.get() or "")
-            if change is None:
-                return y
-            low = F.embedding(args[0], change.a) if isinstance(module, nn.Embedding) else F.linear(args[0], change.a)
-            rows = y.view(-1, y.shape[-1])  # what a layer has just made is nobody else's yet
-            rows.addmm_(low.reshape(rows.shape[0], -1), change.b)
+    def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        change = changes.get(_ACTIVE.get() or "")
+        if change is None:
             return y
+        low = F.embedding(args[0], change.a) if isinstance(module, nn.Embedding) else F.linear(args[0], change.a)
+        rows = y.view(-1, y.shape[-1])  # what a layer has just made is nobody else's yet
+        rows.addmm_(low.reshape(rows.shape[0], -1), change.b)
+        return y
 
-        return add
+    return add
 
 
 def _read(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Change]:

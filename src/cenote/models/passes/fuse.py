@@ -29,19 +29,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.tensors.native import Step, W
+from cenote.models.layouts import forward
+from cenote.models.passes.patches import Patches
+from cenote.models.passes.subject import Outcome
+from cenote.models.probe import fault_of, shortened_windows, unchanged
+from cenote.tensors import linear as multiplying
+from cenote.tensors.linear import Narrow
+from cenote.tensors.native import Chain, Step, W
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
+    from cenote.models.passes.patches import Forwards
+    from cenote.models.passes.subject import Subject
     from cenote.tensors.native import Kernels, Products
-
-    Forwards = dict[nn.Module, Callable[..., Tensor]]
 
 log = logging.getLogger(__name__)
 
+NAME = "fuse"
 KINDS = ("packed", "activated", "chained", "normalised", "in one pass", "in place", "remembered")
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "GELUActivation": ("gelu", torch.ops.aten.gelu_),
@@ -81,6 +88,64 @@ class Seen:
     constants: dict[nn.Linear, Tensor] = field(default_factory=dict)
 
 
+def apply(subject: Subject) -> Outcome:
+    """Fuse what can be fused on a CPU; the text says how the Linears run, if not by a BLAS."""
+    if subject.full.device.type != "cpu":
+        return Outcome()
+    settings, model = subject.settings, subject.backbone
+    if settings.products is not None:
+        leave_file(subject.full)
+    with shortened_windows(model):
+        run, other = (partial(forward, subject.layout, batch) for batch in subject.probe.short)
+        fuse(model, run, other, settings.kernels, settings.products, subject.patches, settings.fused or KINDS)
+    paths = {}
+    for step in steps(subject.patches):
+        if isinstance(step.weights, Narrow):
+            paths[step.linear] = step.weights.path
+    if not paths:
+        return Outcome()
+    path = next(iter(paths.values()))
+    return Outcome(f"{len(paths)} of {count(model)} in {multiplying.PATHS[path].text}")
+
+
+def undo(subject: Subject) -> None:
+    """Give every Linear its matrix back."""
+    products = subject.settings.products
+    unpacked = {step.linear: step for step in steps(subject.patches)}
+    for step in unpacked.values():
+        if step.linear is not None and products is not None:
+            step.linear.weight = nn.Parameter(products.unpack(step.weights), requires_grad=False)
+    subject.patches.remove(NAME)
+
+
+def chains(patches: Patches) -> dict[nn.Module, Chain[Any]]:
+    """The chains that fusing has made, by the module whose `forward` they are, or are remembered in."""
+    found = {}
+    for module, own in patches.of(NAME).items():
+        chain = own.plain if isinstance(own, Remembered) else own
+        if isinstance(chain, Chain):
+            found[module] = chain
+    return found
+
+
+def steps(patches: Patches) -> list[Step[Any]]:
+    """The Linears of all chains. One that begins the chain of a block stands in that of its own module, too."""
+    return [step for chain in chains(patches).values() for step in chain.steps]
+
+
+def count(model: nn.Module) -> int:
+    """Number of layers that multiply by a matrix."""
+    return sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
+
+
+def leave_file(model: nn.Module) -> None:
+    """Copy all weights but those of Linears, which fusing copies: one that stays keeps the mapped file in memory."""
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and (type(module) is not nn.Linear or name != "weight"):
+                tensor.data = tensor.data.clone()
+
+
 @torch.inference_mode()
 def fuse(
     model: nn.Module,
@@ -88,8 +153,10 @@ def fuse(
     other: Callable[[], Tensor],
     kernels: Kernels | None = None,
     products: Products[Any] | None = None,
+    patches: Patches | None = None,
+    kinds: tuple[str, ...] = KINDS,
 ) -> tuple[str, ...]:
-    """Fuse what can be fused; returns the kinds of change that were kept, of `KINDS`.
+    """Fuse what can be fused; returns the kinds of change that were kept, of `kinds`.
 
     The matrices of packed Linears move to the "meta" device: their memory is freed, and whoever reads them past
     `forward` fails.
@@ -99,33 +166,39 @@ def fuse(
         probe: runs the model over a fixed batch of a few sequences and returns its output.
         other: does so with other tokens.
         kernels: native kernels, if there are any.
-        products: what multiplies by packed matrices, if anything does.
+        products: multiplies by packed matrices, if anything does.
+        patches: the record of changes of `model`.
+        kinds: those to try, of `KINDS`.
     """
+    patches = patches or Patches(model)
     reference = probe().clone()
-    seen = _observe(model, probe)
+    seen = _observe(model, probe, patches)
     seen.constants = _constants(model, probe, other)
     packed: dict[nn.Linear, Any] = {}
     if products is not None:
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        packed = {x: _pack(x, products) for x in seen.linears if _is_plain(x) and uses[id(x.weight)] == 1}
-    installed: Forwards = {}
+        plain = [x for x in seen.linears if _is_plain(x) and not patches.replaces(x) and uses[id(x.weight)] == 1]
+        packed = {x: _pack(x, products) for x in plain}
 
-    def attempt(kinds: tuple[str, ...]) -> tuple[str, ...] | None:
+    def attempt(tried: tuple[str, ...]) -> tuple[str, ...] | None:
         """Install changes of these kinds instead; those of them that there are, or `None` if the result moved."""
-        nonlocal installed
-        forwards, counts = _forwards(kinds, seen, packed, kernels, products)
-        _exchange(installed, forwards)
-        if _gives(probe, reference) and _gives(probe, reference):  # the second time, what the first one left counts
-            installed = forwards
-            return tuple(kind for kind in kinds if counts[kind])
-        _exchange(forwards, installed)
+        before = patches.of(NAME)
+        forwards, counts = _forwards(tried, seen, packed, kernels, products)
+        patches.put(NAME, forwards)
+        fault = ""
+        for _ in range(2):  # the second time, what the first one left counts
+            fault = fault or fault_of(partial(unchanged, probe, reference))
+        if not fault:
+            return tuple(kind for kind in tried if counts[kind])
+        log.info("not fused: %s: %s", ", ".join(tried), fault)
+        patches.put(NAME, before)
         return None
 
-    kept = attempt(KINDS)
+    kept = attempt(kinds)
     if kept is not None:
         return kept
     kept = ()
-    for kind in KINDS:
+    for kind in kinds:
         found = attempt((*kept, kind))
         kept = kept if found is None else found
         if kind == "packed" and found is None and products is not None:
@@ -182,9 +255,9 @@ def _forwards(
     return forwards, counts
 
 
-def _observe(model: nn.Module, probe: Callable[[], Tensor]) -> Seen:
+def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
     """Watch one forward."""
-    seen = Seen({x for x in model.modules() if not ("forward" in vars(x) or x._forward_hooks or x._forward_pre_hooks)})
+    seen = Seen({x for x in model.modules() if patches.is_free(x)})
     held: list[Tensor] = []  # so that the id of a tensor stays its own
     made: dict[int, nn.Linear] = {}
     activated: dict[int, nn.Linear] = {}
@@ -341,9 +414,9 @@ def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether the native kernels take its weights and nobody has replaced its forward."""
+    """Whether the native kernels take its weights."""
     own = [x for x in (linear.weight, linear.bias) if x is not None]
-    return "forward" not in vars(linear) and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in own)
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in own)
 
 
 def _pack(linear: nn.Linear, products: Products[W]) -> W:
@@ -351,24 +424,6 @@ def _pack(linear: nn.Linear, products: Products[W]) -> W:
     packed = products.pack(linear.weight, linear.bias)
     linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
     return packed
-
-
-def _exchange(old: Forwards, new: Forwards) -> None:
-    for module in old:
-        del vars(module)["forward"]
-    for module, own in new.items():
-        vars(module)["forward"] = own
-
-
-def _gives(probe: Callable[[], Tensor], reference: Tensor) -> bool:
-    """Whether the probe still gives the reference."""
-    try:
-        found = probe()
-    except Exception as error:  # whatever a model raises means that it does more with these modules than call them
-        log.info("not fused: %s: %s", type(error).__name__, error)
-        return False
-    allowed = 2e-5 * max(1.0, float(reference.abs().max()))
-    return reference.shape == found.shape and torch.allclose(reference, found, atol=allowed, rtol=1e-5)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -8,12 +8,18 @@ attention function with its keys and values, and over the wanted tokens, whose q
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from cenote.models.layouts import Packed
+from cenote.models.passes.subject import Outcome
+from cenote.models.probe import fault_of, shortened_windows
 from cenote.tensors import attention
+from cenote.tensors.packing import PLACES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,22 +27,53 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cenote.models.passes.subject import Subject
+
+log = logging.getLogger(__name__)
+
+NAME = "last_layer"
+
+
+def apply(subject: Subject) -> Outcome:
+    """Run the last layer for single tokens, for each place where that is proved to change nothing."""
+    layout, model = subject.layout, subject.backbone
+    layer = find(model)
+    if not isinstance(layout, Packed) or layer is None or subject.patches.replaces(layer):
+        return Outcome()
+    subject.patches.put(NAME, {layer: LastLayer(layer)})
+    for place in ("last",) if layout.is_causal else PLACES:
+        layout.places |= {place}
+        with shortened_windows(model):
+            fault = fault_of(partial(subject.probe.equal_at, layout, place))
+        if fault:
+            layout.places -= {place}
+            log.info("%s runs its last layer for all tokens: %s", type(model).__name__, fault)
+    if not layout.places:
+        undo(subject)
+    return Outcome()
+
+
+def undo(subject: Subject) -> None:
+    """Run the last layer for all tokens."""
+    if isinstance(subject.layout, Packed):
+        subject.layout.places = frozenset()
+    subject.patches.remove(NAME)
+
 
 def find(model: PreTrainedModel) -> nn.Module | None:
     """The last layer of a backbone, if its layers are a list of as many as its config says."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
-    if not lists or "forward" in vars(lists[0][-1]):
-        return None
-    return lists[0][-1]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module[-1]
+    return None
 
 
 class LastLayer:
-    """The `forward` of a last layer, patched in by the one who makes it."""
+    """The `forward` of a last layer, instead of its own."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._forward: Callable[..., Any] = layer.forward
-        vars(layer)["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives: for all tokens, or where the packed forward under way wants one `place`, for those.

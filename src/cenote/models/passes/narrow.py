@@ -1,14 +1,15 @@
 """Narrows the weights of a backbone on a CPU, without knowing the model: int8, bfloat16 or float16.
 
-It comes in two steps. `prepare` narrows the weights of every Linear when they have been read. When layout, heads and
-fused layers have been proved in float32, `narrow` exchanges the chains that `cenote.models.passes.fuse` has made for
-chains of narrow weights, and frees the others; what fusing could not take stays in float32. A probe runs before and
-after: its rows must still resemble those in float32, and may not move with a neighbour's tokens.
+It comes in two steps. When fusing packs a Linear, `KeepsNarrow` keeps its weights in float32 and narrow. When all else
+has been proved in float32, `apply` exchanges the chains that `cenote.models.passes.fuse` has made for chains of
+narrow weights, and frees the others; what fusing could not take stays in float32. A probe runs before and after: its
+rows must still resemble those in float32, and may not move with a neighbour's tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,204 +17,155 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models.layouts import forward, vocabulary
+from cenote.models import probe as proofs
+from cenote.models.layouts import forward
+from cenote.models.passes import fuse
 from cenote.models.passes.fuse import Remembered
+from cenote.models.passes.subject import Narrowing, Outcome
 from cenote.tensors import linear, process
-from cenote.tensors.linear import Narrow
-from cenote.tensors.native import Chain
-from cenote.tensors.packing import pack
-from cenote.types import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from cenote.config import Isa
-    from cenote.models.layouts import Layout
-    from cenote.tensors.linear import Kernel, Kind
-    from cenote.tensors.packing import Batch
+    from cenote.models.passes.patches import Patches
+    from cenote.models.passes.subject import Subject
+    from cenote.tensors.linear import Kernel, Kind, Narrow
+    from cenote.tensors.native import Chain, Kernels, Products, Step
 
-PROBE_LENGTHS = (7, 11, 3)
-LEAST_COSINE = 0.9
-"""Of the probe's states to those in float32, on average; real text and real weights are far above it."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Narrow weights that wait for their chains.
-
-    Attributes:
-        kernel: what will run them; `None` = everything stays in float32.
-        path: how.
-        dtype: of the token embedding, and of Linears unless they are quantised; `None` = float32.
-        weights: of each Linear that the kernel can take.
-        notes: what a user would want to be warned of.
-    """
-
-    kernel: Kernel | None = None
-    path: str = ""
-    dtype: torch.dtype | None = None
-    weights: dict[nn.Linear, Narrow] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+NAME = "narrow"
 
 
-@torch.no_grad()
-def prepare(model: nn.Module, *, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Prepared:
-    """Narrow the weights of the Linears of `model`, which keeps its own.
+def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing | None:
+    """How this CPU runs narrow weights; `None` if they are not asked for.
 
     Args:
-        model: the backbone, on the CPU, in float32.
         int8: whether Linears are to be quantised.
-        dtype: `torch.float16`, `torch.bfloat16` or `None`; see `Prepared.dtype`.
+        dtype: `torch.float16`, `torch.bfloat16` or `None`; see `Narrowing.dtype`.
         isa: instructions that the kernels may use.
     """
     kinds: list[Kind] = ["int8"] if int8 else []
     if dtype is not None:
         kinds.append("bfloat16" if dtype == torch.bfloat16 else "float16")
     if not kinds:
-        return Prepared()
+        return None
     try:
         kernel = linear.load(isa)
     except RuntimeError as error:
-        return Prepared(notes=(f"{' and '.join(kinds)} fell back to float32: {error}",))
+        return Narrowing(fault=f"{' and '.join(kinds)} fell back to float32: {error}")
     path = kernel.path(kinds[0])
     assert path is not None, "a processor that has any path has one of each kind"
-    fewest = (
-        linear.TILE if linear.PATHS[path].layout == "panels" else 1
-    )  # smaller ones are gates, not worth their rounding
-    fit = [
-        x
-        for x in model.modules()
-        if type(x) is nn.Linear
-        and (x.weight.dtype, x.weight.device.type) == (torch.float32, "cpu")
-        and x.out_features >= fewest
-        and x.in_features <= linear.WIDEST
-    ]
-    return Prepared(kernel, path, dtype, {x: linear.narrow(x.weight, x.bias, path) for x in fit})
+    return Narrowing(kernel, path, dtype)
 
 
-class Outcome(NamedTuple):
-    """What came of it.
+def products(kernels: Kernels | None, narrowing: Narrowing | None) -> Products[Any] | None:
+    """What multiplies in float32 on this CPU; if weights are to be narrowed, only until they are."""
+    if narrowing is None or narrowing.kernel is None:
+        return linear.float32(kernels)
+    return KeepsNarrow(kernels, narrowing) if kernels is not None and kernels.can_chain else None
 
-    Attributes:
-        text: how the Linears run now, for the report at start; empty if a BLAS multiplies them in float32.
-        notes: what a user would want to be warned of.
-    """
 
-    text: str
-    notes: tuple[str, ...]
+class Pair(NamedTuple):
+    """Weights in float32 as they are multiplied, and narrow ones; `None` = they are not narrowed."""
+
+    exact: Any
+    narrow: Narrow | None
+
+
+class KeepsNarrow:
+    """Products in float32 that keep narrow weights besides; see `cenote.tensors.native.Products`."""
+
+    def __init__(self, exact: Products[Any], narrowing: Narrowing) -> None:
+        self._exact = exact
+        self._path = narrowing.path
+        is_rounded = linear.PATHS[narrowing.path].layout == "panels"
+        self._fewest = linear.TILE if is_rounded else 1  # smaller ones are gates, not worth their rounding
+
+    def pack(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Pair:
+        """A copy of the matrix and the bias in float32, and narrow ones if the kernel takes them."""
+        outputs, inputs = weight_ND.shape
+        exact = self._exact.pack(weight_ND, bias_N)
+        if outputs < self._fewest or inputs > linear.WIDEST:
+            return Pair(exact, None)
+        return Pair(exact, linear.narrow(weight_ND, bias_N, self._path))
+
+    def unpack(self, packed: Pair) -> Tensor:
+        """The float32 matrix `[N, D]` again."""
+        return self._exact.unpack(packed.exact)
+
+    def chain(self, steps: tuple[Step[Pair], ...]) -> Chain[Pair]:
+        """Runs the layers in float32."""
+        chain = self._exact.chain(tuple(replace(step, weights=step.weights.exact) for step in steps))
+        chain.steps = steps
+        return chain
 
 
 @torch.no_grad()
-def narrow(layout: Layout, full: PreTrainedModel, prepared: Prepared, *, max_length: int = 1 << 30) -> Outcome:
-    """Put the prepared weights in place.
-
-    Args:
-        layout: proved and fused.
-        full: the model that holds the backbone: weights that it shares with its head stay.
-        prepared: of this backbone.
-        max_length: most tokens of a sequence, so that the probe stays within the model's positions.
+def apply(subject: Subject) -> Outcome:
+    """Put the narrow weights in place; the text says how many there are, and how near their rows are to float32.
 
     Raises:
         CheckpointError: narrowed, the model is another one, or a row depends on its neighbours.
     """
-    model = layout.backbone.model
-    total = sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
-    if prepared.kernel is None:
-        own = {step.linear: step.weights for _, chain in _chains(model) for step in chain.steps}
-        path = next((x.path for x in own.values() if isinstance(x, Narrow)), None)
-        return Outcome(f"{len(own)} of {total} in {linear.PATHS[path].text}" if path else "", prepared.notes)
-    batch, apart, others_T = _probe(model, max_length)
-    reference_TD = forward(layout, batch)
-    # Products over experts may move by a last bit with the batch in float32 already
-    steady = torch.equal(reference_TD[others_T], forward(layout, apart)[others_T])
-    count = _exchange(model, prepared.kernel, prepared)
-    if prepared.dtype is not None:
-        _narrow_embedding(full, model.get_input_embeddings(), prepared.dtype, lambda: forward(layout, batch))
-    prepared.weights.clear()
+    narrowing, layout, model = subject.settings.narrowing, subject.layout, subject.backbone
+    if narrowing is None or narrowing.kernel is None:
+        return Outcome("", (narrowing.fault,) if narrowing else ())
+    probe = proofs.brief(layout, subject.settings.max_length)
+    # Where rounding moves rows already, as products over experts do, narrow weights make whole steps of it
+    is_steady = probe.moved(layout) == 0
+    count = _exchange(subject.patches, narrowing.kernel)
+    if narrowing.dtype is not None:
+        run = partial(forward, layout, probe.batch)
+        _narrow_embedding(subject.full, model.get_input_embeddings(), narrowing.dtype, run, subject.patches)
     process.release_freed_memory()
 
-    found_TD = forward(layout, batch)
-    cosine = float(F.cosine_similarity(found_TD, reference_TD).mean())
-    how = linear.PATHS[prepared.path].text
-    if not cosine >= LEAST_COSINE:
+    cosine = probe.cosine(forward(layout, probe.batch))
+    how = linear.PATHS[narrowing.path].text
+    if not cosine >= proofs.LEAST_COSINE:
         raise CheckpointError(
             f"{type(model).__name__} does not bear weights in {how}: the cosine of its states to those in float32 is "
-            f"{cosine:.3f} on a probe, expected at least {LEAST_COSINE}; leave quantization and dtype out"
+            f"{cosine:.3f} on a probe, expected at least {proofs.LEAST_COSINE}; leave quantization and dtype out"
         )
-    if steady and not torch.equal(found_TD[others_T], forward(layout, apart)[others_T]):
+    if is_steady and probe.moved(layout) != 0:
         raise CheckpointError(f"{type(model).__name__} with weights in {how}: rows move with their neighbours")
+    total = fuse.count(model)
     if count == 0:
         return Outcome("", (f"none of the {total} Linear layers is of the plain kind that could be kept in {how}",))
-    return Outcome(f"{count} of {total} in {how}, cosine {cosine:.4f} to float32 on a probe", prepared.notes)
+    return Outcome(f"{count} of {total} in {how}, cosine {cosine:.4f} to float32 on a probe")
 
 
-def _probe(model: PreTrainedModel, max_length: int) -> tuple[Batch, Batch, Tensor]:
-    """Two batches that differ in the second sequence, and the rows of the others."""
-    draw = torch.Generator().manual_seed(2)
-    ids = [torch.randint(vocabulary(model), (min(n, max_length),), generator=draw).tolist() for n in PROBE_LENGTHS]
-    other = [ids[0], [(i + 1) % vocabulary(model) for i in ids[1]], *ids[2:]]
-    batch, apart = (pack([Sequence(own) for own in drawn]) for drawn in (ids, other))
-    others_T = torch.ones(batch.tokens, dtype=torch.bool)
-    others_T[batch.starts[1] : batch.starts[2]] = False
-    return batch, apart, others_T
-
-
-def _chains(model: nn.Module) -> list[tuple[nn.Module, Chain[Any]]]:
-    """The chains that `cenote.models.passes.fuse` has made, and whose `forward` they are."""
-    found = []
-    for module in model.modules():
-        own = vars(module).get("forward")
-        chain = own.plain if isinstance(own, Remembered) else own
-        if isinstance(chain, Chain):
-            found.append((module, chain))
-    return found
-
-
-def _exchange(model: nn.Module, kernel: Kernel, prepared: Prepared) -> int:
-    """Replace the chains all of whose layers are prepared; returns how many Linears those are."""
-    found: set[nn.Linear] = set()
-    for module, chain in _chains(model):
-        linears = [step.linear for step in chain.steps if step.linear in prepared.weights]
-        if len(linears) < len(chain.steps):
+def _exchange(patches: Patches, kernel: Kernel) -> int:
+    """Replace the chains all of whose layers have narrow weights; returns the number of Linears in them."""
+    forwards = patches.of(fuse.NAME)
+    narrowed: set[nn.Linear | None] = set()
+    for module, chain in fuse.chains(patches).items():
+        if any(step.weights.narrow is None for step in chain.steps):
             continue
-        weights = [prepared.weights[x] for x in linears if x is not None]
-        narrowed = kernel.chain(tuple(replace(x, weights=w) for x, w in zip(chain.steps, weights, strict=True)))
-        own = vars(module)["forward"]
-        if isinstance(own, Remembered):
-            own.plain = narrowed
+        own = kernel.chain(tuple(replace(step, weights=step.weights.narrow) for step in chain.steps))
+        before = forwards[module]
+        if isinstance(before, Remembered):
+            before.plain = own
         else:
-            vars(module)["forward"] = narrowed
-        found.update(x for x in linears if x is not None)
-    return len(found)
+            forwards[module] = own
+        narrowed.update(step.linear for step in chain.steps)
+    patches.put(fuse.NAME, forwards)
+    return len(narrowed)
 
 
 def _narrow_embedding(
-    full: nn.Module, table: nn.Module | None, dtype: torch.dtype, probe: Callable[[], Tensor]
+    full: nn.Module, table: nn.Module | None, dtype: torch.dtype, run: Callable[[], Tensor], patches: Patches
 ) -> None:
     """Keep the token embedding in `dtype`, if nobody but its own forward reads it."""
-    if type(table) is not nn.Embedding or table.max_norm is not None or "forward" in vars(table):
+    if type(table) is not nn.Embedding or table.max_norm is not None or patches.replaces(table):
         return
     if sum(p is table.weight for module in full.modules() for p in module._parameters.values()) != 1:
         return
     weight, half_VD = table.weight, table.weight.to(dtype)
     # Stays on the CPU, for models tell their device by their first weights; whoever reads the values gets NaN
     table.weight = nn.Parameter(torch.full((), torch.nan).expand(weight.shape), requires_grad=False)
-    vars(table)["forward"] = lambda ids: F.embedding(ids, half_VD).float()
-    try:
-        alone = bool(torch.isfinite(probe()).all())
-    except Exception:  # whatever a model raises means that it does more with its table than look ids up
-        alone = False
-    if not alone:
+    patches.put(NAME, {table: lambda ids: F.embedding(ids, half_VD).float()})
+    if proofs.fault_of(lambda: proofs.finite(run())):
         table.weight = weight
-        del vars(table)["forward"]
-
-
-def leave_file(model: nn.Module) -> None:
-    """Copy all weights but those of Linears, which fusing copies: one that stays keeps the mapped file in memory."""
-    for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (type(module) is not nn.Linear or name != "weight"):
-                tensor.data = tensor.data.clone()
+        patches.remove(NAME)

@@ -1,0 +1,41 @@
+"""Tokens with which several sequences of a batch begin, run once."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from cenote.models.layouts import Packed
+from cenote.models.passes.subject import Outcome
+from cenote.models.probe import fault_of, prefixed, shortened_windows
+
+if TYPE_CHECKING:
+    from cenote.models.passes.subject import Subject
+
+log = logging.getLogger(__name__)
+
+
+def apply(subject: Subject) -> Outcome:
+    """Share prefixes, also those longer than the model's window, if that is proved to change nothing."""
+    if not isinstance(subject.layout, Packed) or not subject.layout.is_causal:
+        return Outcome()
+    fault = fault_of(lambda: _fault(subject))
+    if fault:
+        undo(subject)
+        log.info("%s does not share prefixes: %s", type(subject.backbone).__name__, fault)
+    return Outcome()
+
+
+def undo(subject: Subject) -> None:
+    """Run every sequence as a whole."""
+    subject.layout.shares_prefixes = False
+
+
+def _fault(subject: Subject) -> str:
+    layout, max_length = subject.layout, subject.settings.max_length
+    probe = prefixed(layout, max_length)
+    if probe is None:
+        return f"it takes {max_length} tokens at most"
+    layout.shares_prefixes = True
+    with shortened_windows(subject.backbone):
+        return probe.fault(layout)

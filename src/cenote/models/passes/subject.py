@@ -1,0 +1,99 @@
+"""What passes work on: a model in its proved layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cenote.models.passes.patches import Patches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from cenote.models.layouts import Layout
+    from cenote.models.probe import Probe
+    from cenote.tensors.linear import Kernel
+    from cenote.tensors.native import Kernels, Products
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How weights are narrowed.
+
+    Attributes:
+        kernel: runs them; `None` = everything stays in float32.
+        path: how it does.
+        dtype: of the token embedding, and of Linears unless they are quantised; `None` = float32.
+        fault: why everything stays in float32 although it was not to.
+    """
+
+    kernel: Kernel | None = None
+    path: str = ""
+    dtype: torch.dtype | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What passes may use, and what is asked of them.
+
+    Attributes:
+        max_length: maximum tokens of a sequence.
+        kernels: native CPU kernels, if there are any.
+        products: multiplies by packed matrices on a CPU, if anything does.
+        fused: kinds of changes that fusing tries, of `cenote.models.passes.fuse.KINDS`; `None` = all.
+        graph_tokens: tokens up to which forwards are replayed; 0 = none are.
+        adapters: folder of each adapter, by its name.
+        narrowing: how weights are narrowed; `None` = they are not.
+    """
+
+    max_length: int = 1 << 30
+    kernels: Kernels | None = None
+    products: Products[Any] | None = None
+    fused: tuple[str, ...] | None = None
+    graph_tokens: int = 0
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    narrowing: Narrowing | None = None
+
+
+class Outcome(NamedTuple):
+    """A line for the report at start, and warnings; empty if there is nothing to say."""
+
+    text: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model and its layout, which passes change.
+
+    Attributes:
+        full: the model with its head, if it has one.
+        layout: of its backbone.
+        reasons: why faster layouts were passed over.
+        probe: by which the layout was proved.
+        patches: the record of changes.
+        adapters: names of the adapters that are hooked in.
+        outcomes: by the name of the pass.
+    """
+
+    full: PreTrainedModel
+    layout: Layout
+    reasons: list[str]
+    probe: Probe
+    settings: Settings = field(default_factory=Settings)
+    patches: Patches = field(init=False)
+    adapters: tuple[str, ...] = ()
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.patches = Patches(self.full)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model without its head."""
+        return self.layout.backbone.model

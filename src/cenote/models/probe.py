@@ -1,0 +1,514 @@
+"""The proofs at load: random ids, the rows that a model has to give for them, and how much may differ.
+
+Nothing that Cenote assumes of a model is looked up by its name: it is proved on the model at hand, by a batch of short
+random sequences.
+
+- *Equal*: rows are those of the model's own forward over one sequence at a time, within `EQUAL`.
+- *Isolated*: when the tokens of a sequence change, the rows of its neighbours do not move by more than `ROUNDINGS`
+  times what rounding by itself moves them. Rounding is measured without any neighbour's content: each sequence in a
+  batch of copies of itself. In most models nothing moves by a bit; grouped products over experts are cut among threads
+  by how many rows each expert has, which depends on the whole batch.
+- *Unchanged*: rows after a change of the model are those before it, within `UNCHANGED`.
+- *Finite*: values are numbers.
+- *Stable*: forwards leave the model as it was, and give beside each other what they give alone.
+
+`choose` names the layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cenote.errors import CheckpointError
+from cenote.models.layouts import Backbone, Padded, candidates, forward
+from cenote.models.traits import position_offset, position_rows, vocabulary, window
+from cenote.tensors.packing import SHORTEST_PREFIX, pack
+from cenote.types import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cenote.models.layouts import Layout
+    from cenote.tensors.native import Kernels
+    from cenote.tensors.packing import Batch, Place
+
+log = logging.getLogger(__name__)
+
+EQUAL = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest distance of rows that count as equal, by the model's dtype. All distances are relative to the largest value
+of the rows, or to 1 if that is smaller."""
+UNCHANGED = 2e-5
+"""Largest distance of float32 rows before and after a change that is to keep them."""
+ROUNDINGS = 4.0
+"""Rows that move by so many times what rounding moves them are not isolated. Over experts of 4 to 128 they moved by
+up to 1.2 times that, and both by less than the model's own distance to float64."""
+LEAST_COSINE = 0.9
+"""Of rows with narrow weights to those in float32, on average; real text and real weights are far above it."""
+
+LENGTHS = (7, 11, 11, 3)
+"""Tokens of the sequences of most probes; one that exceeds the model's window joins them."""
+COPIES = (2, 5)
+"""Sizes of the batches of copies in which rounding shows."""
+COPIED = 5
+"""Sequences of a probe of which there are copies."""
+SHORT = 16
+"""Tokens of a sequence are enough to see what Linear layers do."""
+LONGEST_REAL_WINDOW = 512
+PROBE_WINDOW = 32
+MOST_REAL_POSITIONS = 2048
+PATIENCE = 60.0
+"""Seconds after which a forward beside another counts as stuck."""
+
+
+class Draw:
+    """Random ordinary token ids of a model, the same at every start."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
+        self._ids = torch.tensor([i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0])
+        self._end: list[int] = [config.eos_token_id] if getattr(config, "is_encoder_decoder", False) else []
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, count: int) -> list[int]:
+        """`count` ids."""
+        picks = torch.randint(len(self._ids), (count,), generator=self._generator)
+        ids: list[int] = self._ids[picks].tolist()
+        return ids
+
+    def text(self, count: int) -> list[int]:
+        """`count` ids that end as a text does: BART's heads look at its end-of-sequence token."""
+        return [*self(count - len(self._end)), *self._end]
+
+
+def distance(found: Tensor, expected: Tensor, *, among: Tensor | None = None) -> float:
+    """Largest difference of two tensors of one shape, relative to the largest value of `among` (at least 1).
+
+    `among` is `expected` unless it is given. Infinity for other shapes; NaN where a value is NaN.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    scale = max(1.0, float((expected if among is None else among).abs().max()))
+    return float((found.float() - expected.float()).abs().max()) / scale
+
+
+def fault_of(check: Callable[[], str]) -> str:
+    """The fault that `check` finds, an empty string if there is none; an exception is a fault.
+
+    Whatever a model raises in a forward means that it cannot be run in this way.
+    """
+    try:
+        return check()
+    except Exception as error:
+        return line_of(error)
+
+
+def line_of(error: Exception) -> str:
+    """The first line of an error, with its class."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+class Probe:
+    """A batch of random sequences, and the rows that a layout has to give for it.
+
+    Args:
+        model: a backbone.
+        ids: token ids of the sequences, at least two.
+        other: ids that take the second one's place to see whether rows of the others move.
+        run: the rows `[T, D]` of a batch.
+        hidden: trailing tokens of each sequence that no token attends to; `None` = there are none.
+
+    Attributes:
+        batch: the sequences.
+        swapped: the sequences, the second of them `other`.
+        short: two batches of their beginnings, forwards and backwards.
+        rows_TD: the rows, float32.
+        tolerance: see `EQUAL`.
+
+    Raises:
+        CheckpointError: the rows are not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: list[list[int]],
+        other: list[int],
+        run: Callable[[Batch], Tensor],
+        hidden: list[int] | None = None,
+    ) -> None:
+        self.model = model
+        self.ids = ids
+        self.other = other
+        self.tolerance = EQUAL.get(model.dtype, 1e-1)
+        self.batch = _packed(ids, model.device, hidden)
+        self.swapped = _packed([ids[0], other, *ids[2:]], model.device, hidden)
+        beginnings = [own[:SHORT] for own in ids[:COPIED]]
+        self.short = [_packed([own[::way] for own in beginnings], model.device) for way in (1, -1)]
+        self.rows_TD = run(self.batch).float()
+        if not bool(torch.isfinite(self.rows_TD).all()):
+            where = f"for ordinary tokens: the weights are damaged, or do not fit the dtype {model.dtype}"
+            if hidden is not None:
+                where = f"where hidden tokens fill queries up to {len(ids[0])}, as the checkpoint wants it"
+            raise CheckpointError(
+                f"{type(model).__name__} returns values that are not finite (NaN or infinity) {where}"
+            )
+
+    def fault(self, layout: Layout) -> str:
+        """Why `layout` is not exact, or an empty string."""
+        rows_TD = forward(layout, self.batch)
+        return self.equal(rows_TD) or self.isolated(layout, rows_TD)
+
+    def equal(self, rows_TD: Tensor) -> str:
+        """How rows differ from the model's own, or an empty string."""
+        found = distance(rows_TD, self.rows_TD)
+        if found <= self.tolerance:
+            return ""
+        return f"differs from the model's own output by {found:.1e} (allowed {self.tolerance:.1e})"
+
+    def equal_at(self, layout: Layout, place: Place) -> str:
+        """How the rows at `place` differ where `layout` is asked for them alone, or an empty string."""
+        rows_B = self.batch.rows_at(place)
+        found = distance(forward(layout, self.batch, place)[rows_B], self.rows_TD[rows_B], among=self.rows_TD)
+        return "" if found <= self.tolerance else f"gives other rows for the {place} tokens, by {found:.1e}"
+
+    def cosine(self, rows_TD: Tensor) -> float:
+        """Mean cosine of rows to the model's own; see `LEAST_COSINE`."""
+        return float(F.cosine_similarity(rows_TD.float(), self.rows_TD).mean())
+
+    def moved(self, layout: Layout, rows_TD: Tensor | None = None) -> float:
+        """Distance by which rows of `layout` move when the second sequence has other tokens.
+
+        Args:
+            layout: runs the batch.
+            rows_TD: the rows of the batch in it, if they are there already.
+        """
+        if rows_TD is None:
+            rows_TD = forward(layout, self.batch)
+        neighbours_T = torch.ones(self.batch.tokens, dtype=torch.bool)
+        neighbours_T[self.batch.starts[1] : self.batch.starts[2]] = False
+        return distance(forward(layout, self.swapped)[neighbours_T], rows_TD[neighbours_T], among=self.rows_TD)
+
+    def isolated(self, layout: Layout, rows_TD: Tensor | None = None) -> str:
+        """How rows of `layout` depend on their neighbours' tokens, or an empty string; arguments as `moved`."""
+        found = self.moved(layout, rows_TD)
+        if found == 0:
+            return ""
+        rounding = self.rounding(layout)
+        if found <= min(ROUNDINGS * rounding, self.tolerance):
+            return ""
+        return f"rows move by {found:.1e} when a neighbour's tokens change, and by {rounding:.1e} by rounding"
+
+    def rounding(self, layout: Layout) -> float:
+        """Distance by which rows move when a sequence runs in a batch of copies of itself, by the model's attention.
+
+        At least one step of the dtype. What copies see of one another is their own content, so whatever moves is
+        rounding, and a model whose rows depend on a neighbour's content gains nothing by it.
+        """
+        largest = torch.finfo(self.model.dtype).eps
+        with layout.own_attention() as backbone:
+            for own in self.ids[:COPIED]:
+                ids_1L = torch.tensor([own], device=backbone.device)
+                alone_1LD = backbone.run(input_ids=ids_1L)
+                for count in COPIES:
+                    beside_BLD = backbone.run(input_ids=ids_1L.expand(count, -1))
+                    moved = distance(beside_BLD, alone_1LD.expand_as(beside_BLD), among=self.rows_TD)
+                    largest = max(largest, moved)
+        return largest
+
+
+def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
+    """A few short random sequences, one of them of `longest` tokens, and the model's own rows for each alone."""
+    first, second, third, last = (min(n, longest) for n in LENGTHS)
+    draw = Draw(model)
+    ids = [draw(n) for n in (first, second, max(longest, 1), third, last)]
+    other = draw(second)
+    # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
+    mask = getattr(model.config, "mask_token_id", None)
+    if isinstance(mask, int) and 0 <= mask < vocabulary(model):
+        other[0] = mask
+    if position_offset(model) and third > 2:
+        ids[3][1] = position_offset(model) - 1
+    # Models that check the length of their input must see a batch longer than their positions.
+    rows = position_rows(model)
+    while rows and rows < MOST_REAL_POSITIONS and sum(map(len, ids)) <= rows:
+        ids.append(draw(len(ids[2])))
+    return Probe(model, ids, other, _alone(model))
+
+
+def filled(model: PreTrainedModel, length: int) -> Probe:
+    """Sequences that few to many hidden tokens fill up to `length`, with one that has none among them."""
+    draw = Draw(model)
+    seen = [max(1, min(n, length - 1)) for n in (3, length // 2, length - 1)]
+    ids = [draw(n) for n in (length, length, min(5, length), length)]
+    hidden = [length - seen[0], length - seen[1], 0, length - seen[2]]
+    return Probe(model, ids, draw(length), _alone(model), hidden)
+
+
+def prefixed(layout: Layout, max_length: int) -> Probe | None:
+    """Sequences with a common beginning longer than the model's window, and their rows in `layout` as it is.
+
+    `None` if the model takes too few tokens for a beginning that would be shared.
+    """
+    model = layout.backbone.model
+    draw = Draw(model)
+    ends = [draw(n) for n in (8, 8, 3, 1, 8)]
+    longest = max_length - len(ends[0])
+    if longest < SHORTEST_PREFIX:
+        return None
+    with shortened_windows(model) as size:
+        prefix = draw(min(size + 5, longest))
+        *ids, other = [prefix + end for end in ends]
+        return Probe(model, [*ids, draw(11)], other, partial(forward, layout))
+
+
+def turned(probe: Probe, layout: Layout) -> Probe:
+    """The sequences of `probe` in another order, and their rows in `layout` as it is."""
+    return Probe(probe.model, [*probe.ids[2:], *probe.ids[:2]], probe.other, partial(forward, layout))
+
+
+def brief(layout: Layout, max_length: int) -> Probe:
+    """Three short sequences, and their rows in `layout` as it is."""
+    model = layout.backbone.model
+    draw = Draw(model)
+    first, second, _, last = (min(n, max_length) for n in LENGTHS)
+    return Probe(model, [draw(first), draw(second), draw(last)], draw(second), partial(forward, layout))
+
+
+class HeadProbe:
+    """A few short random sequences, and what a model with a head gives for each alone, by its own forward.
+
+    Attributes:
+        batch: the sequences.
+        rows_TD: last hidden states of the backbone.
+        logits: of the whole model, float32, one tensor for each sequence.
+    """
+
+    def __init__(self, full: PreTrainedModel, *, max_length: int) -> None:
+        draw = Draw(full)
+        ids = [draw.text(min(n, max_length)) for n in LENGTHS]
+        self.batch = _packed(ids, full.device)
+        self._tolerance = EQUAL.get(full.dtype, 1e-1)
+        with torch.inference_mode():
+            self.logits = [
+                full(input_ids=torch.tensor([own], device=full.device), return_dict=True).logits[0].float()
+                for own in ids
+            ]
+        backbone: PreTrainedModel = full.base_model  # type: ignore[assignment]
+        self.rows_TD = _alone(backbone)(self.batch)
+
+    @property
+    def width(self) -> int:
+        """Number of logits of a token or a sequence."""
+        return int(self.logits[0].shape[-1])
+
+    def agrees(self, found: list[Tensor], columns: Seq[int] | None = None) -> bool:
+        """Whether logits, one tensor for each sequence, are those of the whole model, or its `columns`."""
+        expected = self.logits if columns is None else [logits[..., list(columns)] for logits in self.logits]
+        return distance(_joined(found), _joined(expected)) <= self._tolerance
+
+
+@dataclass(frozen=True)
+class Proved:
+    """The layout that is exact for a model.
+
+    Attributes:
+        layout: it, installed.
+        reasons: why each faster one was passed over.
+        probe: the sequences by which it was proved, whose forwards need `shortened_windows`.
+    """
+
+    layout: Layout
+    reasons: list[str]
+    probe: Probe
+
+
+def choose(
+    model: PreTrainedModel,
+    *,
+    max_length: int = 1 << 30,
+    packed: bool = True,
+    kernels: Kernels | None = None,
+    filled_to: int = 0,
+) -> Proved:
+    """Find the fastest layout that is exact for `model`.
+
+    Args:
+        model: in eval mode, on its device, with the attention implementation that it prefers.
+        max_length: maximum tokens of a sequence, so that the probe stays within the model's positions.
+        packed: whether to try packing at all.
+        kernels: native CPU kernels to use where they apply.
+        filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
+
+    Raises:
+        CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
+            in every layout.
+    """
+    reasons: list[str] = []
+    hiding = filled(model, min(filled_to, max_length)) if filled_to > 1 else None  # by the windows as they are
+    with shortened_windows(model) as size:
+        probe = one_by_one(model, min(size + 9, max_length))
+    for layout in candidates(model, kernels, packed=packed):
+        fault = _layout_fault(layout, probe, hiding)
+        if not fault:
+            return Proved(layout, reasons, probe)
+        reasons.append(fault)
+        layout.remove()
+    raise CheckpointError(
+        f"{type(model).__name__} does not reproduce its own one-by-one output in any layout: {'; '.join(reasons)}"
+    )
+
+
+def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
+    """Install `layout`; why it is not exact, also with hidden tokens, or an empty string."""
+
+    def check() -> str:
+        layout.install()
+        with shortened_windows(probe.model):
+            return probe.fault(layout)
+
+    if fault := fault_of(check):
+        return f"{layout.name}: {fault}"
+    if hiding is None:
+        return ""
+    fault = fault_of(partial(hiding.fault, layout))
+    return f"{layout.name}, with hidden tokens: {fault}" if fault else ""
+
+
+@contextmanager
+def shortened_windows(model: PreTrainedModel) -> Iterator[int]:
+    """Yield a window length that a probe can exceed cheaply; long windows are shortened for the time being."""
+    holders: list[Any] = [holder for holder in (model.config, *model.modules()) if window(holder) is not None]
+    longest = max((window(holder) or 0 for holder in holders), default=0)
+    if longest <= LONGEST_REAL_WINDOW:
+        yield max(longest, PROBE_WINDOW)
+        return
+    saved = [(holder, holder.sliding_window) for holder in holders]
+    try:
+        for holder, _ in saved:
+            holder.sliding_window = PROBE_WINDOW
+        yield PROBE_WINDOW
+    finally:
+        for holder, size in saved:
+            holder.sliding_window = size
+
+
+def finite(values: Tensor) -> str:
+    """A fault if a value is NaN or infinite, or an empty string."""
+    return "" if bool(torch.isfinite(values).all()) else "gives values that are not finite (NaN or infinity)"
+
+
+def unchanged(run: Callable[[], Tensor], expected: Tensor) -> str:
+    """How a result in float32 differs from that before a change, or an empty string."""
+    found = distance(run(), expected)
+    return "" if found <= UNCHANGED else f"moves the result by {found:.1e} (allowed {UNCHANGED:.1e})"
+
+
+def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
+    """Why several threads cannot run `module` at a time, or an empty string.
+
+    Transformers' modules are functions of their inputs, as a rule. The exceptions remember something between calls,
+    such as the frequencies for the longest sequence so far. Forwards must leave all attributes and buffers of all
+    modules as they were, and those of several threads at a time must give what each gives alone.
+
+    Args:
+        module: the model, in eval mode.
+        runs: forwards over different inputs, each with its results.
+    """
+    alone = [run() for run in runs]  # what a model makes in its first forwards and then keeps is no obstacle
+    before = _state(module)
+    for run in runs:  # each over another input, whose traces differ
+        run()
+        after = _state(module)
+        changed = [name for name in before | after if not _same(before.get(name), after.get(name))]
+        if changed:
+            return f"a forward changes {changed[0]}"
+    beside: dict[int, list[Tensor]] = {}
+    start = threading.Barrier(len(runs))
+
+    def work(number: int) -> None:
+        try:
+            start.wait(PATIENCE)
+            beside[number] = runs[number]()
+        except Exception as error:  # one that succeeds alone and fails beside others is not stable
+            log.info("beside another forward: %s: %s", type(error).__name__, error)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    if len(beside) < len(runs) or not all(_close(beside[i], own) for i, own in enumerate(alone)):
+        return "forwards beside each other give something else"
+    return ""
+
+
+def _close(found: list[Tensor], expected: list[Tensor]) -> bool:
+    if len(found) != len(expected):
+        return False
+    return all(distance(a, b) <= EQUAL[torch.float32] for a, b in zip(found, expected, strict=True))
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Every attribute of `module` and its parts, each with what shows a change of it in place."""
+    state = {}
+    for path, part in module.named_modules():
+        for name, value in _attributes(part):
+            state[f"{path}.{name}" if path else name] = value
+    return state
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield name, _shown(value)
+
+
+def _shown(value: Any) -> tuple[Any, ...]:
+    """`value` and its contents, one level deep."""
+    if isinstance(value, torch.Tensor):
+        return value, None if value.is_inference() else value._version
+    if isinstance(value, dict):
+        return value, *value.items()
+    if isinstance(value, (list, set, tuple)):
+        return value, *value
+    inner = getattr(value, "__dict__", None)
+    if isinstance(inner, dict) and not isinstance(value, (nn.Module, type)):
+        return value, *inner.items()
+    return (value,)
+
+
+def _same(before: Any, after: Any) -> bool:
+    if isinstance(before, tuple) and isinstance(after, tuple):
+        return len(before) == len(after) and all(map(_same, before, after))
+    plain = (int, float, str, type(None))
+    return before is after or (type(before) is type(after) and isinstance(before, plain) and before == after)
+
+
+def _packed(ids: list[list[int]], device: torch.device, hidden: list[int] | None = None) -> Batch:
+    counts = hidden or [0] * len(ids)
+    return pack([Sequence(own, hidden=count) for own, count in zip(ids, counts, strict=True)], device)
+
+
+def _alone(model: PreTrainedModel) -> Callable[[Batch], Tensor]:
+    """The model's own forward over one sequence at a time."""
+    return partial(forward, Padded(Backbone(model), equal=True, size=1))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])

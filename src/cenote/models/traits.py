@@ -1,0 +1,80 @@
+"""Traits of a Transformers model that its modules show: vocabulary, positions, rotary frequencies, windows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the token embedding: every smaller id can be looked up."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+    return rows
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """Where positions start: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def position_rows(model: PreTrainedModel) -> int | None:
+    """Number of usable rows of a learned absolute position table, or `None` if the model has none."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last in POSITION_TABLES and isinstance(module, nn.Embedding):
+            return int(module.weight.shape[0]) - max(position_offset(model), int(getattr(module, "offset", 0)))
+    return None
+
+
+def rope_class(model: PreTrainedModel) -> Callable[[int], int] | None:
+    """How lengths fall into classes with equal rotary frequencies; `None` if frequencies do not depend on length.
+
+    "longrope" has two sets of frequencies; "dynamic" NTK has one per length beyond the trained one
+    (`transformers/modeling_rope_utils.py`).
+    """
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        names = set(types.values()) if isinstance(types, dict) else {types}
+        if "longrope" in names:
+            limit = int(_original_length(module))
+            return lambda n: int(n > limit)
+        if any(isinstance(name, str) and "dynamic" in name for name in names):
+            limit = int(module.original_max_seq_len)  # type: ignore[arg-type]
+            return lambda n: max(n, limit)
+    return None
+
+
+def _original_length(module: nn.Module) -> int:
+    parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
+    if "original_max_position_embeddings" not in parameters:
+        parameters = next(p for p in parameters.values() if "original_max_position_embeddings" in p)
+    return int(parameters["original_max_position_embeddings"])
+
+
+def reset_rope(model: PreTrainedModel) -> None:
+    """Forget the longest sequence seen: Transformers keeps grown "dynamic" frequencies for later, shorter inputs."""
+    for module in model.modules():
+        names = {*vars(module), *module._buffers} if hasattr(module, "original_max_seq_len") else set()
+        for name in (n for n in names if n.endswith("original_inv_freq")):
+            prefix = name.removesuffix("original_inv_freq")
+            module.register_buffer(
+                f"{prefix}inv_freq", getattr(module, name).to(model.device).clone(), persistent=False
+            )
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def window(holder: Any) -> int | None:
+    """The sliding window of a config or a module, in tokens, or `None` if it has none."""
+    size = getattr(holder, "sliding_window", None)
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
