@@ -146,8 +146,8 @@ def engines(folder: Path, device: torch.device) -> dict[str, LLM]:
     options: dict[str, Any] = {"auto_truncate": True, "max_model_len": MAX_TOKENS}
     kinds = {
         "default": {},
-        "all graphs": {"max_cudagraph_capture_size": BATCH_TOKENS},
-        "eager": {"enforce_eager": True},
+        "graphs": {"cuda_graphs": True},
+        "all graphs": {"cuda_graphs": True, "max_cudagraph_capture_size": BATCH_TOKENS},
     }
     return {name: LLM(str(folder), device=str(device), **options, **own) for name, own in kinds.items()}
 

@@ -28,8 +28,8 @@ from benchmarks.harness import Encode, Worker, row, save
 from benchmarks.load import Client, closed_loop, prepared
 from cenote.config import ModelConfig
 from cenote.engine.engine import REST
-from cenote.models import assembly
 from cenote.models.checkpoint import embedded
+from cenote.models.load import load
 
 LOADS = ((1, 1), (16, 1), (64, 1), (16, 8))
 """Clients, and texts of a request."""
@@ -83,7 +83,7 @@ class Server:
 
 def bare() -> Encode:
     """Seconds of forwards of one text, given how many and the pause before each; no server, queue or tokenizer."""
-    model, checkpoint = assembly.load(ModelConfig())
+    model, checkpoint = load(ModelConfig())
 
     def run(order: tuple[str, int, float]) -> list[float]:
         from cenote.types import Sequence

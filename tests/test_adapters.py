@@ -20,7 +20,7 @@ from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.prompts import Applied, Prompts
 from cenote.errors import BadRequest, CheckpointError, ConfigError
-from cenote.models import assembly
+from cenote.models.load import load
 from cenote.models.passes.adapters import CONFIG, WEIGHTS, find
 from cenote.server.app import build
 from cenote.service import Service
@@ -196,7 +196,7 @@ def test_mixed_batches(
         folder = jina(request.getfixturevalue("tmp_path") / "jina")
         edit_json(folder / "config.json", hidden_act=activation)
         reference = Reference(folder)
-    model, checkpoint = assembly.load(ModelConfig(model=str(folder), **options))
+    model, checkpoint = load(ModelConfig(model=str(folder), **options))
     assert model.info.adapters == tuple(sorted(ADAPTERS))
     asked = [(text, adapter) for text in TEXTS for adapter in (None, *ADAPTERS)]
     sequences = [Sequence(checkpoint.tokenizer(text)["input_ids"], adapter=adapter) for text, adapter in asked]
@@ -206,7 +206,7 @@ def test_mixed_batches(
 
 def test_layers_of_no_adapter_stay_fused(tmp_path: Path) -> None:
     def fused(names: tuple[str, ...], place: str) -> int:
-        model, _ = assembly.load(ModelConfig(model=str(jina(tmp_path / place, names))))
+        model, _ = load(ModelConfig(model=str(jina(tmp_path / place, names))))
         return sum("forward" in vars(module) for module in model.layout.backbone.model.modules())
 
     pure = fused((), "none")
@@ -393,7 +393,7 @@ def test_found_where_they_are(folder: Path, reference: Reference, tmp_path: Path
 
 
 def test_a_model_without_adapters(tmp_path: Path) -> None:
-    model, _ = assembly.load(ModelConfig(model=str(jina(tmp_path / "jina", ()))))
+    model, _ = load(ModelConfig(model=str(jina(tmp_path / "jina", ()))))
     assert model.info.adapters == ()
     with pytest.raises(BadRequest, match="unknown adapter 'separation'. Supported values: none"):
         model.launch([Sequence([5, 6], adapter="separation")])
@@ -415,7 +415,7 @@ def test_refused_settings(tmp_path: Path, setting: str, value: Any) -> None:
     folder = jina(tmp_path / "jina", ("separation",))
     edit_json(folder / "separation" / CONFIG, **{setting: value})
     with pytest.raises(CheckpointError, match=f"adapter 'separation' has {setting} .*, which is not supported"):
-        assembly.load(ModelConfig(model=str(folder)))
+        load(ModelConfig(model=str(folder)))
 
 
 def test_refused_files(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_refused_files(tmp_path: Path) -> None:
         save_file(tensors if changed is None else changed, own / WEIGHTS)
         write_json(own / CONFIG, {**good, **config})
         with pytest.raises(CheckpointError, match=message):
-            assembly.load(ModelConfig(model=str(folder)))
+            load(ModelConfig(model=str(folder)))
 
     refuses("is of the type IA3; only LORA is supported", peft_type="IA3")
     refuses("has r 'x' and lora_alpha 3, expected two numbers", r="x")
@@ -450,14 +450,14 @@ def test_refused_files(tmp_path: Path) -> None:
     refuses("with the adapter separation: .*not finite", {k: tensor * torch.nan for k, tensor in tensors.items()})
     (own / CONFIG).write_text("{")
     with pytest.raises(CheckpointError, match="cannot read adapter_config.json"):
-        assembly.load(ModelConfig(model=str(folder)))
+        load(ModelConfig(model=str(folder)))
     write_json(own / CONFIG, good)
     (own / WEIGHTS).write_bytes(b"x")
     with pytest.raises(CheckpointError, match="cannot read adapter_model.safetensors"):
-        assembly.load(ModelConfig(model=str(folder)))
+        load(ModelConfig(model=str(folder)))
     (own / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="has no adapter_model.safetensors"):
-        assembly.load(ModelConfig(model=str(folder)))
+        load(ModelConfig(model=str(folder)))
 
 
 def test_equals_peft(folder: Path, llm: LLM, reference: Reference, tmp_path: Path) -> None:

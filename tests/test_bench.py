@@ -26,7 +26,8 @@ from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, 
 from cenote.engine.fake import FakeEngine
 from cenote.engine.rendering import Renderer, TextOptions
 from cenote.errors import CenoteError, EngineFailed
-from cenote.models import assembly, costs
+from cenote.models import costs
+from cenote.models import load as loading
 from cenote.models.passes.fuse import Remembered
 from cenote.server.app import build
 from cenote.service import Service
@@ -144,7 +145,7 @@ def test_products_are_those_of_the_plain_model(pooling: str, kernels: bool, tmp_
     folder = checkpoints.bert(tmp_path / "model")
     options = {"pooler_config": {"pooling_type": pooling}, "native_kernels": kernels}
     config = ModelConfig(model=str(folder), **options)  # type: ignore[arg-type]
-    model, checkpoint = assembly.load(config)
+    model, checkpoint = loading.load(config)
     service = Service.around(model, checkpoint, config, EngineConfig())
     plain = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
     texts = ["the quick brown fox", "a", "one two three four five six"]
@@ -674,7 +675,7 @@ def test_a_plot_needs_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "cenote.cli.figures", raising=False)
-    monkeypatch.setattr(assembly, "load", lambda *_: pytest.fail("it is told before anything is done"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("it is told before anything is done"))
     assert main(["bench", "--plot", str(tmp_path / "a.png")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("cenote: --plot needs matplotlib")

@@ -20,8 +20,8 @@ from transformers import AutoModel, RobertaConfig, RobertaModel
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models import assembly
 from cenote.models import checkpoint as module
+from cenote.models.load import load
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
@@ -594,7 +594,8 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(bert: Path, tmp_path
 
 def test_options_are_read_once(bert: Path) -> None:
     """`read` fills in what the checkpoint says without touching the weights."""
-    found = module.read(ModelConfig(model=str(bert), tokenizer=str(bert)))
+    options = ModelConfig(model=str(bert), tokenizer=str(bert))
+    found = module.choose(module.read(module.find(options), options), options)
     assert (found.architecture, found.head.kind, found.revision, found.st) == ("BertModel", "none", None, None)
     assert found.pair_template is None
     assert found.tokenizer("a")["input_ids"] == checkpoints.wordpiece()("a")["input_ids"]
@@ -613,7 +614,7 @@ def test_options_are_read_once(bert: Path) -> None:
 def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, Any], expected: Any) -> None:
     folder = checkpoints.bert(tmp_path / "model")
     (folder / "README.md").write_text(card)
-    model, _ = assembly.load(ModelConfig(model=str(folder), hf_overrides=overrides))
+    model, _ = load(ModelConfig(model=str(folder), hf_overrides=overrides))
     assert model.info.matryoshka == expected
 
 
@@ -627,4 +628,4 @@ def test_matryoshka_of_the_card(tmp_path: Path, card: str, overrides: dict[str, 
 def test_heads_whose_backbone_does_not_run_alone(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     folder = checkpoints.classifier(tmp_path / "model", family, num_labels=2, **options)
     with pytest.raises(CheckpointError, match=f"model: {family}.*Model cannot be run over token ids alone"):
-        assembly.load(ModelConfig(model=str(folder)))
+        load(ModelConfig(model=str(folder)))

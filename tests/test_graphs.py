@@ -19,9 +19,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from cenote.config import ModelConfig
-from cenote.models import assembly
-from cenote.models.checkpoint import embedded
+from cenote.models import load as loading
+from cenote.models.checkpoint import choose, embedded, find, read
 from cenote.models.layouts import Packed, forward
+from cenote.models.passes.graphs import MOST_TOKENS, worthwhile_tokens
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.models.probe import LONGEST_REAL_WINDOW
@@ -264,8 +265,9 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
     texts = list(docstrings(24))
     reference = SentenceTransformer(str(embedded()[0]), device=str(DEVICE))
     expected = reference.encode(texts, batch_size=1)
-    monkeypatch.setattr(assembly, "graph_tokens", lambda *_: 2048)
-    model, checkpoint = assembly.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
+    settings_of = loading.settings_of
+    monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
+    model, checkpoint = loading.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
     ids = checkpoint.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
     parts = [[Sequence(own) for own in ids[i : i + 8]] for i in range(0, 24, 8)]
     token_rows = [replace(s, task="token_embed") for s in parts[0]]
@@ -281,8 +283,9 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there, it can be recorded")
 def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "graph_tokens", lambda *_: 2048)
-    model, _ = assembly.load(ModelConfig())
+    settings_of = loading.settings_of
+    monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
+    model, _ = loading.load(ModelConfig())
     (note,) = model.info.warnings
     assert note.startswith("runs without CUDA graphs: NotImplementedError: no fused kernel does the attention of Bert")
     (found,) = model.launch([Sequence([101, 7592, 102])]).finish()
@@ -292,13 +295,32 @@ def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.Monkey
 
 
 def test_recordings_are_for_batches_that_launch_longer_than_they_run() -> None:
-    gpu = torch.device("cuda")
     small = torch.nn.Sequential(*[torch.nn.Linear(384, 384) for _ in range(36)])
     large = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096, device="meta") for _ in range(200)])
     embeddings = torch.nn.Sequential(torch.nn.Embedding(1_000_000, 4096, device="meta"), *small)
-    assert assembly.graph_tokens(small, ModelConfig(), gpu) == assembly.MOST_GRAPH_TOKENS
-    assert assembly.graph_tokens(embeddings, ModelConfig(), gpu) == assembly.MOST_GRAPH_TOKENS
-    assert 100 < assembly.graph_tokens(large, ModelConfig(), gpu) < 500
-    assert assembly.graph_tokens(small, ModelConfig(max_cudagraph_capture_size=300), gpu) == 300
-    assert assembly.graph_tokens(small, ModelConfig(enforce_eager=True), gpu) == 0
-    assert assembly.graph_tokens(small, ModelConfig(), torch.device("cpu")) == 0
+    assert worthwhile_tokens(small) == MOST_TOKENS
+    assert worthwhile_tokens(embeddings) == MOST_TOKENS
+    assert 100 < worthwhile_tokens(large) < 500
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 0),
+        ({"max_cudagraph_capture_size": 300}, 0),
+        ({"cuda_graphs": True}, MOST_TOKENS),
+        ({"cuda_graphs": True, "max_cudagraph_capture_size": 300}, 300),
+        ({"cuda_graphs": True, "max_cudagraph_capture_size": 0}, 0),
+        ({"cuda_graphs": True, "enforce_eager": True}, 0),
+    ],
+    ids=str,
+)
+def test_recordings_are_made_where_they_are_asked_for(options: dict[str, Any], tokens: int) -> None:
+    config = ModelConfig(**options)
+    checkpoint = choose(read(find(config), config), config)
+
+    class Full(torch.nn.Sequential):
+        device, base_model = torch.device("cuda"), torch.nn.Sequential(*[torch.nn.Linear(384, 384) for _ in range(36)])
+
+    built: Any = loading.Built(Full(), 512, "none", ())  # type: ignore[arg-type]
+    assert loading.settings_of(checkpoint, built, config).graph_tokens == tokens

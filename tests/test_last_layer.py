@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cenote.config import ModelConfig, PoolerConfig
-from cenote.models import assembly
+from cenote.models import load as loading
 from cenote.models.layouts import forward
 from cenote.models.model import PoolingModel
 from cenote.models.passes.last_layer import LastLayer, find
@@ -29,7 +29,7 @@ def draw(*lengths: int) -> list[list[int]]:
 
 def load(folder: Path, pooling_type: str | None = None) -> PoolingModel:
     config = PoolerConfig(pooling_type=pooling_type) if pooling_type else PoolerConfig()
-    return assembly.load(ModelConfig(model=str(folder), pooler_config=config))[0]
+    return loading.load(ModelConfig(model=str(folder), pooler_config=config))[0]
 
 
 def watch(model: PoolingModel) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cenote import LLM
 from cenote.config import Isa, ModelConfig
 from cenote.errors import ConfigError
-from cenote.models import assembly
+from cenote.models.load import load
 from cenote.tensors import linear, native
 from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
 from cenote.tensors.native import Step, Target
@@ -362,7 +362,7 @@ def test_named_instructions_must_be_there(
         linear.require("avx2")
     monkeypatch.setenv("CENOTE_ISA", "avx2")
     with pytest.raises(ConfigError, match=f"^CPU kernels with isa avx2 cannot be had here: .*{reason}"):
-        assembly.load(ModelConfig())
+        load(ModelConfig())
     assert native.load("none") is None
 
 
@@ -384,7 +384,7 @@ def test_isa_reaches_the_model(tmp_path: Path) -> None:
     with LLM(str(folder), isa="none", quantization="int8") as llm:
         assert llm.info.warnings == ("int8 fell back to float32: native kernels are switched off",)
     for isa in ("none", "avx2"):
-        model, _ = assembly.load(ModelConfig(model=str(folder), isa=isa))
+        model, _ = load(ModelConfig(model=str(folder), isa=isa))
         chains = [x for x in model.layout.backbone.model.modules() if isinstance(vars(x).get("forward"), native.Chain)]
         assert bool(chains) == (isa == "avx2")
 

@@ -19,9 +19,10 @@ from cenote import LLM
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models import assembly, probe
 from cenote.models import checkpoint as checkpoints_module
+from cenote.models import probe
 from cenote.models.layouts import Layout, forward
+from cenote.models.load import load
 from cenote.models.passes import narrow
 from cenote.models.passes.subject import Outcome, Settings
 from cenote.models.passes.table import prepared
@@ -354,7 +355,7 @@ def test_quantization_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match="quantization int8 is for CPUs, and the device is cuda:1; leave it out or set"
     ):
-        assembly.load(ModelConfig(quantization="int8"))
+        load(ModelConfig(quantization="int8"))
 
 
 @pytest.mark.parametrize("value", ["int4", "awq", "fp8", ""])

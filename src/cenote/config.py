@@ -166,11 +166,18 @@ class ModelConfig(BaseModel):
         description="widest instructions that the CPU kernels may use: avx2, avx512, amx, or none for plain torch "
         "(auto = the widest that the processor has; the variable holds in Python, too)",
     )
-    enforce_eager: bool = Field(False, description="launch every kernel from the host: no CUDA graphs")
+    plain: bool = Field(
+        False,
+        description="leave out all that only makes a model faster: native kernels, fused layers, shared prefixes, ...",
+    )
+    cuda_graphs: bool = Field(
+        False, description="replay batches on a GPU as CUDA graphs, where the probe proves it exact"
+    )
+    enforce_eager: bool = Field(False, description="launch every kernel from the host, also with cuda_graphs")
     max_cudagraph_capture_size: int | None = Field(
         None,
         ge=0,
-        description="tokens up to which a batch is replayed as a CUDA graph (default: where launching it takes longer)",
+        description="tokens up to which cuda_graphs replays a batch (default: where launching it takes longer)",
     )
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
     prefix_sharing: bool = Field(

@@ -86,9 +86,9 @@ class Service:
             CheckpointError: the checkpoint cannot be honoured.
             ConfigError: an option does not fit it.
         """
-        from cenote.models import assembly
+        from cenote.models.load import load
 
-        return cls.around(*assembly.load(model), model, engine, max_queued=max_queued)
+        return cls.around(*load(model), model, engine, max_queued=max_queued)
 
     @classmethod
     def around(

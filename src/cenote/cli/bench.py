@@ -243,12 +243,12 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     else:
         import torch
 
-        from cenote.models import assembly
+        from cenote.models.load import load
         from cenote.service import Service
 
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)  # also for the GEMM limit, which is measured here
-        pooling_model, checkpoint = assembly.load(model)
+        pooling_model, checkpoint = load(model)
         service = Service.around(pooling_model, checkpoint, model, engine, max_queued=1 << 40)
         try:
             fields = ("name", "architecture", "revision", "dtype", "device", "layout", "max_model_len")

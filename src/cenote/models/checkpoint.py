@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -73,12 +73,50 @@ LEFTOVERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", ".attn.
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk, read but without weights.
+class Found:
+    """Where a checkpoint is.
 
     Attributes:
         name: as the user gave it.
         path: folder on disk.
+        revision: commit on the hub, if it came from there.
+        tokenizer: folder of the tokenizer, if the user named one; `None` = the checkpoint's.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a checkpoint, read but for weights and tokenizer.
+
+    Attributes:
+        found: where they are.
+        folder: of the backbone.
+        st: the Sentence-Transformers part, or `None`.
+        architecture: first entry of the config's `architectures`.
+        tensors: names of all weights.
+    """
+
+    found: Found
+    folder: Path
+    st: SentenceTransformer | None
+    config: PretrainedConfig
+    architecture: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, without weights, and what it is taken for.
+
+    Attributes:
+        name: as the user gave it.
+        path: folder on disk.
+        folder: folder of the backbone.
         revision: commit on the hub, if it came from there.
         architecture: first entry of the config's `architectures`.
         st: the Sentence-Transformers part, or `None`.
@@ -90,6 +128,7 @@ class Checkpoint:
 
     name: str
     path: Path
+    folder: Path
     revision: str | None
     config: PretrainedConfig
     architecture: str
@@ -101,60 +140,91 @@ class Checkpoint:
     multi_vector: MultiVector | None
 
 
-def read(options: ModelConfig) -> Checkpoint:
-    """Find the checkpoint that `options` name and read all of it but the weights.
+def find(options: ModelConfig) -> Found:
+    """Find the files that `options` name, on disk or on the hub.
 
     Raises:
-        CheckpointError: it cannot be found or honoured.
+        CheckpointError: they are not there.
+    """
+    path, revision = embedded() if options.model is None else locate(options.model, options)
+    tokenizer = locate(options.tokenizer, options)[0] if options.tokenizer else None
+    return Found(options.model or EMBEDDED_NAME, path, revision, tokenizer)
+
+
+def read(found: Found, options: ModelConfig) -> Files:
+    """Read all files but weights and tokenizer.
+
+    Raises:
+        CheckpointError: one of them is damaged, or says what cannot be honoured.
     """
     from transformers import AutoConfig
 
     register_installed()
-    name = options.model or EMBEDDED_NAME
-    path, revision = embedded() if options.model is None else locate(options.model, options)
-    st = sentence_transformers.read(path, allow_pickle=options.allow_pickle)
-    backbone = st.backbone if st else path
-    trust = options.trust_remote_code
+    st = sentence_transformers.read(found.path, allow_pickle=options.allow_pickle)
+    folder = st.backbone if st else found.path
     try:
-        config = AutoConfig.from_pretrained(backbone, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of {found.name}: {first_line(error)}") from error
     config = _override(config, options.hf_overrides)
     architecture = (config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"])[0]
-    source = locate(options.tokenizer, options)[0] if options.tokenizer else backbone
+    tensors = tuple(tensor_files(folder, allow_pickle=options.allow_pickle))
+    return Files(found, folder, st, config, architecture, tensors)
+
+
+def choose(files: Files, options: ModelConfig) -> Checkpoint:
+    """Choose tokenizer, head and family.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or the checkpoint cannot become what the options ask for.
+    """
+    found, st, architecture = files.found, files.st, files.architecture
+    tokenizer, source = _tokenizer(files, options)
+    conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
+    late = _multi_vector(architecture, files.folder, st, files.tensors, plain=options.plain_late_interaction)
+    markers = late.markers if late is not None else ()
+    tokenizers.keep_whole(tokenizer, markers)
+    facts = Facts(
+        architecture=architecture,
+        convert=options.convert,
+        config=files.config,
+        names=(Path(found.name).name, *_folder_names(found.path), *card_title(found.path)),
+        tensors=files.tensors,
+        logit_score=st.logit_score if st else None,
+        splade=bool(st and st.splade is not None),
+        step=options.pooler_config.token_pooling == "STEP",
+        step_columns=options.pooler_config.returned_token_ids or (),
+        token_id=tokenizer.get_vocab().get,
+    )
+    head = choose_head(facts)
+    return Checkpoint(
+        name=found.name,
+        path=found.path,
+        folder=files.folder,
+        revision=found.revision,
+        config=files.config,
+        architecture=architecture,
+        st=st,
+        tokenizer=tokenizer,
+        tokenizer_source=replace(source, whole=markers),
+        head=head,
+        pair_template=_pair_template(options, st, head),
+        multi_vector=late,
+    )
+
+
+def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
+    """The tokenizer, and how it is made once more."""
+    name, folder = files.found.name, files.found.tokenizer or files.folder
     template = None if options.chat_template is None else template_text(options.chat_template)
+    source = TokenizerSource(str(folder.absolute()), options.trust_remote_code, template)
     try:
-        tokenizer = tokenizers.load(TokenizerSource(str(source), trust, template))
+        tokenizer = tokenizers.load(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
-        raise CheckpointError(f"cannot read the tokenizer of {name}: {source} has no tokenizer files")
-    conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
-    pooler = options.pooler_config
-    vocabulary = tokenizer.get_vocab()
-    names_of_tensors = tuple(tensor_files(backbone, allow_pickle=options.allow_pickle))
-    late = _multi_vector(architecture, backbone, st, names_of_tensors, plain=options.plain_late_interaction)
-    markers = late.markers if late is not None else ()
-    tokenizers.keep_whole(tokenizer, markers)
-    head = choose_head(
-        Facts(
-            architecture=architecture,
-            convert=options.convert,
-            config=config,
-            names=(Path(name).name, *_folder_names(path), *card_title(path)),
-            tensors=names_of_tensors,
-            logit_score=st.logit_score if st else None,
-            splade=bool(st and st.splade is not None),
-            step=pooler.token_pooling == "STEP",
-            step_columns=pooler.returned_token_ids or (),
-            token_id=vocabulary.get,
-        )
-    )
-    pair_template = _pair_template(options, st, head)
-    tokenizer_source = TokenizerSource(str(source.absolute()), trust, template, markers)
-    return Checkpoint(
-        name, path, revision, config, architecture, st, tokenizer, tokenizer_source, head, pair_template, late
-    )
+        raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
+    return tokenizer, source
 
 
 def _multi_vector(
@@ -301,7 +371,7 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
     return Path(folder), Path(folder).name
 
 
-def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
     Raises:
@@ -311,7 +381,7 @@ def load(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dty
     from safetensors import SafetensorError
     from transformers.utils import logging as hf_logging
 
-    folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
+    folder = checkpoint.folder
     if not options.allow_pickle and not any(folder.glob("*.safetensors")):
         # Pickles of a hub repository are not even downloaded, so they may exist unseen.
         seen = any(folder.glob("*.bin"))

@@ -7,6 +7,7 @@ be packed and launched. All tasks of a model share one forward.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,6 +52,10 @@ class PoolingModel:
     def shares_prefixes(self) -> bool:
         """Whether tokens with which several sequences begin are run once."""
         return self.layout.shares_prefixes
+
+    def warn(self, note: str) -> None:
+        """Add a line to the warnings of the report at start."""
+        self.info = replace(self.info, warnings=(*self.info.warnings, note))
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""

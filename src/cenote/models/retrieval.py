@@ -71,7 +71,7 @@ def outputs(
     pooler: Pooler,
 ) -> dict[str, TaskOutput]:
     """The outputs that only search models have, or have differently; the one that a model is made for comes first."""
-    folder = checkpoint.st.backbone if checkpoint.st else checkpoint.path
+    folder = checkpoint.folder
     if checkpoint.head.kind == "lexical":
         assert probe is not None
         splade = _splade(checkpoint, full, probe)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from cenote.models.layouts import Packed
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, turned
 
 if TYPE_CHECKING:
     from cenote.models.passes.subject import Subject
+
+LAUNCH_SECONDS = 2e-5
+"""That the host takes for a module without parts: Python around one kernel or two."""
+GPU_FLOPS = 4e14
+"""Rate of half-precision matrix products that a current GPU reaches in a model."""
+MOST_TOKENS = 16384
+"""Most tokens of a recording, unless the user says otherwise."""
 
 
 def apply(subject: Subject) -> Outcome:
@@ -34,6 +43,13 @@ def undo(subject: Subject) -> None:
     """Launch every kernel from the host."""
     if isinstance(subject.layout, Packed):
         subject.layout.graphs = None
+
+
+def worthwhile_tokens(model: nn.Module) -> int:
+    """Tokens up to which a forward takes longer to launch than to run."""
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    multiplied = sum(p.numel() for m in leaves if not isinstance(m, nn.Embedding) for p in m.parameters())
+    return min(int(len(leaves) * LAUNCH_SECONDS * GPU_FLOPS / (2 * multiplied)), MOST_TOKENS)
 
 
 def _fault(subject: Subject, layout: Packed, max_tokens: int) -> str:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from cenote.tensors.native import Chain, Kernels, Products, Step
 
 NAME = "narrow"
+NEEDS = ("packed",)
+"""Kinds of fusing without which no weights can be narrowed."""
 
 
 def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing | None:

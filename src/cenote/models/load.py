@@ -1,0 +1,253 @@
+"""From options to a model that runs, in seven steps.
+
+1. *Find* the files, in a folder or on the hub.
+2. *Read* them, but for weights and tokenizer.
+3. *Choose* tokenizer, head and family.
+4. *Build* Transformers' model with its weights.
+5. *Prove* which layout is exact, and that heads can be run over its rows.
+6. *Prepare* it: the passes, each of which is proved in that layout. They come last, because they change what the layout
+   and the heads were proved with, and because most of them change how that layout runs.
+7. *Report* what it is and how it runs, once it has run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cenote.errors import CenoteError, CheckpointError, ConfigError
+from cenote.models import checkpoint as checkpoints
+from cenote.models import offers
+from cenote.models.information import describe
+from cenote.models.layouts import Packed
+from cenote.models.model import PoolingModel
+from cenote.models.passes import narrow, table
+from cenote.models.passes.adapters import find as find_adapters
+from cenote.models.passes.graphs import worthwhile_tokens
+from cenote.models.passes.subject import Settings, Subject
+from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
+from cenote.models.traits import vocabulary
+from cenote.tensors import linear, native, process
+from cenote.types import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cenote.config import Isa, ModelConfig
+    from cenote.models.checkpoint import Checkpoint
+    from cenote.models.offers import Offer
+
+LARGE_BATCH = 1024
+"""Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer. Ours are smaller."""
+
+
+def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
+    """Load the checkpoint that `options` name.
+
+    Raises:
+        CheckpointError: it cannot be honoured, or its values are not finite.
+        ConfigError: options contradict each other.
+    """
+    found = checkpoints.find(options)
+    files = checkpoints.read(found, options)
+    checkpoint = checkpoints.choose(files, options)
+    built = build(checkpoint, options)
+    subject, offer = prove(checkpoint, built, options)
+    prepare(subject, options)
+    model = report(checkpoint, built, subject, offer, options)
+    return model, checkpoint
+
+
+@dataclass(frozen=True)
+class Built:
+    """Transformers' model of a checkpoint.
+
+    Attributes:
+        full: the model with its head, if Transformers has one for it; else the backbone.
+        length: maximum tokens of an input.
+        isa: instructions that CPU kernels may use for it.
+        notes: warnings.
+    """
+
+    full: PreTrainedModel
+    length: int
+    isa: Isa
+    notes: tuple[str, ...]
+
+
+def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
+    """Build Transformers' model, with its weights, on its device."""
+    device = checkpoints.resolve_device(options.device)
+    if options.quantization == "int8" and device.type != "cpu":
+        raise ConfigError(
+            f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
+        )
+    isa = _isa(options, device)
+    stored = getattr(checkpoint.config, "dtype", None)
+    dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
+    full = checkpoints.build(checkpoint, options, device, dtype)
+    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
+    length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
+    widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
+    process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
+    return Built(full, length, isa, (dtype_note, length_note))
+
+
+def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[Subject, Offer]:
+    """Prove a layout of the backbone, and heads over its rows."""
+    full = built.full
+    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
+    settings = settings_of(checkpoint, built, options)
+    fill = checkpoint.multi_vector.expansion if checkpoint.multi_vector else None
+    filled_to = fill.length if fill and not fill.attend else 0
+    probe = None
+    try:
+        if full is not model:
+            probe = HeadProbe(full, max_length=built.length)
+        proved = choose(
+            model,
+            max_length=built.length,
+            packed=options.packing,
+            kernels=settings.kernels,
+            filled_to=filled_to,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a model raises over plain token ids means that it cannot be fed so
+        raise CheckpointError(
+            f"{checkpoint.name}: {type(model).__name__} cannot be run over token ids alone, which all tasks build on: "
+            f"{type(error).__name__}: {checkpoints.first_line(error)}"
+        ) from error
+    subject = Subject(full, proved.layout, proved.reasons, proved.probe, settings)
+    return subject, offers.offer(checkpoint, options, full, probe)
+
+
+def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> Settings:
+    """What passes may use, and what is asked of them."""
+    device = built.full.device
+    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
+    kernels, narrowing, fused = native.load(built.isa), None, None
+    if device.type == "cpu":
+        narrowing = narrow.choose(
+            int8=options.quantization == "int8", dtype=None if dtype is torch.float32 else dtype, isa=built.isa
+        )
+    products = narrow.products(kernels, narrowing)
+    if options.plain:
+        kernels, fused = None, narrow.NEEDS
+    graph_tokens = 0
+    if options.cuda_graphs and not options.enforce_eager and device.type == "cuda":
+        graph_tokens = worthwhile_tokens(built.full.base_model)
+        if options.max_cudagraph_capture_size is not None:
+            graph_tokens = options.max_cudagraph_capture_size
+    return Settings(
+        max_length=built.length,
+        kernels=kernels,
+        products=products,
+        fused=fused,
+        graph_tokens=graph_tokens,
+        adapters=find_adapters((checkpoint.path, checkpoint.folder)),
+        narrowing=narrowing,
+    )
+
+
+def _isa(options: ModelConfig, device: torch.device) -> Isa:
+    """Instructions that the CPU kernels may use.
+
+    Raises:
+        ConfigError: kernels with the instructions named cannot be had.
+    """
+    if device.type != "cpu" or not options.native_kernels:
+        return "none"
+    linear.require(options.isa)
+    return options.isa
+
+
+def prepare(subject: Subject, options: ModelConfig) -> None:
+    """Take the model through the passes, but for those that the options leave out."""
+    leave_out = set(table.ONLY_FASTER if options.plain else ())
+    if not options.prefix_sharing:
+        leave_out.add("prefixes")
+    narrowing = subject.settings.narrowing
+    if narrowing is not None and narrowing.kernel is not None:
+        leave_out.discard("fuse")  # narrow weights take the places of packed ones
+    table.prepare(subject, leave_out)
+
+
+def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> PoolingModel:
+    """Make the model that is served, let it run, and say what it is and how it runs."""
+    layout, outcomes, narrowing = subject.layout, subject.outcomes, subject.settings.narrowing
+    backbone, dtype = subject.backbone, subject.backbone.dtype
+    if narrowing is not None and narrowing.dtype is not None:
+        dtype = narrowing.dtype
+    linears = [outcomes[name].text for name in ("narrow", "fuse") if name in outcomes]
+    notes = [*built.notes, _layout_note(subject)]
+    for outcome in outcomes.values():
+        notes += outcome.notes
+    info = describe(
+        checkpoint,
+        offer,
+        options,
+        built.length,
+        vocab_size=vocabulary(backbone),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(layout.backbone.device),
+        layout=layout.name,
+        shares_prefixes=layout.shares_prefixes,
+        adapters=subject.adapters,
+        linears=next(filter(None, linears), ""),
+        warnings=tuple(filter(None, notes)),
+    )
+    model = PoolingModel(info, layout, offer.outputs)
+    _check_first_forward(model, offer)
+    if layout.backbone.device.type == "cpu":
+        why_not = _fault_beside(model, subject)
+        model.is_reentrant = not why_not
+        if why_not:
+            model.warn(f"runs one batch at a time, because {why_not}")
+    process.leave_unused_memory()
+    return model
+
+
+def _layout_note(subject: Subject) -> str:
+    """What a user may want to know of the layout, or an empty string."""
+    layout = subject.layout
+    if not isinstance(layout, Packed):
+        why = f", because packing failed: {subject.reasons[0]}" if subject.reasons else ", as asked"
+        return f"runs {layout.name}{why}"
+    if layout.backbone.device.type == "cuda" and not layout.is_fused:
+        return "attention runs length by length, because no fused kernel does this model's"
+    return ""
+
+
+def _check_first_forward(model: PoolingModel, offer: Offer) -> None:
+    """One vector through pooling and head, so that damaged head weights are refused at load and not at midnight."""
+    info = model.info
+    ids = Draw(model.layout.backbone.model).text(min(4, info.max_model_len))
+    sequences = [Sequence(ids, adapter=adapter) for adapter in (None, *info.adapters)]
+    for sequence, output in zip(sequences, model.launch(sequences).finish(), strict=True):
+        name = f"{info.name} with the adapter {sequence.adapter}" if sequence.adapter else info.name
+        if isinstance(output, CenoteError):
+            raise CheckpointError(f"{name}: {output.message}")
+        if output.data.shape != (info.dimension,) and offer.pooler.dimensions is None:
+            raise CheckpointError(f"{name} gives vectors of {output.data.shape[0]}, but its files say {info.dimension}")
+
+
+def _fault_beside(model: PoolingModel, subject: Subject) -> str:
+    """Why several threads cannot launch `model` at a time, or an empty string."""
+    if model.layout.backbone.rope_class is not None:
+        return "its rotary frequencies are those of the longest sequence"
+    draw = Draw(subject.full)
+    texts = [draw.text(min(n, model.info.max_model_len)) for n in (9, 4)]
+
+    def run(ids: Seq[int]) -> list[Tensor]:
+        sequences = [Sequence(ids, task=task) for task in model.outputs]
+        return [part.values for part in model.launch(sequences).parts]
+
+    return fault_of(lambda: stable(subject.full, [partial(run, ids) for ids in texts]))
