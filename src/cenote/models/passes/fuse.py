@@ -183,13 +183,14 @@ def fuse(
     def attempt(tried: tuple[str, ...]) -> tuple[str, ...] | None:
         """Install changes of these kinds instead; those of them that there are, or `None` if the result moved."""
         before = patches.of(NAME)
-        forwards, counts = _forwards(tried, seen, packed, kernels, products)
-        patches.put(NAME, forwards)
+        plan = _Plan(seen, packed, kernels, products)
+        plan.make(tried)
+        patches.put(NAME, plan.forwards)
         fault = ""
         for _ in range(2):  # the second time, what the first one left counts
             fault = fault or fault_of(partial(unchanged, probe, reference))
         if not fault:
-            return tuple(kind for kind in tried if counts[kind])
+            return tuple(kind for kind in tried if plan.counts[kind])
         log.info("not fused: %s: %s", ", ".join(tried), fault)
         patches.put(NAME, before)
         return None
@@ -208,118 +209,188 @@ def fuse(
     return kept
 
 
-def _forwards(
-    kinds: tuple[str, ...],
-    seen: Seen,
-    packed: Mapping[nn.Linear, Any],
-    kernels: Kernels | None,
-    products: Products[Any] | None,
-) -> tuple[Forwards, Counter[str]]:
-    """The `forward` of each module that changes of these kinds replace, and how many changes of each kind those are."""
-    forwards: Forwards = {}
-    counts = Counter(packed=len(packed))
-    steps: dict[nn.Linear, tuple[Step[Any], ...]] = {x: (Step(own, linear=x),) for x, own in packed.items()}
-    if "activated" in kinds:
-        for activation, linears in seen.activations.items():
-            name, _ = ACTIVATIONS[type(activation).__name__]
-            if name and all(x in steps and x in seen.free for x in linears):
-                forwards[activation] = _identity
-                steps |= {x: (replace(steps[x][0], activation=name),) for x in linears}
-                counts["activated"] += 1
-    if "chained" in kinds:
-        for first, second in seen.next.items():
-            if first in steps and second in steps and steps[first][-1].activation and second in seen.free:
-                forwards[first] = _identity
-                steps[second] = (*steps.pop(first), *steps[second])
-                counts["chained"] += 1
-    if products is not None:
-        forwards |= {x: products.chain(own) for x, own in steps.items()}
-        for block, (linear, norm) in seen.norms.items() if "normalised" in kinds else ():
-            if linear in steps and not steps[linear][-1].activation and linear in seen.free:
-                own = steps[linear]
-                forwards[block] = products.chain((*own[:-1], replace(own[-1], norm=norm)))
-                counts["normalised"] += 1
-    if "in one pass" in kinds and kernels is not None:
-        scales = {x: own for x, own in seen.scales.items() if x in seen.free}
-        forwards |= {x: partial(kernels.rms_norm, gamma_D=own, epsilon=_epsilon(x)) for x, own in scales.items()}
-        counts["in one pass"] = len(scales)
-    if "in place" in kinds:
-        rest = [x for x in seen.activations if x not in forwards and seen.free.issuperset(seen.activations[x])]
-        forwards |= {x: ACTIVATIONS[type(x).__name__][1] for x in rest}
-        counts["in place"] = len(rest)
-    if "remembered" in kinds:
-        forwards |= {
-            x: Remembered(forwards.get(x, x.forward), x_1RI) for x, x_1RI in seen.constants.items() if x in seen.free
+class _Plan:
+    """The `forward` of each module that changes replace; one method for each kind, in the order of `KINDS`.
+
+    Attributes:
+        forwards: by module.
+        counts: number of changes of each kind.
+    """
+
+    def __init__(
+        self,
+        seen: Seen,
+        packed: Mapping[nn.Linear, Any],
+        kernels: Kernels | None,
+        products: Products[Any] | None,
+    ) -> None:
+        self._seen = seen
+        self._kernels = kernels
+        self._products = products
+        self._steps: dict[nn.Linear, tuple[Step[Any], ...]] = {
+            linear: (Step(weights, linear=linear),) for linear, weights in packed.items()
         }
-        counts["remembered"] = len(seen.free & seen.constants.keys())
-    return forwards, counts
+        self.forwards: Forwards = {}
+        self.counts = Counter(packed=len(packed))
+
+    def make(self, kinds: tuple[str, ...]) -> None:
+        """Plan changes of these kinds."""
+        for kind in ("activated", "chained"):
+            if kind in kinds:
+                getattr(self, kind)()
+        if self._products is not None:
+            for linear, steps in self._steps.items():
+                self.forwards[linear] = self._products.chain(steps)
+        for kind in ("normalised", "in one pass", "in place", "remembered"):
+            if kind in kinds:
+                getattr(self, kind.replace(" ", "_"))()
+
+    def activated(self) -> None:
+        """A Linear activates what it gives, and the activation module passes its input on."""
+        for activation, linears in self._seen.activations.items():
+            name, _ = ACTIVATIONS[type(activation).__name__]
+            if not name or not self._seen.free.issuperset(linears) or not self._steps.keys() >= set(linears):
+                continue
+            self.forwards[activation] = _identity
+            self.counts["activated"] += 1
+            for linear in linears:
+                (step,) = self._steps[linear]
+                self._steps[linear] = (replace(step, activation=name),)
+
+    def chained(self) -> None:
+        """A Linear runs the activated one before it, which passes its input on."""
+        steps = self._steps
+        for first, second in self._seen.next.items():
+            if first not in steps or second not in steps or second not in self._seen.free:
+                continue
+            if steps[first][-1].activation:
+                self.forwards[first] = _identity
+                self.counts["chained"] += 1
+                steps[second] = (*steps.pop(first), *steps[second])
+
+    def normalised(self) -> None:
+        """A block ends its Linear's chain with its residual and its LayerNorm."""
+        if self._products is None:
+            return
+        for block, (linear, norm) in self._seen.norms.items():
+            steps = self._steps.get(linear)
+            if steps is None or steps[-1].activation or linear not in self._seen.free:
+                continue
+            self.forwards[block] = self._products.chain((*steps[:-1], replace(steps[-1], norm=norm)))
+            self.counts["normalised"] += 1
+
+    def in_one_pass(self) -> None:
+        """RMSNorm by one kernel."""
+        if self._kernels is None:
+            return
+        for module, gamma_D in self._seen.scales.items():
+            if module in self._seen.free:
+                self.forwards[module] = partial(self._kernels.rms_norm, gamma_D=gamma_D, epsilon=_epsilon(module))
+                self.counts["in one pass"] += 1
+
+    def in_place(self) -> None:
+        """Activations that remain overwrite their input."""
+        for activation, linears in self._seen.activations.items():
+            if activation not in self.forwards and self._seen.free.issuperset(linears):
+                self.forwards[activation] = ACTIVATIONS[type(activation).__name__][1]
+                self.counts["in place"] += 1
+
+    def remembered(self) -> None:
+        """A Linear that always gets the same input keeps its answer."""
+        for linear, x_1RI in self._seen.constants.items():
+            if linear in self._seen.free:
+                self.forwards[linear] = Remembered(self.forwards.get(linear, linear.forward), x_1RI)
+                self.counts["remembered"] += 1
 
 
 def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
     """Watch one forward."""
-    seen = Seen({x for x in model.modules() if patches.is_free(x)})
-    held: list[Tensor] = []  # so that the id of a tensor stays its own
-    made: dict[int, nn.Linear] = {}
-    activated: dict[int, nn.Linear] = {}
-    gave: Counter[nn.Linear] = Counter()
-    taken: Counter[nn.Linear] = Counter()
-    sources: dict[nn.Module, list[nn.Linear | None]] = {}
-    targets: dict[nn.Linear, list[nn.Linear]] = {}
-    inputs: dict[nn.Module, tuple[Any, ...]] = {}
-    adds: dict[nn.Module, bool] = {}
-    ratios: dict[nn.Module, list[Tensor | None]] = {}
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[module] = () if kwargs else args
-        if isinstance(module, nn.Linear) and (source := activated.get(id(args[0]))) is not None:
-            targets.setdefault(source, []).append(module)
-        elif type(module).__name__ in ACTIVATIONS:
-            source = made.get(id(args[0])) if len(args) == 1 else None
-            sources.setdefault(module, []).append(source)
-            if source is not None:
-                taken[source] += 1
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            if module not in gave:
-                seen.linears.append(module)
-            gave[module] += 1
-            held.append(output)
-            made[id(output)] = module
-        elif type(module).__name__ in ACTIVATIONS:
-            if (source := sources[module][-1]) is not None:
-                held.append(output)
-                activated[id(output)] = source
-        elif _epsilon(module):
-            ratios.setdefault(module, []).append(_scale(module, args, output))
-        elif (pair := _block(module)) is not None:
-            adds[module] = adds.get(module, True) and _adds(inputs, module, *pair, output)
-
-    handles = []
+    watch, handles = _Watch(), []
     try:
         for module in model.modules():
-            if (
-                type(module) in (nn.Linear, nn.LayerNorm)
-                or type(module).__name__ in ACTIVATIONS
-                or _block(module) is not None
-                or _epsilon(module)
-            ):
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
+            if _is_watched(module):
+                handles.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
+                handles.append(module.register_forward_hook(watch.after))
         probe()
     finally:
         for handle in handles:
             handle.remove()
-    for activation, linears in sources.items():
-        if activation in seen.free and all(x is not None and taken[x] == gave[x] for x in linears):
-            seen.activations[activation] = list(dict.fromkeys(x for x in linears if x is not None))
-    for first, seconds in targets.items():
-        second = seconds[0]
-        if set(seconds) == {second} and len(seconds) == gave[first] == gave[second]:
-            seen.next[first] = second
-    seen.norms = {module: pair for module, yes in adds.items() if yes and (pair := _block(module))}
-    seen.scales = {module: own[0] for module, own in ratios.items() if None not in own and own[0] is not None}
-    return seen
+    return watch.seen({module for module in model.modules() if patches.is_free(module)})
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a change may concern `module`."""
+    if type(module) in (nn.Linear, nn.LayerNorm) or type(module).__name__ in ACTIVATIONS:
+        return True
+    return _block(module) is not None or bool(_epsilon(module))
+
+
+class _Watch:
+    """Follows tensors through a forward, by the hooks `before` and `after`."""
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []  # so that the id of a tensor stays its own
+        self._given: dict[int, nn.Linear] = {}
+        self._activated: dict[int, nn.Linear] = {}
+        self._calls: Counter[nn.Linear] = Counter()
+        self._taken: Counter[nn.Linear] = Counter()
+        self._sources: dict[nn.Module, list[nn.Linear | None]] = {}
+        self._targets: dict[nn.Linear, list[nn.Linear]] = {}
+        self._inputs: dict[nn.Module, tuple[Any, ...]] = {}
+        self._adds: dict[nn.Module, bool] = {}
+        self._scales: dict[nn.Module, list[Tensor | None]] = {}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a module takes."""
+        self._inputs[module] = () if kwargs else args
+        if isinstance(module, nn.Linear) and id(args[0]) in self._activated:
+            self._targets.setdefault(self._activated[id(args[0])], []).append(module)
+        elif type(module).__name__ in ACTIVATIONS:
+            source = self._given.get(id(args[0])) if len(args) == 1 else None
+            self._sources.setdefault(module, []).append(source)
+            if source is not None:
+                self._taken[source] += 1
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note what a module gives."""
+        if isinstance(module, nn.Linear):
+            self._calls[module] += 1
+            self._held.append(output)
+            self._given[id(output)] = module
+        elif type(module).__name__ in ACTIVATIONS:
+            source = self._sources[module][-1]
+            if source is not None:
+                self._held.append(output)
+                self._activated[id(output)] = source
+        elif _epsilon(module):
+            self._scales.setdefault(module, []).append(_scale(module, args, output))
+        else:
+            pair = _block(module)
+            if pair is not None:
+                adds = _adds(self._inputs, module, *pair, output)
+                self._adds[module] = self._adds.get(module, True) and adds
+
+    def seen(self, free: set[nn.Module]) -> Seen:
+        """What the forward showed; `free` are the modules that nobody has patched or hooked."""
+        seen = Seen(free, list(self._calls))
+        for activation, sources in self._sources.items():
+            linears = [linear for linear in dict.fromkeys(sources) if linear is not None]
+            is_plain = None not in sources and all(self._taken[x] == self._calls[x] for x in linears)
+            if is_plain and activation in free:
+                seen.activations[activation] = linears
+        for first, seconds in self._targets.items():
+            second = seconds[0]
+            if set(seconds) == {second} and len(seconds) == self._calls[first] == self._calls[second]:
+                seen.next[first] = second
+        for block, adds in self._adds.items():
+            pair = _block(block)
+            if adds and pair is not None:
+                seen.norms[block] = pair
+        for module, scales in self._scales.items():
+            first_scale = scales[0]
+            if None not in scales and first_scale is not None:
+                seen.scales[module] = first_scale
+        return seen
 
 
 class Remembered:
