@@ -142,7 +142,7 @@ def gemm_rate(shapes: list[tuple[int, int]], device: torch.device, dtype: torch.
 
 
 def engines(folder: Path, device: torch.device) -> dict[str, LLM]:
-    """Ours as it comes, with all forwards recorded, and with none; in the dtype that a user gets there."""
+    """Ours as it comes, with forwards recorded where launching takes longer than running, and with all recorded."""
     options: dict[str, Any] = {"auto_truncate": True, "max_model_len": MAX_TOKENS}
     kinds = {
         "default": {},
