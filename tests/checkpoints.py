@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -47,6 +48,9 @@ TEXTS = [
     "one two three four five six seven eight nine ten " * 3,
 ]
 """Texts of mixed length; the longest is longer than `POSITIONS` tokens of the tokenizers here."""
+
+ROUNDING = 1e-6
+"""Most that rows of one model may differ by between two loads, or in other company: both are as near to float64."""
 
 SHORT = [text for text in TEXTS if len(text) < 60]
 """Those that fit into the tests' models without being cut."""
@@ -364,6 +368,11 @@ def write_modules(
     if settings is not None:
         write_json(folder / "config_sentence_transformers.json", settings)
     return folder
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Rows `[N, D]` of two loads are the same but for rounding: batches, and addresses in memory, may be others."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * max(1.0, float(np.abs(expected).max())))
 
 
 def write_json(path: Path, content: Any) -> None:

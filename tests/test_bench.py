@@ -77,7 +77,7 @@ def check_rates(result: dict[str, Any]) -> None:
 
 
 def test_the_default_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("--requests", "12", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3")
+    argv = ("--requests", "12", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3", "--streams", "1")
     result = bench(*argv, folder=tmp_path)
     tokens = sum(MIXED[:12])
     assert counts(result) == [
@@ -146,7 +146,7 @@ def test_products_are_those_of_the_plain_model(pooling: str, kernels: bool, tmp_
     options = {"pooler_config": {"pooling_type": pooling}, "native_kernels": kernels}
     config = ModelConfig(model=str(folder), **options)  # type: ignore[arg-type]
     model, checkpoint = loading.load(config)
-    service = Service.around(model, checkpoint, config, EngineConfig())
+    service = Service.around(model, checkpoint, config, EngineConfig(streams=1))
     plain = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
     texts = ["the quick brown fox", "a", "one two three four five six"]
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -124,14 +124,14 @@ def test_heads_beside_the_backbone_and_a_missing_pooler_are_fine(tmp_path: Path)
     inner = {name.removeprefix("bert."): tensor for name, tensor in weights.items() if name.startswith("bert.")}
     save_file(inner, bare / "model.safetensors", metadata={"format": "pt"})
     checkpoints.edit_json(bare / "config.json", architectures=["BertModel"])
-    np.testing.assert_array_equal(rows(whole), rows(bare))
+    checkpoints.assert_same(rows(whole), rows(bare))
     np.testing.assert_allclose(rows(whole, [TEXT])[0], POOLED["CLS"](hidden(whole, TEXT)), rtol=0, atol=1e-6)
 
 
 def test_buffers_of_old_checkpoints_are_fine(folder: Path) -> None:
     expected = rows(folder)
     _change(folder, embeddings__position_ids=torch.arange(POSITIONS)[None])
-    np.testing.assert_array_equal(rows(folder), expected)
+    checkpoints.assert_same(rows(folder), expected)
 
 
 def test_pickled_weights_need_a_permission(folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_pickled_weights_need_a_permission(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no safetensors file; it has pickled weights: start with --allow-pickle"):
         LLM(model=str(folder))
-    np.testing.assert_array_equal(rows(folder, allow_pickle=True), expected)
+    checkpoints.assert_same(rows(folder, allow_pickle=True), expected)
 
 
 MISSING: dict[str, tuple[tuple[str, ...], str]] = {
@@ -352,7 +352,7 @@ def test_hf_overrides(folder: Path, overrides: Any) -> None:
     changed = rows(folder, hf_overrides=overrides)
     assert np.abs(changed - expected).max() > 1e-2
     checkpoints.edit_json(folder / "config.json", hidden_act="relu")
-    np.testing.assert_array_equal(rows(folder), changed)
+    checkpoints.assert_same(rows(folder), changed)
 
 
 def test_hf_overrides_by_a_function(folder: Path) -> None:
@@ -365,7 +365,7 @@ def test_hf_overrides_by_a_function(folder: Path) -> None:
         return config
 
     by_mapping = rows(folder, hf_overrides={"hidden_act": "relu"})
-    np.testing.assert_array_equal(rows(folder, hf_overrides=relu), by_mapping)
+    checkpoints.assert_same(rows(folder, hf_overrides=relu), by_mapping)
 
 
 def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
@@ -374,7 +374,7 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     merged = rows(qwen, hf_overrides={"rope_parameters": {"rope_theta": 7.0}})
     assert np.abs(merged - plain).max() > 1e-3
     whole = rows(qwen, hf_overrides={"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
-    np.testing.assert_array_equal(merged, whole)
+    checkpoints.assert_same(merged, whole)
 
 
 # --- Matryoshka --------------------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_a_pooling_type_of_the_user_keeps_the_modules_after_it(folder: Path) -> 
     checkpoints.write_modules(folder, pooling("mean"), dense(HIDDEN, 20), NORMALIZE)
     found = rows(folder, pooler_config={"pooling_type": "CLS"})
     checkpoints.edit_json(folder / "1_Pooling" / "config.json", pooling_mode="cls")
-    np.testing.assert_array_equal(found, rows(folder))
+    checkpoints.assert_same(found, rows(folder))
 
 
 def test_a_pooling_type_that_the_modules_cannot_take_is_refused(folder: Path) -> None:

@@ -265,7 +265,7 @@ def test_every_prompt_by_its_name(loaded: Loaded) -> None:
         rows = ours(loaded.llm, prompt_name=name)
         close(rows, theirs(loaded.model, prompt_name=name))
         assert far(rows, plain) == bool(text)
-        np.testing.assert_array_equal(rows, ours(loaded.llm, input_type=name))
+        checkpoints.assert_same(rows, ours(loaded.llm, input_type=name))
     text = "something of the caller's: "
     rows = ours(loaded.llm, prompt=text)
     close(rows, theirs(loaded.model, prompt=text))

@@ -87,7 +87,7 @@ def test_pooling_without_any_flag_is_mean(folder: Path) -> None:
     checkpoints.write_modules(folder, Module("Pooling", {"word_embedding_dimension": HIDDEN}), new=False)
     shutil.copytree(folder, other := folder.with_name("other"))
     checkpoints.write_json(other / "1_Pooling" / "config.json", pooling("mean").config)
-    np.testing.assert_array_equal(ours(folder), ours(other))
+    checkpoints.assert_same(ours(folder), ours(other))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -209,7 +209,7 @@ def test_include_prompt_false_without_a_prompt_changes_nothing(folder: Path) -> 
     checkpoints.write_modules(folder, pooling("mean", include_prompt=False), settings={"prompts": PROMPTS})
     rows = agree(folder)
     checkpoints.edit_json(folder / "1_Pooling" / "config.json", include_prompt=True)
-    np.testing.assert_array_equal(rows, ours(folder))
+    checkpoints.assert_same(rows, ours(folder))
 
 
 def test_token_ids_get_no_prompt(folder: Path) -> None:
@@ -234,7 +234,7 @@ def test_modules_are_read_by_index(folder: Path) -> None:
     expected = ours(folder)
     listed = checkpoints.read_json(folder / "modules.json")
     checkpoints.write_json(folder / "modules.json", listed[::-1])
-    np.testing.assert_array_equal(ours(folder), expected)
+    checkpoints.assert_same(ours(folder), expected)
 
 
 def _edit(path: str, **changes: Any) -> Callable[[Path], None]:
