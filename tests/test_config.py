@@ -311,6 +311,7 @@ def test_faults_of_servers_in_front(argv: list[str], sentence: str) -> None:
         ([], "an engine needs a socket; name its path with --listen PATH"),
         (["--listen", "a", "--io-processor-plugin", "p"], "io_processor_plugin has no effect here: plugins run in"),
         (["a", "b", "--listen", "c"], "unknown flag"),
+        (["--listen", __file__], "it is a file, not a socket; name another path, or remove it"),
     ],
 )
 def test_faults_of_engines(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ import pytest
 import cenote
 from cenote.engine import remote, wire
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
-from cenote.engine.host import Host
+from cenote.engine.host import Host, check_path
 from cenote.engine.remote import RemoteEngine
 from cenote.engine.wire import Answer, Card, Channel, Hello, Submit
 from cenote.errors import BadRequest, CenoteError, Closed, ConfigError, EngineFailed, EngineGone, Overloaded, TooLong
@@ -89,7 +89,7 @@ class Seam:
 
     def listening(self) -> socket.socket:
         """A host of one's own making."""
-        self.path.parent.mkdir()
+        self.path.parent.mkdir(exist_ok=True)
         listener = self.stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(str(self.path))
         listener.listen()
@@ -328,7 +328,7 @@ def test_a_lost_host_fails_what_is_under_way_and_is_taken_up_again(seam: Seam) -
         error = answer.exception(PATIENCE)
         assert isinstance(error, EngineGone)
         assert (error.status, error.retry_after) == (503, 1)
-    with pytest.raises(EngineGone, match="the engine's process is gone"):
+    with pytest.raises(EngineGone, match=remote.GONE):
         front.submit([Sequence([1])])
     assert not front.healthy()
     seam.host()
@@ -345,6 +345,9 @@ def test_a_host_of_another_model_is_not_taken(seam: Seam, caplog: pytest.LogCapt
     with pytest.raises(EngineGone, match="is another one's now, of other"):
         front.submit([Sequence([1])])
     sever(other)
+    until(lambda: front._why_not == remote.GONE)
+    with seam.listening() as listener, introduced(listener, Hello("0.0.1")):
+        until(lambda: "is of Cenote 0.0.1" in front._why_not)
     seam.host(FakeEngine(replace(FAKE_INFO, streams=2, layout="padded", warnings=("slow",))))
     until(front.healthy)  # how it runs is no matter
     assert sum("restart this server" in record.message for record in caplog.records) == 1
@@ -424,6 +427,18 @@ def test_a_host_that_closes_answers_what_it_accepted(seam: Seam) -> None:
     until(lambda: front._channel is None)
 
 
+def test_a_host_that_closes_has_a_bound(seam: Seam) -> None:
+    engine = FakeEngine(held=True)
+    engine.close = lambda: until(lambda: all(future.done() for future, _ in engine._open))  # type: ignore[method-assign]
+    host = seam.host(engine)
+    answer = seam.front().submit([Sequence([1])])
+    until(lambda: len(engine._open) == 1)
+    assert host.close(timeout=0.05)
+    error = answer.exception(PATIENCE)
+    assert isinstance(error, Closed)
+    assert str(error) == "the engine dropped the request"
+
+
 def test_a_closed_front_refuses_and_leaves_the_engine_alone(seam: Seam) -> None:
     engine = FakeEngine(held=True)
     host = seam.host(engine)
@@ -477,6 +492,15 @@ def test_a_path_that_is_taken(seam: Seam, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "a"
     with pytest.raises(ConfigError, match="cannot listen on .*AF_UNIX path too long"):
         Host(FakeEngine(), tmp_path / ("x" * 200))
+
+
+def test_a_path_can_be_tried(seam: Seam) -> None:
+    check_path(seam.path)
+    assert not seam.path.exists()
+    seam.host()
+    with pytest.raises(ConfigError, match="another engine does"):
+        check_path(seam.path)
+    assert seam.front().healthy()
 
 
 def test_no_host(seam: Seam) -> None:

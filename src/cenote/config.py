@@ -324,6 +324,9 @@ class HostConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     listen: str = Field("", description="path of the Unix socket that servers connect to")
+    shutdown_timeout: float = Field(
+        30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the engine is ended"
+    )
     log_level: LogLevel = Field("info", description="least severe log line")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -33,21 +34,26 @@ def run(arguments: dict[str, Any]) -> int:
         raise ConfigError("io_processor_plugin has no effect here: plugins run in the server's process, with the model")
     log_to_stderr(options.log_level, notes)
     share_cores()
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     with no_full_collections():
         host = _start(model, engine, options)
+    ended = threading.Event()
+    defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     log.info("listening on %s, %.1f s after start", options.listen, time.monotonic() - began)
     ended.wait()
-    host.close()
+    for number, default in defaults.items():  # a second signal ends the process at once
+        signal.signal(number, default)
+    if not host.close(options.shutdown_timeout):
+        log.critical("the process does not end by itself: something hangs")
+        logging.shutdown()
+        os._exit(1)
     return 0
 
 
 def _start(model: ModelConfig, engine: EngineConfig, options: HostConfig) -> Host:
-    from cenote.engine.host import Host
+    from cenote.engine.host import Host, check_path
     from cenote.service import Service
 
+    check_path(options.listen)  # before the model is loaded
     service = Service.open(model, engine)
     for line in report(service):
         log.info(line)

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_RESORT = 10.0
+"""Seconds in which a forward that was launched is done."""
+
 
 class Host:
     """Serves an engine to the processes that connect.
@@ -74,22 +77,36 @@ class Host:
         """Number of fronts that are connected."""
         return len(self._fronts)
 
-    def close(self) -> None:
-        """Accept no more, finish what was accepted, close the engine, and disconnect. May be called twice."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Accept no more, finish what was accepted, close the engine, and disconnect. May be called twice.
+
+        Args:
+            timeout: seconds that requests under way have; then they are answered with `Closed`. `None` = any time.
+
+        Returns:
+            Whether the engine has come to its end; otherwise it hangs in a forward.
+        """
         if self._is_closing:
-            return
+            return True
         self._is_closing = True
         if self._path.exists() and self._path.stat().st_ino == self._inode:  # no other host has taken the place
             self._path.unlink()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
-        self._engine.close()
+        ending = threading.Thread(target=self._engine.close, name="cenote-end", daemon=True)
+        ending.start()
+        ending.join(timeout)
         with self._lock:
             fronts = [*self._fronts]
+        if ending.is_alive():
+            count = sum(front.drop() for front in fronts)
+            log.warning("%d requests were not done in time and are answered 503", count)
+            ending.join(LAST_RESORT)
         for front in fronts:
             front.close()
-        self._doctor.shutdown()
+        self._doctor.shutdown(wait=False)
+        return not ending.is_alive()
 
     def _accept(self) -> None:
         while True:
@@ -131,12 +148,15 @@ class _Front:
                 self._take(frame)
         except WireError as error:
             log.warning("a front is disconnected: %s", error)
-        for future in [*self._running.values()]:
-            future.cancel()
+        self.drop()
 
     def close(self) -> None:
         """Disconnect, once what was sent is taken."""
         self._channel.close(FLUSH)
+
+    def drop(self) -> int:
+        """Give up what is under way, and return how many requests that is."""
+        return sum(future.cancel() for future in [*self._running.values()])
 
     def _take(self, frame: FromFront) -> None:
         if isinstance(frame, Submit):
@@ -192,6 +212,13 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
         if sequence.type_ids is not None and len(sequence.type_ids) != len(sequence.ids):
             raise BadRequest(f"got {len(sequence.type_ids)} type ids for {len(sequence.ids)} tokens")
+
+
+def check_path(path: str | Path) -> None:
+    """Raise `ConfigError` if no host can listen at `path`."""
+    path = Path(path)
+    _listen(path).close()
+    path.unlink()
 
 
 def _listen(path: Path) -> socket.socket:

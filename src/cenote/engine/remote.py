@@ -55,6 +55,8 @@ HEALTH_PATIENCE = 40.0
 """Seconds that a health check waits for the host, which may run a forward for it."""
 INTRODUCTION = 10.0
 """Seconds that a host may take to introduce itself."""
+GONE = "the engine's process is gone; send the request again once it is back"
+LOST = "the engine's process was lost before it answered; send the request again"
 SOONEST, LATEST = 0.05, 1.0
 """Seconds between two attempts to connect, at first and in the end."""
 
@@ -89,7 +91,7 @@ class RemoteEngine:
         self._numbers = itertools.count()
         self._closing = threading.Event()
         self._channel: Channel[FromHost] | None = None
-        self._why_not = ""
+        self._why_not = GONE
         deadline = time.monotonic() + patience
         channel, frames, card = self._first_connection(deadline)
         self.info: ModelInfo = card.info
@@ -221,21 +223,20 @@ class RemoteEngine:
         """The connection is over: fail what was under way."""
         with self._lock:
             self._channel = None
-            self._why_not = "the engine's process is gone; the request can be sent again once it is back"
+            self._why_not = GONE
             lost = [*self._pending.values()]
             self._pending.clear()
         if not self._closing.is_set():
             log.error("lost the engine at %s, and %d requests with it", self._path, len(lost))
         for pending in lost:
-            error = EngineGone("the engine's process was lost before it answered; send the request again")
-            _settle(partial(pending.future.set_exception, error))
+            _settle(partial(pending.future.set_exception, EngineGone(LOST)))
 
     def _refuse(self, why_not: str) -> None:
-        """Say from now on why there is no host."""
-        with self._lock:
-            is_new, self._why_not = why_not != self._why_not, why_not
-        if is_new:
+        """Tell requests from now on that there is no host, and why."""
+        if why_not != self._why_not:
             log.error("%s: %s", self._path, why_not)
+        with self._lock:
+            self._why_not = why_not
 
     def _first_connection(self, deadline: float) -> tuple[Channel[FromHost], Frames, Card]:
         pause = SOONEST
@@ -258,8 +259,11 @@ class RemoteEngine:
             pause = min(2 * pause, LATEST)
             try:
                 channel, frames, card = _connect(self._path)
-            except (OSError, WireError, ConfigError) as error:
-                log.debug("cannot reach the engine at %s: %s", self._path, error)
+            except (OSError, WireError):
+                self._refuse(GONE)
+                continue
+            except ConfigError as error:
+                self._refuse(error.message)
                 continue
             if _contract(card) == _contract(Card(self.info, self.about)):
                 return channel, frames
