@@ -20,9 +20,10 @@ from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 from cenote import LLM, LateChunkingParams, PoolingParams
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.engine.chunking import ChunkedEngine, late_chunks, merge, split
+from cenote.engine.blocks import ChunkedEngine, merge, split
 from cenote.engine.fake import FAKE_INFO, FakeEngine
 from cenote.errors import BadRequest, CheckpointError, ConfigError, EngineFailed, TooLong
+from cenote.pipeline.late_chunking import late_chunks
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import LateChunk, LateChunkingMetadata, Output, Sequence

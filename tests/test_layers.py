@@ -15,8 +15,7 @@ LAYERS = (
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),
-    ("service", ("service", "plugins")),
-    ("pipeline", ("pipeline",)),
+    ("pipeline", ("pipeline", "service", "plugins")),
     ("faces", ("arguments", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )

@@ -22,7 +22,7 @@ MODULES = (
     "cenote.engine.scoring",
     "cenote.engine.entities",
     "cenote.engine.calibration",
-    "cenote.engine.chunking",
+    "cenote.engine.blocks",
     "cenote.engine.cache",
     "cenote.engine.fake",
     "cenote.engine.facts",

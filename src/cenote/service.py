@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from cenote import plugins, tokenizer
 from cenote.engine import calibration
+from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
-from cenote.engine.chunking import ChunkedEngine, late
 from cenote.engine.facts import Facts
 from cenote.engine.pairs import PairRenderer
 from cenote.engine.prompts import Prompts, Sides
 from cenote.engine.remote import PATIENCE, RemoteEngine
 from cenote.errors import CenoteError, ConfigError
+from cenote.pipeline.late_chunking import late
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
