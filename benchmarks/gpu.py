@@ -38,11 +38,11 @@ from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
-from cenote.engine.rendering import TextOptions
 from cenote.models.checkpoint import embedded
 from cenote.models.layouts import Packed, forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
+from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
 from cenote.types import PoolingParams, Sequence

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
-from cenote.engine.rendering import Renderer
 from cenote.models.checkpoint import embedded
+from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence

@@ -9,8 +9,9 @@ from cenote.cli import main
 from cenote.server import app
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
+
+    from cenote.server.app import Application
 
 HEADER = "x-modules"
 HEAVY = ("torch", "cenote.models", "cenote.engine.engine", "safetensors")
@@ -20,8 +21,9 @@ HEAVY = ("torch", "cenote.models", "cenote.engine.engine", "safetensors")
 class Watched:
     """Adds the header to every answer, after the route has run."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.inner = app
+    def __init__(self, inner: Application) -> None:
+        self.inner = inner
+        self.under_way = inner.under_way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -33,14 +35,12 @@ class Watched:
         await self.inner(scope, receive, told if scope["type"] == "http" else send)
 
 
-def watched(*arguments: Any) -> FastAPI:
+def watched(*arguments: Any) -> Watched:
     """The server's application, with the header."""
-    built = build(*arguments)
-    built.add_middleware(Watched)
-    return built
+    return Watched(build(*arguments))
 
 
 if __name__ == "__main__":
     build = app.build
-    app.build = watched
+    app.build = watched  # type: ignore[assignment]
     sys.exit(main(["serve", *sys.argv[1:]]))

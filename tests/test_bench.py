@@ -24,11 +24,11 @@ from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, tab
 from cenote.cli.load import Sample, closed, opened
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer, TextOptions
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models import costs
 from cenote.models import load as loading
 from cenote.models.passes.fuse import Remembered
+from cenote.pipeline.rendering import Renderer, TextOptions
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingParams

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from cenote import LLM, PoolingParams
-from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, CheckpointError, ConfigError, NotScored, TaskNotOffered
+from cenote.pipeline.rendering import TextOptions
 from tests import checkpoints
 from tests.checkpoints import POSITIONS, TEXTS, byte_level, sentinels, wordpiece
 

@@ -23,8 +23,8 @@ from transformers import (
     TokenClassificationPipeline,
 )
 
-from cenote.engine.entities import AGGREGATIONS, Entity, entities
 from cenote.errors import BadRequest
+from cenote.pipeline.entities import AGGREGATIONS, Entity, entities
 from tests.checkpoints import HIDDEN, byte_level, randomize, wordpiece
 
 TEXTS = [

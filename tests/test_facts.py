@@ -13,14 +13,14 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.engine.facts import Facts
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
-from cenote.engine.pairs import PairOptions
-from cenote.engine.prompts import Prompts, Sides
-from cenote.engine.rendering import TextOptions
 from cenote.errors import CenoteError, ConfigError
 from cenote.models.checkpoint import embedded
+from cenote.pipeline.facts import Facts
+from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.prompts import Prompts, Sides
+from cenote.pipeline.rendering import TextOptions
 from cenote.service import Service
 from cenote.tokenizer import TokenizerSource
 from cenote.types import LateChunkingParams, PairTemplate, PoolingParams, Sequence

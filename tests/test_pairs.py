@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer
 
-from cenote.engine.pairs import PairOptions, PairRenderer, shares
-from cenote.engine.rendering import CHARACTERS_PER_TOKEN, Renderer, TextOptions
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
+from cenote.pipeline.pairs import PairOptions, PairRenderer, shares
+from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Renderer, TextOptions
 from cenote.types import ModelInfo, PairTemplate, PoolingParams
 from tests.checkpoints import TEXTS, byte_level, sentinels, wordpiece
 

@@ -29,14 +29,14 @@ import torch
 from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerBase
 
-from cenote import LLM, IOProcessor, PoolingParams, plugins
+from cenote import LLM, IOProcessor, PoolingParams
 from cenote.cli import main
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
-from cenote.pipeline import operations
-from cenote.plugins import Plugin, Tokenizing
+from cenote.pipeline import operations, plugins
+from cenote.pipeline.plugins import Plugin, Tokenizing
+from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 from cenote.service import Service
 from cenote.types import PoolingRequestOutput

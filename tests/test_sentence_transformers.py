@@ -16,8 +16,8 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 
 from cenote import LLM, PoolingParams
-from cenote.engine.rendering import TextOptions
 from cenote.errors import CheckpointError
+from cenote.pipeline.rendering import TextOptions
 from tests import checkpoints, corpus
 from tests.checkpoints import HIDDEN, NORMALIZE, TEXTS, Module, dense, flagged_pooling, layer_norm, pooling
 

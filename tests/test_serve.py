@@ -14,10 +14,10 @@ import pytest
 from cenote.cli import main
 from cenote.cli.serve import report
 from cenote.engine.fake import FakeEngine
-from cenote.engine.prompts import Prompts
-from cenote.engine.rendering import Renderer
 from cenote.errors import CheckpointError
-from cenote.plugins import Plugin
+from cenote.pipeline.plugins import Plugin
+from cenote.pipeline.prompts import Prompts
+from cenote.pipeline.rendering import Renderer
 from cenote.service import Service
 from cenote.types import PairTemplate
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO

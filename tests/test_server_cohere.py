@@ -16,9 +16,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from cenote.engine.fake import FakeEngine
-from cenote.engine.prompts import Prompts
-from cenote.engine.rendering import Renderer
 from cenote.models.checkpoint import embedded
+from cenote.pipeline.prompts import Prompts
+from cenote.pipeline.rendering import Renderer
 from cenote.service import Service
 from cenote.tensors.quantize import Ranges, quantize
 from tests import corpus

@@ -12,9 +12,9 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, TokenCl
 
 from cenote import LLM
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.engine.entities import AGGREGATIONS
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, EngineFailed
+from cenote.pipeline.entities import AGGREGATIONS
 from cenote.server.app import build
 from cenote.server.dialects.entities import wire
 from cenote.service import Service

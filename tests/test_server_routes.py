@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer
 from cenote.errors import EngineFailed
+from cenote.pipeline.rendering import Renderer
 from cenote.server.app import DIALECTS, build
 from cenote.server.dialects.requests import Shared
 from cenote.server.encoding import json_response

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer
+from cenote.pipeline.rendering import Renderer
 from cenote.service import Service
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, classes, error, expected, floats
 

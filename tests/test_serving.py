@@ -11,8 +11,8 @@ import pytest
 
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer
 from cenote.errors import EngineFailed, Overloaded
+from cenote.pipeline.rendering import Renderer
 from cenote.server import serving
 from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
 from cenote.types import Output, Sequence

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.engine import calibration
 from cenote.engine.fake import FakeEngine
-from cenote.engine.rendering import Renderer
 from cenote.errors import BadRequest, ConfigError
+from cenote.pipeline import calibration
+from cenote.pipeline.rendering import Renderer
 from cenote.server.encoding import VECTOR_TYPES, typed, typed_values
 from cenote.service import Service
 from cenote.tensors.quantize import Ranges, quantize
@@ -263,7 +263,7 @@ def load(folder: Path, calibration: Path, **options: Any) -> Service:
 
 
 def rows_of(service: Service) -> np.ndarray:
-    from cenote.engine.rendering import TextOptions
+    from cenote.pipeline.rendering import TextOptions
     from cenote.types import PoolingParams
 
     made = service.render(SENTENCES, "embed", PoolingParams(), TextOptions(-1))

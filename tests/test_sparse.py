@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 
 from cenote import LLM, PoolingParams
 from cenote.cli.serve import report
-from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models import lexical
 from cenote.models.layouts import Packed
+from cenote.pipeline.rendering import TextOptions
 from tests import checkpoints, corpus
 from tests.checkpoints import HIDDEN, POSITIONS, Module
 

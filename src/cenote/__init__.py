@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
-    from cenote.plugins import IOProcessor
+    from cenote.pipeline.plugins import IOProcessor
     from cenote.types import LateChunkingParams, PoolingParams
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "LLM": "cenote.llm",
     "CenoteError": "cenote.errors",
-    "IOProcessor": "cenote.plugins",
+    "IOProcessor": "cenote.pipeline.plugins",
     "LateChunkingParams": "cenote.types",
     "PoolerConfig": "cenote.config",
     "PoolingParams": "cenote.types",

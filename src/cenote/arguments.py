@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
-from cenote.engine.pairs import PairOptions
-from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
+from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.rendering import TextOptions
 from cenote.types import (
     EmbeddingOutput,
     PairTemplate,
@@ -22,7 +22,7 @@ from cenote.types import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cenote.engine.rendering import Renderer
+    from cenote.pipeline.rendering import Renderer
     from cenote.types import Output
 
 

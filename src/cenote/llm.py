@@ -25,9 +25,9 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.engine.scoring import pair_ids
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
+from cenote.pipeline.ranking import pair_ids
 from cenote.service import Service
 from cenote.tasks import PLUGIN
 from cenote.tensors.scoring import similarities
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from cenote.engine.entities import Entity
-    from cenote.engine.rendering import Prompt
+    from cenote.pipeline.entities import Entity
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
+    from cenote.pipeline.rendering import Prompt
     from cenote.types import ModelInfo, Output, Pair, Sequence
 
 log = logging.getLogger(__name__)

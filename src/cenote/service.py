@@ -7,25 +7,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cenote import plugins, tokenizer
-from cenote.engine import calibration
+from cenote import tokenizer
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
-from cenote.engine.facts import Facts
-from cenote.engine.pairs import PairRenderer
-from cenote.engine.prompts import Prompts, Sides
 from cenote.engine.remote import PATIENCE, RemoteEngine
 from cenote.errors import CenoteError, ConfigError
+from cenote.pipeline import calibration, plugins
+from cenote.pipeline.facts import Facts
 from cenote.pipeline.late_chunking import late
+from cenote.pipeline.pairs import PairRenderer
+from cenote.pipeline.prompts import Prompts, Sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.engine.rendering import Prompt, Renderer, TextOptions
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
-    from cenote.plugins import Plugin
+    from cenote.pipeline.plugins import Plugin
+    from cenote.pipeline.rendering import Prompt, Renderer, TextOptions
     from cenote.tensors.quantize import Ranges
     from cenote.types import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
 

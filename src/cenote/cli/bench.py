@@ -24,9 +24,9 @@ import cenote
 from cenote.cli.load import MOST_UNDER_WAY, Sample, closed, opened
 from cenote.cli.targets import Local, Remote
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
-from cenote.engine.calibration import read_texts
 from cenote.engine.engine import DEFAULT_BATCH_TOKENS
 from cenote.errors import CenoteError, ConfigError
+from cenote.pipeline.calibration import read_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from cenote.engine.pairs import PairOptions
-from cenote.engine.rendering import TextOptions
 from cenote.errors import CenoteError, ConfigError
 from cenote.llm import RENDERED_AT_ONCE
 from cenote.pipeline import operations
+from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.rendering import TextOptions
 from cenote.tasks import check_task
 from cenote.types import PoolingParams
 

@@ -13,7 +13,7 @@ from cenote.types import LateChunk, LateChunkingMetadata, Sequence
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from cenote.engine.rendering import Renderer, TextOptions
+    from cenote.pipeline.rendering import Renderer, TextOptions
     from cenote.types import PoolingParams
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cenote.engine.entities import check_aggregation, check_labels, entities
-from cenote.engine.scoring import Sides, Way, check_pairing, choose, reward_task
 from cenote.errors import BadRequest
+from cenote.pipeline.entities import check_aggregation, check_labels, entities
 from cenote.pipeline.job import Job
+from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.scoring import ranking
 from cenote.types import PoolingParams
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from collections.abc import Sequence as Seq
 
-    from cenote.engine.entities import Entity
-    from cenote.engine.pairs import PairOptions
-    from cenote.engine.rendering import Prompt, TextOptions
-    from cenote.plugins import Plugin
+    from cenote.pipeline.entities import Entity
+    from cenote.pipeline.pairs import PairOptions
+    from cenote.pipeline.plugins import Plugin
+    from cenote.pipeline.rendering import Prompt, TextOptions
     from cenote.service import Service
     from cenote.tensors.scoring import Array
     from cenote.types import Output, Pair, Sequence

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from cenote.engine.prompts import Applied
-    from cenote.engine.rendering import TextOptions
+    from cenote.pipeline.prompts import Applied
+    from cenote.pipeline.rendering import TextOptions
     from cenote.server.dialects.requests import Inputs, Shared
     from cenote.server.serving import Serving
     from cenote.service import Service

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
+from cenote.pipeline.rendering import TextOptions
 from cenote.server.dialects.requests import Many, Queued, Some
 from cenote.server.dialects.vectors import ranges_for
 from cenote.server.encoding import VectorType, json_response, typed
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cenote.engine.prompts import Applied
     from cenote.pipeline.job import Job
+    from cenote.pipeline.prompts import Applied
     from cenote.server.serving import Serving
     from cenote.service import Service
     from cenote.types import Output

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cenote.engine.entities import Entity
+    from cenote.pipeline.entities import Entity
     from cenote.pipeline.job import Job
     from cenote.server.serving import Serving
 

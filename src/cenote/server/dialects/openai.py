@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine.prompts import Applied, Prompts
+from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.pooling import answer_vectors
 from cenote.server.dialects.requests import KINDS, KINDS_OF_TASKS
 from cenote.server.dialects.vectors import TypedFields

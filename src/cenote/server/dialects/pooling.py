@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine.rendering import ChatOptions
 from cenote.errors import BadRequest, PluginFailed
 from cenote.pipeline import operations
+from cenote.pipeline.rendering import ChatOptions
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import (
     KINDS_OF_TASKS,

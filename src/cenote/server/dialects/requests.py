@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
-from cenote.engine.prompts import Applied, Prompts
-from cenote.engine.rendering import ChatOptions, TextOptions
 from cenote.errors import BadRequest
+from cenote.pipeline.prompts import Applied, Prompts
+from cenote.pipeline.rendering import ChatOptions, TextOptions
 from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
 from cenote.types import LateChunkingParams
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.engine.pairs import PairOptions
 from cenote.errors import BadRequest, NotScored
 from cenote.pipeline import operations
+from cenote.pipeline.pairs import PairOptions
 from cenote.server.dialects import answers
 from cenote.server.dialects.requests import Many, Shared
 from cenote.server.encoding import json_response, with_data

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.engine.prompts import Prompts, Sides
-from cenote.engine.rendering import Renderer
+from cenote.pipeline.prompts import Prompts, Sides
+from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
 from cenote.tokenizer import TokenizerSource
 from cenote.types import ModelInfo, PairTemplate

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from importlib.metadata import EntryPoint
 
-    from cenote.engine.rendering import Prompt, Renderer
     from cenote.models.checkpoint import Checkpoint
+    from cenote.pipeline.rendering import Prompt, Renderer
     from cenote.types import ModelInfo, Output
     from cenote.types import Sequence as Rendered
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cenote.engine.rendering import CHARACTERS_PER_TOKEN, Text
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Text
 from cenote.types import Sequence
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding
 
-    from cenote.engine.rendering import Renderer, TextOptions
+    from cenote.pipeline.rendering import Renderer, TextOptions
     from cenote.types import PairTemplate, PoolingParams
 
 MOST_CUTS = 8
@@ -112,7 +112,7 @@ class PairRenderer:
         """One sequence per (query, document).
 
         Raises:
-            BadRequest: as `cenote.engine.rendering.Renderer.render`, and if the template refuses the pair.
+            BadRequest: as `cenote.pipeline.rendering.Renderer.render`, and if the template refuses the pair.
             TooLong: a pair has more tokens than the model takes and `text_options` do not cut it.
         """
         self.check(options)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from cenote.engine.prompts import Prompts
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.prompts import Prompts
 from cenote.tasks import check_params, check_task
 from cenote.types import UNLIMITED, PoolingParams, Sequence
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.engine.prompts import Applied, Role, Sides
+    from cenote.pipeline.prompts import Applied, Role, Sides
     from cenote.types import ModelInfo, Pair
 
 CHARACTERS_PER_TOKEN = 250

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cenote.engine.rendering import TextOptions
 from cenote.errors import BadRequest, ConfigError
+from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.quantize import Ranges
 from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
-    from cenote.engine.rendering import Renderer
+    from cenote.pipeline.rendering import Renderer
     from cenote.types import Engine
 
 OF_TEXTS = (".txt", ".jsonl")
