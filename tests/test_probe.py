@@ -20,11 +20,11 @@ from tests.zoo import ZOO, build
 ROWS = {row.name: row for row in ZOO}
 LAYOUTS = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text())
 EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss", "qwen3-next", "jamba")
-DEEP = {"num_experts": 32, "num_experts_per_tok": 8, "hidden_size": 128, "num_hidden_layers": 8}
+DEEP = {"num_experts": 32, "num_experts_per_tok": 8, "hidden_size": 128, "num_hidden_layers": 6}
 """Of a mixture that is large enough for its rows to move with their neighbours by rounding."""
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -86,7 +86,7 @@ def test_rounding_that_moves_rows_is_below_the_error_of_float32(threads: int) ->
 @pytest.mark.parametrize("leak", [0.0, 1e-5, 1e-3])
 @pytest.mark.parametrize("kind", ["bert", "mixture"])
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_a_leak_is_told_from_rounding(kind: str, leak: float, is_packed: bool, threads: int) -> None:
+def test_a_leak_is_told_from_rounding(kind: str, leak: float, is_packed: bool) -> None:
     """The mean of the ids, about 150, moves by about 2 when a sequence is swapped."""
     net: Any = Leaky(build(ROWS["bert"]) if kind == "bert" else mixture(**DEEP), leak)
     probe = one_by_one(net, 41)
