@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from benchmarks.harness import row, save, timed
+from cenote.core import Sequence
 from cenote.models.checkpoint import embedded
 from cenote.models.layouts import Layout, forward
 from cenote.models.passes.fuse import Remembered
@@ -38,7 +39,6 @@ from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native, process
 from cenote.tensors.packing import Batch, pack
-from cenote.types import Sequence
 
 MAX_TOKENS = 256
 VOCABULARY = 31_000

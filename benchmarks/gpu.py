@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
+from cenote.core import PoolingParams, Sequence
 from cenote.models.checkpoint import embedded
 from cenote.models.layouts import Packed, forward
 from cenote.models.passes.subject import Settings
@@ -45,7 +46,6 @@ from cenote.models.passes.table import prepared
 from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
-from cenote.types import PoolingParams, Sequence
 
 BATCH_TOKENS = 16384
 ST_BATCHES = (32, 256)

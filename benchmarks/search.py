@@ -25,7 +25,7 @@ from tests.corpus import docstrings
 from benchmarks.harness import Encode, Worker, row, save, timed
 from cenote import LLM
 from cenote.models.checkpoint import embedded
-from cenote.tensors.scoring import max_sim
+from cenote.tensors.similarity import max_sim
 
 MAX_TOKENS = 256
 DOCUMENTS = 300

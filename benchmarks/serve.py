@@ -86,7 +86,7 @@ def bare() -> Encode:
     model, checkpoint = load(ModelConfig())
 
     def run(order: tuple[str, int, float]) -> list[float]:
-        from cenote.types import Sequence
+        from cenote.core import Sequence
 
         sequence = Sequence(checkpoint.tokenizer(order[0])["input_ids"])
         seconds = []

@@ -15,12 +15,12 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
+from cenote.core import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
 from cenote.models.checkpoint import embedded
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

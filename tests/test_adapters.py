@@ -18,13 +18,13 @@ from torch import nn
 from cenote import LLM
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import PoolingParams, Sequence
 from cenote.errors import BadRequest, CheckpointError, ConfigError
 from cenote.models.load import load
 from cenote.models.passes.adapters import CONFIG, WEIGHTS, find
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import PoolingParams, Sequence
 from tests import checkpoints
 from tests.checkpoints import edit_json, read_json, write_json
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention.bias import CausalVariant
 
+from cenote.core import Sequence
 from cenote.tensors import attention
 from cenote.tensors.attention import (
     Rule,
@@ -24,7 +25,6 @@ from cenote.tensors.attention import (
     varlen_kernel,
 )
 from cenote.tensors.packing import Batch, Place, Shared, pack, set_apart, share
-from cenote.types import Sequence
 from tests import tape
 
 LENGTHS = (5, 5, 300, 17, 1, 17)

@@ -23,15 +23,15 @@ from cenote.cli import load as load_module
 from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, table
 from cenote.cli.load import Sample, closed, opened
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.core import PoolingParams
 from cenote.engine.fake import FakeEngine
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models import costs
 from cenote.models import load as loading
 from cenote.models.passes.fuse import Remembered
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer, TextOptions
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import PoolingParams
 from tests import PATIENCE, checkpoints
 from tests.conftest import CROSS_ENCODER, INFO
 

@@ -19,12 +19,12 @@ import pytest
 
 from cenote import LLM, metrics
 from cenote.config import EngineConfig, ModelConfig
+from cenote.core import Output, PoolingParams, Sequence
 from cenote.engine.cache import CachedEngine, copied, key_of, size_of
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import Closed, EngineFailed, Overloaded
-from cenote.service import Service
-from cenote.types import Output, PoolingParams, Sequence
+from cenote.pipeline.pipeline import Service
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT
 from tests.conftest import Serve

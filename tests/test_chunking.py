@@ -20,13 +20,13 @@ from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 from cenote import LLM, LateChunkingParams, PoolingParams
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import LateChunk, LateChunkingMetadata, Output, Sequence
 from cenote.engine.blocks import ChunkedEngine, merge, split
 from cenote.engine.fake import FAKE_INFO, FakeEngine
 from cenote.errors import BadRequest, CheckpointError, ConfigError, EngineFailed, TooLong
 from cenote.pipeline.late_chunking import late_chunks
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import LateChunk, LateChunkingMetadata, Output, Sequence
 from tests import checkpoints
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cenote.core import Sequence
 from cenote.models import classifiers
 from cenote.models.layouts import forward
 from cenote.models.passes.table import prepared
 from cenote.models.probe import HeadProbe
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of
 
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"

@@ -15,8 +15,8 @@ from cenote.cli import flags
 from cenote.cli.options import page
 from cenote.cli.serve import engines_of, models_of
 from cenote.config import LAYERS, BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig, resolve
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
 from tests.checkpoints import classifier
 
 ROOT = Path(__file__).parent.parent

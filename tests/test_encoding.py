@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cenote.server.encoding import EmbedDType, to_bytes
+from cenote.server.wire.encoding import EmbedDType, to_bytes
 
 TORCH: dict[EmbedDType, torch.dtype] = {
     "float32": torch.float32,

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from cenote import metrics
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine import engine as engine_module
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
-from cenote.types import ModelInfo, Output, Sequence
 from tests import PATIENCE
 
 

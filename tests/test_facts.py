@@ -13,17 +13,17 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
+from cenote.core import LateChunkingParams, PairTemplate, PoolingParams, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
 from cenote.models.checkpoint import embedded
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts, Sides
 from cenote.pipeline.rendering import TextOptions
-from cenote.service import Service
 from cenote.tokenizer import TokenizerSource
-from cenote.types import LateChunkingParams, PairTemplate, PoolingParams, Sequence
 from tests import PATIENCE, checkpoints
 from tests.conftest import INFO
 from tests.test_multi_vector import METADATA, colbert

@@ -21,8 +21,8 @@ from starlette.testclient import TestClient
 
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.host import Host
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
 from tests import PATIENCE, checkpoints
 from tests.front import HEADER
 from tests.test_server_process import LARGE, head

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from cenote.config import ModelConfig
+from cenote.core import Sequence
 from cenote.models import load as loading
 from cenote.models.checkpoint import choose, embedded, find, read
 from cenote.models.layouts import Packed, forward
@@ -29,7 +30,6 @@ from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.tensors import attention, graphs
 from cenote.tensors.graphs import Graphs, lay_out, rounded, shape_of
 from cenote.tensors.packing import PLACES, Batch, Place, Static, pack
-from cenote.types import Sequence
 from tests import tape
 from tests.corpus import docstrings
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build

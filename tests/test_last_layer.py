@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from cenote.config import ModelConfig, PoolerConfig
+from cenote.core import Output, PoolingParams, Sequence
 from cenote.models import load as loading
 from cenote.models.layouts import forward
 from cenote.models.model import PoolingModel
 from cenote.models.passes.last_layer import LastLayer, find
 from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
-from cenote.types import Output, PoolingParams, Sequence
 from tests.checkpoints import bert, classifier, decoder, pooling, write_modules
 from tests.zoo import ZOO, build
 

@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "cenote"
 
 LAYERS = (
-    ("words", ("errors", "types", "tasks", "config", "metrics", "tokenizer")),
+    ("words", ("errors", "core", "tasks", "config", "metrics", "tokenizer")),
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),
-    ("pipeline", ("pipeline", "service", "plugins")),
+    ("pipeline", ("pipeline",)),
     ("faces", ("arguments", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )

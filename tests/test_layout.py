@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cenote.core import Sequence
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Layout, Padded, forward
 from cenote.models.passes.subject import Settings
@@ -16,7 +17,6 @@ from cenote.models.passes.table import prepared
 from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.models.traits import position_offset, position_rows
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, build
 
 ROWS = {architecture.name: architecture for architecture in ZOO}

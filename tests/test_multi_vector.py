@@ -42,12 +42,12 @@ from transformers import (
 )
 
 from cenote import LLM
+from cenote.core import Sequence
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models.layouts import forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, dense
 from tests.zoo import FIRST_TOKEN, WINDOW, ZOO, build

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cenote import LLM
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig
+from cenote.core import Sequence
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as checkpoints_module
 from cenote.models import probe
@@ -26,12 +27,11 @@ from cenote.models.load import load
 from cenote.models.passes import narrow
 from cenote.models.passes.subject import Outcome, Settings
 from cenote.models.passes.table import prepared
-from cenote.service import Service
+from cenote.pipeline.pipeline import Service
 from cenote.tensors import linear, native
 from cenote.tensors.linear import Narrow
 from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests import checkpoints
 from tests.corpus import docstrings
 from tests.test_adapters import jina

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.core import Sequence
 from cenote.models.passes.fuse import fuse
 from cenote.tensors import linear, native
 from cenote.tensors.attention import Rule, attend_runs
 from cenote.tensors.native import Kernels, Products, Step
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 
 if native.chosen("auto") == "none":
     pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)

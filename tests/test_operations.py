@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from cenote import LLM, PoolingParams
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine.cache import CachedEngine
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError
 from cenote.pipeline import operations
 from cenote.pipeline.job import Job
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import PLAIN, Renderer
-from cenote.service import Service
-from cenote.types import ModelInfo, Output, Sequence
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO
 
 if TYPE_CHECKING:

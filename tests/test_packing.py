@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cenote.core import Sequence
 from cenote.tensors import packing
 from cenote.tensors.packing import Batch, Run, common_prefix, pack, share
-from cenote.types import Sequence
 
 sequences = st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=30), min_size=1, max_size=12)
 

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer
 
+from cenote.core import ModelInfo, PairTemplate, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.pipeline.pairs import PairOptions, PairRenderer, shares
 from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Renderer, TextOptions
-from cenote.types import ModelInfo, PairTemplate, PoolingParams
 from tests.checkpoints import TEXTS, byte_level, sentinels, wordpiece
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.types import Sequence
+    from cenote.core import Sequence
 
 LIMIT = 64
 PAIRS = [*itertools.product(TEXTS[:8:2], TEXTS[::3]), ("one " * 12, "two " * 12), ("two " * 13, "one " * 12)]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cenote.config import Isa
+from cenote.core import Sequence
 from cenote.errors import ConfigError
 from cenote.models.layouts import forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 LAYOUTS = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cenote.config import ModelConfig
+from cenote.core import Sequence
 from cenote.models.layouts import Packed, forward
 from cenote.models.load import load
 from cenote.models.passes.patches import Patches
@@ -17,7 +18,6 @@ from cenote.models.passes.subject import Settings, Subject
 from cenote.models.passes.table import ONLY_FASTER, PASSES, prepared
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests.checkpoints import bert, decoder
 from tests.test_adapters import jina
 from tests.test_parity_zoo import alone, sequences

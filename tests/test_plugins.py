@@ -32,14 +32,14 @@ from transformers import PreTrainedTokenizerBase
 from cenote import LLM, IOProcessor, PoolingParams
 from cenote.cli import main
 from cenote.config import ServerConfig
+from cenote.core import PoolingRequestOutput
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
 from cenote.pipeline import operations, plugins
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.plugins import Plugin, Tokenizing
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import PoolingRequestOutput
 from tests import checkpoints
 from tests.conftest import INFO, expected, floats
 from tests.test_server_process import PATIENCE, Process

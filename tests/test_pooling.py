@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from cenote.core import Sequence
 from cenote.tensors import heads
 from cenote.tensors.packing import pack
 from cenote.tensors.pooling import MODES, pool
-from cenote.types import Sequence
 
 LENGTHS = (4, 1, 9)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cenote.core import Sequence
 from cenote.models.layouts import forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.models.probe import stable
 from cenote.tensors import native
 from cenote.tensors.packing import pack
-from cenote.types import Sequence
 from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 STATEFUL = {"funnel", "llama-dynamic-rope", "phi3-longrope", "recurrent-gemma"}

@@ -19,13 +19,7 @@ import numpy as np
 import pytest
 
 import cenote
-from cenote.engine import remote, wire
-from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
-from cenote.engine.host import Host, check_path
-from cenote.engine.remote import RemoteEngine
-from cenote.engine.wire import Answer, Card, Channel, Hello, Submit
-from cenote.errors import BadRequest, CenoteError, Closed, ConfigError, EngineFailed, EngineGone, Overloaded, TooLong
-from cenote.types import (
+from cenote.core import (
     Engine,
     LateChunk,
     LateChunkingMetadata,
@@ -36,6 +30,12 @@ from cenote.types import (
     Sequence,
     Similarity,
 )
+from cenote.engine import remote, wire
+from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
+from cenote.engine.host import Host, check_path
+from cenote.engine.remote import RemoteEngine
+from cenote.engine.wire import Answer, Card, Channel, Hello, Submit
+from cenote.errors import BadRequest, CenoteError, Closed, ConfigError, EngineFailed, EngineGone, Overloaded, TooLong
 from tests import PATIENCE
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, CanineTokenizer
 
+from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, ChatOptions, Renderer, TextOptions
-from cenote.types import ModelInfo, PoolingParams
 from tests.checkpoints import TEXTS, byte_level, wordpiece
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sentence_transformers.util.similarity import SimilarityFunction
 
-from cenote.tensors import scoring
-from cenote.tensors.scoring import PAIRWISE, max_sim, pairwise, ranking, similarities, sparse_similarity
-from cenote.types import Similarity
+from cenote.core import Similarity
+from cenote.tensors import similarity
+from cenote.tensors.similarity import PAIRWISE, max_sim, pairwise, ranking, similarities, sparse_similarity
 
 WIDTH = 16
 
@@ -82,7 +82,7 @@ def test_mean_max_sim() -> None:
 @pytest.mark.parametrize("chunk", [1, 8, 9, 10, 11, 10_000])
 @pytest.mark.parametrize("query_length", [1, 5])
 def test_max_sim_is_exact_wherever_chunks_end(query_length: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    monkeypatch.setattr(similarity, "CHUNK", chunk)
     (query,) = matrices(query_length, seed=1)
     documents = matrices(1, 8, 1, 1, 30, 3, 7, 10, 1)
     scores = max_sim(query, documents)
@@ -92,7 +92,7 @@ def test_max_sim_is_exact_wherever_chunks_end(query_length: int, chunk: int, mon
 
 def test_max_sim_at_the_chunk_in_use() -> None:
     (query,) = matrices(32, seed=1)
-    documents = matrices(*np.random.default_rng(2).integers(1, 2 * scoring.CHUNK, 40))
+    documents = matrices(*np.random.default_rng(2).integers(1, 2 * similarity.CHUNK, 40))
     assert max_sim(query, documents) == pytest.approx(definition(query, documents), rel=1e-5, abs=1e-4)
 
 
@@ -130,8 +130,8 @@ def test_max_sim_without_documents_or_tokens() -> None:
 def test_chunks_hold_whole_documents(
     length: list[int], expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", 6)
-    assert list(scoring._chunks(length)) == expected
+    monkeypatch.setattr(similarity, "CHUNK", 6)
+    assert list(similarity._chunks(length)) == expected
 
 
 @pytest.mark.parametrize("top_n", [0, None, 5, 6])

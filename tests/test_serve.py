@@ -13,20 +13,20 @@ import pytest
 
 from cenote.cli import main
 from cenote.cli.serve import report
+from cenote.core import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.errors import CheckpointError
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.plugins import Plugin
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
-from cenote.service import Service
-from cenote.types import PairTemplate
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
-    from cenote.types import ModelInfo
+    from cenote.core import ModelInfo
 
 
 def lines(tokenizer: PreTrainedTokenizerBase, info: ModelInfo, *, prompt: str = "", **fields: Any) -> list[str]:

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cenote import LLM, PoolingParams
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import PairTemplate
 from tests import checkpoints
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, expected, floats
 

@@ -17,9 +17,9 @@ from sentence_transformers.util import quantize_embeddings
 
 from cenote.engine.fake import FakeEngine
 from cenote.models.checkpoint import embedded
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
-from cenote.service import Service
 from cenote.tensors.quantize import Ranges, quantize
 from tests import corpus
 from tests.conftest import INFO, error, expected, floats
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.types import ModelInfo
+    from cenote.core import ModelInfo
     from tests.conftest import Serve
 
 ROUTE = "/v2/embed"

@@ -15,9 +15,9 @@ from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, EngineFailed
 from cenote.pipeline.entities import AGGREGATIONS
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.server.dialects.entities import wire
-from cenote.service import Service
+from cenote.server.dialects.cenote import wire
 from tests import checkpoints
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, floats
 

@@ -10,7 +10,7 @@ import pytest
 
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, Closed, EngineFailed, Overloaded
-from cenote.server import app, faults, reading
+from cenote.server import app, errors, reading
 from tests.conftest import CLASSIFIER, INFO, JSON, error, expected, floats
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def test_a_large_wrong_body_is_refused_by_a_short_report(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, body: bytes, path: str
 ) -> None:
     """No more is reported than is shown, and a long body is parsed on another thread than the event loop's."""
-    report, parse = faults.validation, reading._parsed
+    report, parse = errors.validation, reading._parsed
     reported: list[int] = []
     threads: list[str] = []
 
@@ -377,7 +377,7 @@ def test_a_large_wrong_body_is_refused_by_a_short_report(
         threads.append(threading.current_thread().name)
         return parse(content)
 
-    monkeypatch.setattr(faults, "validation", validation)
+    monkeypatch.setattr(errors, "validation", validation)
     monkeypatch.setattr(reading, "_parsed", parsed)
     answer = serve(FakeEngine(CLASSIFIER)).post(path, content=body, headers=JSON)
     assert answer.status_code in (400, 404), answer.text[:300]

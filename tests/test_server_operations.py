@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from httpx import Response
     from starlette.testclient import TestClient
 
-    from cenote.types import ModelInfo, Output, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
     from tests.conftest import Serve
 
 ROUTE = "/v1/embeddings"

@@ -16,8 +16,8 @@ from cenote import LLM, PoolingParams
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, CheckpointError, Closed, EngineFailed, Overloaded
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
 from tests import checkpoints
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO, classes, error, floats
 

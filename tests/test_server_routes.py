@@ -13,13 +13,13 @@ from starlette.testclient import TestClient
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
 from cenote.errors import EngineFailed
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import DIALECTS, build
-from cenote.server.dialects.requests import Shared
-from cenote.server.encoding import json_response
-from cenote.server.faults import Fault
+from cenote.server.errors import Fault
 from cenote.server.routes import Dialect, Route
-from cenote.service import Service
+from cenote.server.wire.encoding import json_response
+from cenote.server.wire.fields import Shared
 from tests.conftest import INFO, JSON
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cenote import LLM
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import PairTemplate
 from cenote.engine.fake import FakeEngine
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
-from cenote.types import PairTemplate
 from tests import checkpoints
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO, classes, error, expected, floats
 

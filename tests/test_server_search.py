@@ -17,8 +17,8 @@ from starlette.testclient import TestClient
 from cenote import LLM
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.errors import BadRequest
+from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.service import Service
 from tests import checkpoints
 
 TEXTS = ["The quick brown fox", "hello, my name is the lazy dog", "a"]

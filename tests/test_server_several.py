@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cenote.engine.fake import FakeEngine
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
-from cenote.service import Service
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, classes, error, expected, floats
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cenote.config import ServerConfig
+from cenote.core import Output, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.errors import EngineFailed, Overloaded
 from cenote.pipeline.rendering import Renderer
 from cenote.server import serving
 from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
-from cenote.types import Output, Sequence
 from tests.conftest import expected, floats
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from cenote.config import EngineConfig, ModelConfig
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, ConfigError
 from cenote.pipeline import calibration
+from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
-from cenote.server.encoding import VECTOR_TYPES, typed, typed_values
-from cenote.service import Service
+from cenote.server.wire.encoding import VECTOR_TYPES, typed, typed_values
 from cenote.tensors.quantize import Ranges, quantize
 from tests import checkpoints
 from tests.conftest import INFO, error, expected, floats
@@ -263,8 +263,8 @@ def load(folder: Path, calibration: Path, **options: Any) -> Service:
 
 
 def rows_of(service: Service) -> np.ndarray:
+    from cenote.core import PoolingParams
     from cenote.pipeline.rendering import TextOptions
-    from cenote.types import PoolingParams
 
     made = service.render(SENTENCES, "embed", PoolingParams(), TextOptions(-1))
     return np.stack([output.data for output in service.engine.submit(made).result()])

@@ -12,7 +12,7 @@ from cenote.models.checkpoint import embedded
 MODULES = (
     "cenote.cli.serve",
     "cenote.server.app",
-    "cenote.service",
+    "cenote.pipeline.pipeline",
     "cenote.pipeline.plugins",
     "cenote.arguments",
     "cenote.pipeline.job",
@@ -28,7 +28,7 @@ MODULES = (
     "cenote.pipeline.facts",
     "cenote.engine.host",
     "cenote.engine.remote",
-    "cenote.tensors.scoring",
+    "cenote.tensors.similarity",
     "cenote.tensors.quantize",
     "cenote.tensors.process",
 )

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cenote.config import PoolerConfig
+    from cenote.core import LateChunkingParams, PoolingParams
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
     from cenote.pipeline.plugins import IOProcessor
-    from cenote.types import LateChunkingParams, PoolingParams
 
 __all__ = [
     "LLM",
@@ -33,9 +33,9 @@ _HOMES = {
     "LLM": "cenote.llm",
     "CenoteError": "cenote.errors",
     "IOProcessor": "cenote.pipeline.plugins",
-    "LateChunkingParams": "cenote.types",
+    "LateChunkingParams": "cenote.core",
     "PoolerConfig": "cenote.config",
-    "PoolingParams": "cenote.types",
+    "PoolingParams": "cenote.core",
     "default_pooling_type": "cenote.models.convert",
     "register_model": "cenote.models.convert",
 }

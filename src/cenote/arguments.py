@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
-from cenote.errors import BadRequest
-from cenote.pipeline.pairs import PairOptions
-from cenote.pipeline.rendering import TextOptions
-from cenote.types import (
+from cenote.core import (
     EmbeddingOutput,
     PairTemplate,
     PoolingOutput,
@@ -18,12 +15,15 @@ from cenote.types import (
     SparseEmbedding,
     template_text,
 )
+from cenote.errors import BadRequest
+from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.rendering import TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cenote.core import Output
     from cenote.pipeline.rendering import Renderer
-    from cenote.types import Output
 
 
 def as_tensors(output: Output) -> PoolingOutput:

@@ -25,13 +25,7 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.errors import BadRequest
-from cenote.pipeline import operations
-from cenote.pipeline.ranking import pair_ids
-from cenote.service import Service
-from cenote.tasks import PLUGIN
-from cenote.tensors.scoring import similarities
-from cenote.types import (
+from cenote.core import (
     ClassificationOutput,
     ClassificationRequestOutput,
     EmbeddingOutput,
@@ -44,6 +38,12 @@ from cenote.types import (
     ScoringRequestOutput,
     SparseEmbedding,
 )
+from cenote.errors import BadRequest
+from cenote.pipeline import operations
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.ranking import pair_ids
+from cenote.tasks import PLUGIN
+from cenote.tensors.similarity import similarities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,11 +53,11 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
+    from cenote.core import ModelInfo, Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
     from cenote.pipeline.rendering import Prompt
-    from cenote.types import ModelInfo, Output, Pair, Sequence
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from cenote.errors import BadRequest, TaskNotOffered
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from cenote.types import PoolingParams
+    from cenote.core import PoolingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,7 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
         import torch
 
         from cenote.models.load import load
-        from cenote.service import Service
+        from cenote.pipeline.pipeline import Service
 
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)  # also for the GEMM limit, which is measured here

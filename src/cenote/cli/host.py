@@ -51,7 +51,7 @@ def run(arguments: dict[str, Any]) -> int:
 
 def _start(model: ModelConfig, engine: EngineConfig, options: HostConfig) -> Host:
     from cenote.engine.host import Host, check_path
-    from cenote.service import Service
+    from cenote.pipeline.pipeline import Service
 
     check_path(options.listen)  # before the model is loaded
     service = Service.open(model, engine)

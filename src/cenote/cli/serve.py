@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cenote
 from cenote import tokenizer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.core import Similarity
 from cenote.errors import CenoteError, ConfigError
-from cenote.types import Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pydantic import BaseModel
 
-    from cenote.service import Service
+    from cenote.pipeline.pipeline import Service
 
 log = logging.getLogger("cenote")
 
@@ -112,7 +112,7 @@ class _Plan(NamedTuple):
 
 
 def _local_models(arguments: dict[str, Any]) -> _Plan:
-    from cenote.service import Service
+    from cenote.pipeline.pipeline import Service
 
     configs, notes = models_of(arguments)
     _, engine, server = configs[0]
@@ -120,7 +120,7 @@ def _local_models(arguments: dict[str, Any]) -> _Plan:
 
 
 def _remote_models(arguments: dict[str, Any]) -> _Plan:
-    from cenote.service import Service
+    from cenote.pipeline.pipeline import Service
 
     model, server, notes = engines_of(arguments)
     names: list[tuple[str, ...]] = [(name,) for name in model.served_model_name]

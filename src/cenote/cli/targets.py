@@ -10,19 +10,19 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from cenote.core import PoolingParams
 from cenote.errors import CenoteError, ConfigError
 from cenote.llm import RENDERED_AT_ONCE
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.rendering import TextOptions
 from cenote.tasks import check_task
-from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.pipeline.job import Job
-    from cenote.service import Service
+    from cenote.pipeline.pipeline import Service
 
 QUERY = "how deep is the water"
 """What documents are scored against."""

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cenote.core import Output, Sequence
 from cenote.errors import TooLong
-from cenote.types import Output, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.types import Engine
+    from cenote.core import Engine
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -118,7 +118,7 @@ class ChunkedEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.types.Engine.submit`. `progress` is told of blocks as if they were shares of sequences."""
+        """See `cenote.core.Engine.submit`. `progress` is told of blocks as if they were shares of sequences."""
         limit = self.info.max_model_len
         if all(len(sequence) <= limit for sequence in sequences):
             return self._engine.submit(sequences, progress=progress)
@@ -149,11 +149,11 @@ class ChunkedEngine:
         return outer
 
     def healthy(self) -> bool:
-        """See `cenote.types.Engine.healthy`."""
+        """See `cenote.core.Engine.healthy`."""
         return self._engine.healthy()
 
     def close(self) -> None:
-        """See `cenote.types.Engine.close`."""
+        """See `cenote.core.Engine.close`."""
         self._engine.close()
 
 

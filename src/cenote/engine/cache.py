@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
     from dataclasses import Field
 
-    from cenote.types import Engine, Output, Sequence
+    from cenote.core import Engine, Output, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class CachedEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.types.Engine.submit`. For what is kept, `progress` is called before this returns.
+        """See `cenote.core.Engine.submit`. For what is kept, `progress` is called before this returns.
 
         An error fails the request that began the work, and those that joined it. If the work was several sequences, it
         is not known which of them failed: what others need of them is then computed once more, for each by itself.
@@ -258,11 +258,11 @@ class CachedEngine:
         return request.future
 
     def healthy(self) -> bool:
-        """See `cenote.types.Engine.healthy`; nothing kept is an answer to this."""
+        """See `cenote.core.Engine.healthy`; nothing kept is an answer to this."""
         return self._engine.healthy()
 
     def close(self) -> None:
-        """See `cenote.types.Engine.close`."""
+        """See `cenote.core.Engine.close`."""
         self._closed = True  # without the lock: an owner may be garbage-collected where it is held
         _OPEN.discard(self)
         self._engine.close()

@@ -19,11 +19,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from cenote import metrics
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
 from cenote.tensors.packing import common_prefix
 from cenote.tensors.process import release_freed_memory, release_threads
-from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,7 +216,7 @@ class LocalEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.types.Engine.submit`."""
+        """See `cenote.core.Engine.submit`."""
         shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
         priority = sequences[0].priority if sequences and self._by_priority else 0
         job = _Job(len(sequences), progress, shared, priority)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, Closed
 from cenote.tasks import TASKS
-from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ class FakeEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.types.Engine.submit`."""
+        """See `cenote.core.Engine.submit`."""
         if self.closed:
             raise Closed("the engine is shutting down")
         self.submitted += sequences
@@ -100,11 +100,11 @@ class FakeEngine:
                 future.set_result(outputs)
 
     def healthy(self) -> bool:
-        """See `cenote.types.Engine.healthy`."""
+        """See `cenote.core.Engine.healthy`."""
         return self.is_healthy
 
     def close(self) -> None:
-        """See `cenote.types.Engine.close`."""
+        """See `cenote.core.Engine.close`."""
         self.closed = True
         self.release()
 

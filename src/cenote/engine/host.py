@@ -39,7 +39,7 @@ from cenote.errors import BadRequest, Closed, ConfigError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from cenote.types import Engine, ModelInfo, Output, Sequence
+    from cenote.core import Engine, ModelInfo, Output, Sequence
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
     from pathlib import Path
 
-    from cenote.types import ModelInfo, Output, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
 
     Frames = Generator[FromHost]
 
@@ -104,7 +104,7 @@ class RemoteEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.types.Engine.submit`. What the host refuses is the future's exception.
+        """See `cenote.core.Engine.submit`. What the host refuses is the future's exception.
 
         Raises:
             Closed: this engine was closed.

@@ -2,7 +2,7 @@
 
 A frame is its length (8 bytes, little-endian) and a typed message in MessagePack. Arrays are their dtype, shape and raw
 bytes. Every message is validated while it is decoded, against the annotations of the classes below and of
-`cenote.types`, so a new field of `Sequence` or `Output` crosses by itself. Nothing is pickled.
+`cenote.core`, so a new field of `Sequence` or `Output` crosses by itself. Nothing is pickled.
 
 | from the front | | from the host | |
 |---|---|---|---|
@@ -28,8 +28,8 @@ import numpy as np
 from msgspec.msgpack import Ext
 
 from cenote import errors
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, EngineFailed
-from cenote.types import ModelInfo, Output, Sequence
 
 log = logging.getLogger(__name__)
 

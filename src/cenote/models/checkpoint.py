@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote import tokenizer as tokenizers
+from cenote.core import PairTemplate, template_text
 from cenote.errors import CheckpointError
 from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
@@ -25,7 +26,6 @@ from cenote.models.families import multi_vector
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.traits import position_rows
 from cenote.tokenizer import TokenizerSource
-from cenote.types import PairTemplate, template_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection

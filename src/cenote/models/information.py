@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cenote.core import UNLIMITED, ModelInfo, Similarity
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
 from cenote.models import retrieval
-from cenote.models.outputs import Classify, TokenClassify
-from cenote.types import UNLIMITED, ModelInfo, Similarity
+from cenote.models.poolers import Classify, TokenClassify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.offers import Offer
-    from cenote.models.outputs import TaskOutput
+    from cenote.models.poolers import TaskOutput
 
 
 def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length: int, **running: Any) -> ModelInfo:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from cenote.models.outputs import Rows
+from cenote.models.poolers import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
 
+    from cenote.core import PoolingParams
     from cenote.models.classifiers import Rows as Logits
     from cenote.tensors.packing import Batch
-    from cenote.types import PoolingParams
 
 CHUNK = 512
 """Rows whose logits over the vocabulary exist at once, more only for a single longer sequence."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from cenote.core import Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError
 from cenote.models import checkpoint as checkpoints
 from cenote.models import offers
@@ -32,7 +33,6 @@ from cenote.models.passes.subject import Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
 from cenote.models.traits import vocabulary
 from cenote.tensors import linear, native, process
-from cenote.types import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models.layouts import forward
 from cenote.models.lexical import LOOKED_UP
@@ -21,7 +22,6 @@ from cenote.models.passes import adapters
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
-from cenote.types import ModelInfo, Output, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cenote.core import PoolingParams
     from cenote.models.layouts import Layout
-    from cenote.models.outputs import TaskOutput
+    from cenote.models.poolers import TaskOutput
     from cenote.tensors.packing import Batch, Place
-    from cenote.types import PoolingParams
 
 
 class PoolingModel:

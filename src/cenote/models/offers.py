@@ -13,7 +13,7 @@ from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers, retrieval
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
 from cenote.models.families import rewards
-from cenote.models.outputs import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
+from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
-    from cenote.models.outputs import TaskOutput
+    from cenote.models.poolers import TaskOutput
     from cenote.models.probe import HeadProbe
 
 

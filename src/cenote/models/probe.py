@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.core import Sequence
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded, candidates, forward
 from cenote.models.traits import position_offset, position_rows, vocabulary, window
 from cenote.tensors.packing import SHORTEST_PREFIX, pack
-from cenote.types import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@ from cenote.models import checkpoint as checkpoints
 from cenote.models import classifiers
 from cenote.models.families import bge_m3
 from cenote.models.lexical import Splade, TokenWeights
-from cenote.models.outputs import Embed, Pooler, Rows, TaskOutput, TokenEmbed
+from cenote.models.poolers import Embed, Pooler, Rows, TaskOutput, TokenEmbed
 from cenote.tensors.heads import normalize
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.config import ModelConfig
+    from cenote.core import PoolingParams
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.probe import HeadProbe
     from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch
-    from cenote.types import PoolingParams
 
 
 @dataclass(frozen=True)

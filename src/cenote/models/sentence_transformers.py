@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cenote.core import Similarity
 from cenote.errors import CheckpointError
 from cenote.models.families.multi_vector import from_settings
 from cenote.tensors.heads import normalize
 from cenote.tensors.pooling import MODES, Clustering
-from cenote.tensors.scoring import PAIRWISE
-from cenote.types import Similarity
+from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

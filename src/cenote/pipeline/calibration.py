@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, ConfigError
 from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.quantize import Ranges
-from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
+    from cenote.core import Engine
     from cenote.pipeline.rendering import Renderer
-    from cenote.types import Engine
 
 OF_TEXTS = (".txt", ".jsonl")
 """Suffixes of files of texts; the others are those of `Ranges.load`."""

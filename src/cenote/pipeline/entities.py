@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.types import ModelInfo
+    from cenote.core import ModelInfo
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from cenote.core import ModelInfo, PairTemplate
 from cenote.pipeline.prompts import Prompts, Sides
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
 from cenote.tokenizer import TokenizerSource
-from cenote.types import ModelInfo, PairTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cenote.types import Output, Sequence
+    from cenote.core import Output, Sequence
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cenote.core import LateChunk, LateChunkingMetadata, Sequence
 from cenote.errors import BadRequest
-from cenote.types import LateChunk, LateChunkingMetadata, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from cenote.core import PoolingParams
     from cenote.pipeline.rendering import Renderer, TextOptions
-    from cenote.types import PoolingParams
 
 
 def late(

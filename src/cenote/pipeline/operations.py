@@ -8,25 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline.entities import check_aggregation, check_labels, entities
 from cenote.pipeline.job import Job
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
-from cenote.tensors.scoring import ranking
-from cenote.types import PoolingParams
+from cenote.tensors.similarity import ranking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from collections.abc import Sequence as Seq
 
+    from cenote.core import Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
     from cenote.pipeline.pairs import PairOptions
+    from cenote.pipeline.pipeline import Service
     from cenote.pipeline.plugins import Plugin
     from cenote.pipeline.rendering import Prompt, TextOptions
-    from cenote.service import Service
-    from cenote.tensors.scoring import Array
-    from cenote.types import Output, Pair, Sequence
+    from cenote.tensors.similarity import Array
 
     Params = PoolingParams | Seq[PoolingParams]
     """Parameters for all prompts, or one for each."""

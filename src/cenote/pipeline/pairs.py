@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Text
-from cenote.types import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding
 
+    from cenote.core import PairTemplate, PoolingParams
     from cenote.pipeline.rendering import Renderer, TextOptions
-    from cenote.types import PairTemplate, PoolingParams
 
 MOST_CUTS = 8
 """Cutting a text at a token's end may give other tokens; it is repeated at most this often."""

@@ -20,18 +20,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
+from cenote.core import PoolingOutput, PoolingParams, PoolingRequestOutput
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
 from cenote.tasks import PLUGIN, check_task
-from cenote.types import PoolingOutput, PoolingParams, PoolingRequestOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from importlib.metadata import EntryPoint
 
+    from cenote.core import ModelInfo, Output
+    from cenote.core import Sequence as Rendered
     from cenote.models.checkpoint import Checkpoint
     from cenote.pipeline.rendering import Prompt, Renderer
-    from cenote.types import ModelInfo, Output
-    from cenote.types import Sequence as Rendered
 
 GROUPS = ("cenote.io_processor_plugins", "vllm.io_processor_plugins")
 """Entry-point groups; of equal names the first group's is taken."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cenote.core import plain_name
 from cenote.errors import BadRequest
-from cenote.types import plain_name
 
 Role = Literal["query", "document"]
 

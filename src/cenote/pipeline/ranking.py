@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cenote.errors import BadRequest, NotScored, TaskNotOffered
-from cenote.tensors.scoring import late_interaction, pairwise, sparse_similarity
+from cenote.tensors.similarity import late_interaction, pairwise, sparse_similarity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.tensors.scoring import Array, Sparse
-    from cenote.types import ModelInfo, Output, Sequence, Similarity
+    from cenote.core import ModelInfo, Output, Sequence, Similarity
+    from cenote.tensors.similarity import Array, Sparse
 
 HYBRID_WEIGHTS = (0.4, 0.2, 0.4)
 """Weights of the dense, sparse and late-interaction scores, those of bge-m3's model card."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from cenote.core import UNLIMITED, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.prompts import Prompts
 from cenote.tasks import check_params, check_task
-from cenote.types import UNLIMITED, PoolingParams, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+    from cenote.core import ModelInfo, Pair
     from cenote.pipeline.prompts import Applied, Role, Sides
-    from cenote.types import ModelInfo, Pair
 
 CHARACTERS_PER_TOKEN = 250
 """Longer text than this many characters per allowed token is not tokenised at all."""

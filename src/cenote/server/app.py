@@ -11,13 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Router
 
-from cenote.server import faults
+from cenote.server import errors
 from cenote.server.describe import described
-from cenote.server.dialects import cohere, entities, fastdeploy, openai, operations, pooling, scoring
-from cenote.server.dialects.requests import Limits
+from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm
 from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import read
 from cenote.server.serving import Serving
+from cenote.server.wire.fields import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from cenote.config import ServerConfig
+    from cenote.pipeline.pipeline import Service
     from cenote.server.routes import Dialect, Route
-    from cenote.service import Service
 
 log = logging.getLogger(__name__)
 
 DIALECTS: tuple[Dialect, ...] = (
     openai.DIALECT,
     cohere.DIALECT,
-    pooling.DIALECT,
+    vllm.DIALECT,
     scoring.DIALECT,
-    entities.DIALECT,
+    cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,
 )
@@ -103,11 +103,11 @@ class Application:
         request = Request(scope, receive, send)
         try:
             response = await self._answer(key, request)
-        except faults.Failures as error:
-            response = faults.respond(error, dialect.error if dialect else faults.openai_error)
+        except errors.Failures as error:
+            response = errors.respond(error, dialect.error if dialect else errors.openai_error)
         except Exception as error:
             log.exception("%s %s failed", *key)
-            response = faults.respond(error)
+            response = errors.respond(error)
         await response(scope, receive, send)
 
     def _path(self, scope: Scope) -> str:

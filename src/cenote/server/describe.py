@@ -10,8 +10,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse
 
 import cenote
-from cenote.server.encoding import json_response
 from cenote.server.routes import Dialect, Route
+from cenote.server.wire.encoding import json_response
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from cenote import metrics
 from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unauthorized
-from cenote.server import faults
+from cenote.server import errors
 from cenote.server.serving import new_id
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Gate:
         try:
             is_answered = await self.under_way.run(self._answer(scope, headers, receive, counted))
             if not is_answered and not is_started:
-                await faults.respond(Closed("the server is shutting down"))(scope, receive, counted)
+                await errors.respond(Closed("the server is shutting down"))(scope, receive, counted)
         finally:
             if is_counted:
                 metrics.running_requests.dec()
@@ -113,7 +113,7 @@ class Gate:
             self._check(scope, headers)
             replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
         except CenoteError as error:
-            await faults.respond(error)(scope, receive, send)
+            await errors.respond(error)(scope, receive, send)
             return
         await self.app(scope, replayed, send)
 

@@ -10,13 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from cenote.server.dialects.requests import Body
-from cenote.server.faults import BadBody
+from cenote.server.errors import BadBody
+from cenote.server.wire.fields import Body
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from cenote.server.dialects.requests import Limits
+    from cenote.server.wire.fields import Limits
 
 MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.server.faults import Fault, openai_error
+from cenote.server.errors import Fault, openai_error
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from cenote.config import ServerConfig
+    from cenote.core import Engine, Output, Sequence
     from cenote.pipeline.job import Job
-    from cenote.server.dialects.requests import Queued
-    from cenote.service import Service
-    from cenote.types import Engine, Output, Sequence
+    from cenote.pipeline.pipeline import Service
+    from cenote.server.wire.fields import Queued
 
 RENDER_THREADS = 2
 CLIENT_CLOSED = 499

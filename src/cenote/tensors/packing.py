@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cenote.types import Sequence
+    from cenote.core import Sequence
 
     Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 

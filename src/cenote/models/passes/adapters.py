@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.core import plain_name
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models.checkpoint import first_line
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows
-from cenote.types import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.rendering import TextOptions
-from cenote.server.dialects.requests import Many, Queued, Some
-from cenote.server.dialects.vectors import ranges_for
-from cenote.server.encoding import VectorType, json_response, typed
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
-from cenote.types import PoolingParams
+from cenote.server.wire.encoding import VectorType, json_response, typed
+from cenote.server.wire.fields import Many, Queued, Some
+from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.core import Output
     from cenote.pipeline.job import Job
+    from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Applied
     from cenote.server.serving import Serving
-    from cenote.service import Service
-    from cenote.types import Output
 
 
 class Content(BaseModel):

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
-from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Chat, Conversation, Shared, Some
-from cenote.server.encoding import json_response
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
-from cenote.types import PoolingParams
+from cenote.server.wire import answers
+from cenote.server.wire.encoding import json_response
+from cenote.server.wire.fields import Chat, Conversation, Shared, Some
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.core import Output
     from cenote.pipeline.job import Job
+    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
-    from cenote.service import Service
-    from cenote.types import Output
 
 
 class RewardRequest(Shared, Chat):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.core import ModelInfo
 from cenote.pipeline.prompts import Applied, Prompts
-from cenote.server.dialects.pooling import answer_vectors
-from cenote.server.dialects.requests import KINDS, KINDS_OF_TASKS
-from cenote.server.dialects.vectors import TypedFields
-from cenote.server.encoding import json_response
+from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
+from cenote.server.wire.encoding import json_response
+from cenote.server.wire.fields import KINDS, KINDS_OF_TASKS
+from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import TASKS
-from cenote.types import ModelInfo
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 import cenote
 from cenote import metrics
-from cenote.server.encoding import json_response
 from cenote.server.routes import Dialect, Route
+from cenote.server.wire.encoding import json_response
 
 if TYPE_CHECKING:
     from starlette.requests import Request

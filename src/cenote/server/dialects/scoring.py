@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, NotScored
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
-from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Many, Shared
-from cenote.server.encoding import json_response, with_data
-from cenote.server.faults import Fault, openai_error
+from cenote.server.errors import Fault, openai_error
 from cenote.server.routes import Dialect, Route
-from cenote.types import PoolingParams
+from cenote.server.wire import answers
+from cenote.server.wire.encoding import json_response, with_data
+from cenote.server.wire.fields import Many, Shared
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
+    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
-    from cenote.service import Service
-    from cenote.tensors.scoring import Array
+    from cenote.tensors.similarity import Array
 
 Text = str | dict[str, Any]
 """A text, or `{"content": [parts]}` or `{"text": ...}` whose parts are texts."""

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, PluginFailed
 from cenote.pipeline import operations
 from cenote.pipeline.rendering import ChatOptions
-from cenote.server.dialects import answers
-from cenote.server.dialects.requests import (
+from cenote.server.routes import Dialect, Route
+from cenote.server.serving import request_id
+from cenote.server.wire import answers
+from cenote.server.wire.encoding import foreign_response, json_response, vectors_response, with_data
+from cenote.server.wire.fields import (
     KINDS_OF_TASKS,
     Body,
     Chat,
@@ -24,23 +28,19 @@ from cenote.server.dialects.requests import (
     Some,
     TextInput,
 )
-from cenote.server.dialects.vectors import TypedFields
-from cenote.server.encoding import foreign_response, json_response, vectors_response, with_data
-from cenote.server.routes import Dialect, Route
-from cenote.server.serving import request_id
+from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import PLUGIN
-from cenote.types import PoolingParams
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.core import Output, Sequence
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Classes
-    from cenote.server.dialects.vectors import Form
+    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
-    from cenote.service import Service
-    from cenote.types import Output, Sequence
+    from cenote.server.wire.vectors import Form
 
 log = logging.getLogger(__name__)
 

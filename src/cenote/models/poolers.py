@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cenote.core import PoolingParams
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.classifiers import Classifier
     from cenote.tensors.packing import Batch, Place
     from cenote.tensors.pooling import Clustering
-    from cenote.types import PoolingParams
 
 Activation = Literal["softmax", "sigmoid", "none"]
 

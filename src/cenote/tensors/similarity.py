@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from cenote.types import Similarity
+    from cenote.core import Similarity
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
     Floats = np.ndarray[Any, np.dtype[Any]]

@@ -226,7 +226,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """How a model's embeddings are compared, by their kind; see `cenote.tensors.scoring`.
+    """How a model's embeddings are compared, by their kind; see `cenote.tensors.similarity`.
 
     Attributes:
         vectors: "cosine", "dot", "euclidean" or "manhattan".

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
+    from cenote.core import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
     from cenote.pipeline.plugins import Plugin
     from cenote.pipeline.rendering import Prompt, Renderer, TextOptions
     from cenote.tensors.quantize import Ranges
-    from cenote.types import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
 
 
 @dataclass(frozen=True)

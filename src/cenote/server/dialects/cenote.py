@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cenote.pipeline import operations
-from cenote.server.dialects import answers
-from cenote.server.dialects.requests import Many, Shared, Some
-from cenote.server.encoding import json_response, with_data
 from cenote.server.routes import Dialect, Route
+from cenote.server.wire import answers
+from cenote.server.wire.encoding import json_response, with_data
+from cenote.server.wire.fields import Many, Shared, Some
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
+from cenote.core import LateChunkingParams
 from cenote.errors import BadRequest
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.pipeline.rendering import ChatOptions, TextOptions
-from cenote.server.encoding import EmbedDType, EncodingFormat, Endianness
-from cenote.types import LateChunkingParams
+from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]

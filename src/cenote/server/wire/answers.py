@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from cenote.core import Output, Sequence
+    from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Applied
     from cenote.pipeline.rendering import TextOptions
-    from cenote.server.dialects.requests import Inputs, Shared
     from cenote.server.serving import Serving
-    from cenote.service import Service
-    from cenote.types import Output, Sequence
+    from cenote.server.wire.fields import Inputs, Shared
 
 
 def head(

@@ -9,15 +9,15 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.errors import BadRequest
-from cenote.server.dialects.requests import KINDS, Many, PoolingFields
-from cenote.server.encoding import VECTOR_TYPES, VectorType, typed, typed_values
+from cenote.server.wire.encoding import VECTOR_TYPES, VectorType, typed, typed_values
+from cenote.server.wire.fields import KINDS, Many, PoolingFields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from cenote.service import Service
+    from cenote.core import PoolingParams
+    from cenote.pipeline.pipeline import Service
     from cenote.tensors.quantize import Array, Ranges
-    from cenote.types import PoolingParams
 
     Form = Callable[[Sequence[Array]], list[Any]]
     """Vectors of one length to what stands for each in the answer."""
