@@ -33,11 +33,12 @@ test-rest: $(VENV)/.dev
 # The whole test suite.
 test-all: test test-rest
 
-# Lint, formatting, types.
+# Lint, formatting, types, and how much a reader must hold in mind.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python checks/reading.py
 
 # Embedding, forwards, fewer bits, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
