@@ -1,0 +1,189 @@
+"""One way for each thing: options refused in the same words everywhere, additions that touch the places named here."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from cenote import LLM
+from cenote.cli import main
+from cenote.config import ServerConfig
+from cenote.engine.fake import FakeEngine
+from cenote.errors import ConfigError
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.rendering import Renderer
+from cenote.server.app import DIALECTS, build
+from cenote.tasks import TASKS
+from tests.conftest import INFO
+from tests.test_layers import MODULES, name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "an unknown option": ({"max_model_length": 8}, ["--max-model-length", "8"]),
+    "a dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
+    "a runner": ({"runner": "generate"}, ["--runner", "generate"]),
+    "a limit": ({"max_model_len": 0}, ["--max-model-len", "0"]),
+    "a number": ({"max_num_seqs": "many"}, ["--max-num-seqs", "many"]),
+    "an older task": ({"task": "encode"}, ["--task", "encode"]),
+    "a conversion against a task": (
+        {"task": "embed", "convert": "classify"},
+        ["--task", "embed", "--convert", "classify"],
+    ),
+    "two devices": ({"tensor_parallel_size": "2"}, ["--tensor-parallel-size", "2"]),
+    "a pooling type": ({"pooler_config": '{"pooling_type": "MOST"}'}, ["--pooler-config", '{"pooling_type": "MOST"}']),
+    "a renamed field": ({"pooler_config": '{"normalize": true}'}, ["--pooler-config", '{"normalize": true}']),
+    "no JSON": ({"pooler_config": "{"}, ["--pooler-config", "{"]),
+    "a missing folder": ({"model": "/nowhere/at/all"}, ["--model", "/nowhere/at/all"]),
+}
+
+
+@pytest.mark.parametrize(("options", "flags"), BAD.values(), ids=BAD)
+def test_bad_options_are_refused_in_the_same_words(
+    options: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        LLM(**options)
+    assert main(["serve", "--port", "0", *flags]) == 2
+    told = capsys.readouterr().err.splitlines()[-1].removeprefix("cenote: ")
+    if "option" in options or options.keys() == {"max_model_length"}:  # a flag is spelled as a flag
+        assert (str(refused.value), told) == (
+            "unknown option 'max_model_length'; did you mean 'max_model_len'?",
+            "unknown flag '--max-model-length'; did you mean '--max-model-len'?",
+        )
+    else:
+        assert str(refused.value) == told
+    assert isinstance(refused.value, ConfigError) or "folder" in told
+
+
+PACKAGE = {
+    "tasks.py": """
+from cenote.tasks import TASKS, Task
+
+TASKS["length"] = Task("length", "sequence", (), "the number of tokens [1] of each input")
+""",
+    "operations.py": """
+from cenote.core import PoolingParams
+from cenote.pipeline import operations
+
+
+def lengths(service, prompts, options):
+    job = operations.encode(service, prompts, "length", PoolingParams(), options)
+    return job.then(lambda outputs: [int(output.data[0]) for output in outputs])
+""",
+    "dialect.py": """
+from cenote.server.routes import Dialect, Route
+from cenote.server.wire.encoding import json_response
+from cenote.server.wire.fields import Many, Shared
+
+from additions.operations import lengths
+
+
+class LengthRequest(Shared):
+    texts: Many[str]
+
+
+async def length(serving, request, body):
+    service = serving.find(body.model)
+
+    def make():
+        return lengths(service, body.texts, body.text_options()).then(lambda counts: json_response({"lengths": counts}))
+
+    return await serving.answer(request, service, body, make)
+
+
+DIALECT = Dialect("Lengths", (Route("/lengths", length, LengthRequest),), lambda fault: {"no": fault.message})
+""",
+}
+"""A task is a row, an operation and a route; a dialect is a file."""
+
+
+@pytest.fixture
+def additions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with a task and a dialect of its own; it is gone after the test."""
+    folder = tmp_path / "additions"
+    folder.mkdir()
+    for file, text in {"__init__.py": "", **PACKAGE}.items():
+        (folder / file).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    TASKS.pop("length", None)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "additions"]:
+        del sys.modules[module]
+
+
+class Counting(FakeEngine):
+    """Answers the task of the package: how many ids a sequence has."""
+
+    def _row(self, sequence: Any) -> Any:
+        import numpy as np
+
+        return np.array([len(sequence)], np.float32) if sequence.task == "length" else super()._row(sequence)
+
+
+@pytest.mark.usefixtures("additions")
+def test_a_task_and_a_dialect_are_added_from_outside(tokenizer: PreTrainedTokenizerBase) -> None:
+    from dataclasses import replace
+
+    import_module("additions.tasks")
+    dialect = import_module("additions.dialect").DIALECT
+    info = replace(INFO, tasks=(*INFO.tasks, "length"))
+    service = Service(Counting(info), Renderer(tokenizer, info), ("fake",))
+    client = TestClient(build([service], ServerConfig(), (*DIALECTS, dialect)))
+    assert client.post("/lengths", json={"texts": ["one", "one two"]}).json() == {"lengths": [3, 4]}
+    refused = client.post("/lengths", json={"texts": ["one"], "model": "other"})
+    assert (refused.status_code, refused.json()) == (404, {"no": "The model `other` does not exist."})
+    pooled = client.post("/pooling", json={"input": "one", "task": "length"})
+    assert pooled.json()["data"][0]["data"] == [3.0], "and the task is offered by the routes that take any"
+
+
+def test_random_ids_are_drawn_in_one_module() -> None:
+    draws = re.compile(r"\b(?:randint|randperm|default_rng|torch\.Generator|multinomial)\(")
+    drawing = {name(path) for path in MODULES if draws.search(path.read_text())}
+    assert {module for module in drawing if module.startswith("models.")} == {"models.probe"}
+
+
+def test_no_list_is_created_empty_and_filled_in_a_closure() -> None:
+    """An answer that a closure leaves in a list of its surroundings is what a `Job` is for."""
+    faults = []
+    for path in MODULES:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                faults += [f"{name(path)}: {function.name} fills {filled}" for filled in _filled_in_closures(function)]
+    assert not faults
+
+
+def test_such_a_list_would_be_found() -> None:
+    code = "def f():\n  kept = []\n  def g():\n    kept.append(1)\n  return g, kept"
+    (function,) = ast.parse(code).body
+    assert _filled_in_closures(function) == {"kept"}  # type: ignore[arg-type]
+
+
+def _filled_in_closures(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Return the names of lists that `function` creates empty and one of its inner functions appends to."""
+    empty: set[str] = set()
+    for statement in function.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        value = getattr(statement, "value", None)
+        if isinstance(value, ast.List) and not value.elts:
+            empty |= {target.id for target in targets if isinstance(target, ast.Name)}
+    inner = [
+        node for node in ast.walk(function) if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node is not function
+    ]
+    calls = [call for node in inner for call in ast.walk(node) if isinstance(call, ast.Call)]
+    methods = [call.func for call in calls if isinstance(call.func, ast.Attribute)]
+    return {
+        method.value.id
+        for method in methods
+        if method.attr in ("append", "extend") and isinstance(method.value, ast.Name) and method.value.id in empty
+    }
