@@ -312,9 +312,27 @@ def test_what_comes_alone_runs_on_all_threads_and_nothing_beside_it() -> None:
     for future, length in zip([alone, *later], (7, 8, 9), strict=True):
         check(future, texts(length))
     assert sorted(model.seen[1:]) == [(2, [8]), (2, [9])]
-    check(engine.submit(texts(5)), texts(5))
-    assert model.seen[-1] == (4, [5])
+    check(engine.submit(texts(1)), texts(1))
+    assert model.seen[-1] == (4, [1])
     engine.close()
+
+
+def test_what_comes_alone_runs_on_a_part_of_the_threads_where_that_is_faster() -> None:
+    slow = threading.Event()  # never set: waiting for it takes its time whatever else the machine does
+
+    def before(_: Seq[Sequence]) -> None:
+        if torch.get_num_threads() == 4:
+            slow.wait(0.2)
+
+    model = Streamed(before)
+    engine = LocalEngine(model, threads=4)
+    for _ in range(12):
+        check(engine.submit(texts(5)), texts(5))
+        while engine._busy:  # else the next one does not come alone
+            time.sleep(0.001)
+    engine.close()
+    assert [threads for threads, _ in model.seen[:2]] == [4, 2], "both ways are tried"
+    assert [threads for threads, _ in model.seen[2:]] == [2] * 10
 
 
 def test_one_stream_goes_on_while_another_is_busy() -> None:

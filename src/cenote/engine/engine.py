@@ -3,8 +3,8 @@
 Callers submit from any thread. A device thread asks the scheduler for a batch when it can take one; no request waits
 for a timer. On a GPU there is one, and it launches the next batch while the last one runs. On a CPU there are several
 *streams*, each with its part of the cores: two forwards side by side waste less of them than one on all does, between
-its layers. Only what comes alone runs on all of them. A batch that runs out of memory is split and tried again; any
-other failure fails the requests of that batch only.
+its layers. Only what comes alone may run on all of them, where that has been faster of late (`cenote.engine.lone`). A
+batch that runs out of memory is split and tried again; any other failure fails the requests of that batch only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cenote import metrics
 from cenote.core import ModelInfo, Output, Sequence
+from cenote.engine.lone import Lone
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
 from cenote.tensors.packing import common_prefix
@@ -136,6 +137,7 @@ class _Stream:
         threads: CPU threads of its forwards; `None` = torch's.
         is_wide: it runs what comes alone, on all cores, and nothing runs beside it.
         woken: tells it that it may find work.
+        lone: tokens of a sequence that it took while nothing else ran, and when; `None` = it runs something else.
     """
 
     def __init__(self, number: int, threads: int | None, lock: threading.RLock, *, is_wide: bool = False) -> None:
@@ -143,6 +145,7 @@ class _Stream:
         self.threads = threads
         self.is_wide = is_wide
         self.woken = threading.Condition(lock)
+        self.lone: tuple[int, float] | None = None
 
 
 class LocalEngine:
@@ -186,6 +189,7 @@ class LocalEngine:
             self.max_batch_tokens, max_batch_sequences, streams=self.info.streams
         )
         self._busy: set[_Stream] = set()
+        self._lone = Lone()
         self._closing = False
         self._dead: BaseException | None = None
         self._last_failed = False
@@ -297,6 +301,7 @@ class LocalEngine:
         if wait:
             with self._lock:
                 self._worked_until = time.monotonic()
+                self._note_lone(stream)
                 self._busy.discard(stream)
                 self._scheduler.done(stream.number)
         while True:
@@ -305,6 +310,8 @@ class LocalEngine:
                     metrics.sequences_of("dropped").inc(dropped)
                 batch = self._scheduler.next_batch(stream.number) if self._may_take(stream) else []
                 if batch:
+                    is_lone = len(batch) == 1 and not self._busy
+                    stream.lone = (len(batch[0]), time.monotonic()) if is_lone else None
                     self._busy.add(stream)
                     self._untidy_since = self._untidy_since or time.monotonic()
                 self._wake()  # for what is left
@@ -316,12 +323,20 @@ class LocalEngine:
             if is_pause:
                 release_freed_memory()
 
+    def _note_lone(self, stream: _Stream) -> None:
+        """Remember how long a sequence took that came alone and stayed so."""
+        if stream.lone is not None and self._busy == {stream}:
+            tokens, began = stream.lone
+            self._lone.note(tokens, is_wide=stream.is_wide, seconds=self._worked_until - began)
+        stream.lone = None
+
     def _may_take(self, stream: _Stream) -> bool:
         """Whether what waits is for `stream`: the wide one, if there is one, runs what is alone."""
         if any(other.is_wide for other in self._busy):
             return False
         is_alone = not self._busy and self._scheduler.depth == 1
-        return stream.is_wide == (is_alone and self._streams[-1].is_wide)
+        has_wide = self._streams[-1].is_wide
+        return stream.is_wide == (is_alone and has_wide and self._lone.is_wide(self._scheduler.tokens))
 
     def _wake(self) -> None:
         """Tell a stream of work that it may take; when closing, all that they may have to end."""
