@@ -153,7 +153,7 @@ class PairRenderer:
         sides = list(dict.fromkeys(text for pair in pairs for text in pair))
         found = self._renderer.encodings(sides, add_special_tokens=False)
         if found is None:
-            return [Text(ids, types) for ids, types in self._renderer.pair_ids(pairs, options)]
+            return self._renderer.tokenize_pairs(pairs, options)
         known = dict(zip(sides, found, strict=True))
         return [self._join(known[query], known[document], options) for query, document in pairs]
 
