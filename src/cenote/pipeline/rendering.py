@@ -549,6 +549,11 @@ def is_ids(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt)
 
 
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a non-negative integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _prepare(backend: Tokenizer, *, lowercase: bool) -> None:
     """Switch truncation and padding off, and lower-casing on."""
     backend.no_truncation()
