@@ -7,7 +7,9 @@ and adapters differently too. This module matches them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from cenote.core import plain_name
@@ -134,20 +136,28 @@ class Prompts:
         """Return the name of the prompt called `name`; in a model with adapters, in any spelling."""
         if name in self.named:
             return name
-        return _respelled(name, self.named) if self.adapters else None
+        return self._prompt_names.get(plain_name(name)) if self.adapters else None
 
     def _adapter(self, name: str) -> str | None:
         """Return the adapter called `name`, or that of the side which a prompt of this name is for."""
-        adapter = _respelled(name, self.adapters)
-        role = ROLES.get(plain_name(name))
+        plain = plain_name(name)
+        adapter = self._adapters.get(plain)
+        role = ROLES.get(plain)
         if adapter is None and role is not None and name in self.named:
             return self._adapter_of(role)
         return adapter
 
     def _adapter_of(self, role: Role) -> str | None:
-        names = (*SPELLINGS[role], BOTH_SIDES)
-        adapters = (_respelled(name, self.adapters) for name in names)
-        return next(filter(None, adapters), None)
+        names = map(plain_name, (*SPELLINGS[role], BOTH_SIDES))
+        return next(filter(None, map(self._adapters.get, names)), None)
+
+    @cached_property
+    def _prompt_names(self) -> dict[str, str]:
+        return _by_spelling(self.named)
+
+    @cached_property
+    def _adapters(self) -> dict[str, str]:
+        return _by_spelling(self.adapters)
 
     def _supported(self) -> str:
         sides = SPELLINGS if self.two_sided else ()
@@ -157,11 +167,13 @@ class Prompts:
         return f"Supported values: {', '.join(names)}"
 
 
-def _respelled(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that differs from `name` in spelling alone, or is another name of the same task."""
-    spellings = {plain_name(spelling): spelling for spelling in names}
-    plain = plain_name(name)
-    return spellings.get(plain) or spellings.get(SAME_TASK.get(plain, ""))
+def _by_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Return `names` by their plain spelling, and by that of other names of the same task."""
+    table = {plain_name(name): name for name in names}
+    for task, other in SAME_TASK.items():
+        if other in table:
+            table.setdefault(task, table[other])
+    return table
 
 
 @dataclass(frozen=True)
@@ -197,15 +209,13 @@ class Sides:
             length = self.fill_to
         return None if length is None else min(maximum, length)
 
-    def filled(self, ids: list[int], role: Role | None) -> tuple[list[int], int]:
-        """Return `ids` with the tokens that fill a query up, and how many of these no token attends to."""
-        missing = self.fill_to - len(ids)
-        if role != "query" or missing <= 0:
-            return ids, 0
+    def fill(self, length: int, role: Role | None) -> tuple[list[int], int]:
+        """Return the tokens that fill up an input of `length` tokens, and how many of them no token attends to."""
+        missing = max(0, self.fill_to - length) if role == "query" else 0
         hidden = 0 if self.attend else missing
-        return [*ids, *[self.fill_id] * missing], hidden
+        return [self.fill_id] * missing, hidden
 
-    def kept(self, ids: list[int], role: Role | None) -> tuple[int, ...] | None:
+    def kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
         """Return the places of the tokens whose rows are returned; `None` = all."""
         side = role or "document"
         if side not in self.skipped_of or self.skipped.isdisjoint(ids):

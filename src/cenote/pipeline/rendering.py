@@ -96,6 +96,11 @@ class Text(NamedTuple):
         types = self.type_ids
         return Text(self.ids[kept], None if types is None else types[kept])
 
+    def extended(self, ids: Ids) -> Text:
+        """Return the text with further tokens, of type 0."""
+        types = self.type_ids
+        return Text([*self.ids, *ids], None if types is None else [*types, *[0] * len(ids)])
+
 
 class Renderer:
     """Renders the inputs of one model.
@@ -188,10 +193,8 @@ class Renderer:
         """Return `sequence` in the form of its side: queries filled up, skipped tokens marked."""
         if self._sides is None:
             return sequence
-        ids, hidden = self._sides.filled(list(sequence.ids), role)
-        types = sequence.type_ids
-        if types is not None:
-            types = [*types, *[0] * (len(ids) - len(types))]
+        fill, hidden = self._sides.fill(len(sequence.ids), role)
+        ids, types = Text(sequence.ids, sequence.type_ids).extended(fill)
         clusters = self._sides.clusters(role)
         keep = self._sides.kept(ids, role)
         return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=keep, clusters=clusters)
@@ -474,15 +477,9 @@ class Renderer:
         if not options.pad:
             return text
         room = limit if limit < UNLIMITED else self.info.max_model_len
-        return self._padded(text, options.truncate or room)
-
-    def _padded(self, text: Text, length: int) -> Text:
-        missing = length - len(text.ids)
+        missing = (options.truncate or room) - len(text.ids)
         pad = self.tokenizer.pad_token_id or 0
-        types = text.type_ids
-        if types is not None:
-            types = [*types, *[0] * missing]
-        return Text([*text.ids, *[pad] * missing], types)
+        return text.extended([pad] * missing)
 
     def _sliced(self, text: Text, options: TextOptions) -> Text:
         """Return `text` without finished ids beyond `options.truncate`."""
