@@ -45,7 +45,7 @@ metrics.cache_bytes.set_function(lambda: sum(engine._store.bytes for engine in [
 
 @cache
 def _fields(kind: type) -> tuple[Field[Any], ...]:
-    """The fields of a dataclass; none of any other type."""
+    """Return the fields of a dataclass, and none for any other type."""
     return fields(kind) if is_dataclass(kind) else ()
 
 
@@ -332,7 +332,7 @@ class CachedEngine:
         return entries
 
     def _fail(self, flight: _Flight, error: Exception) -> None:
-        """Fail the requests of a flight that certainly have a part in its error; let the others try again."""
+        """Fail the requests that certainly have a part in a flight's error; compute outputs of the others again."""
         for request, places in self._detach(flight).items():
             if request is flight.owner or len(flight.keys) == 1:
                 request.fail(error)
@@ -360,7 +360,7 @@ class CachedEngine:
         return waiters
 
     def _leave(self, gone: weakref.ref[_Request], _: Future[list[Output]]) -> None:
-        """Cancel the flights that only a request waits for which was cancelled or failed."""
+        """Cancel the flights that only one request waits for, if it was cancelled or has failed."""
         request = gone()
         if request is None or not request.left:
             return

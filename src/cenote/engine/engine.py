@@ -191,7 +191,7 @@ class LocalEngine:
         release_threads()  # those with which this thread has loaded the model
 
     def _started(self) -> list[threading.Thread]:
-        """Start the device threads, and leave torch's number of threads for others as it was."""
+        """Start the device threads; torch's number of CPU threads stays the same for other threads."""
         began = threading.Barrier(len(self._streams) + 1)
         threads = [
             threading.Thread(target=self._work, args=(stream, began), name="cenote-device", daemon=True)
