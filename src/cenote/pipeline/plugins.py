@@ -251,7 +251,7 @@ def _find(name: str) -> type:
     if kind is None:
         raise ConfigError(f"the plugin {name!r} declines to be loaded")
     if not isinstance(kind, type):
-        raise ConfigError(f"the plugin {name!r} is no class but {kind!r}")
+        raise ConfigError(f"the plugin {name!r} must be a class, got {kind!r}")
     missing = [part for part in ("pre_process", "post_process") if _method(kind, part, f"{part}_async") is None]
     if missing:
         raise ConfigError(f"the plugin {name!r}: {kind.__name__} has no {' and no '.join(missing)}")

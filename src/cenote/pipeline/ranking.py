@@ -186,6 +186,6 @@ def reward_task(info: ModelInfo) -> tuple[str, bool]:
     if not info.reward:
         labels = f"; it has {info.num_labels} labels, and a reward has one" if info.num_labels else ""
         raise TaskNotOffered(
-            f"{info.name} is no reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
+            f"{info.name} is not a reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
         )
     return info.reward, info.activates_reward

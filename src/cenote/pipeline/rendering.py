@@ -521,7 +521,7 @@ class Renderer:
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(params, name) is not None and not self.info.step:
                 raise BadRequest(
-                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is none",
+                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is not one",
                     param=name,
                 )
         if params.step_tag_id is not None:
