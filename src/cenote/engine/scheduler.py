@@ -8,9 +8,9 @@ is cheap to run.
 Where several batches run at a time, in *streams*, waiting tokens are dealt out evenly among the free streams.
 
 A request that fills more than a few batches is bulk. As long as other requests come beside it, one stream is reserved
-for them, or every other batch of a single stream; bulk batches that remain in their way are short. Otherwise every
-batch contains the head of the turn: a sequence waits for no more than twice as many batches as there are sequences
-before it and requests beside it.
+for them, or every other batch of a single stream; other batches of bulk are short where requests would wait for them.
+Otherwise every batch contains the head of the turn: a sequence waits for no more than twice as many batches as there
+are sequences before it and requests beside it.
 
 Requests of a lower priority number have their turn first; one that `MOST_PASSED` batches in a row have left out has it
 before all others, whatever its number.
