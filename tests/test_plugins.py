@@ -346,7 +346,7 @@ def test_the_config_names_one_and_the_option_wins(renderer: Renderer) -> None:
 
 START: dict[str, tuple[str, str]] = {
     "declines": ("declines", "the plugin 'mine' declines to be loaded"),
-    "no class": ("number", "the plugin 'mine' is no class but 5"),
+    "no class": ("number", "the plugin 'mine' must be a class, got 5"),
     "half a class": ("Half", "the plugin 'mine': Half has no post_process"),
     "wrong class": ("Neither", "the plugin 'mine': Neither has no pre_process and no post_process"),
     "entry falls": ("falls", "cannot load the plugin 'mine': RuntimeError: boom"),

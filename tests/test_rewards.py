@@ -505,12 +505,12 @@ def test_calibration_without_a_head_is_refused(tmp_path: Path, name: str) -> Non
 
 def test_models_that_give_no_reward(tmp_path: Path) -> None:
     with LLM(model=str(checkpoints.bert(tmp_path / "bert"))) as llm:
-        with pytest.raises(TaskNotOffered, match="is no reward model. It offers: embed, token_embed"):
+        with pytest.raises(TaskNotOffered, match="is not a reward model. It offers: embed, token_embed"):
             llm.reward("a")
         with pytest.raises(TaskNotOffered, match="`reward` task was removed; use `classify`"):
             llm.encode("a", pooling_task="reward")
     three = checkpoints.classifier(tmp_path / "three", num_labels=3)
-    sentence = "is no reward model; it has 3 labels, and a reward has one. It offers: classify"
+    sentence = "is not a reward model; it has 3 labels, and a reward has one. It offers: classify"
     with LLM(model=str(three)) as llm, pytest.raises(TaskNotOffered, match=sentence):
         llm.reward("a")
 
@@ -526,7 +526,7 @@ def test_a_reward_model_without_a_head_gives_its_states(tmp_path: Path) -> None:
 def test_converted_to_embed(prm: Path) -> None:
     with LLM(model=str(prm), convert="embed") as llm:
         assert llm.info.tasks == ("embed", "token_embed")
-        with pytest.raises(TaskNotOffered, match="is no reward model"):
+        with pytest.raises(TaskNotOffered, match="is not a reward model"):
             llm.reward("a")
 
 

@@ -22,7 +22,7 @@ class Request:
 
 @dataclass(eq=False)
 class Piece:
-    job: Request
+    request: Request
     length: int
     number: int = field(default=0)
 
@@ -51,7 +51,7 @@ def test_everything_runs_once_within_the_budgets(
     scheduler: Scheduler[Piece] = Scheduler(max_tokens, max_sequences, look_ahead, streams=4)
     added = [pieces(Request(), one) for one in lengths]
     for items in added:
-        scheduler.add(items[0].job, items)
+        scheduler.add(items[0].request, items)
     assert scheduler.depth == sum(map(len, lengths))
     assert scheduler.tokens == sum(map(sum, lengths))
     batches = [batch for stream in order if (batch := scheduler.next_batch(stream))]
@@ -79,7 +79,8 @@ def test_a_common_beginning_counts_once_in_a_batch(
     assert sorted(len(item) for batch in batches for item in batch) == sorted(n for one in lengths for n in one)
     assert scheduler.tokens == 0
     for batch in batches:
-        repeated = sum(item.job.shared for item in batch) - sum(job.shared for job in {item.job for item in batch})
+        requests = {item.request for item in batch}
+        repeated = sum(item.request.shared for item in batch) - sum(request.shared for request in requests)
         assert sum(map(len, batch)) - repeated <= max_tokens or len(batch) == 1
 
 
@@ -110,18 +111,18 @@ def test_every_batch_takes_the_oldest_of_the_request_whose_turn_it_is(lengths: l
     left = {}
     for one in lengths:
         items = pieces(Request(), one)
-        scheduler.add(items[0].job, items)
-        left[items[0].job] = items
+        scheduler.add(items[0].request, items)
+        left[items[0].request] = items
     waits = dict.fromkeys(left, 0)
     while batch := scheduler.next_batch():
-        served = {item.job for item in batch}
-        assert batch[0] is left[batch[0].job][0]
-        for job in [*left]:
-            left[job] = [item for item in left[job] if item not in batch]
-            waits[job] = 0 if job in served else waits[job] + 1
-            assert waits[job] < 2 * len(lengths)
-            if not left[job]:
-                del left[job]
+        served = {item.request for item in batch}
+        assert batch[0] is left[batch[0].request][0]
+        for request in [*left]:
+            left[request] = [item for item in left[request] if item not in batch]
+            waits[request] = 0 if request in served else waits[request] + 1
+            assert waits[request] < 2 * len(lengths)
+            if not left[request]:
+                del left[request]
 
 
 def test_a_bulk_request_does_not_delay_a_small_one() -> None:
@@ -131,7 +132,7 @@ def test_a_bulk_request_does_not_delay_a_small_one() -> None:
     scheduler.next_batch()
     small = Request()
     scheduler.add(small, pieces(small, [12]))
-    assert small in {item.job for item in scheduler.next_batch()}
+    assert small in {item.request for item in scheduler.next_batch()}
 
 
 def test_bulk_that_others_come_beside_runs_in_short_batches_and_lets_them_pass() -> None:
@@ -142,11 +143,11 @@ def test_bulk_that_others_come_beside_runs_in_short_batches_and_lets_them_pass()
     for _ in range(3):
         first, second = Request(), Request()
         scheduler.add(first, pieces(first, [12]))
-        assert [item.job for item in scheduler.next_batch()] == [first], "nothing of the bulk beside it"
+        assert [item.request for item in scheduler.next_batch()] == [first], "nothing of the bulk beside it"
         scheduler.add(second, pieces(second, [12]))
         own, *rest = sorted(scheduler.next_batch(), key=len)
-        assert own.job is second
-        assert [item.job for item in rest] == [bulk], "but not twice without the bulk: 12 + 100 of 200 tokens"
+        assert own.request is second
+        assert [item.request for item in rest] == [bulk], "but not twice without the bulk: 12 + 100 of 200 tokens"
     sizes = [len(scheduler.next_batch()) for _ in range(80)]
     assert sizes[:10] == [2] * 10, "somebody else may come again"
     assert sizes[-10:] == [16] * 10, "nobody came"
@@ -193,7 +194,7 @@ def test_cancelled_requests_cost_nothing(lengths: list[list[int]], cancelled: in
         scheduler.add(request, pieces(request, one))
     requests[cancelled % len(requests)].gone = True
     ran = [item for batch in drain(scheduler) for item in batch]
-    assert not any(item.job.gone for item in ran)
+    assert not any(item.request.gone for item in ran)
     assert len(ran) == sum(map(len, lengths)) - len(lengths[cancelled % len(requests)])
     assert scheduler.depth == scheduler.tokens == 0
 
@@ -238,7 +239,7 @@ def test_bulk_leaves_one_stream_to_those_who_come_beside_it() -> None:
     query = Request()
     for stream in (1, 1, 0):
         scheduler.add(query, pieces(query, [12]))
-        assert [item.job for item in scheduler.next_batch(stream)] == [query], (
+        assert [item.request for item in scheduler.next_batch(stream)] == [query], (
             "at once, and nothing of the bulk beside it"
         )
         if stream == 1:
@@ -271,7 +272,7 @@ def test_lower_priorities_run_first() -> None:
     requests = [Request(priority=p) for p in (5, -1, 0)]
     for request in requests:
         scheduler.add(request, pieces(request, [50, 50, 50]))
-    order = [item.job.priority for batch in drain(scheduler) for item in batch]
+    order = [item.request.priority for batch in drain(scheduler) for item in batch]
     assert order == [-1, -1, -1, 0, 0, 0, 5, 5, 5]
 
 
@@ -280,7 +281,7 @@ def test_room_that_a_priority_leaves_is_the_next_one_s() -> None:
     urgent, patient = Request(priority=0), Request(priority=1)
     scheduler.add(patient, pieces(patient, [30] * 4))
     scheduler.add(urgent, pieces(urgent, [30]))
-    assert [item.job for item in scheduler.next_batch()] == [urgent, patient, patient]
+    assert [item.request for item in scheduler.next_batch()] == [urgent, patient, patient]
 
 
 def test_a_patient_request_is_not_left_out_for_ever() -> None:
@@ -291,7 +292,7 @@ def test_a_patient_request_is_not_left_out_for_ever() -> None:
     for _ in range(2 * MOST_PASSED + 3):
         urgent = Request(priority=0)
         scheduler.add(urgent, pieces(urgent, [100]))
-        ran += [item.job is patient for item in scheduler.next_batch()]
+        ran += [item.request is patient for item in scheduler.next_batch()]
     assert [i for i, is_patient in enumerate(ran) if is_patient] == [MOST_PASSED, 2 * MOST_PASSED + 1]
 
 

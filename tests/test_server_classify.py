@@ -328,7 +328,7 @@ def only(task: str, offered: str, given: str) -> str:
 VECTORS, CLASSES = "['dimensions', 'use_activation']", "['use_activation']"
 TOKENS = "['dimensions', 'use_activation', 'late_chunking_params']"
 STEPS = "['use_activation', 'step_tag_id', 'returned_token_ids']"
-NO_STEPS = "{} is for process reward models (pooling type STEP); fake is none"
+NO_STEPS = "{} is for process reward models (pooling type STEP); fake is not one"
 
 
 @pytest.mark.parametrize(

@@ -299,10 +299,10 @@ def test_a_trusted_request_brings_its_own_template(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (INFO, "fake is no reward model. It offers: embed, token_embed"),
+        (INFO, "fake is not a reward model. It offers: embed, token_embed"),
         (
             CLASSIFIER,
-            "fake is no reward model; it has 3 labels, and a reward has one. It offers: classify, token_classify, "
+            "fake is not a reward model; it has 3 labels, and a reward has one. It offers: classify, token_classify, "
             "embed, token_embed",
         ),
     ],

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cenote.core import Output, Sequence
+from cenote.engine.promise import Promise
 from cenote.errors import TooLong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
+    from concurrent.futures import Future
 
     from cenote.core import Engine
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
-log = logging.getLogger(__name__)
-
 UNIT_TOLERANCE = 1e-2
-"""By how much the length of a vector that counts as normalised may differ from 1."""
+"""Maximum deviation from length 1 of vectors that count as normalised."""
 
 
 def split(sequences: Seq[Sequence], limit: int) -> tuple[list[Sequence], list[range]]:
@@ -33,7 +32,7 @@ def split(sequences: Seq[Sequence], limit: int) -> tuple[list[Sequence], list[ra
     The tokens that pooling skips are the first ones of the input. Blocks of nothing else are left out.
 
     Returns:
-        The blocks of all sequences, and for each sequence which of them are its own.
+        The blocks of all sequences, and the range of blocks of each sequence.
 
     Raises:
         TooLong: a sequence is too long, and its result is more than a vector.
@@ -41,26 +40,30 @@ def split(sequences: Seq[Sequence], limit: int) -> tuple[list[Sequence], list[ra
     parts: list[Sequence] = []
     groups: list[range] = []
     for sequence in sequences:
-        begin, length = len(parts), len(sequence)
-        if length <= limit:
+        begin = len(parts)
+        if len(sequence) <= limit:
             parts.append(sequence)
         else:
-            if sequence.task != "embed" or sequence.also or sequence.hidden:
-                raise TooLong(
-                    f"This model reads at most {limit} tokens at once, and the prompt contains {length}. Only the task "
-                    "'embed' alone takes longer ones, without a query's expansion; "
-                    f"got {[sequence.task, *sequence.also]}.",
-                    param="input_tokens",
-                )
-            last = (length - 1) // limit
-            for start in range(min(sequence.skip // limit, last) * limit, length, limit):
-                parts.append(_block(sequence, start, min(start + limit, length)))
+            parts += _blocks(sequence, limit)
         groups.append(range(begin, len(parts)))
     return parts, groups
 
 
+def _blocks(sequence: Sequence, limit: int) -> list[Sequence]:
+    length = len(sequence)
+    if sequence.task != "embed" or sequence.also or sequence.hidden:
+        raise TooLong(
+            f"This model reads at most {limit} tokens at once, and the prompt contains {length}. Only the task "
+            f"'embed' alone takes longer ones, without a query's expansion; got {[sequence.task, *sequence.also]}.",
+            param="input_tokens",
+        )
+    last = (length - 1) // limit
+    first = min(sequence.skip // limit, last)
+    return [_block(sequence, start, min(start + limit, length)) for start in range(first * limit, length, limit)]
+
+
 def _block(sequence: Sequence, start: int, end: int) -> Sequence:
-    """Tokens `start` to `end` of a sequence."""
+    """Return tokens `start` to `end` of a sequence."""
     types = sequence.type_ids
     return replace(
         sequence,
@@ -72,13 +75,13 @@ def _block(sequence: Sequence, start: int, end: int) -> Sequence:
 
 
 def merge(outputs: Seq[Output], parts: Seq[Sequence], groups: Seq[range], *, use_activation: bool) -> list[Output]:
-    """One output for each of `groups`: the mean of its blocks' vectors, weighted by their tokens, in float32.
+    """Return one output for each of `groups`: the mean of its blocks' vectors, weighted by their tokens, in float32.
 
     Tokens that pooling skips do not count. A mean of unit vectors is scaled to length 1 again, where the activation
     is on.
 
     Args:
-        outputs: of `parts`.
+        outputs: outputs of `parts`.
         parts: see `split`.
         groups: see `split`.
         use_activation: default of that request parameter.
@@ -90,8 +93,8 @@ def merge(outputs: Seq[Output], parts: Seq[Sequence], groups: Seq[range], *, use
             continue
         activate = parts[group[0]].params.use_activation
         weights = [len(parts[i]) - parts[i].skip for i in group]
-        is_on = use_activation if activate is None else activate
-        merged.append(Output(_mean([outputs[i].data for i in group], weights, normalize=is_on)))
+        normalize = use_activation if activate is None else activate
+        merged.append(Output(_mean([outputs[i].data for i in group], weights, normalize=normalize)))
     return merged
 
 
@@ -105,10 +108,10 @@ def _mean(vectors: list[Array], weights: list[int], *, normalize: bool) -> Array
 
 
 class ChunkedEngine:
-    """Answers sequences of `embed` of any length from blocks that `engine` can run.
+    """An engine for sequences of `embed` of any length, which another one runs in blocks.
 
     Args:
-        engine: what runs the blocks.
+        engine: runs the blocks.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -123,30 +126,26 @@ class ChunkedEngine:
         if all(len(sequence) <= limit for sequence in sequences):
             return self._engine.submit(sequences, progress=progress)
         parts, groups = split(sequences, limit)
-        outer: Future[list[Output]] = Future()
+        promise: Promise[list[Output]] = Promise()
         inner = self._engine.submit(parts, progress=progress and _scaled(progress, len(groups), len(parts)))
-        waiting = weakref.ref(inner)  # a cycle would keep the outputs until the garbage is collected
+        weak_inner = weakref.ref(inner)  # a cycle would keep the outputs until the garbage is collected
 
-        def leave(given_up: Future[list[Output]]) -> None:
-            if given_up.cancelled() and (running := waiting()) is not None:
+        def leave(outer: Future[list[Output]]) -> None:
+            running = weak_inner()
+            if outer.cancelled() and running is not None:
                 running.cancel()
 
         def finish(done: Future[list[Output]]) -> None:
             try:
-                if done.cancelled():
-                    outer.cancel()
-                elif (error := done.exception()) is not None:
-                    outer.set_exception(error)
-                else:
-                    outer.set_result(merge(done.result(), parts, groups, use_activation=self.info.use_activation))
-            except InvalidStateError:
-                log.debug("the caller gave up")
-            except Exception as error:  # out of memory
-                outer.set_exception(error)
+                promise.resolve(merge(done.result(), parts, groups, use_activation=self.info.use_activation))
+            except CancelledError:
+                promise.future.cancel()
+            except Exception as error:  # of the engine, or out of memory
+                promise.fail(error)
 
-        outer.add_done_callback(leave)
+        promise.future.add_done_callback(leave)
         inner.add_done_callback(finish)
-        return outer
+        return promise.future
 
     def healthy(self) -> bool:
         """See `cenote.core.Engine.healthy`."""
@@ -158,14 +157,14 @@ class ChunkedEngine:
 
 
 def _scaled(progress: Callable[[int], None], whole: int, parts: int) -> Callable[[int], None]:
-    """A callback for `parts` blocks that tells `progress` of `whole` sequences in all."""
+    """Return a callback for `parts` blocks that tells `progress` of `whole` sequences in all."""
     done = told = 0
 
     def advance(count: int) -> None:
         nonlocal done, told
         done += count
-        if (now := done * whole // parts) > told:
-            news, told = now - told, now
-            progress(news)
+        before, told = told, done * whole // parts
+        if told > before:
+            progress(told - before)
 
     return advance

@@ -1,10 +1,11 @@
-"""The local engine: device threads that pull batches, and futures that are each resolved once.
+"""The local engine: device threads that pull batches, and a future per request.
 
 Callers submit from any thread. A device thread asks the scheduler for a batch when it can take one; no request waits
-for a timer. On a GPU there is one, and it launches the next batch while the last one runs. On a CPU there are several
-*streams*, each with its part of the cores: two forwards side by side waste less of them than one on all does, between
-its layers. Only what comes alone may run on all of them, where that has been faster of late (`cenote.engine.lone`). A
-batch that runs out of memory is split and tried again; any other failure fails the requests of that batch only.
+for a timer. A GPU has one device thread, which launches the next batch while the last one runs. A CPU has several
+*streams*, each with its part of the cores: two forwards side by side leave fewer cores idle between layers than one on
+all cores. Only a sequence that waits alone may run on all cores, where that has been faster of late
+(`cenote.engine.lone`). A batch that runs out of memory is split and tried again; any other failure fails the requests
+of that batch only.
 """
 
 from __future__ import annotations
@@ -14,32 +15,33 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cenote import metrics
 from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine.lone import Lone
+from cenote.engine.promise import Promise
 from cenote.engine.scheduler import Scheduler
 from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
 from cenote.tensors.packing import common_prefix
 from cenote.tensors.process import release_freed_memory, release_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from collections.abc import Sequence as Seq
+    from concurrent.futures import Future
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}
 DEFAULT_STREAMS = {"cpu": 2}
-"""For models that bear it."""
+"""Streams of models that are reentrant."""
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 REST, LONG_WORK = 2.0, 10.0
 """Seconds without work, and seconds of work with pauses, after which freed memory goes back to the system."""
-
 
 _RUNNING: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
 metrics.queued_sequences.set_function(lambda: sum(engine._scheduler.depth for engine in [*_RUNNING]))
@@ -51,17 +53,17 @@ class Launched(Protocol):
     """A batch that the model has begun."""
 
     def ready(self) -> bool:
-        """Whether `finish` would return at once."""
+        """Return whether `finish` would return at once."""
 
     def finish(self) -> list[Output | CenoteError]:
         """Wait for the results, one per sequence."""
 
 
 class Model(Protocol):
-    """What the engine asks of a model; `cenote.models.model.PoolingModel` is one.
+    """A model that the engine can run, such as `cenote.models.model.PoolingModel`.
 
-    A model that runs once what sequences have in common at their beginning says so: `shares_prefixes = True`; and so
-    does one that several threads may launch at a time: `is_reentrant = True`.
+    A model that runs the common beginning of sequences once has the attribute `shares_prefixes = True`; one that
+    several threads may launch at a time has `is_reentrant = True`.
     """
 
     info: ModelInfo
@@ -70,31 +72,26 @@ class Model(Protocol):
         """Start a forward."""
 
 
-class _Job:
-    """One accepted request: where its outputs gather."""
+class _Request(Promise[list[Output]]):
+    """An accepted request and its outputs, which come one by one.
+
+    Attributes:
+        accepted: time of acceptance, by the monotonic clock.
+    """
+
+    __slots__ = ("_left", "_outputs", "accepted", "priority", "shared")
 
     def __init__(self, size: int, progress: Callable[[int], None] | None, shared: int = 0, priority: int = 0) -> None:
-        self.future: Future[list[Output]] = Future()
-        self.progress = progress
+        super().__init__(progress)
         self.shared = shared
         self.priority = priority
         self.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
-        self._lock = threading.Lock()  # several streams may have parts of it
 
     def cancelled(self) -> bool:
-        """True once the caller gave up or a part failed: what still waits need not run."""
+        """Return whether the caller gave up or a part failed: sequences that still wait need not run."""
         return self.future.done()
-
-    def advance(self, count: int) -> None:
-        """Tell the caller that `count` more sequences are done; what its callback raises is its own affair."""
-        if self.progress is not None:
-            try:
-                with self._lock:
-                    self.progress(count)
-            except Exception:  # a broken progress bar must not stop the device
-                log.exception("the progress callback failed")
 
     def put(self, place: int, output: Output) -> None:
         """Store one output; the last one resolves the future."""
@@ -103,26 +100,16 @@ class _Job:
             self._left -= 1
             is_whole = not self._left
         if is_whole:
-            self._settle(lambda: self.future.set_result([o for o in self._outputs if o is not None]))
-
-    def fail(self, error: CenoteError) -> None:
-        """Fail the whole request; later outputs and errors are ignored."""
-        self._settle(lambda: self.future.set_exception(error))
-
-    def _settle(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except InvalidStateError:
-            log.debug("a request was answered already, or its caller gave up")
+            self.resolve([output for output in self._outputs if output is not None])
 
 
 class _Entry:
-    """One sequence on its way."""
+    """A sequence and its place in a request."""
 
-    __slots__ = ("job", "place", "sequence")
+    __slots__ = ("place", "request", "sequence")
 
-    def __init__(self, job: _Job, place: int, sequence: Sequence) -> None:
-        self.job = job
+    def __init__(self, request: _Request, place: int, sequence: Sequence) -> None:
+        self.request = request
         self.place = place
         self.sequence = sequence
 
@@ -130,14 +117,22 @@ class _Entry:
         return len(self.sequence)
 
 
+class _Run(NamedTuple):
+    """A batch under way on the device, with the time of its launch."""
+
+    batch: list[_Entry]
+    launched: Launched
+    began: float
+
+
 class _Stream:
     """A device thread, from the outside.
 
     Attributes:
         threads: CPU threads of its forwards; `None` = torch's.
-        is_wide: it runs what comes alone, on all cores, and nothing runs beside it.
-        woken: tells it that it may find work.
-        lone: tokens of a sequence that it took while nothing else ran, and when; `None` = it runs something else.
+        is_wide: it runs sequences that wait alone, on all cores, and nothing runs beside it.
+        woken: notified when there may be work for it.
+        lone: tokens and start of a sequence that it took while nothing else ran; `None` = it runs something else.
     """
 
     def __init__(self, number: int, threads: int | None, lock: threading.RLock, *, is_wide: bool = False) -> None:
@@ -152,14 +147,14 @@ class LocalEngine:
     """Runs one model on one device.
 
     Args:
-        model: what runs the batches.
-        max_batch_tokens: tokens of a batch; `None` = by device.
-        max_batch_sequences: sequences of a batch.
-        max_queued: sequences that may wait. A request is refused as a whole, unless nothing waits.
-        threads: CPU threads in all; `None` = torch's. They are the device threads' own numbers: torch keeps one for
-            each thread, and who sets it elsewhere does not change it here.
-        streams: forwards that run at a time, each on its part of `threads`; `None` = by device. 1 where the model does
-            not bear more.
+        model: runs the batches.
+        max_batch_tokens: maximum tokens per batch; `None` = by device.
+        max_batch_sequences: maximum sequences per batch.
+        max_queued: maximum sequences that wait. A request beyond it is refused as a whole, unless nothing waits.
+        threads: CPU threads in all; `None` = torch's. Torch keeps a number for each thread, so setting it on another
+            thread changes nothing here.
+        streams: forwards that run at a time, each on its part of `threads`; `None` = by device. Always 1 for a model
+            that is not reentrant.
         by_priority: requests of lower `Sequence.priority` run first.
     """
 
@@ -181,8 +176,8 @@ class LocalEngine:
         self._max_queued = max_queued
         self._lock = threading.RLock()
         self._streams = [
-            _Stream(i, own, self._lock, is_wide=wide)
-            for i, (own, wide) in enumerate(_shares(threads, self._bears(streams, device)))
+            _Stream(number, share, self._lock, is_wide=is_wide)
+            for number, (share, is_wide) in enumerate(_shares(threads, self._parallel(streams, device)))
         ]
         self.info = replace(model.info, streams=sum(not stream.is_wide for stream in self._streams))
         self._scheduler: Scheduler[_Entry] = Scheduler(
@@ -197,25 +192,30 @@ class LocalEngine:
         self._worked_until = 0.0
         self._rate: metrics.Rate = metrics.Rate()
         _RUNNING.add(self)
+        self._threads = self._started()
+        release_threads()  # those with which this thread has loaded the model
+
+    def _started(self) -> list[threading.Thread]:
+        """Start the device threads; torch's number of CPU threads stays the same for other threads."""
         began = threading.Barrier(len(self._streams) + 1)
-        self._threads = [
+        threads = [
             threading.Thread(target=self._work, args=(stream, began), name="cenote-device", daemon=True)
             for stream in self._streams
         ]
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
         began.wait()
         if any(stream.threads is not None for stream in self._streams):
             import torch
 
-            torch.set_num_threads(torch.get_num_threads())  # what other new threads begin with is the last number set
-        release_threads()  # those with which this thread has loaded the model
+            torch.set_num_threads(torch.get_num_threads())  # new threads begin with the last number set
+        return threads
 
-    def _bears(self, wanted: int | None, device: str) -> int:
-        """How many forwards may run at a time."""
+    def _parallel(self, streams: int | None, device: str) -> int:
+        """Return the number of forwards that run at a time."""
         if device != "cpu" or not getattr(self._model, "is_reentrant", False):
             return 1
-        return DEFAULT_STREAMS[device] if wanted is None else wanted
+        return DEFAULT_STREAMS[device] if streams is None else streams
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
@@ -223,26 +223,22 @@ class LocalEngine:
         """See `cenote.core.Engine.submit`."""
         shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
         priority = sequences[0].priority if sequences and self._by_priority else 0
-        job = _Job(len(sequences), progress, shared, priority)
-        entries = [_Entry(job, place, sequence) for place, sequence in enumerate(sequences)]
+        request = _Request(len(sequences), progress, shared, priority)
+        entries = [_Entry(request, place, sequence) for place, sequence in enumerate(sequences)]
         with self._lock:
             if self._dead is not None:
                 raise EngineFailed(f"the device thread died: {self._dead!r}")
             if self._closing:
                 raise Closed("the engine is shutting down")
-            if self._scheduler.depth and self._scheduler.depth + len(entries) > self._max_queued:
-                self._scheduler.drop_cancelled()
-                if self._scheduler.depth + len(entries) > self._max_queued:
-                    raise self._overloaded(len(entries))
-            if not entries:
-                job.future.set_result([])
-                return job.future
-            self._scheduler.add(job, entries)
+            self._make_room(len(entries))
+            self._scheduler.add(request, entries)
             self._wake()
-        return job.future
+        if not entries:
+            request.resolve([])
+        return request.future
 
     def healthy(self) -> bool:
-        """True if the device threads live and the last forward succeeded, or a new one of one token does."""
+        """Return whether the device threads live, and the last forward succeeded or a new one of one token does."""
         if self._dead is not None or not all(thread.is_alive() for thread in self._threads):
             return False
         if not self._last_failed:
@@ -254,7 +250,7 @@ class LocalEngine:
         return True
 
     def close(self) -> None:
-        """Refuse new work, finish what was accepted, and stop. May be called twice."""
+        """Refuse new requests, finish the accepted ones, and stop. May be called twice."""
         with self._lock:
             self._closing = True
             self._wake()
@@ -263,41 +259,49 @@ class LocalEngine:
             if thread is not threading.current_thread():  # an owner may be garbage-collected there
                 thread.join()
 
-    def _overloaded(self, more: int) -> Overloaded:
+    def _make_room(self, count: int) -> None:
+        """Raise `Overloaded` if `count` more sequences may not wait; cancelled ones are dropped first."""
+        if not self._is_full(count):
+            return
+        self._scheduler.drop_cancelled()
+        if self._is_full(count):
+            raise self._overloaded(count)
+
+    def _is_full(self, count: int) -> bool:
+        depth = self._scheduler.depth
+        return depth > 0 and depth + count > self._max_queued
+
+    def _overloaded(self, count: int) -> Overloaded:
         rate = self._rate.value()
         seconds = self._scheduler.tokens / rate if rate else 1
         return Overloaded(
             f"the queue is full: {self._scheduler.depth} inputs wait, at most {self._max_queued} may, "
-            f"and this request brings {more}; try again later",
+            f"and this request brings {count}; try again later",
             retry_after=min(60, max(1, round(seconds))),
         )
 
     def _work(self, stream: _Stream, began: threading.Barrier) -> None:
-        """A device thread: take a batch, launch it, deliver the one before."""
-        running: deque[tuple[list[_Entry], Launched, float]] = deque()
+        """Run a device thread: take a batch, launch it, deliver the one before."""
+        running: deque[_Run] = deque()
         batch: list[_Entry] = []
         try:
-            if stream.threads is not None:
-                import torch
-
-                torch.set_num_threads(stream.threads)
-                torch.get_num_threads()  # the first time, it begins with the last number that any thread has set
+            _use_threads(stream.threads)
             began.wait()
             while True:
                 batch = self._take(stream, wait=not running)
                 if batch:
-                    self._launch(batch, running)
+                    running += self._launch(batch)
                 elif not running:
                     return
-                while running and (not batch or len(running) > 1 or running[0][1].ready()):
-                    self._deliver(*running.popleft())
+                while running and (not batch or len(running) > 1 or running[0].launched.ready()):
+                    self._deliver(running.popleft())
         except BaseException as error:  # the thread is lost: nobody may wait for it
             began.abort()
             log.exception("the device thread died")
-            self._die(error, [*batch, *(entry for run in running for entry in run[0])])
+            self._die(error, [*batch, *chain.from_iterable(run.batch for run in running)])
 
     def _take(self, stream: _Stream, *, wait: bool) -> list[_Entry]:
-        """The next batch of `stream`. With `wait`, an empty one means that the engine closes."""
+        """Take the next batch of `stream`. With `wait`, an empty one means that the engine closes."""
         if wait:
             with self._lock:
                 self._worked_until = time.monotonic()
@@ -306,32 +310,40 @@ class LocalEngine:
                 self._scheduler.done(stream.number)
         while True:
             with self._lock:
-                if dropped := self._scheduler.drop_cancelled():
-                    metrics.sequences_of("dropped").inc(dropped)
-                batch = self._scheduler.next_batch(stream.number) if self._may_take(stream) else []
-                if batch:
-                    is_lone = len(batch) == 1 and not self._busy
-                    stream.lone = (len(batch[0]), time.monotonic()) if is_lone else None
-                    self._busy.add(stream)
-                    self._untidy_since = self._untidy_since or time.monotonic()
-                self._wake()  # for what is left
-                if batch or not wait or (self._closing and not self._scheduler.depth):
+                batch = self._next_batch(stream)
+                is_closed = self._closing and not self._scheduler.depth
+                if batch or is_closed or not wait:
                     return batch
                 stream.woken.wait(None if self._untidy_since is None else REST)
-                if is_pause := self._is_pause():
+                is_pause = self._is_pause()
+                if is_pause:
                     self._untidy_since = None
             if is_pause:
                 release_freed_memory()
 
+    def _next_batch(self, stream: _Stream) -> list[_Entry]:
+        """Take a batch for `stream`, if there is one, and wake another stream for the rest. Under the lock."""
+        dropped = self._scheduler.drop_cancelled()
+        if dropped:
+            metrics.sequences_of("dropped").inc(dropped)
+        batch = self._scheduler.next_batch(stream.number) if self._may_take(stream) else []
+        if batch:
+            is_lone = len(batch) == 1 and not self._busy
+            stream.lone = (len(batch[0]), time.monotonic()) if is_lone else None
+            self._busy.add(stream)
+            self._untidy_since = self._untidy_since or time.monotonic()
+        self._wake()
+        return batch
+
     def _note_lone(self, stream: _Stream) -> None:
-        """Remember how long a sequence took that came alone and stayed so."""
+        """Remember how long a sequence took that came alone and stayed so. Under the lock."""
         if stream.lone is not None and self._busy == {stream}:
             tokens, began = stream.lone
             self._lone.note(tokens, is_wide=stream.is_wide, seconds=self._worked_until - began)
         stream.lone = None
 
     def _may_take(self, stream: _Stream) -> bool:
-        """Whether what waits is for `stream`: the wide one, if there is one, runs what is alone."""
+        """Return whether waiting sequences are for `stream`: the wide one, if there is one, runs a sequence alone."""
         if any(other.is_wide for other in self._busy):
             return False
         is_alone = not self._busy and self._scheduler.depth == 1
@@ -339,72 +351,87 @@ class LocalEngine:
         return stream.is_wide == (is_alone and has_wide and self._lone.is_wide(self._scheduler.tokens))
 
     def _wake(self) -> None:
-        """Tell a stream of work that it may take; when closing, all that they may have to end."""
-        for stream in self._streams:
-            if self._closing or (self._scheduler.depth and stream not in self._busy and self._may_take(stream)):
+        """Wake a stream that can take work; when closing, all streams, which may have to end."""
+        if self._closing:
+            for stream in self._streams:
                 stream.woken.notify()
-                if not self._closing:
-                    return
+            return
+        if not self._scheduler.depth:
+            return
+        for stream in self._streams:
+            if stream not in self._busy and self._may_take(stream):
+                stream.woken.notify()
+                return
 
     def _is_pause(self) -> bool:
-        """Whether to tidy up: nothing runs, after work, for a while or for the first time in long."""
+        """Return whether to tidy up: nothing runs, and there was no work for a while or no pause for long."""
+        if self._untidy_since is None or self._busy:
+            return False
         now = time.monotonic()
-        return (
-            self._untidy_since is not None
-            and not self._busy
-            and (now - self._worked_until >= REST or now - self._untidy_since > LONG_WORK)
-        )
+        return now - self._worked_until >= REST or now - self._untidy_since > LONG_WORK
 
-    def _launch(self, batch: list[_Entry], running: deque[tuple[list[_Entry], Launched, float]]) -> None:
+    def _launch(self, batch: list[_Entry]) -> list[_Run]:
+        """Start a forward; return its run, or none if it failed."""
         began = time.monotonic()
-        for entry in {id(e.job): e for e in batch}.values():
-            metrics.stage("queue").observe(began - entry.job.accepted)
+        for request in _requests(batch):
+            metrics.stage("queue").observe(began - request.accepted)
         try:
-            running.append((batch, self._model.launch([e.sequence for e in batch]), began))
+            launched = self._model.launch([entry.sequence for entry in batch])
         except Exception as error:  # whatever the model raises fails this batch, and only this one
             self._failed(batch, error)
+            return []
+        return [_Run(batch, launched, began)]
 
-    def _deliver(self, batch: list[_Entry], launched: Launched, began: float) -> None:
+    def _deliver(self, run: _Run) -> None:
+        """Wait for the outputs of a run, and hand them to its requests."""
         try:
-            outputs = launched.finish()
+            outputs = run.launched.finish()
         except Exception as error:  # as in _launch: a GPU reports its failures here
-            self._failed(batch, error)
+            self._failed(run.batch, error)
             return
-        tokens = sum(map(len, batch))
+        self._succeeded(run)
+        results = [*zip(run.batch, outputs, strict=True)]
+        done = Counter(entry.request for entry, output in results if isinstance(output, Output))
+        for request, count in done.items():
+            request.advance(count)
+        for entry, output in results:
+            if isinstance(output, Output):
+                metrics.sequences_of("done").inc()
+                entry.request.put(entry.place, output)
+            else:
+                metrics.sequences_of("failed").inc()
+                entry.request.fail(output)
+
+    def _succeeded(self, run: _Run) -> None:
+        """Note that a forward has succeeded."""
+        tokens = sum(map(len, run.batch))
         with self._lock:
             self._last_failed = False
             self._rate.add(tokens)
         metrics.tokens.inc(tokens)
         metrics.batch_tokens.observe(tokens)
-        metrics.batch_sequences.observe(len(batch))
-        metrics.stage("forward").observe(time.monotonic() - began)
-        finished = Counter(e.job for e, output in zip(batch, outputs, strict=True) if isinstance(output, Output))
-        for job, count in finished.items():
-            job.advance(count)
-        for entry, output in zip(batch, outputs, strict=True):
-            metrics.sequences_of("done" if isinstance(output, Output) else "failed").inc()
-            if isinstance(output, Output):
-                entry.job.put(entry.place, output)
-            else:
-                entry.job.fail(output)
+        metrics.batch_sequences.observe(len(run.batch))
+        metrics.stage("forward").observe(time.monotonic() - run.began)
 
     def _failed(self, batch: list[_Entry], error: Exception) -> None:
         """Split and retry a batch that ran out of memory; fail the requests of any other."""
         if type(error).__name__ == "OutOfMemoryError" and len(batch) > 1:
             log.warning("a batch of %d sequences ran out of memory and is split", len(batch))
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                retried: deque[tuple[list[_Entry], Launched, float]] = deque()
-                self._launch(half, retried)
-                for run in retried:
-                    self._deliver(*run)
+            self._run_now(batch[: len(batch) // 2])
+            self._run_now(batch[len(batch) // 2 :])
             return
         log.error("a batch of %d sequences failed", len(batch), exc_info=error)
         self._last_failed = True
         metrics.sequences_of("failed").inc(len(batch))
-        for job in {id(e.job): e.job for e in batch}.values():
-            job.fail(EngineFailed(f"the forward pass failed: {type(error).__name__}: {error}"))
+        for request in _requests(batch):
+            request.fail(EngineFailed(f"the forward pass failed: {type(error).__name__}: {error}"))
+
+    def _run_now(self, batch: list[_Entry]) -> None:
+        for run in self._launch(batch):
+            self._deliver(run)
 
     def _die(self, error: BaseException, lost: list[_Entry]) -> None:
+        """Fail `lost` and all that waits: a device thread is gone."""
         failure = EngineFailed(f"the device thread died: {error!r}")
         with self._lock:
             self._dead = error
@@ -413,11 +440,25 @@ class LocalEngine:
                 lost += batch
             self._wake()
         for entry in lost:
-            entry.job.fail(failure)
+            entry.request.fail(failure)
+
+
+def _requests(batch: list[_Entry]) -> Iterable[_Request]:
+    """Return the requests of a batch, each once, in order."""
+    return dict.fromkeys(entry.request for entry in batch)
+
+
+def _use_threads(count: int | None) -> None:
+    """Let torch use `count` CPU threads in forwards of this thread; `None` = torch's number."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+        torch.get_num_threads()  # its first call on a thread takes the last number that any thread has set
 
 
 def _shares(threads: int | None, streams: int) -> list[tuple[int | None, bool]]:
-    """The CPU threads of each device thread, and whether it is the wide one; `None` = torch's."""
+    """Return the CPU threads of each device thread, and whether it is the wide one; `None` = torch's."""
     if streams > 1:
         import torch
 

@@ -1,4 +1,4 @@
-"""An engine without a model: deterministic vectors and scripted failures, for tests of everything above the seam."""
+"""An engine without a model: deterministic vectors and scripted failures, for tests of the layers above the engine."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ FAKE_INFO = ModelInfo(
 
 
 def fake_vector(sequence: Sequence, width: int) -> Row:
-    """The vector that `FakeEngine` gives a sequence: drawn by its ids, cut and normalised as its parameters say."""
+    """Return the vector of a sequence: random numbers seeded by its ids, cut and normalised by its parameters."""
     vector = np.random.default_rng(list(sequence.ids)).standard_normal(width).astype(np.float32)
     vector = vector[: sequence.params.dimensions]
     return vector if sequence.params.use_activation is False else vector / np.linalg.norm(vector)
 
 
 def fake_classes(sequence: Sequence, info: ModelInfo) -> Row:
-    """The class values that `FakeEngine` gives a sequence: drawn by its ids, under the activation that `info` names."""
+    """Return the class values of a sequence: random numbers seeded by its ids, under the activation of `info`."""
     logits = np.random.default_rng([1, *sequence.ids]).standard_normal(info.num_labels).astype(np.float32)
     if sequence.params.use_activation is False or info.activation == "none":
         return logits
     odds = np.exp(logits)
-    values: Row = odds / (odds.sum() if info.activation == "softmax" else 1 + odds)
+    total = odds.sum() if info.activation == "softmax" else 1 + odds
+    values: Row = odds / total
     return values
 
 
 @dataclass
 class FakeEngine:
-    """Answers at once, or when `release` is set.
+    """Answers at once, or when `release` is called.
 
     Attributes:
-        info: what the model is said to be; its tasks, sizes and activation decide the outputs.
+        info: the information of a model; its tasks, sizes and activation decide the outputs.
         failures: errors for the next submissions, first in first out; each fails one request.
         held: while true, futures stay open until `release` is called.
     """

@@ -1,7 +1,7 @@
 """An engine that serves other processes: it listens on a Unix socket, and any number of fronts connect.
 
-Whoever may open the socket may run the model, so it is the user's alone (mode 0600). A front that is lost takes its
-work with it; a front that cannot be understood is disconnected, and the others go on.
+Anyone that may open the socket may run the model, so it belongs to the user alone (mode 0600). The requests of a front
+that is lost are cancelled; a front that sends malformed frames is disconnected, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cenote.engine.wire import (
     Cancel,
     Card,
     Channel,
+    Fault,
     FromFront,
     Health,
     Hello,
@@ -44,15 +45,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_RESORT = 10.0
-"""Seconds in which a forward that was launched is done."""
+"""Seconds that a launched forward has after its requests were answered."""
 
 
 class Host:
     """Serves an engine to the processes that connect.
 
     Args:
-        engine: runs what they submit; closed with the host.
-        path: of the socket. Its folder is made if there is none, for the user alone.
+        engine: runs their requests; closed with the host.
+        path: path of the socket. Its folder is made if there is none, for the user alone.
         about: plain data that every front gets beside the model's `info`.
 
     Raises:
@@ -78,13 +79,13 @@ class Host:
         return len(self._fronts)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Accept no more, finish what was accepted, close the engine, and disconnect. May be called twice.
+        """Refuse new fronts, finish the accepted requests, close the engine, and disconnect. May be called twice.
 
         Args:
-            timeout: seconds that requests under way have; then they are answered with `Closed`. `None` = any time.
+            timeout: seconds that requests under way have; then they are answered with `Closed`. `None` = no limit.
 
         Returns:
-            Whether the engine has come to its end; otherwise it hangs in a forward.
+            Whether the engine has ended; otherwise it hangs in a forward.
         """
         if self._is_closing:
             return True
@@ -140,7 +141,7 @@ class _Front:
         self._running: dict[int, Future[list[Output]]] = {}
 
     def run(self) -> None:
-        """Do as the front says until it is gone."""
+        """Serve the front until it is gone."""
         self._channel.send(Hello(cenote.__version__))
         self._channel.send(self._card)
         try:
@@ -151,11 +152,11 @@ class _Front:
         self.drop()
 
     def close(self) -> None:
-        """Disconnect, once what was sent is taken."""
+        """Disconnect, once the front has received the frames that were sent."""
         self._channel.close(FLUSH)
 
     def drop(self) -> int:
-        """Give up what is under way, and return how many requests that is."""
+        """Cancel the requests under way; return their number."""
         return sum(future.cancel() for future in [*self._running.values()])
 
     def _take(self, frame: FromFront) -> None:
@@ -173,7 +174,7 @@ class _Front:
         try:
             _check(frame.sequences, self._engine.info)
             future = self._engine.submit(frame.sequences, progress=progress)
-        except Exception as error:  # whatever the engine raises is the answer
+        except Exception as error:  # any error of the engine is the answer
             self._channel.send(fault(frame.number, error))
             return
         self._running[frame.number] = future
@@ -183,12 +184,11 @@ class _Front:
         self._channel.send(Progress(number, count))
 
     def _answer(self, number: int, future: Future[list[Output]]) -> None:
-        """Send what became of a request. A front that has cancelled it looks for no answer."""
+        """Send the outcome of a request. A front that has cancelled it ignores the answer."""
         self._running.pop(number, None)
         try:
-            outcome = Closed("the engine dropped the request") if future.cancelled() else future.exception()
-            self._channel.send(Answer(number, future.result()) if outcome is None else fault(number, outcome))
-        except Exception as error:  # an output that does not cross
+            self._channel.send(_outcome(number, future))
+        except Exception as error:  # an output that cannot be sent
             log.exception("a request cannot be answered")
             self._channel.send(fault(number, error))
 
@@ -196,8 +196,15 @@ class _Front:
         self._channel.send(Health(frame.number, self._engine.healthy()))
 
 
+def _outcome(number: int, future: Future[list[Output]]) -> Answer | Fault:
+    if future.cancelled():
+        return fault(number, Closed("the engine dropped the request"))
+    error = future.exception()
+    return Answer(number, future.result()) if error is None else fault(number, error)
+
+
 def _check(sequences: list[Sequence], info: ModelInfo) -> None:
-    """Refuse what no renderer makes, and a model would stumble over together with the requests of others.
+    """Refuse sequences that no renderer makes: they could fail a batch, and with it the requests of others.
 
     Raises:
         BadRequest: a task is not offered, there are no ids or too many, or one is outside the vocabulary.
@@ -206,8 +213,9 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
         foreign = {sequence.task, *sequence.also} - {*info.tasks}
         if foreign:
             raise BadRequest(f"{info.name} does not offer {min(foreign)!r}, but {', '.join(info.tasks)}")
-        if not 1 <= len(sequence.ids) <= info.limit(sequence.task):
-            raise BadRequest(f"got {len(sequence.ids)} tokens, expected 1 to {info.limit(sequence.task)}")
+        limit = info.limit(sequence.task)
+        if not 1 <= len(sequence.ids) <= limit:
+            raise BadRequest(f"got {len(sequence.ids)} tokens, expected 1 to {limit}")
         if min(sequence.ids) < 0 or max(sequence.ids) >= info.vocab_size:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
         if sequence.type_ids is not None and len(sequence.type_ids) != len(sequence.ids):
@@ -222,10 +230,7 @@ def check_path(path: str | Path) -> None:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A socket at `path` that only this user can open.
-
-    What a host that was killed has left there is replaced.
-    """
+    """Return a socket at `path` that only this user can open; one left by a killed host is replaced."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -249,7 +254,7 @@ def _make_room(path: Path) -> None:
     """Remove a socket that nobody listens on.
 
     Raises:
-        ConfigError: somebody does, or it is no socket.
+        ConfigError: another host listens there, or the file is not a socket.
     """
     if not path.exists():
         return

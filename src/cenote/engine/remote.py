@@ -1,8 +1,8 @@
 """An engine in another process, which listens on a Unix socket: the front's end of `cenote.engine.host`.
 
-A connection that is lost fails the requests under way (503) and is made again as soon as a host listens; requests that
-come meanwhile are refused at once. A host that comes back with another model is not taken: what was rendered for
-the first would be wrong.
+A lost connection fails the requests under way (503) and is made again as soon as a host listens; requests that come
+meanwhile are refused at once. A host that comes back with another model is refused: sequences rendered for the first
+model would be wrong.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import logging
 import socket
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import cenote
+from cenote.engine.promise import Promise
 from cenote.engine.wire import (
     HOST_DECODER,
     LARGEST_ANSWER,
@@ -41,6 +42,7 @@ from cenote.errors import CenoteError, Closed, ConfigError, EngineGone
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from collections.abc import Sequence as Seq
+    from concurrent.futures import Future
     from pathlib import Path
 
     from cenote.core import ModelInfo, Output, Sequence
@@ -61,33 +63,25 @@ SOONEST, LATEST = 0.05, 1.0
 """Seconds between two attempts to connect, at first and in the end."""
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A request under way."""
-
-    future: Future[Any]
-    progress: Callable[[int], None] | None = None
-
-
 class RemoteEngine:
-    """Runs nothing itself: a `Host` in another process does.
+    """An engine that a `Host` in another process runs.
 
     Args:
-        path: of the host's socket.
+        path: path of the host's socket.
         patience: seconds to wait until there is a host.
 
     Attributes:
-        info: the model, as the host described it when this engine connected first.
-        about: the host's plain data beside it.
+        info: the model, as the host described it at the first connection.
+        about: the host's plain data beside `info`.
 
     Raises:
-        ConfigError: there is no host, or it is of another version.
+        ConfigError: there is no host, or it has another version.
     """
 
     def __init__(self, path: str | Path, *, patience: float = PATIENCE) -> None:
         self._path = str(path)
         self._lock = threading.Lock()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Promise[Any]] = {}
         self._numbers = itertools.count()
         self._closing = threading.Event()
         self._channel: Channel[FromHost] | None = None
@@ -104,43 +98,43 @@ class RemoteEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.core.Engine.submit`. What the host refuses is the future's exception.
+        """See `cenote.core.Engine.submit`. Refusals of the host are the future's exception.
 
         Raises:
             Closed: this engine was closed.
             EngineGone: there is no host.
         """
-        future: Future[list[Output]] = Future()
-        number, channel = self._enter(_Pending(future, progress))
+        promise: Promise[list[Output]] = Promise(progress)
+        number, channel = self._enter(promise)
         try:
-            channel.send(Submit(number, [_plain(s) for s in sequences], progress is not None))
+            channel.send(Submit(number, [_plain(sequence) for sequence in sequences], promise.is_followed))
         except BaseException:
             self._leave(number)
             raise
-        future.add_done_callback(partial(self._cancelled, number))
-        return future
+        promise.future.add_done_callback(partial(self._cancelled, number))
+        return promise.future
 
     def healthy(self) -> bool:
-        """True if the host can be reached and its engine is well."""
-        future: Future[bool] = Future()
+        """Return whether the host can be reached and its engine is healthy."""
+        promise: Promise[bool] = Promise()
         try:
-            number, channel = self._enter(_Pending(future))
+            number, channel = self._enter(promise)
         except CenoteError:
             return False
         channel.send(Ask(number))
         try:
-            return future.result(HEALTH_PATIENCE)
+            return promise.future.result(HEALTH_PATIENCE)
         except (CenoteError, TimeoutError):
             return False
         finally:
             self._leave(number)
 
     def close(self) -> None:
-        """Refuse new work, wait for what was accepted, and disconnect. The host goes on."""
+        """Refuse new requests, wait for the accepted ones, and disconnect. The host goes on."""
         self._closing.set()
         is_reader = self._thread is threading.current_thread()  # an owner may be garbage-collected there
         with self._lock:
-            under_way = [pending.future for pending in self._pending.values()]
+            under_way = [promise.future for promise in self._pending.values()]
         if not is_reader:
             wait(under_way)
         with self._lock:
@@ -150,31 +144,31 @@ class RemoteEngine:
         if not is_reader:
             self._thread.join()
 
-    def _enter(self, pending: _Pending) -> tuple[int, Channel[FromHost]]:
-        """The number of a new request, and the connection that it goes by."""
+    def _enter(self, promise: Promise[Any]) -> tuple[int, Channel[FromHost]]:
+        """Return the number of a new request, and the connection to send it by."""
         with self._lock:
             if self._closing.is_set():
                 raise Closed("the engine is shutting down")
             if self._channel is None:
                 raise EngineGone(self._why_not)
             number = next(self._numbers)
-            self._pending[number] = pending
+            self._pending[number] = promise
             return number, self._channel
 
-    def _leave(self, number: int) -> _Pending | None:
+    def _leave(self, number: int) -> Promise[Any] | None:
         with self._lock:
             return self._pending.pop(number, None)
 
     def _cancelled(self, number: int, future: Future[list[Output]]) -> None:
-        """Tell the host of a request that nobody waits for. One that was answered has left already."""
+        """Tell the host that a request was cancelled, unless it was answered and has left already."""
         with self._lock:
-            is_under_way = self._pending.pop(number, None) is not None
+            promise = self._pending.pop(number, None)
             channel = self._channel
-        if is_under_way and channel is not None:
+        if promise is not None and channel is not None:
             channel.send(Cancel(number))
 
     def _run(self, frames: Frames) -> None:
-        """The thread that reads: one connection after the other."""
+        """Read frames, one connection after the other."""
         while True:
             try:
                 for frame in frames:
@@ -198,29 +192,24 @@ class RemoteEngine:
             return
         if isinstance(frame, (Hello, Card)):
             raise WireError("the host introduces itself a second time")
-        pending = self._leave(frame.number)
-        if pending is None:  # cancelled
+        promise = self._leave(frame.number)
+        if promise is None:  # cancelled
             return
         if isinstance(frame, Answer):
-            _settle(partial(pending.future.set_result, frame.outputs))
+            promise.resolve(frame.outputs)
         elif isinstance(frame, Health):
-            _settle(partial(pending.future.set_result, frame.is_well))
+            promise.resolve(frame.is_well)
         else:
-            _settle(partial(pending.future.set_exception, error_of(frame)))
+            promise.fail(error_of(frame))
 
     def _advance(self, frame: Progress) -> None:
-        """Pass progress on; what the caller's function raises is its own affair."""
         with self._lock:
-            pending = self._pending.get(frame.number)
-        if pending is None or pending.progress is None:
-            return
-        try:
-            pending.progress(frame.count)
-        except Exception:  # a broken progress bar must not stop the answers
-            log.exception("the progress callback failed")
+            promise = self._pending.get(frame.number)
+        if promise is not None:
+            promise.advance(frame.count)
 
     def _lose(self) -> None:
-        """The connection is over: fail what was under way."""
+        """Fail the requests of a connection that is over."""
         with self._lock:
             self._channel = None
             self._why_not = GONE
@@ -228,11 +217,11 @@ class RemoteEngine:
             self._pending.clear()
         if not self._closing.is_set():
             log.error("lost the engine at %s, and %d requests with it", self._path, len(lost))
-        for pending in lost:
-            _settle(partial(pending.future.set_exception, EngineGone(LOST)))
+        for promise in lost:
+            promise.fail(EngineGone(LOST))
 
     def _refuse(self, why_not: str) -> None:
-        """Tell requests from now on that there is no host, and why."""
+        """Refuse requests from now on, for the reason `why_not`."""
         if why_not != self._why_not:
             log.error("%s: %s", self._path, why_not)
         with self._lock:
@@ -245,15 +234,16 @@ class RemoteEngine:
                 return _connect(self._path)
             except (OSError, WireError) as error:
                 if time.monotonic() + pause > deadline:
+                    reason = getattr(error, "strerror", None) or error
                     raise ConfigError(
-                        f"cannot reach an engine at {self._path}: {getattr(error, 'strerror', None) or error}; "
+                        f"cannot reach an engine at {self._path}: {reason}; "
                         "start one with: cenote engine MODEL --listen PATH"
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, LATEST)
 
     def _connected_again(self) -> tuple[Channel[FromHost], Frames] | None:
-        """A connection to a host of the same model, however long it takes; `None` when this engine is closed."""
+        """Connect to a host of the same model, however long it takes; return `None` when this engine is closed."""
         pause = SOONEST
         while not self._closing.wait(pause):
             pause = min(2 * pause, LATEST)
@@ -274,12 +264,12 @@ class RemoteEngine:
 
 
 def _connect(path: str) -> tuple[Channel[FromHost], Frames, Card]:
-    """A connection, what comes from it, and the host's card, which was the first to come.
+    """Connect; return the channel, its frames, and the host's card, which was among the first of them.
 
     Raises:
         OSError: nobody listens.
-        WireError: the host is gone before it introduced itself, or not understood.
-        ConfigError: it is of another version.
+        WireError: the host is gone before it introduced itself, or sends malformed frames.
+        ConfigError: the host has another version.
     """
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(INTRODUCTION)
@@ -315,23 +305,16 @@ def _introduction(path: str, frames: Frames) -> Card:
 
 
 def _contract(card: Card) -> tuple[ModelInfo, Any]:
-    """What must not change while a front runs: all of a card but what says how fast its engine is, and on what."""
+    """Return the parts of a card that must not change while a front runs: all but the device and the speed."""
     info = replace(card.info, device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
     return info, card.about
 
 
 def _plain(sequence: Sequence) -> Sequence:
-    """`sequence` with its ids as lists, which is how integers cross."""
+    """Return `sequence` with its ids as lists, the form in which integers are sent."""
     ids, types = sequence.ids, sequence.type_ids
     if isinstance(ids, np.ndarray):
         sequence = replace(sequence, ids=ids.tolist())
     if isinstance(types, np.ndarray):
         sequence = replace(sequence, type_ids=types.tolist())
     return sequence
-
-
-def _settle(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except InvalidStateError:
-        log.debug("the caller of a request gave up just now")

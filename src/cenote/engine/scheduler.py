@@ -5,12 +5,12 @@ counts once. A batch begins with the oldest sequence of every request in turn, s
 starve a small one; the room that is left goes to the waiting sequences nearest in length to the first, so that a batch
 is cheap to run.
 
-Where several batches run at a time, in *streams*, what waits is dealt out evenly among those that are free.
+Where several batches run at a time, in *streams*, waiting tokens are dealt out evenly among the free streams.
 
-A request that fills more than a few batches is bulk. As long as others come beside it, one stream is theirs, and with a
-single stream every other batch is, and the rest of its batches are short: they wait for little. Apart from that every
-batch contains the head of the turn: a sequence waits for no more than twice as many batches as there are sequences
-before it and requests beside it.
+A request that fills more than a few batches is bulk. As long as other requests come beside it, one stream is reserved
+for them, or every other batch of a single stream; other batches of bulk are short where requests would wait for them.
+Otherwise every batch contains the head of the turn: a sequence waits for no more than twice as many batches as there
+are sequences before it and requests beside it.
 
 Requests of a lower priority number have their turn first; one that `MOST_PASSED` batches in a row have left out has it
 before all others, whatever its number.
@@ -20,61 +20,73 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BULK = 8
-"""Batches that a request fills at least to be bulk: about half a second of work for a small model on a CPU."""
+"""Batches that a bulk request fills at least: about half a second of work for a small model on a CPU."""
 SHORT = 8
-"""Batches of bulk that others come beside have this part of the tokens: longer ones keep them waiting, shorter ones
-cost throughput."""
+"""Bulk batches beside other requests have a part of the maximum tokens, 1 / `SHORT`: longer ones keep these waiting,
+shorter ones cost throughput."""
 WARY, RESERVED = 64, 16
-"""Batches of bulk after the last other request came until others are no longer thought of, some seconds; and until the
-stream that was theirs takes short ones."""
-
-
+"""Batches of bulk after the last other request, some seconds, until others are no longer expected; and until the stream
+reserved for them takes short ones."""
 MOST_PASSED = 16
-"""Batches in a row that may leave a request of low priority out."""
+"""Maximum batches in a row that leave out a request of low priority."""
 
 
-class Job(Protocol):
-    """A request, to the scheduler: something that may be given up.
+class Request(Protocol):
+    """A request, as far as the scheduler is concerned.
 
     Attributes:
-        shared: leading tokens that all its sequences have in common and a batch runs once. Each has more than these.
-        priority: lower ones have their turn first.
+        shared: leading tokens that all its sequences have in common and a batch runs once. Each sequence is longer.
+        priority: requests of lower numbers have their turn first.
     """
 
     shared: int
     priority: int
 
     def cancelled(self) -> bool:
-        """Whether its sequences need not run."""
+        """Return whether its sequences need not run."""
 
 
 class Item(Protocol):
-    """A sequence, to the scheduler: something with a length that belongs to a job."""
+    """A sequence of a request, as far as the scheduler is concerned."""
 
     @property
-    def job(self) -> Job:
-        """The request that it is part of."""
+    def request(self) -> Request:
+        """The request of the sequence."""
 
     def __len__(self) -> int:
-        """Its tokens."""
+        """Return the number of tokens."""
 
 
 I = TypeVar("I", bound=Item)  # noqa: E741
+
+
+class _Admission(NamedTuple):
+    """Limits of a batch.
+
+    Attributes:
+        requests: the requests that it may take from, in turn.
+        max_tokens: maximum tokens.
+        is_long_bulk: it may have as many tokens of bulk as any batch.
+    """
+
+    requests: list[Request]
+    max_tokens: int
+    is_long_bulk: bool = False
 
 
 class Scheduler(Generic[I]):
     """Waiting sequences, by request.
 
     Args:
-        max_tokens: tokens that a batch runs. A single longer sequence runs alone.
-        max_sequences: sequences of a batch.
-        look_ahead: how many waiting sequences are compared by length for each batch.
+        max_tokens: maximum tokens per batch. A single longer sequence runs alone.
+        max_sequences: maximum sequences per batch.
+        look_ahead: number of waiting sequences that are compared by length for each batch.
         streams: batches that run at a time.
     """
 
@@ -84,134 +96,142 @@ class Scheduler(Generic[I]):
         self.look_ahead = look_ahead
         self.streams = streams
         self._under_way: dict[int, bool] = {}  # streams with a batch, and whether it is a long one of bulk
-        self._waiting: OrderedDict[Job, deque[I]] = OrderedDict()
-        self._left: Counter[Job] = Counter()  # tokens, without common beginnings
-        self._passed: Counter[Job] = Counter()  # batches in a row that left it out
+        self._waiting: OrderedDict[Request, deque[I]] = OrderedDict()
+        self._left: Counter[Request] = Counter()  # tokens, without common beginnings
+        self._passed: Counter[Request] = Counter()  # batches in a row that left it out
         self._wary = 0
         self._passed_over = False
         self.depth = 0
         self.tokens = 0
 
-    def add(self, job: Job, items: list[I]) -> None:
+    def add(self, request: Request, items: list[I]) -> None:
         """Queue all sequences of a request."""
         if items:
-            self._waiting.setdefault(job, deque()).extend(items)
+            self._waiting.setdefault(request, deque()).extend(items)
             self.depth += len(items)
             tokens = sum(map(len, items))
-            self._left[job] += tokens - job.shared * len(items)
+            self._left[request] += tokens - request.shared * len(items)
             self.tokens += tokens
 
     def drop_cancelled(self) -> int:
-        """Forget the requests that were given up; returns how many sequences that spared."""
-        gone = [job for job in self._waiting if job.cancelled()]
-        return sum(self._forget(job) for job in gone)
+        """Forget cancelled requests; return the number of sequences that need not run."""
+        gone = [request for request in self._waiting if request.cancelled()]
+        return sum(self._forget(request) for request in gone)
 
     def next_batch(self, stream: int = 0) -> list[I]:
-        """Take the next batch for `stream`, whose last one is done; empty if nothing waits, or only bulk for others."""
+        """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
         self.drop_cancelled()
         self.done(stream)
-        jobs, most, is_long_bulk = self._admitted()
+        requests, room, is_long_bulk = self._admitted()
         batch: list[I] = []
-        room = most
-        for rank in self._ranks(jobs):
+        for rank in self._ranks(requests):
             room = self._fill(batch, room, rank)
         for item in batch:
-            self._left[item.job] -= len(item) - item.job.shared
+            self._left[item.request] -= len(item) - item.request.shared
         if batch:
             self._under_way[stream] = is_long_bulk
         self._count_passed(batch)
-        for job in [job for job, items in self._waiting.items() if not items]:
-            del self._waiting[job], self._left[job]
+        for request in [request for request, items in self._waiting.items() if not items]:
+            del self._waiting[request], self._left[request]
         self.depth -= len(batch)
         self.tokens -= sum(map(len, batch))
         return batch
 
     def done(self, stream: int) -> None:
-        """The batch of `stream` is over."""
+        """Note that the batch of `stream` is over."""
         self._under_way.pop(stream, None)
 
-    def _admitted(self) -> tuple[list[Job], int, bool]:
-        """The requests that the next batch may take from, in turn, how many tokens, and whether it is long and bulk."""
-        jobs = [*self._waiting]
-        bulk = {job for job in jobs if self._left[job] > BULK * self.max_tokens}
-        if 0 < len(bulk) < len(jobs):
+    def _admitted(self) -> _Admission:
+        """Return the requests that the next batch may take from, with its limits."""
+        requests = [*self._waiting]
+        bulk = {request for request in requests if self._left[request] > BULK * self.max_tokens}
+        if 0 < len(bulk) < len(requests):
             self._wary = WARY
-        if not bulk or not self._wary:
-            return jobs, self._even(jobs), bool(bulk)
-        rest = [job for job in jobs if job not in bulk]
-        long = sum(self._under_way.values())
-        self._passed_over = bool(rest) and (long > 0 or not self._passed_over)
-        if self._passed_over:
-            return rest, self._even(rest), False
-        if long and long == self.streams - 1 and self._wary > WARY - RESERVED:
-            return [], 0, False
-        self._wary -= 1
-        if long < self.streams - 1:
-            return [job for job in jobs if job in bulk], self.max_tokens, True
-        return jobs, min(self.max_tokens, max(self.max_tokens // SHORT, _worth(bulk))), False
+        if bulk and self._wary:
+            return self._beside_bulk(requests, bulk)
+        return _Admission(requests, self._even(requests), is_long_bulk=bool(bulk))
 
-    def _fill(self, batch: list[I], room: int, jobs: list[Job]) -> int:
-        """Add to `batch` the oldest sequence of each of `jobs`, then those nearest in length; returns the room left."""
-        for job in jobs:
-            head = self._waiting[job][0]
+    def _beside_bulk(self, requests: list[Request], bulk: set[Request]) -> _Admission:
+        """Return the next batch's admission where other requests are waiting beside bulk, or expected to come."""
+        others = [request for request in requests if request not in bulk]
+        long = sum(self._under_way.values())
+        self._passed_over = bool(others) and (long > 0 or not self._passed_over)
+        if self._passed_over:
+            return _Admission(others, self._even(others))
+        free = self.streams - long
+        if long and free == 1 and self._wary > WARY - RESERVED:
+            return _Admission([], 0)
+        self._wary -= 1
+        if free > 1:
+            return _Admission([request for request in requests if request in bulk], self.max_tokens, is_long_bulk=True)
+        short = max(self.max_tokens // SHORT, _worth(bulk))
+        return _Admission(requests, min(self.max_tokens, short))
+
+    def _fill(self, batch: list[I], room: int, requests: list[Request]) -> int:
+        """Add to `batch` the oldest sequence of each request, then those nearest in length; return the room left."""
+        for request in requests:
+            head = self._waiting[request][0]
             if batch and (len(head) > room or len(batch) == self.max_sequences):
                 break
-            batch.append(self._waiting[job].popleft())
+            batch.append(self._waiting[request].popleft())
             room -= len(head)
-            self._waiting.move_to_end(job)
+            self._waiting.move_to_end(request)
         if batch and len(batch) < self.max_sequences and room > 0:
-            return self._take_nearest(batch, room, jobs)
+            return self._take_nearest(batch, room, requests)
         return room
 
-    def _ranks(self, jobs: list[Job]) -> list[list[Job]]:
-        """Part requests by priority, lowest number first; those that were left out too often come before all."""
-        if len({job.priority for job in jobs}) < 2:
-            return [jobs]
-        ranks: dict[tuple[bool, int], list[Job]] = {}
-        for job in jobs:
-            is_overdue = self._passed[job] >= MOST_PASSED
-            ranks.setdefault((not is_overdue, 0 if is_overdue else job.priority), []).append(job)
+    def _ranks(self, requests: list[Request]) -> list[list[Request]]:
+        """Group requests by priority, lowest number first; requests that were left out too often come before all."""
+        if len({request.priority for request in requests}) < 2:
+            return [requests]
+        ranks: dict[tuple[bool, int], list[Request]] = {}
+        for request in requests:
+            is_overdue = self._passed[request] >= MOST_PASSED
+            rank = (False, 0) if is_overdue else (True, request.priority)
+            ranks.setdefault(rank, []).append(request)
         return [ranks[rank] for rank in sorted(ranks)]
 
     def _count_passed(self, batch: list[I]) -> None:
-        """Note which waiting requests `batch` leaves out, where priorities let others pass them."""
-        if not batch or len({job.priority for job in self._waiting}) < 2:
+        """Count the batches that leave a waiting request out, where priorities let others pass it."""
+        if not batch or len({request.priority for request in self._waiting}) < 2:
             self._passed.clear()
             return
-        taken = {item.job for item in batch}
-        self._passed = Counter({job: self._passed[job] + 1 for job in self._waiting if job not in taken})
+        taken = {item.request for item in batch}
+        left_out = [request for request in self._waiting if request not in taken]
+        self._passed = Counter({request: self._passed[request] + 1 for request in left_out})
 
-    def _even(self, jobs: list[Job]) -> int:
-        """Tokens of a batch of `jobs`: what leaves as much for each other stream that is free."""
+    def _even(self, requests: list[Request]) -> int:
+        """Return the tokens of a batch of `requests` that leaves as many for each other free stream."""
         free = max(1, self.streams - len(self._under_way))
-        waiting = sum(self._left[job] + job.shared for job in jobs)
-        return min(self.max_tokens, max(-(-waiting // free), _worth(jobs)))
+        waiting = sum(self._left[request] + request.shared for request in requests)
+        return min(self.max_tokens, max(-(-waiting // free), _worth(requests)))
 
-    def _take_nearest(self, batch: list[I], room: int, jobs: list[Job]) -> int:
-        """Add to `batch` the sequences of `jobs` that fit, nearest in length to the first; returns the room left."""
-        share = max(1, self.look_ahead // max(1, len(jobs)))
-        window = [item for job in jobs for item in islice(self._waiting[job], share)]
-        begun = {item.job for item in batch}
+    def _take_nearest(self, batch: list[I], room: int, requests: list[Request]) -> int:
+        """Add to `batch` the sequences of `requests` that fit, nearest in length to the first; return the room left."""
+        share = max(1, self.look_ahead // max(1, len(requests)))
+        window = [item for request in requests for item in islice(self._waiting[request], share)]
+        begun = {item.request for item in batch}
         taken: dict[int, I] = {}
         for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
-            adds = len(item) - (item.job.shared if item.job in begun else 0)
+            repeated = item.request.shared if item.request in begun else 0
+            adds = len(item) - repeated
             if adds <= room and len(batch) + len(taken) < self.max_sequences:
                 taken[id(item)] = item
-                begun.add(item.job)
+                begun.add(item.request)
                 room -= adds
         batch += taken.values()
-        for job in {item.job: None for item in taken.values()}:
-            self._waiting[job] = deque(item for item in self._waiting[job] if id(item) not in taken)
+        for request in {item.request: None for item in taken.values()}:
+            self._waiting[request] = deque(item for item in self._waiting[request] if id(item) not in taken)
         return room
 
-    def _forget(self, job: Job) -> int:
-        items = self._waiting.pop(job)
-        del self._left[job], self._passed[job]
+    def _forget(self, request: Request) -> int:
+        items = self._waiting.pop(request)
+        del self._left[request], self._passed[request]
         self.depth -= len(items)
         self.tokens -= sum(map(len, items))
         return len(items)
 
 
-def _worth(jobs: Iterable[Job]) -> int:
-    """Tokens that a batch of `jobs` should have at least, because what they share is run once a batch."""
-    return 4 * max((job.shared for job in jobs), default=0)
+def _worth(requests: Iterable[Request]) -> int:
+    """Return the minimum tokens of a batch of `requests`, because their common beginnings run once per batch."""
+    return 4 * max((request.shared for request in requests), default=0)

@@ -1,13 +1,13 @@
-"""What crosses between an engine's process and those in front of it, and how: frames over a socket.
+"""The protocol between an engine's process (the host) and the processes in front of it (fronts): frames over a socket.
 
 A frame is its length (8 bytes, little-endian) and a typed message in MessagePack. Arrays are their dtype, shape and raw
 bytes. Every message is validated while it is decoded, against the annotations of the classes below and of
-`cenote.core`, so a new field of `Sequence` or `Output` crosses by itself. Nothing is pickled.
+`cenote.core`, so a new field of `Sequence` or `Output` is sent without further code. Nothing is pickled.
 
 | from the front | | from the host | |
 |---|---|---|---|
 | `Submit` | run these sequences | `Hello` | first of all: the version |
-| `Cancel` | drop a request | `Card` | the model, and what rendering has to know of it |
+| `Cancel` | drop a request | `Card` | the model, and the facts that rendering needs |
 | `Ask` | is the engine well? | `Answer` or `Fault` | exactly one for each `Submit` that is not cancelled |
 | | | `Progress` | some sequences are finished |
 | | | `Health` | to `Ask` |
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 LENGTH = struct.Struct("<Q")
 LARGEST_REQUEST = 1 << 30
-"""Bytes of a frame that a host accepts."""
+"""Maximum bytes of a frame that a host accepts."""
 LARGEST_ANSWER = 1 << 40
-"""Bytes of a frame that a front accepts."""
+"""Maximum bytes of a frame that a front accepts."""
 FLUSH = 10.0
-"""Seconds that closing waits for the other side to take what was sent."""
+"""Seconds that closing waits for the other side to receive the frames that were sent."""
 RAW = 1
 """MessagePack's code for the bytes of an array."""
 
@@ -54,7 +54,7 @@ class Card(msgspec.Struct, tag="card"):
     """The model of the host.
 
     Attributes:
-        about: plain data of the layer above, which knows what is in it.
+        about: plain data of the layer above.
     """
 
     info: ModelInfo
@@ -74,13 +74,13 @@ class Submit(msgspec.Struct, tag="submit"):
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
-    """Nobody waits for request `number` any more."""
+    """The cancellation of request `number`."""
 
     number: int
 
 
 class Ask(msgspec.Struct, tag="ask"):
-    """A question after the engine's health."""
+    """A question about the engine's health."""
 
     number: int
 
@@ -114,7 +114,7 @@ class Progress(msgspec.Struct, tag="progress"):
 
 
 class Health(msgspec.Struct, tag="health"):
-    """Whether the engine is well."""
+    """The answer to `Ask`: whether the engine is healthy."""
 
     number: int
     is_well: bool
@@ -126,7 +126,7 @@ FromHost = Hello | Card | Answer | Fault | Progress | Health
 KINDS: dict[str, type[CenoteError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, CenoteError)
 }
-"""Errors that cross as themselves."""
+"""Errors that keep their class between processes."""
 
 
 class WireError(Exception):
@@ -134,7 +134,7 @@ class WireError(Exception):
 
 
 def fault(number: int, error: BaseException) -> Fault:
-    """`error` as the answer to request `number`; what is no error of Cenote's becomes an `EngineFailed`."""
+    """Return `error` as the answer to request `number`; an error that is not Cenote's becomes an `EngineFailed`."""
     if not isinstance(error, CenoteError):
         error = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
     fields = {name: value for name, value in vars(error).items() if name != "message"}
@@ -142,14 +142,14 @@ def fault(number: int, error: BaseException) -> Fault:
 
 
 def error_of(fault: Fault) -> CenoteError:
-    """The error that the host raised."""
+    """Return the error that the host raised."""
     error = KINDS.get(fault.kind, EngineFailed)(fault.message)
     vars(error).update(fault.fields)
     return error
 
 
 def _encoded(value: Any) -> Any:
-    """What msgspec does not know, made of what it knows."""
+    """Convert arrays, numbers of NumPy and ranges to types that msgspec encodes."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, Ext(RAW, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     if isinstance(value, np.generic):
@@ -160,7 +160,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(kind: Any, value: Any) -> Any:
-    """An array of the dtype that the annotation `kind` names, in memory of its own."""
+    """Return an array of the dtype that the annotation `kind` names, in its own memory."""
     if get_origin(kind) is not np.ndarray:
         raise NotImplementedError(f"{kind} does not cross between processes")
     name, shape, raw = value
@@ -178,9 +178,9 @@ def _raw(code: int, data: memoryview) -> memoryview:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encoded)
 FRONT_DECODER = msgspec.msgpack.Decoder(FromFront, dec_hook=_decoded, ext_hook=_raw)
-"""Reads what a front sends."""
+"""Decodes frames of a front."""
 HOST_DECODER: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(FromHost, dec_hook=_decoded, ext_hook=_raw)
-"""Reads what a host sends."""
+"""Decodes frames of a host."""
 
 F = TypeVar("F")
 
@@ -189,9 +189,9 @@ class Channel(Generic[F]):
     """One end of a connection. Sending never waits for the other side; one thread reads.
 
     Args:
-        connection: a connected stream socket, from now on the channel's.
-        decoder: of what the other side sends.
-        largest: bytes of a frame that are accepted.
+        connection: a connected stream socket, owned by the channel from now on.
+        decoder: decodes frames of the other side.
+        largest: maximum bytes of a frame of the other side.
     """
 
     def __init__(self, connection: socket.socket, decoder: msgspec.msgpack.Decoder[F], largest: int) -> None:
@@ -207,10 +207,10 @@ class Channel(Generic[F]):
     def send(self, frame: Any) -> None:
         """Send `frame`, or nothing if the connection is over.
 
-        What the socket takes at once is sent by the calling thread, and the rest by the channel's.
+        The calling thread sends the bytes that the socket takes at once, the channel's thread the rest.
 
         Raises:
-            NotImplementedError: there is something in the frame that does not cross.
+            NotImplementedError: the frame has a value of a type that cannot be sent.
         """
         buffer = bytearray(LENGTH.size)
         _ENCODER.encode_into(frame, buffer, LENGTH.size)
@@ -226,7 +226,7 @@ class Channel(Generic[F]):
                 self._ready.notify_all()
 
     def frames(self) -> Generator[F]:
-        """What the other side sends, until it is gone; then the socket is closed.
+        """Yield the frames of the other side until it is gone; then close the socket.
 
         Raises:
             WireError: a frame is too large or malformed.
@@ -242,9 +242,9 @@ class Channel(Generic[F]):
             self._socket.close()
 
     def close(self, patience: float = 0.0) -> None:
-        """End the connection, after at most `patience` seconds in which the other side takes what was sent.
+        """End the connection, after at most `patience` seconds for the other side to receive the frames that were sent.
 
-        The thread that reads finds no more frames.
+        `frames` ends.
         """
         with self._ready:
             self._ready.wait_for(lambda: self._is_over or not self._waiting, patience)
@@ -261,7 +261,7 @@ class Channel(Generic[F]):
             return len(data)
 
     def _write(self) -> None:
-        """Send what could not be sent at once."""
+        """Send the bytes that the socket did not take at once."""
         while True:
             with self._ready:
                 self._ready.wait_for(lambda: self._is_over or self._waiting)
@@ -279,7 +279,7 @@ class Channel(Generic[F]):
                 self._ready.notify_all()
 
     def _body(self) -> bytearray | None:
-        """The next frame's bytes; `None` if there are no more."""
+        """Return the next frame's bytes; `None` if there are no more."""
         head = self._received(LENGTH.size)
         if head is None:
             return None
@@ -295,7 +295,7 @@ class Channel(Generic[F]):
             raise WireError(f"a frame cannot be read: {error}") from error
 
     def _received(self, size: int) -> bytearray | None:
-        """The next `size` bytes; `None` if the connection ends before."""
+        """Return the next `size` bytes; `None` if the connection ends before."""
         buffer = bytearray(size)
         view = memoryview(buffer)
         while view:

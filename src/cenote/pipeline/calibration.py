@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from cenote.pipeline.rendering import Renderer
 
 OF_TEXTS = (".txt", ".jsonl")
-"""Suffixes of files of texts; the others are those of `Ranges.load`."""
-
+"""Suffixes of files of texts; other files are read by `Ranges.load`."""
 
 AT_ONCE = 256
-"""Texts that are rendered and run together."""
+"""Texts that are rendered and run at a time."""
 
 
 def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Ranges:
-    """The ranges that `path` holds, or those of the embeddings of its texts.
+    """Return the ranges in a file of ranges, or those of the embeddings of a file of texts.
 
-    Texts are embedded as by a request that says nothing about them, and cut where they are too long.
+    Texts are embedded with the default parameters, and cut where they are too long.
 
     Args:
         path: `.json` or `.npy` of ranges; `.txt` with a text in each line; `.jsonl` with a JSON string in each line, or
             an object with one under `text`. Blank lines are skipped.
         dimension: length of the model's embeddings.
+        renderer: of the model.
+        engine: runs the texts.
 
     Raises:
-        ConfigError: the model gives no embeddings, or the file cannot be read, has another form, too few texts, or
-            ranges for another dimension.
+        ConfigError: the model does not embed, or the file cannot be read, has another form, too few texts, or ranges
+            for another dimension.
     """
     if "embed" not in renderer.info.tasks:
         raise ConfigError(f"calibration is for int8 and uint8 embeddings, and {renderer.info.name} gives none")
@@ -49,18 +50,19 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
     rows: list[np.ndarray] = []
     for start in range(0, len(texts), AT_ONCE):
         try:
-            part = renderer.render(texts[start : start + AT_ONCE], "embed", PoolingParams(), TextOptions(-1))
+            sequences = renderer.render(texts[start : start + AT_ONCE], "embed", PoolingParams(), TextOptions(-1))
         except BadRequest as error:
             raise ConfigError(f"a text of {path} cannot be embedded: {error}") from None
-        rows += [output.data for output in engine.submit(part).result()]
+        outputs = engine.submit(sequences).result()
+        rows += [output.data for output in outputs]
     return Ranges.calibrated(np.stack(rows))
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file, as `load` says.
+    """Return the texts of a `.txt` or `.jsonl` file.
 
     Raises:
-        ConfigError: it cannot be read, or a line has no text.
+        ConfigError: the file cannot be read, or a line has no text.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -1,4 +1,4 @@
-"""From a token classifier's probabilities to named entities: tokens, to words, to groups of one type.
+"""From a token classifier's probabilities to named entities: tokens, words, groups of one type.
 
 The rules are those of Transformers' `TokenClassificationPipeline`, its oddities included, so that a caller of
 `pipeline("token-classification")` gets the same entities here. No model and no torch.
@@ -31,7 +31,7 @@ PER_WORD: dict[str, Callable[[Array], Array]] = {
     "average": lambda scores_TC: scores_TC.mean(axis=0),
     "max": lambda scores_TC: scores_TC[scores_TC.max(axis=1).argmax()],
 }
-"""Strategies that label whole words, and the one row of scores that each makes of those of a word's tokens."""
+"""Strategies that label whole words, each with the scores of a word out of those of its tokens."""
 
 AGGREGATIONS = (*PER_TOKEN, *PER_WORD)
 """Known values of `aggregation`."""
@@ -43,8 +43,8 @@ class Entity:
 
     Attributes:
         label: the model's own label ("B-PER") without aggregation, else the type ("PER").
-        score: probability of the label; of a group the mean over its parts.
-        word: the stretch as the tokenizer spells it. The text itself is `text[start:end]`.
+        score: probability of the label; the mean over its parts in a group.
+        word: its tokens, joined by the tokenizer. The text itself is `text[start:end]`.
         start: first character.
         end: character after the last one.
         index: number of the token, special tokens counted; `None` with aggregation.
@@ -78,10 +78,10 @@ def entities(
     aggregation: str = "none",
     ignore_labels: Collection[str] = ("O",),
 ) -> list[Entity]:
-    """Entities of `text` in reading order.
+    """Return the entities of `text` in reading order.
 
     Args:
-        text: what was encoded; offsets count its characters.
+        text: the text that was encoded; offsets count its characters.
         encoding: the tokenizer's encoding of `text`, special tokens included.
         scores_TC: float32 probabilities, a row for each token of `encoding`.
         labels: name of each class, in the order of the columns.
@@ -89,7 +89,7 @@ def entities(
         aggregation: one of `AGGREGATIONS`. "none" gives every token; "simple" joins neighbouring tokens of one type;
             "first", "average" and "max" label whole words, by the first token, the mean of the tokens or the most
             certain token, and join neighbouring words of one type.
-        ignore_labels: what is left out, as `Entity.label` spells it.
+        ignore_labels: values of `Entity.label` that are left out.
 
     Raises:
         BadRequest: `aggregation` is not known.
@@ -100,17 +100,9 @@ def entities(
         raise ValueError(f"{len(scores_TC)} rows of scores for {len(encoding)} tokens")
     tokens = _tokens(text, encoding, tokenizer)
     if aggregation in PER_TOKEN:
-        parts = [_labelled(t.word, [t], scores_TC[t.index], labels) for t in tokens]
+        parts = [_labelled(token.word, [token], scores_TC[token.index], labels) for token in tokens]
     else:
-        parts = [
-            _labelled(
-                tokenizer.convert_tokens_to_string([t.word for t in word]),
-                word,
-                PER_WORD[aggregation](scores_TC[[t.index for t in word]]),
-                labels,
-            )
-            for word in _words(tokens)
-        ]
+        parts = _labelled_words(_words(tokens), scores_TC, labels, tokenizer, PER_WORD[aggregation])
     if aggregation != "none":
         parts = [_joined(group, tokenizer) for group in _groups(parts)]
     return [part for part in parts if part.label not in ignore_labels]
@@ -119,8 +111,9 @@ def entities(
 def check_labels(info: ModelInfo) -> None:
     """Raise `TaskNotOffered` if the model rates tokens, but not by labels, as reward models do."""
     if "token_classify" in info.tasks and (info.step or not info.labels):
+        units = "steps" if info.step else "tokens"
         raise TaskNotOffered(
-            f"{info.name} rates {'steps' if info.step else 'tokens'} and has no labels that would be entities; "
+            f"{info.name} rates {units} and has no labels that would be entities; "
             "task token_classify of /pooling and LLM.encode gives its numbers",
             param="task",
         )
@@ -136,11 +129,11 @@ def check_aggregation(aggregation: str) -> None:
 
 
 def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> list[_Token]:
-    """Tokens that stem from the text.
+    """Return the tokens of the text, without special tokens.
 
-    Of a tokenizer that marks continuations ("##ing"), a token continues a word if it is not as long as its stretch of
-    text; that takes in a word from which normalization dropped characters. Of others, only spaces before a token or
-    at its beginning tell. An unknown token is a word of its own, spelled as in the text.
+    Where the tokenizer marks continuations ("##ing"), a token continues a word if it is not as long as its stretch of
+    text; that takes in a word from which normalization dropped characters. Otherwise it continues a word unless there
+    is a space before it or at its beginning. An unknown token is a word of its own, spelled as in the text.
     """
     marks = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
     pieces = tokenizer.convert_ids_to_tokens(encoding.ids)
@@ -150,9 +143,11 @@ def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -
             continue
         surface = text[start:end]
         if encoding.ids[index] == tokenizer.unk_token_id:
-            tokens.append(_Token(surface, start, end, index, continues=False))
-            continue
-        continues = len(piece) != len(surface) if marks else start > 0 and " " not in text[start - 1 : start + 1]
+            piece, continues = surface, False
+        elif marks:
+            continues = len(piece) != len(surface)
+        else:
+            continues = start > 0 and " " not in text[start - 1 : start + 1]
         tokens.append(_Token(piece, start, end, index, continues))
     return tokens
 
@@ -167,14 +162,30 @@ def _words(tokens: Iterable[_Token]) -> list[list[_Token]]:
     return words
 
 
+def _labelled_words(
+    words: Iterable[list[_Token]],
+    scores_TC: Array,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    join: Callable[[Array], Array],
+) -> list[Entity]:
+    """Label whole words by the scores that `join` makes of those of their tokens."""
+    parts = []
+    for word in words:
+        spelling = tokenizer.convert_tokens_to_string([token.word for token in word])
+        scores_C = join(scores_TC[[token.index for token in word]])
+        parts.append(_labelled(spelling, word, scores_C, labels))
+    return parts
+
+
 def _labelled(word: str, tokens: Sequence[_Token], scores_C: Array, labels: Sequence[str]) -> Entity:
-    """`tokens` under the label with the highest score."""
+    """Label `tokens` by the highest score."""
     best = int(scores_C.argmax())
     return Entity(labels[best], float(scores_C[best]), word, tokens[0].start, tokens[-1].end, tokens[0].index)
 
 
 def _groups(parts: Iterable[Entity]) -> Iterator[list[Entity]]:
-    """Runs of parts of one type; a part labelled "B-" begins a new run, and a label without "B-" or "I-" does not."""
+    """Yield runs of parts of one type; a "B-" label begins a new run, and one without "B-" or "I-" does not."""
     group: list[Entity] = []
     for part in parts:
         if group and (part.label.startswith("B-") or _type(part.label) != _type(group[0].label)):
@@ -190,7 +201,7 @@ def _type(label: str) -> str:
 
 
 def _joined(group: Sequence[Entity], tokenizer: PreTrainedTokenizerBase) -> Entity:
-    """One entity for `group`. Its label loses any prefix, "S-PER" and "X-PER" too, although these never mix."""
+    """Join a group to one entity. Its label loses any prefix, "S-PER" and "X-PER" too, although these never mix."""
     return Entity(
         group[0].label.split("-", 1)[-1],
         fmean(part.score for part in group),

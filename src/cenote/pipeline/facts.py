@@ -23,15 +23,15 @@ class Facts:
     """The facts of a model that rendering needs, besides its `ModelInfo`.
 
     Attributes:
-        names: what requests may call it; the first is what answers say.
-        tokenizer: where its tokenizer comes from.
-        prompts: its prompts.
-        sides: how it encodes the two sides of a search, if it does so differently.
-        pair_template: how query and document become one text; `None` = the tokenizer joins them.
+        names: names in requests; the first is the one in answers.
+        tokenizer: source of the tokenizer.
+        prompts: the model's prompts.
+        sides: the encoding of queries and of documents, in a model that encodes them differently.
+        pair_template: template that joins query and document; `None` = the tokenizer joins them.
         lowercase: text is lower-cased before it is tokenised.
-        include_prompt: whether pooling looks at the prompt.
-        auto_truncate: what is too long is cut unless the request says otherwise.
-        ranges: low and high ends of int8 and uint8 embeddings, one of each for a dimension; `None` = those of unit
+        include_prompt: whether pooling includes the tokens of the prompt.
+        auto_truncate: inputs that are too long are cut unless the request says otherwise.
+        ranges: low and high ends of int8 and uint8 embeddings, one of each per dimension; `None` = those of unit
             vectors.
     """
 
@@ -47,10 +47,10 @@ class Facts:
 
     @classmethod
     def of(cls, plain: Any) -> Facts:
-        """The facts that `plain` made plain.
+        """Return the facts that `Facts.plain` made plain.
 
         Raises:
-            ValueError: they are of another form.
+            ValueError: `plain` has another form.
         """
         try:
             return msgspec.convert(plain, cls)
@@ -58,15 +58,15 @@ class Facts:
             raise ValueError(f"the facts of a model cannot be read: {error}") from error
 
     def plain(self) -> Any:
-        """The facts as numbers, texts, lists and mappings."""
+        """Return the facts as numbers, texts, lists and mappings."""
         return msgspec.to_builtins(self)
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> Renderer:
-        """The renderer of a model.
+        """Return the renderer of the model.
 
         Args:
-            tokenizer: made as `self.tokenizer` says.
-            info: of the model.
+            tokenizer: the tokenizer from the source `self.tokenizer`.
+            info: the model's information.
         """
         return Renderer(
             tokenizer,
@@ -79,7 +79,7 @@ class Facts:
         )
 
     def quantisation(self) -> Ranges | None:
-        """The ranges of int8 and uint8 embeddings."""
+        """Return the ranges of int8 and uint8 embeddings; `None` = those of unit vectors."""
         if self.ranges is None:
             return None
         low, high = self.ranges

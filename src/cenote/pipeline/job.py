@@ -16,12 +16,12 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[T]):
-    """The sequences that a request needs, and how their outputs become its answer.
+    """The sequences of a request, and the function that makes its answer of their outputs.
 
     Attributes:
         sequences: input of the engine, in order.
-        finish: makes the answer of their outputs, which are in the same order.
-        is_slow: finishing takes long even where the outputs are small.
+        finish: makes the answer of the outputs, in the order of `sequences`.
+        is_slow: finishing takes long even for small outputs.
     """
 
     sequences: list[Sequence]
@@ -29,7 +29,7 @@ class Job(Generic[T]):
     is_slow: bool = False
 
     def queued(self, *, priority: int = 0, salt: str | None = None) -> Job[T]:
-        """Return the job with sequences of that priority, and results kept apart by that salt."""
+        """Return the job with that priority, and with cached results kept apart by that salt."""
         if not priority and salt is None:
             return self
         sequences = [replace(sequence, priority=priority, salt=salt) for sequence in self.sequences]
@@ -41,5 +41,5 @@ class Job(Generic[T]):
         return sum(map(len, self.sequences))
 
     def then(self, change: Callable[[T], U]) -> Job[U]:
-        """Return the job whose answer is `change` of this one's."""
+        """Return the job whose answer is `change` of the answer of this one."""
         return Job(self.sequences, lambda outputs: change(self.finish(outputs)), self.is_slow)

@@ -1,4 +1,4 @@
-"""Everything that can be asked of a model: each operation checks its arguments and returns a `Job`.
+"""The operations of a model: each checks its arguments and returns a `Job`.
 
 `LLM` and the server both call these functions, so that both refuse the same things in the same words.
 """
@@ -13,6 +13,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.entities import check_aggregation, check_labels, entities
 from cenote.pipeline.job import Job
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
+from cenote.pipeline.rendering import is_count
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.similarity import ranking
 
@@ -75,7 +76,7 @@ def encode(
         task: one of the model's.
         params: of the task.
         options: how text becomes ids.
-        also: further tasks, answered by the same forward, in `Output.others`.
+        also: further tasks of the same forward, whose results are in `Output.others`.
 
     Raises:
         BadRequest: the model does not offer a task or a parameter, or a prompt cannot be rendered.
@@ -99,10 +100,13 @@ def classify(service: Service, prompts: Seq[Prompt | Pair], params: Params, opti
     """
     labels = service.info.labels
 
-    def named(output: Output) -> Classes:
-        return Classes(output.data, labels[int(output.data.argmax())] if labels else None)
+    def label_of(values: Array) -> str | None:
+        return labels[int(values.argmax())] if labels else None
 
-    return encode(service, prompts, "classify", params, options).then(lambda outputs: [named(o) for o in outputs])
+    def finish(outputs: list[Output]) -> list[Classes]:
+        return [Classes(output.data, label_of(output.data)) for output in outputs]
+
+    return encode(service, prompts, "classify", params, options).then(finish)
 
 
 def find_entities(
@@ -116,7 +120,8 @@ def find_entities(
     """Find the named entities of each text, as Transformers' token-classification pipeline does.
 
     Raises:
-        BadRequest: there is no text, an aggregation is unknown, or the model does not label tokens.
+        BadRequest: there is no text, or the aggregation is unknown.
+        TaskNotOffered: the model does not label tokens.
     """
     if not texts:
         raise BadRequest("You must pass at least one prompt", param="input")
@@ -157,7 +162,7 @@ def score(
 
     Raises:
         BadRequest: the lists do not pair up, an option has no effect, or a text cannot be rendered.
-        NotScored: the model cannot score, or not so.
+        NotScored: the model cannot score.
     """
     check_pairing(queries, documents)
     way = choose(service.info, score_type)
@@ -197,7 +202,7 @@ def rerank(
     Raises:
         BadRequest: `top_n` is negative, or as `score`.
     """
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
+    if top_n is not None and not is_count(top_n):
         raise BadRequest(f"top_n must be a non-negative integer, got {top_n!r}", param="top_n")
 
     def ranked(scores: Array) -> list[Ranked]:
@@ -213,22 +218,23 @@ def reward(
     """Rate each prompt by the model's reward head.
 
     Args:
-        of_tokens: a model that rates every token gives all its numbers, not the last one.
+        of_tokens: a model that rates every token returns all rewards, not only the last one.
 
     Raises:
         TaskNotOffered: the model gives no reward.
         BadRequest: as `encode`.
     """
     task, activates = reward_task(service.info)
-    if not of_tokens and task == "token_classify" and not service.info.step and "classify" in service.info.tasks:
+    rates_tokens = task == "token_classify" and not service.info.step
+    if rates_tokens and not of_tokens and "classify" in service.info.tasks:
         task = "classify"
 
-    def filled(one: PoolingParams) -> PoolingParams:
-        return replace(one, use_activation=activates) if one.use_activation is None else one
+    def filled(params: PoolingParams) -> PoolingParams:
+        return replace(params, use_activation=activates) if params.use_activation is None else params
 
     if isinstance(params, PoolingParams):
         return encode(service, prompts, task, filled(params), options)
-    return encode(service, prompts, task, [filled(one) for one in params], options)
+    return encode(service, prompts, task, [*map(filled, params)], options)
 
 
 def plugin(
@@ -244,14 +250,14 @@ def plugin(
     """Let the IO-processor plugin make prompts of `data`, and an answer of their outputs.
 
     Args:
-        request_id: of the request, which the plugin is told.
-        task: asked for by the request.
-        params: of the request, which the plugin may change.
+        request_id: the request's id, for the plugin.
+        task: task that the request names.
+        params: parameters of the request, which the plugin may change.
         check_count: raises for a number of prompts that is too large.
 
     Raises:
-        BadRequest: the task is another one, there is no plugin, or it refuses the data.
-        PluginFailed: it fails.
+        BadRequest: the request names another task than "plugin", there is no plugin, or it refuses the data.
+        PluginFailed: the plugin fails.
     """
     call = check_plugin(service, task).call(data, request_id)
     prompts, model_task, model_params = call.prepare(service.info, params)
@@ -265,7 +271,7 @@ def check_plugin(service: Service, task: str | None) -> Plugin:
     """Return the model's plugin.
 
     Raises:
-        BadRequest: there is none, or the request asks for another task.
+        BadRequest: there is none, or the request names another task.
     """
     if task not in (None, PLUGIN):
         raise BadRequest(WRONG_TASK, param="data")
@@ -281,10 +287,10 @@ def _rendered_one_by_one(
     params: Seq[PoolingParams],
     options: TextOptions,
 ) -> list[Sequence]:
-    """Render prompts with parameters of their own."""
+    """Render prompts, each with its own parameters."""
     sequences: list[Sequence] = []
-    for prompt, one in zip(prompts, params, strict=True):
-        sequences += service.render([prompt], task, one, options)
+    for prompt, params_of_prompt in zip(prompts, params, strict=True):
+        sequences += service.render([prompt], task, params_of_prompt, options)
     return sequences
 
 
@@ -306,12 +312,13 @@ def _rendered_sides(
         )
     service.pairs.check(options)
     prompts = service.renderer.prompts
-    sequences: list[Sequence] = []
-    for prompt, texts, most in (
+    sides = (
         (prompts.of("query"), queries, options.max_tokens_per_query),
         (prompts.of("document"), documents, options.max_tokens_per_doc),
-    ):
-        cut = service.pairs.cut(texts, most)
+    )
+    sequences: list[Sequence] = []
+    for prompt, texts, limit in sides:
+        cut = service.pairs.cut(texts, limit)
         sequences += service.renderer.render(cut, way.task, params, text_options._replace(prompt=prompt))
     if way.also:
         return [replace(sequence, also=way.also) for sequence in sequences]

@@ -1,8 +1,7 @@
 """From a query and a document to one sequence, for models that read both at once (cross-encoders).
 
-A pair is rendered by a template, where the checkpoint or the user has one, and else joined by the tokenizer, which
-puts its separators and token type ids where the model was trained to find them. A query is tokenised once for all
-its documents.
+A pair is rendered by a template, where the checkpoint or the user has one, and else joined by the tokenizer, with the
+separators and token type ids that the model was trained with. A query is tokenised once for all its documents.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Text
+from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Text, is_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
     from cenote.core import PairTemplate, PoolingParams
-    from cenote.pipeline.rendering import Renderer, TextOptions
+    from cenote.pipeline.rendering import Ids, Renderer, TextOptions
 
 MOST_CUTS = 8
 """Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
@@ -32,12 +31,12 @@ RESERVED = ("chat_template", "tools", "tokenize")
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
-    """How two texts become one input.
+    """Options of joining two texts to one input.
 
     Attributes:
-        max_tokens_per_query: tokens to which a query is cut; 0 = it is not.
+        max_tokens_per_query: maximum tokens kept of a query; 0 = all.
         max_tokens_per_doc: likewise for documents.
-        template: instead of the model's.
+        template: template instead of the model's.
         kwargs: variables of the template, as `instruction`.
     """
 
@@ -55,7 +54,7 @@ class PairOptions:
         template: PairTemplate | None = None,
         **limits: int,
     ) -> PairOptions:
-        """Return the options that a request spells so.
+        """Return the options of a request.
 
         Raises:
             BadRequest: a variable of the template is reserved.
@@ -67,6 +66,40 @@ class PairOptions:
         if instruction is not None:
             kwargs.setdefault("instruction", instruction)
         return cls(template=template, kwargs=kwargs, **limits)
+
+
+@dataclass(frozen=True, slots=True)
+class _PairPrompt:
+    """A template for pairs, with the variables of one request.
+
+    Attributes:
+        special: add the tokenizer's special tokens to the rendered prompt.
+    """
+
+    renderer: Renderer
+    template: PairTemplate
+    kwargs: Mapping[str, Any]
+    special: bool
+
+    def text(self, query: str, document: str) -> str:
+        """Render a pair."""
+        contents = {"system": self._system(), "query": query, "document": document}
+        messages = [
+            {"role": role, "content": self._content(text)} for role, text in contents.items() if text is not None
+        ]
+        return self.renderer.apply_template(messages, self.template.source, {**self.template.kwargs, **self.kwargs})
+
+    def ids(self, query: str, document: str) -> Ids:
+        """Render and tokenise a pair."""
+        return self.renderer.tokenize(self.text(query, document), add_special_tokens=self.special)
+
+    def _system(self) -> str | None:
+        if self.template.system is None:
+            return None
+        return self.kwargs.get("instruction") or self.template.system or None
+
+    def _content(self, text: str) -> str | list[dict[str, str]]:
+        return [{"type": "text", "text": text}] if self.template.structured else text
 
 
 class PairRenderer:
@@ -82,24 +115,21 @@ class PairRenderer:
         self.template = template
 
     def check(self, options: PairOptions) -> None:
-        """Raise `BadRequest` if a limit is out of range, or the template's variables have no template to go to."""
+        """Raise `BadRequest` if a limit is out of range, or there are variables but no template."""
         limit = self._renderer.info.max_model_len
-        for name in ("max_tokens_per_query", "max_tokens_per_doc"):
-            value = getattr(options, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise BadRequest(f"{name} must be a non-negative integer", param=name)
-            if value >= limit:
-                raise BadRequest(f"{name} ({value}) must be less than max_model_len ({limit}).", param=name)
-        if options.kwargs and (options.template or self.template) is None:
+        _check_limit("max_tokens_per_query", options.max_tokens_per_query, limit)
+        _check_limit("max_tokens_per_doc", options.max_tokens_per_doc, limit)
+        template = options.template or self.template
+        if options.kwargs and template is None:
             raise BadRequest(
                 f"{self._renderer.info.name} joins query and document without a template, so "
                 f"{', '.join(sorted(options.kwargs))} would have no effect; start with --chat-template to use one",
                 param=min(options.kwargs),
             )
 
-    def cut(self, texts: Seq[str], most: int) -> list[str]:
-        """`texts`, each cut at the end of its token number `most`; 0 = not at all."""
-        return [self._cut(text, most) for text in texts] if most else list(texts)
+    def cut(self, texts: Seq[str], limit: int) -> list[str]:
+        """Return `texts`, each cut to at most `limit` tokens; 0 = no limit."""
+        return [self._cut(text, limit) for text in texts] if limit else list(texts)
 
     def render(
         self,
@@ -109,7 +139,7 @@ class PairRenderer:
         text_options: TextOptions,
         options: PairOptions = PairOptions(),
     ) -> list[Sequence]:
-        """One sequence per (query, document).
+        """Return one sequence per (query, document).
 
         Raises:
             BadRequest: as `cenote.pipeline.rendering.Renderer.render`, and if the template refuses the pair.
@@ -118,97 +148,114 @@ class PairRenderer:
         self.check(options)
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
-        own = list(dict.fromkeys(query for query, _ in pairs))
-        queries = dict(zip(own, self._side(own, options.max_tokens_per_query, text_options), strict=True))
-        documents = self._side([document for _, document in pairs], options.max_tokens_per_doc, text_options)
-        cut = [(queries[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
+        pairs = self._shortened(pairs, text_options, options)
         template = options.template or self.template
-        applied = self._renderer.prompts.choose()
+        prompt = self._renderer.prompts.choose()
         if template is not None:
-            texts = self._by_template(cut, template, text_options, options)
+            special = template.add_special_tokens and text_options.add_special_tokens
+            pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
+            texts = self._by_template(pairs, pair_prompt, text_options)
         else:
-            texts = self._joined([(applied.text + query, document) for query, document in cut], text_options)
+            texts = self._joined([(prompt.text + query, document) for query, document in pairs], text_options)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
-        return [Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter) for text in fitted]
+        return [Sequence(text.ids, task, params, text.type_ids, adapter=prompt.adapter) for text in fitted]
 
-    def _side(self, texts: list[str], most: int, options: TextOptions) -> list[str]:
-        """One side of the pairs, cut to `most` tokens each, or without what could never fit."""
-        return self.cut(texts, most) if most else self._renderer.bounded(texts, options)
+    def _shortened(
+        self, pairs: Seq[tuple[str, str]], text_options: TextOptions, options: PairOptions
+    ) -> list[tuple[str, str]]:
+        """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        short_queries = self._side(queries, options.max_tokens_per_query, text_options)
+        short_query = dict(zip(queries, short_queries, strict=True))
+        documents = self._side([document for _, document in pairs], options.max_tokens_per_doc, text_options)
+        return [(short_query[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
 
-    def _cut(self, text: str, most: int) -> str:
-        text = text[: self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN]  # what follows could never be kept
+    def _side(self, texts: list[str], limit: int, options: TextOptions) -> list[str]:
+        """Return one side of the pairs, cut to `limit` tokens each, or without characters far beyond any limit."""
+        return self.cut(texts, limit) if limit else self._renderer.bounded(texts, options)
+
+    def _cut(self, text: str, limit: int) -> str:
+        renderer = self._renderer
+        text = text[: renderer.info.max_model_len * CHARACTERS_PER_TOKEN]  # the rest could never be kept
+        if not renderer.is_fast:
+            ids = renderer.tokenize(text, add_special_tokens=False)
+            return text if len(ids) <= limit else renderer.detokenize(ids[:limit])
         for _ in range(MOST_CUTS):
-            found = self._renderer.encodings([text], add_special_tokens=False)
-            if found is None:
-                ids = self._renderer.tokenize(text, add_special_tokens=False)
-                return text if len(ids) <= most else self._renderer.detokenize(ids[:most])
-            if len(found[0].ids) <= most:
+            encodings = renderer.encodings([text], add_special_tokens=False)
+            assert encodings is not None
+            (encoding,) = encodings
+            if len(encoding.ids) <= limit:
                 break
-            offsets = found[0].offsets
-            text = text[: min(offsets[most - 1][1], offsets[most][0])]  # a character may be of several tokens
+            offsets = encoding.offsets
+            text = text[: min(offsets[limit - 1][1], offsets[limit][0])]  # a character may be of several tokens
         return text
 
     def _joined(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[Text]:
-        """The tokenizer's own way of joining two texts, cut "longest first"."""
+        """Join pairs by the tokenizer, cut "longest first"."""
         sides = list(dict.fromkeys(text for pair in pairs for text in pair))
-        found = self._renderer.encodings(sides, add_special_tokens=False)
-        if found is None:
-            return [Text(ids, types) for ids, types in self._renderer.pair_ids(pairs, options)]
-        known = dict(zip(sides, found, strict=True))
-        return [self._join(known[query], known[document], options) for query, document in pairs]
+        encodings = self._renderer.encodings(sides, add_special_tokens=False)
+        if encodings is None:
+            return self._renderer.tokenize_pairs(pairs, options)
+        encoding_of = dict(zip(sides, encodings, strict=True))
+        return [self._join(encoding_of[query], encoding_of[document], options) for query, document in pairs]
 
     def _join(self, query: Encoding, document: Encoding, options: TextOptions) -> Text:
         renderer = self._renderer
-        if options.truncate is not None and options.side is None:
-            special = renderer.num_special_tokens(pair=True) if options.add_special_tokens else 0
-            room = max(0, options.truncate - special)
-            for_query, for_document = shares(len(query.ids), len(document.ids), room)
-            query, document = renderer.shortened(query, for_query), renderer.shortened(document, for_document)
+        limit = options.content_limit
+        if limit is None:
+            return renderer.from_encoding(renderer.post_process(query, document, options.add_special_tokens))
+        special = renderer.num_special_tokens(pair=True) if options.add_special_tokens else 0
+        room = max(0, limit - special)
+        for_query, for_document = shares(len(query.ids), len(document.ids), room)
+        query, document = renderer.shortened(query, for_query), renderer.shortened(document, for_document)
         joined = renderer.post_process(query, document, options.add_special_tokens)
-        if options.truncate is not None and options.side is None:
-            joined.truncate(options.truncate)  # where not even the special tokens fit
+        joined.truncate(limit)  # where not even the special tokens fit
         return renderer.from_encoding(joined)
 
-    def _by_template(
-        self, pairs: list[tuple[str, str]], template: PairTemplate, text_options: TextOptions, options: PairOptions
-    ) -> list[Text]:
-        """Rendered prompts; where one is too long and may be cut, its document is, and the prompt stays whole."""
-        special = template.add_special_tokens and text_options.add_special_tokens
-        texts = [self._prompt(query, document, template, options) for query, document in pairs]
-        tokenised = [Text(ids) for ids in self._renderer.tokenize_all(texts, add_special_tokens=special)]
-        most = text_options.truncate
-        if most is None or text_options.side is not None:
-            return tokenised
-        for i, (query, document) in enumerate(pairs):
-            for _ in range(MOST_CUTS):
-                excess = len(tokenised[i].ids) - most
-                if excess <= 0 or not document:
-                    break
-                kept = len(self._renderer.tokenize(document, add_special_tokens=False)) - excess
-                document = self._cut(document, kept) if kept > 0 else ""
-                text = self._prompt(query, document, template, options)
-                tokenised[i] = Text(self._renderer.tokenize(text, add_special_tokens=special))
-            if len(tokenised[i].ids) > most:
-                raise TooLong(
-                    f"the prompt has {len(tokenised[i].ids)} tokens without its document, and is to be cut to {most}: "
-                    "only documents are cut; max_tokens_per_query cuts the query",
-                    param="truncate_prompt_tokens",
-                )
-        return tokenised
-
-    def _prompt(self, query: str, document: str, template: PairTemplate, options: PairOptions) -> str:
-        contents = {"query": query, "document": document}
-        if template.system is not None and (system := options.kwargs.get("instruction") or template.system):
-            contents = {"system": system, **contents}
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if template.structured else text}
-            for role, text in contents.items()
+    def _by_template(self, pairs: list[tuple[str, str]], prompt: _PairPrompt, options: TextOptions) -> list[Text]:
+        """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
+        texts = [prompt.text(query, document) for query, document in pairs]
+        ids_of_prompts = self._renderer.tokenize_all(texts, add_special_tokens=prompt.special)
+        limit = options.content_limit
+        if limit is None:
+            return [Text(ids) for ids in ids_of_prompts]
+        return [
+            Text(ids if len(ids) <= limit else self._with_less(prompt, query, document, len(ids) - limit, limit))
+            for ids, (query, document) in zip(ids_of_prompts, pairs, strict=True)
         ]
-        return self._renderer.apply_template(messages, template.source, {**template.kwargs, **options.kwargs})
+
+    def _with_less(self, prompt: _PairPrompt, query: str, document: str, excess: int, limit: int) -> Ids:
+        """Return the ids of a prompt that has `excess` tokens too many, with a shorter document.
+
+        Raises:
+            TooLong: it has more than `limit` tokens without any document.
+        """
+        ids: Ids = []
+        for _ in range(MOST_CUTS):
+            length = len(self._renderer.tokenize(document, add_special_tokens=False)) - excess
+            document = self._cut(document, length) if length > 0 else ""
+            ids = prompt.ids(query, document)
+            excess = len(ids) - limit
+            if excess <= 0 or not document:
+                break
+        if excess > 0:
+            raise TooLong(
+                f"the prompt has {len(ids)} tokens without its document, and is to be cut to {limit}: "
+                "only documents are cut; max_tokens_per_query cuts the query",
+                param="truncate_prompt_tokens",
+            )
+        return ids
+
+
+def _check_limit(name: str, value: Any, max_model_len: int) -> None:
+    if not is_count(value):
+        raise BadRequest(f"{name} must be a non-negative integer", param=name)
+    if value >= max_model_len:
+        raise BadRequest(f"{name} ({value}) must be less than max_model_len ({max_model_len}).", param=name)
 
 
 def shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """Tokens that two texts keep when cut "longest first" to `room` together, as the tokenizers library cuts."""
+    """Return the tokens that two texts keep when cut to `room` together, "longest first" as the tokenizers library."""
     if first + second <= room:
         return first, second
     shorter, longer = sorted((first, second))

@@ -1,4 +1,4 @@
-"""A served model: its engine, its renderer and its names. What `LLM` and the server both stand on."""
+"""A served model: its engine, its renderer and its names. `LLM` and the server are both built on it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Service:
     """One model, ready.
 
     Attributes:
-        names: what requests may call it; the first is what answers say.
-        pair_template: how query and document become one text; `None` = the tokenizer joins them.
-        plugin: the IO processor that takes requests with `data`.
-        ranges: of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
-        facts: what another process has to know in order to render for this engine; `None` = not known.
+        names: names in requests; the first is the one in answers.
+        pair_template: template that joins query and document; `None` = the tokenizer joins them.
+        plugin: the IO processor of requests with `data`.
+        ranges: ranges of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
+        facts: the facts that another process needs in order to render for this engine; `None` = not known.
     """
 
     engine: Engine
@@ -52,32 +52,30 @@ class Service:
 
     @property
     def info(self) -> ModelInfo:
-        """What was resolved about the model."""
+        """The facts of the model that were resolved at load."""
         return self.engine.info
 
     @cached_property
     def pairs(self) -> PairRenderer:
-        """Renders pairs of texts."""
+        """The renderer of pairs of texts."""
         return PairRenderer(self.renderer, self.pair_template)
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions
     ) -> list[Sequence]:
-        """Sequences for `prompts`: whatever `Renderer.render` takes, and pairs of texts.
+        """Return sequences for `prompts`, each of a form that `Renderer.render` takes or a pair of texts.
 
         A pair is `{"text": ..., "text_pair": ...}`, as in Transformers' pipelines, or a tuple of two texts.
         """
         if params.late_chunking_params is not None:
             return late(self.renderer, prompts, task, params, options)
-        pairs = {i: pair for i, prompt in enumerate(prompts) if (pair := _pair(prompt)) is not None}
-        if not pairs:
+        pairs = [_pair(prompt) for prompt in prompts]
+        if not any(pairs):
             return self.renderer.render(prompts, task, params, options)
-        joined = dict(zip(pairs, self.pairs.render(list(pairs.values()), task, params, options), strict=True))
-        others = [i for i in range(len(prompts)) if i not in pairs]
-        if others:
-            single = self.renderer.render([prompts[i] for i in others], task, params, options)
-            joined |= dict(zip(others, single, strict=True))
-        return [joined[i] for i in range(len(prompts))]
+        joined = iter(self.pairs.render([pair for pair in pairs if pair], task, params, options))
+        others = [prompt for prompt, pair in zip(prompts, pairs, strict=True) if pair is None]
+        single = iter(self.renderer.render(others, task, params, options) if others else ())
+        return [next(joined if pair else single) for pair in pairs]
 
     @classmethod
     def open(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
@@ -116,14 +114,12 @@ class Service:
             streams=engine.streams,
             by_priority=engine.scheduling_policy == "priority",
         )
-        ranges = None
-        if model.calibration is not None:
-            dimension = model.pooler_config.dimensions or local.info.dimension
-            try:
-                ranges = calibration.load(model.calibration, dimension, renderer, ChunkedEngine(local))
-            except CenoteError:
-                local.close()
-                raise
+        try:
+            ranges = _ranges(model, renderer, local)
+        except CenoteError:
+            local.close()
+            raise
+        if ranges is not None:
             facts = replace(facts, ranges=(tuple(ranges.low_D.tolist()), tuple(ranges.high_D.tolist())))
         running: Engine = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
         if local.info.limit("embed") > local.info.max_model_len:
@@ -134,34 +130,49 @@ class Service:
     def connect(
         cls, path: str, *, names: tuple[str, ...] = (), trust_remote_code: bool = False, patience: float = PATIENCE
     ) -> Service:
-        """Render in this process for an engine in another one, which listens at `path` (`cenote engine`).
+        """Render in this process for the engine of another one, which listens at `path` (`cenote engine`).
 
         Both see the same files: the tokenizer is read from the folder that the engine's process names.
 
         Args:
-            path: of the engine's socket.
-            names: instead of the engine's.
-            trust_remote_code: run Python code that the tokenizer brings.
+            path: the engine's socket.
+            names: names in requests and answers instead of the engine's.
+            trust_remote_code: run Python code of the tokenizer.
             patience: seconds to wait until the engine listens.
 
         Raises:
-            ConfigError: there is no engine, it is of another version, or its tokenizer cannot be read here.
+            ConfigError: there is no engine, it has another version, or its tokenizer cannot be read here.
         """
         engine = RemoteEngine(path, patience=patience)
         try:
-            facts = Facts.of(engine.about)
-            if facts.tokenizer.trust_remote_code and not trust_remote_code:
-                raise ConfigError(
-                    f"the engine at {path} was started with --trust-remote-code, and its tokenizer may bring code; "
-                    "it is read here only with --trust-remote-code"
-                )
-            renderer = facts.renderer(tokenizer.load(facts.tokenizer), engine.info)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            facts, renderer = _read_here(engine, path, trust_remote_code=trust_remote_code)
+        except ConfigError:
             engine.close()
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"cannot render for the engine at {path}: {error}") from error
+            raise
         return cls(engine, renderer, names or facts.names, facts.pair_template, None, facts.quantisation(), facts)
+
+
+def _read_here(engine: RemoteEngine, path: str, *, trust_remote_code: bool) -> tuple[Facts, Renderer]:
+    """Return the facts of an engine's model, and a renderer by its files."""
+    try:
+        facts = Facts.of(engine.about)
+        if facts.tokenizer.trust_remote_code and not trust_remote_code:
+            raise ConfigError(
+                f"the engine at {path} was started with --trust-remote-code, and its tokenizer may bring code; "
+                "it is read here only with --trust-remote-code"
+            )
+        return facts, facts.renderer(tokenizer.load(facts.tokenizer), engine.info)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"cannot render for the engine at {path}: {error}") from error
+
+
+def _ranges(options: ModelConfig, renderer: Renderer, engine: Engine) -> Ranges | None:
+    if options.calibration is None:
+        return None
+    dimension = options.pooler_config.dimensions or engine.info.dimension
+    return calibration.load(options.calibration, dimension, renderer, ChunkedEngine(engine))
 
 
 def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Facts:
@@ -179,18 +190,22 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
 
 
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:
-    """The checkpoint's prompts with the user's; in a late-interaction model its markers are part of them."""
+    """Return the checkpoint's prompts with the user's; the markers of a late-interaction model are part of them."""
     st, late = checkpoint.st, checkpoint.multi_vector
-    own = st.prompts if st else getattr(checkpoint.config, "task_instructions", None) or {}
-    named = {**own, **(late.prefixes if late else {}), **(options.prompts or {})}
+    of_config = getattr(checkpoint.config, "task_instructions", None) or {}
+    named = {**(st.prompts if st else of_config)}
+    if late is not None:
+        named |= late.prefixes
+    named |= options.prompts or {}
     default = options.default_prompt_name or (st.default_prompt_name if st else None)
-    if default is not None and default not in {*named, *adapters}:
-        raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted({*named, *adapters})}")
+    names = {*named, *adapters}
+    if default is not None and default not in names:
+        raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted(names)}")
     return Prompts(named, default, two_sided=late is not None or _by_table(checkpoint), adapters=adapters)
 
 
 def _by_table(checkpoint: Checkpoint) -> bool:
-    """Whether queries are encoded by a table of weights."""
+    """Return whether queries are encoded by a table of weights."""
     return checkpoint.head.kind == "lexical" and checkpoint.st is not None and checkpoint.st.query_weights is not None
 
 
@@ -198,25 +213,24 @@ def _sides(checkpoint: Checkpoint) -> Sides | None:
     late, tokenizer = checkpoint.multi_vector, checkpoint.tokenizer
     if late is None:
         return Sides(by_table=True) if _by_table(checkpoint) else None
-    fill = late.expansion
-    return Sides(
+    sides = Sides(
         lengths=late.lengths,
-        fill_to=fill.length if fill else 0,
-        fill_id=late.expansion_id(tokenizer) or 0,
-        fixed=fill.fixed if fill else True,
-        attend=fill.attend if fill else False,
         skipped=late.skipped_ids(tokenizer),
         skipped_of=late.skipped_of,
         pooled_of=late.pooled_of,
     )
+    expansion = late.expansion
+    if expansion is None:
+        return sides
+    token = late.expansion_id(tokenizer) or 0
+    return replace(sides, fill_to=expansion.length, fill_id=token, fixed=expansion.fixed, attend=expansion.attend)
 
 
 def _pair(prompt: Prompt | Pair) -> Pair | None:
-    """The two texts of a prompt that is a pair."""
+    """Return the two texts of a prompt that is a pair."""
     if isinstance(prompt, Mapping) and set(prompt) == {"text", "text_pair"}:
-        first, second = prompt["text"], prompt["text_pair"]
-    elif isinstance(prompt, tuple) and len(prompt) == 2:
-        first, second = prompt
-    else:
+        prompt = (prompt["text"], prompt["text_pair"])
+    if not isinstance(prompt, tuple) or len(prompt) != 2:
         return None
+    first, second = prompt
     return (first, second) if isinstance(first, str) and isinstance(second, str) else None

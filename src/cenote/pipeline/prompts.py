@@ -1,13 +1,15 @@
-"""What is put before an input, and how the two sides of a search are told apart.
+"""Prompts: the text before an input, and the differences between the two sides of a search.
 
 Clients spell the side of an input differently (`input_type`, `task`, `prompt_name`); checkpoints name their prompts
-and adapters differently too. Here they meet.
+and adapters differently too. This module matches them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from cenote.core import plain_name
@@ -19,7 +21,7 @@ SPELLINGS: dict[Role, tuple[str, ...]] = {
     "query": ("query", "search_query", "retrieval.query", "retrieval_query"),
     "document": ("document", "passage", "search_document", "retrieval.passage", "retrieval_passage", "corpus"),
 }
-"""Names of the two sides, of clients and checkpoints alike; the first that a checkpoint has counts."""
+"""Names of the two sides, in requests and in checkpoints; the first that a checkpoint has is used."""
 
 ROLES: dict[str, Role] = {name: role for role, names in SPELLINGS.items() for name in names}
 
@@ -34,10 +36,10 @@ class Applied:
     """The prompt of an input.
 
     Attributes:
-        text: put before it.
-        name: under which the checkpoint has it; `None` for a text that the request brought.
-        role: side that the input is on, if it was said.
-        adapter: with which it runs; `None` = the pure backbone.
+        text: put before the input.
+        name: the checkpoint's name of it; `None` for a text from the request.
+        role: side of the input, if known.
+        adapter: name of the adapter to run with; `None` = the backbone alone.
     """
 
     text: str = ""
@@ -51,10 +53,10 @@ class Prompts:
     """The prompts of one model.
 
     Attributes:
-        named: name to text.
+        named: texts by name.
         default: name of the prompt of inputs that ask for none.
-        two_sided: the model encodes queries and documents differently besides.
-        adapters: names of the model's adapters, which are as good as names of prompts, in any spelling.
+        two_sided: the model also encodes queries and documents differently in other ways.
+        adapters: names of the model's adapters. Requests may use them like names of prompts, in any spelling.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
@@ -63,75 +65,115 @@ class Prompts:
     adapters: tuple[str, ...] = ()
 
     def choose(self, *, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> Applied:
-        """The prompt that a request asks for: its own text, a name, or the side that an input is on.
+        """Return the prompt that a request asks for: its own text, a name, or the side that an input is on.
 
         Raises:
             BadRequest: more than one is asked for, or the model has no such prompt.
         """
-        asked = [key for key, value in (("prompt", prompt), ("prompt_name", name), ("input_type", input_type)) if value]
-        if len(asked) > 1:
-            raise BadRequest(f"only one of {' and '.join(asked)} can be given", param=asked[0])
+        parameters = {"prompt": prompt, "prompt_name": name, "input_type": input_type}
+        sent = [key for key, value in parameters.items() if value]
+        if len(sent) > 1:
+            raise BadRequest(f"only one of {' and '.join(sent)} can be given", param=sent[0])
         if prompt is not None:
-            return Applied(prompt, adapter=self.choose().adapter)
+            return Applied(prompt, adapter=self._default().adapter)
         if name is not None:
-            if (found := self._named(name)) is None:
-                raise BadRequest(f"unknown prompt_name {name!r}. {self._known()}", param="prompt_name")
-            return found
+            return self._by_name(name)
         if input_type is not None:
-            return self._of_type(input_type)
-        default = self._named(self.default) if self.default else None
-        return Applied(default.text, default.name, adapter=default.adapter) if default else Applied()
+            return self._by_type(input_type)
+        return self._default()
 
     def of(self, role: Role) -> Applied:
-        """The prompt of one side, empty if the model has none; the default prompt where it has no sides at all."""
-        name = next((name for name in SPELLINGS[role] if name in self.named), None)
-        default = self.choose()
-        adapter = self._adapter_of(role) or default.adapter
-        if name is not None:
-            return Applied(self.named[name], name, role, adapter)
-        return Applied(default.text, default.name, role, adapter)
+        """Return the prompt of one side, empty if the model has none; the default where it has no sides at all."""
+        default = self._default()
+        prompt = self._side(role)
+        if prompt.name is None:
+            prompt = replace(prompt, text=default.text, name=default.name)
+        return replace(prompt, adapter=prompt.adapter or default.adapter)
 
-    def _of_type(self, input_type: str) -> Applied:
-        if (found := self._named(input_type)) is not None:
-            return found
+    def _default(self) -> Applied:
+        prompt = self._find(self.default) if self.default else None
+        return replace(prompt, role=None) if prompt else Applied()
+
+    def _by_name(self, name: str) -> Applied:
+        prompt = self._find(name)
+        if prompt is None:
+            raise BadRequest(f"unknown prompt_name {name!r}. {self._supported()}", param="prompt_name")
+        return prompt
+
+    def _by_type(self, input_type: str) -> Applied:
+        prompt = self._find(input_type)
+        if prompt is not None:
+            return prompt
         role = ROLES.get(input_type)
-        has_sides = self.two_sided or any(name in ROLES for name in self.named)
-        adapter = self._adapter_of(role) if role else None
-        if role is None or not (has_sides or adapter):
-            raise BadRequest(f"Unsupported input_type {input_type!r}. {self._known()}", param="input_type")
-        name = next((name for name in SPELLINGS[role] if name in self.named), None)
-        return Applied(self.named[name] if name else "", name, role, adapter)
+        if role is None or not self._has_side(role):
+            raise BadRequest(f"Unsupported input_type {input_type!r}. {self._supported()}", param="input_type")
+        return self._side(role)
 
-    def _named(self, name: str) -> Applied | None:
-        """The prompt and the adapter called `name`, of which a model may have one without the other."""
-        prompt = name if name in self.named else _spelled(name, self.named) if self.adapters else None
-        adapter = self._adapter(name) or (self._adapter(prompt) if prompt else None)
-        if prompt is None and adapter is None:
+    def _has_side(self, role: Role) -> bool:
+        """Return whether the model encodes queries and documents differently, or has an adapter for this side."""
+        has_prompts_of_sides = not ROLES.keys().isdisjoint(self.named)
+        return self.two_sided or has_prompts_of_sides or self._adapter_of(role) is not None
+
+    def _side(self, role: Role) -> Applied:
+        """Return the prompt and the adapter of one side, without regard to defaults."""
+        name = next(filter(self.named.__contains__, SPELLINGS[role]), None)
+        text = "" if name is None else self.named[name]
+        return Applied(text, name, role, self._adapter_of(role))
+
+    def _find(self, name: str) -> Applied | None:
+        """Return the prompt and the adapter called `name`, of which a model may have one without the other."""
+        prompt_name = self._prompt_name(name)
+        adapter = self._adapter(name) or self._adapter(prompt_name or "")
+        if prompt_name is None and adapter is None:
             return None
-        role = ROLES.get(name) or ROLES.get(plain_name(name) if adapter else "")
-        return Applied(self.named[prompt] if prompt else "", prompt or adapter, role, adapter)
+        role = ROLES.get(name)
+        if adapter is not None:
+            role = role or ROLES.get(plain_name(name))
+        text = self.named[prompt_name] if prompt_name else ""
+        return Applied(text, prompt_name or adapter, role, adapter)
+
+    def _prompt_name(self, name: str) -> str | None:
+        """Return the name of the prompt called `name`; in a model with adapters, in any spelling."""
+        if name in self.named:
+            return name
+        return self._prompt_names.get(plain_name(name)) if self.adapters else None
 
     def _adapter(self, name: str) -> str | None:
-        """The adapter for what `name` says: one of that name, else of that side."""
-        role = ROLES.get(plain_name(name))
-        return _spelled(name, self.adapters) or (self._adapter_of(role) if role and name in self.named else None)
+        """Return the adapter called `name`, or that of the side which a prompt of this name is for."""
+        plain = plain_name(name)
+        adapter = self._adapters.get(plain)
+        role = ROLES.get(plain)
+        if adapter is None and role is not None and name in self.named:
+            return self._adapter_of(role)
+        return adapter
 
     def _adapter_of(self, role: Role) -> str | None:
-        """The adapter of one side."""
-        names = (*SPELLINGS[role], BOTH_SIDES)
-        return next((found for name in names if (found := _spelled(name, self.adapters))), None)
+        names = map(plain_name, (*SPELLINGS[role], BOTH_SIDES))
+        return next(filter(None, map(self._adapters.get, names)), None)
 
-    def _known(self) -> str:
-        names = sorted({*self.named, *self.adapters, *(SPELLINGS if self.two_sided else ())})
+    @cached_property
+    def _prompt_names(self) -> dict[str, str]:
+        return _by_spelling(self.named)
+
+    @cached_property
+    def _adapters(self) -> dict[str, str]:
+        return _by_spelling(self.adapters)
+
+    def _supported(self) -> str:
+        sides = SPELLINGS if self.two_sided else ()
+        names = sorted({*self.named, *self.adapters, *sides})
         if not names:
             return "This model does not define any input_type task instructions."
         return f"Supported values: {', '.join(names)}"
 
 
-def _spelled(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that is `name` in any spelling."""
-    found = {plain_name(own): own for own in known}
-    return found.get(plain_name(name)) or found.get(SAME_TASK.get(plain_name(name), ""))
+def _by_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Return `names` by their plain spelling, and by that of other names of the same task."""
+    table = {plain_name(name): name for name in names}
+    for task, other in SAME_TASK.items():
+        if other in table:
+            table.setdefault(task, table[other])
+    return table
 
 
 @dataclass(frozen=True)
@@ -139,15 +181,15 @@ class Sides:
     """How a model encodes its two sides differently, in token ids: late interaction, or queries by a table.
 
     Attributes:
-        lengths: tokens to which a side is cut.
+        lengths: maximum tokens of an input, by side.
         fill_to: tokens to which queries are filled up; 0 = they are not.
-        fill_id: with what.
+        fill_id: id of the tokens that fill a query up.
         fixed: queries are also cut to `fill_to`.
         attend: other tokens attend to those filled in.
         skipped: ids whose rows are left out.
-        skipped_of: the sides from which they are; an input without a side counts as a document.
-        pooled_of: the sides whose token vectors are joined into fewer; likewise.
-        by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
+        skipped_of: sides whose rows of `skipped` are left out; an input without a side counts as a document.
+        pooled_of: sides whose token vectors are joined into fewer; likewise.
+        by_table: sparse embeddings of queries come from a table of weights; special tokens are not added to them.
     """
 
     lengths: Mapping[str, int] = field(default_factory=dict)
@@ -160,20 +202,27 @@ class Sides:
     pooled_of: tuple[str, ...] = ()
     by_table: bool = False
 
-    def limit(self, role: Role | None, most: int) -> int | None:
-        """Tokens to which an input is cut, at most `most`; `None` = the model names no length."""
-        own = self.fill_to if role == "query" and self.fill_to and self.fixed else self.lengths.get(role or "")
-        return None if own is None else min(most, own)
+    def limit(self, role: Role | None, maximum: int) -> int | None:
+        """Return the tokens to which an input is cut, at most `maximum`; `None` = the model names no length."""
+        length = self.lengths.get(role or "")
+        if role == "query" and self.fill_to and self.fixed:
+            length = self.fill_to
+        return None if length is None else min(maximum, length)
 
-    def filled(self, ids: list[int], role: Role | None) -> tuple[list[int], int]:
-        """`ids` with what fills a query up, and how many of them no token attends to."""
-        missing = self.fill_to - len(ids) if role == "query" else 0
-        if missing <= 0:
-            return ids, 0
-        return [*ids, *[self.fill_id] * missing], 0 if self.attend else missing
+    def fill(self, length: int, role: Role | None) -> tuple[list[int], int]:
+        """Return the tokens that fill up an input of `length` tokens, and how many of them no token attends to."""
+        missing = max(0, self.fill_to - length) if role == "query" else 0
+        hidden = 0 if self.attend else missing
+        return [self.fill_id] * missing, hidden
 
-    def kept(self, ids: list[int], role: Role | None) -> tuple[int, ...] | None:
-        """Which tokens' rows are returned; `None` = all."""
-        if (role or "document") not in self.skipped_of or self.skipped.isdisjoint(ids):
+    def kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
+        """Return the places of the tokens whose rows are returned; `None` = all."""
+        side = role or "document"
+        if side not in self.skipped_of or self.skipped.isdisjoint(ids):
             return None
         return tuple(i for i, token in enumerate(ids) if token not in self.skipped)
+
+    def clusters(self, role: Role | None) -> bool:
+        """Return whether token vectors of this side are joined into fewer."""
+        side = role or "document"
+        return side in self.pooled_of

@@ -1,8 +1,8 @@
 """Score and rerank: the ways in which a model rates pairs, and the scores out of its outputs.
 
-By what the model offers: a cross-encoder reads query and document together; a bi-encoder compares one vector of each;
-late interaction compares the vectors of their tokens by MaxSim; sparse embeddings are compared, or all three. In all
-but the first a query is encoded once for all its documents.
+The way depends on the outputs of the model: a cross-encoder reads query and document together; a bi-encoder compares
+one vector of each; late interaction compares the vectors of their tokens by MaxSim; sparse embeddings are compared, or
+all three. In all but the first a query is encoded once for all its documents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cenote.tensors.similarity import Array, Sparse
 
 HYBRID_WEIGHTS = (0.4, 0.2, 0.4)
-"""Weights of the dense, sparse and late-interaction scores, those of bge-m3's model card."""
+"""Weights of the dense, sparse and late-interaction scores, from bge-m3's model card."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Sides:
     @property
     def pairs(self) -> list[tuple[Output, Output]]:
         """Each document with its query."""
-        queries = self.queries if len(self.queries) > 1 else [*self.queries] * len(self.documents)
+        queries = [*self.queries] * (len(self.documents) // len(self.queries))
         return list(zip(queries, self.documents, strict=True))
 
     def of(self, task: str) -> Sides:
-        """The outputs of a further task."""
+        """Return the outputs of a further task."""
         return Sides([o.others[task] for o in self.queries], [o.others[task] for o in self.documents])
 
 
@@ -94,8 +94,8 @@ class Way:
     Attributes:
         name: in requests and in `ModelInfo.score_types`.
         task: run on each query and document, or on each pair.
-        scores: float32 `[N]` out of its outputs.
-        also: further tasks, answered by the same forward.
+        scores: makes scores, float32 `[N]`, of the outputs.
+        also: further tasks of the same forward.
         of_pairs: query and document are one sequence.
     """
 
@@ -119,12 +119,12 @@ WAYS: dict[str, Way] = {
 
 
 def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
-    """Return the token ids by which pair number `pair` of `count` was scored.
+    """Return the token ids of query and document of a scored pair.
 
     Args:
-        sequences: of the request, queries first.
+        sequences: sequences of the request, queries first.
         count: number of pairs.
-        pair: number of one of them.
+        pair: index of the pair.
     """
     queries = len(sequences) - count
     document = list(sequences[queries + pair].ids)
@@ -144,26 +144,21 @@ def check_pairing(queries: Seq[str], documents: Seq[str]) -> None:
         raise BadRequest("Input lengths must be either 1:1, 1:N or N:N", param="documents")
 
 
-def choose(info: ModelInfo, asked: str | None) -> Way:
-    """Return the way to score: `asked`, also as "cross", "bi" or "late", else the model's first.
+def choose(info: ModelInfo, score_type: str | None) -> Way:
+    """Return the way called `score_type`, also as "cross", "bi" or "late"; by default the model's first.
 
     Raises:
         BadRequest: there is no such way, or the model does not offer it.
         NotScored: the model cannot score.
     """
     if not info.score_types:
-        if info.num_labels > 1:
-            raise NotScored(
-                f"Scoring API is only enabled for num_labels == 1. {info.name} has {info.num_labels} labels; "
-                "classify gives the value of each"
-            )
-        raise NotScored(f"This model does not support the Scoring API. It offers: {', '.join(info.tasks)}")
-    if asked is None:
+        raise _not_scored(info)
+    if score_type is None:
         return WAYS[info.score_types[0]]
-    spelled = asked.lower().replace("_", "-")
-    name = next((name for name in WAYS if spelled in (name, name.partition("-")[0])), None)
+    spelling = score_type.lower().replace("_", "-")
+    name = next((name for name in WAYS if spelling in (name, name.partition("-")[0])), None)
     if name is None:
-        raise BadRequest(f"score_type must be one of {', '.join(WAYS)}, got {asked!r}", param="score_type")
+        raise BadRequest(f"score_type must be one of {', '.join(WAYS)}, got {score_type!r}", param="score_type")
     if name not in info.score_types:
         raise BadRequest(
             f"{info.name} cannot score as a {name}; it offers {', '.join(info.score_types)}", param="score_type"
@@ -171,11 +166,19 @@ def choose(info: ModelInfo, asked: str | None) -> Way:
     return WAYS[name]
 
 
-def reward_task(info: ModelInfo) -> tuple[str, bool]:
-    """The task that gives a model's reward, and whether its activation is applied.
+def _not_scored(info: ModelInfo) -> NotScored:
+    if info.num_labels > 1:
+        return NotScored(
+            f"Scoring API is only enabled for num_labels == 1. {info.name} has {info.num_labels} labels; "
+            "classify gives the value of each"
+        )
+    return NotScored(f"This model does not support the Scoring API. It offers: {', '.join(info.tasks)}")
 
-    Unless the user says otherwise, only the classes of a step are probabilities; a reward of an input or a token is the
-    head's raw number.
+
+def reward_task(info: ModelInfo) -> tuple[str, bool]:
+    """Return the task that gives a model's reward, and whether its activation is applied by default.
+
+    By default the classes of a step are probabilities, and the reward of an input or a token is the head's raw number.
 
     Raises:
         TaskNotOffered: the model gives no reward.
@@ -183,6 +186,6 @@ def reward_task(info: ModelInfo) -> tuple[str, bool]:
     if not info.reward:
         labels = f"; it has {info.num_labels} labels, and a reward has one" if info.num_labels else ""
         raise TaskNotOffered(
-            f"{info.name} is no reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
+            f"{info.name} is not a reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
         )
     return info.reward, info.activates_reward

@@ -1,4 +1,4 @@
-"""From what a caller sends (text, token ids, messages) to sequences: prompt, template, tokenise, cut or refuse.
+"""From text, token ids or messages to sequences: prompt, template, tokenise, cut or refuse.
 
 Thread-safe: the shared fast tokenizer is never switched to truncation or padding. Cutting follows Hugging Face by
 default (content is cut, special tokens stay); with an explicit side it follows vLLM (the finished ids are cut).
@@ -22,19 +22,19 @@ from cenote.tasks import check_params, check_task
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from cenote.core import ModelInfo, Pair
     from cenote.pipeline.prompts import Applied, Role, Sides
 
 CHARACTERS_PER_TOKEN = 250
-"""Longer text than this many characters per allowed token is not tokenised at all."""
+"""Text of more characters per allowed token is not tokenised at all."""
 ENCODED_AT_ONCE = 256
-"""Texts whose encodings are held at once: each token of one takes some hundred bytes."""
+"""Texts whose encodings are held at once: a token of an encoding takes some hundred bytes."""
 
 CHECKED = 128
-"""Parameters that are not checked again: those of most requests are the same."""
+"""Parameters that are remembered as checked: most requests send the same."""
 
 Ids = list[int]
 Prompt = str | Ids | Mapping[str, Any]
@@ -44,13 +44,13 @@ class TextOptions(NamedTuple):
     """How text becomes ids.
 
     Attributes:
-        truncate: most tokens kept; -1 = the model's maximum; `None` = nothing is cut.
-        side: which end is cut; `None` = the tokenizer's, keeping special tokens.
-        pad: fill up with pad tokens to the most tokens allowed.
+        truncate: maximum tokens kept; -1 = the model's maximum; `None` = nothing is cut.
+        side: end that is cut; `None` = the tokenizer's, keeping special tokens.
+        pad: fill up with pad tokens to the maximum allowed.
         add_special_tokens: let the tokenizer add its special tokens.
-        prompt: what is put before every text; `None` = the model's default.
-        whole: with `truncate` unset, refuse what is too long also where the server cuts by default.
-        most: most tokens of an input, filled in by `Renderer.resolve`; 0 = the model's maximum.
+        prompt: prompt before every text; `None` = the model's default.
+        whole: with `truncate` unset, refuse inputs that are too long also where the server cuts by default.
+        limit: maximum tokens per input, filled in by `Renderer.resolve`; 0 = the model's maximum.
     """
 
     truncate: int | None = None
@@ -59,7 +59,12 @@ class TextOptions(NamedTuple):
     add_special_tokens: bool = True
     prompt: Applied | None = None
     whole: bool = False
-    most: int = 0
+    limit: int = 0
+
+    @property
+    def content_limit(self) -> int | None:
+        """Maximum tokens where content is cut and special tokens stay; `None` = nothing is cut, or finished ids are."""
+        return self.truncate if self.side is None else None
 
 
 PLAIN = TextOptions()
@@ -86,18 +91,28 @@ class Text(NamedTuple):
     ids: Seq[int]
     type_ids: Seq[int] | None = None
 
+    def part(self, kept: slice) -> Text:
+        """Return the tokens at the places `kept`."""
+        types = self.type_ids
+        return Text(self.ids[kept], None if types is None else types[kept])
+
+    def extended(self, ids: Ids) -> Text:
+        """Return the text with further tokens, of type 0."""
+        types = self.type_ids
+        return Text([*self.ids, *ids], None if types is None else [*types, *[0] * len(ids)])
+
 
 class Renderer:
-    """Renders for one model.
+    """Renders the inputs of one model.
 
     Args:
         tokenizer: a Transformers tokenizer; its fast backend is used where there is one.
         info: limits, vocabulary and tasks of the model.
         lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
         prompts: the model's prompts.
-        include_prompt: whether pooling looks at the prompt.
-        sides: how the two sides are encoded, in a model that encodes them differently.
-        auto_truncate: cut what is too long unless the request says otherwise.
+        include_prompt: whether pooling includes the tokens of the prompt.
+        sides: the encoding of queries and of documents, in a model that encodes them differently.
+        auto_truncate: cut inputs that are too long unless the request says otherwise.
     """
 
     def __init__(
@@ -119,24 +134,17 @@ class Renderer:
         self._skips: dict[str, int] = {}
         self.auto_truncate = auto_truncate
         self._lock = threading.Lock()
+        self._cased = str.lower if lowercase else str  # of a slow tokenizer: a fast one has a normalizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
         if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-        self._lowercase = lowercase
-        if lowercase and self._backend is not None:
-            from tokenizers.normalizers import Lowercase
-            from tokenizers.normalizers import Sequence as Normalizers
-
-            existing = self._backend.normalizer
-            self._backend.normalizer = Normalizers([Lowercase(), *([existing] if existing else [])])
+            _prepare(self._backend, lowercase=lowercase)
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
         self._allowed = lru_cache(CHECKED)(self._check)
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
     ) -> list[Sequence]:
-        """Sequences for `prompts`, each text, token ids, `{"prompt": str}` or `{"prompt_token_ids": ids}`.
+        """Return sequences for `prompts`, each text, token ids, `{"prompt": str}` or `{"prompt_token_ids": ids}`.
 
         Raises:
             BadRequest: there is no prompt, one is empty, an id is outside the vocabulary, or a parameter is not
@@ -148,44 +156,51 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        plain = [_plain(prompt) for prompt in prompts]
-        texts = [i for i, own in enumerate(plain) if isinstance(own, str)]
-        cut = options
-        if self._sides is not None:  # the lengths of the two sides belong to the model, so nothing is refused for them
-            limit = self._sides.limit(applied.role, options.most)
-            if limit is not None:
-                cut = options._replace(truncate=min(limit, options.truncate or limit))
-        looked_up = self._sides is not None and self._sides.by_table and applied.role == "query"
-        if looked_up:
-            cut = cut._replace(add_special_tokens=False)
-        rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
+        role = applied.role
+        contents = [_content(prompt) for prompt in prompts]
+        text_options = self._of_side(options, role)
+        texts = [applied.text + content for content in contents if isinstance(content, str)]
+        tokenised = iter(self._tokenize(texts, text_options))
         skip = self._skip(applied.text)
+        looked_up = self._looks_up(role)
         sequences: list[Sequence] = []
-        for i, own in enumerate(plain):
-            if i in rendered:
-                text = self.fit(rendered[i], cut)
+        for content in contents:
+            if isinstance(content, str):
+                text = self.fit(next(tokenised), text_options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                sequence = self._sided(sequence, applied.role)
+                sequence = self._sided(sequence, role)
             else:
-                text = self.fit(self._given(own, options), options)  # type: ignore[arg-type]
+                text = self.fit(self._text_of_ids(content, options), options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
             sequence.looked_up = looked_up
             sequences.append(sequence)
         return sequences
 
+    def _of_side(self, options: TextOptions, role: Role | None) -> TextOptions:
+        """Return the options of texts of one side: its length belongs to the model, so nothing is refused for it."""
+        if self._sides is None:
+            return options
+        limit = self._sides.limit(role, options.limit)
+        if limit is not None:
+            options = options._replace(truncate=min(limit, options.truncate or limit))
+        return options._replace(add_special_tokens=False) if self._looks_up(role) else options
+
+    def _looks_up(self, role: Role | None) -> bool:
+        """Return whether inputs of that side are encoded by a table of weights."""
+        return self._sides is not None and self._sides.by_table and role == "query"
+
     def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:
-        """`sequence` as a late-interaction model takes its side: queries filled up, skipped tokens marked."""
+        """Return `sequence` in the form of its side: queries filled up, skipped tokens marked."""
         if self._sides is None:
             return sequence
-        ids, hidden = self._sides.filled(list(sequence.ids), role)
-        types = sequence.type_ids
-        types = None if types is None else [*types, *[0] * (len(ids) - len(types))]
-        clusters = (role or "document") in self._sides.pooled_of
+        fill, hidden = self._sides.fill(len(sequence.ids), role)
+        ids, types = Text(sequence.ids, sequence.type_ids).extended(fill)
+        clusters = self._sides.clusters(role)
         keep = self._sides.kept(ids, role)
         return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=keep, clusters=clusters)
 
     def _skip(self, prompt: str) -> int:
-        """Tokens of `prompt` that pooling leaves out."""
+        """Return the number of tokens of `prompt` that pooling leaves out."""
         if self._include_prompt or not prompt:
             return 0
         if prompt not in self._skips:
@@ -193,7 +208,11 @@ class Renderer:
         return self._skips[prompt]
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
-        """`params` as the engine takes them, or `BadRequest` if the model does not offer the task or the parameters."""
+        """Return `params` with the task filled in.
+
+        Raises:
+            BadRequest: the model does not offer the task or a parameter.
+        """
         return self._allowed(task, params)
 
     def _check(self, task: str, params: PoolingParams) -> PoolingParams:
@@ -204,7 +223,7 @@ class Renderer:
         return replace(params, task=task, extra_kwargs=None)
 
     def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = ChatOptions()) -> str:
-        """The text of one conversation, by the request's or the model's chat template.
+        """Return the text of one conversation, by the request's or the model's chat template.
 
         Raises:
             BadRequest: there is no template, or it refuses these messages.
@@ -227,7 +246,7 @@ class Renderer:
         return self.apply_template([_flattened(message) for message in messages], options.template, kwargs)
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
-        """The text that `template` (default: the tokenizer's) makes of `messages`.
+        """Render `messages` by `template` (default: the tokenizer's).
 
         Raises:
             BadRequest: the template refuses them.
@@ -241,88 +260,102 @@ class Renderer:
         return str(text)
 
     def tokenize_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[Ids]:
-        """Token ids of each of `texts`, of any length."""
+        """Return the token ids of each of `texts`, of any length."""
         return [list(text.ids) for text in self._encode(texts, add_special_tokens)]
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Ids:
-        """Token ids of `text`, of any length."""
+        """Return the token ids of `text`, of any length."""
         return list(self._encode([text], add_special_tokens)[0].ids)
 
     @property
     def is_fast(self) -> bool:
-        """Whether tokenising takes no Python and no lock."""
+        """Whether the tokenizer has a fast backend, which needs no lock."""
         return self._backend is not None
 
     def token_strings(self, ids: Seq[int]) -> list[str]:
-        """The vocabulary entries of `ids`."""
+        """Return the vocabulary entries of `ids`."""
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
 
     def detokenize(self, ids: Seq[int]) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         self._check_vocabulary(ids, param="tokens")
         return str(self.tokenizer.decode(list(ids)))
 
     def resolve(self, options: TextOptions, task: str = "") -> TextOptions:
-        """`options` with the maximum of `task` and the server's default filled in, and checked."""
+        """Return `options` with the limit of `task` and the server's default filled in.
+
+        Raises:
+            BadRequest: `options.truncate` is above the limit.
+        """
         limit = self.info.limit(task)
-        if options.truncate is not None and options.truncate > limit:
+        truncate = options.truncate
+        if truncate is not None and truncate > limit:
             raise BadRequest(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
             )
-        truncate = options.truncate
-        if truncate == -1 or (truncate is None and self.auto_truncate and not options.whole):
+        cuts_by_default = self.auto_truncate and not options.whole
+        if truncate == -1 or (truncate is None and cuts_by_default):
             truncate = limit if limit < UNLIMITED else None
-        return options._replace(most=limit, truncate=truncate)
+        return options._replace(limit=limit, truncate=truncate)
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
-        """Ids of `texts`; those that are too long are cut as `options` say, or refused by `fit`."""
+        """Tokenise `texts`. Those that are too long are cut here, or cut or refused by `fit`."""
         texts = self.bounded(texts, options)
-        encoded = self._encode(texts, options.add_special_tokens)
-        if options.truncate is None or options.side is not None:
-            return encoded
+        tokenised = self._encode(texts, options.add_special_tokens)
+        limit = options.content_limit
+        if limit is None:
+            return tokenised
         return [
-            self._cut(text, options) if len(have.ids) > options.truncate else have
-            for text, have in zip(texts, encoded, strict=True)
+            whole if len(whole.ids) <= limit else self._cut(text, options)
+            for text, whole in zip(texts, tokenised, strict=True)
         ]
 
     def bounded(self, texts: Seq[str], options: TextOptions) -> list[str]:
-        """`texts` without what could never fit, which need not be tokenised.
+        """Return `texts` without characters far beyond the limit, which need not be tokenised.
 
         Raises:
             TooLong: a text is far too long, and `options` do not cut it.
         """
-        limit = options.most or self.info.max_model_len
+        limit = options.limit or self.info.max_model_len
         longest = limit * CHARACTERS_PER_TOKEN
-        if options.truncate is None and any(len(text) > longest for text in texts):
+        if options.truncate is None and max(map(len, texts), default=0) > longest:
             raise _too_long(limit, f"at least {limit + 1}")
-        left = (options.side or self.tokenizer.truncation_side) == "left"
-        return [text if len(text) <= longest else text[-longest:] if left else text[:longest] for text in texts]
+        side = options.side or self.tokenizer.truncation_side
+        kept = slice(-longest, None) if side == "left" else slice(longest)
+        return [text[kept] for text in texts]
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
         if self.is_fast:
-            parts = (texts[i : i + ENCODED_AT_ONCE] for i in range(0, len(texts), ENCODED_AT_ONCE))
-            found = (self.encodings(part, add_special_tokens=add_special_tokens, offsets=False) for part in parts)
-            return [self.from_encoding(encoding) for encodings in found for encoding in encodings or ()]
+            return self._encode_fast(texts, add_special_tokens)
         if not texts:
             return []
         with self._lock:
-            texts = [text.lower() for text in texts] if self._lowercase else texts
-            ids = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-        return [Text(one, None) for one in ids]
+            cased = [self._cased(text) for text in texts]
+            ids_of_texts = self.tokenizer(cased, add_special_tokens=add_special_tokens)["input_ids"]
+        return [Text(ids) for ids in ids_of_texts]
+
+    def _encode_fast(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
+        tokenised: list[Text] = []
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            part = texts[start : start + ENCODED_AT_ONCE]
+            encodings = self.encodings(part, add_special_tokens=add_special_tokens, offsets=False)
+            assert encodings is not None
+            tokenised += map(self.from_encoding, encodings)
+        return tokenised
 
     def _cut(self, text: str, options: TextOptions) -> Text:
         """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
         if self._backend is not None:
             return self.from_encoding(self._cut_encoding(text, options))
         with self._lock:
-            found = self.tokenizer(
-                text.lower() if self._lowercase else text,
+            outputs = self.tokenizer(
+                self._cased(text),
                 truncation=True,
                 max_length=options.truncate,
                 add_special_tokens=options.add_special_tokens,
             )
-        return Text(found["input_ids"][: options.truncate])
+        return Text(outputs["input_ids"][: options.truncate])
 
     def _cut_encoding(self, text: str, options: TextOptions) -> Encoding:
         assert self._backend is not None
@@ -338,7 +371,7 @@ class Renderer:
     def annotated(
         self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = PLAIN
     ) -> list[tuple[Sequence, Encoding]]:
-        """Sequences for `texts`, each with the encoding that says which characters a token stands for.
+        """Return sequences for `texts`, each with its encoding, which maps tokens to characters.
 
         Raises:
             BadRequest: as `render`; or the tokenizer keeps no offsets.
@@ -350,44 +383,46 @@ class Renderer:
                 "`truncation_side` and `padding` are not supported where characters are counted",
                 param="truncation_side",
             )
-        found = self.encodings(self.bounded(texts, options), add_special_tokens=options.add_special_tokens)
-        if found is None:
+        texts = self.bounded(texts, options)
+        encodings = self.encodings(texts, add_special_tokens=options.add_special_tokens)
+        if encodings is None:
             raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
-        if options.truncate is not None:
-            uncut = zip(texts, found, strict=True)
-            found = [self._cut_encoding(t, options) if len(e) > options.truncate else e for t, e in uncut]
-        fitted = [self.fit(self.from_encoding(encoding), options) for encoding in found]
-        own = self.prompts.choose().adapter
-        pairs = zip(fitted, found, strict=True)
-        return [(Sequence(t.ids, task, params, t.type_ids, adapter=own), e) for t, e in pairs]
+        adapter = self.prompts.choose().adapter
+        annotated: list[tuple[Sequence, Encoding]] = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            if options.truncate is not None and len(encoding) > options.truncate:
+                encoding = self._cut_encoding(text, options)
+            fitted = self.fit(self.from_encoding(encoding), options)
+            annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
+        return annotated
 
     def encodings(self, texts: list[str], *, add_special_tokens: bool, offsets: bool = True) -> list[Encoding] | None:
-        """What the fast tokenizer makes of `texts`; `None` if there is only a slow one.
+        """Encode `texts` by the fast tokenizer; return `None` if there is only a slow one.
 
         Args:
             texts: any number.
-            add_special_tokens: let it add its own.
-            offsets: keep which characters a token stands for.
+            add_special_tokens: add the tokenizer's special tokens.
+            offsets: keep the range of characters of each token.
 
         Raises:
-            BadRequest: a text is no valid Unicode.
+            BadRequest: a text is not valid Unicode.
         """
         if self._backend is None:
             return None
+        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
         try:
-            encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
-            found: list[Encoding] = encode(texts, add_special_tokens=add_special_tokens)
-        except TypeError:  # what tokenizers calls a str that has no UTF-8
+            encodings: list[Encoding] = encode(texts, add_special_tokens=add_special_tokens)
+        except TypeError:  # of tokenizers, for a str that has no UTF-8
             raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
-        return found
+        return encodings
 
     def num_special_tokens(self, *, pair: bool = False) -> int:
-        """How many special tokens the tokenizer adds to a text or a pair."""
+        """Return the number of special tokens that the tokenizer adds to a text or a pair."""
         assert self._backend is not None
         return int(self._backend.num_special_tokens_to_add(pair))
 
     def shortened(self, encoding: Encoding, length: int) -> Encoding:
-        """A copy of `encoding` that is cut to `length` tokens, on the tokenizer's side."""
+        """Return a copy of `encoding` that is cut to `length` tokens, on the tokenizer's side."""
         from tokenizers import Encoding
 
         copy = Encoding.merge([encoding])
@@ -400,75 +435,74 @@ class Renderer:
         joined: Encoding = self._backend.post_process(first, second, add_special_tokens)
         return joined
 
-    def pair_ids(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[tuple[Ids, Ids | None]]:
-        """Ids and type ids of pairs, by a tokenizer that has no fast backend."""
-        cut: dict[str, Any] = {}
-        if options.truncate is not None and options.side is None:
-            cut = {"truncation": "longest_first", "max_length": options.truncate}
+    def tokenize_pairs(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[Text]:
+        """Tokenise pairs by a tokenizer that has no fast backend."""
+        limit = options.content_limit
+        cut: dict[str, Any] = {} if limit is None else {"truncation": "longest_first", "max_length": limit}
+        queries = [self._cased(query) for query, _ in pairs]
+        documents = [self._cased(document) for _, document in pairs]
         with self._lock:
-            firsts, seconds = ([t.lower() if self._lowercase else t for t in side] for side in zip(*pairs, strict=True))
-            found = self.tokenizer(firsts, seconds, add_special_tokens=options.add_special_tokens, **cut)
-        ids: list[Ids] = found["input_ids"]
-        types: list[Ids] | list[None] = found["token_type_ids"] if self._wants_type_ids else [None] * len(ids)
-        most = cut.get("max_length")  # also where not even the special tokens fit
-        return [(i[:most], t and t[:most]) for i, t in zip(ids, types, strict=True)]
+            outputs = self.tokenizer(queries, documents, add_special_tokens=options.add_special_tokens, **cut)
+        ids: list[Ids] = outputs["input_ids"]
+        types = outputs["token_type_ids"] if self._wants_type_ids else [None] * len(ids)
+        kept = slice(limit)  # also where not even the special tokens fit
+        return [Text(*row).part(kept) for row in zip(ids, types, strict=True)]
 
     def from_encoding(self, encoding: Encoding) -> Text:
-        """Its ids, and its type ids where the model takes any."""
+        """Return the ids of `encoding`, and its type ids where the model takes any."""
         ids = encoding.ids
         if not self._wants_type_ids:
-            return Text(ids, None)
+            return Text(ids)
         type_ids = encoding.type_ids
         return Text(ids, type_ids if any(type_ids) else None)
 
-    def _given(self, ids: Ids, options: TextOptions) -> Text:
-        """Token ids as the caller sent them."""
+    def _text_of_ids(self, ids: Ids, options: TextOptions) -> Text:
         self._check_vocabulary(ids)
-        return Text(self._sliced(ids, options), None)
+        return self._sliced(Text(ids), options)
 
     def fit(self, text: Text, options: TextOptions) -> Text:
-        """Cut on an explicit side, pad, and refuse what is empty or still too long."""
-        if options.side is not None and options.truncate is not None and len(text.ids) > options.truncate:
-            types = None if text.type_ids is None else self._sliced(text.type_ids, options)
-            text = Text(self._sliced(text.ids, options), types)
+        """Cut finished ids on an explicit side, and pad.
+
+        Raises:
+            BadRequest: `text` has no tokens.
+            TooLong: it has more tokens than `options` allow.
+        """
+        if options.side is not None:
+            text = self._sliced(text, options)
         if not len(text.ids):
             raise BadRequest("The decoder prompt cannot be empty", param="input")
-        limit = options.most or self.info.max_model_len
+        limit = options.limit or self.info.max_model_len
         if len(text.ids) > limit:
             raise _too_long(limit, str(len(text.ids)))
-        if options.pad:
-            full = options.truncate or (limit if limit < UNLIMITED else self.info.max_model_len)
-            missing = full - len(text.ids)
-            pad = self.tokenizer.pad_token_id or 0
-            types = None if text.type_ids is None else [*text.type_ids, *[0] * missing]
-            return Text([*text.ids, *[pad] * missing], types)
-        return text
+        if not options.pad:
+            return text
+        room = limit if limit < UNLIMITED else self.info.max_model_len
+        missing = (options.truncate or room) - len(text.ids)
+        pad = self.tokenizer.pad_token_id or 0
+        return text.extended([pad] * missing)
 
-    def _sliced(self, ids: Seq[int], options: TextOptions) -> Seq[int]:
-        if options.truncate is None or len(ids) <= options.truncate:
-            return ids
+    def _sliced(self, text: Text, options: TextOptions) -> Text:
+        """Return `text` without finished ids beyond `options.truncate`."""
+        limit = options.truncate
+        if limit is None or len(text.ids) <= limit:
+            return text
         side = options.side or self.tokenizer.truncation_side
-        return ids[len(ids) - options.truncate :] if side == "left" else ids[: options.truncate]
+        start = len(text.ids) - limit if side == "left" else 0
+        return text.part(slice(start, start + limit))
 
     def _check_vocabulary(self, ids: Seq[int], *, param: str = "input") -> None:
         if not len(ids):
             return
-        try:
-            values = np.asarray(ids, dtype=np.int64)
-            low, high = int(values.min()), int(values.max())
-        except OverflowError:
-            low, high = min(ids), max(ids)
-        except (ValueError, TypeError) as error:
-            raise BadRequest(f"token ids must be integers: {error}", param=param) from None
-        if low < 0 or high >= self.info.vocab_size:
+        low, high = _range(ids, param)
+        size = self.info.vocab_size
+        if low < 0 or high >= size:
             bad = low if low < 0 else high
             raise BadRequest(
-                f"Token id {bad} is out of vocabulary; {self.info.name} takes ids from 0 to {self.info.vocab_size - 1}",
-                param=param,
+                f"Token id {bad} is out of vocabulary; {self.info.name} takes ids from 0 to {size - 1}", param=param
             )
 
     def _check_dimensions(self, dimensions: int) -> None:
-        """Words of vLLM's refusals, which clients match on."""
+        """Raise `BadRequest` in the words of vLLM, which clients match on, if `dimensions` is not allowed."""
         name, allowed, width = self.info.name, self.info.matryoshka, self.info.dimension
         if allowed is None:
             fault = (
@@ -487,20 +521,57 @@ class Renderer:
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(params, name) is not None and not self.info.step:
                 raise BadRequest(
-                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is none", param=name
+                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is not one",
+                    param=name,
                 )
         if params.step_tag_id is not None:
             self._check_vocabulary([params.step_tag_id], param="step_tag_id")
         for column in params.returned_token_ids or ():
             if column not in self.info.columns:
                 raise BadRequest(
-                    f"returned_token_ids: {column} is no column of {self.info.name}'s head", param="returned_token_ids"
+                    f"returned_token_ids: {column} is no column of {self.info.name}'s head",
+                    param="returned_token_ids",
                 )
 
     def _prompt_length(self, prompt: str) -> int:
-        """Tokens of the prompt, as sentence-transformers counts them: without a closing special token."""
+        """Count the tokens of a prompt as sentence-transformers does: without a closing special token."""
         ids = self.tokenize(prompt)
-        return len(ids) - 1 if ids and ids[-1] in self.tokenizer.all_special_ids else len(ids)
+        if ids and ids[-1] in self.tokenizer.all_special_ids:
+            ids.pop()
+        return len(ids)
+
+
+def is_ids(prompt: Any) -> bool:
+    """Return whether `prompt` is a list, tuple or array of integers."""
+    return isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a non-negative integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _prepare(backend: Tokenizer, *, lowercase: bool) -> None:
+    """Switch truncation and padding off, and lower-casing on."""
+    backend.no_truncation()
+    backend.no_padding()
+    if lowercase:
+        from tokenizers.normalizers import Lowercase
+        from tokenizers.normalizers import Sequence as Normalizers
+
+        existing = [backend.normalizer] if backend.normalizer else []
+        backend.normalizer = Normalizers([Lowercase(), *existing])
+
+
+def _range(ids: Seq[int], param: str) -> tuple[int, int]:
+    """Return the lowest and the highest of some ids."""
+    try:
+        values = np.asarray(ids, dtype=np.int64)
+    except OverflowError:
+        return min(ids), max(ids)
+    except (ValueError, TypeError) as error:
+        raise BadRequest(f"token ids must be integers: {error}", param=param) from None
+    return int(values.min()), int(values.max())
 
 
 def _too_long(limit: int, count: str) -> TooLong:
@@ -512,8 +583,8 @@ def _too_long(limit: int, count: str) -> TooLong:
     )
 
 
-def _plain(prompt: Prompt | Pair) -> str | Ids:
-    """Return the text or the ids of a prompt; a pair is neither."""
+def _content(prompt: Prompt | Pair) -> str | Ids:
+    """Return the text or the ids of a prompt; a pair has neither."""
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown:
@@ -523,25 +594,26 @@ def _plain(prompt: Prompt | Pair) -> str | Ids:
         (prompt,) = prompt.values()
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt):
+    if is_ids(prompt):
         return list(prompt)  # type: ignore[arg-type]
     raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
 
 
 def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content parts are joined into one text, as templates of text models expect."""
+    """Return a message with its content parts joined into one text, as templates of text models expect."""
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
-    texts = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
-            raise BadRequest(
-                f"content parts of type {kind!r} are not supported by this model, only text", param="messages"
-            )
-    return {**message, "content": "\n".join(texts)}
+    return {**message, "content": "\n".join(map(_text_of_part, content))}
+
+
+def _text_of_part(part: Any) -> str:
+    """Return the text of a content part: a str, or a mapping of type "text"."""
+    if isinstance(part, str):
+        return part
+    fields = part if isinstance(part, Mapping) else {"type": type(part).__name__}
+    text = fields.get("text")
+    if fields.get("type", "text") == "text" and isinstance(text, str):
+        return text
+    kind = fields.get("type", "?")
+    raise BadRequest(f"content parts of type {kind!r} are not supported by this model, only text", param="messages")

@@ -1,0 +1,55 @@
+"""The engine's end of a request: its future, which is settled once, and its progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future, InvalidStateError
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Promise(Generic[T]):
+    """A future that is settled by the first result, error or cancellation, and its caller's progress callback."""
+
+    __slots__ = ("__weakref__", "_lock", "_progress", "future")
+
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self.future: Future[T] = Future()
+        self._progress = progress
+        self._lock = threading.RLock()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the caller is told of progress."""
+        return self._progress is not None
+
+    def advance(self, count: int) -> None:
+        """Tell the caller that `count` more sequences are done. Errors of its callback are logged, not raised."""
+        if self._progress is None or not count or self.future.done():
+            return
+        try:
+            with self._lock:  # several threads may have parts of a request
+                self._progress(count)
+        except Exception:  # a broken progress bar must not stop the engine
+            log.exception("the progress callback failed")
+
+    def resolve(self, result: T) -> None:
+        """Settle with a result, unless settled already."""
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            log.debug("a request was answered already, or its caller gave up")
+
+    def fail(self, error: BaseException) -> None:
+        """Settle with an error, unless settled already."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            log.debug("a request was answered already, or its caller gave up")
