@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
-from cenote.core import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
 from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
+from cenote.outputs import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT, TEXTS
 

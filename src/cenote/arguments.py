@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
-from cenote.core import (
-    EmbeddingOutput,
-    PairTemplate,
-    PoolingOutput,
-    PoolingParams,
-    SparseEmbedding,
-    template_text,
-)
+from cenote.core import PairTemplate, PoolingParams, template_text
 from cenote.errors import BadRequest
+from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.rendering import TextOptions
 

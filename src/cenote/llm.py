@@ -25,20 +25,20 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.core import (
+from cenote.core import PoolingParams
+from cenote.errors import BadRequest
+from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
-    PoolingParams,
     PoolingRequestOutput,
     RankedDocument,
     ScoringOutput,
     ScoringRequestOutput,
     SparseEmbedding,
 )
-from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
