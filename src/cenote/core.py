@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -235,31 +235,58 @@ class Similarity:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What start-up resolved about a model; printed at start and used to validate requests.
+class Report:
+    """Where a model comes from and how it runs, for the report at start. No request is validated against it.
 
     Attributes:
+        source: folder or hub id that the model was loaded from.
+        revision: commit on the hub; `None` = it comes from a folder.
+        pooling: how rows become a vector.
+        head: where the head comes from; empty if there is none.
+        dtype: of weights and activations, without the "torch.".
+        layout: how batches run ("packed", "padded", ...), as the probe at load found.
+        linears: how the Linear layers run if not simply in `dtype`.
+        shares_prefixes: whether common beginnings of a batch's sequences run once.
+        streams: batches that run at a time, each on its part of the CPU's threads.
+        warnings: for the user, a sentence each.
+    """
+
+    source: str = ""
+    revision: str | None = None
+    pooling: str = ""
+    head: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    layout: str = "packed"
+    linears: str = ""
+    shares_prefixes: bool = False
+    streams: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The contract of a model, which requests are validated against, and the report of its start.
+
+    Attributes:
+        name: the model in error messages: its served name, or the last part of its folder.
         dimension: length of a vector before any truncation.
-        layout: how batches are run ("packed", "padded", ...), as the probe at load found.
-        shares_prefixes: whether what sequences of a batch begin with is run once.
+        max_model_len: maximum tokens that the model reads at once.
+        use_activation: whether vectors are normalised unless a request says otherwise.
+        max_embed_len: maximum tokens of an `embed` input; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         matryoshka: allowed `dimensions`: `None` = none, `()` = any up to `dimension`, else the listed ones.
-        max_model_len: most tokens that the model reads at once.
-        max_embed_len: most tokens of an input of `embed`; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         num_labels: classes of the classification head; 0 = there is none.
         labels: names of the classes in order; empty if the checkpoint names none.
-        activation: what turns a classifier's logits into its output: "softmax", "sigmoid" or "none".
+        activation: function from a classifier's logits to its output: "softmax", "sigmoid" or "none".
         classifies: whether `activation` is applied unless a request says otherwise.
         score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
             "late-interaction".
         similarity: how embeddings are compared where pairs are rated by them.
-        reward: task that gives this model's reward, empty if it is no reward model.
+        reward: task that gives this model's reward; empty if it is not a reward model.
         activates_reward: whether `activation` is applied to a reward unless a request says otherwise.
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
-        columns: with STEP pooling what `returned_token_ids` may name.
-        head: where the head comes from, for the report at start.
+        columns: columns that `returned_token_ids` may name, with STEP pooling.
         adapters: names of the adapters that a sequence may choose from.
-        linears: how the Linear layers run if not simply in `dtype`, for the report at start.
-        streams: batches that run at a time, each on its part of the CPU's threads.
     """
 
     name: str
@@ -269,14 +296,8 @@ class ModelInfo:
     dimension: int
     max_model_len: int
     vocab_size: int
-    dtype: str
-    device: str
-    layout: str
-    pooling: str
     use_activation: bool
     max_embed_len: int = 0
-    shares_prefixes: bool = False
-    revision: str | None = None
     matryoshka: tuple[int, ...] | None = None
     num_labels: int = 0
     labels: tuple[str, ...] = ()
@@ -288,15 +309,18 @@ class ModelInfo:
     activates_reward: bool = False
     step: bool = False
     columns: Seq[int] = ()
-    head: str = ""
     adapters: tuple[str, ...] = ()
-    linears: str = ""
-    streams: int = 1
-    warnings: tuple[str, ...] = ()
+    report: Report = Report()
 
     def limit(self, task: str) -> int:
-        """Most tokens of an input of `task`."""
-        return (self.max_embed_len if task == "embed" else 0) or self.max_model_len
+        """Return the maximum tokens of an input of `task`."""
+        if task == "embed" and self.max_embed_len:
+            return self.max_embed_len
+        return self.max_model_len
+
+    def reported(self, **changes: Any) -> ModelInfo:
+        """Return the same contract with changes to its report."""
+        return replace(self, report=replace(self.report, **changes))
 
 
 class Engine(Protocol):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from cenote.cli.load import Ask
     from cenote.cli.targets import Target
+    from cenote.core import ModelInfo
     from cenote.models.model import PoolingModel
 
     Figures = dict[str, Any]
@@ -251,8 +252,7 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
         pooling_model, checkpoint = load(model)
         service = Service.around(pooling_model, checkpoint, model, engine, max_queued=1 << 40)
         try:
-            fields = ("name", "architecture", "revision", "dtype", "device", "layout", "max_model_len")
-            about = {name: getattr(service.info, name) for name in fields} | {"threads": torch.get_num_threads()}
+            about = _about(service.info) | {"threads": torch.get_num_threads()}
             batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
             result = _measure(bench, given, Local(service, bench.task), pooling_model, batch)
         finally:
@@ -266,6 +266,19 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     if draw is not None and bench.plot:
         draw(result, table(result), Path(bench.plot))
     return 0
+
+
+def _about(info: ModelInfo) -> Figures:
+    report = info.report
+    return {
+        "name": report.source,
+        "architecture": info.architecture,
+        "revision": report.revision,
+        "dtype": report.dtype,
+        "device": report.device,
+        "layout": report.layout,
+        "max_model_len": info.max_model_len,
+    }
 
 
 def _draw() -> Callable[[Figures, str, Path], None]:
@@ -393,7 +406,7 @@ class _Gemm:
         from cenote.models import costs
 
         self._costs = costs
-        self._dtype: torch.dtype = getattr(torch, model.info.dtype)
+        self._dtype: torch.dtype = getattr(torch, model.info.report.dtype)
         self.products = costs.products(model.layout.backbone.model, work)
         self.rows = min(batch, max(self.products.values(), default=1))
 
@@ -410,7 +423,7 @@ class _Gemm:
 
 def _products(model: PoolingModel | None, batch: int, work: Callable[[], object]) -> _Gemm | None:
     """Run a workload, and count its matrix products if the model is here and on a CPU."""
-    if model is None or model.info.device != "cpu":
+    if model is None or model.info.report.device != "cpu":
         work()
         return None
     gemm = _Gemm(model, batch, work)

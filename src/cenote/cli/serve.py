@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from cenote.core import ModelInfo
     from cenote.pipeline.pipeline import Service
+    from cenote.pipeline.prompts import Prompts
 
 log = logging.getLogger("cenote")
 
@@ -220,34 +222,16 @@ def _bind(server: ServerConfig) -> socket.socket:
 
 
 def report(service: Service) -> list[str]:
-    """What was resolved about a model, a line each, and what a user would want to be warned of."""
+    """Return how a model was understood, runs and is served, a line each, and its warnings."""
     info = service.info
-    revision = f" at revision {info.revision}" if info.revision else ""
-    activation = "normalised" if info.use_activation else "not normalised"
-    lines = [
-        f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
-        f"runs: {info.dtype} on {info.device}, {info.layout}"
-        + (f", {info.streams} batches at a time" if info.streams > 1 else "")
-        + (", common prefixes once" if info.shares_prefixes else "")
-        + f"; {info.max_model_len} tokens an input"
-        + (", embed takes longer ones in blocks" if info.limit("embed") > info.max_model_len else ""),
-        f"tasks: {', '.join(info.tasks)}; default {info.default_task}",
-        f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
-        + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
-    ]
-    if info.linears:
-        lines.insert(2, f"Linear layers: {info.linears}")
-    if info.head and not info.num_labels:
-        lines.append(f"head: {info.head}")
-    elif info.head:
-        used = info.activation if info.classifies else f"raw ({info.activation} on request)"
-        steps = ", one row per step" if info.step else ""
-        labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
-        lines.append(f"head: {info.head}; {labels}, {used}{steps}")
+    lines = [_source(service), _running(info)]
+    if info.report.linears:
+        lines.append(f"Linear layers: {info.report.linears}")
+    lines += [f"tasks: {', '.join(info.tasks)}; default {info.default_task}", _pooling(info)]
+    if info.report.head:
+        lines.append(_head(info))
     if info.score_types:
-        by_default = asdict(Similarity())
-        changed = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != by_default[kind]]
-        lines.append(f"scores pairs as: {', '.join(info.score_types)}{''.join(changed)}")
+        lines.append(_scoring(info))
     if service.pair_template:
         source = service.pair_template.source or "the checkpoint's chat template"
         lines.append(f"pairs are rendered by: {source[:200]!r}{'...' if len(source) > 200 else ''}")
@@ -255,22 +239,71 @@ def report(service: Service) -> list[str]:
         lines.append(f"requests with `data` go to the plugin {service.plugin.name}")
     if service.ranges:
         lines.append("int8 and uint8 embeddings: by calibrated ranges")
-    prompts = service.renderer.prompts
+    lines += _prompting(info, service.renderer.prompts)
+    return lines + [f"warning: {warning}" for warning in info.report.warnings]
+
+
+def _source(service: Service) -> str:
+    info = service.info
+    revision = f" at revision {info.report.revision}" if info.report.revision else ""
+    return f"model: {info.report.source}{revision} ({info.architecture}), served as {', '.join(service.names)}"
+
+
+def _running(info: ModelInfo) -> str:
+    report = info.report
+    clauses = [f"{report.dtype} on {report.device}", report.layout]
+    if report.streams > 1:
+        clauses.append(f"{report.streams} batches at a time")
+    if report.shares_prefixes:
+        clauses.append("common prefixes once")
+    length = f"{info.max_model_len} tokens an input"
+    if info.limit("embed") > info.max_model_len:
+        length += ", embed takes longer ones in blocks"
+    return f"runs: {', '.join(clauses)}; {length}"
+
+
+def _pooling(info: ModelInfo) -> str:
+    activation = "normalised" if info.use_activation else "not normalised"
+    line = f"pooling: {info.report.pooling}, {activation}, dimension {info.dimension}"
+    if info.matryoshka is None:
+        return line
+    return f"{line}, Matryoshka {list(info.matryoshka) or 'any'}"
+
+
+def _head(info: ModelInfo) -> str:
+    line = f"head: {info.report.head}"
+    if not info.num_labels:
+        return line
+    labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
+    activation = info.activation if info.classifies else f"raw ({info.activation} on request)"
+    steps = ", one row per step" if info.step else ""
+    return f"{line}; {labels}, {activation}{steps}"
+
+
+def _scoring(info: ModelInfo) -> str:
+    usual = asdict(Similarity())
+    unusual = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != usual[kind]]
+    return f"scores pairs as: {', '.join(info.score_types)}{''.join(unusual)}"
+
+
+def _prompting(info: ModelInfo, prompts: Prompts) -> list[str]:
+    """Return the lines about prompts, and about the adapters that prompts may choose."""
+    default = prompts.choose()
+    lines = []
     if prompts.named:
         lines.append(f"prompts: {', '.join(sorted(prompts.named))}")
     if info.adapters:
-        default_adapter = prompts.choose().adapter
-        lines.append(f"adapters: {', '.join(info.adapters)}; default {default_adapter or 'none'}")
-    if default := prompts.choose().text:
-        lines.append(f"prompt before every input: {default!r}")
-    return lines + [f"warning: {warning}" for warning in info.warnings]
+        lines.append(f"adapters: {', '.join(info.adapters)}; default {default.adapter or 'none'}")
+    if default.text:
+        lines.append(f"prompt before every input: {default.text!r}")
+    return lines
 
 
 def limits(engine: EngineConfig | None, server: ServerConfig) -> list[str]:
-    """What requests may bring, and a warning if strangers may bring them.
+    """Return the limits of requests, and a warning if strangers may send some.
 
     Args:
-        engine: options of the engine; `None` = it is another process's, which has its own.
+        engine: options of the engine; `None` = it runs in another process, with options of its own.
         server: options of the server.
     """
     line = f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request"

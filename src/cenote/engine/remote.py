@@ -316,7 +316,7 @@ def _introduction(path: str, frames: Frames) -> Card:
 
 def _contract(card: Card) -> tuple[ModelInfo, Any]:
     """What must not change while a front runs: all of a card but what says how fast its engine is, and on what."""
-    info = replace(card.info, device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
+    info = card.info.reported(device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
     return info, card.about
 
 

@@ -94,7 +94,7 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
         "object": "model",
         "created": serving.started,
         "owned_by": "cenote",
-        "root": service.info.name,
+        "root": service.info.report.source,
         "parent": None,
         "max_model_len": service.info.max_model_len,
         "permission": [permission],
