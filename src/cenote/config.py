@@ -465,6 +465,14 @@ def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
     return ()
 
 
+def shown_default(layer: type[BaseModel], name: str) -> str:
+    """Return the default of option `name` for help, or an empty string if it stands for no value."""
+    default = layer.model_fields[name].get_default(call_default_factory=True)
+    if default is None or isinstance(default, PoolerConfig):
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
 def known_options(layers: Iterable[type[BaseModel]] = LAYERS) -> dict[str, type[BaseModel]]:
     """Option name to the layer that owns it."""
     return {name: layer for layer in layers for name in layer.model_fields}

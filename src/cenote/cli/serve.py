@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cenote")
 
 OF_FRONTS = {"served_model_name", "trust_remote_code"}
-"""Options of models that a server in front of engines takes, too."""
+"""Options of a model that a server in front of engines takes, too."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -81,7 +82,7 @@ def _serve(arguments: dict[str, Any]) -> None:
             access_log=server.log_level == "debug",
             timeout_keep_alive=75,
         )
-    listener.listen(config.backlog)  # who reads the line below may connect at once
+    listener.listen(config.backlog)  # a reader of the line below may connect at once
     port = listener.getsockname()[1]
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
@@ -127,19 +128,21 @@ def _remote_models(arguments: dict[str, Any]) -> _Plan:
     model, server, notes = engines_of(arguments)
     names: list[tuple[str, ...]] = [(name,) for name in model.served_model_name]
     sources = [
-        partial(Service.connect, path, names=own, trust_remote_code=model.trust_remote_code)
-        for path, own in zip(server.engine, names or [()] * len(server.engine), strict=True)
+        partial(Service.connect, path, names=served, trust_remote_code=model.trust_remote_code)
+        for path, served in zip(server.engine, names or [()] * len(server.engine), strict=True)
     ]
     return _Plan(server, sources, None, notes)
 
 
 def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, list[str]]:
-    """The options of a server in front of engines, and notes on options without effect.
+    """Return the options of a server in front of engines, and notes on options without effect.
 
     Raises:
         ConfigError: an option of the model or the engine is given, or there are not as many names as engines.
     """
-    if idle := {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} & arguments.keys() - OF_FRONTS:
+    of_engines = {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} - OF_FRONTS
+    idle = of_engines & arguments.keys()
+    if idle:
         raise ConfigError(
             f"{min(idle)} has no effect with --engine: each engine was started with a model and options of its own"
         )
@@ -153,7 +156,7 @@ def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, li
 
 @contextmanager
 def no_full_collections() -> Iterator[None]:
-    """Look through young objects only, and leave what is there in the end out of later collections.
+    """Let the garbage collector look at young objects only, and leave the objects of the block out of it for good.
 
     Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second.
     """
@@ -167,11 +170,11 @@ def no_full_collections() -> Iterator[None]:
 
 
 def share_cores() -> None:
-    """Let threads that wait for long sleep. Has to be done before torch is imported; what the user has set stays.
+    """Let threads that wait for long sleep. Call it before torch is imported; variables that the user has set stay.
 
     OpenMP's threads spin while they wait for each other. Within a forward that saves waking them at every layer, half
     the time of a short one, and from one forward to the next if it comes at once. Longer they would keep others from
-    the cores: the event loop, and whatever else runs on the machine.
+    the cores: the event loop, and other processes.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "200000")  # milliseconds
@@ -179,7 +182,7 @@ def share_cores() -> None:
 
 
 def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, EngineConfig, ServerConfig]], list[str]]:
-    """The configs of each model that `arguments` name, and notes on options without effect.
+    """Return the configs of each model of `arguments`, and notes on options without effect.
 
     Raises:
         ConfigError: an option is wrong, or there are not as many served names as models.
@@ -192,8 +195,9 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
     names = names.split(",") if isinstance(names, str) else list(names)
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models need as many names: --served-model-name gives {len(names)}")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two models cannot both be served as {repeated[0]!r}; see --served-model-name")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two models cannot both be served as {min(repeated)!r}; see --served-model-name")
     resolved = [
         resolve({**arguments, "model": model, "served_model_name": (name,)})
         for model, name in zip(models, names, strict=True)
@@ -210,7 +214,7 @@ def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerC
 
 
 def _bind(server: ServerConfig) -> socket.socket:
-    """The server's address, taken before the model is loaded, so that a port in use is told at once."""
+    """Take the server's address, before the model is loaded, so that a port in use is told at once."""
     listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
