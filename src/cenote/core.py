@@ -32,7 +32,7 @@ class LateChunkingParams:
         chunk_size: tokens of a chunk, special tokens included; the last chunk may have fewer.
 
     Raises:
-        BadRequest: the size is no integer from 1 to 2^63 - 1.
+        BadRequest: the size is not an integer from 1 to 2^63 - 1.
     """
 
     chunk_size: int
@@ -61,7 +61,7 @@ class LateChunk:
 
 @dataclass(frozen=True, slots=True)
 class LateChunkingMetadata:
-    """What the rows of a late-chunked document stand for.
+    """The chunks that the rows of a late-chunked document stand for.
 
     Attributes:
         input_tokens: tokens of the whole document.
@@ -76,21 +76,21 @@ class LateChunkingMetadata:
 
 @dataclass(frozen=True, slots=True)
 class PoolingParams:
-    """What one request may ask of its task; `None` means the model's default.
+    """Parameters of a request's task; `None` means the model's default.
 
     Attributes:
         use_activation: apply the task's activation (L2 normalisation for the embed tasks).
         dimensions: length to which vectors are cut before normalisation (Matryoshka models only).
         step_tag_id: of a process reward model: only tokens with this id are rated (STEP pooling).
-        returned_token_ids: of a process reward model: which columns of the head are returned, in this order.
-        top_k: of sparse results, how many of the largest values are kept.
+        returned_token_ids: of a process reward model: columns of the head that are returned, in this order.
+        top_k: number of the largest values of a sparse result that are kept.
         late_chunking_params: of `token_embed`: one row per chunk instead of one per token.
         task: filled in by the API; a caller may set it for `LLM.encode`.
-        extra_kwargs: what `LLM.score` and `LLM.rerank` read besides: `max_tokens_per_query`, `max_tokens_per_doc`,
+        extra_kwargs: further arguments of `LLM.score` and `LLM.rerank`: `max_tokens_per_query`, `max_tokens_per_doc`,
             `instruction`, `chat_template_kwargs`.
 
     Raises:
-        BadRequest: a parameter has the wrong type.
+        BadRequest: a parameter has the wrong type, or `top_k` is below 1.
     """
 
     use_activation: bool | None = None
@@ -105,25 +105,38 @@ class PoolingParams:
     def __post_init__(self) -> None:
         for name in ("dimensions", "step_tag_id", "top_k"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            if value is not None and not _is_integer(value):
                 raise BadRequest(f"{name} must be an integer, got {value!r}", param=name)
         if self.top_k is not None and self.top_k < 1:
             raise BadRequest(f"top_k must be at least 1, got {self.top_k}", param="top_k")
-        if (ids := self.returned_token_ids) is not None:
-            listed = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else ()
-            if not listed or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
-                raise BadRequest(
-                    f"returned_token_ids must be a list of token ids, got {ids!r}", param="returned_token_ids"
-                )
-            object.__setattr__(self, "returned_token_ids", tuple(int(i) for i in listed))
-        if (late := self.late_chunking_params) is not None and not isinstance(late, LateChunkingParams):
+        if self.returned_token_ids is not None:
+            object.__setattr__(self, "returned_token_ids", _token_ids(self.returned_token_ids))
+        late = self.late_chunking_params
+        if late is not None and not isinstance(late, LateChunkingParams):
             raise BadRequest(
                 f"late_chunking_params must be a LateChunkingParams, got {late!r}", param="late_chunking_params"
             )
 
     def given(self) -> list[str]:
-        """Names of the task parameters that are set."""
+        """Return the names of the task parameters that are set."""
         return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _token_ids(values: Any) -> tuple[int, ...]:
+    """Return `returned_token_ids` as integers of Python's.
+
+    Raises:
+        BadRequest: they are not a list of integers, or empty.
+    """
+    is_list = isinstance(values, Iterable) and not isinstance(values, (str, bytes))
+    ids = tuple(values) if is_list else ()
+    if not ids or not all(map(_is_integer, ids)):
+        raise BadRequest(f"returned_token_ids must be a list of token ids, got {values!r}", param="returned_token_ids")
+    return tuple(map(int, ids))
 
 
 _NOT_OF_TASKS = ("task", "extra_kwargs")
@@ -136,16 +149,16 @@ class Sequence:
     Attributes:
         ids: token ids, special tokens included.
         task: name of a row in `cenote.tasks.TASKS`.
-        params: what the request asked of the task.
+        params: parameters of the task.
         type_ids: token type ids, as long as `ids`; `None` means all zero.
-        skip: leading tokens that pooling leaves out (a prompt, for models with `include_prompt: false`).
-        hidden: trailing tokens that no token attends to (a ColBERT query's expansion).
-        keep: which tokens' rows the token tasks return; `None` = all.
+        skip: number of leading tokens that pooling leaves out (a prompt, for models with `include_prompt: false`).
+        hidden: number of trailing tokens that no token attends to (a ColBERT query's expansion).
+        keep: positions of the tokens whose rows the token tasks return; `None` = all.
         also: further tasks to answer from the same forward.
         adapter: name of the adapter to run with; `None` = the pure backbone.
-        clusters: its token vectors are joined into fewer, as the model's token pooling says.
         looked_up: its sparse embedding comes from the model's table of weights (a query of an inference-free model).
-        late_chunking: what the rows stand for, where `params` ask for late chunking.
+        clusters: its token vectors are joined into fewer, as the model's token pooling says.
+        late_chunking: the chunks that the rows stand for, where `params` ask for late chunking.
         salt: keeps results apart from those of sequences with another salt.
         priority: of its request; lower ones run first.
     """
@@ -171,7 +184,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class PairTemplate:
-    """A Jinja template over two messages, roles `query` and `document`: how a reranker was shown a pair.
+    """A Jinja template over two messages, roles `query` and `document`, that renders a pair for a reranker.
 
     Attributes:
         source: the template; `None` = the tokenizer's own chat template.
@@ -194,14 +207,14 @@ Pair = tuple[str, str]
 
 
 def plain_name(name: str) -> str:
-    """`name` in one of its spellings: `retrieval.query`, `retrieval-query` and `retrieval_query` are one."""
+    """Return the plain spelling of `name`: `retrieval.query`, `retrieval-query` and `retrieval_query` are one."""
     return name.lower().replace(".", "_").replace("-", "_").replace(" ", "_")
 
 
-def template_text(given: str) -> str:
-    """A Jinja template, given as itself or as the path of a file."""
-    is_path = "{" not in given and Path(given).is_file()
-    return Path(given).read_text() if is_path else given
+def template_text(source: str) -> str:
+    """Return a Jinja template out of its text or the path of a file."""
+    is_path = "{" not in source and Path(source).is_file()
+    return Path(source).read_text() if is_path else source
 
 
 @dataclass(slots=True)
@@ -324,7 +337,7 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """The seam. Everything above talks to this; `LocalEngine`, `RemoteEngine` and `FakeEngine` implement it."""
+    """The seam, which everything above talks to. `LocalEngine`, `RemoteEngine` and `FakeEngine` implement it."""
 
     info: ModelInfo
 
@@ -339,7 +352,7 @@ class Engine(Protocol):
         """
 
     def healthy(self) -> bool:
-        """True if the last forward succeeded, or a new one does."""
+        """Return whether the last forward succeeded, or a new one does."""
 
     def close(self) -> None:
         """Refuse new work, finish what was accepted, and stop."""

@@ -23,8 +23,8 @@ class PoolingOutput:
 
     Attributes:
         data: float32 CPU tensor, `[D]` or `[T, D]`; `[K]` for sparse results.
-        indices: of sparse results, what the values stand for, int64 `[K]`, rising.
-        others: results of further tasks that were asked for, by name.
+        indices: of sparse results, the vocabulary entries of the values, int64 `[K]`, rising.
+        others: results of further tasks of the same forward, by name.
     """
 
     data: torch.Tensor
@@ -33,7 +33,7 @@ class PoolingOutput:
 
     @property
     def embedding(self) -> list[float]:
-        """The spelling of older releases of vLLM, whose `encode` returned embeddings."""
+        """`data` as a list: the spelling of older releases of vLLM, whose `encode` returned embeddings."""
         values: list[float] = self.data.tolist()
         return values
 
@@ -55,14 +55,14 @@ class EmbeddingOutput:
 
 @dataclass(slots=True)
 class PoolingRequestOutput(Generic[T]):
-    """What the offline API returns per prompt.
+    """Result of the offline API for one prompt.
 
     Attributes:
         request_id: the prompt's number since the `LLM` was made.
         outputs: the task's result.
         prompt_token_ids: the ids that were run, special tokens included.
         num_cached_tokens: always 0; kept for code written against vLLM.
-        late_chunking: what the rows of a late-chunked document stand for.
+        late_chunking: the chunks that the rows of a late-chunked document stand for.
     """
 
     request_id: str
@@ -136,7 +136,7 @@ class RankedDocument:
     """One entry of `LLM.rerank`, whose list is sorted by falling score.
 
     Attributes:
-        index: the document's place in the list that was given.
+        index: the document's place in the caller's list.
     """
 
     index: int
