@@ -196,10 +196,10 @@ class Bench:
     def __init__(self, folder: Path, device: torch.device, scale: Scale) -> None:
         self.folder, self.device, self.scale = folder, device, scale
         self.ours, self.peers = engines(folder, device), peers(folder, device)
-        info = self.ours["default"].info
-        self.dtype = getattr(torch, info.dtype)
+        report = self.ours["default"].info.report
+        self.dtype = getattr(torch, report.dtype)
         self.shapes = linear_shapes(self.peers["bfloat16"])
-        self.result: dict[str, Any] = {"dtype": info.dtype, "layout": info.layout, "notes": list(info.warnings)}
+        self.result: dict[str, Any] = {"dtype": report.dtype, "layout": report.layout, "notes": list(report.warnings)}
 
     def parity(self) -> None:
         """Cosines to sentence-transformers in float32, of ours and of theirs in bfloat16.

@@ -41,7 +41,7 @@ def engine(form: str, processor: str) -> Encode:
 
     def encode(texts: list[str]) -> Any:
         if not texts:
-            return llm.info.linears or "float32"
+            return llm.info.report.linears or "float32"
         return np.array([output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)])
 
     return encode

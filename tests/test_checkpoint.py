@@ -255,7 +255,7 @@ def test_max_model_len_of_a_decoder(qwen: Path, tmp_path: Path) -> None:
     assert _limit(folder, max_model_len=7) == 7
     with LLM(model=str(folder), max_model_len=300) as llm:
         assert llm.info.max_model_len == 300
-        assert llm.info.warnings == ("max_model_len 300 exceeds the 256 of the checkpoint",)
+        assert llm.info.report.warnings == ("max_model_len 300 exceeds the 256 of the checkpoint",)
 
 
 def test_max_model_len_of_roberta_leaves_out_the_offset(tmp_path: Path) -> None:
@@ -282,13 +282,13 @@ def test_dtype(folder: Path) -> None:
     distances = {"float32": (0, 1e-6), "bfloat16": (3e-4, 0.02), "float16": (3e-5, 0.002)}
     for option, dtype in dtypes.items():
         with LLM(model=str(folder), dtype=option, device="cpu") as llm:
-            assert llm.info.dtype == dtype
+            assert llm.info.report.dtype == dtype
             (output,) = llm.encode(SHORT[0], pooling_task="embed", use_tqdm=False)
             assert output.outputs.data.dtype == torch.float32
             nearest, furthest = distances[dtype]
             assert nearest <= float(np.abs(output.outputs.data.numpy() - exact).max()) <= furthest
-            assert dtype in (llm.info.linears or "float32")
-            assert not llm.info.warnings
+            assert dtype in (llm.info.report.linears or "float32")
+            assert not llm.info.report.warnings
 
 
 def test_dtype_auto_of_a_half_checkpoint_is_float32_on_a_cpu(folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_dtype_auto_of_a_half_checkpoint_is_float32_on_a_cpu(folder: Path) -> No
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoints.edit_json(folder / "config.json", dtype="bfloat16")
     with LLM(model=str(folder), device="cpu") as llm:
-        assert llm.info.dtype == "float32"
+        assert llm.info.report.dtype == "float32"
         (output,) = llm.embed(TEXT, use_tqdm=False)
     np.testing.assert_allclose(output.outputs.embedding, POOLED["CLS"](hidden(folder, TEXT)), rtol=0, atol=1e-6)
 
@@ -333,7 +333,7 @@ def test_generate_is_refused(bert: Path) -> None:
 
 def test_packing_can_be_switched_off(bert: Path) -> None:
     with LLM(model=str(bert), packing=False) as llm:
-        assert llm.info.layout == "padded"
+        assert llm.info.report.layout == "padded"
         found = [output.outputs.embedding for output in llm.embed(SHORT, use_tqdm=False)]
     np.testing.assert_allclose(found, rows(bert), rtol=0, atol=1e-5)
 

@@ -226,7 +226,7 @@ def test_file_layout(loaded: Loaded) -> None:
     assert loaded.family.tensor in {*names, ""}
     architecture = checkpoints.read_json(loaded.folder / "config.json")["architectures"]
     assert architecture == [loaded.family.backbone + loaded.family.head]
-    assert loaded.llm.info.layout.startswith("padded" if loaded.family.padded else "packed")
+    assert loaded.llm.info.report.layout.startswith("padded" if loaded.family.padded else "packed")
     assert loaded.llm.info.max_model_len == LONGEST
 
 

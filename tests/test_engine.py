@@ -285,7 +285,7 @@ def test_streams_run_side_by_side_each_on_its_part_of_the_threads() -> None:
     engine = LocalEngine(model, threads=5, streams=2)
     many = texts(30, 10, 20, 40)
     check(engine.submit(many), many)
-    assert engine.info.streams == 2
+    assert engine.info.report.streams == 2
     assert sorted(threads for threads, _ in model.seen) == [2, 3]
     assert sorted(lengths for _, lengths in model.seen) == [[10, 40], [20, 30]]
     engine.close()
@@ -355,7 +355,7 @@ def test_one_stream_has_all_threads(reentrant: bool, threads: int, streams: int)
     model = Streamed()
     model.is_reentrant = reentrant
     engine = LocalEngine(model, threads=threads, streams=streams)
-    assert engine.info.streams == 1
+    assert engine.info.report.streams == 1
     check(engine.submit(texts(3, 4, 5)), texts(3, 4, 5))
     check(engine.submit(texts(3)), texts(3))
     assert model.seen == [(threads, [3, 4, 5]), (threads, [3])]

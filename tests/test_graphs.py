@@ -286,7 +286,7 @@ def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.Monkey
     settings_of = loading.settings_of
     monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
     model, _ = loading.load(ModelConfig())
-    (note,) = model.info.warnings
+    (note,) = model.info.report.warnings
     assert note.startswith("runs without CUDA graphs: NotImplementedError: no fused kernel does the attention of Bert")
     (found,) = model.launch([Sequence([101, 7592, 102])]).finish()
     with torch.inference_mode():

@@ -137,7 +137,7 @@ for name, options in json.load(sys.stdin).items():
     try:
         with LLM(**options) as llm:
             (output,) = llm.embed("Hello, my name is", use_tqdm=False)
-            results[name] = {"row": output.outputs.embedding, "revision": llm.info.revision}
+            results[name] = {"row": output.outputs.embedding, "revision": llm.info.report.revision}
     except Exception as error:
         results[name] = {"error": type(error).__name__, "message": str(error)}
 json.dump(results, sys.stdout)

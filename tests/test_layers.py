@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "cenote"
 
 LAYERS = (
-    ("words", ("errors", "core", "tasks", "config", "metrics", "tokenizer")),
+    ("words", ("errors", "core", "outputs", "tasks", "config", "metrics", "tokenizer")),
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),

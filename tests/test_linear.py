@@ -380,9 +380,9 @@ def test_isa_reaches_the_model(tmp_path: Path) -> None:
     """int8 tells its instructions, and plain torch makes no chains."""
     folder = checkpoints.bert(tmp_path / "model")
     with LLM(str(folder), isa="avx2", quantization="int8") as llm:
-        assert "in int8 by AVX2, cosine" in llm.info.linears
+        assert "in int8 by AVX2, cosine" in llm.info.report.linears
     with LLM(str(folder), isa="none", quantization="int8") as llm:
-        assert llm.info.warnings == ("int8 fell back to float32: native kernels are switched off",)
+        assert llm.info.report.warnings == ("int8 fell back to float32: native kernels are switched off",)
     for isa in ("none", "avx2"):
         model, _ = load(ModelConfig(model=str(folder), isa=isa))
         chains = [x for x in model.layout.backbone.model.modules() if isinstance(vars(x).get("forward"), native.Chain)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -18,8 +19,8 @@ from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
-from cenote.core import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
 from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
+from cenote.outputs import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT, TEXTS
 
@@ -180,14 +181,26 @@ def test_encode_outputs(llm: LLM) -> None:
 def test_tokenizer_and_info(llm: LLM, folder: Path) -> None:
     assert llm.get_tokenizer()(SHORT)["input_ids"] == IDS
     info = llm.info
-    assert (info.name, info.architecture, info.default_task, info.layout) == (
-        str(folder),
+    assert (info.name, info.architecture, info.default_task, info.report.layout) == (
+        folder.name,
         "BertModel",
         "embed",
         "packed",
     )
-    assert (info.dimension, info.max_model_len, info.pooling) == (checkpoints.HIDDEN, checkpoints.POSITIONS, "mean")
+    assert (info.dimension, info.max_model_len) == (checkpoints.HIDDEN, checkpoints.POSITIONS)
+    assert (info.report.pooling, info.report.source) == ("mean", str(folder))
     assert info.vocab_size == len(checkpoints.wordpiece())
+
+
+@pytest.mark.parametrize(("names", "name"), [((), "{folder}"), (("mine", "other"), "mine"), (("{path}",), "{folder}")])
+def test_messages_have_the_served_name_and_no_path(folder: Path, names: tuple[str, ...], name: str) -> None:
+    """`cenote serve` of several models gives each its path as served name, where the user gave none."""
+    served = tuple(spelling.format(path=folder) for spelling in names)
+    with LLM(str(folder), served_model_name=served) as llm:
+        expected = f"Token id 99999 is out of vocabulary; {name.format(folder=folder.name)} takes ids from 0 to "
+        with pytest.raises(BadRequest, match=f"^{re.escape(expected)}"):
+            llm.embed({"prompt_token_ids": [99999]}, use_tqdm=False)
+        assert llm.info.report.source == str(folder)
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
@@ -543,7 +556,7 @@ def test_streams_give_what_one_gives(folder: Path) -> None:
     for streams in (1, 2, 3):
         with LLM(model=str(folder), threads=3, streams=streams, max_num_batched_tokens=64) as made:
             info = made._service.engine.info
-            assert (info.streams, info.warnings) == (streams, ())
+            assert (info.report.streams, info.report.warnings) == (streams, ())
             vectors.append(np.array([o.outputs.embedding for o in made.embed(texts, use_tqdm=False)]))
     assert np.abs(vectors[1] - vectors[0]).max() <= 1e-6
     assert np.abs(vectors[2] - vectors[0]).max() <= 1e-6
@@ -554,8 +567,9 @@ def test_a_model_that_remembers_runs_one_batch_at_a_time_and_says_so(tmp_path: P
     checkpoints.decoder(tmp_path, rope_parameters=rope, max_position_embeddings=32)
     with LLM(model=str(tmp_path), runner="pooling", threads=2, streams=2, max_model_len=64) as made:
         info = made._service.engine.info
-        assert info.streams == 1
-        assert [note for note in info.warnings if "runs one batch at a time, because its rotary frequencies" in note]
+        assert info.report.streams == 1
+        told = "runs one batch at a time, because its rotary frequencies"
+        assert [note for note in info.report.warnings if told in note]
         short, long = "one two", "one two " * 6
         (alone,) = made.embed([short], use_tqdm=False)
         _, again, _ = made.embed([long, short, long], use_tqdm=False)

@@ -528,7 +528,7 @@ def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) ->
     found = agree(path)
     assert [len(rows) for rows in found["query"]] == [length] * len(QUERIES)
     with LLM(model=str(path)) as llm:
-        assert llm.info.layout == ("padded" if made in HIDES_PADDED and not attend else BACKBONES[made])
+        assert llm.info.report.layout == ("padded" if made in HIDES_PADDED and not attend else BACKBONES[made])
         ids = llm.encode(QUERIES[:1], input_type="query", use_tqdm=False)[0].prompt_token_ids
         tokenizer = llm.get_tokenizer()
         assert ids[-1] == (tokenizer.eos_token_id if made in (qwen, t5, opt) else tokenizer.mask_token_id)

@@ -280,9 +280,9 @@ def llm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     path, own = llm
-    assert f"37 of 37 in {linear.PATHS[path].text}, cosine" in own.info.linears
-    assert not own.info.warnings
-    assert own.info.dtype == {"half": "float16"}.get(dtype := FORMS[path][0].get("dtype", "float32"), dtype)
+    assert f"37 of 37 in {linear.PATHS[path].text}, cosine" in own.info.report.linears
+    assert not own.info.report.warnings
+    assert own.info.report.dtype == {"half": "float16"}.get(dtype := FORMS[path][0].get("dtype", "float32"), dtype)
     found = vectors(own)
     cosines = (found * whole).sum(axis=1)
     assert cosines.mean() > FORMS[path][1]
@@ -332,10 +332,10 @@ def test_without_the_kernel_it_is_float32(
         monkeypatch.setattr(linear, "load", missing)
     more = {"native_kernels": False} if cause == "switched off" else {}
     with LLM(auto_truncate=True, **options, **more) as llm:
-        assert llm.info.dtype == "float32"
-        assert llm.info.linears == ""
+        assert llm.info.report.dtype == "float32"
+        assert llm.info.report.linears == ""
         told = "native kernels are switched off" if more else "there is no C++ compiler"
-        assert llm.info.warnings == (reason + told,)
+        assert llm.info.report.warnings == (reason + told,)
         assert np.allclose(vectors(llm, TEXTS[:5]), whole[:5], atol=1e-6)
 
 
@@ -374,7 +374,7 @@ def test_adapters(tmp_path: Path) -> None:
     found = {}
     for name, options in {"float32": {}, "int8": {"quantization": "int8"}, "float16": {"dtype": "float16"}}.items():
         with LLM(str(folder), **options) as llm:
-            assert ("in int8 by" in llm.info.linears) == (name == "int8")
+            assert ("in int8 by" in llm.info.report.linears) == (name == "int8")
             for adapter in ("retrieval_query", "separation", None):
                 asked = {"input_type": adapter} if adapter else {}
                 outputs = llm.embed(texts, use_tqdm=False, **asked)

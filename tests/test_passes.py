@@ -137,6 +137,6 @@ def test_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "float16"}], ids=str)
 def test_plain_keeps_precision_and_adapters(options: dict[str, Any], tmp_path: Path) -> None:
     plain, _ = load(ModelConfig(model=str(bert(tmp_path / "bert")), plain=True, **options))
-    assert plain.info.linears.startswith("13 of 13 in")
+    assert plain.info.report.linears.startswith("13 of 13 in")
     adapted, _ = load(ModelConfig(model=str(jina(tmp_path / "jina")), plain=True))
     assert len(adapted.info.adapters) > 1

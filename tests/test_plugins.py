@@ -32,9 +32,9 @@ from transformers import PreTrainedTokenizerBase
 from cenote import LLM, IOProcessor, PoolingParams
 from cenote.cli import main
 from cenote.config import ServerConfig
-from cenote.core import PoolingRequestOutput
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
+from cenote.outputs import PoolingRequestOutput
 from cenote.pipeline import operations, plugins
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.plugins import Plugin, Tokenizing

@@ -218,8 +218,7 @@ def test_the_card_crosses(seam: Seam) -> None:
         labels=("a", "b"),
         similarity=Similarity("dot"),
         columns=range(3),
-        warnings=("slow",),
-    )
+    ).reported(revision="abc", warnings=("slow",))
     seam.host(FakeEngine(info), {"names": ["a"], "none": None})
     front = seam.front()
     assert front.info == replace(info, columns=[0, 1, 2])
@@ -348,7 +347,7 @@ def test_a_host_of_another_model_is_not_taken(seam: Seam, caplog: pytest.LogCapt
     until(lambda: front._why_not == remote.GONE)
     with seam.listening() as listener, introduced(listener, Hello("0.0.1")):
         until(lambda: "is of Cenote 0.0.1" in front._why_not)
-    seam.host(FakeEngine(replace(FAKE_INFO, streams=2, layout="padded", warnings=("slow",))))
+    seam.host(FakeEngine(FAKE_INFO.reported(streams=2, layout="padded", warnings=("slow",))))
     until(front.healthy)  # how it runs is no matter
     assert sum("restart this server" in record.message for record in caplog.records) == 1
 

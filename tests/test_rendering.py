@@ -43,10 +43,6 @@ def renderer(tokenizer: PreTrainedTokenizerBase, *, limit: int = LIMIT, **option
         dimension=8,
         max_model_len=limit,
         vocab_size=len(tokenizer),
-        dtype="float32",
-        device="cpu",
-        layout="packed",
-        pooling="mean",
         use_activation=True,
     )
     return Renderer(tokenizer, info, **options)

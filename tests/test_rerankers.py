@@ -150,7 +150,7 @@ def test_recognised_by_the_folders_name(tmp_path: Path, name: str) -> None:
     info = agree(language_model(tmp_path / name, layout.family, layout.tokenizer()), layout).info
     assert (info.default_task, info.num_labels) == ("classify", 1)
     assert info.score_types[0] == "cross-encoder"
-    assert "recognised as " in info.head
+    assert "recognised as " in info.report.head
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -208,7 +208,7 @@ def test_encoders_of_such_a_name_are_not_recognised(tmp_path: Path, name: str) -
     with LLM(model=str(folder)) as llm:
         _, (ids,) = scored(llm, [("one", "two")])
         assert ids == wordpiece()("one", "two")["input_ids"]
-        assert llm.info.head == "BertForSequenceClassification"
+        assert llm.info.report.head == "BertForSequenceClassification"
 
 
 def test_converted_to_embed(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_two_tokens(unnamed: Path) -> None:
         found, ids = scored(llm, pairs)
         assert ids == joined(*pairs)
         close(found, rows.softmax(-1)[:, 1])
-        assert "difference of logits of 'Yes', '1'" in llm.info.head
+        assert "difference of logits of 'Yes', '1'" in llm.info.report.head
     with LLM(model=str(unnamed), hf_overrides=overrides("Yes", "1", method="no_post_processing")) as llm:
         close([o.outputs.probs for o in llm.classify(pairs, use_tqdm=False)], rows.softmax(-1))
         close(
@@ -532,7 +532,7 @@ def test_convert_classify_uses_the_score_layer(unnamed: Path, tmp_path: Path, la
     with LLM(model=str(folder), convert="classify") as llm:
         found = [o.outputs.probs for o in llm.classify(ids, use_tqdm=False, pooling_params=LOGITS)]
         close(found, expected, scale=float(expected.abs().max()))
-        assert llm.info.head == "the score layer of Qwen3ForCausalLM"
+        assert llm.info.report.head == "the score layer of Qwen3ForCausalLM"
     plain(folder)
 
 
@@ -648,7 +648,7 @@ def test_logit_score(tmp_path: Path, style: str, two: bool) -> None:
         ]
         text = "".join([*turns, "<|im_start|>assistant\n"]) if style else "".join(PAIRS[2])
         assert ids[2] == chatml()(text)["input_ids"]
-        assert (llm.info.num_labels, llm.info.head) == (1, "LogitScore of its Sentence-Transformers files")
+        assert (llm.info.num_labels, llm.info.report.head) == (1, "LogitScore of its Sentence-Transformers files")
 
 
 def test_logit_score_without_generation_prompt(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_rewards_of_tokens(tmp_path: Path, name: str, keep: bool) -> None:
             False,
             1,
         )
-        assert info.head.startswith(f"{architecture}, ")
+        assert info.report.head.startswith(f"{architecture}, ")
         close(rewards(llm), expected)
         close(rewards(llm, IDS), expected)
         close(rewards(llm, params=ACTIVE), sigmoid(expected))
@@ -225,7 +225,7 @@ def test_gated_heads_rate_the_input(tmp_path: Path) -> None:
     expected = [rows(x) for x in states(folder)]
     with LLM(model=str(folder)) as llm:
         assert llm.info.tasks == ("classify", "token_classify", "embed", "token_embed")
-        assert (llm.info.reward, llm.info.head.split(", ")[1]) == ("classify", "gated (Ernie)")
+        assert (llm.info.reward, llm.info.report.head.split(", ")[1]) == ("classify", "gated (Ernie)")
         close(rewards(llm), [values[-1] for values in expected])
         close(rewards(llm, params=ACTIVE), [values[-1].sigmoid() for values in expected])
         close(encoded(llm, "token_classify"), expected)
@@ -389,7 +389,7 @@ def test_steps_of_a_language_model(shepherd: Path, logits: list[Tensor]) -> None
         with LLM(model=str(shepherd), convert=convert, pooler_config=STEP) as llm:
             assert llm.info.tasks == ("token_classify", "embed", "token_embed")
             assert (llm.info.reward, llm.info.step, llm.info.num_labels) == ("token_classify", True, 2)
-            assert llm.info.head == "its language-model head"
+            assert llm.info.report.head == "its language-model head"
             close(rewards(llm), softmax(expected))
             close(rewards(llm, params=RAW), expected)
             swapped = PoolingParams(returned_token_ids=(BAD, GOOD), use_activation=False)

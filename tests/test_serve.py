@@ -52,7 +52,7 @@ def test_an_embedder(tokenizer: PreTrainedTokenizerBase) -> None:
 
 EXTRA: dict[str, tuple[ModelInfo, dict[str, Any], str]] = {
     "revision and names": (
-        replace(INFO, revision="abc"),
+        INFO.reported(revision="abc"),
         {"names": ("a", "b")},
         "model: fake at revision abc (FakeModel), served as a, b",
     ),
@@ -60,18 +60,22 @@ EXTRA: dict[str, tuple[ModelInfo, dict[str, Any], str]] = {
     "any dimension": (replace(INFO, matryoshka=()), {}, "pooling: mean, normalised, dimension 8, Matryoshka any"),
     "dimensions": (replace(INFO, matryoshka=(2, 4)), {}, "pooling: mean, normalised, dimension 8, Matryoshka [2, 4]"),
     "prefixes": (
-        replace(INFO, shares_prefixes=True),
+        INFO.reported(shares_prefixes=True),
         {},
         "runs: float32 on cpu, packed, common prefixes once; 64 tokens an input",
     ),
-    "head": (replace(CLASSIFIER, head="OwnHead"), {}, "head: OwnHead; 3 labels, softmax"),
-    "one label": (replace(CROSS_ENCODER, head="OwnHead"), {}, "head: OwnHead; 1 label, sigmoid"),
+    "head": (CLASSIFIER.reported(head="OwnHead"), {}, "head: OwnHead; 3 labels, softmax"),
+    "one label": (CROSS_ENCODER.reported(head="OwnHead"), {}, "head: OwnHead; 1 label, sigmoid"),
     "reward": (
-        replace(CROSS_ENCODER, head="OwnHead", classifies=False),
+        replace(CROSS_ENCODER.reported(head="OwnHead"), classifies=False),
         {},
         "head: OwnHead; 1 label, raw (sigmoid on request)",
     ),
-    "steps": (replace(CLASSIFIER, head="OwnHead", step=True), {}, "head: OwnHead; 3 labels, softmax, one row per step"),
+    "steps": (
+        replace(CLASSIFIER.reported(head="OwnHead"), step=True),
+        {},
+        "head: OwnHead; 3 labels, softmax, one row per step",
+    ),
     "scores": (CROSS_ENCODER, {}, "scores pairs as: cross-encoder, bi-encoder, late-interaction"),
     "template": (CROSS_ENCODER, {"pair_template": PairTemplate("{{ q }}\n")}, r"pairs are rendered by: '{{ q }}\n'"),
     "long template": (
@@ -86,7 +90,7 @@ EXTRA: dict[str, tuple[ModelInfo, dict[str, Any], str]] = {
     ),
     "plugin": (INFO, {"plugin": Plugin("mine", None)}, "requests with `data` go to the plugin mine"),
     "prompt": (INFO, {"prompt": "query: "}, "prompt before every input: 'query: '"),
-    "warning": (replace(INFO, warnings=("slow",)), {}, "warning: slow"),
+    "warning": (INFO.reported(warnings=("slow",)), {}, "warning: slow"),
 }
 
 

@@ -505,7 +505,7 @@ def test_parameters_of_token_classes_offline(tmp_path: Path) -> None:
     with LLM(str(folder)) as llm:
         for params, message in (
             ({"dimensions": 4}, only("token_classify", STEPS, "dimensions")),
-            ({"step_tag_id": 4}, NO_STEPS.format("step_tag_id").replace("fake", str(folder))),
+            ({"step_tag_id": 4}, NO_STEPS.format("step_tag_id").replace("fake", folder.name)),
         ):
             with pytest.raises(BadRequest) as caught:
                 llm.encode("a", PoolingParams(**params), pooling_task="token_classify", use_tqdm=False)

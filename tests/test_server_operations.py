@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -278,7 +278,7 @@ def test_version(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/models"])
 def test_models_lists_a_card_per_name(serve: Serve, path: str) -> None:
-    client = serve(info=replace(INFO, name="owner/model"), names=("first", "second"))
+    client = serve(info=INFO.reported(source="owner/model"), names=("first", "second"))
     answer = client.get(path).json()
     assert answer["object"] == "list"
     assert [card["id"] for card in answer["data"]] == ["first", "second"]

@@ -470,9 +470,10 @@ def test_an_input_without_steps_has_no_rewards(steps: TestClient) -> None:
 
 
 @pytest.mark.parametrize("columns", [[2], [0, 1, 7]], ids=str)
-def test_columns_that_the_head_has_not(steps: TestClient, columns: list[int]) -> None:
+def test_columns_that_the_head_has_not(steps: TestClient, prm: Path, columns: list[int]) -> None:
+    """The message names the folder of a model without a served name, and shows no path."""
     found = error(steps, {"input": OTHER, "returned_token_ids": columns}, "/pooling")
-    assert found["message"] == f"returned_token_ids: {columns[-1]} is no column of <path>'s head"
+    assert found["message"] == f"returned_token_ids: {columns[-1]} is no column of {prm.name}'s head"
     assert (found["code"], found["param"]) == (400, "returned_token_ids")
 
 

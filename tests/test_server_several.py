@@ -25,7 +25,9 @@ NAMES = ("embedder", "classifier", "reranker")
 def engines() -> dict[str, FakeEngine]:
     """An embedder of short inputs, a classifier and a reranker."""
     infos = (replace(ENCODER, max_model_len=8), CLASSIFIER, replace(CROSS_ENCODER, vocab_size=100))
-    return {name: FakeEngine(replace(info, name=f"lab/{name}")) for name, info in zip(NAMES, infos, strict=True)}
+    named = {f"lab/{name}": info for name, info in zip(NAMES, infos, strict=True)}
+    engines = [FakeEngine(replace(info, name=source).reported(source=source)) for source, info in named.items()]
+    return dict(zip(NAMES, engines, strict=True))
 
 
 @pytest.fixture

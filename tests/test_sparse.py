@@ -144,7 +144,7 @@ def test_masked_language_model_converted(tmp_path: Path, family: str) -> None:
     texts = [text for text in TEXTS if len(text) < 60]
     agree(folder, texts, convert="sparse")
     with LLM(model=str(folder), convert="sparse") as llm:
-        assert llm.info.layout == BACKBONES[family]
+        assert llm.info.report.layout == BACKBONES[family]
 
 
 def test_recognised_by_name(folder: Path) -> None:

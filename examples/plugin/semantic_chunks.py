@@ -18,7 +18,7 @@ from cenote import IOProcessor, PoolingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cenote.core import PoolingOutput, PoolingRequestOutput
+    from cenote.outputs import PoolingOutput, PoolingRequestOutput
 
 THRESHOLD = 0.3
 FIELDS = ("text", "threshold", "max_chunks")

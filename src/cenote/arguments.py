@@ -1,4 +1,4 @@
-"""What the methods of `LLM` take and return, made from and into what the engine takes and returns."""
+"""Arguments and results of `LLM`, from and to those of the engine."""
 
 from __future__ import annotations
 
@@ -7,38 +7,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
-from cenote.core import (
-    EmbeddingOutput,
-    PairTemplate,
-    PoolingOutput,
-    PoolingParams,
-    SparseEmbedding,
-    template_text,
-)
+from cenote.core import PairTemplate, PoolingParams, template_text
 from cenote.errors import BadRequest
+from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.rendering import TextOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from cenote.core import Output
     from cenote.pipeline.rendering import Renderer
 
 
 def as_tensors(output: Output) -> PoolingOutput:
-    """A result as `LLM.encode` returns it: CPU tensors that share its memory."""
+    """Return a result as `LLM.encode` does: CPU tensors that share its memory."""
     import torch
 
-    return PoolingOutput(
-        torch.from_numpy(output.data),
-        None if output.indices is None else torch.from_numpy(output.indices),
-        {task: as_tensors(other) for task, other in output.others.items()},
-    )
+    indices = None if output.indices is None else torch.from_numpy(output.indices)
+    others = {task: as_tensors(other) for task, other in output.others.items()}
+    return PoolingOutput(torch.from_numpy(output.data), indices, others)
 
 
 def comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """A result as `similarities` takes it: a vector, a matrix, or rising indices with their values."""
+    """Return a result as `similarities` takes it: a vector, a matrix, or rising indices with their values.
+
+    Raises:
+        BadRequest: it is not an embedding.
+    """
     if isinstance(outputs, EmbeddingOutput):
         return np.asarray(outputs.embedding, dtype=np.float32)
     if isinstance(outputs, SparseEmbedding):
@@ -49,34 +45,63 @@ def comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     raise BadRequest(f"embeddings are compared, got {type(outputs).__name__}")
 
 
+TOKENIZATION = (
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "truncation",
+    "max_length",
+    "padding",
+    "add_special_tokens",
+)
+CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "truncation": (
+        (None, True, False, "longest_first", "do_not_truncate"),
+        "True, False, 'longest_first' or 'do_not_truncate'",
+    ),
+    "truncation_side": ((None, "left", "right"), "'left' or 'right'"),
+    "padding": ((None, False, "max_length", "do_not_pad"), "'max_length' or 'do_not_pad'"),
+}
+"""Values of tokenization arguments, and their names in messages."""
+PAIRS = ("max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs")
+
+
 def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
-    """`tokenization_kwargs` of vLLM as `TextOptions`.
+    """Return `tokenization_kwargs` of vLLM as `TextOptions`.
 
     Raises:
-        BadRequest: a key or value is not known.
+        BadRequest: a key or value is unknown.
     """
-    known = {"truncate_prompt_tokens", "truncation_side", "truncation", "max_length", "padding", "add_special_tokens"}
-    for name in kwargs:
+    _check_names("tokenization argument", kwargs, TOKENIZATION)
+    for name, (values, expected) in CHOICES.items():
+        value = kwargs.get(name)
+        if value not in values:
+            raise BadRequest(f"{name} must be {expected}, got {value!r}", param=name)
+    return TextOptions(
+        _truncation(kwargs),
+        kwargs.get("truncation_side"),
+        kwargs.get("padding") == "max_length",
+        bool(kwargs.get("add_special_tokens", True)),
+    )
+
+
+def _truncation(kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens to which inputs are cut: -1 = the model's maximum, `None` = they are not."""
+    length = kwargs.get("truncate_prompt_tokens")
+    if length is None and kwargs.get("truncation") in (True, "longest_first"):
+        length = kwargs.get("max_length", -1)
+    if length is None:
+        return None
+    if not isinstance(length, int) or isinstance(length, bool) or length < -1:
+        raise BadRequest(
+            f"truncate_prompt_tokens must be an integer >= -1, got {length!r}", param="truncate_prompt_tokens"
+        )
+    return length
+
+
+def _check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
         if name not in known:
-            raise BadRequest(unknown_name("tokenization argument", name, known), param=name)
-    cut, how = kwargs.get("truncate_prompt_tokens"), kwargs.get("truncation")
-    if how not in (None, True, False, "longest_first", "do_not_truncate"):
-        raise BadRequest(
-            f"truncation must be True, False, 'longest_first' or 'do_not_truncate', got {how!r}", param="truncation"
-        )
-    if cut is None and how in (True, "longest_first"):
-        cut = kwargs.get("max_length", -1)
-    if cut is not None and (not isinstance(cut, int) or isinstance(cut, bool) or cut < -1):
-        raise BadRequest(
-            f"truncate_prompt_tokens must be an integer >= -1, got {cut!r}", param="truncate_prompt_tokens"
-        )
-    side = kwargs.get("truncation_side")
-    if side not in (None, "left", "right"):
-        raise BadRequest(f"truncation_side must be 'left' or 'right', got {side!r}", param="truncation_side")
-    padding = kwargs.get("padding")
-    if padding not in (None, False, "max_length", "do_not_pad"):
-        raise BadRequest(f"padding must be 'max_length' or 'do_not_pad', got {padding!r}", param="padding")
-    return TextOptions(cut, side, padding == "max_length", bool(kwargs.get("add_special_tokens", True)))
+            raise BadRequest(unknown_name(kind, name, known), param=name)
 
 
 def pair_options(options: Mapping[str, Any], chat_template: str | None) -> PairOptions:
@@ -85,10 +110,7 @@ def pair_options(options: Mapping[str, Any], chat_template: str | None) -> PairO
     Raises:
         BadRequest: an option is unknown, or sets a reserved variable of the template.
     """
-    known = ("max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs")
-    for name in options:
-        if name not in known:
-            raise BadRequest(unknown_name("scoring option", name, known), param=name)
+    _check_names("scoring option", options, PAIRS)
     template = None if chat_template is None else PairTemplate(template_text(chat_template))
     return PairOptions.of(template=template, **options)
 
@@ -101,15 +123,21 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
 
 
 def listed_prompts(prompts: Any) -> list[Any]:
-    """Prompts as a list: one text, mapping or list of ids is a single prompt."""
-    if isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys") or not hasattr(prompts, "__iter__"):
+    """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
+    is_one = isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys")
+    if is_one or not hasattr(prompts, "__iter__"):
         return [prompts]
     listed = list(prompts)
-    return [listed] if listed and all(isinstance(i, (int, np.integer)) for i in listed) else listed
+    is_ids = bool(listed) and all(isinstance(element, (int, np.integer)) for element in listed)
+    return [listed] if is_ids else listed
 
 
 def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
-    """`pooling_params` for all prompts, or a list with one for each."""
+    """Return `pooling_params` for all prompts, or a list with one for each.
+
+    Raises:
+        BadRequest: there are not as many as prompts.
+    """
     if params is None:
         return PoolingParams()
     if isinstance(params, PoolingParams):

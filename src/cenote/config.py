@@ -28,7 +28,7 @@ RENAMED_PARAMS = {
     "activation": "use_activation",
     "logit_bias": "logit_mean",
 }
-"""Parameters of older releases of vLLM, and what they are called now."""
+"""Parameters of older releases of vLLM, and their names today."""
 ENV_PREFIX = "CENOTE_"
 C = TypeVar("C", bound=BaseModel)
 
@@ -59,9 +59,9 @@ class PoolerConfig(BaseModel):
     dimensions: int | None = Field(default=None, ge=1)
     """Default of `PoolingParams.dimensions`."""
     enable_chunked_processing: bool = False
-    """Inputs of `embed` that are longer than `max_model_len` are run in blocks, whose vectors are averaged."""
+    """Run inputs of `embed` that are longer than `max_model_len` in blocks, whose vectors are averaged."""
     max_embed_len: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """Most tokens of an input of `embed`."""
+    """Maximum tokens of an input of `embed`."""
     logit_mean: float | None = None
     """A classifier's logits become `activation((logits - logit_mean) / logit_sigma)`."""
     logit_sigma: float | None = None
@@ -82,10 +82,8 @@ class PoolerConfig(BaseModel):
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             raise ValueError(unknown_name("pooler config field", unknown[0], cls.model_fields))
-        return {
-            name: value.upper() if name.endswith("pooling_type") and isinstance(value, str) else value
-            for name, value in values.items()
-        }
+        types = [name for name in values if name.endswith("pooling_type") and isinstance(values[name], str)]
+        return {**values, **{name: values[name].upper() for name in types}}
 
     @model_validator(mode="after")
     def _consistent(self) -> PoolerConfig:
@@ -102,19 +100,21 @@ class PoolerConfig(BaseModel):
     @property
     def sequence_pooling(self) -> str | None:
         """CLS, LAST, MEAN, or `None` if unset."""
-        return self.seq_pooling_type or (self.pooling_type if self.pooling_type not in ("ALL", "STEP") else None)
+        of_type = None if self.pooling_type in ("ALL", "STEP") else self.pooling_type
+        return self.seq_pooling_type or of_type
 
     @property
     def token_pooling(self) -> str | None:
         """ALL, STEP, or `None` if unset."""
-        return self.tok_pooling_type or (self.pooling_type if self.pooling_type in ("ALL", "STEP") else None)
+        of_type = self.pooling_type if self.pooling_type in ("ALL", "STEP") else None
+        return self.tok_pooling_type or of_type
 
 
 Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_json)]
 
 
 class ModelConfig(BaseModel):
-    """Which checkpoint, and how it is read."""
+    """The checkpoint, and how it is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -124,7 +124,7 @@ class ModelConfig(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     runner: Literal["auto", "pooling", "generate"] = Field("auto", description="pooling is the only runner there is")
     convert: Literal["auto", "none", "embed", "classify", "sparse"] = Field(
-        "auto", description="how a model that does not pool by itself becomes one that does"
+        "auto", description="conversion of a model that does not pool by itself"
     )
     task: str | None = Field(
         None, description="older spelling (embed, classify, score, reward) of convert and pooler_config.task"
@@ -138,7 +138,7 @@ class ModelConfig(BaseModel):
         "none", description="int8: products of Linear layers in 8 bits, on a CPU with AVX2, VNNI or AMX"
     )
     device: str | None = Field(None, description="torch device (default: cuda if there is one, else cpu)")
-    max_model_len: int | None = Field(None, ge=1, description="most tokens of an input (default: the model's limit)")
+    max_model_len: int | None = Field(None, ge=1, description="maximum tokens of an input (default: the model's limit)")
     hf_overrides: Overrides | Callable[[Any], Any] | None = Field(
         None, description="JSON merged into config.json (from Python also a function config -> config)"
     )
@@ -181,7 +181,7 @@ class ModelConfig(BaseModel):
     )
     packing: bool = Field(True, description="run packed batches where the probe proves it exact")
     prefix_sharing: bool = Field(
-        True, description="run once what sequences of a batch begin with, where the probe proves it exact"
+        True, description="run common beginnings of a batch's sequences once, where the probe proves it exact"
     )
 
     @field_validator("max_model_len", mode="before")
@@ -226,7 +226,7 @@ class ModelConfig(BaseModel):
     def _kernels_for_isa(self) -> ModelConfig:
         if not self.native_kernels and self.isa not in ("auto", "none"):
             raise ValueError(
-                f"isa {self.isa!r} is of the CPU kernels, and native_kernels switches them off; drop either"
+                f"isa {self.isa!r} is for the CPU kernels, and native_kernels switches them off; drop either"
             )
         return self
 
@@ -255,7 +255,7 @@ class EngineConfig(BaseModel):
         None,
         ge=1,
         description="batches that run at a time on a CPU, each on its part of the threads (default: 2; 1 for models "
-        "that remember things between calls)",
+        "that keep state between calls)",
     )
     max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
     max_queued_seqs: int = Field(16384, ge=1, description="sequences that may wait; beyond them requests get 429")
@@ -335,7 +335,7 @@ SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "text
 
 
 class BenchConfig(BaseModel):
-    """What `cenote bench` measures, and how."""
+    """The measurements of `cenote bench`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -359,7 +359,7 @@ class BenchConfig(BaseModel):
     concurrency: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (),
         description="clients, each of which sends a text when the last one is answered (default: 1 4 16); with --rate: "
-        "most texts under way (default: 256)",
+        "maximum texts under way (default: 256)",
     )
     rate: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (), description="texts that arrive per second, at random, instead of clients that wait"
@@ -394,16 +394,20 @@ class BenchConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> BenchConfig:
         for name, suffixes in SUFFIXES.items():
-            file = getattr(self, name)
-            if file is not None and Path(file).suffix not in suffixes:
-                raise ValueError(f"{name}: a file ending in {' or '.join(suffixes)}, got {file!r}")
-            if file is not None and not Path(file).absolute().parent.is_dir():
-                raise ValueError(f"{name}: there is no folder {str(Path(file).parent)!r}")
+            if getattr(self, name) is not None:
+                _check_file(name, Path(getattr(self, name)), suffixes)
         if self.texts is not None and self.input_len:
             raise ValueError("texts have lengths of their own: `texts` cannot be combined with `input_len`")
         if self.rate and len(self.concurrency) > 1:
-            raise ValueError("with `rate`, `concurrency` is one number: most texts under way")
+            raise ValueError("with `rate`, `concurrency` is one number: the maximum of texts under way")
         return self
+
+
+def _check_file(option: str, file: Path, suffixes: tuple[str, ...]) -> None:
+    if file.suffix not in suffixes:
+        raise ValueError(f"{option}: a file ending in {' or '.join(suffixes)}, got {str(file)!r}")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {str(file.parent)!r}")
 
 
 OLDER_TASKS: dict[str, tuple[str, str | None]] = {
@@ -448,10 +452,11 @@ SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disabl
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that does not exist: the nearest known one if any is near, else all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}")
+    """Return a sentence for a name that does not exist: the nearest of `known` if any is near, else all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {hint}"
 
 
 def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
@@ -465,8 +470,16 @@ def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
     return ()
 
 
+def shown_default(layer: type[BaseModel], name: str) -> str:
+    """Return the default of option `name` for help, or an empty string if it stands for no value."""
+    default = layer.model_fields[name].get_default(call_default_factory=True)
+    if default is None or isinstance(default, PoolerConfig):
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
 def known_options(layers: Iterable[type[BaseModel]] = LAYERS) -> dict[str, type[BaseModel]]:
-    """Option name to the layer that owns it."""
+    """Return the names of options, and the layer that has each."""
     return {name: layer for layer in layers for name in layer.model_fields}
 
 
@@ -489,16 +502,16 @@ def resolve(
             f"task={values['task']!r} is the spelling of older releases of vLLM; tasks follow from the model, and "
             "convert or pooler_config.task say what does not"
         )
-    for given, value in values.items():
-        name = ALIASES.get(given, given)
+    for spelling, value in values.items():
+        name = ALIASES.get(spelling, spelling)
         if name in EXPLAINED:
             if name == "tensor_parallel_size" and str(value) != "1":
                 raise ConfigError(f"tensor_parallel_size must be 1, got {value!r}: {EXPLAINED[name]}")
-            notes.append(f"{given} has no effect: {EXPLAINED[name]}")
+            notes.append(f"{spelling} has no effect: {EXPLAINED[name]}")
         elif name not in owners:
-            raise ConfigError(unknown_name("option", given, [*owners, *ALIASES, *EXPLAINED]))
+            raise ConfigError(unknown_name("option", spelling, [*owners, *ALIASES, *EXPLAINED]))
         elif name in split[owners[name]]:
-            raise ConfigError(f"option {name!r} is given twice, once as {given!r}")
+            raise ConfigError(f"option {name!r} is given twice, once as {spelling!r}")
         else:
             split[owners[name]][name] = value
     return [_build(layer, split[layer]) for layer in layers], notes
@@ -508,18 +521,23 @@ def _build(layer: type[C], values: dict[str, Any]) -> C:
     try:
         return layer(**values)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise ConfigError("; ".join(faults)) from None
+        raise ConfigError("; ".join(map(_fault, error.errors()))) from None
+
+
+def _fault(entry: Any) -> str:
+    """Return pydantic's report of one fault as a clause."""
+    place = ".".join(map(str, entry["loc"]))
+    return f"{place}: {entry['msg'].removeprefix('Value error, ')}"
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Options set by `CENOTE_*` variables; lists are separated by commas.
+    """Return the options set by `CENOTE_*` variables; lists are separated by commas.
 
     Raises:
         ConfigError: a variable names no option.
     """
     owners = known_options()
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX):
             continue
@@ -528,25 +546,29 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         if name not in owners:
             raise ConfigError(f"environment variable {variable}: " + unknown_name("option", name, owners))
         is_list = owners[name].model_fields[name].annotation == tuple[str, ...]
-        found[name] = tuple(value.split(",")) if is_list else value
-    return found
+        options[name] = tuple(value.split(",")) if is_list else value
+    return options
 
 
 def from_file(path: str | Path) -> dict[str, Any]:
-    """Options of a YAML file: one mapping, with names as flags or as fields."""
+    """Return the options of a YAML file: one mapping, with names as flags or as fields.
+
+    Raises:
+        ConfigError: it cannot be read, is not a mapping, or gives an option twice.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    if not isinstance(content or {}, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"the config file {path} must be a mapping of options, got {type(content).__name__}")
-    found: dict[str, Any] = {}
-    for given, value in (content or {}).items():
-        name = str(given).replace("-", "_")
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
         name = ALIASES.get(name, name)
-        if name in found:
+        if name in options:
             raise ConfigError(f"the config file {path} gives option {name!r} twice")
-        found[name] = value
-    return found
+        options[name] = value
+    return options

@@ -1,17 +1,16 @@
 """The nouns that every layer shares: parameters, sequences, outputs, and the seam to an engine.
 
-No torch and no web here. Output classes carry the names and fields that vLLM's offline API uses, so that code
-written for it reads on (`vllm/outputs.py`, `vllm/pooling_params.py`).
+No torch and no web here. Parameters carry the names that vLLM's offline API uses (`vllm/pooling_params.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,10 +19,6 @@ from cenote.errors import BadRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
-
-    import torch
-
-T = TypeVar("T")
 
 UNLIMITED = 1 << 40
 """A limit that no input reaches."""
@@ -37,7 +32,7 @@ class LateChunkingParams:
         chunk_size: tokens of a chunk, special tokens included; the last chunk may have fewer.
 
     Raises:
-        BadRequest: the size is no integer from 1 to 2^63 - 1.
+        BadRequest: the size is not an integer from 1 to 2^63 - 1.
     """
 
     chunk_size: int
@@ -66,7 +61,7 @@ class LateChunk:
 
 @dataclass(frozen=True, slots=True)
 class LateChunkingMetadata:
-    """What the rows of a late-chunked document stand for.
+    """The chunks that the rows of a late-chunked document stand for.
 
     Attributes:
         input_tokens: tokens of the whole document.
@@ -81,21 +76,21 @@ class LateChunkingMetadata:
 
 @dataclass(frozen=True, slots=True)
 class PoolingParams:
-    """What one request may ask of its task; `None` means the model's default.
+    """Parameters of a request's task; `None` means the model's default.
 
     Attributes:
         use_activation: apply the task's activation (L2 normalisation for the embed tasks).
         dimensions: length to which vectors are cut before normalisation (Matryoshka models only).
         step_tag_id: of a process reward model: only tokens with this id are rated (STEP pooling).
-        returned_token_ids: of a process reward model: which columns of the head are returned, in this order.
-        top_k: of sparse results, how many of the largest values are kept.
+        returned_token_ids: of a process reward model: columns of the head that are returned, in this order.
+        top_k: number of the largest values of a sparse result that are kept.
         late_chunking_params: of `token_embed`: one row per chunk instead of one per token.
         task: filled in by the API; a caller may set it for `LLM.encode`.
-        extra_kwargs: what `LLM.score` and `LLM.rerank` read besides: `max_tokens_per_query`, `max_tokens_per_doc`,
+        extra_kwargs: further arguments of `LLM.score` and `LLM.rerank`: `max_tokens_per_query`, `max_tokens_per_doc`,
             `instruction`, `chat_template_kwargs`.
 
     Raises:
-        BadRequest: a parameter has the wrong type.
+        BadRequest: a parameter has the wrong type, or `top_k` is below 1.
     """
 
     use_activation: bool | None = None
@@ -110,25 +105,38 @@ class PoolingParams:
     def __post_init__(self) -> None:
         for name in ("dimensions", "step_tag_id", "top_k"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            if value is not None and not _is_integer(value):
                 raise BadRequest(f"{name} must be an integer, got {value!r}", param=name)
         if self.top_k is not None and self.top_k < 1:
             raise BadRequest(f"top_k must be at least 1, got {self.top_k}", param="top_k")
-        if (ids := self.returned_token_ids) is not None:
-            listed = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else ()
-            if not listed or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
-                raise BadRequest(
-                    f"returned_token_ids must be a list of token ids, got {ids!r}", param="returned_token_ids"
-                )
-            object.__setattr__(self, "returned_token_ids", tuple(int(i) for i in listed))
-        if (late := self.late_chunking_params) is not None and not isinstance(late, LateChunkingParams):
+        if self.returned_token_ids is not None:
+            object.__setattr__(self, "returned_token_ids", _token_ids(self.returned_token_ids))
+        late = self.late_chunking_params
+        if late is not None and not isinstance(late, LateChunkingParams):
             raise BadRequest(
                 f"late_chunking_params must be a LateChunkingParams, got {late!r}", param="late_chunking_params"
             )
 
     def given(self) -> list[str]:
-        """Names of the task parameters that are set."""
+        """Return the names of the task parameters that are set."""
         return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _token_ids(values: Any) -> tuple[int, ...]:
+    """Return `returned_token_ids` as integers of Python's.
+
+    Raises:
+        BadRequest: they are not a list of integers, or empty.
+    """
+    is_list = isinstance(values, Iterable) and not isinstance(values, (str, bytes))
+    ids = tuple(values) if is_list else ()
+    if not ids or not all(map(_is_integer, ids)):
+        raise BadRequest(f"returned_token_ids must be a list of token ids, got {values!r}", param="returned_token_ids")
+    return tuple(map(int, ids))
 
 
 _NOT_OF_TASKS = ("task", "extra_kwargs")
@@ -141,16 +149,16 @@ class Sequence:
     Attributes:
         ids: token ids, special tokens included.
         task: name of a row in `cenote.tasks.TASKS`.
-        params: what the request asked of the task.
+        params: parameters of the task.
         type_ids: token type ids, as long as `ids`; `None` means all zero.
-        skip: leading tokens that pooling leaves out (a prompt, for models with `include_prompt: false`).
-        hidden: trailing tokens that no token attends to (a ColBERT query's expansion).
-        keep: which tokens' rows the token tasks return; `None` = all.
+        skip: number of leading tokens that pooling leaves out (a prompt, for models with `include_prompt: false`).
+        hidden: number of trailing tokens that no token attends to (a ColBERT query's expansion).
+        keep: positions of the tokens whose rows the token tasks return; `None` = all.
         also: further tasks to answer from the same forward.
         adapter: name of the adapter to run with; `None` = the pure backbone.
-        clusters: its token vectors are joined into fewer, as the model's token pooling says.
         looked_up: its sparse embedding comes from the model's table of weights (a query of an inference-free model).
-        late_chunking: what the rows stand for, where `params` ask for late chunking.
+        clusters: its token vectors are joined into fewer, as the model's token pooling says.
+        late_chunking: the chunks that the rows stand for, where `params` ask for late chunking.
         salt: keeps results apart from those of sequences with another salt.
         priority: of its request; lower ones run first.
     """
@@ -176,7 +184,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class PairTemplate:
-    """A Jinja template over two messages, roles `query` and `document`: how a reranker was shown a pair.
+    """A Jinja template over two messages, roles `query` and `document`, that renders a pair for a reranker.
 
     Attributes:
         source: the template; `None` = the tokenizer's own chat template.
@@ -199,14 +207,14 @@ Pair = tuple[str, str]
 
 
 def plain_name(name: str) -> str:
-    """`name` in one of its spellings: `retrieval.query`, `retrieval-query` and `retrieval_query` are one."""
+    """Return the plain spelling of `name`: `retrieval.query`, `retrieval-query` and `retrieval_query` are one."""
     return name.lower().replace(".", "_").replace("-", "_").replace(" ", "_")
 
 
-def template_text(given: str) -> str:
-    """A Jinja template, given as itself or as the path of a file."""
-    is_path = "{" not in given and Path(given).is_file()
-    return Path(given).read_text() if is_path else given
+def template_text(source: str) -> str:
+    """Return a Jinja template out of its text or the path of a file."""
+    is_path = "{" not in source and Path(source).is_file()
+    return Path(source).read_text() if is_path else source
 
 
 @dataclass(slots=True)
@@ -240,31 +248,58 @@ class Similarity:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What start-up resolved about a model; printed at start and used to validate requests.
+class Report:
+    """Where a model comes from and how it runs, for the report at start. No request is validated against it.
 
     Attributes:
+        source: folder or hub id that the model was loaded from.
+        revision: commit on the hub; `None` = it comes from a folder.
+        pooling: how rows become a vector.
+        head: where the head comes from; empty if there is none.
+        dtype: of weights and activations, without the "torch.".
+        layout: how batches run ("packed", "padded", ...), as the probe at load found.
+        linears: how the Linear layers run if not simply in `dtype`.
+        shares_prefixes: whether common beginnings of a batch's sequences run once.
+        streams: batches that run at a time, each on its part of the CPU's threads.
+        warnings: for the user, a sentence each.
+    """
+
+    source: str = ""
+    revision: str | None = None
+    pooling: str = ""
+    head: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    layout: str = "packed"
+    linears: str = ""
+    shares_prefixes: bool = False
+    streams: int = 1
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The contract of a model, which requests are validated against, and the report of its start.
+
+    Attributes:
+        name: the model in error messages: its served name, or the last part of its folder.
         dimension: length of a vector before any truncation.
-        layout: how batches are run ("packed", "padded", ...), as the probe at load found.
-        shares_prefixes: whether what sequences of a batch begin with is run once.
+        max_model_len: maximum tokens that the model reads at once.
+        use_activation: whether vectors are normalised unless a request says otherwise.
+        max_embed_len: maximum tokens of an `embed` input; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         matryoshka: allowed `dimensions`: `None` = none, `()` = any up to `dimension`, else the listed ones.
-        max_model_len: most tokens that the model reads at once.
-        max_embed_len: most tokens of an input of `embed`; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         num_labels: classes of the classification head; 0 = there is none.
         labels: names of the classes in order; empty if the checkpoint names none.
-        activation: what turns a classifier's logits into its output: "softmax", "sigmoid" or "none".
+        activation: function from a classifier's logits to its output: "softmax", "sigmoid" or "none".
         classifies: whether `activation` is applied unless a request says otherwise.
         score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
             "late-interaction".
         similarity: how embeddings are compared where pairs are rated by them.
-        reward: task that gives this model's reward, empty if it is no reward model.
+        reward: task that gives this model's reward; empty if it is not a reward model.
         activates_reward: whether `activation` is applied to a reward unless a request says otherwise.
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
-        columns: with STEP pooling what `returned_token_ids` may name.
-        head: where the head comes from, for the report at start.
+        columns: columns that `returned_token_ids` may name, with STEP pooling.
         adapters: names of the adapters that a sequence may choose from.
-        linears: how the Linear layers run if not simply in `dtype`, for the report at start.
-        streams: batches that run at a time, each on its part of the CPU's threads.
     """
 
     name: str
@@ -274,14 +309,8 @@ class ModelInfo:
     dimension: int
     max_model_len: int
     vocab_size: int
-    dtype: str
-    device: str
-    layout: str
-    pooling: str
     use_activation: bool
     max_embed_len: int = 0
-    shares_prefixes: bool = False
-    revision: str | None = None
     matryoshka: tuple[int, ...] | None = None
     num_labels: int = 0
     labels: tuple[str, ...] = ()
@@ -293,19 +322,22 @@ class ModelInfo:
     activates_reward: bool = False
     step: bool = False
     columns: Seq[int] = ()
-    head: str = ""
     adapters: tuple[str, ...] = ()
-    linears: str = ""
-    streams: int = 1
-    warnings: tuple[str, ...] = ()
+    report: Report = Report()
 
     def limit(self, task: str) -> int:
-        """Most tokens of an input of `task`."""
-        return (self.max_embed_len if task == "embed" else 0) or self.max_model_len
+        """Return the maximum tokens of an input of `task`."""
+        if task == "embed" and self.max_embed_len:
+            return self.max_embed_len
+        return self.max_model_len
+
+    def reported(self, **changes: Any) -> ModelInfo:
+        """Return the same contract with changes to its report."""
+        return replace(self, report=replace(self.report, **changes))
 
 
 class Engine(Protocol):
-    """The seam. Everything above talks to this; `LocalEngine`, `RemoteEngine` and `FakeEngine` implement it."""
+    """The seam, which everything above talks to. `LocalEngine`, `RemoteEngine` and `FakeEngine` implement it."""
 
     info: ModelInfo
 
@@ -320,134 +352,7 @@ class Engine(Protocol):
         """
 
     def healthy(self) -> bool:
-        """True if the last forward succeeded, or a new one does."""
+        """Return whether the last forward succeeded, or a new one does."""
 
     def close(self) -> None:
         """Refuse new work, finish what was accepted, and stop."""
-
-
-@dataclass(slots=True)
-class PoolingOutput:
-    """Result of `LLM.encode`.
-
-    Attributes:
-        data: float32 CPU tensor, `[D]` or `[T, D]`; `[K]` for sparse results.
-        indices: of sparse results, what the values stand for, int64 `[K]`, rising.
-        others: results of further tasks that were asked for, by name.
-    """
-
-    data: torch.Tensor
-    indices: torch.Tensor | None = None
-    others: dict[str, PoolingOutput] = field(default_factory=dict)
-
-    @property
-    def embedding(self) -> list[float]:
-        """The spelling of older releases of vLLM, whose `encode` returned embeddings."""
-        values: list[float] = self.data.tolist()
-        return values
-
-
-@dataclass(slots=True)
-class EmbeddingOutput:
-    """Result of `LLM.embed` for one prompt."""
-
-    embedding: list[float] = field(repr=False)
-
-    @property
-    def hidden_size(self) -> int:
-        """Length of the vector."""
-        return len(self.embedding)
-
-    def __repr__(self) -> str:
-        return f"EmbeddingOutput(hidden_size={self.hidden_size})"
-
-
-@dataclass(slots=True)
-class PoolingRequestOutput(Generic[T]):
-    """What the offline API returns per prompt.
-
-    Attributes:
-        request_id: the prompt's number since the `LLM` was made.
-        outputs: the task's result.
-        prompt_token_ids: the ids that were run, special tokens included.
-        num_cached_tokens: always 0; kept for code written against vLLM.
-        late_chunking: what the rows of a late-chunked document stand for.
-    """
-
-    request_id: str
-    outputs: T
-    prompt_token_ids: list[int]
-    num_cached_tokens: int = 0
-    finished: bool = True
-    late_chunking: LateChunkingMetadata | None = None
-
-
-class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
-    """`PoolingRequestOutput` of `LLM.embed`."""
-
-
-@dataclass(slots=True)
-class SparseEmbedding:
-    """Result of `LLM.embed_sparse` for one prompt.
-
-    Attributes:
-        indices: ids of vocabulary entries, rising.
-        values: their weights.
-        tokens: the entries as text.
-    """
-
-    indices: list[int] = field(repr=False)
-    values: list[float] = field(repr=False)
-    tokens: list[str] = field(repr=False)
-
-    def __repr__(self) -> str:
-        return f"SparseEmbedding(entries={len(self.indices)})"
-
-
-@dataclass(slots=True)
-class ClassificationOutput:
-    """Result of `LLM.classify` for one prompt.
-
-    Attributes:
-        probs: one value per class: probabilities, or logits with `use_activation=False`.
-        label: name of the class with the largest value; `None` if the checkpoint names none.
-    """
-
-    probs: list[float] = field(repr=False)
-    label: str | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.probs)
-
-    def __repr__(self) -> str:
-        return f"ClassificationOutput(num_classes={self.num_classes}, label={self.label!r})"
-
-
-class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
-    """`PoolingRequestOutput` of `LLM.classify`."""
-
-
-@dataclass(slots=True)
-class ScoringOutput:
-    """Result of `LLM.score` for one pair."""
-
-    score: float
-
-
-class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
-    """`PoolingRequestOutput` of `LLM.score`."""
-
-
-@dataclass(slots=True)
-class RankedDocument:
-    """One entry of `LLM.rerank`, whose list is sorted by falling score.
-
-    Attributes:
-        index: the document's place in the list that was given.
-    """
-
-    index: int
-    relevance_score: float
-    document: str

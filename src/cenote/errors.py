@@ -132,4 +132,4 @@ class EngineFailed(CenoteError):
 
 
 class PluginFailed(CenoteError):
-    """An IO-processor plugin raised what is no fault of the request."""
+    """An IO-processor plugin raised an error that is not a fault of the request."""

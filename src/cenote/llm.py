@@ -25,20 +25,20 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.core import (
+from cenote.core import UNLIMITED, PoolingParams
+from cenote.errors import BadRequest
+from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
-    PoolingParams,
     PoolingRequestOutput,
     RankedDocument,
     ScoringOutput,
     ScoringRequestOutput,
     SparseEmbedding,
 )
-from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from cenote.pipeline.entities import Entity
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
-    from cenote.pipeline.rendering import Prompt
+    from cenote.pipeline.rendering import Prompt, TextOptions
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class LLM:
     Args:
         model: folder or hub id; `None` = the embedded all-MiniLM-L6-v2.
         runner: "auto" or "pooling".
-        convert: "auto", "none", "embed" or "classify": how a model that does not pool by itself is made to.
+        convert: "auto", "none", "embed", "classify" or "sparse": conversion of a model that does not pool by itself.
         pooler_config: `PoolerConfig` or a mapping of its fields.
         hf_overrides: mapping merged into the checkpoint's config, or a function of it.
         options: any other field of `cenote.config.ModelConfig` and `EngineConfig`.
@@ -97,26 +97,26 @@ class LLM:
         hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        given = {"model": model, "runner": runner, "convert": convert, **options}
+        options |= {"model": model, "runner": runner, "convert": convert}
         if pooler_config is not None:
-            given["pooler_config"] = pooler_config
+            options["pooler_config"] = pooler_config
         if hf_overrides is not None:
-            given["hf_overrides"] = hf_overrides
-        (model_config, engine_config), notes = resolve(given, (ModelConfig, EngineConfig))
+            options["hf_overrides"] = hf_overrides
+        (model_config, engine_config), notes = resolve(options, (ModelConfig, EngineConfig))
         assert isinstance(model_config, ModelConfig)
         assert isinstance(engine_config, EngineConfig)
         for note in notes:
             log.info(note)
         if model_config.task is not None:
             warnings.warn(notes[0], FutureWarning, stacklevel=2)
-        self._service = Service.open(model_config, engine_config, max_queued=1 << 40)
+        self._service = Service.open(model_config, engine_config, max_queued=UNLIMITED)
         # Also at exit: a device thread that outlives the interpreter aborts the process.
         weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()
 
     @property
     def info(self) -> ModelInfo:
-        """What was resolved about the model."""
+        """The model: the contract that inputs are validated against, and how it runs (`info.report`)."""
         return self._service.info
 
     def embed(
@@ -130,7 +130,7 @@ class LLM:
         prompt_name: str | None = None,
         input_type: str | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """One embedding per prompt, in order.
+        """Return one embedding per prompt, in order.
 
         Args:
             prompts: text, token ids, `{"prompt": ...}`, `{"prompt_token_ids": ...}`, or a list of those.
@@ -142,10 +142,9 @@ class LLM:
             input_type: "query", "document", or one of the model's prompts.
 
         Raises:
-            BadRequest: a `ValueError` that says what was wrong with which argument.
+            BadRequest: a `ValueError`: an argument or a prompt is wrong.
         """
-        applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
-        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         results = self._run(
             prompts,
             pooling_params,
@@ -173,7 +172,7 @@ class LLM:
         prompt_name: str | None = None,
         input_type: str | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """The result of any task, as tensors: `[D]` for sequence tasks, `[T, D]` for token tasks, float32.
+        """Return the result of any task as float32 tensors: `[D]` for sequence tasks, `[T, D]` for token tasks.
 
         Args:
             prompts: as for `embed`; or `{"data": ...}` for the IO-processor plugin, whose answer is the one output's
@@ -199,8 +198,7 @@ class LLM:
             task = tasks[0] if tasks else None
             return self._run_plugin(prompts, task, pooling_params, use_tqdm, tokenization_kwargs)
         task, *also = tasks or [self.info.default_task]
-        applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
-        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         results = self._run(
             prompts,
             pooling_params,
@@ -220,11 +218,11 @@ class LLM:
         prompt_name: str | None = None,
         input_type: str | None = None,
     ) -> list[PoolingRequestOutput[SparseEmbedding]]:
-        """One sparse embedding per prompt: vocabulary entries and their weights (SPLADE, bge-m3).
+        """Return one sparse embedding per prompt: vocabulary entries and their weights (SPLADE, bge-m3).
 
         Args:
             prompts: as for `embed`.
-            top_k: keep only so many of the largest weights.
+            top_k: number of the largest weights to keep; `None` = all.
             use_tqdm: show a progress bar.
             tokenization_kwargs: as for `embed`, as are the prompts.
             prompt: see `embed`.
@@ -235,8 +233,7 @@ class LLM:
             BadRequest: the model has no lexical head, or as `embed`.
         """
         renderer = self._service.renderer
-        applied = renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
-        options = text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         results = self._run(
             prompts,
             PoolingParams(top_k=top_k),
@@ -249,7 +246,7 @@ class LLM:
         ]
 
     def similarity(self, first: Seq[PoolingRequestOutput[Any]], second: Seq[PoolingRequestOutput[Any]]) -> torch.Tensor:
-        """How alike embeddings are, each of `first` with each of `second`: `[len(first), len(second)]` float32.
+        """Return the similarity of each of `first` with each of `second`: `[len(first), len(second)]`, float32.
 
         By the checkpoint's `similarity_fn_name`, else cosine of dense embeddings, MaxSim of token vectors, dot product
         of sparse embeddings. Distances are negative.
@@ -260,10 +257,13 @@ class LLM:
         """
         import torch
 
-        rows = [[comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)]
-        if not rows[0] or not rows[1]:
-            return torch.zeros(len(rows[0]), len(rows[1]))
-        return torch.from_numpy(np.stack([similarities(query, rows[1], self.info.similarity) for query in rows[0]]))
+        queries, documents = (
+            [comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)
+        )
+        if not queries or not documents:
+            return torch.zeros(len(queries), len(documents))
+        rows = [similarities(query, documents, self.info.similarity) for query in queries]
+        return torch.from_numpy(np.stack(rows))
 
     def classify(
         self,
@@ -273,7 +273,7 @@ class LLM:
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
-        """The value of every class per prompt, in order.
+        """Return the value of every class per prompt, in order.
 
         Args:
             prompts: as for `embed`; also pairs of texts, `{"text": ..., "text_pair": ...}` or tuples of two, for models
@@ -310,7 +310,7 @@ class LLM:
         use_tqdm: bool = True,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[list[Entity]]]:
-        """The entities of each text, as Transformers' token-classification pipeline finds them.
+        """Return the entities of each text, as Transformers' token-classification pipeline does.
 
         Args:
             prompts: one text or several.
@@ -330,10 +330,10 @@ class LLM:
             aggregation=aggregation_strategy,
             ignore_labels=ignore_labels,
         )
-        found = self._answers([job], len(texts), use_tqdm)[0]
+        (of_texts,) = self._answers([job], len(texts), use_tqdm)
         return [
             PoolingRequestOutput(request_id=self._number(), outputs=entities, prompt_token_ids=list(sequence.ids))
-            for sequence, entities in zip(job.sequences, found, strict=True)
+            for sequence, entities in zip(job.sequences, of_texts, strict=True)
         ]
 
     def score(
@@ -349,13 +349,13 @@ class LLM:
         score_type: str | None = None,
         **options: Any,
     ) -> list[ScoringRequestOutput]:
-        """How well texts go together: one score per pair, in order. Pairs are 1:1, 1:N or N:N.
+        """Return one score per pair of texts, in order. Pairs are 1:1, 1:N or N:N.
 
         Args:
             data_1: the query or queries.
             data_2: the document or documents.
             use_tqdm: show a progress bar.
-            pooling_params: `use_activation`, and what `options` take, in its `extra_kwargs`.
+            pooling_params: `use_activation`, and in its `extra_kwargs` the same as `options`.
             tokenization_kwargs: as for `embed`.
             chat_template: Jinja template over messages `query` and `document` instead of the model's (cross-encoders).
             score_type: "cross-encoder", "bi-encoder" or "late-interaction"; default: the model's first.
@@ -364,7 +364,7 @@ class LLM:
         Raises:
             BadRequest: the lists do not pair up, the model cannot score, or as `embed`.
         """
-        queries, documents = ([d] if isinstance(d, str) else list(d) for d in (data_1, data_2))
+        queries, documents = ([side] if isinstance(side, str) else list(side) for side in (data_1, data_2))
         params = pooling_params or PoolingParams()
         job = operations.score(
             self._service,
@@ -375,7 +375,7 @@ class LLM:
             pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
             score_type,
         )
-        scores = self._answers([job], len(job.sequences), use_tqdm)[0]
+        (scores,) = self._answers([job], len(job.sequences), use_tqdm)
         return [
             ScoringRequestOutput(
                 request_id=self._number(),
@@ -398,12 +398,12 @@ class LLM:
         score_type: str | None = None,
         **options: Any,
     ) -> list[RankedDocument]:
-        """The documents by falling relevance to the query.
+        """Return the documents by falling relevance to the query.
 
         Args:
-            query: what is looked for.
-            documents: where.
-            top_n: how many to return; 0 = all.
+            query: a text.
+            documents: the texts to rank.
+            top_n: number of documents to return; 0 = all.
             use_tqdm: as in `score`, as are the other arguments.
             pooling_params: see `score`.
             tokenization_kwargs: see `score`.
@@ -426,7 +426,7 @@ class LLM:
             pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
             score_type,
         )
-        ranked = self._answers([job], len(job.sequences), use_tqdm)[0]
+        (ranked,) = self._answers([job], len(job.sequences), use_tqdm)
         return [RankedDocument(rank.index, rank.score, documents[rank.index]) for rank in ranked]
 
     def reward(
@@ -437,17 +437,19 @@ class LLM:
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """The reward of each prompt, as a tensor: raw numbers from models that rate an input (`[1]`) or its tokens
-        (`[T, 1]`), and from process reward models one row per step, `[S, C]`, the softmax over its classes.
+        """Return the reward of each prompt as a tensor.
+
+        Models that rate an input (`[1]`) or its tokens (`[T, 1]`) give raw numbers; process reward models give one row
+        per step, `[S, C]`, the softmax over its classes.
 
         Args:
-            prompts: as for `embed`; a conversation must be rendered by the model's chat template before.
+            prompts: as for `embed`; render a conversation by the model's chat template before.
             use_tqdm: show a progress bar.
             pooling_params: `use_activation`, and for process reward models `step_tag_id`, `returned_token_ids`.
             tokenization_kwargs: as for `embed`.
 
         Raises:
-            BadRequest: the model gives no reward.
+            BadRequest: the model is not a reward model.
         """
         options = text_options(tokenization_kwargs or {})
         results = self._run(
@@ -459,7 +461,7 @@ class LLM:
         return self._tensors(results)
 
     def get_tokenizer(self) -> Any:
-        """A copy of the model's Transformers tokenizer: calling it may switch truncation or padding on."""
+        """Return a copy of the model's Transformers tokenizer, as calling one may switch truncation or padding on."""
         return copy.deepcopy(self._service.renderer.tokenizer)
 
     def close(self) -> None:
@@ -472,6 +474,17 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _text_options(
+        self,
+        tokenization_kwargs: Mapping[str, Any] | None,
+        prompt: str | None,
+        prompt_name: str | None,
+        input_type: str | None,
+    ) -> TextOptions:
+        """Return how texts become ids, with the prompt before each of them."""
+        applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
+        return text_options(tokenization_kwargs or {})._replace(prompt=applied)
+
     def _run_plugin(
         self,
         prompt: Any,
@@ -480,7 +493,7 @@ class LLM:
         use_tqdm: bool,
         tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[PoolingRequestOutput[Any]]:
-        """What the IO-processor plugin makes of `{"data": ...}`."""
+        """Return the IO-processor plugin's answer to `{"data": ...}`."""
         operations.check_plugin(self._service, task)
         if not hasattr(prompt, "keys") or set(prompt) != {"data"}:
             raise BadRequest(
@@ -491,7 +504,7 @@ class LLM:
         number = self._number()
         options = text_options(tokenization_kwargs or {})
         job = operations.plugin(self._service, prompt["data"], number, options, params=pooling_params)
-        answer = self._answers([job], len(job.sequences), use_tqdm)[0]
+        (answer,) = self._answers([job], len(job.sequences), use_tqdm)
         return [PoolingRequestOutput(request_id=number, outputs=answer, prompt_token_ids=[])]
 
     def _number(self) -> str:
@@ -516,14 +529,15 @@ class LLM:
         use_tqdm: bool,
         make: Callable[[list[Any], Params], Job[list[R]]],
     ) -> list[tuple[Sequence, R]]:
-        """Run an operation over prompts, some of them at a time; the result of each with its sequence."""
+        """Run an operation over prompts, some at a time, and return the result of each with its sequence."""
         listed = listed_prompts(prompts)
         params = per_prompt(pooling_params, len(listed))
 
         def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
             for start in range(0, max(1, len(listed)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
                 part = slice(start, start + RENDERED_AT_ONCE)
-                job = make(listed[part], params if isinstance(params, PoolingParams) else params[part])
+                of_part = params if isinstance(params, PoolingParams) else params[part]
+                job = make(listed[part], of_part)
                 yield job.then(partial(_paired, job.sequences))
 
         parts = self._answers(jobs(), len(listed), use_tqdm)
@@ -532,7 +546,7 @@ class LLM:
     def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:
         """Submit each job as soon as it is made, and finish them in order.
 
-        Whatever interrupts that, an error or the user, cancels those under way.
+        An error, or the user who interrupts, cancels the jobs under way.
         """
         from tqdm import tqdm
 

@@ -47,25 +47,25 @@ tokens_per_second = Gauge("cenote_tokens_per_second", "Tokens run per second, ov
 
 @cache
 def stage(name: str) -> Histogram:
-    """`stage_seconds` of one stage: looking a child up by its labels takes longer than counting."""
+    """Return `stage_seconds` of one stage: looking a child up by its labels takes longer than counting."""
     return stage_seconds.labels(name)
 
 
 @cache
 def requests_of(route: str, status: int) -> Counter:
-    """`requests` of a route and a status."""
+    """Return `requests` of a route and a status."""
     return requests.labels(route, str(status))
 
 
 @cache
 def seconds_of(route: str) -> Histogram:
-    """`request_seconds` of a route."""
+    """Return `request_seconds` of a route."""
     return request_seconds.labels(route)
 
 
 @cache
 def sequences_of(outcome: str) -> Counter:
-    """`sequences` of an outcome."""
+    """Return `sequences` of an outcome."""
     return sequences.labels(outcome)
 
 
@@ -83,7 +83,7 @@ class Rate:
         self._forget(now)
 
     def value(self, now: float | None = None) -> float:
-        """Amount per second over the window."""
+        """Return the amount per second over the window."""
         now = time.monotonic() if now is None else now
         return sum(amount for at, amount in [*self._events] if at > now - self._window) / self._window
 

@@ -1,4 +1,4 @@
-"""The task table: what Cenote can compute, at which granularity, and which parameters each task takes.
+"""The task table: the tasks, the granularity of each, and the parameters that it takes.
 
 A new task is a row here. Validation of parameters, the routes' checks and the start-up report read this table.
 """
@@ -24,7 +24,7 @@ class Task:
         name: the name used in requests and in `PoolerConfig.task`.
         granularity: "sequence" gives one row per input, "token" one row per token.
         params: names of the `PoolingParams` fields that the task takes.
-        doc: what comes back.
+        doc: the result, in words.
     """
 
     name: str
@@ -60,7 +60,7 @@ REMOVED: dict[str, str] = {
     "reward": "`reward` task was removed; use `classify` (one reward per input) or `token_classify` (one per token "
     "or step) instead.",
 }
-"""Names of tasks that older releases of vLLM had, and what to say of them."""
+"""Names of tasks that older releases of vLLM had, and the error message for each."""
 
 PLUGIN = "plugin"
 """Task of requests whose input and output are an IO-processor plugin's; it runs no model of its own."""
@@ -73,23 +73,28 @@ HOW_TO_GET: dict[str, str] = {
     "sparse": "It needs a SPLADE or bge-m3 checkpoint, or a masked language model and `--convert sparse`.",
     "embed": "Embedding API is not supported by this model. Try converting the model using `--convert embed`.",
 }
-"""Why a model does not offer a task, and what to do."""
+"""Why a model may not offer a task, and the remedy."""
 
 
 def check_task(name: str, offered: Collection[str]) -> Task:
-    """Return the row of task `name`, or raise `TaskNotOffered` saying what the model offers instead."""
+    """Return the row of task `name`.
+
+    Raises:
+        TaskNotOffered: it is not among the tasks that the model offers.
+    """
     if name in REMOVED:
         raise TaskNotOffered(REMOVED[name], param="task")
-    if name not in offered or name not in TASKS:
-        listed = ", ".join(repr(task) for task in offered)
-        hint = f". {HOW_TO_GET[name]}" if name in HOW_TO_GET and name in TASKS else ""
-        raise TaskNotOffered(f"Unsupported task: {name!r} Supported tasks: ({listed}){hint}", param="task")
-    return TASKS[name]
+    if name in offered and name in TASKS:
+        return TASKS[name]
+    message = f"Unsupported task: {name!r} Supported tasks: ({', '.join(map(repr, offered))})"
+    if name in HOW_TO_GET:
+        message += f". {HOW_TO_GET[name]}"
+    raise TaskNotOffered(message, param="task")
 
 
 def check_params(task: Task, params: PoolingParams) -> None:
     """Raise `BadRequest` if `params` sets a field that `task` does not take."""
-    foreign = [name for name in params.given() if name not in task.params]
+    foreign = _foreign(task, params)
     if foreign:
         raise BadRequest(
             f"Task {task.name!r} only supports {list(task.params)} parameters, does not support {foreign} parameters",
@@ -98,6 +103,9 @@ def check_params(task: Task, params: PoolingParams) -> None:
 
 
 def only_of(task: Task, params: PoolingParams) -> PoolingParams:
-    """`params` without what `task` does not take."""
-    foreign = [name for name in params.given() if name not in task.params]
-    return replace(params, task=task.name, **dict.fromkeys(foreign))
+    """Return `params` without the fields that `task` does not take."""
+    return replace(params, task=task.name, **dict.fromkeys(_foreign(task, params)))
+
+
+def _foreign(task: Task, params: PoolingParams) -> list[str]:
+    return [name for name in params.given() if name not in task.params]

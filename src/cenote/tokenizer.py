@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-"""Environment variable that keeps Transformers from telling that torch was not found."""
+"""Environment variable that keeps Transformers from reporting that torch was not found."""
 
 
 def import_without_torch() -> None:
-    """Import Transformers as where torch is not installed; its tokenizers need none of it.
+    """Import Transformers as if torch were not installed; its tokenizers do not need it.
 
-    Transformers looks for torch once. In this process its models do not exist from here on. Torch itself can still be
+    Transformers looks for torch once. In this process its models do not exist from then on. Torch itself can still be
     imported.
 
     Raises:
@@ -45,7 +45,7 @@ def import_without_torch() -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Where a tokenizer comes from, and what is changed in it.
+    """The files of a tokenizer, and changes to it.
 
     Attributes:
         path: folder of its files.
@@ -61,7 +61,7 @@ class TokenizerSource:
 
 
 def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of `source`.
+    """Return the tokenizer of `source`.
 
     Raises:
         OSError: there are no files.

@@ -12,7 +12,7 @@ from cenote.errors import CenoteError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `cenote`; returns the exit status. Errors of the user are one line, not a traceback."""
+    """Run `cenote`, and return the exit status. Errors of the user are one line, not a traceback."""
     try:
         argv = sys.argv[1:] if argv is None else argv
         arguments = flags.parse(argv)

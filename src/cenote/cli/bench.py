@@ -1,6 +1,6 @@
-"""`cenote bench`: what a model, or a running server, does in a second, and how long a text takes.
+"""`cenote bench`: texts a second of a model or a running server, and the latency of a text.
 
-Everything is measured in rounds: in each, every measurement is made once, so that what else the machine does meets all
+Everything is measured in rounds: in each, every measurement is made once, so that other work of the machine meets all
 alike. Rates are medians over the rounds; percentiles are over the requests of all rounds.
 """
 
@@ -17,39 +17,47 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, partial
 from importlib import metadata
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
 
 import cenote
 from cenote.cli.load import MOST_UNDER_WAY, Sample, closed, opened
 from cenote.cli.targets import Local, Remote
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.core import UNLIMITED
 from cenote.engine.engine import DEFAULT_BATCH_TOKENS
 from cenote.errors import CenoteError, ConfigError
 from cenote.pipeline.calibration import read_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from collections.abc import Sequence as Seq
 
     import torch
 
     from cenote.cli.load import Ask
     from cenote.cli.targets import Target
+    from cenote.core import ModelInfo
     from cenote.models.model import PoolingModel
 
     Figures = dict[str, Any]
     Source = Callable[[], list[str]]
 
 MIXED = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
-"""Tokens of the texts, in equal parts, where nothing else is asked for."""
+"""Tokens of the texts, in equal parts, without `input_len`."""
 
 LENGTHS = (16, 64, 256)
-"""Tokens of the texts whose latency is measured, where nothing else is asked for."""
+"""Tokens of the texts whose latency is measured, without `input_len`."""
 
 CLIENTS = (1, 4, 16)
 WARM_UP = 8
-"""Texts that each measurement runs beforehand."""
+"""Requests that each measurement sends beforehand."""
+
+PERCENTILES = (50, 95, 99)
 
 TRIES = 16
 """Numbers of words that are tried for a text of a given number of tokens."""
@@ -70,7 +78,7 @@ _SOME = (
     "watch water wheel where which while white whole whose woman world worry would write wrong young"
 )
 WORDS = _SOME.split()
-"""What texts are made of: a token each in most vocabularies."""
+"""Words of the texts: a token each in most vocabularies."""
 
 
 @dataclass
@@ -79,10 +87,10 @@ class Measurement:
 
     Attributes:
         kind: throughput, latency, batches or load.
-        value: tokens of a text, texts of a request, clients, or texts a second; what the plot draws over.
-        label: what the table says.
+        value: tokens of a text, texts of a request, clients, or texts a second: the x axis of the plot.
+        label: in the table.
         source: makes the texts of a sample.
-        texts: how many those are.
+        texts: number of texts of a sample.
         size: texts of a request.
         clients: that wait for their answers.
         rate: texts a second that arrive, instead of clients that wait; 0 = none.
@@ -101,10 +109,25 @@ class Measurement:
     samples: list[Sample] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
 
+    @property
+    def warm_up_texts(self) -> int:
+        """Texts that are run beforehand."""
+        return self.texts if self.kind == "throughput" else min(self.texts, WARM_UP * self.size)
+
     def requests(self) -> list[list[str]]:
-        """The requests of a sample."""
+        """Return the requests of a sample."""
         texts = self.source()
         return [texts[i : i + self.size] for i in range(0, len(texts), self.size)]
+
+    def warm_up(self, ask: Ask, tell: Callable[[int], object]) -> None:
+        """Send some requests.
+
+        Raises:
+            CenoteError: none of them is answered.
+        """
+        sample = closed(ask, self.requests()[:WARM_UP], clients=min(self.clients, WARM_UP), progress=tell)
+        if sample.errors and not sample.texts:
+            raise CenoteError(f"{self.label}: no request was answered: {sample.errors[0]}")
 
     def run(self, ask: Ask, tell: Callable[[int], object]) -> None:
         """Add a sample."""
@@ -116,53 +139,61 @@ class Measurement:
         self.samples.append(sample)
 
     def figures(self) -> Figures:
-        """What the JSON says. Rates are `None` without an answer, percentiles also for throughput."""
-        import numpy as np
-
+        """Return the entry of the JSON file. Rates and percentiles are `None` without an answer, percentiles also for
+        throughput."""
         samples = self.samples
-        latencies = [x for own in samples for x in own.latencies]
-        rates = {
-            f"{what}_per_second": statistics.median(getattr(own, what) / own.seconds for own in samples)
-            if latencies
-            else None
-            for what in ("texts", "tokens")
-        }
-        parts = [float(x) * 1000 for x in np.percentile(latencies, (50, 95, 99))] if latencies else []
-        known = parts and self.kind != "throughput"
-        errors = [error for own in samples for error in own.errors]
-        found = {
+        latencies = [seconds for sample in samples for seconds in sample.latencies]
+        errors = [error for sample in samples for error in sample.errors]
+        figures = {
             "kind": self.kind,
             "value": self.value,
             "label": self.label,
             "requests": len(latencies) + len(errors),
             "errors": len(errors),
-            "texts": sum(own.texts for own in samples),
-            "tokens": sum(own.tokens for own in samples),
-            **rates,
-            **{f"p{p}_ms": x if known else None for p, x in zip((50, 95, 99), parts or [0.0] * 3, strict=True)},
-            "seconds": [own.seconds for own in samples],
+            "texts": sum(sample.texts for sample in samples),
+            "tokens": sum(sample.tokens for sample in samples),
+            **_rates(samples),
+            **_percentiles([] if self.kind == "throughput" else latencies),
+            "seconds": [sample.seconds for sample in samples],
         }
         if self.limits:
-            ratios = [limit / own.seconds for limit, own in zip(self.limits, samples, strict=True)]
-            found |= {"gemm_seconds": self.limits, "share_of_gemm_limit": statistics.median(ratios)}
+            shares = [limit / sample.seconds for limit, sample in zip(self.limits, samples, strict=True)]
+            figures |= {"gemm_seconds": self.limits, "share_of_gemm_limit": statistics.median(shares)}
         if errors:
-            found["first_error"] = errors[0]
-        return found
+            figures["first_error"] = errors[0]
+        return figures
+
+
+def _rates(samples: Seq[Sample]) -> Figures:
+    if not any(sample.latencies for sample in samples):
+        return {"texts_per_second": None, "tokens_per_second": None}
+    return {
+        "texts_per_second": statistics.median(sample.texts / sample.seconds for sample in samples),
+        "tokens_per_second": statistics.median(sample.tokens / sample.seconds for sample in samples),
+    }
+
+
+def _percentiles(latencies: Seq[float]) -> Figures:
+    names = [f"p{part}_ms" for part in PERCENTILES]
+    if not latencies:
+        return dict.fromkeys(names)
+    seconds: list[float] = np.percentile(latencies, PERCENTILES).tolist()
+    return {name: 1000 * value for name, value in zip(names, seconds, strict=True)}
 
 
 class Fit(NamedTuple):
-    """How many words make how many tokens."""
+    """A number of words, and the number of tokens that they make."""
 
     words: int
     tokens: int
 
 
 class Texts:
-    """Texts of wanted numbers of tokens, made of common words; new ones each time.
+    """Texts of given numbers of tokens, made of common words; new ones each time.
 
     Args:
-        count: tokens of a text.
-        choosy: use only words of equally many tokens, as most have; each is counted once.
+        count: returns the tokens of a text.
+        choosy: use only words of the most common number of tokens; each word is counted once.
     """
 
     def __init__(self, count: Callable[[str], int], *, choosy: bool = False) -> None:
@@ -176,36 +207,43 @@ class Texts:
         self._fits: dict[int, Fit | None] = {}
 
     def of(self, fits: Seq[Fit]) -> list[str]:
-        """A text of each size."""
+        """Return a text of each size."""
         return [self._text(fit.words) for fit in fits]
 
     def fit(self, tokens: int) -> Fit | None:
-        """The words that make `tokens` tokens, or as many as can be below; `None` if even one word makes more."""
+        """Return the words for `tokens` tokens, or for the most below; `None` if even one word makes more."""
         if tokens not in self._fits:
             self._fits[tokens] = self._search(tokens)
         return self._fits[tokens]
 
+    def fits(self, lengths: Iterable[int], longest: int) -> list[Fit]:
+        """Return the fit of each of `lengths`, of at most `longest` tokens; without those that one word exceeds."""
+        fits = [self.fit(min(length, longest)) for length in lengths]
+        return [fit for fit in fits if fit is not None]
+
     def _search(self, tokens: int) -> Fit | None:
         one, three = self._line
-        number = max(1, 1 + round(2 * (tokens - one) / max(1, three - one)))
+        words = max(1, 1 + round(2 * (tokens - one) / max(1, three - one)))
         below: Fit | None = None
         for _ in range(TRIES):
             try:
-                found = self._count(self._text(number))
+                count = self._count(self._text(words))
             except CenoteError:  # too long
-                found = tokens + 1
-            if found == tokens:
-                return Fit(number, found)
-            if found < tokens:
-                below = Fit(number, found)
-            elif number == 1 or (below and below.words == number - 1):
+                count = tokens + 1
+            if count == tokens:
+                return Fit(words, count)
+            if count < tokens:
+                below = Fit(words, count)
+                words += 1
+                continue
+            words -= 1
+            if words == 0 or (below and below.words == words):
                 break
-            number += 1 if found < tokens else -1
         return below
 
     @cached_property
     def _line(self) -> tuple[int, int]:
-        """Tokens of one word and of three."""
+        """The tokens of one word and of three."""
         return self._count(self._text(1)), self._count(self._text(3))
 
     def _text(self, words: int) -> str:
@@ -230,42 +268,70 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     for note in notes:
         print(note)
     draw = _draw() if bench.plot else None
-    given = read_texts(Path(bench.texts)) if bench.texts else None
-    if given == []:
+    texts = read_texts(Path(bench.texts)) if bench.texts else None
+    if texts == []:
         raise ConfigError(f"{bench.texts} has no texts")
     if bench.url:
-        remote = Remote(bench.url, model.model, bench.task, bench.api_key)
-        try:
-            about = {"name": remote.name, "url": bench.url, "server_version": remote.version()}
-            result = _measure(bench, given, remote)
-        finally:
-            remote.close()
+        about, figures = _measure_server(bench, texts, Remote(bench.url, model.model, bench.task, bench.api_key))
     else:
-        import torch
-
-        from cenote.models.load import load
-        from cenote.pipeline.pipeline import Service
-
-        if engine.threads is not None:
-            torch.set_num_threads(engine.threads)  # also for the GEMM limit, which is measured here
-        pooling_model, checkpoint = load(model)
-        service = Service.around(pooling_model, checkpoint, model, engine, max_queued=1 << 40)
-        try:
-            fields = ("name", "architecture", "revision", "dtype", "device", "layout", "max_model_len")
-            about = {name: getattr(service.info, name) for name in fields} | {"threads": torch.get_num_threads()}
-            batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
-            result = _measure(bench, given, Local(service, bench.task), pooling_model, batch)
-        finally:
-            service.engine.close()
-    hidden = [word.replace(bench.api_key, "***") if bench.api_key else word for word in argv]
+        about, figures = _measure_model(bench, texts, model, engine)
     options = bench.model_dump(exclude={"api_key"})
-    result = _record(shlex.join(["cenote", *hidden])) | {"model": about, "options": options} | result
+    result = _record(_command(argv, bench.api_key)) | {"model": about, "options": options} | figures
     print(table(result))
     if bench.save:
         Path(bench.save).write_text(json.dumps(result, indent=1) + "\n")
     if draw is not None and bench.plot:
         draw(result, table(result), Path(bench.plot))
     return 0
+
+
+def _command(argv: Seq[str], secret: str) -> str:
+    """Return the command line for the record, without `secret`."""
+    words = [word.replace(secret, "***") for word in argv] if secret else argv
+    return shlex.join(["cenote", *words])
+
+
+def _measure_server(bench: BenchConfig, texts: list[str] | None, remote: Remote) -> tuple[Figures, Figures]:
+    """Return a description of a server, and its figures."""
+    try:
+        about = {"name": remote.name, "url": bench.url, "server_version": remote.version()}
+        return about, _measure(bench, texts, remote)
+    finally:
+        remote.close()
+
+
+def _measure_model(
+    bench: BenchConfig, texts: list[str] | None, model: ModelConfig, engine: EngineConfig
+) -> tuple[Figures, Figures]:
+    """Load a model, and return its description and its figures."""
+    import torch
+
+    from cenote.models.load import load
+    from cenote.pipeline.pipeline import Service
+
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)  # also for the GEMM limit, which is measured here
+    pooling_model, checkpoint = load(model)
+    service = Service.around(pooling_model, checkpoint, model, engine, max_queued=UNLIMITED)
+    try:
+        about = _about(service.info) | {"threads": torch.get_num_threads()}
+        batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
+        return about, _measure(bench, texts, Local(service, bench.task), pooling_model, batch)
+    finally:
+        service.engine.close()
+
+
+def _about(info: ModelInfo) -> Figures:
+    report = info.report
+    return {
+        "name": report.source,
+        "architecture": info.architecture,
+        "revision": report.revision,
+        "dtype": report.dtype,
+        "device": report.device,
+        "layout": report.layout,
+        "max_model_len": info.max_model_len,
+    }
 
 
 def _draw() -> Callable[[Figures, str, Path], None]:
@@ -277,105 +343,109 @@ def _draw() -> Callable[[Figures, str, Path], None]:
 
 
 def _measure(
-    bench: BenchConfig, given: list[str] | None, target: Target, model: PoolingModel | None = None, batch: int = 0
+    bench: BenchConfig, texts: list[str] | None, target: Target, model: PoolingModel | None = None, batch: int = 0
 ) -> Figures:
     """Warm up, measure in rounds, and return the figures.
 
     Args:
-        bench: what.
-        given: texts of the user's.
-        target: of what.
-        model: the one that is measured, if it is in this process.
+        bench: the measurements.
+        texts: the user's; `None` = texts are made.
+        target: the model or server that is measured.
+        model: the model, if it is in this process.
         batch: tokens of its largest batches.
     """
-    from tqdm import tqdm
-
-    workload, groups = _workload(bench, given, target)
+    workload, groups = _made(bench, target) if texts is None else _repeated(bench, texts, target)
     plan = list(_plan(bench, workload, groups))
     gemm = None
     with tqdm(unit="text", disable=None, dynamic_ncols=True, desc="warm-up") as bar:
-        bar.total = bench.rounds * sum(own.texts for own in plan)
-        bar.total += sum(own.texts if own.kind == "throughput" else min(own.texts, WARM_UP * own.size) for own in plan)
-        for own in plan:
-            if own.kind == "throughput":
-                gemm = _products(model, batch, partial(target.ask, own.source()))
-                bar.update(own.texts)
-                continue
-            sample = closed(
-                target.ask, own.requests()[:WARM_UP], clients=min(own.clients, WARM_UP), progress=bar.update
-            )
-            if sample.errors and not sample.texts:
-                raise CenoteError(f"{own.label}: no request was answered: {sample.errors[0]}")
+        bar.total = sum(measurement.warm_up_texts + bench.rounds * measurement.texts for measurement in plan)
+        for measurement in plan:
+            if measurement.kind == "throughput":
+                gemm = _products(model, batch, partial(target.ask, measurement.source()))
+                bar.update(measurement.texts)
+            else:
+                measurement.warm_up(target.ask, bar.update)
         for _ in range(bench.rounds):
-            for own in plan:
-                bar.set_description(own.label)
-                if own.kind == "throughput" and gemm:
-                    own.limits.append(gemm.seconds())
-                own.run(target.ask, bar.update)
-    rows = [own.figures() for own in plan]
-    found: Figures = {"task": target.task, "measurements": rows}
-    return found | ({"gemm": gemm.figures()} if gemm else {})
+            for measurement in plan:
+                bar.set_description(measurement.label)
+                if measurement.kind == "throughput" and gemm:
+                    measurement.limits.append(gemm.seconds())
+                measurement.run(target.ask, bar.update)
+    figures: Figures = {"task": target.task, "measurements": [measurement.figures() for measurement in plan]}
+    if gemm:
+        figures["gemm"] = gemm.figures()
+    return figures
 
 
-def _workload(bench: BenchConfig, given: list[str] | None, target: Target) -> tuple[Source, dict[int, Source]]:
-    """The texts of a measurement, and those of a measurement of one length by the most tokens of a text.
+def _repeated(bench: BenchConfig, texts: list[str], target: Target) -> tuple[Source, dict[int, Source]]:
+    """Return the texts of a measurement out of the user's, and groups of them by the maximum tokens of a text."""
+    chosen = list(islice(cycle(texts), bench.requests))
+    groups: dict[int, list[str]] = defaultdict(list)
+    if "latency" in _kinds(bench):
+        for text in chosen:
+            groups[1 << (target.count(text) - 1).bit_length()].append(text)
+    return partial(list, chosen), {bound: partial(list, groups[bound]) for bound in sorted(groups)}
+
+
+def _made(bench: BenchConfig, target: Target) -> tuple[Source, dict[int, Source]]:
+    """Return texts of mixed lengths for a measurement, and texts of one length by their tokens.
 
     Raises:
-        ConfigError: texts of the lengths wanted cannot be made.
+        ConfigError: texts of the lengths of `bench` cannot be made.
     """
-    if given:
-        chosen = [given[i % len(given)] for i in range(bench.requests)]
-        groups: dict[int, list[str]] = defaultdict(list)
-        for text in chosen if "latency" in _kinds(bench) else ():
-            groups[1 << (target.count(text) - 1).bit_length()].append(text)
-        return lambda: chosen, {bound: partial(list, groups[bound]) for bound in sorted(groups)}
     texts = Texts(target.count, choosy=isinstance(target, Local))
-    longest = target.longest or max(MIXED)
     for length in bench.input_len:
         if target.longest and length > target.longest:
             raise ConfigError(f"--input-len {length}: {target.name} reads at most {target.longest} tokens")
         if texts.fit(length) is None:
             raise ConfigError(f"--input-len {length}: for the task {target.task} even one word has more tokens")
-
-    def fits(wanted: Seq[int]) -> list[Fit]:
-        return [fit for n in wanted if (fit := texts.fit(min(n, longest)))]
-
-    mixed = fits(bench.input_len or MIXED)
+    longest = target.longest or max(MIXED)
+    mixed = texts.fits(bench.input_len or MIXED, longest)
     if not mixed:
         raise ConfigError(f"{target.name} reads no text of up to {longest} tokens; see --input-len")
-    order = [mixed[i % len(mixed)] for i in range(bench.requests)]
+    order = list(islice(cycle(mixed), bench.requests))
     random.Random(0).shuffle(order)
-    lengths = dict.fromkeys(fits(bench.input_len or LENGTHS))
-    return lambda: texts.of(order), {fit.tokens: partial(texts.of, [fit] * bench.requests) for fit in lengths}
+    lengths = dict.fromkeys(texts.fits(bench.input_len or LENGTHS, longest))
+    return partial(texts.of, order), {fit.tokens: partial(texts.of, [fit] * bench.requests) for fit in lengths}
 
 
 def _kinds(bench: BenchConfig) -> tuple[str, ...]:
-    return bench.measure or (("load",) if bench.url else ("throughput", "latency", "batches", "load"))
+    if bench.measure:
+        return bench.measure
+    return ("load",) if bench.url else ("throughput", "latency", "batches", "load")
 
 
-def _plan(
-    bench: BenchConfig, workload: Callable[[], list[str]], groups: dict[int, Callable[[], list[str]]]
-) -> Iterator[Measurement]:
-    """The measurements, in order."""
+def _plan(bench: BenchConfig, workload: Source, groups: dict[int, Source]) -> Iterator[Measurement]:
+    """Yield the measurements, in order."""
     kinds, count = _kinds(bench), bench.requests
     if "throughput" in kinds:
         yield Measurement("throughput", count, "all texts, one request", workload, count, count)
     if "latency" in kinds:
-        most = "up to " if bench.texts else ""
+        at_most = "up to " if bench.texts else ""
         for length, source in groups.items():
-            yield Measurement("latency", length, f"one text of {most}{length} tokens", source, len(source()))
+            yield Measurement("latency", length, f"one text of {at_most}{length} tokens", source, len(source()))
     if "batches" in kinds:
         for size in bench.batch_sizes:
             yield Measurement("batches", size, f"{size} texts a request", workload, count, size)
-    if "load" not in kinds:
+    if "load" in kinds:
+        yield from _loads(bench, workload)
+
+
+def _loads(bench: BenchConfig, workload: Source) -> Iterator[Measurement]:
+    """Yield a measurement for each rate of arrivals, else for each number of clients."""
+    count = bench.requests
+    if not bench.rate:
+        for clients in bench.concurrency or CLIENTS:
+            yield Measurement("load", clients, _counted(clients, "client"), workload, count, clients=clients)
         return
+    (under_way,) = bench.concurrency or (MOST_UNDER_WAY,)
     for rate in bench.rate:
-        (under_way,) = bench.concurrency or (MOST_UNDER_WAY,)
         label = f"{rate:g} texts a second arrive"
         yield Measurement("load", rate, label, workload, count, clients=under_way, rate=rate)
-    for clients in () if bench.rate else bench.concurrency or CLIENTS:
-        label = f"{clients} client{'s' if clients > 1 else ''}"
-        yield Measurement("load", clients, label, workload, count, clients=clients)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 class _Gemm:
@@ -393,16 +463,16 @@ class _Gemm:
         from cenote.models import costs
 
         self._costs = costs
-        self._dtype: torch.dtype = getattr(torch, model.info.dtype)
+        self._dtype: torch.dtype = getattr(torch, model.info.report.dtype)
         self.products = costs.products(model.layout.backbone.model, work)
         self.rows = min(batch, max(self.products.values(), default=1))
 
     def seconds(self) -> float:
-        """What they take now."""
+        """Return the seconds that they take now."""
         return self._costs.seconds(self.products, rows=self.rows, dtype=self._dtype)
 
     def figures(self) -> Figures:
-        """What the JSON says."""
+        """Return their entry of the JSON file."""
         shapes = [{"out": out, "in": into, "rows": n} for (out, into), n in self.products.items()]
         dtype = str(self._dtype).removeprefix("torch.")
         return {"flop": self._costs.flop(self.products), "dtype": dtype, "rows": self.rows, "products": shapes}
@@ -410,7 +480,7 @@ class _Gemm:
 
 def _products(model: PoolingModel | None, batch: int, work: Callable[[], object]) -> _Gemm | None:
     """Run a workload, and count its matrix products if the model is here and on a CPU."""
-    if model is None or model.info.device != "cpu":
+    if model is None or model.info.report.device != "cpu":
         work()
         return None
     gemm = _Gemm(model, batch, work)
@@ -418,7 +488,7 @@ def _products(model: PoolingModel | None, batch: int, work: Callable[[], object]
 
 
 def _record(command: str) -> Figures:
-    """Where, when and with what."""
+    """Return the record of a measurement: command, date, machine and versions."""
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "command": command,
@@ -428,20 +498,31 @@ def _record(command: str) -> Figures:
     }
 
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+"""Flags of a processor that its record names."""
+
+
 def machine() -> Figures:
-    """Processor, cores, memory in GiB, system and Python."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if name in flags]
+    """Return processor, cores, memory in GiB, system and Python."""
+    processor, flags = _processor()
     return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "instructions": sets,
+        "processor": processor or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def _processor() -> tuple[str, list[str]]:
+    """Return the name and the flags of the processor, as far as Linux tells them."""
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return "", []
+    entries = [line.partition(":") for line in file.read_text().splitlines()]
+    values = {name.strip(): value.strip() for name, _, value in entries}
+    return values.get("model name", ""), values.get("flags", "").split()
 
 
 COLUMNS = {
@@ -457,34 +538,44 @@ COLUMNS = {
 
 
 def table(result: Figures) -> str:
-    """The figures, as lines of text."""
+    """Return the figures as lines of text."""
     rows = result["measurements"]
-    cells = [["", *COLUMNS]]
+    grid = [["", *COLUMNS], *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = _heading(result)
+    for first, *others in grid:
+        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
     for row in rows:
-        values = [(row[name], how) for name, how in COLUMNS.values()]
-        cells.append([row["label"], *("-" if value is None else format(value, how) for value, how in values)])
-    first = max(len(line[0]) for line in cells)
-    widths = [max(len(line[i]) for line in cells) for i in range(1, len(cells[0]))]
-    lines = [
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], widths, strict=True))])
-        for line in cells
-    ]
-    options = result["options"]
-    about = result["model"]
-    if "url" in about:
-        head = f"{about['name']} at {about['url']}"
-    else:
-        head = f"{about['name']} ({about['architecture']}), {about['dtype']} on {about['device']}, {about['layout']}"
-        head += f", {about['threads']} thread{'s' if about['threads'] > 1 else ''}" if about["device"] == "cpu" else ""
-    rounds = f"{options['rounds']} round{'s' if options['rounds'] > 1 else ''}"
-    lines[:0] = [head, f"task {result['task']}, {options['requests']} texts of each kind a round, {rounds}"]
-    for row in rows:
-        if "share_of_gemm_limit" in row:
-            lines.append(
-                f"{row['share_of_gemm_limit']:.0%} of the GEMM limit: torch.nn.functional.linear takes "
-                f"{statistics.median(row['gemm_seconds']):.2f} s for the products of the Linear layers, "
-                f"all texts in one request {statistics.median(row['seconds']):.2f} s"
-            )
-        if row["errors"]:
-            lines.append(f"{row['label']}: {row['errors']} of {row['requests']} failed, first: {row['first_error']}")
+        lines += _remarks(row)
     return "\n".join(lines)
+
+
+def _heading(result: Figures) -> list[str]:
+    about, options = result["model"], result["options"]
+    work = f"task {result['task']}, {options['requests']} texts of each kind a round, "
+    work += _counted(options["rounds"], "round")
+    if "url" in about:
+        return [f"{about['name']} at {about['url']}", work]
+    model = f"{about['name']} ({about['architecture']}), {about['dtype']} on {about['device']}, {about['layout']}"
+    if about["device"] == "cpu":
+        model += f", {_counted(about['threads'], 'thread')}"
+    return [model, work]
+
+
+def _cells(row: Figures) -> list[str]:
+    values = [(row[name], form) for name, form in COLUMNS.values()]
+    return [row["label"], *("-" if value is None else format(value, form) for value, form in values)]
+
+
+def _remarks(row: Figures) -> list[str]:
+    """Return the lines below the table about one of its rows."""
+    lines = []
+    if "share_of_gemm_limit" in row:
+        lines.append(
+            f"{row['share_of_gemm_limit']:.0%} of the GEMM limit: torch.nn.functional.linear takes "
+            f"{statistics.median(row['gemm_seconds']):.2f} s for the products of the Linear layers, "
+            f"all texts in one request {statistics.median(row['seconds']):.2f} s"
+        )
+    if row["errors"]:
+        lines.append(f"{row['label']}: {row['errors']} of {row['requests']} failed, first: {row['first_error']}")
+    return lines

@@ -1,9 +1,10 @@
-"""Draws what `cenote bench` found. Needs matplotlib, which the extra `cenote[bench]` brings."""
+"""Draws the figures of `cenote bench`. Needs matplotlib, which the extra `cenote[bench]` brings."""
 
 from __future__ import annotations
 
 import html
 import io
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def draw(result: dict[str, Any], table: str, file: Path) -> None:
     Args:
         result: as `cenote bench --save` writes it.
         table: shown below the picture.
-        file: its suffix says what is written.
+        file: its suffix is the format.
     """
     title = f"{result['model']['name']}, {result['task']}"
     figure = picture(result, title)
@@ -44,36 +45,32 @@ def draw(result: dict[str, Any], table: str, file: Path) -> None:
 
 
 def picture(result: dict[str, Any], title: str) -> Figure:
-    """Latency of single texts by their length, and texts a second by clients (or arrivals) and by request."""
+    """Draw latency of single texts by their length, and texts a second by clients (or arrivals) and by request."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    rows = [row for row in result["measurements"] if row["texts"]]
-    by_length = [row for row in rows if row["kind"] == "latency"]
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result["measurements"]:
+        if row["texts"]:
+            rows[row["kind"]].append(row)
     for part in (50, 95, 99):
-        _line(left, by_length, f"p{part}_ms", f"p{part}")
+        _line(left, rows["latency"], f"p{part}_ms", f"p{part}")
     _finish(left, "tokens of a text", "ms")
-    arrive = bool(result["options"]["rate"])
-    load = [row for row in rows if row["kind"] == "load"]
-    _line(right, load, "texts_per_second", "one text a request")
-    if not arrive:
-        _line(
-            right,
-            [row for row in rows if row["kind"] == "batches"],
-            "texts_per_second",
-            "one client, by texts a request",
-        )
-    for row in rows:
-        if row["kind"] == "throughput":
-            right.axhline(row["texts_per_second"], linestyle="--", color="grey", label=row["label"])
-    _finish(right, "texts that arrive per second" if arrive else "clients, or texts a request", "texts per second")
+    across = "texts that arrive per second"
+    _line(right, rows["load"], "texts_per_second", "one text a request")
+    if not result["options"]["rate"]:
+        across = "clients, or texts a request"
+        _line(right, rows["batches"], "texts_per_second", "one client, by texts a request")
+    for row in rows["throughput"]:
+        right.axhline(row["texts_per_second"], linestyle="--", color="grey", label=row["label"])
+    _finish(right, across, "texts per second")
     return figure
 
 
 def _line(axes: Axes, rows: list[dict[str, Any]], name: str, label: str) -> None:
-    if rows:
-        ordered = sorted(rows, key=lambda row: float(row["value"]))
-        axes.plot([row["value"] for row in ordered], [row[name] for row in ordered], marker="o", label=label)
+    points = sorted((row["value"], row[name]) for row in rows)
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
 
 
 def _finish(axes: Axes, across: str, up: str) -> None:

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     Ask = Callable[[Request], int]
 
 MOST_UNDER_WAY = 256
-"""Requests of an open loop that are sent before earlier ones are answered, unless said otherwise."""
+"""Default of the requests of an open loop that are sent before earlier ones are answered."""
 
 
 @dataclass
 class Sample:
-    """What one run of a load gave.
+    """The answers and errors of one run of a load.
 
     Attributes:
         seconds: from its beginning to the last answer.
-        texts: answered.
-        tokens: that were run for them, as the model counts.
+        texts: texts that were answered.
+        tokens: tokens that were run for them, as the model counts.
         latencies: seconds of each answered request; in an open loop from its arrival.
-        errors: what became of the other requests.
+        errors: messages of the other requests.
     """
 
     seconds: float = 0.0
@@ -74,12 +74,12 @@ class _Run:
 def closed(
     ask: Ask, requests: Iterable[Request], *, clients: int = 1, progress: Callable[[int], object] = lambda _: None
 ) -> Sample:
-    """Each client sends its next request when the last is answered, until all are.
+    """Send requests by clients that each wait for an answer before the next one.
 
     Args:
         ask: sends a request and returns its tokens; called in several threads.
         requests: texts each.
-        clients: how many.
+        clients: number of clients.
         progress: called with the texts of each request that is answered or has failed.
     """
     waiting = deque(requests)
@@ -111,7 +111,7 @@ def opened(
     seed: int = 0,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Sample:
-    """Requests arrive at random (Poisson), `rate` a second on average.
+    """Send requests that arrive at random (Poisson), `rate` a second on average.
 
     Args:
         ask: as for `closed`, as are the others.

@@ -13,11 +13,13 @@ from cenote.config import (
     LAYERS,
     BenchConfig,
     HostConfig,
-    PoolerConfig,
     choices,
+    shown_default,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic import BaseModel
 
 HEAD = """# Options
@@ -30,7 +32,7 @@ Unknown names are errors. This page is made by `python -m cenote.cli.options`.
 HOST = """
 ## Engine in a process of its own
 
-What `cenote engine` takes besides the options of the model and the engine, as flags and in its `--config` file. Entries
+Options of `cenote engine` besides those of the model and the engine, as flags and in its `--config` file. Entries
 and variables of the server's have no effect.
 
 | flag | default | |
@@ -40,7 +42,7 @@ and variables of the server's have no effect.
 BENCH = """
 ## Bench
 
-What `cenote bench` takes besides the options of the model and the engine, as flags and in its `--config` file; there
+Options of `cenote bench` besides those of the model and the engine, as flags and in its `--config` file; there
 are no variables. Entries of the server's in the same file have no effect.
 
 | flag | default | |
@@ -49,35 +51,45 @@ are no variables. Entries of the server's in the same file have no effect.
 
 
 def page() -> str:
-    """The page, as Markdown."""
+    """Return the page, as Markdown."""
     parts = [HEAD]
     for layer in LAYERS:
-        parts.append(
-            f"\n## {layer.__name__.removesuffix('Config')}\n\n| flag | variable | default | |\n|---|---|---|---|\n"
-        )
-        for name, field in layer.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, ()) or isinstance(default, PoolerConfig) else f"`{default}`"
-            flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
-            parts.append(f"| `{flag}` | `{variable}` | {shown} | {_described(layer, name)} |\n")
+        title = layer.__name__.removesuffix("Config")
+        parts.append(f"\n## {title}\n\n| flag | variable | default | |\n|---|---|---|---|\n")
+        parts += [
+            f"| {_flag(name)} | `{ENV_PREFIX}{name.upper()}` | {_default(layer, name)} | {_described(layer, name)} |\n"
+            for name in layer.model_fields
+        ]
     for head, layer in ((HOST, HostConfig), (BENCH, BenchConfig)):
         parts.append(head)
-        for name, field in layer.model_fields.items():
-            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            shown = "" if default in (None, "") else f"`{default}`"
-            parts.append(f"| `--{name.replace('_', '-')}` | {shown} | {_described(layer, name)} |\n")
-    spellings = ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in BENCH_ALIASES.items())
-    parts.append(f"\nSpellings of `vllm bench`: {spellings}.\n")
-    parts.append("\nOlder spellings: " + ", ".join(f"`--{a.replace('_', '-')}` is `{n}`" for a, n in ALIASES.items()))
-    parts.append(".\n\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
-    parts += [f"- `--{name.replace('_', '-')}`: {why}\n" for name, why in EXPLAINED.items()]
+        parts += [
+            f"| {_flag(name)} | {_default(layer, name)} | {_described(layer, name)} |\n" for name in layer.model_fields
+        ]
+    parts.append(f"\nSpellings of `vllm bench`: {_spellings(BENCH_ALIASES)}.\n")
+    parts.append(f"\nOlder spellings: {_spellings(ALIASES)}.\n")
+    parts.append("\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
+    parts += [f"- {_flag(name)}: {reason}\n" for name, reason in EXPLAINED.items()]
     return "".join(parts)
 
 
+def _flag(name: str) -> str:
+    return f"`--{name.replace('_', '-')}`"
+
+
+def _default(layer: type[BaseModel], name: str) -> str:
+    default = shown_default(layer, name)
+    return f"`{default}`" if default else ""
+
+
 def _described(layer: type[BaseModel], name: str) -> str:
-    """What an option is, and the values that it may have."""
+    """Return the description of an option, and its choices."""
+    description = str(layer.model_fields[name].description)
     values = ", ".join(f"`{value}`" for value in choices(layer, name))
-    return f"{layer.model_fields[name].description}{values and f'; one of {values}'}"
+    return f"{description}; one of {values}" if values else description
+
+
+def _spellings(aliases: Mapping[str, str]) -> str:
+    return ", ".join(f"{_flag(spelling)} is `{name}`" for spelling, name in aliases.items())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from cenote.core import ModelInfo
     from cenote.pipeline.pipeline import Service
+    from cenote.pipeline.prompts import Prompts
 
 log = logging.getLogger("cenote")
 
 OF_FRONTS = {"served_model_name", "trust_remote_code"}
-"""Options of models that a server in front of engines takes, too."""
+"""Options of a model that a server in front of engines takes, too."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -79,7 +82,7 @@ def _serve(arguments: dict[str, Any]) -> None:
             access_log=server.log_level == "debug",
             timeout_keep_alive=75,
         )
-    listener.listen(config.backlog)  # who reads the line below may connect at once
+    listener.listen(config.backlog)  # a reader of the line below may connect at once
     port = listener.getsockname()[1]
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
@@ -125,19 +128,21 @@ def _remote_models(arguments: dict[str, Any]) -> _Plan:
     model, server, notes = engines_of(arguments)
     names: list[tuple[str, ...]] = [(name,) for name in model.served_model_name]
     sources = [
-        partial(Service.connect, path, names=own, trust_remote_code=model.trust_remote_code)
-        for path, own in zip(server.engine, names or [()] * len(server.engine), strict=True)
+        partial(Service.connect, path, names=served, trust_remote_code=model.trust_remote_code)
+        for path, served in zip(server.engine, names or [()] * len(server.engine), strict=True)
     ]
     return _Plan(server, sources, None, notes)
 
 
 def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, list[str]]:
-    """The options of a server in front of engines, and notes on options without effect.
+    """Return the options of a server in front of engines, and notes on options without effect.
 
     Raises:
         ConfigError: an option of the model or the engine is given, or there are not as many names as engines.
     """
-    if idle := {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} & arguments.keys() - OF_FRONTS:
+    of_engines = {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} - OF_FRONTS
+    idle = of_engines & arguments.keys()
+    if idle:
         raise ConfigError(
             f"{min(idle)} has no effect with --engine: each engine was started with a model and options of its own"
         )
@@ -151,7 +156,7 @@ def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, li
 
 @contextmanager
 def no_full_collections() -> Iterator[None]:
-    """Look through young objects only, and leave what is there in the end out of later collections.
+    """Let the garbage collector look at young objects only, and leave the objects of the block out of it for good.
 
     Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second.
     """
@@ -165,11 +170,11 @@ def no_full_collections() -> Iterator[None]:
 
 
 def share_cores() -> None:
-    """Let threads that wait for long sleep. Has to be done before torch is imported; what the user has set stays.
+    """Let threads that wait for long sleep. Call it before torch is imported; variables that the user has set stay.
 
     OpenMP's threads spin while they wait for each other. Within a forward that saves waking them at every layer, half
     the time of a short one, and from one forward to the next if it comes at once. Longer they would keep others from
-    the cores: the event loop, and whatever else runs on the machine.
+    the cores: the event loop, and other processes.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "200000")  # milliseconds
@@ -177,7 +182,7 @@ def share_cores() -> None:
 
 
 def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, EngineConfig, ServerConfig]], list[str]]:
-    """The configs of each model that `arguments` name, and notes on options without effect.
+    """Return the configs of each model of `arguments`, and notes on options without effect.
 
     Raises:
         ConfigError: an option is wrong, or there are not as many served names as models.
@@ -190,8 +195,9 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
     names = names.split(",") if isinstance(names, str) else list(names)
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models need as many names: --served-model-name gives {len(names)}")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two models cannot both be served as {repeated[0]!r}; see --served-model-name")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two models cannot both be served as {min(repeated)!r}; see --served-model-name")
     resolved = [
         resolve({**arguments, "model": model, "served_model_name": (name,)})
         for model, name in zip(models, names, strict=True)
@@ -208,7 +214,7 @@ def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerC
 
 
 def _bind(server: ServerConfig) -> socket.socket:
-    """The server's address, taken before the model is loaded, so that a port in use is told at once."""
+    """Take the server's address, before the model is loaded, so that a port in use is told at once."""
     listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -220,34 +226,16 @@ def _bind(server: ServerConfig) -> socket.socket:
 
 
 def report(service: Service) -> list[str]:
-    """What was resolved about a model, a line each, and what a user would want to be warned of."""
+    """Return how a model was understood, runs and is served, a line each, and its warnings."""
     info = service.info
-    revision = f" at revision {info.revision}" if info.revision else ""
-    activation = "normalised" if info.use_activation else "not normalised"
-    lines = [
-        f"model: {info.name}{revision} ({info.architecture}), served as {', '.join(service.names)}",
-        f"runs: {info.dtype} on {info.device}, {info.layout}"
-        + (f", {info.streams} batches at a time" if info.streams > 1 else "")
-        + (", common prefixes once" if info.shares_prefixes else "")
-        + f"; {info.max_model_len} tokens an input"
-        + (", embed takes longer ones in blocks" if info.limit("embed") > info.max_model_len else ""),
-        f"tasks: {', '.join(info.tasks)}; default {info.default_task}",
-        f"pooling: {info.pooling}, {activation}, dimension {info.dimension}"
-        + (f", Matryoshka {list(info.matryoshka) or 'any'}" if info.matryoshka is not None else ""),
-    ]
-    if info.linears:
-        lines.insert(2, f"Linear layers: {info.linears}")
-    if info.head and not info.num_labels:
-        lines.append(f"head: {info.head}")
-    elif info.head:
-        used = info.activation if info.classifies else f"raw ({info.activation} on request)"
-        steps = ", one row per step" if info.step else ""
-        labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
-        lines.append(f"head: {info.head}; {labels}, {used}{steps}")
+    lines = [_source(service), _running(info)]
+    if info.report.linears:
+        lines.append(f"Linear layers: {info.report.linears}")
+    lines += [f"tasks: {', '.join(info.tasks)}; default {info.default_task}", _pooling(info)]
+    if info.report.head:
+        lines.append(_head(info))
     if info.score_types:
-        by_default = asdict(Similarity())
-        changed = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != by_default[kind]]
-        lines.append(f"scores pairs as: {', '.join(info.score_types)}{''.join(changed)}")
+        lines.append(_scoring(info))
     if service.pair_template:
         source = service.pair_template.source or "the checkpoint's chat template"
         lines.append(f"pairs are rendered by: {source[:200]!r}{'...' if len(source) > 200 else ''}")
@@ -255,22 +243,71 @@ def report(service: Service) -> list[str]:
         lines.append(f"requests with `data` go to the plugin {service.plugin.name}")
     if service.ranges:
         lines.append("int8 and uint8 embeddings: by calibrated ranges")
-    prompts = service.renderer.prompts
+    lines += _prompting(info, service.renderer.prompts)
+    return lines + [f"warning: {warning}" for warning in info.report.warnings]
+
+
+def _source(service: Service) -> str:
+    info = service.info
+    revision = f" at revision {info.report.revision}" if info.report.revision else ""
+    return f"model: {info.report.source}{revision} ({info.architecture}), served as {', '.join(service.names)}"
+
+
+def _running(info: ModelInfo) -> str:
+    report = info.report
+    clauses = [f"{report.dtype} on {report.device}", report.layout]
+    if report.streams > 1:
+        clauses.append(f"{report.streams} batches at a time")
+    if report.shares_prefixes:
+        clauses.append("common prefixes once")
+    length = f"{info.max_model_len} tokens an input"
+    if info.limit("embed") > info.max_model_len:
+        length += ", embed takes longer ones in blocks"
+    return f"runs: {', '.join(clauses)}; {length}"
+
+
+def _pooling(info: ModelInfo) -> str:
+    activation = "normalised" if info.use_activation else "not normalised"
+    line = f"pooling: {info.report.pooling}, {activation}, dimension {info.dimension}"
+    if info.matryoshka is None:
+        return line
+    return f"{line}, Matryoshka {list(info.matryoshka) or 'any'}"
+
+
+def _head(info: ModelInfo) -> str:
+    line = f"head: {info.report.head}"
+    if not info.num_labels:
+        return line
+    labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
+    activation = info.activation if info.classifies else f"raw ({info.activation} on request)"
+    steps = ", one row per step" if info.step else ""
+    return f"{line}; {labels}, {activation}{steps}"
+
+
+def _scoring(info: ModelInfo) -> str:
+    usual = asdict(Similarity())
+    unusual = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != usual[kind]]
+    return f"scores pairs as: {', '.join(info.score_types)}{''.join(unusual)}"
+
+
+def _prompting(info: ModelInfo, prompts: Prompts) -> list[str]:
+    """Return the lines about prompts, and about the adapters that prompts may choose."""
+    default = prompts.choose()
+    lines = []
     if prompts.named:
         lines.append(f"prompts: {', '.join(sorted(prompts.named))}")
     if info.adapters:
-        default_adapter = prompts.choose().adapter
-        lines.append(f"adapters: {', '.join(info.adapters)}; default {default_adapter or 'none'}")
-    if default := prompts.choose().text:
-        lines.append(f"prompt before every input: {default!r}")
-    return lines + [f"warning: {warning}" for warning in info.warnings]
+        lines.append(f"adapters: {', '.join(info.adapters)}; default {default.adapter or 'none'}")
+    if default.text:
+        lines.append(f"prompt before every input: {default.text!r}")
+    return lines
 
 
 def limits(engine: EngineConfig | None, server: ServerConfig) -> list[str]:
-    """What requests may bring, and a warning if strangers may bring them.
+    """Return the limits of requests, and a warning if strangers may send some.
 
     Args:
-        engine: options of the engine; `None` = it is another process's, which has its own.
+        engine: options of the engine; `None` = it runs in another process, with options of its own.
         server: options of the server.
     """
     line = f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request"

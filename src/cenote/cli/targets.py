@@ -1,4 +1,4 @@
-"""What `cenote bench` measures: a model in this process, or a server over HTTP."""
+"""Targets of `cenote bench`: a model in this process, or a server over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cenote.pipeline.pipeline import Service
 
 QUERY = "how deep is the water"
-"""What documents are scored against."""
+"""The query that documents are scored against."""
 
 PATIENCE = 600.0
 """Seconds that an answer may take."""
@@ -35,12 +35,12 @@ IDLE = 2.0
 
 
 class Target(Protocol):
-    """Something that answers texts.
+    """A model or a server that answers texts.
 
     Attributes:
         name: of the model.
-        task: what is run.
-        longest: most tokens of a text; `None` = not known.
+        task: the task that is measured.
+        longest: maximum tokens of a text; `None` = unknown.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Target(Protocol):
         """
 
     def count(self, text: str) -> int:
-        """Tokens of a request of one text."""
+        """Return the tokens of a request of one text."""
 
 
 class Local:
-    """A model in this process: what `LLM` and the server both stand on.
+    """A model in this process, below `LLM` and the server.
 
     Args:
         service: the model.
@@ -82,14 +82,13 @@ class Local:
     def ask(self, texts: Seq[str]) -> int:
         """See `Target.ask`."""
         at_once = len(texts) if self.task == "score" else RENDERED_AT_ONCE
-        tokens, under_way = 0, []
+        under_way = []
         for start in range(0, len(texts), at_once):
             job = self._job(texts[start : start + at_once])
-            tokens += job.tokens
             under_way.append((job, self.service.engine.submit(job.sequences)))
         for job, future in under_way:
             job.finish(future.result())
-        return tokens
+        return sum(job.tokens for job, _ in under_way)
 
     def count(self, text: str) -> int:
         """See `Target.count`."""
@@ -106,7 +105,7 @@ class Remote:
     """A server with the routes of OpenAI and vLLM.
 
     Args:
-        url: where it is, with or without `/v1`.
+        url: its address, with or without `/v1`.
         name: of the model; `None` = the server's first.
         task: `None` = embed.
         key: sent as bearer token.
@@ -117,10 +116,12 @@ class Remote:
 
     def __init__(self, url: str, name: str | None, task: str | None, key: str = "") -> None:
         parts = urlsplit(url)
-        self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host = parts.netloc
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._idle: deque[tuple[float, http.client.HTTPConnection]] = deque()
         self.task = task or "embed"
         try:
@@ -143,57 +144,62 @@ class Remote:
         return self.ask([text])
 
     def version(self) -> str | None:
-        """The server's version, if it says so."""
+        """Return the server's version, if it has one."""
         try:
             return str(self._call("GET", "/version")["version"])
         except (CenoteError, LookupError, TypeError):
             return None
 
     def close(self) -> None:
-        """Close what connections are kept."""
+        """Close the connections that are kept."""
         while self._idle:
             self._idle.pop()[1].close()
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer's JSON.
+        """Send a request, and return the JSON of its answer.
 
         Raises:
             CenoteError: the server cannot be reached, or its answer is an error or no JSON.
         """
+        status, content = self._exchange(method, path, None if body is None else orjson.dumps(body))
+        try:
+            answer = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            answer = None
+        if status != 200 or not isinstance(answer, dict):
+            message = _message(answer) or content[:200].decode(errors="replace")
+            raise CenoteError(f"{method} {path} was answered with {status}: {message}")
+        return answer
+
+    def _exchange(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes]:
+        """Send a request, and return the status and the body of its answer."""
         connection = None
         try:
             connection = self._connection()
-            content = None if body is None else orjson.dumps(body)
             connection.request(method, self._prefix + path, content, self._headers)
             answer = connection.getresponse()
-            status, content = answer.status, answer.read()
+            status, body = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
             if connection is not None:
                 connection.close()
-            raise CenoteError(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise CenoteError(f"{type(error).__name__}: {reason}") from None
         self._idle.append((time.monotonic(), connection))
-        try:
-            found = orjson.loads(content)
-        except orjson.JSONDecodeError:
-            found = None
-        if status != 200 or not isinstance(found, dict):
-            said = content[:200].decode(errors="replace")
-            raise CenoteError(f"{method} {path} was answered with {status}: {_message(found) or said}")
-        return found
+        return status, body
 
     def _connection(self) -> http.client.HTTPConnection:
         while True:
             try:
                 since, connection = self._idle.pop()
             except IndexError:
-                return self._make(self._host, timeout=PATIENCE)
+                return self._connect(self._host, timeout=PATIENCE)
             if time.monotonic() - since < IDLE:
                 return connection
             connection.close()
 
 
 def _request(task: str, texts: list[str]) -> tuple[str, dict[str, Any]]:
-    """Path and body of a request."""
+    """Return the path and the body of a request."""
     if task == "embed":
         return "/v1/embeddings", {"input": texts, "encoding_format": "base64"}
     if task == "classify":
@@ -205,8 +211,10 @@ def _request(task: str, texts: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _message(answer: Any) -> str:
-    """What an error's body says, in the forms of OpenAI and FastAPI."""
+    """Return the message of an error body in the forms of OpenAI and FastAPI, or an empty string."""
     if not isinstance(answer, dict):
         return ""
     error = answer.get("error", answer.get("detail", answer.get("message", "")))
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return str(error)

@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -171,7 +170,7 @@ class LocalEngine:
     ) -> None:
         self._model = model
         self._by_priority = by_priority
-        device = model.info.device.partition(":")[0]
+        device = model.info.report.device.partition(":")[0]
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 768)
         self._max_queued = max_queued
         self._lock = threading.RLock()
@@ -179,9 +178,9 @@ class LocalEngine:
             _Stream(number, share, self._lock, is_wide=is_wide)
             for number, (share, is_wide) in enumerate(_shares(threads, self._parallel(streams, device)))
         ]
-        self.info = replace(model.info, streams=sum(not stream.is_wide for stream in self._streams))
+        self.info = model.info.reported(streams=sum(not stream.is_wide for stream in self._streams))
         self._scheduler: Scheduler[_Entry] = Scheduler(
-            self.max_batch_tokens, max_batch_sequences, streams=self.info.streams
+            self.max_batch_tokens, max_batch_sequences, streams=self.info.report.streams
         )
         self._busy: set[_Stream] = set()
         self._lone = Lone()

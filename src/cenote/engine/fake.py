@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cenote.core import ModelInfo, Output, Sequence
+from cenote.core import ModelInfo, Output, Report, Sequence
 from cenote.errors import CenoteError, Closed
 from cenote.tasks import TASKS
 
@@ -27,11 +27,8 @@ FAKE_INFO = ModelInfo(
     dimension=8,
     max_model_len=64,
     vocab_size=1000,
-    dtype="float32",
-    device="cpu",
-    layout="packed",
-    pooling="mean",
     use_activation=True,
+    report=Report(source="fake", pooling="mean"),
 )
 
 

@@ -306,7 +306,7 @@ def _introduction(path: str, frames: Frames) -> Card:
 
 def _contract(card: Card) -> tuple[ModelInfo, Any]:
     """Return the parts of a card that must not change while a front runs: all but the device and the speed."""
-    info = replace(card.info, device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
+    info = card.info.reported(device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
     return info, card.about
 
 

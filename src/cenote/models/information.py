@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import UNLIMITED, ModelInfo, Similarity
+from cenote.core import UNLIMITED, ModelInfo, Report, Similarity
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
 from cenote.models import retrieval
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from cenote.models.poolers import TaskOutput
 
 
-def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length: int, **running: Any) -> ModelInfo:
+def describe(
+    checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length: int, running: Report, **of_backbone: Any
+) -> ModelInfo:
     """What a model is and offers.
 
     Args:
@@ -28,7 +31,8 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
         offer: its outputs.
         options: the user's.
         length: maximum tokens that it reads at once.
-        running: fields that say how it runs.
+        running: the part of the report that says how it runs.
+        of_backbone: fields that its backbone gives.
 
     Raises:
         CheckpointError: the options ask for a task, a length or dimensions that it does not have.
@@ -45,21 +49,33 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
         pooling, use_activation = dense.splade.strategy, dense.use_activation
     classes = _class_info(checkpoint, offer.outputs, options.pooler_config.use_activation)
     info = ModelInfo(
-        name=checkpoint.name,
+        name=_served_name(checkpoint, options),
         architecture=checkpoint.architecture,
         tasks=tuple(offer.outputs),
         default_task=_default_task(checkpoint, offer, options, str(classes.get("reward") or "reward")),
         dimension=offer.dimension,
         max_model_len=length,
         max_embed_len=_embed_length(checkpoint, options, length),
-        pooling=pooling,
         use_activation=use_activation,
-        revision=checkpoint.revision,
         matryoshka=matryoshka,
         similarity=checkpoint.st.similarity if checkpoint.st else Similarity(),
-        **running,
+        report=replace(
+            running,
+            source=checkpoint.name,
+            revision=checkpoint.revision,
+            pooling=pooling,
+            head=checkpoint.head.name,
+        ),
+        **of_backbone,
     )
     return replace(info, **classes)
+
+
+def _served_name(checkpoint: Checkpoint, options: ModelConfig) -> str:
+    """Return the first served name for messages: of a folder its last part, as paths are not for strangers."""
+    name = (*options.served_model_name, checkpoint.name)[0]
+    path = Path(name).expanduser()
+    return path.absolute().name if path.is_dir() else name
 
 
 def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, reward: str) -> str:
@@ -91,7 +107,7 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
     vectors = _score_types(checkpoint, outputs)
     found = outputs.get("classify") or outputs.get("token_classify")
     if not isinstance(found, (Classify, TokenClassify)):
-        return {"score_types": vectors, "head": checkpoint.head.name}
+        return {"score_types": vectors}
     num_labels, head = found.classifier.num_labels, checkpoint.head
     rates = "classify" in outputs and num_labels == 1
     of_tokens = outputs.get("token_classify")
@@ -109,7 +125,6 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         "activates_reward": step if activates is None else activates,
         "step": step,
         "columns": columns,
-        "head": head.name,
     }
 
 

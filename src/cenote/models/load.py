@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cenote.core import Sequence
+from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError
 from cenote.models import checkpoint as checkpoints
 from cenote.models import offers
@@ -190,19 +190,22 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     notes = [*built.notes, _layout_note(subject)]
     for outcome in outcomes.values():
         notes += outcome.notes
+    running = Report(
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(layout.backbone.device),
+        layout=layout.name,
+        linears=next(filter(None, linears), ""),
+        shares_prefixes=layout.shares_prefixes,
+        warnings=tuple(filter(None, notes)),
+    )
     info = describe(
         checkpoint,
         offer,
         options,
         built.length,
+        running,
         vocab_size=vocabulary(backbone),
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(layout.backbone.device),
-        layout=layout.name,
-        shares_prefixes=layout.shares_prefixes,
         adapters=subject.adapters,
-        linears=next(filter(None, linears), ""),
-        warnings=tuple(filter(None, notes)),
     )
     model = PoolingModel(info, layout, offer.outputs)
     _check_first_forward(model, offer)

@@ -7,7 +7,6 @@ be packed and launched. All tasks of a model share one forward.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,7 +54,7 @@ class PoolingModel:
 
     def warn(self, note: str) -> None:
         """Add a line to the warnings of the report at start."""
-        self.info = replace(self.info, warnings=(*self.info.warnings, note))
+        self.info = self.info.reported(warnings=(*self.info.report.warnings, note))
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""

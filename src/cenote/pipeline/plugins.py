@@ -20,8 +20,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
-from cenote.core import PoolingOutput, PoolingParams, PoolingRequestOutput
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
+from cenote.outputs import PoolingOutput, PoolingRequestOutput
 from cenote.tasks import PLUGIN, check_task
 
 if TYPE_CHECKING:

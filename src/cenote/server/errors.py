@@ -1,6 +1,6 @@
 """Errors on the wire: the one place where an exception becomes a response.
 
-What every dialect says of an error is a `Fault`; the body is the dialect's. The common one is OpenAI's and vLLM's,
+Every dialect makes its body of an error out of a `Fault`. The common body is OpenAI's and vLLM's,
 `{"error": {"message", "type", "param", "code"}}`, with the message once more as `detail`, where clients of Voyage and
 Jina read it. Texts never show a path.
 """
@@ -36,7 +36,7 @@ _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
 
 class BadBody(Exception):
-    """A body that is no JSON, or does not fit the model of its route.
+    """A body that is not JSON, or does not fit the model of its route.
 
     Attributes:
         errors: pydantic's reports, each with `loc` from the body on.
@@ -71,7 +71,7 @@ Failures = (CenoteError, BadBody, HTTPException)
 
 
 def openai_error(fault: Fault) -> dict[str, Any]:
-    """The body of OpenAI and vLLM, with the message once more as `detail`."""
+    """Return the body of OpenAI and vLLM, with the message once more as `detail`."""
     if isinstance(fault.error, Unauthorized):
         return {"error": "Unauthorized", "detail": "Unauthorized"}
     fields = {"message": fault.message, "type": fault.type, "param": fault.param, "code": fault.status}
@@ -82,7 +82,7 @@ def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_e
     """Return the response for an exception. Unknown paths and methods have `{"detail": ...}` in every dialect.
 
     Args:
-        error: whatever was raised.
+        error: any exception.
         body: makes the dialect's error body.
     """
     if isinstance(error, HTTPException) and error.status_code != 400:
@@ -92,7 +92,7 @@ def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_e
 
 
 def fault_of(error: Exception) -> Fault:
-    """Return what dialects are told of `error`."""
+    """Return `error` as dialects see it."""
     if isinstance(error, BadBody):
         message, param = validation(error.errors)
         return Fault(400, _presentable(message), "Bad Request", param, error)

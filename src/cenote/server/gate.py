@@ -1,4 +1,4 @@
-"""What every request passes before its route: request id, API key, content type, body limit, metrics.
+"""The gate that every request passes before its route: request id, API key, content type, body limit, metrics.
 
 Plain ASGI, so that a handler can still see the client leave. The body is read here, bounded, and replayed.
 """
@@ -36,7 +36,7 @@ class UnderWay:
         self.is_over = False
 
     async def run(self, answer: Coroutine[Any, Any, None]) -> bool:
-        """Await `answer`; returns False if `end` cut it short, or came before it."""
+        """Await `answer`, and return whether it ended by itself: `end` may cut it short, or come before it."""
         task = asyncio.current_task()
         assert task is not None
         if self.is_over:
@@ -55,7 +55,7 @@ class UnderWay:
         return True
 
     def end(self) -> int:
-        """Cut all of them short; returns their number."""
+        """Cut all of them short, and return their number."""
         self.is_over = True
         for task in self._tasks:
             task.cancel()
@@ -63,7 +63,7 @@ class UnderWay:
 
 
 class Gate:
-    """ASGI middleware. Answers what it refuses by itself, in the error shape of the API.
+    """ASGI middleware. Answers requests that it refuses by itself, in the error shape of the API.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
@@ -81,9 +81,9 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id")
+        request_id = headers.get("x-request-id")
         state = scope.setdefault("state", {})
-        state["request_id"], state["body_bytes"] = given, 0
+        state["request_id"], state["body_bytes"] = request_id, 0
         began, status, is_started = time.monotonic(), 500, False
 
         async def counted(message: Message) -> None:
@@ -91,7 +91,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status, is_started = message["status"], True
                 if self.config.enable_request_id_headers:
-                    MutableHeaders(scope=message)["X-Request-Id"] = given or new_id()
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id or new_id()
             await send(message)
 
         is_counted = scope["path"] not in UNCOUNTED
@@ -118,16 +118,21 @@ class Gate:
         await self.app(scope, replayed, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        if self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            given = headers.get("authorization", "")
-            scheme, _, token = given.partition(" ")
-            key = (token if scheme.lower() == "bearer" else given).strip().encode()
-            if not any(hmac.compare_digest(key, known) for known in self._keys):
-                raise Unauthorized("missing or wrong API key")
-        if scope["method"] == "POST" and scope["path"] not in OPEN_PATHS:
+        """Raise `CenoteError` for a request without a key, or with a body that is not JSON."""
+        if scope["path"] in OPEN_PATHS:
+            return
+        if self._keys and scope["method"] != "OPTIONS":
+            self._check_key(headers.get("authorization", ""))
+        if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, token = authorization.partition(" ")
+        key = (token if scheme.lower() == "bearer" else authorization).strip().encode()
+        if not any(hmac.compare_digest(key, valid) for valid in self._keys):
+            raise Unauthorized("missing or wrong API key")
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""

@@ -25,7 +25,7 @@ def read(content: bytes, kind: type[BaseModel], limits: Limits) -> Any:
     """Parse and validate a body.
 
     Raises:
-        BadBody: it is no JSON, or not what `kind` describes.
+        BadBody: it is not JSON, or does not fit `kind`.
         BadRequest: a list in it is longer than `limits` allow.
         HTTPException: it cannot be read at all.
     """

@@ -2,8 +2,8 @@
 
 A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
 request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
-every step of the way to a thread and back waits for the interpreter's lock. What arrives together reaches the engine
-together, so that the first of many is no batch of one.
+every step of the way to a thread and back waits for the interpreter's lock. Requests that arrive together reach the
+engine together, so that the first of many is not a batch of one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHORT = 4096
 LARGE = 65_536
 """Answers of more numbers than this are encoded off the event loop."""
 QUIET = 2
-"""Turns of the event loop without a new request after which those that have come reach the engine."""
+"""Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
 NOTICE = 1.0
@@ -52,7 +52,7 @@ _ids = random.Random()
 
 
 class Serving:
-    """The models of one server and what requests need to reach them."""
+    """The models of one server, and the way to them."""
 
     def __init__(self, services: list[Service], config: ServerConfig) -> None:
         self.services = services
@@ -64,14 +64,14 @@ class Serving:
         self._desk: Desk | None = None
 
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
-        """The service called `model`; the first one if the request names none.
+        """Return the service called `model`; the first one if the request names none.
 
         Args:
             model: name in the request.
             any_name: a server of one model answers to every name, as FastDeploy's do.
 
         Raises:
-            ModelNotFound: there is none of that name.
+            ModelNotFound: no model has that name.
         """
         if not model or (any_name and len(self.services) == 1):
             return self.services[0]
@@ -80,7 +80,7 @@ class Serving:
         return self._by_name[model]
 
     def name(self, model: str | None) -> str:
-        """What the answer calls the model: as the request did, else its first name."""
+        """Return the model's name in an answer: that of the request, else the first."""
         return model or self.services[0].names[0]
 
     def check_count(self, count: int) -> None:
@@ -119,9 +119,9 @@ class Serving:
         Args:
             request: of a client that may leave.
             service: the model.
-            body: of the request; says how its sequences wait and whose results they may share.
+            body: of the request: its priority, and the salt of its cached results.
             make: makes the job, whose answer is the response.
-            is_plain: it only tokenises text of the body.
+            is_plain: `make` only tokenises text of the body.
 
         Raises:
             CenoteError: the operation or the engine refuses the request, or fails.
@@ -157,7 +157,7 @@ class Serving:
             watch.cancel()
 
     def close(self) -> None:
-        """Finish what was accepted and stop."""
+        """Finish the accepted work and stop."""
         for service in self.services:
             service.engine.close()
         self._pool.shutdown()
@@ -178,7 +178,7 @@ class Desk:
         self._woken = False
 
     def submit(self, engine: Engine, sequences: list[Sequence]) -> asyncio.Future[list[Output]]:
-        """The outputs of `sequences`, or what `engine` refuses. Whoever cancels the future cancels the work."""
+        """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work."""
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
         self._held.append((engine, sequences, answer))
         if len(self._held) == 1:
@@ -187,13 +187,18 @@ class Desk:
         return answer
 
     def of(self, future: Future[T]) -> asyncio.Future[T]:
-        """A future of the loop that ends as `future` does."""
+        """Return a future of the loop that ends as `future` does."""
         answer: asyncio.Future[T] = self.loop.create_future()
         self._follow(future, answer)
         return answer
 
     def _hold(self, count: int, quiet: int) -> None:
-        """A turn of the loop; `count` had come before the last one, and `quiet` turns brought none."""
+        """Hand the held requests over, or wait for another turn of the loop.
+
+        Args:
+            count: requests that were held at the last turn.
+            quiet: turns that brought no new one.
+        """
         quiet = quiet + 1 if count == len(self._held) else 0
         if quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD:
             self.loop.call_soon(self._hold, len(self._held), quiet)
@@ -204,7 +209,7 @@ class Desk:
                 continue
             try:
                 future = engine.submit(sequences)
-            except Exception as error:  # what the engine refuses is the answer
+            except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue
             self._follow(future, answer)
@@ -225,12 +230,19 @@ class Desk:
             answer, future = self._done.popleft()
             if answer.done():
                 continue
-            if future.cancelled():
-                answer.cancel()
-            elif (error := future.exception()) is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(future.result())
+            _resolve(answer, future)
+
+
+def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
+    """End `answer` as `future` ended."""
+    if future.cancelled():
+        answer.cancel()
+        return
+    error = future.exception()
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(future.result())
 
 
 def _drop(work: Future[Any], _: asyncio.Future[Any]) -> None:
@@ -250,12 +262,12 @@ def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
     answer.add_done_callback(lambda _: watching.cancel())
 
 
-def request_id(request: Request, given: str | None) -> str:
-    """The header `X-Request-Id`, else the body's `request_id`, else a new one."""
+def request_id(request: Request, of_body: str | None) -> str:
+    """Return the header `X-Request-Id`, else the body's `request_id`, else a new one."""
     header: Any = request.state.request_id
-    return header or (given or "").encode(errors="replace").decode() or new_id()
+    return header or (of_body or "").encode(errors="replace").decode() or new_id()
 
 
 def new_id() -> str:
-    """32 random hexadecimal digits. They name a request and guard nothing, so they need not wait for the kernel's."""
+    """Return 32 random hexadecimal digits, which name a request and guard nothing, so the kernel's are not needed."""
     return f"{_ids.getrandbits(128):032x}"

@@ -59,7 +59,7 @@ async def token_classify(serving: Serving, request: Request, body: EntityRequest
 
 
 def wire(entity: Entity) -> dict[str, Any]:
-    """An entity as Transformers' pipeline writes it: `entity` and `index` for tokens, `entity_group` for groups."""
+    """Return an entity as Transformers' pipeline does: `entity` and `index` of a token, `entity_group` of a group."""
     place = {"start": entity.start, "end": entity.end}
     if entity.index is None:
         return {"entity_group": entity.label, "score": entity.score, "word": entity.word, **place}

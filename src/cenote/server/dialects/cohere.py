@@ -42,9 +42,10 @@ class Content(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Content:
-        if self.type == "text" and self.text is None:
-            raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
-        if self.type == "image_url" and not (self.image_url or {}).get("url"):
+        if self.type == "text":
+            if self.text is None:
+                raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
+        elif not self.image_url or not self.image_url.get("url"):
             raise PydanticCustomError("content", "CohereEmbedContent with type='image_url' requires image_url.url")
         return self
 
@@ -53,6 +54,16 @@ class Input(BaseModel):
     """An input of several parts."""
 
     content: Some[Content]
+
+    @property
+    def text(self) -> str:
+        """Its texts, a line each."""
+        return "\n".join(str(part.text) for part in self.content)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether a part of it is an image."""
+        return any(part.type == "image_url" for part in self.content)
 
 
 class EmbedRequest(Queued):
@@ -80,12 +91,12 @@ class EmbedRequest(Queued):
 
 
 async def embed(serving: Serving, request: Request, body: EmbedRequest) -> Response:
-    """One vector per input, in each of the types that are asked for."""
+    """One vector per input, in each of the types of the request."""
     return await _answer(serving, request, body, version="2")
 
 
 async def embed_v1(serving: Serving, request: Request, body: EmbedRequest) -> Response:
-    """The same; vectors stand in a bare list unless types are asked for."""
+    """The same; vectors stand in a bare list unless the request names types."""
     return await _answer(serving, request, body, version="1")
 
 
@@ -94,6 +105,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
     params = PoolingParams(dimensions=body.output_dimension)
     types: list[VectorType] = body.embedding_types or ["float"]
     is_bare = version == "1" and not body.embedding_types
+    texts = {"texts": body.texts} if body.texts else {}
 
     def make() -> Job[Response]:
         prompts, options = _prompts(serving, service, body)
@@ -106,7 +118,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
             answer = {
                 "id": f"embd-{request_id(request, None)}",
                 "embeddings": embeddings["float"] if is_bare else embeddings,
-                **({"texts": body.texts} if body.texts else {}),
+                **texts,
                 "meta": {
                     "api_version": {"version": version},
                     "billed_units": {"input_tokens": job.tokens, "image_tokens": 0},
@@ -126,30 +138,29 @@ def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[li
     Raises:
         BadRequest: it has images, or names a prompt that the model does not have.
     """
-    renderer = service.renderer
-    serving.check_count(len(body.texts or body.inputs or body.images or ()))
+    renderer, inputs = service.renderer, body.inputs or []
+    serving.check_count(len(body.texts or inputs or body.images or ()))
     _refuse_images(service, body)
     applied = renderer.prompts.choose(input_type=body.input_type)
     options = _text_options(service, body)
-    if body.inputs and renderer.tokenizer.chat_template:
-        prompts = [renderer.chat_text(_messages(given, applied)) for given in body.inputs]
+    if inputs and renderer.tokenizer.chat_template:
+        prompts = [renderer.chat_text(_messages(entry, applied)) for entry in inputs]
         return prompts, options._replace(prompt=replace(applied, text=""), add_special_tokens=False)
-    texts = ["\n".join(str(part.text) for part in given.content) for given in body.inputs or ()]
-    return body.texts or texts, options._replace(prompt=applied)
+    return body.texts or [entry.text for entry in inputs], options._replace(prompt=applied)
 
 
 def _text_options(service: Service, body: EmbedRequest) -> TextOptions:
-    most = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
+    length = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
     return {
         "NONE": TextOptions(whole=True),
-        "START": TextOptions(most, "left"),  # as in vLLM the ids are cut, and a special token at their start goes too
-        "END": TextOptions(most),
+        "START": TextOptions(length, "left"),  # as in vLLM the ids are cut, the special token at their start too
+        "END": TextOptions(length),
     }[body.truncate]
 
 
 def _refuse_images(service: Service, body: EmbedRequest) -> None:
-    parts = [part for given in body.inputs or () for part in given.content]
-    if body.images or any(part.type == "image_url" for part in parts):
+    has_image = any(entry.has_image for entry in body.inputs or ())
+    if body.images or has_image:
         raise BadRequest(
             f"{service.info.architecture} takes no images, only texts: send `texts`, or `inputs` whose content has the "
             "type 'text'",
@@ -167,10 +178,10 @@ def _check_uncut(body: EmbedRequest, longest: int) -> None:
         )
 
 
-def _messages(given: Input, applied: Applied) -> list[dict[str, Any]]:
-    """An input as a user's message, behind its prompt as a system message."""
-    system = [{"role": "system", "content": applied.text}] if applied.text else []
-    return [*system, {"role": "user", "content": [part.model_dump(exclude_none=True) for part in given.content]}]
+def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
+    """Return an input as a user's message, behind its prompt as a system message."""
+    user = {"role": "user", "content": [part.model_dump(exclude_none=True) for part in entry.content]}
+    return [{"role": "system", "content": applied.text}, user] if applied.text else [user]
 
 
 DIALECT = Dialect(

@@ -45,7 +45,7 @@ class RewardRequest(Shared, Chat):
         return self
 
     def token_ids(self) -> list[int] | None:
-        """The ids, whether under `prompt_token_ids` or `messages`; `None` if the request has a conversation."""
+        """Return the ids under `prompt_token_ids` or `messages`; `None` if the request has a conversation."""
         source: Any = self.prompt_token_ids or self.messages
         return source if isinstance(source[0], int) else None
 
@@ -87,7 +87,7 @@ async def reward(serving: Serving, request: Request, body: RewardRequest) -> Res
 
 
 def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Output]]:
-    # FastDeploy keeps the last tokens of what is too long, special tokens or not.
+    # FastDeploy keeps the last tokens of an input that is too long, special tokens or not.
     side = body.truncation_side or ("left" if body.truncate_prompt_tokens is not None else None)
     options = body.text_options(add_special_tokens=bool(body.add_special_tokens))._replace(side=side)
     prompt: Any = body.token_ids()
@@ -100,8 +100,9 @@ def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Ou
 
 
 def _scores(service: Service, output: Output) -> list[float]:
-    """The reward; of steps, whose classes are bad and good, the value of the last class."""
-    values: list[float] = (output.data[:, -1] if service.info.step else output.data).ravel().tolist()
+    """Return the reward; of steps, whose classes are bad and good, the value of the last class."""
+    rewards = output.data[:, -1] if service.info.step else output.data
+    values: list[float] = rewards.ravel().tolist()
     return values
 
 

@@ -31,28 +31,30 @@ class EmbeddingRequest(TypedFields):
 
     @model_validator(mode="after")
     def _one_dimension(self) -> EmbeddingRequest:
-        if self.output_dimension is not None:
-            if self.dimensions not in (None, self.output_dimension):
-                raise PydanticCustomError(
-                    "dimensions",
-                    "`dimensions` and `output_dimension` are the same; only one of them can be given.",
-                    {"param": "output_dimension"},
-                )
-            self.dimensions = self.output_dimension
+        if self.output_dimension is None:
+            return self
+        if self.dimensions not in (None, self.output_dimension):
+            raise PydanticCustomError(
+                "dimensions",
+                "`dimensions` and `output_dimension` are the same; only one of them can be given.",
+                {"param": "output_dimension"},
+            )
+        self.dimensions = self.output_dimension
         return self
 
     def tasks(self, info: ModelInfo) -> tuple[str, ...]:
-        """The tasks that the request asks for, the first one being that of `embedding`."""
-        asked = self.embedding_types or ()
-        if any(name in KINDS for name in asked):  # beside them, forms of a vector ask for the dense one
-            return tuple(dict.fromkeys(KINDS.get(name, "embed") for name in asked))
+        """Return the tasks of the request, the first one being that of `embedding`."""
+        types = self.embedding_types or ()
+        if not KINDS.keys().isdisjoint(types):  # beside kinds, forms of a vector mean the dense one
+            return tuple(dict.fromkeys(KINDS.get(name, "embed") for name in types))
         if self.task in TASKS:
             return (str(self.task),)
         if self.late_chunking_params is not None:
             return ("token_embed",)
         if self.vector_types():
             return ("embed",)
-        return (info.tasks[0] if info.tasks[0] in KINDS_OF_TASKS else "embed",)
+        first = info.tasks[0]
+        return (first,) if first in KINDS_OF_TASKS else ("embed",)
 
     def applied(self, prompts: Prompts) -> Applied:
         """See `PoolingFields.applied`."""
@@ -94,7 +96,7 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
         "object": "model",
         "created": serving.started,
         "owned_by": "cenote",
-        "root": service.info.name,
+        "root": service.info.report.source,
         "parent": None,
         "max_model_len": service.info.max_model_len,
         "permission": [permission],

@@ -1,4 +1,4 @@
-"""Routes for those who run the server: health, load, version and metrics."""
+"""Routes for operators: health, load, version and metrics."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from cenote.tensors.similarity import Array
 
 Text = str | dict[str, Any]
-"""A text, or `{"content": [parts]}` or `{"text": ...}` whose parts are texts."""
+"""A text, or `{"content": [parts]}` of texts, or `{"text": ...}`."""
 
 SPELLINGS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
 """The names of the two sides of `/score`; the first pair that is complete counts."""
 
 
 class ScoringFields(Shared):
-    """What `/score` and `/rerank` have in common."""
+    """Fields of `/score` and `/rerank`."""
 
     use_activation: bool | None = None
     max_tokens_per_query: int = Field(0, description="tokens to which queries are cut; 0 = not")
@@ -45,7 +45,7 @@ class ScoringFields(Shared):
     score_type: str | None = Field(None, description="cross-encoder, bi-encoder or late-interaction")
 
     def pair_options(self) -> PairOptions:
-        """How two texts become one input.
+        """Return how two texts become one input.
 
         Raises:
             BadRequest: a variable of the template is one that requests may not set.
@@ -77,9 +77,12 @@ class ScoreRequest(ScoringFields):
         return self
 
     def sides(self) -> tuple[Any, Any] | None:
-        """The two sides, or `None` if no pair of names is complete."""
-        found = [(getattr(self, a), getattr(self, b)) for a, b in SPELLINGS]
-        return next((pair for pair in found if pair[0] is not None and pair[1] is not None), None)
+        """Return the two sides, or `None` if no pair of names is complete."""
+        for names in SPELLINGS:
+            first, second = (getattr(self, name) for name in names)
+            if first is not None and second is not None:
+                return first, second
+        return None
 
 
 class RerankRequest(ScoringFields):
@@ -87,7 +90,7 @@ class RerankRequest(ScoringFields):
 
     query: Text
     documents: Text | Many[Text]
-    top_n: int | None = Field(0, ge=0, description="how many results; 0 = all")
+    top_n: int | None = Field(0, ge=0, description="number of results; 0 = all")
     top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, whose results are under `data`)")
     return_documents: bool | None = Field(None, description="false leaves the documents out")
 
@@ -98,7 +101,7 @@ class RerankRequest(ScoringFields):
 
 
 async def score(serving: Serving, request: Request, body: ScoreRequest) -> Response:
-    """How well texts go together: one score per pair, in order."""
+    """One score per pair of texts, in order."""
     service = serving.find(body.model)
     sides = body.sides()
     assert sides is not None
@@ -149,44 +152,49 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
 
 
 def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
-    """An entry of the answer, in vLLM's form or in Voyage's."""
+    """Return an entry of the answer, in vLLM's form or in Voyage's, which has documents only on request."""
     result: dict[str, Any] = {"index": rank.index}
-    if body.is_voyage and body.return_documents:
-        result["document"] = document
-    if not body.is_voyage and body.return_documents is not False:
+    if body.is_voyage:
+        if body.return_documents:
+            result["document"] = document
+    elif body.return_documents is not False:
         result["document"] = {"text": document, "multi_modal": None}
-    return {**result, "relevance_score": rank.score}
+    result["relevance_score"] = rank.score
+    return result
 
 
 def texts(side: Text | list[Text], service: Service) -> list[str]:
-    """One side of the pairs as texts.
+    """Return one side of the pairs as texts.
 
     Raises:
-        BadRequest: a part is no text.
+        BadRequest: a part is not a text.
     """
-    return [_text(item, service) for item in (side if isinstance(side, list) else [side])]
+    items = side if isinstance(side, list) else [side]
+    return [_text(item, service) for item in items]
 
 
 def _text(item: Text, service: Service) -> str:
     if isinstance(item, str):
         return item
-    parts = item.get("content", [item])
-    if isinstance(parts, str):
-        return parts
-    listed = parts if isinstance(parts, list) and parts else [None]
-    found = [part.get("text") if isinstance(part, dict) else None for part in listed]
-    if not all(isinstance(text, str) for text in found):
+    content = item.get("content", [item])
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    lines = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not parts or len(lines) < len(parts):
         raise BadRequest(
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are",
             param="content",
         )
-    return "\n".join(str(text) for text in found)
+    return "\n".join(lines)
 
 
 def scoring_error(fault: Fault) -> dict[str, Any]:
-    """The body of OpenAI; of a model without a score, which has no such routes in vLLM, with the `detail` of a 404."""
+    """Return OpenAI's body; of a model without a score, which has no such routes in vLLM, with a 404's `detail`."""
     body = openai_error(fault)
-    return body | {"detail": "Not Found"} if isinstance(fault.error, NotScored) else body
+    if isinstance(fault.error, NotScored):
+        body["detail"] = "Not Found"
+    return body
 
 
 DIALECT = Dialect(

@@ -16,7 +16,7 @@ from cenote.pipeline.rendering import ChatOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import answers
-from cenote.server.wire.encoding import foreign_response, json_response, vectors_response, with_data
+from cenote.server.wire.encoding import entries, foreign_response, json_response, vectors_response, with_data
 from cenote.server.wire.fields import (
     KINDS_OF_TASKS,
     Body,
@@ -98,6 +98,18 @@ class TokenizeRequest(Body, Chat):
             )
         return self
 
+    def tokenized_chat(self, *, trust_template: bool) -> ChatOptions:
+        """Return how messages become text: by default with the beginning of the model's answer.
+
+        Raises:
+            BadRequest: the request brings a template, and the server does not trust those.
+        """
+        chat = self.chat_options(trust_template=trust_template)
+        opens = self.add_generation_prompt
+        if opens is None:
+            opens = not self.continue_final_message
+        return ChatOptions(opens, chat.continue_final_message, chat.template, chat.kwargs)
+
 
 class DetokenizeRequest(Body):
     """Body of `POST /detokenize`."""
@@ -177,23 +189,21 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
     Raises:
         BadRequest: the text is longer than the server tokenises, or the chat template refuses the messages.
     """
+    special, limit = body.add_special_tokens, serving.config.max_tokenize_bytes
     if body.messages is None:
-        text = body.prompt or ""
-        special = True if body.add_special_tokens is None else body.add_special_tokens
+        param, text = "prompt", body.prompt or ""
+        special = True if special is None else special
     else:
-        chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-        options = ChatOptions(opens, chat.continue_final_message, chat.template, chat.kwargs)
-        text = service.renderer.chat_text(body.messages, options)
-        special = bool(body.add_special_tokens)
+        chat = body.tokenized_chat(trust_template=serving.config.trust_request_chat_template)
+        param, text = "messages", service.renderer.chat_text(body.messages, chat)
     size = len(text.encode(errors="replace"))
-    if size > serving.config.max_tokenize_bytes:
+    if size > limit:
         raise BadRequest(
-            f"the text has {size} bytes; at most {serving.config.max_tokenize_bytes} are tokenised. "
+            f"the text has {size} bytes; at most {limit} are tokenised. "
             "Send it in parts, or start the server with a larger --max-tokenize-bytes",
-            param="prompt" if body.messages is None else "messages",
+            param=param,
         )
-    return service.renderer.tokenize(text, add_special_tokens=special)
+    return service.renderer.tokenize(text, add_special_tokens=bool(special))
 
 
 async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest) -> Response:
@@ -249,39 +259,43 @@ async def answer_vectors(
         top_k=body.top_k,
         late_chunking_params=body.late(),
     )
+    tasks = (task, *also)
+    only_float = bool(also) or task == "sparse"
     if also and params.late_chunking_params is not None:
         raise BadRequest(
-            f"late chunking is for the task 'token_embed' alone, not for {[task, *also]}", param="late_chunking_params"
+            f"late chunking is for the task 'token_embed' alone, not for {[*tasks]}", param="late_chunking_params"
         )
     applied = body.applied(service.renderer.prompts)
-    tasks = (task, *also)
 
     def make() -> Job[Response]:
         prompts, options = answers.prompts_of(serving, service, body, applied)
         job = operations.encode(service, prompts, task, params, options, also=also)
         form = body.form(service, tasks, params) if isinstance(body, TypedFields) else None
-        if (also or task == "sparse") and body.encoding_format != "float":
-            raise BadRequest(
-                f"sparse embeddings and several kinds at once have only the encoding_format 'float', "
-                f"got {body.encoding_format!r}",
-                param="encoding_format",
-            )
+        if only_float:
+            _check_float(body)
 
         def encode(outputs: list[Output]) -> Response:
             head = answers.head(serving, request, body, prefix, job.sequences, applied)
-            if also or task == "sparse":
+            if only_float:
                 values = _several(service, body, outputs, tasks, form)
             elif form is not None:
                 values = form([output.data for output in outputs])
             else:
                 return _vectors(body, head, outputs, job.sequences, kind, field)
-            return json_response(
-                with_data(head, [{"index": i, "object": kind, field: value} for i, value in enumerate(values)])
-            )
+            return json_response(with_data(head, entries(kind, field, values)))
 
         return job.then(encode)
 
     return await serving.answer(request, service, body, make, is_plain=body.conversations() is None)
+
+
+def _check_float(body: PoolingFields) -> None:
+    if body.encoding_format != "float":
+        raise BadRequest(
+            f"sparse embeddings and several kinds at once have only the encoding_format 'float', "
+            f"got {body.encoding_format!r}",
+            param="encoding_format",
+        )
 
 
 def _vectors(
@@ -292,7 +306,7 @@ def _vectors(
     kind: str,
     field: str,
 ) -> Response:
-    """An answer of plain vectors or matrices, in any encoding."""
+    """Return an answer of plain vectors or matrices, in any encoding."""
     beside = [{"late_chunking": sequence.late_chunking} for sequence in sequences] if body.late() else None
     return vectors_response(
         head,
@@ -309,17 +323,18 @@ def _vectors(
 def _several(
     service: Service, body: PoolingFields, outputs: list[Output], tasks: tuple[str, ...], form: Form | None
 ) -> list[Any]:
-    """What stands for each input: a sparse vector, or several kinds of embeddings by their names."""
-    by_task = {task: [output if task == tasks[0] else output.others[task] for output in outputs] for task in tasks}
-    values = {
-        task: [answers.value(output, service, return_tokens=body.return_tokens) for output in of_task]
-        for task, of_task in by_task.items()
-    }
-    if form is not None:
-        values["embed"] = form([output.data for output in by_task["embed"]])
+    """Return the value of each input: a sparse vector, or several kinds of embeddings by their names."""
+    values: dict[str, list[Any]] = {}
+    for task in tasks:
+        of_task = outputs if task == tasks[0] else [output.others[task] for output in outputs]
+        if task == "embed" and form is not None:
+            values[task] = form([output.data for output in of_task])
+        else:
+            values[task] = [answers.value(output, service, return_tokens=body.return_tokens) for output in of_task]
     if len(tasks) == 1:
         return values[tasks[0]]
-    return [{KINDS_OF_TASKS[task]: values[task][i] for task in tasks} for i in range(len(outputs))]
+    kinds = [KINDS_OF_TASKS[task] for task in tasks]
+    return [dict(zip(kinds, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 DIALECT = Dialect(

@@ -1,4 +1,4 @@
-"""What the answers of several dialects have in common."""
+"""Parts of the answers of several dialects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def head(
     sequences: Seq[Sequence],
     applied: Applied | None = None,
 ) -> dict[str, Any]:
-    """`id`, `object`, `created`, `model` and `usage` of an answer."""
+    """Return `id`, `object`, `created`, `model` and `usage` of an answer."""
     return {
         "id": f"{prefix}-{request_id(request, body.request_id)}",
         "object": "list",
@@ -39,13 +39,15 @@ def head(
 
 
 def usage(sequences: Seq[Sequence], applied: Applied | None = None) -> dict[str, Any]:
-    """The tokens that a request was charged with, in OpenAI's five fields, and the prompt and adapters applied."""
+    """Return the tokens of a request in OpenAI's five fields, and the prompt and adapters applied."""
     tokens = sum(map(len, sequences))
     details: dict[str, Any] = {}
     if applied is not None and applied.text:
         details |= {"prompt_name": applied.name, "prompt": applied.text}
-    if adapters := list(dict.fromkeys(s.adapter for s in sequences if s.adapter)):
-        details["adapters"] = adapters
+    adapters = dict.fromkeys(sequence.adapter for sequence in sequences)
+    adapters.pop(None, None)
+    if adapters:
+        details["adapters"] = list(adapters)
     return {
         "prompt_tokens": tokens,
         "total_tokens": tokens,
@@ -56,11 +58,13 @@ def usage(sequences: Seq[Sequence], applied: Applied | None = None) -> dict[str,
 
 
 def value(output: Output, service: Service, *, return_tokens: bool = False) -> Any:
-    """An output as an answer holds it: an array, or `{"indices", "values"}` and `tokens` if wanted."""
+    """Return an output as an answer has it: an array, or `{"indices", "values"}`, with `tokens` on request."""
     if output.indices is None:
         return output.data
-    tokens = {"tokens": service.renderer.token_strings(output.indices.tolist())} if return_tokens else {}
-    return {"indices": output.indices, "values": output.data, **tokens}
+    weights = {"indices": output.indices, "values": output.data}
+    if not return_tokens:
+        return weights
+    return {**weights, "tokens": service.renderer.token_strings(output.indices.tolist())}
 
 
 def prompts_of(

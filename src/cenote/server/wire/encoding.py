@@ -18,7 +18,7 @@ from starlette.responses import Response
 from cenote.tensors.quantize import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from cenote.tensors.quantize import Ranges
 
@@ -39,13 +39,13 @@ _DTYPES: dict[EmbedDType, np.dtype[Any]] = {
 }
 LARGEST_E4M3 = 448.0
 _BITS = {4: np.uint32, 2: np.uint16, 1: np.uint8}
-"""Integers by their bytes, as which the bits of numbers are swapped."""
+"""Integer dtypes by their size in bytes, for swapping the bytes of numbers."""
 
 
 def to_bytes(values: np.ndarray[Any, np.dtype[np.float32]], dtype: EmbedDType, endianness: Endianness) -> bytes:
-    """Raw bytes of `values`, rounded to the nearest number of `dtype`, ties to even, as torch rounds.
+    """Return the bytes of `values`, rounded to the nearest number of `dtype`, ties to even, as torch rounds.
 
-    What is too large for fp8_e4m3, which has no infinity, becomes its largest number.
+    Numbers too large for fp8_e4m3, which has no infinity, become its largest number.
 
     Args:
         values: finite, of any shape.
@@ -65,7 +65,7 @@ def typed(
     *,
     param: str | None = None,
 ) -> dict[VectorType, Any]:
-    """`vectors` in each of `types`, as `json_response` takes them: `[N, ...]` arrays, of base64 a list of texts.
+    """Return `vectors` in each of `types`, as `json_response` takes them: `[N, ...]` arrays, of base64 a list of texts.
 
     Args:
         vectors: float32 `[D]` each, of one D.
@@ -77,12 +77,13 @@ def typed(
         BadRequest: see `cenote.tensors.quantize.quantize`.
     """
     vectors_ND = np.stack(vectors)
-    return {
-        name: [base64.b64encode(to_bytes(row_D, "float32", "little")).decode() for row_D in vectors_ND]
-        if name == "base64"
-        else quantize(vectors_ND, name, ranges, param=param)
-        for name in dict.fromkeys(types)
-    }
+    forms: dict[VectorType, Any] = {}
+    for name in types:
+        if name == "base64":
+            forms[name] = [_base64(to_bytes(row_D, "float32", "little")) for row_D in vectors_ND]
+        elif name not in forms:
+            forms[name] = quantize(vectors_ND, name, ranges, param=param)
+    return forms
 
 
 def typed_values(
@@ -93,7 +94,7 @@ def typed_values(
     as_base64: bool = False,
     param: str | None = None,
 ) -> list[Any]:
-    """What stands for each of `vectors` in an answer of one entry per vector.
+    """Return the value of each of `vectors` in an answer of one entry per vector.
 
     One type gives that form itself, several an object by type. With `as_base64`, numbers are base64 of their bytes
     (little-endian float32 for float), as clients of Voyage decode them.
@@ -110,19 +111,23 @@ def typed_values(
 
 
 def _coded(row: Any) -> str:
-    return row if isinstance(row, str) else base64.b64encode(row.astype(row.dtype.newbyteorder("<")).tobytes()).decode()
+    return row if isinstance(row, str) else _base64(row.astype(row.dtype.newbyteorder("<")).tobytes())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def json_response(content: Any) -> Response:
-    """`content` as JSON; NumPy arrays become numbers (the shortest text that reads back as the same float32)."""
+    """Return `content` as JSON; NumPy arrays become numbers (the shortest text that reads back as the same float32)."""
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 def foreign_response(content: Any) -> Response:
-    """`content` of a plugin's making as JSON: also tensors, pydantic models, sets, and keys that are no text.
+    """Return `content` of a plugin as JSON: also tensors, pydantic models, sets, and keys that are not strings.
 
     Raises:
-        TypeError: something in it has no JSON.
+        TypeError: a value in it has no JSON.
     """
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
     return Response(orjson.dumps(content, _plain, option), media_type="application/json")
@@ -139,7 +144,7 @@ def vectors_response(
     endianness: Endianness,
     beside: Sequence[dict[str, Any]] | None = None,
 ) -> Response:
-    """The answer of `/v1/embeddings` and `/pooling` in any encoding.
+    """Return the answer of `/v1/embeddings` and `/pooling` in any encoding.
 
     Args:
         head: `id`, `object`, `created`, `model`, `usage` of the answer.
@@ -149,48 +154,72 @@ def vectors_response(
         beside: further fields of each entry, in the format `float`.
     """
     if encoding_format == "float":
-        data = [{"index": i, "object": kind, field: np.ascontiguousarray(v)} for i, v in enumerate(vectors)]
-        data = [entry | more for entry, more in zip(data, beside, strict=True)] if beside else data
-        return json_response(with_data(head, data))
-    raw = [to_bytes(v, embed_dtype, endianness) for v in vectors]
+        values: Sequence[Any] = [np.ascontiguousarray(vector) for vector in vectors]
+        return json_response(with_data(head, entries(kind, field, values, beside)))
+    raw = [to_bytes(vector, embed_dtype, endianness) for vector in vectors]
     if encoding_format == "base64":
-        coded = [{"index": i, "object": kind, field: base64.b64encode(b).decode()} for i, b in enumerate(raw)]
-        return json_response(with_data(head, coded))
+        return json_response(with_data(head, entries(kind, field, [*map(_base64, raw)])))
     headers = {}
     if encoding_format == "bytes":
-        ends = np.cumsum([len(b) for b in raw]).tolist()
-        entries = [
-            {
-                "index": i,
-                "embed_dtype": embed_dtype,
-                "endianness": endianness,
-                "start": end - len(b),
-                "end": end,
-                "shape": list(v.shape),
-            }
-            for i, (b, v, end) in enumerate(zip(raw, vectors, ends, strict=True))
+        places = _places(raw, [vector.shape for vector in vectors])
+        parts = [
+            {"index": i, "embed_dtype": embed_dtype, "endianness": endianness, **at} for i, at in enumerate(places)
         ]
         usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
-        described = {key: head[key] for key in ("id", "created", "model")} | {"data": entries, "usage": usage}
-        headers["metadata"] = json.dumps(described, separators=(",", ":"))  # a header takes no UTF-8
+        metadata = {"id": head["id"], "created": head["created"], "model": head["model"], "data": parts, "usage": usage}
+        headers["metadata"] = json.dumps(metadata, separators=(",", ":"))  # a header takes no UTF-8
     return Response(b"".join(raw), headers=headers, media_type="application/octet-stream")
 
 
+def entries(
+    kind: str, field: str, values: Iterable[Any], beside: Sequence[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the entries of an answer.
+
+    Args:
+        kind: `object` of each.
+        field: name of the value.
+        values: one for each entry.
+        beside: further fields of each entry.
+    """
+    data = [{"index": i, "object": kind, field: value} for i, value in enumerate(values)]
+    if beside:
+        for entry, more in zip(data, beside, strict=True):
+            entry |= more
+    return data
+
+
+def _places(contents: Sequence[bytes], shapes: Sequence[tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """Yield where each of `contents` lies once they are joined."""
+    end = 0
+    for content, shape in zip(contents, shapes, strict=True):
+        start, end = end, end + len(content)
+        yield {"start": start, "end": end, "shape": list(shape)}
+
+
 def with_data(head: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
-    """`data` put before `usage`, where clients print it."""
-    usage = head["usage"]
-    return {**{key: value for key, value in head.items() if key != "usage"}, "data": data, "usage": usage}
+    """Return an answer with `data` before `usage`, where clients print it."""
+    answer = {**head, "data": data}
+    answer["usage"] = answer.pop("usage")
+    return answer
 
 
 def _plain(value: Any) -> Any:
-    """What orjson does not know, made of what it knows."""
+    """Return a value that orjson cannot encode in terms that it can."""
     if hasattr(value, "model_dump"):
         return value.model_dump()
-    if hasattr(value, "detach"):  # a tensor; NumPy has no bfloat16 and no fp8
-        value = value.detach().cpu()
-        return (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
+    if hasattr(value, "detach"):
+        return _array(value)
     if isinstance(value, np.ndarray):
         return value.tolist() if value.flags.c_contiguous else np.ascontiguousarray(value)
     if isinstance(value, (tuple, set, frozenset)):
         return list(value)
     raise TypeError
+
+
+def _array(tensor: Any) -> Any:
+    """Return a tensor as an array; NumPy has no bfloat16 and no fp8."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.itemsize < 4:
+        tensor = tensor.float()
+    return tensor.numpy()

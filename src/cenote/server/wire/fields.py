@@ -77,9 +77,9 @@ class Body(BaseModel):
 def _check_length(value: Any, limits: Limits) -> None:
     if not isinstance(value, list) or not value:
         return
-    most, noun = limits.of(value[0])
-    if len(value) > most:
-        raise BadRequest(f"the request has {len(value)} {noun}; at most {most} are allowed", param="input")
+    limit, noun = limits.of(value[0])
+    if len(value) > limit:
+        raise BadRequest(f"the request has {len(value)} {noun}; at most {limit} are allowed", param="input")
     if isinstance(value[0], list):
         for element in value:
             _check_length(element, limits)
@@ -121,8 +121,10 @@ class Shared(Queued):
     @model_validator(mode="before")
     @classmethod
     def _removed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         for old in ("normalize", "softmax", "activation"):
-            if isinstance(values, dict) and old in values:
+            if old in values:
                 raise PydanticCustomError(
                     "removed_parameter",
                     f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.",
@@ -141,13 +143,15 @@ class Shared(Queued):
         return self
 
     def text_options(self, *, add_special_tokens: bool = True) -> TextOptions:
-        """How text becomes ids."""
-        pad = self.padding == "max_length"
-        most = -1 if self.truncation and self.truncate_prompt_tokens is None else self.truncate_prompt_tokens
-        return TextOptions(most, self.truncation_side, pad, add_special_tokens, whole=self.truncation is False)
+        """Return how text becomes ids."""
+        length = self.truncate_prompt_tokens
+        if length is None and self.truncation:
+            length = -1
+        pads = self.padding == "max_length"
+        return TextOptions(length, self.truncation_side, pads, add_special_tokens, whole=self.truncation is False)
 
     def refuse_media(self) -> None:
-        """Processor arguments from requests are not trusted; the server has no flag to change that yet."""
+        """Raise `BadRequest` for processor arguments: none are trusted, and no flag of the server changes that yet."""
         if self.mm_processor_kwargs:
             raise BadRequest("`mm_processor_kwargs` is not accepted from requests", param="mm_processor_kwargs")
 
@@ -173,7 +177,7 @@ class Chat(BaseModel):
         return self
 
     def chat_options(self, *, trust_template: bool) -> ChatOptions:
-        """How messages become text.
+        """Return how messages become text.
 
         Raises:
             BadRequest: the request brings a template, and the server does not trust those.
@@ -211,25 +215,29 @@ class Inputs(Shared, Chat):
         return False
 
     def conversations(self) -> list[Conversation] | None:
-        """The conversations, whether under `messages` or `input`; `None` if the request has text or ids."""
-        source: Any = self.messages if self.messages is not None else self.input
-        if isinstance(source, list) and source and isinstance(source[0], dict):
+        """Return the conversations under `messages` or `input`; `None` if the request has text or ids."""
+        source: Any = self.input if self.messages is None else self.messages
+        if _is_conversation(source):
             return [source]
-        if isinstance(source, list) and source and isinstance(source[0], list) and isinstance(source[0][0:1], list):
-            return source if source[0] and isinstance(source[0][0], dict) else None
+        if isinstance(source, list) and source and _is_conversation(source[0]):
+            return source
         return None
 
     def prompts(self) -> list[Any]:
-        """`input` as a list of prompts."""
+        """Return `input` as a list of prompts."""
         source: Any = self.input
         if isinstance(source, str) or (source and isinstance(source[0], int)):
             return [source]
         return list(source or [])
 
     def options(self, *, is_chat: bool) -> TextOptions:
-        """How text becomes ids."""
-        special = self.add_special_tokens if self.add_special_tokens is not None else not is_chat
+        """Return how text becomes ids."""
+        special = not is_chat if self.add_special_tokens is None else self.add_special_tokens
         return self.text_options(add_special_tokens=special)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 class LateChunking(BaseModel):
@@ -241,7 +249,7 @@ class LateChunking(BaseModel):
 
 
 class PoolingFields(Inputs):
-    """What `/v1/embeddings` and `/pooling` have in common."""
+    """Fields of `/v1/embeddings` and `/pooling`."""
 
     encoding_format: EncodingFormat = "float"
     embed_dtype: EmbedDType = "float32"
@@ -252,14 +260,14 @@ class PoolingFields(Inputs):
     prompt: str | None = Field(None, description="text before every input")
     prompt_name: str | None = Field(None, description="one of the model's prompts, before every input")
     input_type: str | None = Field(None, description="query, document, or one of the model's prompts")
-    top_k: int | None = Field(None, ge=1, description="of sparse embeddings: how many of the largest weights")
+    top_k: int | None = Field(None, ge=1, description="of sparse embeddings: number of the largest weights")
     return_tokens: bool = Field(False, description="of sparse embeddings: also the vocabulary entries as text")
 
     def late(self) -> LateChunkingParams | None:
-        """The late chunking that the request asks for.
+        """Return the late chunking of the request.
 
         Raises:
-            BadRequest: with messages or an encoding that it does not go with, or as Jina has it.
+            BadRequest: it comes with messages or an encoding that exclude it, or in Jina's form.
         """
         if self.late_chunking:
             raise BadRequest(
@@ -279,7 +287,7 @@ class PoolingFields(Inputs):
         return LateChunkingParams(self.late_chunking_params.chunk_size)
 
     def applied(self, prompts: Prompts) -> Applied:
-        """The prompt that the request asks for.
+        """Return the prompt of the request.
 
         Raises:
             BadRequest: the model has no such prompt.

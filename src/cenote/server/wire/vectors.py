@@ -1,4 +1,4 @@
-"""Small forms of dense vectors: which ones a request asks for, and the ranges of int8 and uint8."""
+"""Small forms of dense vectors: those of a request, and the ranges of int8 and uint8."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cenote.tensors.quantize import Array, Ranges
 
     Form = Callable[[Sequence[Array]], list[Any]]
-    """Vectors of one length to what stands for each in the answer."""
+    """Vectors of one length to the value of each in the answer."""
 
 SPELLINGS = ("embedding_type", "encoding_type", "output_dtype", "embedding_types")
 """Names of the field that asks for types: Jina's, LlamaIndex's for Jina, Voyage's and Cohere's."""
@@ -43,11 +43,27 @@ class TypedFields(PoolingFields):
 
     @model_validator(mode="after")
     def _types(self) -> TypedFields:
-        given = [name for name in SPELLINGS if getattr(self, name)]
-        if len(given) > 1:
+        fields = [name for name in SPELLINGS if getattr(self, name)]
+        if not fields:
+            return self
+        field = fields[0]
+        if len(fields) > 1:
+            names = " and ".join(f"`{name}`" for name in fields)
+            raise PydanticCustomError("types", f"Only one of {names} can be given.", {"param": field})
+        self._check_known()
+        forms = self._forms()
+        if forms == ("base64",) and self.encoding_format == "float":
+            self.encoding_format = "base64"
+        if forms not in ((), ("float",), ("base64",)) and not self._encodes_forms():
             raise PydanticCustomError(
-                "types", f"Only one of {' and '.join(f'`{name}`' for name in given)} can be given.", {"param": given[0]}
+                "types",
+                f"`{field}` has the encoding_format 'float' (numbers) or 'base64' (their bytes), without "
+                "`embed_dtype` or `endianness`.",
+                {"param": field},
             )
+        return self
+
+    def _check_known(self) -> None:
         known = (*VECTOR_TYPES, *KINDS)
         unknown = [name for name in self.embedding_types or () if name not in known]
         if unknown:
@@ -56,30 +72,24 @@ class TypedFields(PoolingFields):
                 f"Unknown embedding type {unknown[0]!r}; known are: {', '.join(known)}.",
                 {"param": "embedding_types"},
             )
-        forms = self._forms()
-        if forms == ("base64",) and self.encoding_format == "float":
-            self.encoding_format = "base64"
-        is_plain = self.encoding_format == "float" or forms in ((), ("float",), ("base64",))
-        is_given = self.embed_dtype != "float32" or self.endianness != "native"
-        if not is_plain and (self.encoding_format != "base64" or is_given):
-            raise PydanticCustomError(
-                "types",
-                f"`{given[0]}` has the encoding_format 'float' (numbers) or 'base64' (their bytes), without "
-                "`embed_dtype` or `endianness`.",
-                {"param": given[0]},
-            )
-        return self
+
+    def _encodes_forms(self) -> bool:
+        """Return whether small forms have the encoding of the request."""
+        if self.encoding_format == "float":
+            return True
+        is_native = self.embed_dtype == "float32" and self.endianness == "native"
+        return self.encoding_format == "base64" and is_native
 
     def vector_types(self) -> tuple[VectorType, ...]:
-        """The forms that are asked for, each once; none if `encoding_format` says it all."""
+        """Return the small forms of the request, each once; none if `encoding_format` alone is the form."""
         forms = self._forms()
         return () if forms in (("float",), ("base64",)) else forms
 
     def form(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Form | None:
-        """Return what makes the values of an answer out of dense vectors; `None` if `encoding_format` says it all.
+        """Return the function from dense vectors to the values of an answer; `None` if `encoding_format` is the form.
 
         Raises:
-            BadRequest: a form cannot be made of these vectors, or no dense vector is asked for.
+            BadRequest: a form cannot be made of these vectors, or the request has no dense vector.
         """
         types = self.vector_types()
         if not types:
@@ -95,15 +105,15 @@ class TypedFields(PoolingFields):
         return lambda vectors: typed_values(vectors, types, ranges, as_base64=as_base64)
 
     def _forms(self) -> tuple[VectorType, ...]:
-        given: Any = next((value for name in SPELLINGS if (value := getattr(self, name))), ())
-        listed = [given] if isinstance(given, str) else given
+        values: Any = next(filter(None, (getattr(self, name) for name in SPELLINGS)), ())
+        listed = [values] if isinstance(values, str) else values
         return tuple(dict.fromkeys(name for name in listed if name in VECTOR_TYPES))
 
 
 def ranges_for(
     service: Service, types: Iterable[VectorType], params: PoolingParams, param: str | None
 ) -> Ranges | None:
-    """The ranges of int8 and uint8 vectors of a request; `None` = the fixed one, or not needed.
+    """Return the ranges of int8 and uint8 vectors of a request; `None` = the fixed one, or not needed.
 
     Calibrated ranges are for vectors of one length with the model's activation. A vector that is shortened and then
     normalised has other values in the dimensions that it keeps, so their ranges do not fit it. The fixed range fits
@@ -112,29 +122,37 @@ def ranges_for(
     Raises:
         BadRequest: a form cannot be made of these vectors. Nothing was computed for it.
     """
-    types, info, ranges = tuple(types), service.info, None
+    types, ranges = tuple(types), None
     if {"int8", "uint8"} & set(types):
         ranges = service.ranges
-        is_normalised = info.use_activation if params.use_activation is None else params.use_activation
-        if ranges is None and not is_normalised:
+        _check_ranges(service, params, param)
+    dimension = params.dimensions or (ranges.dimension if ranges else service.info.dimension)
+    if types:
+        typed([np.zeros(dimension, np.float32)], types, ranges, param=param)
+    return ranges
+
+
+def _check_ranges(service: Service, params: PoolingParams, param: str | None) -> None:
+    """Raise `BadRequest` where the ranges of `service` do not fit the vectors of a request."""
+    ranges, activates = service.ranges, service.info.use_activation
+    is_normalised = activates if params.use_activation is None else params.use_activation
+    if ranges is None:
+        if not is_normalised:
             raise BadRequest(
                 "int8 and uint8 embeddings need a fixed range, and vectors that are not normalised have none: "
                 "set use_activation, or start the server with --calibration",
                 param=param,
             )
-        if ranges is not None and is_normalised != info.use_activation:
-            raise BadRequest(
-                "int8 and uint8 embeddings are calibrated for this model's own use_activation "
-                f"({str(info.use_activation).lower()}), so it cannot be changed",
-                param="use_activation",
-            )
-        if ranges is not None and params.dimensions not in (None, ranges.dimension):
-            raise BadRequest(
-                f"int8 and uint8 embeddings are calibrated for {ranges.dimension} dimensions on this server, so they "
-                f"cannot be shortened to {params.dimensions}; ask for float, binary or ubinary",
-                param="dimensions",
-            )
-    dimension = params.dimensions or (ranges.dimension if ranges else info.dimension)
-    if types:
-        typed([np.zeros(dimension, np.float32)], types, ranges, param=param)
-    return ranges
+        return
+    if is_normalised != activates:
+        raise BadRequest(
+            "int8 and uint8 embeddings are calibrated for this model's own use_activation "
+            f"({str(activates).lower()}), so it cannot be changed",
+            param="use_activation",
+        )
+    if params.dimensions not in (None, ranges.dimension):
+        raise BadRequest(
+            f"int8 and uint8 embeddings are calibrated for {ranges.dimension} dimensions on this server, so they "
+            f"cannot be shortened to {params.dimensions}; ask for float, binary or ubinary",
+            param="dimensions",
+        )
