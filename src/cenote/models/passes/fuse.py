@@ -133,6 +133,14 @@ def count(model: nn.Module) -> int:
     return sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
 
 
+def uses(model: nn.Module) -> Counter[int]:
+    """Count how many times the modules of a model hold each parameter, by its `id`."""
+    counts: Counter[int] = Counter()
+    for module in model.modules():
+        counts.update(map(id, module._parameters.values()))
+    return counts
+
+
 def leave_file(model: nn.Module) -> None:
     """Copy all weights but those of Linears, which fusing copies: a single one left keeps the mapped file in memory."""
     for module in model.modules():
@@ -523,8 +531,8 @@ def _is_plain(x: Tensor | None) -> bool:
 
 def _packable(model: nn.Module, seen: Seen, patches: Patches) -> list[nn.Linear]:
     """Return the Linears whose matrix nothing but their own, original `forward` reads."""
-    uses = Counter(id(x) for module in model.modules() for x in module._parameters.values())
-    linears = [x for x in seen.linears if uses[id(x.weight)] == 1 and not patches.replaces(x)]
+    times = uses(model)
+    linears = [x for x in seen.linears if times[id(x.weight)] == 1 and not patches.replaces(x)]
     return [x for x in linears if _is_plain(x.weight) and _is_plain(x.bias)]
 
 
