@@ -53,10 +53,11 @@ class Process:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if self._ready in line:
-                self._is_ready.set()
+        with self.process.stderr as log:
+            for line in log:
+                self.lines.append(line)
+                if self._ready in line:
+                    self._is_ready.set()
         self._is_ready.set()
 
     def wait(self) -> None:

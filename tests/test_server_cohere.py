@@ -436,12 +436,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, 
     process.kill()
 
 
-def test_client_v2(server: tuple[Process, Path], reference: SentenceTransformer) -> None:
+@pytest.fixture
+def sdk(server: tuple[Process, Path]) -> Iterator[cohere.ClientV2]:
+    with cohere.ClientV2(api_key="none", base_url=server[0].url) as client:
+        yield client
+
+
+def test_client_v2(sdk: cohere.ClientV2, server: tuple[Process, Path], reference: SentenceTransformer) -> None:
     process, texts = server
     assert "int8 and uint8 embeddings: by calibrated ranges" in process.log
-    client = cohere.ClientV2(api_key="none", base_url=process.url)
     types = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
-    answer = client.embed(model="minilm", input_type="search_query", texts=TEXTS, embedding_types=types)
+    answer = sdk.embed(model="minilm", input_type="search_query", texts=TEXTS, embedding_types=types)
     wanted = reference.encode(TEXTS, prompt="query: ")
     assert close_to(answer.embeddings.float_, wanted)
     assert answer.texts == TEXTS
@@ -459,31 +464,30 @@ def test_client_v2(server: tuple[Process, Path], reference: SentenceTransformer)
     assert [np.frombuffer(base64.b64decode(t), "<f4").tolist() for t in answer.embeddings.base64] == rows.tolist()
 
 
-def test_client_v2_inputs(server: tuple[Process, Path], reference: SentenceTransformer) -> None:
-    client = cohere.ClientV2(api_key="none", base_url=server[0].url)
-    answer = client.embed(
+def test_client_v2_inputs(sdk: cohere.ClientV2, reference: SentenceTransformer) -> None:
+    answer = sdk.embed(
         model="minilm", input_type="search_document", inputs=[content("a cave", "with water")], max_tokens=4
     )
     assert close_to(answer.embeddings.float_, reference.encode(["a cave"]))
     assert answer.texts is None
 
 
-def test_client_v2_errors(server: tuple[Process, Path]) -> None:
-    client = cohere.ClientV2(api_key="none", base_url=server[0].url)
+def test_client_v2_errors(sdk: cohere.ClientV2) -> None:
     with pytest.raises(cohere.BadRequestError, match="Unsupported input_type 'clustering'. Supported values: docu"):
-        client.embed(model="minilm", input_type="clustering", texts=["a"])
+        sdk.embed(model="minilm", input_type="clustering", texts=["a"])
     with pytest.raises(cohere.NotFoundError, match="The model `embed-v4.0` does not exist"):
-        client.embed(model="embed-v4.0", input_type="search_query", texts=["a"])
+        sdk.embed(model="embed-v4.0", input_type="search_query", texts=["a"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:cohere")
 def test_client_v1(server: tuple[Process, Path], reference: SentenceTransformer) -> None:
     """It sends 96 texts a request, and joins the answers."""
-    client = cohere.Client(api_key="none", base_url=server[0].url)
     texts = [f"text {i}" for i in range(100)]
     wanted = reference.encode(texts)
-    plain = client.embed(model="minilm", input_type="search_document", texts=texts)
+    request = {"model": "minilm", "input_type": "search_document", "texts": texts}
+    with cohere.Client(api_key="none", base_url=server[0].url) as client:
+        plain = client.embed(**request)
+        typed = client.embed(**request, embedding_types=["float", "int8"])
     assert close_to(plain.embeddings, wanted)
-    typed = client.embed(model="minilm", input_type="search_document", texts=texts, embedding_types=["float", "int8"])
     assert close_to(typed.embeddings.float_, wanted)
     assert np.shape(typed.embeddings.int8) == (100, 384)

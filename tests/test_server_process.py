@@ -65,10 +65,11 @@ class Process:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if "serving http://" in line:
-                self._listens.set()
+        with self.process.stderr as log:
+            for line in log:
+                self.lines.append(line)
+                if "serving http://" in line:
+                    self._listens.set()
         self._listens.set()
 
     @property
@@ -100,6 +101,7 @@ class Process:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -127,9 +127,11 @@ class Remote:
         try:
             cards = {str(card["id"]): card for card in self._call("GET", "/v1/models")["data"]}
         except (CenoteError, LookupError, TypeError) as error:
+            self.close()
             raise ConfigError(f"no model can be had at {url}: {error}") from None
         self.name = name or next(iter(cards), "")
         if self.name not in cards:
+            self.close()
             raise ConfigError(f"{url} does not serve {self.name!r}, but {', '.join(cards) or 'nothing'}")
         self.longest: int | None = cards[self.name].get("max_model_len")
 

@@ -2,7 +2,7 @@
 
 Transformers' `...For...` classes join a backbone and a head in one forward. Here the backbone's part of that forward
 is replaced by a stub that returns states computed before, so that the head's own code runs unmodified over the rows
-that it needs. Which rows those are is not listed per architecture but tried at load against the model's own logits.
+that it needs. Those rows are not listed per architecture but tried at load against the model's own logits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Classifier:
         whole: logits of whole sequences, `([T, D], batch, members) -> [B, C]`; `None` if the head is only for tokens.
         per_token: whether `rows` means something for every token, or only for the one that `whole` picks.
         num_labels: C.
-        place: the only token of each sequence that `whole` looks at, `(batch, members) -> place`, if there is one.
+        place: the only token of each sequence that `whole` depends on, `(batch, members) -> place`, if there is one.
     """
 
     rows: Rows
@@ -106,7 +106,7 @@ class OwnHead:
             text.pad_token_id = -1
 
     def __call__(self, states_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """The model's own logits for given last hidden states."""
+        """Return the model's own logits for these last hidden states."""
         token = _STATES.set(states_BLD.float())
         try:
             logits: Tensor = self._model(input_ids=ids_BL, attention_mask=mask_BL, return_dict=True).logits
@@ -115,7 +115,7 @@ class OwnHead:
         return logits.float()
 
     def rows(self, x_RD: Tensor) -> Tensor:
-        """Every row as a sequence of one token."""
+        """Logits of every row as a sequence of one token."""
         ones_R1 = torch.ones(x_RD.shape[0], 1, dtype=torch.long, device=x_RD.device)
         return self(x_RD[:, None], ones_R1, ones_R1).flatten(1)
 
@@ -128,7 +128,7 @@ class OwnHead:
         return self.rows(x_TD[batch.index([last_row(batch, i, self.pad) for i in members])])
 
     def padded(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Logits of states that are padded again, for heads that look at all of them."""
+        """Logits of states that are padded again, for heads that depend on all of them."""
         part, rows = batch.select(members)
         mask_BL = np.arange(part.max_length) < np.array(part.lengths)[:, None]
         states_BLD = x_TD.new_zeros(*mask_BL.shape, x_TD.shape[-1])
@@ -149,42 +149,42 @@ class Together:
         self._groups = Padded(Backbone(model), equal=True).groups
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Logits `[B, C]`; the states are not looked at."""
+        """Logits `[B, C]`; the states are not read."""
         logits: dict[int, Tensor] = {}
         for group in self._groups(tuple(batch.lengths[i] for i in members)):
             part, _ = batch.select([members[i] for i in group])
             shape = (part.size, part.max_length)
             types = {} if part.type_ids_T is None else {"token_type_ids": part.type_ids_T.view(shape)}
             ids_BL = part.ids_T.view(shape)
-            found = self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types).logits
-            logits |= dict(zip(group, found, strict=True))
+            logits_BC = self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types).logits
+            logits |= dict(zip(group, logits_BC, strict=True))
         return torch.stack([logits[i] for i in range(len(members))]).float()
 
 
 def last_row(batch: Batch, member: int, pad: int | None) -> int:
-    """Row of a sequence's last token whose id is not `pad`; its first row if all are."""
+    """Return the row of a sequence's last token whose id is not `pad`; its first row if all are."""
     start, stop = batch.starts[member], batch.starts[member + 1]
     kept = np.flatnonzero(batch.host_ids_T[start:stop] != pad)
     return start + (int(kept[-1]) if len(kept) else 0)
 
 
 def at_none(batch: Batch, members: list[int]) -> Place | None:
-    """`Classifier.place` of heads that look at more than one token."""
+    """`Classifier.place` of heads that depend on more than one token."""
     return None
 
 
 def at_first(batch: Batch, members: list[int]) -> Place | None:
-    """`Classifier.place` of heads that look at the first token."""
+    """`Classifier.place` of heads that depend on the first token."""
     return "first"
 
 
 def at_last(pad: int | None, batch: Batch, members: list[int]) -> Place | None:
-    """`Classifier.place` of heads that look at `last_row`."""
+    """`Classifier.place` of heads that depend on `last_row`."""
     return "last" if all(last_row(batch, i, pad) == batch.starts[i + 1] - 1 for i in members) else None
 
 
 def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
-    """The head of a `...ForSequenceClassification` model.
+    """Classifier by the head of a `...ForSequenceClassification` model.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
@@ -211,19 +211,19 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
 
 @torch.inference_mode()
 def _head_fault(whole: Callable[[Tensor, Batch, list[int]], Tensor], probe: HeadProbe) -> str:
-    """Why logits of whole sequences are not the model's own, or an empty string."""
+    """Return why logits of whole sequences are not the model's own, or an empty string."""
     batch = probe.batch
     logits_BC = whole(probe.rows_TD, batch, list(range(batch.size)))
     return "" if probe.agrees(list(logits_BC)) else "other logits than the model's own"
 
 
 def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None = None) -> Classifier:
-    """The head of a `...ForTokenClassification` model, or another that looks at each token alone.
+    """Classifier by the head of a `...ForTokenClassification` model, or another head over each token alone.
 
     Args:
         model: the whole.
         probe: made before.
-        columns: of the logits that the probe knows, which ones the head still gives; `None` = all.
+        columns: columns of the probe's logits that the head still has; `None` = all.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
@@ -239,7 +239,7 @@ def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...]
 def of_vocabulary(
     model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None, *, difference: bool
 ) -> Classifier:
-    """The language-model head of a `...ForCausalLM` model, as a classifier of the last token.
+    """Classifier of the last token by the language-model head of a `...ForCausalLM` model.
 
     Args:
         model: its head is cut to the rows that are needed.
@@ -276,7 +276,7 @@ def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
 
 
 def of_modules(module: nn.Module, num_labels: int) -> Classifier:
-    """A head that Transformers has no class for, given as a module over rows."""
+    """Classifier by a module over rows, for heads that Transformers has no class for."""
 
     def rows(x_RD: Tensor) -> Tensor:
         logits_RC: Tensor = module(x_RD.float())
@@ -286,7 +286,7 @@ def of_modules(module: nn.Module, num_labels: int) -> Classifier:
 
 
 def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
-    """`rows` over each sequence's last token."""
+    """Return `rows` over each sequence's last token."""
 
     def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         return rows(x_TD[batch.index([batch.starts[i + 1] - 1 for i in members])])

@@ -1,4 +1,4 @@
-"""What forwards cost: the matrix products of a model's Linear layers, and how long they would take by themselves."""
+"""Costs of forwards: the matrix products of a model's Linear layers, and how long they would take by themselves."""
 
 from __future__ import annotations
 
@@ -21,45 +21,50 @@ REPEATS = 3
 
 
 def products(model: nn.Module, work: Callable[[], object]) -> Counter[Shape]:
-    """Rows that pass matrices of each shape `(out, in)` while `work` runs `model`, in whatever thread.
+    """Count rows that pass matrices of each shape `(out, in)` while `work` runs `model`, in whatever thread.
 
     Linear layers that are run as part of a fused block count as often as their block.
     """
     linears = [x for x in model.modules() if isinstance(x, nn.Linear)]
-    parents = {child: x for x in model.modules() for child in x.children() if isinstance(child, nn.Linear)}
+    parents = {child: x for x in model.modules() for child in x.children()}
+    blocks = [x for x in map(parents.get, linears) if x is not None and "forward" in vars(x)]
+    rows = _rows_of({*linears, *blocks}, work)
+    counts: Counter[Shape] = Counter()
+    for linear in linears:
+        if isinstance(vars(linear).get("forward"), Remembered):
+            continue
+        is_elsewhere = not rows[linear] and linear.weight.is_meta  # its block has the matrix
+        passed = rows[parents[linear]] if is_elsewhere else rows[linear]
+        if passed:
+            counts[linear.out_features, linear.in_features] += passed
+    return counts
+
+
+def _rows_of(modules: set[nn.Module], work: Callable[[], object]) -> Counter[nn.Module]:
+    """Count the rows of the first tensor that each of `modules` gets while `work` runs."""
     rows: Counter[nn.Module] = Counter()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-        if x is not None:
-            rows[module] += x.shape[:-1].numel()
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        if tensors:
+            rows[module] += tensors[0].shape[:-1].numel()
 
-    watched = {*linears, *(x for x in parents.values() if "forward" in vars(x))}
-    handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in watched]
+    handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in modules]
     try:
         work()
     finally:
         for handle in handles:
             handle.remove()
-    found: Counter[Shape] = Counter()
-    for linear in linears:
-        if isinstance(vars(linear).get("forward"), Remembered):
-            continue
-        own = rows[linear]
-        if not own and linear.weight.is_meta:  # its matrix is elsewhere: its block has it
-            own = rows[parents[linear]]
-        if own:
-            found[linear.out_features, linear.in_features] += own
-    return found
+    return rows
 
 
 def flop(products: Mapping[Shape, int]) -> int:
-    """Floating-point operations of products: a multiplication and an addition for each weight and row."""
+    """Return the floating-point operations of products: a multiplication and an addition for each weight and row."""
     return sum(2 * rows * into * out for (out, into), rows in products.items())
 
 
 def seconds(products: Mapping[Shape, int], *, rows: int, dtype: torch.dtype) -> float:
-    """Wall time that `torch.nn.functional.linear` takes for products on this CPU, in batches of `rows` rows.
+    """Measure the wall time of `torch.nn.functional.linear` for products on this CPU, in batches of `rows` rows.
 
     With as many threads as the calling thread has. Each shape is measured by itself, over random numbers.
     """

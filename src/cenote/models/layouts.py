@@ -1,6 +1,6 @@
-"""Layouts: how a backbone runs over a batch. Packed end to end, or padded in small groups.
+"""Layouts, ways to run a backbone over a batch: packed end to end, or padded in small groups.
 
-Which of them is exact for a model is proved at load (`cenote.models.probe`). Poolers never see padding: every layout
+That one of them is exact for a model is proved at load (`cenote.models.probe`). Poolers never see padding: every layout
 returns packed rows.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch, Place, Static
+    from cenote.tensors.packing import Batch, Ids, Place, Static
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
@@ -35,11 +35,11 @@ INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_i
 
 @dataclass(eq=False)
 class Backbone:
-    """A Transformers model and what its forward takes.
+    """A Transformers model and the inputs of its forward.
 
     Attributes:
         accepts: names of the parameters of its `forward`.
-        position_offset: what is added to positions that count from 0 (`padding_idx + 1` in the RoBERTa family).
+        position_offset: added to positions that count from 0 (`padding_idx + 1` in the RoBERTa family).
         padding_idx: id whose tokens keep position `padding_idx`; RoBERTa treats a literal `<pad>` so.
         rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
         device: where the weights are.
@@ -63,11 +63,14 @@ class Backbone:
         """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
         if self.rope_class is not None:
             reset_rope(self.model)
-        known = {name: value for name, value in inputs.items() if value is not None and name in self.accepts}
+        arguments: dict[str, Any] = {}
+        for name, value in inputs.items():
+            if value is not None and name in self.accepts:
+                arguments[name] = value
         if "use_cache" in self.accepts:
-            known["use_cache"] = False  # type: ignore[assignment]
+            arguments["use_cache"] = False
         with torch.inference_mode():
-            output = self.model(**known)
+            output = self.model(**arguments)
         states = getattr(output, "last_hidden_state", None)
         hidden: Tensor = output[0] if states is None else states
         return hidden
@@ -81,10 +84,10 @@ class Packed:
     Attributes:
         is_causal: whether the last forward's attention was.
         is_fused: whether one kernel did all sequences of it, rather than each length by itself.
-        shares_prefixes: whether what sequences have in common at their beginning runs once.
+        shares_prefixes: whether common beginnings of sequences run once.
         places: the tokens for which alone the last layer can run.
         graphs: replays forwards instead of launching their kernels one by one.
-        unrecorded: why it does not, although it was to, or an empty string.
+        unrecorded: why forwards could not be recorded, or an empty string.
     """
 
     name = "packed"
@@ -125,13 +128,13 @@ class Packed:
             self.install()
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
-        """Sequence numbers that may share a forward."""
+        """Group the numbers of sequences that may share a forward."""
         if self.backbone.rope_class is None:
             return [list(range(len(lengths)))]
         return list(_classes(lengths, self.backbone.rope_class).values())
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
-        """One forward; `[T, D]`, NaN but for the rows at `place`, if one of `places` is given."""
+        """Run one forward; `[T, D]`, NaN but for the rows at `place`, if that is one of `places`."""
         batch = self._positioned(batch)
         if batch.hides:
             return self._run(set_apart(batch))
@@ -140,8 +143,10 @@ class Packed:
         shared = share(batch) if self.shares_prefixes else None
         if shared is not None:
             return _spread_rows(self._run(shared.batch, place), shared.batch, place)[shared.expand_T]
-        hidden = None if self.graphs is None else self.graphs.run(batch, place)
-        return _spread_rows(self._run(batch, place) if hidden is None else hidden, batch, place)
+        hidden = self.graphs.run(batch, place) if self.graphs else None
+        if hidden is None:
+            hidden = self._run(batch, place)
+        return _spread_rows(hidden, batch, place)
 
     def record(self, max_tokens: int) -> None:
         """Replay forwards of at most `max_tokens` from now on."""
@@ -159,15 +164,13 @@ class Packed:
         return hidden_TD
 
     def _positioned(self, batch: Batch) -> Batch:
-        """`batch` with the positions that the model counts."""
+        """Return `batch` with the positions that the model counts."""
         backbone = self.backbone
         if not backbone.position_offset:
             return batch
         positions_T = batch.host_positions_T + backbone.position_offset
-        if backbone.padding_idx is not None and (pads := batch.host_ids_T == backbone.padding_idx).any():
-            before = np.cumsum(pads) - pads
-            before -= np.repeat(before[list(batch.starts[:-1])], batch.lengths)
-            positions_T = np.where(pads, backbone.padding_idx, positions_T - before)
+        if backbone.padding_idx is not None:
+            positions_T = _skipping(backbone.padding_idx, positions_T, batch)
         return replace(batch, host_positions_T=positions_T)
 
 
@@ -177,7 +180,7 @@ class Padded:
     Args:
         backbone: the model, with its own attention implementation.
         equal: only sequences of one length share a forward, for models that padding would change.
-        size: most sequences in a forward.
+        size: maximum number of sequences in a forward.
     """
 
     shares_prefixes = False
@@ -202,15 +205,17 @@ class Padded:
         yield self.backbone
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
-        """Sequence numbers that may share a forward, longest first.
+        """Group the numbers of sequences that may share a forward, longest first.
 
         Args:
             lengths: of the sequences.
             hides: some have hidden tokens, whose rows padding changes in models that let masked tokens see nothing
                 (DeBERTa).
         """
-        rope = self.backbone.rope_class or (lambda _: 0)
-        classes = _classes(lengths, (lambda n: n) if self.equal or hides else rope)
+        if self.equal or hides:
+            classes = _classes(lengths, lambda n: n)
+        else:
+            classes = _classes(lengths, self.backbone.rope_class or (lambda _: 0))
         groups: list[list[int]] = []
         for members in classes.values():
             members.sort(key=lambda i: -lengths[i])
@@ -218,7 +223,7 @@ class Padded:
         return groups
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
-        """One padded forward over all of `batch`; `[T, D]`, whatever `place` is wanted."""
+        """Run one padded forward over all of `batch`; `[T, D]`, whatever the `place`."""
         places_L, lengths_B1 = np.arange(batch.max_length), np.array(batch.lengths)[:, None]
         mask = seen = places_L < lengths_B1
         if batch.hides:
@@ -237,12 +242,12 @@ Layout = Packed | Padded
 
 
 def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
-    """Last hidden states of every token of `batch`, in its order: `[T, D]`.
+    """Return the last hidden states of every token of `batch`, in its order: `[T, D]`.
 
     Args:
-        layout: how.
-        batch: of what.
-        place: the only token of each sequence whose row is wanted; others may be NaN.
+        layout: runs the batch.
+        batch: sequences.
+        place: the only token of each sequence whose row will be used; others may be NaN.
     """
     groups = layout.groups(batch.lengths, hides=batch.hides)
     if groups == [list(range(batch.size))]:
@@ -259,14 +264,15 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
 
 
 def candidates(model: PreTrainedModel, kernels: Kernels | None = None, *, packed: bool = True) -> Iterator[Layout]:
-    """Layouts from the fastest to the safest.
+    """Yield layouts from the fastest to the safest.
 
     Args:
         model: in eval mode, on its device, with the attention implementation that it prefers.
         kernels: native CPU kernels for packed attention.
         packed: whether packed layouts are among them.
     """
-    for offset in dict.fromkeys((position_offset(model), 0)) if packed else ():
+    offsets = dict.fromkeys((position_offset(model), 0)) if packed else ()
+    for offset in offsets:
         yield Packed(Backbone(model, offset, offset - 1 if offset else None), kernels)
     yield Padded(Backbone(model))
     yield Padded(Backbone(model), equal=True)
@@ -291,8 +297,18 @@ def _classes(lengths: tuple[int, ...], key: Callable[[int], int]) -> dict[int, l
     return classes
 
 
+def _skipping(padding_idx: int, positions_T: Ids, batch: Batch) -> Ids:
+    """Give tokens `padding_idx` that position, and count the others as if these were not there."""
+    pads_T = batch.host_ids_T == padding_idx
+    if not pads_T.any():
+        return positions_T
+    before_T = np.cumsum(pads_T) - pads_T
+    before_T -= np.repeat(before_T[list(batch.starts[:-1])], batch.lengths)
+    return np.where(pads_T, padding_idx, positions_T - before_T)
+
+
 def _spread_rows(hidden: Tensor, batch: Batch, place: Place | None) -> Tensor:
-    """Rows at `place`, `[B, D]`, where they belong in `[T, D]`; all rows as they are."""
+    """Put rows at `place`, `[B, D]`, where they belong in `[T, D]`; all rows stay as they are."""
     if place is None:
         return hidden
     spread_TD = hidden.new_full((batch.tokens, hidden.shape[-1]), torch.nan)

@@ -5,9 +5,9 @@
 3. *Choose* tokenizer, head and family.
 4. *Build* Transformers' model with its weights.
 5. *Prove* which layout is exact, and that heads can be run over its rows.
-6. *Prepare* it: the passes, each of which is proved in that layout. They come last, because they change what the layout
-   and the heads were proved with, and because most of them change how that layout runs.
-7. *Report* what it is and how it runs, once it has run.
+6. *Prepare* it: the passes, each of which is proved in that layout. They come last, because they change the model by
+   which the layout and the heads were proved, and because most of them change how that layout runs.
+7. *Report* its properties and the way it runs, once it has run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cenote.models.model import PoolingModel
 from cenote.models.passes import narrow, table
 from cenote.models.passes.adapters import find as find_adapters
 from cenote.models.passes.graphs import worthwhile_tokens
-from cenote.models.passes.subject import Settings, Subject
+from cenote.models.passes.subject import Narrowing, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
 from cenote.models.traits import vocabulary
 from cenote.tensors import linear, native, process
@@ -130,38 +130,45 @@ def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[S
 
 
 def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> Settings:
-    """What passes may use, and what is asked of them."""
-    device = built.full.device
-    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
-    kernels, narrowing, fused = native.load(built.isa), None, None
-    if device.type == "cpu":
-        narrowing = narrow.choose(
-            int8=options.quantization == "int8", dtype=None if dtype is torch.float32 else dtype, isa=built.isa
-        )
-    products = narrow.products(kernels, narrowing)
-    if options.plain:
-        kernels, fused = None, narrow.NEEDS
-    graph_tokens = 0
-    if options.cuda_graphs and not options.enforce_eager and device.type == "cuda":
-        graph_tokens = worthwhile_tokens(built.full.base_model)
-        if options.max_cudagraph_capture_size is not None:
-            graph_tokens = options.max_cudagraph_capture_size
+    """Return the settings of the passes."""
+    kernels, narrowing = native.load(built.isa), _narrowing(built, options)
     return Settings(
         max_length=built.length,
-        kernels=kernels,
-        products=products,
-        fused=fused,
-        graph_tokens=graph_tokens,
+        kernels=None if options.plain else kernels,
+        products=narrow.products(kernels, narrowing),
+        fused=narrow.NEEDS if options.plain else None,
+        graph_tokens=_graph_tokens(built, options),
         adapters=find_adapters((checkpoint.path, checkpoint.folder)),
         narrowing=narrowing,
     )
 
 
+def _narrowing(built: Built, options: ModelConfig) -> Narrowing | None:
+    """Return how weights are narrowed; `None` = they are not."""
+    if built.full.device.type != "cpu":
+        return None
+    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
+    return narrow.choose(
+        int8=options.quantization == "int8",
+        dtype=None if dtype is torch.float32 else dtype,
+        isa=built.isa,
+    )
+
+
+def _graph_tokens(built: Built, options: ModelConfig) -> int:
+    """Return the number of tokens up to which forwards are replayed; 0 = none are."""
+    if built.full.device.type != "cuda" or not options.cuda_graphs or options.enforce_eager:
+        return 0
+    if options.max_cudagraph_capture_size is not None:
+        return options.max_cudagraph_capture_size
+    return worthwhile_tokens(built.full.base_model)
+
+
 def _isa(options: ModelConfig, device: torch.device) -> Isa:
-    """Instructions that the CPU kernels may use.
+    """Return the instructions that the CPU kernels may use.
 
     Raises:
-        ConfigError: kernels with the instructions named cannot be had.
+        ConfigError: kernels with the instructions named are not available.
     """
     if device.type != "cpu" or not options.native_kernels:
         return "none"
@@ -181,17 +188,14 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
 
 
 def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> PoolingModel:
-    """Make the model that is served, let it run, and say what it is and how it runs."""
-    layout, outcomes, narrowing = subject.layout, subject.outcomes, subject.settings.narrowing
-    backbone, dtype = subject.backbone, subject.backbone.dtype
-    if narrowing is not None and narrowing.dtype is not None:
-        dtype = narrowing.dtype
+    """Return the model to serve, which has run once, with its description."""
+    layout, outcomes = subject.layout, subject.outcomes
     linears = [outcomes[name].text for name in ("narrow", "fuse") if name in outcomes]
     notes = [*built.notes, _layout_note(subject)]
     for outcome in outcomes.values():
         notes += outcome.notes
     running = Report(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(_dtype_of(subject)).removeprefix("torch."),
         device=str(layout.backbone.device),
         layout=layout.name,
         linears=next(filter(None, linears), ""),
@@ -204,7 +208,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         options,
         built.length,
         running,
-        vocab_size=vocabulary(backbone),
+        vocab_size=vocabulary(subject.backbone),
         adapters=subject.adapters,
     )
     model = PoolingModel(info, layout, offer.outputs)
@@ -218,8 +222,15 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     return model
 
 
+def _dtype_of(subject: Subject) -> torch.dtype:
+    """Return the dtype of the weights, as they are kept."""
+    narrowing = subject.settings.narrowing
+    narrow_dtype = narrowing.dtype if narrowing else None
+    return narrow_dtype or subject.backbone.dtype
+
+
 def _layout_note(subject: Subject) -> str:
-    """What a user may want to know of the layout, or an empty string."""
+    """Return a warning of a slow layout, or an empty string."""
     layout = subject.layout
     if not isinstance(layout, Packed):
         why = f", because packing failed: {subject.reasons[0]}" if subject.reasons else ", as asked"
@@ -230,7 +241,11 @@ def _layout_note(subject: Subject) -> str:
 
 
 def _check_first_forward(model: PoolingModel, offer: Offer) -> None:
-    """One vector through pooling and head, so that damaged head weights are refused at load and not at midnight."""
+    """Run one vector through pooling and head, so that damaged head weights are refused at load.
+
+    Raises:
+        CheckpointError: its values are not finite, or its length is another than the files say.
+    """
     info = model.info
     ids = Draw(model.layout.backbone.model).text(min(4, info.max_model_len))
     sequences = [Sequence(ids, adapter=adapter) for adapter in (None, *info.adapters)]
@@ -243,7 +258,7 @@ def _check_first_forward(model: PoolingModel, offer: Offer) -> None:
 
 
 def _fault_beside(model: PoolingModel, subject: Subject) -> str:
-    """Why several threads cannot launch `model` at a time, or an empty string."""
+    """Return why several threads cannot launch `model` at a time, or an empty string."""
     if model.layout.backbone.rope_class is not None:
         return "its rotary frequencies are those of the longest sequence"
     draw = Draw(subject.full)

@@ -23,7 +23,7 @@ from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -58,28 +58,28 @@ class PoolingModel:
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""
-        chosen: dict[str | None, list[int]] = defaultdict(list)
+        by_adapter: dict[str | None, list[int]] = defaultdict(list)
         for i, sequence in enumerate(sequences):
-            chosen[sequence.adapter].append(i)
+            by_adapter[sequence.adapter].append(i)
         parts: list[Part] = []
-        for adapter, own in chosen.items():
+        for adapter, members in by_adapter.items():
             with adapters.active(adapter, self.info.adapters):
-                parts += self._run(sequences, own)
+                parts += self._run(sequences, members)
         return Pending(sequences, parts, self.layout.backbone.device)
 
-    def _run(self, sequences: Seq[Sequence], own: list[int]) -> list[Part]:
-        """One forward, of those of `sequences` whose numbers are `own`."""
-        order = sorted(own, key=lambda i: -len(sequences[i].ids))
-        batch = pack([sequences[i] for i in order], self.layout.backbone.device)
+    def _run(self, sequences: Seq[Sequence], chosen: list[int]) -> list[Part]:
+        """Run one forward over the sequences numbered `chosen`."""
+        order = sorted(chosen, key=lambda i: -len(sequences[i].ids))
+        ordered = [sequences[i] for i in order]
+        batch = pack(ordered, self.layout.backbone.device)
         groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
-        for row, i in enumerate(order):
-            s = sequences[i]
-            groups[s.task, s.params].append(row)
-            for task in s.also:
-                groups[task, only_of(TASKS[task], s.params)].append(row)
+        for row, sequence in enumerate(ordered):
+            groups[sequence.task, sequence.params].append(row)
+            for task in sequence.also:
+                groups[task, only_of(TASKS[task], sequence.params)].append(row)
+        read = [row for row, sequence in enumerate(ordered) if _is_read(sequence)]
         parts: list[Part] = []
         with torch.inference_mode():
-            read = [i for i, own in enumerate(order) if _is_read(sequences[own])]
             hidden_TD = self._forward(batch, read, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
@@ -99,16 +99,19 @@ class PoolingModel:
         return part_TD.new_zeros(batch.tokens, part_TD.shape[-1]).index_copy_(0, rows, part_TD)
 
     def _place(self, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]]) -> Place | None:
-        """The only token of each sequence that all outputs asked for look at, if there is one."""
-        places = {
-            own(batch, members) if (own := getattr(self.outputs[task], "place", None)) else None
-            for (task, _), members in groups.items()
-        }
+        """Return the only token of each sequence that all these outputs depend on, if there is one."""
+        places = {_place_of(self.outputs[task], batch, members) for (task, _), members in groups.items()}
         return places.pop() if len(places) == 1 else None
 
 
+def _place_of(output: TaskOutput, batch: Batch, members: list[int]) -> Place | None:
+    """Return the only token of each member that `output` depends on, if there is one."""
+    place: Callable[[Batch, list[int]], Place | None] | None = getattr(output, "place", None)
+    return place(batch, members) if place else None
+
+
 def _is_read(sequence: Sequence) -> bool:
-    """Whether the model has to read `sequence`: not if a table gives all that is asked of it."""
+    """Return whether the model has to read `sequence`: not if all its tasks are looked up in a table."""
     return not (sequence.looked_up and LOOKED_UP.issuperset((sequence.task, *sequence.also)))
 
 
@@ -116,10 +119,10 @@ class Part(NamedTuple):
     """Results of one task on their way to the host.
 
     Attributes:
-        places: numbers of the sequences that they are of.
-        values: theirs, end to end.
-        lengths: how many rows each has; `None` = one, which is the result.
-        indices: of sparse results, what the values stand for.
+        places: numbers of the sequences.
+        values: rows of the sequences, end to end.
+        lengths: number of rows of each; `None` = one, which is the result.
+        indices: vocabulary entries of sparse results, one for each value.
     """
 
     task: str
@@ -129,7 +132,7 @@ class Part(NamedTuple):
     indices: Tensor | None
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
-        """`rows` of each sequence."""
+        """Split `rows` by sequence."""
         if self.lengths is None:
             return list(rows)
         return [rows[end - length : end] for length, end in zip(self.lengths, accumulate(self.lengths), strict=True)]
@@ -151,31 +154,31 @@ class Pending:
             self._event.record(torch.cuda.current_stream(device))
 
     def ready(self) -> bool:
-        """Whether `finish` would return at once."""
+        """Return whether `finish` would return at once."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def finish(self) -> list[Output | CenoteError]:
         """Wait, and return one output per sequence; a sequence whose values are not finite gets an error instead."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[dict[str, Output]] = [{} for _ in self._sequences]
+        outputs: list[dict[str, Output]] = [{} for _ in self._sequences]
         for part in self.parts:
             rows = kept(part.values)
             all_finite = bool(np.isfinite(rows).all())
             indices = [None] * len(part.places) if part.indices is None else part.split(kept(part.indices))
-            for place, values, own in zip(part.places, part.split(rows), indices, strict=True):
+            for place, values, entries in zip(part.places, part.split(rows), indices, strict=True):
                 if all_finite or np.isfinite(values).all():
-                    found[place][part.task] = Output(values, own)
-        return [_joined(s, own) for s, own in zip(self._sequences, found, strict=True)]
+                    outputs[place][part.task] = Output(values, entries)
+        return [_joined(*pair) for pair in zip(self._sequences, outputs, strict=True)]
 
 
-def _joined(sequence: Sequence, found: dict[str, Output]) -> Output | CenoteError:
-    """The output of a sequence with those of its further tasks, or an error if one of them is not finite."""
-    if not found.keys() >= {sequence.task, *sequence.also}:
+def _joined(sequence: Sequence, outputs: dict[str, Output]) -> Output | CenoteError:
+    """Join the outputs of a sequence's tasks; an error if one of them is missing, for it was not finite."""
+    if not outputs.keys() >= {sequence.task, *sequence.also}:
         return EngineFailed(
             "the model gave values that are not finite (NaN or infinity) for this input; "
             "a dtype with more range (bfloat16, float32) may help"
         )
-    output = found[sequence.task]
-    output.others = {task: found[task] for task in sequence.also}
+    output = outputs[sequence.task]
+    output.others = {task: outputs[task] for task in sequence.also}
     return output

@@ -1,12 +1,13 @@
 """From the hidden states of a batch to the output of each task: one class per row of the task table.
 
-Each takes `[T, D]` hidden states, the batch, the sequences that want this output, and their parameters; all tasks of
-a model share one forward.
+Each takes `[T, D]` hidden states, the batch, the numbers of the sequences with this task, and their parameters; all
+tasks of a model share one forward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from cenote.tensors import heads
 from cenote.tensors.pooling import pool
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -28,15 +30,20 @@ if TYPE_CHECKING:
     from cenote.tensors.pooling import Clustering
 
 Activation = Literal["softmax", "sigmoid", "none"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda y_RC: y_RC.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda y_RC: y_RC,
+}
 
 
 class Rows(NamedTuple):
     """Outputs of several sequences, end to end.
 
     Attributes:
-        values: one row or value for each of theirs.
-        lengths: how many each sequence has; `None` = one row each, which is the sequence's output.
-        indices: what the values stand for, as vocabulary entries; as long as `values`.
+        values: rows, or single values of sparse outputs.
+        lengths: number of rows or values of each sequence; `None` = one row each, which is the sequence's output.
+        indices: vocabulary entries of the values of sparse outputs; as long as `values`.
     """
 
     values: Tensor
@@ -45,15 +52,15 @@ class Rows(NamedTuple):
 
 
 class TaskOutput(Protocol):
-    """What every task has. One that looks at a single token of each sequence says so, see `Embed.place`."""
+    """Output of a task. One that depends on a single token of each sequence has a `place`, see `Embed.place`."""
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
-        """Outputs of the sequences numbered `members`."""
+        """Return the outputs of the sequences numbered `members`."""
 
 
 @dataclass(frozen=True)
 class Pooler:
-    """How this model's hidden states become vectors.
+    """The way from this model's hidden states to vectors.
 
     Attributes:
         modes: keys of `cenote.tensors.pooling.MODES`.
@@ -68,13 +75,13 @@ class Pooler:
     dimensions: int | None
 
     def finish(self, x_RD: Tensor, params: PoolingParams) -> Tensor:
-        """Modules, cut and normalisation of rows."""
+        """Take rows through the modules, cut them and normalise them."""
         activate = self.use_activation if params.use_activation is None else params.use_activation
         return heads.apply(self.steps, x_RD, dimensions=params.dimensions or self.dimensions, activate=activate)
 
 
 def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
-    """The only token of each sequence that pooling by `modes` looks at, if there is one."""
+    """Return the only token of each sequence that pooling by `modes` depends on, if there is one."""
     if modes == ("cls",) and not batch.skips:
         return "first"
     return "last" if modes == ("lasttoken",) else None
@@ -87,7 +94,7 @@ class Embed:
     pooler: Pooler
 
     def place(self, batch: Batch, members: list[int]) -> Place | None:
-        """The only token of each member that is looked at, if there is one."""
+        """Return the only token of each member that the output depends on, if there is one."""
         return place_of(self.pooler.modes, batch)
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
@@ -104,7 +111,7 @@ class TokenEmbed:
 
     Attributes:
         without_first: the first token has none. Chunks count it nevertheless.
-        clustering: joins the vectors of sequences that want it into fewer.
+        clustering: joins the vectors of sequences with `clusters` into fewer.
     """
 
     pooler: Pooler
@@ -114,34 +121,42 @@ class TokenEmbed:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """All tokens or chunks of the members, `[sum of T, D]`."""
         if params.late_chunking_params is not None:
-            size = params.late_chunking_params.chunk_size
-            lengths = [batch.lengths[i] for i in members]
-            chunks = [[min(size, length - first) for first in range(0, length, size)] for length in lengths]
-            own_TD = torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
-            sizes = batch.index([length for own in chunks for length in own])
-            mean_RD = torch.segment_reduce(own_TD.float(), "mean", lengths=sizes, axis=0, unsafe=True)
-            return Rows(self.pooler.finish(mean_RD, params), [len(own) for own in chunks])
+            rows_RD, counts = _chunk_means(x_TD, batch, members, params.late_chunking_params.chunk_size)
+            return Rows(self.pooler.finish(rows_RD, params), counts)
         if self.without_first:
             parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
             return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
         rows, lengths = batch.rows_of(members)
-        found_RD = self.pooler.finish(x_TD[rows], params)
+        vectors_RD = self.pooler.finish(x_TD[rows], params)
         if self.clustering is None or not any(sequence.clusters for sequence in batch.sequences):
-            return Rows(found_RD, lengths)
-        own = zip(members, torch.split(found_RD, lengths), strict=True)
-        parts = [self.clustering(part) if batch.sequences[i].clusters else part.cpu() for i, part in own]
+            return Rows(vectors_RD, lengths)
+        by_member = zip(members, torch.split(vectors_RD, lengths), strict=True)
+        parts = [self.clustering(part) if batch.sequences[i].clusters else part.cpu() for i, part in by_member]
         return Rows(torch.cat(parts), [len(part) for part in parts])
+
+
+def _chunk_means(x_TD: Tensor, batch: Batch, members: list[int], size: int) -> tuple[Tensor, list[int]]:
+    """Return the mean of each chunk of `size` tokens, `[R, D]` float32, and the number of chunks of each member."""
+    chunks = [_chunk_sizes(batch.lengths[i], size) for i in members]
+    members_TD = torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
+    sizes = batch.index(list(chain.from_iterable(chunks)))
+    means_RD = torch.segment_reduce(members_TD.float(), "mean", lengths=sizes, axis=0, unsafe=True)
+    return means_RD, list(map(len, chunks))
+
+
+def _chunk_sizes(length: int, size: int) -> list[int]:
+    return [min(size, length - first) for first in range(0, length, size)]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What happens to logits.
+    """The way from logits to class values.
 
     Attributes:
         activation: applied last, unless a request says otherwise.
         use_activation: default of that request parameter.
         mean: subtracted from the logits.
-        sigma: by which they are divided then.
+        sigma: divides them then.
     """
 
     activation: Activation
@@ -150,14 +165,12 @@ class Calibration:
     sigma: float = 1.0
 
     def finish(self, logits_RC: Tensor, params: PoolingParams) -> Tensor:
-        """`activation((logits - mean) / sigma)`, in float32."""
+        """Return `activation((logits - mean) / sigma)`, in float32."""
         y_RC = logits_RC.float()
         if (self.mean, self.sigma) != (0.0, 1.0):
             y_RC = (y_RC - self.mean) / self.sigma
         activate = self.use_activation if params.use_activation is None else params.use_activation
-        if not activate or self.activation == "none":
-            return y_RC
-        return y_RC.softmax(-1) if self.activation == "softmax" else y_RC.sigmoid()
+        return ACTIVATIONS[self.activation](y_RC) if activate else y_RC
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,7 @@ class Classify:
     modes: tuple[str, ...] = ()
 
     def place(self, batch: Batch, members: list[int]) -> Place | None:
-        """The only token of each member that is looked at, if there is one."""
+        """Return the only token of each member that the output depends on, if there is one."""
         return place_of(self.modes, batch) if self.modes else self.classifier.place(batch, members)
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
@@ -191,7 +204,7 @@ class TokenClassify:
     """`token_classify`: one row of class values per token, or per step.
 
     Attributes:
-        columns: what the head's columns stand for: token ids, or their own numbers.
+        columns: token ids of the head's columns, or their numbers.
         step: keep only the rows whose token is the step tag (STEP pooling), if there is a tag.
         step_tag_id: default of the request parameter.
         returned: default of the request parameter `returned_token_ids`, out of `columns`.
@@ -211,33 +224,30 @@ class TokenClassify:
         if self.step and tag is not None:
             kept = [rows[batch.host_ids_T[rows] == tag] for rows in kept]
         logits_RC = self.classifier.rows(x_TD[batch.index(np.concatenate(kept))])
-        wanted = self.returned if params.returned_token_ids is None else params.returned_token_ids
-        if self.step and wanted is not None:
-            logits_RC = logits_RC[:, batch.index([self.columns.index(i) for i in wanted])]
+        token_ids = self.returned if params.returned_token_ids is None else params.returned_token_ids
+        if self.step and token_ids is not None:
+            logits_RC = logits_RC[:, batch.index([self.columns.index(i) for i in token_ids])]
         return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
 
 
 def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
-    """The activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
+    """Return the activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
 
     Raises:
         CheckpointError: the checkpoint names an activation that is not honoured.
     """
-    config = checkpoint.config
     by_count: Activation = "softmax" if num_labels > 1 else "sigmoid"
     by_problem: dict[str, Activation] = {
         "regression": "none",
         "single_label_classification": by_count,
         "multi_label_classification": "sigmoid",
     }
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(checkpoint.config, "problem_type", None)
     if problem is not None:
         if problem not in by_problem:
             raise CheckpointError(f"problem_type must be one of {', '.join(by_problem)}, got {problem!r}")
         return by_problem[problem]
-    saved = checkpoint.st.activation if checkpoint.st else None
-    saved = saved or (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-    saved = saved or getattr(config, "sbert_ce_default_activation_function", None)
+    saved = _saved_activation(checkpoint)
     if saved is None:
         return by_count
     kind = saved.rpartition(".")[2]
@@ -247,3 +257,14 @@ def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
             "and Softmax; hf_overrides problem_type can say which of them to use instead"
         )
     return "none" if kind == "Identity" else by_count
+
+
+def _saved_activation(checkpoint: Checkpoint) -> str | None:
+    """Return the path of the activation's class, by whichever release of Sentence-Transformers saved it."""
+    config = checkpoint.config
+    places = (
+        checkpoint.st.activation if checkpoint.st else None,
+        (getattr(config, "sentence_transformers", None) or {}).get("activation_fn"),
+        getattr(config, "sbert_ce_default_activation_function", None),
+    )
+    return next(filter(None, places), None)

@@ -1,4 +1,4 @@
-"""The proofs at load: random ids, the rows that a model has to give for them, and how much may differ.
+"""The proofs at load: random ids, the rows that a model has to give for them, and the tolerances.
 
 Nothing that Cenote assumes of a model is looked up by its name: it is proved on the model at hand, by a batch of short
 random sequences.
@@ -10,7 +10,7 @@ random sequences.
   by how many rows each expert has, which depends on the whole batch.
 - *Unchanged*: rows after a change of the model are those before it, within `UNCHANGED`.
 - *Finite*: values are numbers.
-- *Stable*: forwards leave the model as it was, and give beside each other what they give alone.
+- *Stable*: forwards leave the model as it was, and have the same results beside each other as alone.
 
 `choose` names the layout.
 """
@@ -53,10 +53,10 @@ of the rows, or to 1 if that is smaller."""
 UNCHANGED = 2e-5
 """Largest distance of float32 rows before and after a change that is to keep them."""
 ROUNDINGS = 4.0
-"""Rows that move by so many times what rounding moves them are not isolated. Over experts of 4 to 128 they moved by
-up to 1.2 times that, and both by less than the model's own distance to float64."""
+"""Rows that move by more than so many times their movement by rounding are not isolated. Over experts of 4 to 128 they
+moved by up to 1.2 times that, and both by less than the model's own distance to float64."""
 LEAST_COSINE = 0.9
-"""Of rows with narrow weights to those in float32, on average; real text and real weights are far above it."""
+"""Minimum mean cosine of rows with narrow weights to those in float32; real text and weights are far above it."""
 
 LENGTHS = (7, 11, 11, 3)
 """Tokens of the sequences of most probes; one that exceeds the model's window joins them."""
@@ -65,7 +65,7 @@ COPIES = (2, 5)
 COPIED = 5
 """Sequences of a probe of which there are copies."""
 SHORT = 16
-"""Tokens of a sequence are enough to see what Linear layers do."""
+"""Tokens of a sequence that are enough to watch Linear layers."""
 LONGEST_REAL_WINDOW = 512
 PROBE_WINDOW = 32
 MOST_REAL_POSITIONS = 2048
@@ -84,33 +84,39 @@ class Draw:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, count: int) -> list[int]:
-        """`count` ids."""
+        """Draw `count` ids."""
         picks = torch.randint(len(self._ids), (count,), generator=self._generator)
         ids: list[int] = self._ids[picks].tolist()
         return ids
 
     def text(self, count: int) -> list[int]:
-        """`count` ids that end as a text does: BART's heads look at its end-of-sequence token."""
+        """Draw `count` ids that end as a text does: BART's heads look at its end-of-sequence token."""
         return [*self(count - len(self._end)), *self._end]
 
 
-def distance(found: Tensor, expected: Tensor, *, among: Tensor | None = None) -> float:
-    """Largest difference of two tensors of one shape, relative to the largest value of `among` (at least 1).
+def distance(actual: Tensor, expected: Tensor, *, among: Tensor | None = None) -> float:
+    """Return the largest difference of two tensors, relative to the largest value of `among` (at least 1).
 
-    `among` is `expected` unless it is given. Infinity for other shapes; NaN where a value is NaN.
+    Infinity for different shapes; NaN where a value is NaN.
+
+    Args:
+        actual: any shape.
+        expected: likewise.
+        among: `None` = `expected`.
     """
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    if not found.numel():
+    if not actual.numel():
         return 0.0
-    scale = max(1.0, float((expected if among is None else among).abs().max()))
-    return float((found.float() - expected.float()).abs().max()) / scale
+    values = expected if among is None else among
+    scale = max(1.0, float(values.abs().max()))
+    return float((actual.float() - expected.float()).abs().max()) / scale
 
 
 def fault_of(check: Callable[[], str]) -> str:
-    """The fault that `check` finds, an empty string if there is none; an exception is a fault.
+    """Return the fault that `check` finds, an empty string if there is none; an exception is a fault.
 
-    Whatever a model raises in a forward means that it cannot be run in this way.
+    Any exception in a forward means that the model cannot be run in this way.
     """
     try:
         return check()
@@ -119,7 +125,7 @@ def fault_of(check: Callable[[], str]) -> str:
 
 
 def line_of(error: Exception) -> str:
-    """The first line of an error, with its class."""
+    """Return the first line of an error, with its class."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
@@ -129,7 +135,7 @@ class Probe:
     Args:
         model: a backbone.
         ids: token ids of the sequences, at least two.
-        other: ids that take the second one's place to see whether rows of the others move.
+        other: ids that take the place of the second sequence, to see whether rows of the others move.
         run: the rows `[T, D]` of a batch.
         hidden: trailing tokens of each sequence that no token attends to; `None` = there are none.
 
@@ -158,8 +164,9 @@ class Probe:
         self.tolerance = EQUAL.get(model.dtype, 1e-1)
         self.batch = _packed(ids, model.device, hidden)
         self.swapped = _packed([ids[0], other, *ids[2:]], model.device, hidden)
-        beginnings = [own[:SHORT] for own in ids[:COPIED]]
-        self.short = [_packed([own[::way] for own in beginnings], model.device) for way in (1, -1)]
+        forwards = [sequence[:SHORT] for sequence in ids[:COPIED]]
+        backwards = [sequence[::-1] for sequence in forwards]
+        self.short = [_packed(forwards, model.device), _packed(backwards, model.device)]
         self.rows_TD = run(self.batch).float()
         if not bool(torch.isfinite(self.rows_TD).all()):
             where = f"for ordinary tokens: the weights are damaged, or do not fit the dtype {model.dtype}"
@@ -170,29 +177,29 @@ class Probe:
             )
 
     def fault(self, layout: Layout) -> str:
-        """Why `layout` is not exact, or an empty string."""
+        """Return why `layout` is not exact, or an empty string."""
         rows_TD = forward(layout, self.batch)
         return self.equal(rows_TD) or self.isolated(layout, rows_TD)
 
     def equal(self, rows_TD: Tensor) -> str:
-        """How rows differ from the model's own, or an empty string."""
-        found = distance(rows_TD, self.rows_TD)
-        if found <= self.tolerance:
+        """Return how rows differ from the model's own, or an empty string."""
+        moved = distance(rows_TD, self.rows_TD)
+        if moved <= self.tolerance:
             return ""
-        return f"differs from the model's own output by {found:.1e} (allowed {self.tolerance:.1e})"
+        return f"differs from the model's own output by {moved:.1e} (allowed {self.tolerance:.1e})"
 
     def equal_at(self, layout: Layout, place: Place) -> str:
-        """How the rows at `place` differ where `layout` is asked for them alone, or an empty string."""
+        """Return how the rows at `place` differ where `layout` runs for them alone, or an empty string."""
         rows_B = self.batch.rows_at(place)
-        found = distance(forward(layout, self.batch, place)[rows_B], self.rows_TD[rows_B], among=self.rows_TD)
-        return "" if found <= self.tolerance else f"gives other rows for the {place} tokens, by {found:.1e}"
+        moved = distance(forward(layout, self.batch, place)[rows_B], self.rows_TD[rows_B], among=self.rows_TD)
+        return "" if moved <= self.tolerance else f"gives other rows for the {place} tokens, by {moved:.1e}"
 
     def cosine(self, rows_TD: Tensor) -> float:
-        """Mean cosine of rows to the model's own; see `LEAST_COSINE`."""
+        """Return the mean cosine of rows to the model's own; see `LEAST_COSINE`."""
         return float(F.cosine_similarity(rows_TD.float(), self.rows_TD).mean())
 
     def moved(self, layout: Layout, rows_TD: Tensor | None = None) -> float:
-        """Distance by which rows of `layout` move when the second sequence has other tokens.
+        """Return the distance by which rows of `layout` move when the second sequence has other tokens.
 
         Args:
             layout: runs the batch.
@@ -205,25 +212,25 @@ class Probe:
         return distance(forward(layout, self.swapped)[neighbours_T], rows_TD[neighbours_T], among=self.rows_TD)
 
     def isolated(self, layout: Layout, rows_TD: Tensor | None = None) -> str:
-        """How rows of `layout` depend on their neighbours' tokens, or an empty string; arguments as `moved`."""
-        found = self.moved(layout, rows_TD)
-        if found == 0:
+        """Return how rows of `layout` depend on their neighbours' tokens, or an empty string; arguments as `moved`."""
+        moved = self.moved(layout, rows_TD)
+        if moved == 0:
             return ""
         rounding = self.rounding(layout)
-        if found <= min(ROUNDINGS * rounding, self.tolerance):
+        if moved <= min(ROUNDINGS * rounding, self.tolerance):
             return ""
-        return f"rows move by {found:.1e} when a neighbour's tokens change, and by {rounding:.1e} by rounding"
+        return f"rows move by {moved:.1e} when a neighbour's tokens change, and by {rounding:.1e} by rounding"
 
     def rounding(self, layout: Layout) -> float:
-        """Distance by which rows move when a sequence runs in a batch of copies of itself, by the model's attention.
+        """Return the distance by which rows move when a sequence runs in a batch of copies of itself.
 
-        At least one step of the dtype. What copies see of one another is their own content, so whatever moves is
-        rounding, and a model whose rows depend on a neighbour's content gains nothing by it.
+        By the model's own attention; at least one step of the dtype. Copies see no other content than their own, so
+        every movement is rounding, and a model whose rows depend on a neighbour's content gains nothing by it.
         """
         largest = torch.finfo(self.model.dtype).eps
         with layout.own_attention() as backbone:
-            for own in self.ids[:COPIED]:
-                ids_1L = torch.tensor([own], device=backbone.device)
+            for sequence in self.ids[:COPIED]:
+                ids_1L = torch.tensor([sequence], device=backbone.device)
                 alone_1LD = backbone.run(input_ids=ids_1L)
                 for count in COPIES:
                     beside_BLD = backbone.run(input_ids=ids_1L.expand(count, -1))
@@ -233,7 +240,7 @@ class Probe:
 
 
 def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
-    """A few short random sequences, one of them of `longest` tokens, and the model's own rows for each alone."""
+    """Probe with a few short random sequences, one of `longest` tokens, and the model's own rows for each alone."""
     first, second, third, last = (min(n, longest) for n in LENGTHS)
     draw = Draw(model)
     ids = [draw(n) for n in (first, second, max(longest, 1), third, last)]
@@ -252,7 +259,7 @@ def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
 
 
 def filled(model: PreTrainedModel, length: int) -> Probe:
-    """Sequences that few to many hidden tokens fill up to `length`, with one that has none among them."""
+    """Probe with sequences that few to many hidden tokens fill up to `length`, with one that has none among them."""
     draw = Draw(model)
     seen = [max(1, min(n, length - 1)) for n in (3, length // 2, length - 1)]
     ids = [draw(n) for n in (length, length, min(5, length), length)]
@@ -261,7 +268,7 @@ def filled(model: PreTrainedModel, length: int) -> Probe:
 
 
 def prefixed(layout: Layout, max_length: int) -> Probe | None:
-    """Sequences with a common beginning longer than the model's window, and their rows in `layout` as it is.
+    """Probe with sequences with a common beginning longer than the model's window, and their rows in `layout` as it is.
 
     `None` if the model takes too few tokens for a beginning that would be shared.
     """
@@ -278,12 +285,12 @@ def prefixed(layout: Layout, max_length: int) -> Probe | None:
 
 
 def turned(probe: Probe, layout: Layout) -> Probe:
-    """The sequences of `probe` in another order, and their rows in `layout` as it is."""
+    """Probe with the sequences of `probe` in another order, and their rows in `layout` as it is."""
     return Probe(probe.model, [*probe.ids[2:], *probe.ids[:2]], probe.other, partial(forward, layout))
 
 
 def brief(layout: Layout, max_length: int) -> Probe:
-    """Three short sequences, and their rows in `layout` as it is."""
+    """Probe with three short sequences, and their rows in `layout` as it is."""
     model = layout.backbone.model
     draw = Draw(model)
     first, second, _, last = (min(n, max_length) for n in LENGTHS)
@@ -291,7 +298,7 @@ def brief(layout: Layout, max_length: int) -> Probe:
 
 
 class HeadProbe:
-    """A few short random sequences, and what a model with a head gives for each alone, by its own forward.
+    """A few short random sequences, and the output of a model with a head for each alone, by its own forward.
 
     Attributes:
         batch: the sequences.
@@ -304,11 +311,9 @@ class HeadProbe:
         ids = [draw.text(min(n, max_length)) for n in LENGTHS]
         self.batch = _packed(ids, full.device)
         self._tolerance = EQUAL.get(full.dtype, 1e-1)
+        inputs = [torch.tensor([sequence], device=full.device) for sequence in ids]
         with torch.inference_mode():
-            self.logits = [
-                full(input_ids=torch.tensor([own], device=full.device), return_dict=True).logits[0].float()
-                for own in ids
-            ]
+            self.logits = [full(input_ids=ids_1L, return_dict=True).logits[0].float() for ids_1L in inputs]
         backbone: PreTrainedModel = full.base_model  # type: ignore[assignment]
         self.rows_TD = _alone(backbone)(self.batch)
 
@@ -317,10 +322,10 @@ class HeadProbe:
         """Number of logits of a token or a sequence."""
         return int(self.logits[0].shape[-1])
 
-    def agrees(self, found: list[Tensor], columns: Seq[int] | None = None) -> bool:
-        """Whether logits, one tensor for each sequence, are those of the whole model, or its `columns`."""
-        expected = self.logits if columns is None else [logits[..., list(columns)] for logits in self.logits]
-        return distance(_joined(found), _joined(expected)) <= self._tolerance
+    def agrees(self, logits: list[Tensor], columns: Seq[int] | None = None) -> bool:
+        """Return whether logits, one tensor for each sequence, are those of the whole model, or its `columns`."""
+        expected = self.logits if columns is None else [row[..., list(columns)] for row in self.logits]
+        return distance(_joined(logits), _joined(expected)) <= self._tolerance
 
 
 @dataclass(frozen=True)
@@ -328,7 +333,7 @@ class Proved:
     """The layout that is exact for a model.
 
     Attributes:
-        layout: it, installed.
+        layout: the layout, installed.
         reasons: why each faster one was passed over.
         probe: the sequences by which it was proved, whose forwards need `shortened_windows`.
     """
@@ -375,14 +380,15 @@ def choose(
 
 
 def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
-    """Install `layout`; why it is not exact, also with hidden tokens, or an empty string."""
+    """Install `layout`, and return why it is not exact, also with hidden tokens, or an empty string."""
 
     def check() -> str:
         layout.install()
         with shortened_windows(probe.model):
             return probe.fault(layout)
 
-    if fault := fault_of(check):
+    fault = fault_of(check)
+    if fault:
         return f"{layout.name}: {fault}"
     if hiding is None:
         return ""
@@ -393,44 +399,44 @@ def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
 @contextmanager
 def shortened_windows(model: PreTrainedModel) -> Iterator[int]:
     """Yield a window length that a probe can exceed cheaply; long windows are shortened for the time being."""
-    holders: list[Any] = [holder for holder in (model.config, *model.modules()) if window(holder) is not None]
-    longest = max((window(holder) or 0 for holder in holders), default=0)
+    holders: tuple[Any, ...] = (model.config, *model.modules())
+    sizes = [(holder, size) for holder, size in zip(holders, map(window, holders), strict=True) if size is not None]
+    longest = max((size for _, size in sizes), default=0)
     if longest <= LONGEST_REAL_WINDOW:
         yield max(longest, PROBE_WINDOW)
         return
-    saved = [(holder, holder.sliding_window) for holder in holders]
     try:
-        for holder, _ in saved:
+        for holder, _ in sizes:
             holder.sliding_window = PROBE_WINDOW
         yield PROBE_WINDOW
     finally:
-        for holder, size in saved:
+        for holder, size in sizes:
             holder.sliding_window = size
 
 
 def finite(values: Tensor) -> str:
-    """A fault if a value is NaN or infinite, or an empty string."""
+    """Return a fault if a value is NaN or infinite, or an empty string."""
     return "" if bool(torch.isfinite(values).all()) else "gives values that are not finite (NaN or infinity)"
 
 
 def unchanged(run: Callable[[], Tensor], expected: Tensor) -> str:
-    """How a result in float32 differs from that before a change, or an empty string."""
-    found = distance(run(), expected)
-    return "" if found <= UNCHANGED else f"moves the result by {found:.1e} (allowed {UNCHANGED:.1e})"
+    """Return how a result in float32 differs from that before a change, or an empty string."""
+    moved = distance(run(), expected)
+    return "" if moved <= UNCHANGED else f"moves the result by {moved:.1e} (allowed {UNCHANGED:.1e})"
 
 
 def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
-    """Why several threads cannot run `module` at a time, or an empty string.
+    """Return why several threads cannot run `module` at a time, or an empty string.
 
     Transformers' modules are functions of their inputs, as a rule. The exceptions remember something between calls,
     such as the frequencies for the longest sequence so far. Forwards must leave all attributes and buffers of all
-    modules as they were, and those of several threads at a time must give what each gives alone.
+    modules as they were, and those of several threads at a time must have the results of each alone.
 
     Args:
         module: the model, in eval mode.
         runs: forwards over different inputs, each with its results.
     """
-    alone = [run() for run in runs]  # what a model makes in its first forwards and then keeps is no obstacle
+    alone = [run() for run in runs]  # attributes that a model makes in its first forwards and keeps are no obstacle
     before = _state(module)
     for run in runs:  # each over another input, whose traces differ
         run()
@@ -438,13 +444,20 @@ def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
         changed = [name for name in before | after if not _same(before.get(name), after.get(name))]
         if changed:
             return f"a forward changes {changed[0]}"
-    beside: dict[int, list[Tensor]] = {}
+    beside = _run_beside(runs)
+    agree = [i in beside and _close(beside[i], results) for i, results in enumerate(alone)]
+    return "" if all(agree) else "forwards beside each other give something else"
+
+
+def _run_beside(runs: list[Callable[[], list[Tensor]]]) -> dict[int, list[Tensor]]:
+    """Run each in a thread of its own, all at a time; return the results by number, without those that fail."""
+    results: dict[int, list[Tensor]] = {}
     start = threading.Barrier(len(runs))
 
     def work(number: int) -> None:
         try:
             start.wait(PATIENCE)
-            beside[number] = runs[number]()
+            results[number] = runs[number]()
         except Exception as error:  # one that succeeds alone and fails beside others is not stable
             log.info("beside another forward: %s: %s", type(error).__name__, error)
 
@@ -453,19 +466,17 @@ def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    if len(beside) < len(runs) or not all(_close(beside[i], own) for i, own in enumerate(alone)):
-        return "forwards beside each other give something else"
-    return ""
+    return dict(results)
 
 
-def _close(found: list[Tensor], expected: list[Tensor]) -> bool:
-    if len(found) != len(expected):
+def _close(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    if len(actual) != len(expected):
         return False
-    return all(distance(a, b) <= EQUAL[torch.float32] for a, b in zip(found, expected, strict=True))
+    return all(distance(a, b) <= EQUAL[torch.float32] for a, b in zip(actual, expected, strict=True))
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Every attribute of `module` and its parts, each with what shows a change of it in place."""
+    """Return every attribute of `module` and its parts, each with contents that show a change in place."""
     state = {}
     for path, part in module.named_modules():
         for name, value in _attributes(part):
@@ -480,7 +491,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def _shown(value: Any) -> tuple[Any, ...]:
-    """`value` and its contents, one level deep."""
+    """Return `value` and its contents, one level deep."""
     if isinstance(value, torch.Tensor):
         return value, None if value.is_inference() else value._version
     if isinstance(value, dict):
@@ -496,17 +507,19 @@ def _shown(value: Any) -> tuple[Any, ...]:
 def _same(before: Any, after: Any) -> bool:
     if isinstance(before, tuple) and isinstance(after, tuple):
         return len(before) == len(after) and all(map(_same, before, after))
-    plain = (int, float, str, type(None))
-    return before is after or (type(before) is type(after) and isinstance(before, plain) and before == after)
+    if before is after:
+        return True
+    is_plain = isinstance(before, (int, float, str, type(None)))
+    return is_plain and type(before) is type(after) and before == after
 
 
 def _packed(ids: list[list[int]], device: torch.device, hidden: list[int] | None = None) -> Batch:
     counts = hidden or [0] * len(ids)
-    return pack([Sequence(own, hidden=count) for own, count in zip(ids, counts, strict=True)], device)
+    return pack([Sequence(tokens, hidden=count) for tokens, count in zip(ids, counts, strict=True)], device)
 
 
 def _alone(model: PreTrainedModel) -> Callable[[Batch], Tensor]:
-    """The model's own forward over one sequence at a time."""
+    """Return the model's own forward over one sequence at a time."""
     return partial(forward, Padded(Backbone(model), equal=True, size=1))
 
 

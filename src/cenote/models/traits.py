@@ -21,7 +21,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def position_offset(model: PreTrainedModel) -> int:
-    """Where positions start: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
+    """Return the first position: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -38,18 +38,18 @@ def position_rows(model: PreTrainedModel) -> int | None:
 
 
 def rope_class(model: PreTrainedModel) -> Callable[[int], int] | None:
-    """How lengths fall into classes with equal rotary frequencies; `None` if frequencies do not depend on length.
+    """Return a function from lengths to classes of equal rotary frequencies; `None` if they do not depend on length.
 
     "longrope" has two sets of frequencies; "dynamic" NTK has one per length beyond the trained one
     (`transformers/modeling_rope_utils.py`).
     """
     for module in model.modules():
         types = getattr(module, "rope_type", None)
-        names = set(types.values()) if isinstance(types, dict) else {types}
+        names = list(map(str, types.values() if isinstance(types, dict) else [types]))
         if "longrope" in names:
             limit = int(_original_length(module))
             return lambda n: int(n > limit)
-        if any(isinstance(name, str) and "dynamic" in name for name in names):
+        if any("dynamic" in name for name in names):
             limit = int(module.original_max_seq_len)  # type: ignore[arg-type]
             return lambda n: max(n, limit)
     return None
@@ -65,16 +65,17 @@ def _original_length(module: nn.Module) -> int:
 def reset_rope(model: PreTrainedModel) -> None:
     """Forget the longest sequence seen: Transformers keeps grown "dynamic" frequencies for later, shorter inputs."""
     for module in model.modules():
-        names = {*vars(module), *module._buffers} if hasattr(module, "original_max_seq_len") else set()
-        for name in (n for n in names if n.endswith("original_inv_freq")):
-            prefix = name.removesuffix("original_inv_freq")
-            module.register_buffer(
-                f"{prefix}inv_freq", getattr(module, name).to(model.device).clone(), persistent=False
-            )
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        for name in {*vars(module), *module._buffers}:
+            if name.endswith("original_inv_freq"):
+                prefix = name.removesuffix("original_inv_freq")
+                frequencies = getattr(module, name).to(model.device).clone()
+                module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def window(holder: Any) -> int | None:
-    """The sliding window of a config or a module, in tokens, or `None` if it has none."""
+    """Return the sliding window of a config or a module, in tokens, or `None` if it has none."""
     size = getattr(holder, "sliding_window", None)
     return size if isinstance(size, int) and not isinstance(size, bool) else None

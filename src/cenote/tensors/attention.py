@@ -1,8 +1,8 @@
 """The one attention function: Transformers' signature, over sequences laid end to end.
 
 It is registered with Transformers under `NAME`, and not with its mask interface, so that models build no mask.
-The batch's boundaries travel in a ContextVar, because several models drop keywords that they do not know. What a
-model says through a keyword that is not understood here is refused, never ignored.
+The batch's boundaries travel in a ContextVar, because several models drop keywords that they do not know. A keyword
+of a model that is not understood here is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ NAME = "cenote"
 FUSED_ON = frozenset({"cuda"})
 """Devices whose kernels do sequences of many lengths at once."""
 QUERY_BLOCK = 256
+LARGEST_FLASH_HEAD = 256
 CAUSAL_FROM_THE_END = 2
 """torch's number of the mask in which the last query sees the last key (`torch.nn.attention.bias.CausalVariant`)."""
 HARMLESS = frozenset(
@@ -62,9 +63,9 @@ class Forward:
         is_called: whether the model has called the attention function in it.
         is_causal: whether every call so far was causal.
         is_fused: whether one kernel did all sequences in every call so far.
-        place: the only token of each sequence whose row is wanted of the last layer; `None` = all are.
-        keys: keys and values of all tokens in the last layer, while it runs for those tokens alone.
-        wants_keys: the call to come is made for its keys and values, and ends with `KeysFound`.
+        place: the only token of each sequence for which the last layer has to return a row; `None` = all.
+        keys: keys and values of all tokens in the last layer, while it runs for single tokens.
+        wants_keys: the next call is made for its keys and values, and ends with `KeysFound`.
     """
 
     batch: Batch | Static
@@ -94,10 +95,10 @@ def boundaries(batch: Batch | Static, kernels: Kernels | None = None, place: Pla
         place: see `Forward`.
 
     Yields:
-        What is known of the forward so far.
+        The state of the forward.
 
     Raises:
-        RuntimeError: the model did not call it, so something else decided who sees whom.
+        RuntimeError: the model did not call it, so something else decided which tokens see which.
     """
     under_way = Forward(batch, kernels, place)
     token = _FORWARD.set(under_way)
@@ -110,7 +111,11 @@ def boundaries(batch: Batch | Static, kernels: Kernels | None = None, place: Pla
 
 
 def current() -> Forward:
-    """The packed forward under way, or `RuntimeError`."""
+    """Return the packed forward under way.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     under_way = under_way_or_none()
     if under_way is None:
         raise RuntimeError("packed attention was called outside a packed forward")
@@ -118,12 +123,12 @@ def current() -> Forward:
 
 
 def under_way_or_none() -> Forward | None:
-    """The packed forward under way, if there is one."""
+    """Return the packed forward under way, if there is one."""
     return _FORWARD.get(None)
 
 
 class Rule(NamedTuple):
-    """Who sees whom, and how scores are made of dot products.
+    """The keys that a query sees, and the way from dot products to scores.
 
     Attributes:
         causal: a query sees keys up to its own position only.
@@ -143,12 +148,13 @@ class Rule(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """True if a fused kernel can do it."""
+        """Whether a fused kernel can do it."""
         return self.softcap is None and self.bias is None and self.sinks is None
 
     def within(self, max_length: int) -> Rule:
-        """The same rule for sequences of at most `max_length`: a window that they do not reach is none."""
-        return self._replace(window=None) if self.window is not None and max_length <= self.window else self
+        """Return the same rule for sequences of at most `max_length`: without a window that they do not exceed."""
+        is_wide = self.window is not None and max_length <= self.window
+        return self._replace(window=None) if is_wide else self
 
 
 def packed_attention(
@@ -207,7 +213,11 @@ def _check_tokens(module: torch.nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, under
 def _of_batch(
     module: torch.nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, under_way: Forward, rule: Rule
 ) -> Tensor:
-    """By the fastest way that there is; `[1, T, N, H]`, or with the keys of all tokens at hand `[1, B, N, H]`."""
+    """Attend by the fastest way that there is.
+
+    Returns:
+        `[1, T, N, H]`, or with `Forward.keys` `[1, B, N, H]`.
+    """
     batch, kernels = under_way.batch, under_way.kernels
     place = under_way.place if under_way.keys else None
     if q_1NTH.device.type in FUSED_ON:
@@ -227,12 +237,12 @@ def _of_batch(
 
 
 def hides(mask: Tensor) -> bool:
-    """Whether a mask hides anything. LayoutLM makes one of its own that does not."""
+    """Return whether a mask hides anything. LayoutLM makes one of its own that does not."""
     return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())
 
 
 def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
-    """Attention run by run: sequences of equal length form a small dense batch. Works on any device."""
+    """Attend run by run: sequences of equal length form a small dense batch. Works on any device."""
     _, heads, tokens, _ = q_1NTH.shape
     out_1TNH = q_1NTH.new_empty(1, tokens, heads, v_1NTH.shape[-1])
     for run in batch.runs:
@@ -245,7 +255,7 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
 
 
 def attend_at(place: Place, q_1NBH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule) -> Tensor:
-    """Attention of one token of each sequence, its first or last, to all that it sees: `[1, B, N, H]`."""
+    """Attend from one token of each sequence, its first or last, to all tokens that it sees: `[1, B, N, H]`."""
     out_1BNH = q_1NBH.new_empty(1, batch.size, q_1NBH.shape[1], v_1NTH.shape[-1])
     done = 0
     for run in batch.runs:
@@ -258,28 +268,29 @@ def attend_at(place: Place, q_1NBH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batc
 
 
 def _of_run(x_1NTH: Tensor, run: Run) -> Tensor:
-    """The rows of a run, `[count, N, length, H]`."""
-    own = x_1NTH[0, :, run.start : run.start + run.size * run.length]
-    return own.view(own.shape[0], run.size, run.length, -1).transpose(0, 1)
+    """Return the rows of a run, `[count, N, length, H]`."""
+    rows = x_1NTH[0, :, run.start : run.start + run.size * run.length]
+    return rows.view(rows.shape[0], run.size, run.length, -1).transpose(0, 1)
 
 
 def _with_prefix(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
-    """What the queries of a run see: their prefix, and unless they are blind their own sequence."""
-    own = _of_run(x_1NTH, run)
+    """Return the rows that the queries of a run see: their prefix's, and unless they are blind their sequence's."""
+    rows = _of_run(x_1NTH, run)
     if not run.prefix:
-        return own
+        return rows
     before = x_1NTH[:, :, run.prefix.start : run.prefix.stop].expand(run.size, -1, -1, -1)
-    return before if blind else torch.cat([before, own], dim=2)
+    return before if blind else torch.cat([before, rows], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
     """Dense attention over `[count, N, length, H]`, in blocks of queries where a window, bias or prefix asks for it.
 
-    `before` is how many positions the first key lies before the first query.
+    `before` is the number of positions by which the first key lies before the first query.
     """
     length, keys = q.shape[2], k.shape[2]
     grouped = k.shape[1] != q.shape[1]
-    if rule.plain and not before and length == keys and (rule.window is None or length <= rule.window):
+    is_whole = before == 0 and length == keys and (rule.window is None or length <= rule.window)
+    if rule.plain and is_whole:
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
     starts = range(0, length, QUERY_BLOCK)
     return torch.cat([_attend_block(q[:, :, a : a + QUERY_BLOCK], k, v, rule, a + before) for a in starts], dim=2)
@@ -301,25 +312,30 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int) -> Te
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=grouped)
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scaling = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    scores = (q @ k.transpose(-1, -2)) * scaling
+    bias = None if rule.bias is None else rule.bias[:, :, start:stop, first:last]
+    return _attend_by_steps(q, k, v, rule, bias, seen)
+
+
+def _attend_by_steps(q: Tensor, k: Tensor, v: Tensor, rule: Rule, bias: Tensor | None, seen: Tensor) -> Tensor:
+    """Attention with the parts of a rule that fused kernels lack, softcap, bias and sinks."""
+    scores = (q @ k.transpose(-1, -2)) * _scale(q, rule)
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if rule.bias is not None:
-        scores = scores + rule.bias[:, :, start:stop, first:last]
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, float("-inf")).float()
-    if rule.sinks is not None:
-        sinks = rule.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
-    return scores.softmax(-1).to(v.dtype) @ v
+    if rule.sinks is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    sinks = rule.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
 class Spans(NamedTuple):
-    """Which rows belong together, as fused kernels take them.
+    """The rows of each sequence, as fused kernels take them.
 
     Attributes:
         cu_seqlens: int32 offsets of the queries of each sequence.
-        max_length: most queries of a sequence.
+        max_length: maximum number of queries of a sequence.
         keys: the rows that they see.
     """
 
@@ -331,7 +347,7 @@ class Spans(NamedTuple):
 def attend_fused(
     q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch | Static, rule: Rule, place: Place | None = None
 ) -> Tensor | None:
-    """Attention of all sequences by one kernel, or `None` if there is none for it.
+    """Attend in all sequences by one kernel; `None` if there is none for it.
 
     With a `place` there is one query for each sequence, `[1, N, B, H]`, and the result is `[1, B, N, H]`.
     """
@@ -350,7 +366,7 @@ def attend_fused(
 
 
 def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Kernel | None:
-    """The fused kernel that does all sequences at once by `rule`, or `None`.
+    """Return the fused kernel that does all sequences at once by `rule`, or `None`.
 
     Flash attention takes half types and heads of up to 256, on GPUs from Ampere (sm80) on; torch's has no softcap,
     that of the package flash-attn has. Memory-efficient attention takes all types and GPUs, but no window that looks
@@ -358,12 +374,19 @@ def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Kernel | None:
     """
     if rule.bias is not None:
         return None
-    half = q_1NTH.dtype in (torch.float16, torch.bfloat16) and max(q_1NTH.shape[-1], v_1NTH.shape[-1]) <= 256
-    if half and _is_ampere(q_1NTH.device) and rule.softcap is None:
-        return _flash
-    if half and _is_ampere(q_1NTH.device) and rule.sinks is None and _has_flash_attn():
-        return _flash_attn
-    return _efficient if rule.plain and (rule.causal or rule.window is None) else None
+    if _fits_flash(q_1NTH, v_1NTH):
+        if rule.softcap is None:
+            return _flash
+        if rule.sinks is None and _has_flash_attn():
+            return _flash_attn
+    looks_ahead = rule.window is not None and not rule.causal
+    return _efficient if rule.plain and not looks_ahead else None
+
+
+def _fits_flash(q_1NTH: Tensor, v_1NTH: Tensor) -> bool:
+    is_half = q_1NTH.dtype in (torch.float16, torch.bfloat16)
+    size = max(q_1NTH.shape[-1], v_1NTH.shape[-1])
+    return is_half and size <= LARGEST_FLASH_HEAD and _is_ampere(q_1NTH.device)
 
 
 @functools.cache
@@ -377,29 +400,35 @@ def _is_ampere(device: torch.device) -> bool:
 
 
 def _window(rule: Rule) -> tuple[int, int]:
-    """The rule as (left, right) reach, the spelling of flash kernels; -1 is unlimited."""
+    """Return the rule as (left, right) reach, the spelling of flash kernels; -1 is unlimited."""
     left = rule.window - 1 if rule.window else -1
     return (left, 0) if rule.causal else (left, left)
 
 
 def _varlen_states(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `[T, N, H]`, and the keys and values `[K, N, H]` that `spans.keys` speaks of, with heads of one size.
+    """Return queries `[T, N, H]`, and the keys and values `[K, N, H]` of `spans.keys`, with heads of one size.
 
     Kernels load eight values at once, so heads are filled up with zeros to a multiple of eight.
     """
     size = -(-max(q_1NTH.shape[-1], v_1NTH.shape[-1]) // 8) * 8
-    q, k, v = (
-        x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
-        for x in (y[0].transpose(0, 1) for y in (q_1NTH, k_1NTH, v_1NTH))
-    )
+    q, k, v = (_filled(x_1NTH[0].transpose(0, 1), size) for x_1NTH in (q_1NTH, k_1NTH, v_1NTH))
     rows_K = spans.keys.rows_K
-    k, v = (k, v) if rows_K is None else (k.index_select(0, rows_K), v.index_select(0, rows_K))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return q, k, v
+    if rows_K is not None:
+        k, v = k.index_select(0, rows_K), v.index_select(0, rows_K)
+    return _with_whole_rows(q), _with_whole_rows(k), _with_whole_rows(v)
+
+
+def _filled(x_TNH: Tensor, size: int) -> Tensor:
+    missing = size - x_TNH.shape[-1]
+    return F.pad(x_TNH, (0, missing)) if missing else x_TNH
+
+
+def _with_whole_rows(x_TNH: Tensor) -> Tensor:
+    return x_TNH if x_TNH.stride(-1) == 1 else x_TNH.contiguous()
 
 
 def _scale(q_1NTH: Tensor, rule: Rule) -> float:
-    """Of the head as the model has it, which may be smaller than the one that a kernel gets."""
+    """Return the scale for heads as the model has them, which may be smaller than those that a kernel gets."""
     scale: float = q_1NTH.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     return scale
 
@@ -469,7 +498,7 @@ def _efficient(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rul
 
 
 def register() -> str:
-    """Make the function known to Transformers; returns the name to pass as `attn_implementation`."""
+    """Register the function with Transformers, and return the name to pass as `attn_implementation`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)

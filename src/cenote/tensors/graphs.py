@@ -2,10 +2,11 @@
 
 Launching a small model's kernels one by one takes the host longer than they run. So a batch is filled up to the next
 of a few shapes, its numbers are copied into buffers that never move, and the forward that was recorded over them is
-replayed. What fills a batch up are sequences of their own at its end, which no other sees: no value changes.
+replayed. A batch is filled up with sequences of their own at its end, which no other sees: no value changes.
 
-A recording keeps whatever the host knew when it was made, so a recorded forward is given a `Static` batch, which knows
-only what all batches of its shape have in common. On a device without graphs the same code runs the forward itself.
+A recording keeps every number of the host from the time it was made, so a recorded forward gets a `Static` batch, which
+has only the numbers that all batches of its shape share. On a device without graphs the same code runs the forward
+itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Work = Callable[[], None]
 
 
 class Shape(NamedTuple):
-    """What the batches of one recording have in common.
+    """The common traits of the batches of a recording.
 
     Attributes:
         tokens: rows, filled up.
@@ -55,14 +56,14 @@ class Shape(NamedTuple):
 
 
 def rounded(tokens: int) -> int:
-    """`tokens` rounded up to one of `STEPS` numbers per doubling."""
+    """Round `tokens` up to one of `STEPS` numbers per doubling."""
     tokens = max(tokens, FEWEST_TOKENS)
     step = (1 << (tokens - 1).bit_length()) // (2 * STEPS)
     return -(-tokens // step) * step
 
 
 def shape_of(batch: Batch) -> Shape | None:
-    """The shape that `batch` is filled up to; `None` if it has too many sequences."""
+    """Return the shape that `batch` is filled up to; `None` if it has too many sequences."""
     if batch.size > MOST_SEQUENCES:
         return None
     tokens, max_length = rounded(batch.tokens), SHORTEST_LIMIT
@@ -73,10 +74,10 @@ def shape_of(batch: Batch) -> Shape | None:
 
 
 def lay_out(batch: Batch, shape: Shape) -> list[Ids]:
-    """The numbers of `batch` in `shape`: ids, positions, offsets of sequences, and types if it has any."""
+    """Return the numbers of `batch` in `shape`: ids, positions, offsets of sequences, and types if it has any."""
     offsets = batch.tokens + shape.max_length * np.arange(shape.sequences + 1 - batch.size)
-    given = [batch.host_ids_T, batch.host_positions_T, *([batch.host_type_ids_T] if shape.typed else [])]
-    ids, positions, *types = (np.pad(x_T, (0, shape.tokens - batch.tokens)) for x_T in given if x_T is not None)
+    arrays = (batch.host_ids_T, batch.host_positions_T, batch.host_type_ids_T)
+    ids, positions, *types = (np.pad(x_T, (0, shape.tokens - batch.tokens)) for x_T in arrays if x_T is not None)
     return [ids, positions, np.concatenate((batch.starts[:-1], np.minimum(offsets, shape.tokens))), *types]
 
 
@@ -114,7 +115,7 @@ class Graphs:
 
     @torch.inference_mode()
     def run(self, batch: Batch, place: Place | None = None) -> Tensor | None:
-        """Last hidden states of `batch`, `[T, D]`, or with a `place` only each sequence's row there, `[B, D]`.
+        """Return the last hidden states of `batch`, `[T, D]`, or with a `place` only each sequence's row, `[B, D]`.
 
         `None` if it fits no shape, or its shape cannot be recorded.
         """
@@ -149,14 +150,14 @@ class Graphs:
             return self._record(work)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model or the driver raises means: this runs unrecorded
+        except Exception as error:  # any error of a model or the driver means: this runs unrecorded
             self.fault = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             log.warning("a forward of %d tokens cannot be recorded: %s", shape.tokens, self.fault)
             return None
 
 
 def _recorder(device: torch.device) -> Callable[[Work], Work]:
-    """What makes recordings on `device`; elsewhere than on a GPU, replaying is doing the work again."""
+    """Return the function that records on `device`; elsewhere than on a GPU, replaying is doing the work again."""
     if device.type != "cuda":
         return _unrecorded
     pool = torch.cuda.graph_pool_handle()
@@ -169,7 +170,7 @@ def _recorder(device: torch.device) -> Callable[[Work], Work]:
                 warnings.simplefilter("ignore")  # torch says once that it does not find everything
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                work()  # what would spoil the recording fails here, by its name
+                work()  # an operation that would spoil the recording fails here, by its name
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
             # Other threads may go on using the device, if only to pin memory.

@@ -1,10 +1,11 @@
-"""Linear layers on a CPU by other products than those of float32, for float32 inputs and outputs.
+"""Linear layers on a CPU by products other than those of a BLAS, for float32 inputs and outputs.
 
 float32 itself is multiplied by AMX as sums of bfloat16, without loss. The other kinds narrow the weights. int8 weights
 have one scale per output; rows of the input are narrowed inside the kernel, each to bytes of its own range
 (`x ~ low + step * q`, q in 0 .. 255), so that a row's result does not depend on its neighbours. bfloat16 is multiplied
-where the CPU does so (AMX); elsewhere it is, like float16, only how weights are kept, and they are widened to float32
-while they are read. The source is `linear.cpp`, compiled on first use; which instructions multiply is a *path*.
+where the CPU does so (AMX); elsewhere it is, like float16, only the form in which weights are kept, and they are
+widened to float32 while they are read. The source is `linear.cpp`, compiled on first use; a *path* is a choice of
+instructions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Path(NamedTuple):
 
     Attributes:
         kind: of the weights.
-        isa: least instructions.
+        isa: minimum instructions.
         layout: of the weights: multiplied as they are in panels, widened to float32 from tiles, or split with their
             inputs into bfloat16 from blocks, while they are read.
         text: for people.
@@ -75,7 +76,7 @@ FASTEST: dict[Kind, tuple[str, ...]] = {
 PANEL, TILE, WIDE_TILE, LINE = 16, 32, 64, 64
 """Outputs of a panel, of a tile, and of a tile of widened weights; bytes to which rows are padded."""
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-"""How many bfloat16 numbers one of each is the sum of."""
+"""Number of bfloat16 numbers whose sum is exactly one of each."""
 WIDEST = 65_536
 """Inputs beyond which sums of 255 * 127 might not fit 32 bits."""
 
@@ -85,10 +86,10 @@ class Narrow:
     """A Linear's weights, as the kernel reads them.
 
     Attributes:
-        path: what they were made for.
+        path: a key of `PATHS`.
         inputs: D of `[outputs, D]`.
-        panels: of int8 and bfloat16 that is multiplied `[panels, groups, 16, G]`, G = 4 int8 or 2 bfloat16; of what is
-            split see `_blocks`; of what is widened `[tiles, D, 64]`.
+        panels: of int8 and bfloat16 that is multiplied `[panels, groups, 16, G]`, G = 4 int8 or 2 bfloat16; of weights
+            that are split see `_blocks`; of weights that are widened `[tiles, D, 64]`.
         scale, sums: of int8, for each output: the scale, and the sum of its weights times it.
         bias: zeros if there is none.
     """
@@ -109,7 +110,7 @@ class Narrow:
 
     @property
     def parts(self) -> int:
-        """bfloat16 numbers that a weight is the sum of, where it is split."""
+        """Number of bfloat16 numbers into which a weight is split."""
         return PARTS[self.panels.dtype] if PATHS[self.path].layout == "blocks" else 1
 
 
@@ -139,7 +140,7 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
 
 
 def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
-    """int8 codes `[N, D]` and their scales `[N]`: symmetric, one scale per output.
+    """Return int8 codes `[N, D]` and their scales `[N]`: symmetric, one scale per output.
 
     Args:
         pairs: AVX2 adds the products of two neighbours in 16 bits, so that two codes may be 128 together at most
@@ -156,7 +157,7 @@ def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
 
 
 def _panels(narrow_ND: Tensor) -> Tensor:
-    """64 bytes hold one 4-byte group of each of 16 rows; padded with zeros to whole lines and tiles."""
+    """Lay out lines of 64 bytes, one 4-byte group of each of 16 rows; padded with zeros to whole lines and tiles."""
     size = LINE // narrow_ND.element_size()
     outputs, inputs = narrow_ND.shape
     padded_ND = F.pad(narrow_ND, (0, -inputs % size, 0, -outputs % TILE))
@@ -165,7 +166,7 @@ def _panels(narrow_ND: Tensor) -> Tensor:
 
 
 def as_stored(weight_ND: Tensor) -> Tensor:
-    """A float32 matrix in the smallest dtype that holds all of it, as checkpoints are often stored in halves."""
+    """Return a float32 matrix in the smallest dtype that holds all of it, as checkpoints are often stored in halves."""
     halves = (weight_ND.to(dtype) for dtype in (torch.bfloat16, torch.float16))
     return next((x for x in halves if torch.equal(x.float(), weight_ND)), weight_ND)
 
@@ -181,11 +182,11 @@ def _blocks(weight_ND: Tensor) -> Tensor:
     return (blocks.mT if weight_ND.dtype == torch.bfloat16 else blocks).contiguous()
 
 
-def unsplit(own: Narrow) -> Tensor:
-    """The float32 matrix `[N, D]` again, exactly."""
-    blocks = own.panels.mT if own.panels.dtype == torch.bfloat16 else own.panels
+def unsplit(weights: Narrow) -> Tensor:
+    """Return the float32 matrix `[N, D]`, exactly."""
+    blocks = weights.panels.mT if weights.panels.dtype == torch.bfloat16 else weights.panels
     whole = blocks.permute(0, 2, 5, 1, 4, 3).reshape(TILE * blocks.shape[0], -1)
-    return whole[: own.outputs, : own.inputs].float().contiguous()
+    return whole[: weights.outputs, : weights.inputs].float().contiguous()
 
 
 def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
@@ -230,11 +231,11 @@ class Kernel:
         )
 
     def path(self, kind: Kind) -> str | None:
-        """The fastest path for weights of this kind, if there is any."""
+        """Return the fastest path for weights of this kind, if there is any."""
         return next((path for path in FASTEST[kind] if path in self.paths), None)
 
     def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
-        """Layers of weights that were all made for the same path; only the last may normalise."""
+        """Return a chain of layers whose weights were all made for the same path; only the last may normalise."""
         return Chain(self._run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
 
     def _run_chain(self, layers: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
@@ -243,25 +244,27 @@ class Kernel:
             raise MemoryError("a chain of narrow Linear layers")
 
     def agrees_with_torch(self) -> bool:
-        """Whether every path gives what torch does with the same narrowed numbers, in float64."""
+        """Return whether every path computes the same as torch with the same narrowed numbers, in float64."""
         generator = torch.Generator().manual_seed(0)
-        norm = nn.LayerNorm(97)
         for rows, inputs in ((1, 5), (37, 70), (65, 1030), (66, 130)):
             x = torch.randn(rows, inputs, generator=generator) * 2 + 0.3
             weight, bias, residual = (torch.randn(n, inputs, generator=generator) for n in (97, 97, rows))
+            stored = weight.to([*PARTS][rows % 3]).float()  # in as many parts, if in any
             residual = residual[:, :1].expand(rows, 97).contiguous()
-            for path in self.paths:
-                stored = weight.to([*PARTS][rows % 3]).float()  # in as many parts, if in any
-                want, weights = emulate(x, stored, bias[:, 0], path), narrow(stored, bias[:, 0], path)
-                steps = [Step(weights, name) for name in ("", *native.ACTIVATIONS)]
-                wanted = [want, *(apply(want) for apply in native.ACTIVATIONS.values())]
-                found = [self.chain((step,))(x) for step in steps]
-                wanted.append(F.layer_norm(want + residual, (97,), eps=norm.eps))
-                found.append(self.chain((Step(weights, norm=norm),))(x, residual))
-                pairs = zip(found, wanted, strict=True)
-                if not all(torch.allclose(got.double(), own, atol=1e-4, rtol=1e-4) for got, own in pairs):
-                    return False
+            if not all(self._path_agrees(path, x, stored, bias[:, 0], residual) for path in self.paths):
+                return False
         return True
+
+    def _path_agrees(self, path: str, x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, residual_RN: Tensor) -> bool:
+        norm = nn.LayerNorm(len(weight_ND))
+        weights = narrow(weight_ND, bias_N, path)
+        expected_RN = emulate(x_RD, weight_ND, bias_N, path)
+        pairs = [(self.chain((Step(weights),))(x_RD), expected_RN)]
+        for name, apply in native.ACTIVATIONS.items():
+            pairs.append((self.chain((Step(weights, name),))(x_RD), apply(expected_RN)))
+        normalised_RN = F.layer_norm(expected_RN + residual_RN, norm.normalized_shape, eps=norm.eps)
+        pairs.append((self.chain((Step(weights, norm=norm),))(x_RD, residual_RN), normalised_RN))
+        return all(torch.allclose(actual.double(), expected, atol=1e-4, rtol=1e-4) for actual, expected in pairs)
 
 
 class Exact(NamedTuple):
@@ -271,48 +274,53 @@ class Exact(NamedTuple):
     path: str
 
     def pack(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Narrow:
-        """The weights as the kernel reads them."""
+        """Return the weights as the kernel reads them."""
         return narrow(weight_ND.detach(), bias_N, self.path)
 
     def unpack(self, packed: Narrow) -> Tensor:
-        """The float32 matrix `[N, D]` again."""
+        """Return the float32 matrix `[N, D]`."""
         return unsplit(packed)
 
     def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
-        """What runs the layers."""
+        """Return a chain of the layers."""
         return self.kernel.chain(steps)
 
 
 def _plain(step: Step[Narrow]) -> _Step:
-    own, norm = step.weights, step.norm
-    vectors = [own.scale, own.sums, own.bias, *((norm.weight, norm.bias) if norm else (None, None))]
+    weights = step.weights
+    gamma, beta, epsilon, activation = native.numbers_of(step)
     return _Step(
-        own.panels.data_ptr(),
-        *(None if vector is None else vector.data_ptr() for vector in vectors),
-        own.inputs,
-        own.outputs,
-        own.groups,
-        0.0 if norm is None else norm.eps,
-        [*native.ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
-        [*PATHS].index(own.path),
-        own.parts,
+        weights.panels.data_ptr(),
+        native.address_of(weights.scale),
+        native.address_of(weights.sums),
+        weights.bias.data_ptr(),
+        gamma,
+        beta,
+        weights.inputs,
+        weights.outputs,
+        weights.groups,
+        epsilon,
+        activation,
+        [*PATHS].index(weights.path),
+        weights.parts,
     )
 
 
 def float32(kernels: Kernels | None) -> Products[Any] | None:
-    """What multiplies in float32: AMX, or a BLAS, if any."""
+    """Return products in float32: by AMX, or by a BLAS, if there is any."""
     if kernels is None:
         return None
+    blas = kernels if kernels.can_chain else None
     try:
         kernel = load(kernels.isa)
     except RuntimeError:
-        return kernels if kernels.can_chain else None
+        return blas
     path = kernel.path("float32")
-    return Exact(kernel, path) if path is not None else kernels if kernels.can_chain else None
+    return blas if path is None else Exact(kernel, path)
 
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
-    """What `path` computes, by torch in float64: `[R, N]`."""
+    """Compute the products of `path` by torch in float64: `[R, N]`."""
     kind = PATHS[path].kind
     if kind == "float32":
         return F.linear(x_RD.double(), weight_ND.double(), bias_N.double())
@@ -329,13 +337,13 @@ def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tenso
 
 
 def load(isa: Isa = "auto") -> Kernel:
-    """The kernel, built if need be (a few seconds, once per processor and compiler).
+    """Load the kernel, built if need be (a few seconds, once per processor and compiler).
 
     Args:
         isa: instructions that it may use; see `cenote.tensors.native.chosen`.
 
     Raises:
-        RuntimeError: it cannot be had, and why.
+        RuntimeError: it is not available, and why.
     """
     return _load(native.chosen(isa))
 
@@ -361,7 +369,7 @@ def require(isa: Isa) -> None:
     """Build and try all kernels of `isa`, if it names instructions.
 
     Raises:
-        ConfigError: they cannot be had.
+        ConfigError: they are not available.
     """
     isa = native.chosen(isa)
     native.load(isa)

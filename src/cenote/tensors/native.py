@@ -1,8 +1,8 @@
 """Optional CPU kernels, compiled on first use with the system's C++ compiler and loaded with ctypes.
 
 All of it may be absent: `load` returns `None` where there is no compiler, the build fails, the processor has no wide
-vectors, or the kernels disagree with torch; callers then keep to plain torch. Only where somebody names instructions is
-that an error. The source is `kernels.cpp`.
+vectors, or the kernels disagree with torch; callers then keep to plain torch. It is an error only if options name
+instructions. The source is `kernels.cpp`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
@@ -45,6 +46,7 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+COMPILERS = ("c++", "g++", "clang++")
 VARIABLE = "CENOTE_ISA"
 LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
@@ -58,7 +60,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
-"""What a chain can apply to a layer's output, in the order of kernels.cpp."""
+"""Functions that a chain can apply to a layer's output, in the order of kernels.cpp."""
 
 
 class Target(NamedTuple):
@@ -107,7 +109,7 @@ class Kernels:
         self.width: int = library.vector_width()
 
     def can_attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, longest: int) -> bool:
-        """Whether `attend` takes these tensors: float32 on the CPU, with a head size in whole vectors."""
+        """Return whether `attend` takes these tensors: float32 on the CPU, with a head size in whole vectors."""
         return (
             longest <= LONGEST
             and q_1NTH.shape[-1] % self.width == 0
@@ -202,7 +204,7 @@ class Kernels:
         return Chain(partial(self._run_chain, block), (_Step * len(steps))(*map(_plain, steps)), steps)
 
     def _run_chain(self, block: int, steps: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
-        """See `Chain`. `block` is how many rows go through the layers at a time, if there are that many."""
+        """See `Chain`. `block` is the maximum number of rows that go through the layers at a time."""
         assert self._blas is not None
         threads = torch.get_num_threads()
         if rows > block or threads > 1:
@@ -212,39 +214,35 @@ class Kernels:
             raise MemoryError("a chain of Linear layers")
 
     def agree_with_torch(self) -> bool:
-        """Whether small awkward cases equal torch in float64."""
+        """Return whether small awkward cases equal torch in float64."""
         generator = torch.Generator().manual_seed(0)
-        lengths = [1, 2, 7, 16, 17, 33, 70]
-        starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)])
         with torch.inference_mode():
-            for size, heads, kv_heads in ((32, 3, 3), (64, 4, 2), (128, 8, 8)):
-                q, k, v = (
-                    torch.randn(1, sum(lengths), n, size, generator=generator).transpose(1, 2)
-                    for n in (heads, kv_heads, kv_heads)
-                )
-                if not self.can_attend(q, k, v, max(lengths)):
-                    return False
-                for causal, window in ((False, None), (True, None), (False, 9), (True, 20)):
-                    got = self.attend(q, k, v, starts, size**-0.5, causal=causal, window=window)
-                    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-                        one_q, one_k, one_v = (x[:, :, a:b].double() for x in (q, k, v))
-                        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
-                        seen = distance.abs() < (window or b)
-                        want = F.scaled_dot_product_attention(
-                            one_q,
-                            one_k,
-                            one_v,
-                            attn_mask=seen & (distance >= 0) if causal else seen,
-                            scale=size**-0.5,
-                            enable_gqa=heads != kv_heads,
-                        )
-                        if not torch.allclose(got[:, a:b].double(), want.transpose(1, 2), atol=1e-5, rtol=1e-5):
-                            return False
+            heads = ((32, 3, 3), (64, 4, 2), (128, 8, 8))
+            if not all(self._attention_agrees(*numbers, generator) for numbers in heads):
+                return False
             x, gamma = torch.randn(3, 5, 97, generator=generator) * 3, torch.randn(97, generator=generator)
-            want = F.rms_norm(x.double(), (97,), gamma.double(), 1e-5)
-            if not torch.allclose(self.rms_norm(x, gamma, 1e-5).double(), want, atol=1e-5, rtol=1e-5):
+            expected = F.rms_norm(x.double(), (97,), gamma.double(), 1e-5)
+            if not torch.allclose(self.rms_norm(x, gamma, 1e-5).double(), expected, atol=1e-5, rtol=1e-5):
                 return False
             return not self.can_chain or self._chains_agree(generator)
+
+    def _attention_agrees(self, size: int, heads: int, kv_heads: int, generator: torch.Generator) -> bool:
+        lengths = [1, 2, 7, 16, 17, 33, 70]
+        starts = list(accumulate(lengths, initial=0))
+        q, k, v = (
+            torch.randn(1, starts[-1], n, size, generator=generator).transpose(1, 2)
+            for n in (heads, kv_heads, kv_heads)
+        )
+        if not self.can_attend(q, k, v, max(lengths)):
+            return False
+        for causal, window in ((False, None), (True, None), (False, 9), (True, 20)):
+            out = self.attend(q, k, v, torch.tensor(starts), size**-0.5, causal=causal, window=window)
+            for start, stop in pairwise(starts):
+                parts = [x[:, :, start:stop].double() for x in (q, k, v)]
+                expected = _attention(*parts, causal=causal, window=window).transpose(1, 2)
+                if not torch.allclose(out[:, start:stop].double(), expected, atol=1e-5, rtol=1e-5):
+                    return False
+        return True
 
     def _chains_agree(self, generator: torch.Generator) -> bool:
         def draw(*shape: int) -> Tensor:
@@ -259,11 +257,22 @@ class Kernels:
             hidden = F.linear(x.double(), first.weight.double(), first.bias.double())
             for name, apply in ACTIVATIONS.items():
                 product = F.linear(apply(hidden), second.weight.double()) + residual
-                want = F.layer_norm(product, (40,), norm.weight.double(), norm.bias.double(), norm.eps)
+                expected = F.layer_norm(product, (40,), norm.weight.double(), norm.bias.double(), norm.eps)
                 steps = (Step(packed[0], activation=name), Step(packed[1], norm=norm))
-                if not torch.allclose(self.chain(steps)(x, residual).double(), want, atol=2e-5, rtol=1e-5):
+                if not torch.allclose(self.chain(steps)(x, residual).double(), expected, atol=2e-5, rtol=1e-5):
                     return False
-        return all(torch.equal(self.unpack(p), x.weight) for p, x in zip(packed, (first, second), strict=True))
+        unpacked = [self.unpack(weights) for weights in packed]
+        return torch.equal(unpacked[0], first.weight) and torch.equal(unpacked[1], second.weight)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Tensor:
+    """Attention within one sequence by torch, `[1, N, L, H]`."""
+    length = q.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = distance.abs() < (window or length)
+    if causal:
+        seen &= distance >= 0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class _Step(ctypes.Structure):
@@ -285,7 +294,7 @@ class Packed(NamedTuple):
     """A matrix in the order in which the BLAS reads it.
 
     Attributes:
-        memory: its bytes. Most of what MKL asks for beyond the matrix is never touched, so it costs no memory.
+        memory: its bytes. Most of those that MKL reserves beyond the matrix are never touched, so they cost nothing.
         rows: outputs of the layer.
         columns: inputs of the layer.
         bias: of the layer.
@@ -303,12 +312,12 @@ class Packed(NamedTuple):
 
 
 W = TypeVar("W")
-"""The weights of a Linear layer, as what multiplies by them keeps them."""
+"""The weights of a Linear layer, in the form of those `Products`."""
 
 
 @dataclass(frozen=True)
 class Step(Generic[W]):
-    """A Linear layer and what follows it at once.
+    """A Linear layer and the operations that follow it at once.
 
     Attributes:
         weights: its matrix and bias.
@@ -324,21 +333,20 @@ class Step(Generic[W]):
 
 
 class Products(Protocol[W]):
-    """What multiplies by the matrices of Linear layers, which it keeps in an order of its own."""
+    """Products by the matrices of Linear layers, which are kept in an order of their own."""
 
     def pack(self, weight: Tensor, bias: Tensor | None = None, /) -> W:
-        """A copy of a float32 matrix `[out, in]` and the bias `[out]` of its layer."""
+        """Copy a float32 matrix `[out, in]` and the bias `[out]` of its layer."""
 
     def unpack(self, packed: W, /) -> Tensor:
-        """The very same matrix again."""
+        """Return the very same matrix."""
 
     def chain(self, steps: tuple[Step[W], ...], /) -> Chain[W]:
-        """What runs the layers; only the last may normalise."""
+        """Return a chain of the layers; only the last may normalise."""
 
 
 class Chain(Generic[W]):
-    """Runs Linear layers one behind the other, block of rows by block of rows, so that what is between them stays in
-    cache.
+    """Linear layers run one behind the other, block of rows by block of rows: states between them stay in cache.
 
     Args:
         run: the native function: the layers, the number of rows; then addresses and from row to row the distance in
@@ -378,13 +386,14 @@ class Chain(Generic[W]):
         if residual is not None:
             residual, after_stride = _rows(residual if residual.shape == out.shape else residual.expand(out.shape))
             after = residual.data_ptr()
-        if rows := out.numel() // self._columns:
+        rows = out.numel() // self._columns
+        if rows:
             self._run(self._layers, rows, x.data_ptr(), stride, after, after_stride, out.data_ptr())
         return out
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x` with contiguous rows, and the distance between them."""
+    """Return `x` with contiguous rows, and the distance between them."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x_RD = x.reshape(-1, x.shape[-1])
@@ -392,17 +401,31 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x_RD, x_RD.stride(0)
 
 
+def address_of(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's memory."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def numbers_of(step: Step[Any]) -> tuple[int | None, int | None, float, int]:
+    """Return the addresses of a step's norm, its epsilon and the number of the activation, as kernels take them."""
+    number = ["", *ACTIVATIONS].index(step.activation)
+    if step.norm is None:
+        return None, None, 0.0, number
+    return step.norm.weight.data_ptr(), step.norm.bias.data_ptr(), step.norm.eps, number
+
+
 def _plain(step: Step[Packed]) -> _Step:
-    own, norm = step.weights, step.norm
+    weights = step.weights
+    gamma, beta, epsilon, activation = numbers_of(step)
     return _Step(
-        own.address,
-        None if own.bias is None else own.bias.data_ptr(),
-        None if norm is None else norm.weight.data_ptr(),
-        None if norm is None else norm.bias.data_ptr(),
-        own.columns,
-        own.rows,
-        0.0 if norm is None else norm.eps,
-        [*ACTIVATIONS].index(step.activation) + 1 if step.activation else 0,
+        weights.address,
+        address_of(weights.bias),
+        gamma,
+        beta,
+        weights.columns,
+        weights.rows,
+        epsilon,
+        activation,
     )
 
 
@@ -452,16 +475,16 @@ class _Blas:
 
 
 def load(isa: Isa = "auto") -> Kernels | None:
-    """The kernels, built if need be (about a second, once per processor and compiler).
+    """Load the kernels, built if need be (about a second, once per processor and compiler).
 
     Args:
         isa: instructions that they may use; see `chosen`.
 
     Returns:
-        The kernels; `None` for `none`, and for `auto` where they cannot be had.
+        The kernels; `None` for `none`, and for `auto` where they are not available.
 
     Raises:
-        ConfigError: kernels with the instructions named cannot be had.
+        ConfigError: kernels with the instructions named are not available.
     """
     return _load(chosen(isa))
 
@@ -480,20 +503,20 @@ def _load(isa: Isa) -> Kernels | None:
 
 
 def chosen(isa: Isa) -> Isa:
-    """`isa`, or in place of `auto` that of the environment variable `CENOTE_ISA`.
+    """Return `isa`, or in place of `auto` that of the environment variable `CENOTE_ISA`.
 
     Raises:
         ConfigError: the variable names none.
     """
     named = os.environ.get(VARIABLE, "auto") if isa == "auto" else isa
-    known: tuple[Isa, ...] = get_args(Isa)
-    if named not in known:
-        raise ConfigError(f"environment variable {VARIABLE} is {named!r}, expected one of {', '.join(known)}")
+    names: tuple[Isa, ...] = get_args(Isa)
+    if named not in names:
+        raise ConfigError(f"environment variable {VARIABLE} is {named!r}, expected one of {', '.join(names)}")
     return named
 
 
 def unavailable(isa: Isa, reason: Exception) -> ConfigError:
-    """The error for instructions that were named and cannot be had."""
+    """Return the error for instructions that were named and are not available."""
     return ConfigError(
         f"CPU kernels with isa {isa} cannot be had here: {reason}; leave isa out for the widest that can"
     )
@@ -517,7 +540,7 @@ def _checked(isa: Isa) -> Kernels:
 
 
 def cache() -> Path:
-    """Where compiled libraries are kept."""
+    """Return the folder of compiled libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cenote"
 
 
@@ -528,7 +551,7 @@ def build(folder: Path, source: Path = SOURCE, march: str = "native") -> Path:
         RuntimeError: there is no compiler, or it fails.
         OSError: `folder` cannot be written, or belongs to somebody else.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if not compiler:
         raise RuntimeError("there is no C++ compiler")
     flags = (*FLAGS, f"-march={march}")
@@ -556,7 +579,7 @@ def build(folder: Path, source: Path = SOURCE, march: str = "native") -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache on a shared disk may meet another processor."""
+    """Return the properties on which -march=native depends: a cache on a shared disk may meet another processor."""
     kept = {"vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part"}
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 Place = Literal["first", "last"]
-"""Which token of a sequence."""
+"""A token of a sequence."""
 PLACES: tuple[Place, ...] = ("first", "last")
 
 SHORTEST_PREFIX = 16
-"""Common tokens from which on sequences share them. Fewer would save less than keeping them apart costs."""
+"""Minimum length of a shared prefix, in tokens. Shorter ones would save less than keeping them apart costs."""
 MOST_KEYS = 4096
-"""Most rows that the sequences of a run with a prefix see, added up: the prefix's keys are copied for each of them."""
+"""Maximum rows that the sequences of a run with a prefix see, added up: each has a copy of the prefix's keys."""
 
 
 class Run(NamedTuple):
@@ -43,12 +43,12 @@ class Run(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What each sequence sees, as varlen kernels take it.
+    """The rows that each sequence sees, as varlen kernels take them.
 
     Attributes:
         rows_K: int64 rows of the batch, each sequence's after its prefix's; `None` if they are the batch's own.
         cu_seqlens: int32 offsets into them.
-        max_length: most rows that a sequence sees.
+        max_length: maximum number of rows that a sequence sees.
     """
 
     rows_K: Tensor | None
@@ -60,7 +60,7 @@ class Keys(NamedTuple):
 class Batch:
     """Sequences end to end. Sequence `i` owns the rows `starts[i]:starts[i + 1]`.
 
-    What it says of them is laid out on the host; tensors on the device are made when they are first asked for.
+    Its arrays lie on the host; tensors on the device are made on first use.
 
     Attributes:
         host_ids_T: int64 token ids.
@@ -68,7 +68,7 @@ class Batch:
         host_type_ids_T: int64 token type ids, or `None` when no sequence carries any.
         starts: B + 1 offsets.
         device: where its tensors are.
-        sequences: what the rows were laid out from; `()` where rows are pieces of sequences (`share`, `set_apart`).
+        sequences: source of the rows; `()` where rows are pieces of sequences (`share`, `set_apart`).
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
         blind: a sequence with a prefix sees nothing but it, not even itself.
     """
@@ -95,7 +95,7 @@ class Batch:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per sequence, on the host."""
-        return tuple(b - a for a, b in zip(self.starts, self.starts[1:], strict=False))
+        return tuple(stop - start for start, stop in pairwise(self.starts))
 
     @cached_property
     def max_length(self) -> int:
@@ -143,12 +143,12 @@ class Batch:
         return self.offsets.int()
 
     def index(self, numbers: Seq[int] | np.ndarray) -> Tensor:
-        """Numbers of rows, say, as an int64 tensor on the device, without waiting for what the device does."""
+        """Return numbers, of rows say, as an int64 tensor on the device, without waiting for the device."""
         array = np.asarray(numbers, dtype=np.int64)
         return upload([array.ravel()], self.device)[0].view(array.shape)
 
     def rows_at(self, place: Place) -> Tensor:
-        """Row of each sequence's first or last token, `[B]`."""
+        """Return the row of each sequence's first or last token, `[B]`."""
         return self.offsets[:-1] if place == "first" else self.offsets[1:] - 1
 
     @cached_property
@@ -156,14 +156,15 @@ class Batch:
         """The rows that each sequence sees."""
         if self.prefixes is None:
             return Keys(None, self.cu_seqlens, self.max_length)
-        own = [range(a, b) for a, b in pairwise(self.starts)]
-        if self.blind:
-            own = [range(0) if prefix else rows for prefix, rows in zip(self.prefixes, own, strict=True)]
-        parts = [rows for pair in zip(self.prefixes, own, strict=True) for rows in pair]
-        rows_K = np.concatenate([np.arange(rows.start, rows.stop) for rows in parts])
-        lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        rows, offsets = upload([rows_K, np.cumsum([0, *lengths])], self.device)
-        return Keys(rows, offsets.int(), max(lengths))
+        seen: list[np.ndarray] = []
+        for prefix, (start, stop) in zip(self.prefixes, pairwise(self.starts), strict=True):
+            rows = [np.arange(prefix.start, prefix.stop)]
+            if not (self.blind and prefix):
+                rows.append(np.arange(start, stop))
+            seen.append(np.concatenate(rows))
+        lengths = [len(rows) for rows in seen]
+        rows_K, offsets = upload([np.concatenate(seen), np.cumsum([0, *lengths])], self.device)
+        return Keys(rows_K, offsets.int(), max(lengths))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -172,24 +173,21 @@ class Batch:
         prefixes = self.prefixes or (range(0),) * self.size
         for start, length, prefix in zip(self.starts, self.lengths, prefixes, strict=False):
             last = runs[-1] if runs else Run(0, 0, 0)
-            full = len(prefix) and (last.size + 1) * (len(prefix) + length) > MOST_KEYS
-            if last.length == length and last.prefix == prefix and not full:
+            is_full = bool(prefix) and (last.size + 1) * (len(prefix) + length) > MOST_KEYS
+            if (last.length, last.prefix) == (length, prefix) and not is_full:
                 runs[-1] = last._replace(size=last.size + 1)
             else:
                 runs.append(Run(start, 1, length, prefix))
         return tuple(runs)
 
     def select(self, members: Seq[int]) -> tuple[Batch, Tensor]:
-        """The batch of the sequences numbered `members`, in that order, and which rows of this one they are."""
+        """Return the batch of the sequences numbered `members`, in that order, and their rows in this one."""
         host_rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in members])
-        starts = [0]
-        for i in members:
-            starts.append(starts[-1] + self.lengths[i])
         part = Batch(
             host_ids_T=self.host_ids_T[host_rows],
             host_positions_T=self.host_positions_T[host_rows],
             host_type_ids_T=None if self.host_type_ids_T is None else self.host_type_ids_T[host_rows],
-            starts=tuple(starts),
+            starts=tuple(accumulate((self.lengths[i] for i in members), initial=0)),
             device=self.device,
             sequences=tuple(self.sequences[i] for i in members),
         )
@@ -216,13 +214,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Static:
-    """A batch as a recorded forward knows it: tensors whose contents change, and what all its batches have in common.
+    """A batch as a recorded forward knows it: tensors whose contents change, and the traits that all its batches share.
 
     Attributes:
         ids_T: int64 token ids, as those of `Batch`, all of them tensors that stay where they are.
         positions_T: int64 positions.
         type_ids_T: int64 token type ids, or `None`.
-        offsets: int64 rows at which sequences begin, and T; those at the end may be empty.
+        offsets: int64 rows at which sequences begin, and T; sequences at the end may be empty.
         max_length: no sequence is longer.
     """
 
@@ -255,7 +253,7 @@ class Static:
         return Keys(None, self.cu_seqlens, self.max_length)
 
     def rows_at(self, place: Place) -> Tensor:
-        """Row of each sequence's first or last token, `[B]`; of an empty place, the last row of all."""
+        """Return the row of each sequence's first or last token, `[B]`; of an empty place, the last row of all."""
         return self.offsets[:-1].clamp(max=self.tokens - 1) if place == "first" else self.offsets[1:] - 1
 
 
@@ -267,25 +265,27 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
     starts = np.concatenate(([0], np.cumsum(lengths)))
     ids_T = np.concatenate([np.asarray(s.ids, dtype=np.int64) for s in sequences])
     positions_T = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    type_ids_T = None
-    if any(s.type_ids is not None for s in sequences):
-        type_ids_T = np.concatenate(
-            [np.asarray(s.type_ids if s.type_ids is not None else [0] * len(s), dtype=np.int64) for s in sequences]
-        )
+    has_types = any(s.type_ids is not None for s in sequences)
     return Batch(
         host_ids_T=ids_T,
         host_positions_T=positions_T,
-        host_type_ids_T=type_ids_T,
+        host_type_ids_T=np.concatenate([_type_ids(s) for s in sequences]) if has_types else None,
         starts=tuple(starts.tolist()),
         device=torch.device(device),
         sequences=tuple(sequences),
     )
 
 
+def _type_ids(sequence: Sequence) -> Ids:
+    if sequence.type_ids is None:
+        return np.zeros(len(sequence), dtype=np.int64)
+    return np.asarray(sequence.type_ids, dtype=np.int64)
+
+
 def set_apart(batch: Batch) -> Batch:
     """Lay hidden tokens out as sequences of their own, which see the tokens before them and nothing else."""
     starts, prefixes = [0], []
-    for start, stop, sequence in zip(batch.starts, batch.starts[1:], batch.sequences, strict=False):
+    for (start, stop), sequence in zip(pairwise(batch.starts), batch.sequences, strict=True):
         first_hidden = stop - sequence.hidden
         starts.append(first_hidden)
         prefixes.append(range(0))
@@ -299,7 +299,7 @@ class Shared(NamedTuple):
     """A batch whose common prefixes are laid out once.
 
     Attributes:
-        batch: what is run, of U tokens: prefixes, what follows them, and the sequences that share nothing.
+        batch: the batch to run, of U tokens: prefixes, the sequences that follow them, and those that share nothing.
         kept_U: int64 rows of the original batch that it consists of.
         expand_T: int64 row of it that stands for each row of the original batch.
     """
@@ -309,66 +309,96 @@ class Shared(NamedTuple):
     expand_T: Tensor
 
 
+class Group(NamedTuple):
+    """Sequences with a common prefix.
+
+    Attributes:
+        shared: length of the prefix, in tokens.
+        members: numbers of the sequences, longest first.
+    """
+
+    shared: int
+    members: list[int]
+
+
+class Piece(NamedTuple):
+    """Rows of a batch, and the number of the piece that they continue, -1 if none."""
+
+    rows: range
+    prefix: int = -1
+
+
 def share(batch: Batch) -> Shared | None:
     """Lay prefixes that sequences have in common out once; `None` if there are none, or tokens have types.
 
-    A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, what
-    a prefix's rows become does not depend on what follows.
+    A sequence has one prefix at most and keeps a token of its own at least. Fit for causal models only: there, the
+    states of a prefix do not depend on the tokens that follow.
     """
-    groups = _common_prefixes(batch) if batch.host_type_ids_T is None and not batch.hides else []
+    if batch.host_type_ids_T is not None or batch.hides:
+        return None
+    groups = _common_prefixes(batch)
     if not groups:
         return None
-    starts = batch.starts
-    pieces: list[tuple[range, int]] = []  # rows of `batch`, and the number of the piece that they continue
-    for shared, members in groups:
-        first, prefix = starts[members[0]], len(pieces)
-        pieces.append((range(first, first + shared), -1))
-        pieces += [(range(starts[i] + shared, starts[i + 1]), prefix) for i in members]
-    sharing = {i for _, members in groups for i in members}
-    pieces += [(range(starts[i], starts[i + 1]), -1) for i in range(batch.size) if i not in sharing]
-    laid = tuple(np.cumsum([0, *(len(rows) for rows, _ in pieces)]).tolist())
-    kept_U = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in pieces])
+    pieces = _pieces(batch, groups)
+    starts = tuple(accumulate((len(piece.rows) for piece in pieces), initial=0))
+    kept_U = np.concatenate([np.arange(piece.rows.start, piece.rows.stop) for piece in pieces])
     expand_T = np.empty(batch.tokens, dtype=np.int64)
-    expand_T[kept_U] = np.arange(laid[-1])
+    expand_T[kept_U] = np.arange(starts[-1])
     for shared, members in groups:
-        first = starts[members[0]]
-        for i in members[1:]:
-            expand_T[starts[i] : starts[i] + shared] = expand_T[first : first + shared]
+        first = batch.starts[members[0]]
+        for start in (batch.starts[i] for i in members[1:]):
+            expand_T[start : start + shared] = expand_T[first : first + shared]
+    places = [range(start, stop) for start, stop in pairwise(starts)]
+    places.append(range(0))  # that of no prefix, number -1
     physical = Batch(
         host_ids_T=batch.host_ids_T[kept_U],
         host_positions_T=batch.host_positions_T[kept_U],
         host_type_ids_T=None,
-        starts=laid,
+        starts=starts,
         device=batch.device,
-        prefixes=tuple(range(laid[p], laid[p + 1]) if p >= 0 else range(0) for _, p in pieces),
+        prefixes=tuple(places[piece.prefix] for piece in pieces),
     )
     return Shared(physical, *upload([kept_U, expand_T], batch.device))
 
 
-def _common_prefixes(batch: Batch) -> list[tuple[int, list[int]]]:
-    """Prefixes to be shared: their length and the numbers of the sequences, longest first."""
+def _pieces(batch: Batch, groups: list[Group]) -> list[Piece]:
+    """Cut a batch into prefixes, each followed by the rests of its sequences, and sequences that share nothing."""
+    starts, pieces = batch.starts, list[Piece]()
+    alone = dict.fromkeys(range(batch.size))
+    for shared, members in groups:
+        first, prefix = starts[members[0]], len(pieces)
+        pieces.append(Piece(range(first, first + shared)))
+        for i in members:
+            pieces.append(Piece(range(starts[i] + shared, starts[i + 1]), prefix))
+            del alone[i]
+    return pieces + [Piece(range(starts[i], starts[i + 1])) for i in alone]
+
+
+def _common_prefixes(batch: Batch) -> list[Group]:
+    """Return the groups of sequences whose prefixes are to be shared."""
+    ids = [batch.host_ids_T[start:stop] for start, stop in pairwise(batch.starts)]
     alike: dict[bytes, list[int]] = {}
-    for i, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=False)):
-        if length > SHORTEST_PREFIX:
-            alike.setdefault(batch.host_ids_T[start : start + SHORTEST_PREFIX].tobytes(), []).append(i)
-    groups: list[tuple[int, list[int]]] = []
+    for i, ids_T in enumerate(ids):
+        if len(ids_T) > SHORTEST_PREFIX:
+            alike.setdefault(ids_T[:SHORTEST_PREFIX].tobytes(), []).append(i)
+    groups: list[Group] = []
     for members in alike.values():
         if len(members) > 1:
-            groups += _partition({i: batch.host_ids_T[batch.starts[i] : batch.starts[i + 1]] for i in members})
+            groups += _partition({i: ids[i] for i in members})
     return groups
 
 
-def _partition(ids: dict[int, Ids]) -> list[tuple[int, list[int]]]:
+def _partition(ids: dict[int, Ids]) -> list[Group]:
     """Sort sequences by their tokens, and cut that order into groups so that their prefixes spare most tokens.
 
-    Whatever shares a long prefix lies side by side within what shares a shorter one, so the best cut before each
+    Sequences with a long common prefix lie side by side within those with a shorter one, so the best cut before each
     place follows from the best ones before the places to its left.
     """
     order = sorted(ids, key=lambda i: ids[i].tobytes())
     common = np.array([_in_common(ids[a], ids[b]) for a, b in pairwise(order)])
     count = len(order)
     best, cut = np.zeros(count + 1, dtype=np.int64), [0] * (count + 1)
-    lowest = np.full(count, np.iinfo(np.int64).max)  # [i]: what the sequences from i to the current one share
+    lowest = np.full(count, np.iinfo(np.int64).max)  # [i]: tokens that the sequences from i to the current one share
     for stop in range(2, count + 1):
         np.minimum(lowest[: stop - 1], common[stop - 2], out=lowest[: stop - 1])
         spared = best[: stop - 1] + lowest[: stop - 1] * np.arange(stop - 1, 0, -1)
@@ -377,30 +407,31 @@ def _partition(ids: dict[int, Ids]) -> list[tuple[int, list[int]]]:
     groups = []
     stop = count
     while stop > 1:
-        if stop - cut[stop] > 1:
-            group = sorted(order[cut[stop] : stop], key=lambda i: (-len(ids[i]), i))
-            groups.append((int(common[cut[stop] : stop - 1].min()), group))
-        stop = cut[stop]
+        start = cut[stop]
+        if stop - start > 1:
+            members = sorted(order[start:stop], key=lambda i: (-len(ids[i]), i))
+            groups.append(Group(int(common[start : stop - 1].min()), members))
+        stop = start
     return groups
 
 
 def _in_common(a: Ids, b: Ids) -> int:
-    """Leading tokens that two sequences have in common, a last one of each left over."""
+    """Count the leading tokens that two sequences have in common, a last one of each left over."""
     most = min(len(a), len(b)) - 1
     differing = np.flatnonzero(a[:most] != b[:most])
     return int(differing[0]) if len(differing) else most
 
 
 def common_prefix(sequences: Seq[Sequence]) -> int:
-    """Leading tokens that all `sequences` have in common and `share` would lay out once; 0 if too few."""
+    """Count the leading tokens that all `sequences` have in common and `share` would lay out once; 0 if too few."""
     if len(sequences) < 2 or any(s.type_ids is not None for s in sequences):
         return 0
     shared = min(map(len, sequences)) - 1
     first = list(sequences[0].ids[:shared])
     for s in sequences:
-        own = list(s.ids[:shared])
-        if own != first:
-            shared = next(i for i, (a, b) in enumerate(zip(first, own, strict=True)) if a != b)
+        ids = list(s.ids[:shared])
+        if ids != first:
+            shared = next(i for i, (a, b) in enumerate(zip(first, ids, strict=True)) if a != b)
             first = first[:shared]
         if shared < SHORTEST_PREFIX:
             return 0
@@ -408,7 +439,7 @@ def common_prefix(sequences: Seq[Sequence]) -> int:
 
 
 def stage(arrays: Seq[Ids], device: torch.device) -> Tensor:
-    """`arrays` end to end in memory of the host from which `device` can copy while the host goes on.
+    """Lay `arrays` end to end in memory of the host from which `device` can copy while the host goes on.
 
     torch gives pinned memory to nobody else before the copies from it are done.
     """
@@ -420,7 +451,7 @@ def stage(arrays: Seq[Ids], device: torch.device) -> Tensor:
 
 
 def upload(arrays: Seq[Ids], device: torch.device) -> list[Tensor]:
-    """`arrays` on `device` by one copy, for which the host does not wait; on a CPU they share its memory."""
+    """Bring `arrays` to `device` by one copy, for which the host does not wait; on a CPU they share its memory."""
     if device.type != "cuda":
         return [torch.from_numpy(array).to(device) for array in arrays]
     there = stage(arrays, device).to(device, non_blocking=True)

@@ -80,9 +80,9 @@ class Clustering:
     """Token vectors joined into fewer: the mean of each of Ward's clusters (`HierarchicalTokenPooling`).
 
     Attributes:
-        factor: how many vectors are joined into one on average.
-        protected: leading vectors that stay as they are.
-        normalizes: the vectors that result are scaled to length 1.
+        factor: number of vectors that are joined into one, on average.
+        protected: number of leading vectors that stay as they are.
+        normalizes: whether joined vectors are scaled to length 1.
     """
 
     factor: float = 1.0
@@ -111,13 +111,13 @@ class Clustering:
 
 
 def _begins(batch: Batch) -> list[int]:
-    """First row of each sequence that pooling looks at. A prompt that is the whole input is not skipped by `cls`."""
+    """Return the first row of each sequence that is not skipped. `cls` skips no prompt that is the whole input."""
     skips = [sequence.skip if sequence.skip < len(sequence) else 0 for sequence in batch.sequences]
     return [start + skip for start, skip in zip(batch.starts, skips, strict=False)]
 
 
 def _counts(batch: Batch) -> Tensor:
-    """Number of tokens that are not skipped, `[B, 1]`."""
+    """Return the number of tokens that are not skipped, `[B, 1]`."""
     return batch.index(_lengths(batch)).float().clamp(min=1e-9)[:, None]
 
 
@@ -129,7 +129,7 @@ def _lengths(batch: Batch) -> np.ndarray:
 
 
 def _joined(x_TD: Tensor, batch: Batch, how: str) -> Tensor:
-    """Sum or maximum over the tokens of each sequence that are not skipped, in float32.
+    """Return the sum or maximum over the tokens of each sequence that are not skipped, in float32.
 
     First within parts of `PART` tokens, then over parts: a GPU has one thread walk along each. Checking the lengths
     would wait for the device.
@@ -143,6 +143,6 @@ def _joined(x_TD: Tensor, batch: Batch, how: str) -> Tensor:
     parts = np.full(parts_of.sum(), PART)
     parts[parts_of.cumsum()[lengths > 0] - 1] -= (-lengths % PART)[lengths > 0]
     x_RD = x_TD.float()
-    for own in upload([parts, parts_of], batch.device):
-        x_RD = torch.segment_reduce(x_RD, how, lengths=own, axis=0, unsafe=True)
+    for sizes in upload([parts, parts_of], batch.device):
+        x_RD = torch.segment_reduce(x_RD, how, lengths=sizes, axis=0, unsafe=True)
     return x_RD

@@ -1,4 +1,4 @@
-"""What the process holds, memory and threads, and how to give it back."""
+"""Memory and threads of the process, given back to the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 WEIGHTS = re.compile(r" r[-w][-x]p .*\.safetensors$", re.MULTILINE)
 """Lines of /proc/self/maps of weights."""
 LIBRARIES = re.compile(r" r-[-x]p .*\.so[.\d]*$", re.MULTILINE)
-"""Lines of /proc/self/maps of what is only read of libraries."""
+"""Lines of /proc/self/maps of the read-only parts of libraries."""
 SOFT = 1
 """`omp_pause_soft`: variables of threads are kept."""
 
@@ -22,8 +22,8 @@ def release_threads() -> None:
 
     Each thread that has run something in parallel keeps its own. While there are more of them in all than cores,
     libgomp's no longer spin between the parallel parts of a forward: they sleep, and are woken a dozen times a layer.
-    Without effect with other OpenMPs, where the call would be for all threads, without any, and in a process that has
-    not imported torch.
+    Without effect with other OpenMPs, where the call would be for all threads, without OpenMP, and in a process that
+    has not imported torch.
     """
     if "torch" not in sys.modules:
         return
@@ -34,7 +34,7 @@ def release_threads() -> None:
 
 @functools.cache
 def _libgomp() -> ctypes.CDLL | None:
-    """The OpenMP that torch runs on, if it is GNU's."""
+    """Return the OpenMP that torch runs on, if it is GNU's."""
     import torch
 
     library = ctypes.CDLL(torch._C.__file__)
@@ -43,7 +43,7 @@ def _libgomp() -> ctypes.CDLL | None:
 
 
 def release_freed_memory() -> None:
-    """Give what has been freed back to the system: weights that were replaced. Without effect on other allocators."""
+    """Give freed memory of replaced weights back to the system. Without effect on allocators other than glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
@@ -56,7 +56,7 @@ def keep_freed_memory(largest: int) -> None:
     (ceilings: 32 and 64 MiB). Without effect on other allocators.
 
     Args:
-        largest: bytes of the largest activation; more is kept at least, and no more than glibc can.
+        largest: bytes of the largest activation; at least 8 MiB and at most 31 MiB are kept.
     """
     import torch
 
@@ -64,11 +64,12 @@ def keep_freed_memory(largest: int) -> None:
 
 
 def leave_unused_memory() -> None:
-    """Give back what loading has left behind: freed memory that glibc keeps, and what was read from mapped files.
+    """Give back memory that loading has left behind: freed memory that glibc keeps, and pages of mapped files.
 
-    Those are weights, of which a packed matrix is a copy, and libraries, of which importing runs more than all that
-    follows; once a process, for what has come back is what is used. Pages that are read again come back. A mapping in
-    which something was written, which only this process has, is left alone. Does nothing where there is no /proc.
+    The files are weights, of which a packed matrix is a copy, and libraries, of which importing runs more than all that
+    follows; those once a process, for pages that have come back are in use. Pages that are read again come back. A
+    mapping in which something was written, which only this process has, is left alone. Does nothing where there is no
+    /proc.
     """
     release_freed_memory()
     _leave(WEIGHTS)

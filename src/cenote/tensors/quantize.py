@@ -4,7 +4,7 @@ A vector's code depends on that vector, the precision and fixed ranges only, nev
 text has the same code in every batch. sentence-transformers, which otherwise is followed here, takes the ranges of
 int8 from the batch where it is given none.
 
-| precision | dtype | values per vector | what one is |
+| precision | dtype | values per vector | one value |
 |---|---|---|---|
 | float | float32 | D | the value itself |
 | float16 | float16 | D | the nearest half (IEEE 754) |
@@ -39,7 +39,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 UNIT_RANGE = 6.0
 """Half the width of the range for unit vectors, in units of 1/sqrt(D), their root mean square value in a dimension.
 
-Measured with all-MiniLM-L6-v2 (D = 384) on docstrings of the standard library and on names of what they document, 3,416
+Measured with all-MiniLM-L6-v2 (D = 384) on docstrings of the standard library and on names that they document, 3,416
 vectors: |value| * sqrt(D) has the quantiles 0.67 (50 %), 2.6 (99 %), 3.4 (99.9 %), 4.3 (99.99 %) and the largest value
 6.15; shortened to 256, 128 and 64 dimensions and scaled to unit length again, 6.0, 6.0 and 4.3. Of the ten docstrings
 among 1,000 that are nearest to each of 862 names, int8 on both sides finds
@@ -65,10 +65,10 @@ DTYPES = {
 class Ranges:
     """The range of each dimension over which int8 and uint8 spread their 256 codes. Values outside get the nearest one.
 
-    `Ranges.unit(D)` is one range for all dimensions, and what is used where no other is given. Its int8 codes may be
-    compared as they are, by dot product, as clients of int8 vectors do. `Ranges.calibrated` fits each dimension to a
-    model, unit length or not, with finer steps; but then each dimension has a step and an origin of its own, and codes
-    compare well only once they are turned back (`dequantize`). So do uint8 codes of any range, whose zero is at 127.5.
+    `Ranges.unit(D)` is one range for all dimensions, and the default. Its int8 codes may be compared as they are, by
+    dot product, as clients of int8 vectors do. `Ranges.calibrated` fits each dimension to a model, unit length or not,
+    with finer steps; but then each dimension has a step and an origin of its own, and codes compare well only once they
+    are turned back (`dequantize`). So do uint8 codes of any range, whose zero is at 127.5.
     In the measurement at `UNIT_RANGE`, int8 codes as they are find 9.90 of 10 with the unit range and 7.91 with
     calibrated ones, uint8 codes 5.16 with the unit range; turned back, it is 9.91 and 9.86.
 
@@ -86,11 +86,11 @@ class Ranges:
 
     def __post_init__(self) -> None:
         for name in ("low_D", "high_D"):
-            given_D = np.asarray(getattr(self, name))
-            if given_D.dtype.kind not in "iuf":
-                raise ConfigError(f"ranges must be numbers, got {given_D.dtype} values")
+            values_D = np.asarray(getattr(self, name))
+            if values_D.dtype.kind not in "iuf":
+                raise ConfigError(f"ranges must be numbers, got {values_D.dtype} values")
             with np.errstate(over="ignore"):
-                copy_D = given_D.astype(np.float32)
+                copy_D = values_D.astype(np.float32)
             copy_D.flags.writeable = False
             object.__setattr__(self, name, copy_D)
         low_D, high_D = self.low_D, self.high_D
@@ -101,7 +101,7 @@ class Ranges:
 
     @classmethod
     def unit(cls, dimension: int) -> Ranges:
-        """The fixed range for vectors of length 1: `UNIT_RANGE / sqrt(dimension)` to either side of 0, at most 1.
+        """Return the range for vectors of length 1: `UNIT_RANGE / sqrt(dimension)` to either side of 0, at most 1.
 
         It depends on nothing but the dimension, so that shortened vectors (Matryoshka) have theirs too. Vectors that
         are much longer would be clipped and much shorter ones would share a few codes: calibrate for them.
@@ -111,7 +111,7 @@ class Ranges:
 
     @classmethod
     def calibrated(cls, vectors_ND: Array) -> Ranges:
-        """The smallest and largest value of each dimension in a calibration set, as sentence-transformers takes them.
+        """Take the smallest and largest value of each dimension in a calibration set, as sentence-transformers does.
 
         Args:
             vectors_ND: `[N, D]` float32, at least 2, made as those that will be quantised. Few of them make narrow
@@ -127,7 +127,7 @@ class Ranges:
 
     @classmethod
     def load(cls, path: str | PathLike[str], dimension: int | None = None) -> Ranges:
-        """Read what `save` wrote, or a `.npy` file of the `ranges` that sentence-transformers takes.
+        """Read a file of `save`, or a `.npy` file of the `ranges` that sentence-transformers takes.
 
         Args:
             path: a `.json` file `{"low": [...], "high": [...]}`, or a `.npy` file `[2, D]` of low and high values.
@@ -170,7 +170,7 @@ class Ranges:
 def quantize(
     vectors_ND: Array, precision: Precision, ranges: Ranges | None = None, *, param: str | None = None
 ) -> Codes:
-    """Vectors in a smaller form; see the table at the top of this file.
+    """Return vectors in a smaller form; see the table at the top of this file.
 
     int8 and uint8 equal `sentence_transformers.util.quantize_embeddings(..., ranges=np.stack([low_D, high_D]))`. binary
     and ubinary follow vLLM's rule, value >= 0, where that function has value > 0: they differ in the bit of a value
@@ -192,10 +192,7 @@ def quantize(
     """
     dimension = vectors_ND.shape[-1]
     if precision in ("int8", "uint8"):
-        ranges = _fitting(ranges, dimension, param)
-        steps_D = (ranges.high_D - ranges.low_D) / np.float32(255)
-        steps_D = np.where(steps_D == 0, np.float32(1), steps_D)
-        codes_ND = np.floor((vectors_ND.astype(np.float32, copy=False) - ranges.low_D) / steps_D).clip(0, 255)
+        codes_ND = _steps(vectors_ND, _fitting(ranges, dimension, param))
         return (codes_ND - 128).astype(np.int8) if precision == "int8" else codes_ND.astype(np.uint8)
     if precision in ("binary", "ubinary"):
         if dimension % 8:
@@ -210,13 +207,21 @@ def quantize(
     return vectors_ND.astype(DTYPES[precision], copy=False)
 
 
+def _steps(vectors_ND: Array, ranges: Ranges) -> Array:
+    """Return the number of the step in which each value lies, 0 to 255."""
+    steps_D = (ranges.high_D - ranges.low_D) / np.float32(255)
+    steps_D = np.where(steps_D == 0, np.float32(1), steps_D)
+    numbers_ND: Array = np.floor((vectors_ND.astype(np.float32, copy=False) - ranges.low_D) / steps_D).clip(0, 255)
+    return numbers_ND
+
+
 def dequantize(codes_ND: Codes, precision: Precision, ranges: Ranges | None = None) -> Array:
-    """Vectors that the codes stand for, to measure what a precision loses, or to compare codes of calibrated ranges.
+    """Return the vectors of codes, to measure the loss of a precision, or to compare codes of calibrated ranges.
 
     Args:
-        codes_ND: what `quantize` gave: `[N, D]` or `[D]`, for binary and ubinary `[N, D / 8]` or `[D / 8]`.
-        precision: the one that was quantised to.
-        ranges: those that were quantised with.
+        codes_ND: result of `quantize`: `[N, D]` or `[D]`, for binary and ubinary `[N, D / 8]` or `[D / 8]`.
+        precision: as in `quantize`.
+        ranges: as in `quantize`.
 
     Returns:
         `[N, D]` or `[D]` float32. int8 and uint8: the middle of the step, at most half a step from any value within the
@@ -241,7 +246,7 @@ def dequantize(codes_ND: Codes, precision: Precision, ranges: Ranges | None = No
 
 
 def _shifted(bytes_NB: Codes) -> Codes:
-    """uint8 - 128 as int8, and back: the highest bit flipped."""
+    """Return uint8 - 128 as int8, and back: the highest bit flipped."""
     return (bytes_NB.view(np.uint8) ^ np.uint8(128)).view(np.int8 if bytes_NB.dtype == np.uint8 else np.uint8)
 
 
@@ -252,7 +257,7 @@ def _refuse(rule: str, fault_D: np.ndarray[Any, np.dtype[np.bool_]], low_D: Arra
 
 
 def _fitting(ranges: Ranges | None, dimension: int, param: str | None) -> Ranges:
-    """`ranges`, or the fixed ones, for vectors of `dimension`."""
+    """Return `ranges`, or the fixed ones, for vectors of `dimension`."""
     if ranges is None:
         return Ranges.unit(dimension)
     if ranges.dimension != dimension:

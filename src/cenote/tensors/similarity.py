@@ -49,7 +49,7 @@ multiplied where they lie: larger chunks cost a copy of them, and leave the cach
 
 
 def pairwise(queries: Sequence[Array], documents: Sequence[Array], name: str = "cosine") -> Array:
-    """Similarity of each query with the document at the same place.
+    """Return the similarity of each query with the document at the same place.
 
     Args:
         queries: N vectors `[D]`, float32.
@@ -104,19 +104,19 @@ def late_interaction(query_QD: Array, documents: Sequence[Array], name: str = "m
 
 
 def sparse_similarity(first: Sparse, second: Sparse, name: str = "dot") -> float:
-    """Similarity of two sparse vectors, in float64; `name` is a key of `PAIRWISE`."""
-    if name == "dot":  # what only one of them has counts nothing
+    """Return the similarity of two sparse vectors, in float64; `name` is a key of `PAIRWISE`."""
+    if name == "dot":  # an entry that only one of them has counts nothing
         here, there = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)[1:]
         return float(first[1][here].astype(np.float64) @ second[1][there].astype(np.float64))
-    known_K = np.union1d(first[0], second[0])
-    pair_2K = np.zeros((2, len(known_K)))
-    for own_K, (indices, values) in zip(pair_2K, (first, second), strict=True):
-        own_K[np.searchsorted(known_K, indices)] = values
+    indices_K = np.union1d(first[0], second[0])
+    pair_2K = np.zeros((2, len(indices_K)))
+    for row_K, (indices, values) in zip(pair_2K, (first, second), strict=True):
+        row_K[np.searchsorted(indices_K, indices)] = values
     return float(PAIRWISE[name](pair_2K[:1], pair_2K[1:]).item())
 
 
 def similarities(query: Array | Sparse, documents: Sequence[Any], similarity: Similarity) -> Array:
-    """How alike `query` is to each document, by what `similarity` says of their kind.
+    """Return the similarity of `query` to each document, by the rule of `similarity` for their kind.
 
     Args:
         query: `[D]`, `[Q, D]`, or rising indices `[K]` with their values.
@@ -130,20 +130,21 @@ def similarities(query: Array | Sparse, documents: Sequence[Any], similarity: Si
         ValueError: the forms or sizes differ.
     """
     if isinstance(query, tuple):
-        return np.array([sparse_similarity(query, own, similarity.sparse) for own in documents], dtype=np.float32)
+        scores = [sparse_similarity(query, document, similarity.sparse) for document in documents]
+        return np.array(scores, dtype=np.float32)
     if query.ndim == 1:
         return pairwise([query] * len(documents), documents, similarity.vectors)
     return late_interaction(query, documents, similarity.tokens)
 
 
 def ranking(scores: Sequence[float] | Array, top_n: int | None = None) -> list[int]:
-    """Places of `scores` by falling score, equal ones in their order; the first `top_n`, or all for 0 and `None`."""
+    """Return places by falling score, equal ones in their order; the first `top_n`, or all for 0 and `None`."""
     order: list[int] = np.argsort(-np.asarray(scores), kind="stable").tolist()
     return order[: top_n or None]
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbours with at most `CHUNK` rows together, or of a single one with more."""
+    """Yield ranges of neighbours with at most `CHUNK` rows together, or of a single one with more."""
     first = rows = 0
     for place, length in enumerate(lengths):
         if place > first and rows + length > CHUNK:

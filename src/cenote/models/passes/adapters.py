@@ -48,7 +48,7 @@ KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_([AB])\.weight|lora_emb
 
 
 def apply(subject: Subject) -> Outcome:
-    """Hook the adapters in, and prove that the backbone without an active one still gives what it gave.
+    """Hook the adapters in, and prove that the backbone without an active one is unchanged.
 
     Raises:
         CheckpointError: an adapter does not fit, or is of a kind that is not understood.
@@ -77,7 +77,7 @@ def undo(subject: Subject) -> None:
 
 
 class Change(NamedTuple):
-    """What one adapter adds to one module: `b(a(x))`.
+    """The term that an adapter adds to the output of a module: `b(a(x))`.
 
     Attributes:
         a: `[R, in]` of a Linear, `[V, R]` of an Embedding.
@@ -89,29 +89,29 @@ class Change(NamedTuple):
 
 
 def find(folders: Iterable[Path]) -> dict[str, Path]:
-    """Name of every adapter below `folders`, also below their `adapters`, to its own folder.
+    """Find the adapters below `folders` and below their `adapters`, and return the folder of each by its name.
 
     Raises:
         CheckpointError: two have names that requests could not tell apart.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
+    names: dict[str, str] = {}
     for folder in dict.fromkeys(folders):
         for file in sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"adapters/*/{CONFIG}")]):
             name = file.parent.name
-            same = next((known for known in found if plain_name(known) == plain_name(name)), None)
-            if same is not None and found[same] != file.parent:
+            same = names.setdefault(plain_name(name), name)
+            if paths.setdefault(same, file.parent) != file.parent:
                 raise CheckpointError(f"the adapters {same!r} and {name!r} have the same name")
-            found[name] = file.parent
-    return found
+    return paths
 
 
 _ACTIVE: ContextVar[str | None] = ContextVar("cenote_adapter", default=None)
-"""Of the forward under way."""
+"""Name of the adapter of the forward under way."""
 
 
 @contextmanager
 def active(name: str | None, names: tuple[str, ...]) -> Iterator[None]:
-    """Forwards within run with the adapter `name`; `None` = with none.
+    """Run the forwards within with the adapter `name`; `None` = with none.
 
     Raises:
         BadRequest: it is not one of `names`.
@@ -126,14 +126,14 @@ def active(name: str | None, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def _hook(changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds the change of the active adapter, by its name."""
+    """Return a forward hook that adds the change of the active adapter, by its name."""
 
     def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         change = changes.get(_ACTIVE.get() or "")
         if change is None:
             return y
         low = F.embedding(args[0], change.a) if isinstance(module, nn.Embedding) else F.linear(args[0], change.a)
-        rows = y.view(-1, y.shape[-1])  # what a layer has just made is nobody else's yet
+        rows = y.view(-1, y.shape[-1])  # a layer's new output is nobody else's yet
         rows.addmm_(low.reshape(rows.shape[0], -1), change.b)
         return y
 
@@ -141,31 +141,35 @@ def _hook(changes: Mapping[str, Change]) -> Callable[[nn.Module, tuple[Tensor, .
 
 
 def _read(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Change]:
-    """What the adapter in `folder` changes, by the path of the module."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """Read the changes of the adapter in `folder`, by the path of the module."""
     config = _config(name, folder)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"adapter {name!r} has no {WEIGHTS}")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {WEIGHTS} of adapter {name!r}: {first_line(error)}") from error
     modules = dict(model.named_modules())
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in _tensors(name, folder).items():
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"adapter {name!r} has a tensor that is no part of LoRA: {key}")
-        path = match[1] if match[1] in modules else match[1].removeprefix(f"{model.base_model_prefix}.")
-        kind = nn.Linear if match[2] else nn.Embedding
+        named, of_linear, of_embedding = match.groups()
+        path = named if named in modules else named.removeprefix(f"{model.base_model_prefix}.")
+        kind = nn.Linear if of_linear else nn.Embedding
         if type(modules.get(path)) is not kind:
-            raise CheckpointError(f"adapter {name!r} changes {match[1]}, which is no {kind.__name__} of the model")
-        halves.setdefault(path, {})[match[2] or match[3]] = tensor
+            raise CheckpointError(f"adapter {name!r} changes {named}, which is no {kind.__name__} of the model")
+        halves.setdefault(path, {})[of_linear or of_embedding] = tensor
     if not halves:
         raise CheckpointError(f"adapter {name!r} changes nothing: {WEIGHTS} is empty")
-    return {path: _change(name, path, modules[path], own, config) for path, own in halves.items()}
+    return {path: _change(name, path, modules[path], pair, config) for path, pair in halves.items()}
+
+
+def _tensors(name: str, folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"adapter {name!r} has no {WEIGHTS}")
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {WEIGHTS} of adapter {name!r}: {first_line(error)}") from error
 
 
 def _change(name: str, path: str, module: nn.Module, halves: Mapping[str, Tensor], config: Mapping[str, Any]) -> Change:
@@ -187,7 +191,7 @@ def _change(name: str, path: str, module: nn.Module, halves: Mapping[str, Tensor
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
-    """The adapter's settings, all of which are understood."""
+    """Return the adapter's settings, all of which are understood."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -195,15 +199,17 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise CheckpointError(f"adapter {name!r} is of the type {kind}; only LORA is supported")
-    for key, value in config.items():
-        if key not in READ | WITHOUT_EFFECT and value and value not in NEUTRAL.get(key, ()):
+    for key in sorted(config.keys() - READ - WITHOUT_EFFECT):
+        value = config[key]
+        if value and value not in NEUTRAL.get(key, ()):
             raise CheckpointError(f"adapter {name!r} has {key} {value!r}, which is not supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    is_rank = isinstance(rank, int) and rank >= 1
+    if not is_rank or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"adapter {name!r} has r {rank!r} and lora_alpha {alpha!r}, expected two numbers")
     return config
 
 
 def _of_pattern(pattern: Mapping[str, float] | None, path: str, default: float) -> float:
-    """The entry of `pattern` for a module, whose keys are regular expressions of the ends of paths."""
+    """Return the entry of `pattern` for a module; its keys are regular expressions of the ends of paths."""
     return next((v for key, v in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)

@@ -1,20 +1,20 @@
-"""Runs Linear layers with what follows them, without knowing the model: on a CPU, fewer passes over memory.
+"""Linear layers fused with the operations that follow them on a CPU, without knowing the model: less use of memory.
 
-A probe forward shows what happens to the output of each Linear: an activation module takes it, whose output another
-Linear takes; or a block adds it to a residual and normalises the sum. Changes of these kinds follow from that, each to
-the `forward` of single modules, while classes stay as they are:
+A probe forward shows where the output of each Linear goes: to an activation module, and from there to another Linear;
+or to a block that adds it to a residual and normalises the sum. Changes of these kinds follow from that, each to the
+`forward` of single modules, while classes stay as they are:
 
 - *packed*: the matrix is kept in the order in which it is multiplied, which is worth most to small batches;
 - *activated*: the Linear adds its bias and activates in one go, and the activation module passes its input on;
-- *chained*: a Linear that takes what another has activated runs both, block of rows by block of rows, and the other
-  passes its input on;
+- *chained*: a Linear with an activated input runs the Linear before it as well, block of rows by block of rows, and
+  that one passes its input on;
 - *normalised*: a block of a Linear, a residual and a LayerNorm becomes the end of such a chain;
-- *in one pass*: a module that divides rows by their root mean square (RMSNorm) does not write what is between;
+- *in one pass*: a module that divides rows by their root mean square (RMSNorm) writes no intermediate results;
 - *in place*: activations that remain overwrite their input;
-- *remembered*: a Linear that gets the same input in every forward, as those of DeBERTa's relative positions do, gives
-  what it gave before.
+- *remembered*: a Linear that gets the same input in every forward, as those of DeBERTa's relative positions do, returns
+  its earlier output.
 
-Then the probe runs again; if its result has moved, one kind is tried after the other, and what moves it is taken back.
+Then the probe runs again; if its result has moved, kinds are tried one by one, and those that move it are undone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NAME = "fuse"
 KINDS = ("packed", "activated", "chained", "normalised", "in one pass", "in place", "remembered")
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -67,16 +69,16 @@ probe decides whether they are right."""
 
 @dataclass
 class Seen:
-    """What one probe forward showed.
+    """Observations of one probe forward.
 
     Attributes:
-        free: modules that nobody has patched or hooked.
-        linears: those that were called.
+        free: modules without patches and hooks.
+        linears: Linears that were called.
         activations: activation modules whose every input is the untouched output of a Linear, with those Linears.
-        next: the Linear that takes what a Linear gave and an activation changed, and nobody else does.
-        constants: Linears that were called with the same input when the tokens were others, and that input.
+        next: the only Linear that takes the activated output of a Linear.
         norms: blocks that add a Linear's output to their second argument and normalise, with the Linear and the norm.
         scales: modules that divide rows by their root mean square, with the factors on the result, `[D]`.
+        constants: Linears that were called with the same input when the tokens were others, and that input.
     """
 
     free: set[nn.Module] = field(default_factory=set)
@@ -89,7 +91,7 @@ class Seen:
 
 
 def apply(subject: Subject) -> Outcome:
-    """Fuse what can be fused on a CPU; the text says how the Linears run, if not by a BLAS."""
+    """Fuse the layers of a model on a CPU; the text says how the Linears run, if not by a BLAS."""
     if subject.full.device.type != "cpu":
         return Outcome()
     settings, model = subject.settings, subject.backbone
@@ -98,10 +100,7 @@ def apply(subject: Subject) -> Outcome:
     with shortened_windows(model):
         run, other = (partial(forward, subject.layout, batch) for batch in subject.probe.short)
         fuse(model, run, other, settings.kernels, settings.products, subject.patches, settings.fused or KINDS)
-    paths = {}
-    for step in steps(subject.patches):
-        if isinstance(step.weights, Narrow):
-            paths[step.linear] = step.weights.path
+    paths = {step.linear: step.weights.path for step in steps(subject.patches) if isinstance(step.weights, Narrow)}
     if not paths:
         return Outcome()
     path = next(iter(paths.values()))
@@ -111,35 +110,39 @@ def apply(subject: Subject) -> Outcome:
 def undo(subject: Subject) -> None:
     """Give every Linear its matrix back."""
     products = subject.settings.products
-    unpacked = {step.linear: step for step in steps(subject.patches)}
-    for step in unpacked.values():
-        if step.linear is not None and products is not None:
-            step.linear.weight = nn.Parameter(products.unpack(step.weights), requires_grad=False)
+    weights = {step.linear: step.weights for step in steps(subject.patches)}
+    for linear, packed in weights.items():
+        if linear is not None and products is not None:
+            _unpack(linear, packed, products)
     subject.patches.remove(NAME)
 
 
 def chains(patches: Patches) -> dict[nn.Module, Chain[Any]]:
-    """The chains that fusing has made, by the module whose `forward` they are, or are remembered in."""
-    found = {}
-    for module, own in patches.of(NAME).items():
-        chain = own.plain if isinstance(own, Remembered) else own
-        if isinstance(chain, Chain):
-            found[module] = chain
-    return found
+    """Return the chains that fusing has made, by the module whose `forward` they are, or are remembered in."""
+    forwards = {module: _without_memory(forward) for module, forward in patches.of(NAME).items()}
+    return {module: forward for module, forward in forwards.items() if isinstance(forward, Chain)}
 
 
 def steps(patches: Patches) -> list[Step[Any]]:
-    """The Linears of all chains. One that begins the chain of a block stands in that of its own module, too."""
+    """Return the Linears of all chains. One that begins a block's chain is in the chain of its own module, too."""
     return [step for chain in chains(patches).values() for step in chain.steps]
 
 
 def count(model: nn.Module) -> int:
-    """Number of layers that multiply by a matrix."""
+    """Return the number of layers that multiply by a matrix."""
     return sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
 
 
+def uses(model: nn.Module) -> Counter[int]:
+    """Count how many times the modules of a model hold each parameter, by its `id`."""
+    counts: Counter[int] = Counter()
+    for module in model.modules():
+        counts.update(map(id, module._parameters.values()))
+    return counts
+
+
 def leave_file(model: nn.Module) -> None:
-    """Copy all weights but those of Linears, which fusing copies: one that stays keeps the mapped file in memory."""
+    """Copy all weights but those of Linears, which fusing copies: a single one left keeps the mapped file in memory."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and (type(module) is not nn.Linear or name != "weight"):
@@ -156,10 +159,10 @@ def fuse(
     patches: Patches | None = None,
     kinds: tuple[str, ...] = KINDS,
 ) -> tuple[str, ...]:
-    """Fuse what can be fused; returns the kinds of change that were kept, of `kinds`.
+    """Fuse the layers of `model`, and return the kinds of change that were kept, of `kinds`.
 
-    The matrices of packed Linears move to the "meta" device: their memory is freed, and whoever reads them past
-    `forward` fails.
+    The matrices of packed Linears move to the "meta" device: their memory is freed, and reading them past `forward`
+    fails.
 
     Args:
         model: in eval mode, on the CPU.
@@ -171,42 +174,64 @@ def fuse(
         kinds: those to try, of `KINDS`.
     """
     patches = patches or Patches(model)
-    reference = probe().clone()
+    check = partial(unchanged, probe, probe().clone())
     seen = _observe(model, probe, patches)
     seen.constants = _constants(model, probe, other)
-    packed: dict[nn.Linear, Any] = {}
-    if products is not None:
-        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        plain = [x for x in seen.linears if _is_plain(x) and not patches.replaces(x) and uses[id(x.weight)] == 1]
-        packed = {x: _pack(x, products) for x in plain}
+    packed = {} if products is None else {x: _pack(x, products) for x in _packable(model, seen, patches)}
+    trials = _Trials(seen, packed, kernels, products, patches, check)
+    kept = trials.run(kinds)
+    return trials.one_by_one(kinds) if kept is None else kept
 
-    def attempt(tried: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Install changes of these kinds instead; those of them that there are, or `None` if the result moved."""
-        before = patches.of(NAME)
-        plan = _Plan(seen, packed, kernels, products)
-        plan.make(tried)
-        patches.put(NAME, plan.forwards)
-        fault = ""
-        for _ in range(2):  # the second time, what the first one left counts
-            fault = fault or fault_of(partial(unchanged, probe, reference))
+
+@dataclass
+class _Trials:
+    """Changes that are installed, and taken back where the output of the model moves.
+
+    Attributes:
+        packed: weights of Linears, in the order of `products`.
+        check: returns a fault if the output has moved.
+    """
+
+    seen: Seen
+    packed: dict[nn.Linear, Any]
+    kernels: Kernels | None
+    products: Products[Any] | None
+    patches: Patches
+    check: Callable[[], str]
+
+    def run(self, kinds: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Install changes of these kinds in place of others.
+
+        Returns:
+            The kinds of which the model has any; `None` if the output moved.
+        """
+        before = self.patches.of(NAME)
+        plan = _Plan(self.seen, self.packed, self.kernels, self.products)
+        plan.make(kinds)
+        self.patches.put(NAME, plan.forwards)
+        fault = fault_of(self.check) or fault_of(self.check)  # the second forward meets remains of the first
         if not fault:
-            return tuple(kind for kind in tried if plan.counts[kind])
-        log.info("not fused: %s: %s", ", ".join(tried), fault)
-        patches.put(NAME, before)
+            return tuple(kind for kind in kinds if plan.counts[kind])
+        log.info("not fused: %s: %s", ", ".join(kinds), fault)
+        self.patches.put(NAME, before)
         return None
 
-    kept = attempt(kinds)
-    if kept is not None:
+    def one_by_one(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Add one kind after the other, and return the kinds that were kept."""
+        kept: tuple[str, ...] = ()
+        for kind in kinds:
+            tried = self.run((*kept, kind))
+            if tried is not None:
+                kept = tried
+            elif kind == "packed":
+                self._unpack_all()
         return kept
-    kept = ()
-    for kind in kinds:
-        found = attempt((*kept, kind))
-        kept = kept if found is None else found
-        if kind == "packed" and found is None and products is not None:
-            for linear, own in packed.items():
-                linear.weight = nn.Parameter(products.unpack(own), requires_grad=False)
-            packed = {}
-    return kept
+
+    def _unpack_all(self) -> None:
+        if self.products is not None:
+            for linear, weights in self.packed.items():
+                _unpack(linear, weights, self.products)
+        self.packed = {}
 
 
 class _Plan:
@@ -246,10 +271,11 @@ class _Plan:
                 getattr(self, kind.replace(" ", "_"))()
 
     def activated(self) -> None:
-        """A Linear activates what it gives, and the activation module passes its input on."""
+        """A Linear activates its output, and the activation module passes its input on."""
+        fusible = self._seen.free & self._steps.keys()
         for activation, linears in self._seen.activations.items():
             name, _ = ACTIVATIONS[type(activation).__name__]
-            if not name or not self._seen.free.issuperset(linears) or not self._steps.keys() >= set(linears):
+            if not name or not fusible.issuperset(linears):
                 continue
             self.forwards[activation] = _identity
             self.counts["activated"] += 1
@@ -261,9 +287,8 @@ class _Plan:
         """A Linear runs the activated one before it, which passes its input on."""
         steps = self._steps
         for first, second in self._seen.next.items():
-            if first not in steps or second not in steps or second not in self._seen.free:
-                continue
-            if steps[first][-1].activation:
+            is_activated = first in steps and steps[first][-1].activation
+            if is_activated and second in steps and second in self._seen.free:
                 self.forwards[first] = _identity
                 self.counts["chained"] += 1
                 steps[second] = (*steps.pop(first), *steps[second])
@@ -296,7 +321,7 @@ class _Plan:
                 self.counts["in place"] += 1
 
     def remembered(self) -> None:
-        """A Linear that always gets the same input keeps its answer."""
+        """A Linear that always gets the same input keeps its output."""
         for linear, x_1RI in self._seen.constants.items():
             if linear in self._seen.free:
                 self.forwards[linear] = Remembered(self.forwards.get(linear, linear.forward), x_1RI)
@@ -319,85 +344,90 @@ def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) ->
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether a change may concern `module`."""
+    """Return whether a change may concern `module`."""
     if type(module) in (nn.Linear, nn.LayerNorm) or type(module).__name__ in ACTIVATIONS:
         return True
     return _block(module) is not None or bool(_epsilon(module))
 
 
 class _Watch:
-    """Follows tensors through a forward, by the hooks `before` and `after`."""
+    """Follows tensors through a forward, by the hooks `before` and `after`.
+
+    Lists have an entry for each call of the module, `None` where that call rules a change out.
+    """
 
     def __init__(self) -> None:
-        self._held: list[Tensor] = []  # so that the id of a tensor stays its own
-        self._given: dict[int, nn.Linear] = {}
+        self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of them
+        self._outputs: dict[int, nn.Linear] = {}
         self._activated: dict[int, nn.Linear] = {}
         self._calls: Counter[nn.Linear] = Counter()
-        self._taken: Counter[nn.Linear] = Counter()
+        self._activations: Counter[nn.Linear] = Counter()
         self._sources: dict[nn.Module, list[nn.Linear | None]] = {}
         self._targets: dict[nn.Linear, list[nn.Linear]] = {}
         self._inputs: dict[nn.Module, tuple[Any, ...]] = {}
-        self._adds: dict[nn.Module, bool] = {}
+        self._norms: dict[nn.Module, list[tuple[nn.Linear, nn.LayerNorm] | None]] = {}
         self._scales: dict[nn.Module, list[Tensor | None]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what a module takes."""
+        """Note the input of a module."""
         self._inputs[module] = () if kwargs else args
         if isinstance(module, nn.Linear) and id(args[0]) in self._activated:
             self._targets.setdefault(self._activated[id(args[0])], []).append(module)
         elif type(module).__name__ in ACTIVATIONS:
-            source = self._given.get(id(args[0])) if len(args) == 1 else None
+            source = self._outputs.get(id(args[0])) if len(args) == 1 else None
             self._sources.setdefault(module, []).append(source)
             if source is not None:
-                self._taken[source] += 1
+                self._activations[source] += 1
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note what a module gives."""
+        """Note the output of a module."""
         if isinstance(module, nn.Linear):
             self._calls[module] += 1
-            self._held.append(output)
-            self._given[id(output)] = module
+            self._alive.append(output)
+            self._outputs[id(output)] = module
         elif type(module).__name__ in ACTIVATIONS:
             source = self._sources[module][-1]
             if source is not None:
-                self._held.append(output)
+                self._alive.append(output)
                 self._activated[id(output)] = source
         elif _epsilon(module):
             self._scales.setdefault(module, []).append(_scale(module, args, output))
         else:
-            pair = _block(module)
-            if pair is not None:
-                adds = _adds(self._inputs, module, *pair, output)
-                self._adds[module] = self._adds.get(module, True) and adds
+            self._note_block(module, output)
+
+    def _note_block(self, module: nn.Module, output: Any) -> None:
+        pair = _block(module)
+        if pair is not None:
+            adds = _adds(self._inputs, module, *pair, output)
+            self._norms.setdefault(module, []).append(pair if adds else None)
 
     def seen(self, free: set[nn.Module]) -> Seen:
-        """What the forward showed; `free` are the modules that nobody has patched or hooked."""
+        """Return the observations; `free` are the modules without patches and hooks."""
         seen = Seen(free, list(self._calls))
-        for activation, sources in self._sources.items():
-            linears = [linear for linear in dict.fromkeys(sources) if linear is not None]
-            is_plain = None not in sources and all(self._taken[x] == self._calls[x] for x in linears)
-            if is_plain and activation in free:
-                seen.activations[activation] = linears
+        for activation, linears in _complete(self._sources).items():
+            is_only_use = all(self._activations[x] == self._calls[x] for x in linears)
+            if is_only_use and activation in free:
+                seen.activations[activation] = list(dict.fromkeys(linears))
         for first, seconds in self._targets.items():
             second = seconds[0]
             if set(seconds) == {second} and len(seconds) == self._calls[first] == self._calls[second]:
                 seen.next[first] = second
-        for block, adds in self._adds.items():
-            pair = _block(block)
-            if adds and pair is not None:
-                seen.norms[block] = pair
-        for module, scales in self._scales.items():
-            first_scale = scales[0]
-            if None not in scales and first_scale is not None:
-                seen.scales[module] = first_scale
+        seen.norms = {block: pairs[0] for block, pairs in _complete(self._norms).items()}
+        seen.scales = {module: factors[0] for module, factors in _complete(self._scales).items()}
         return seen
 
 
+def _complete(calls: Mapping[nn.Module, list[T | None]]) -> dict[nn.Module, list[T]]:
+    """Return the modules whose calls all have an entry, with those entries."""
+    entries = {module: [x for x in values if x is not None] for module, values in calls.items()}
+    return {module: values for module, values in entries.items() if len(values) == len(calls[module])}
+
+
 class Remembered:
-    """A Linear's `forward` that keeps its answer to one input.
+    """A Linear's `forward` that keeps its output for one input.
 
     Attributes:
-        plain: the `forward` that does not.
+        plain: the `forward` that computes it.
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -411,71 +441,81 @@ class Remembered:
         return self.plain(x)
 
 
+def _without_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward.plain if isinstance(forward, Remembered) else forward
+
+
 def _constants(model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor]) -> dict[nn.Linear, Tensor]:
-    """Linears that are called with the same input in both forwards, and that input."""
+    """Return the Linears that are called with the same input in both forwards, and that input."""
+    first, second = _linear_inputs(model, probe), _linear_inputs(model, other)
+    constants = {}
+    for linear, inputs in first.items():
+        same = [x for x in inputs if any(_are_equal(x, y) for y in second.get(linear, ()))]
+        if same:
+            constants[linear] = same[0]
+    return constants
 
-    def inputs(run: Callable[[], Tensor]) -> dict[nn.Linear, list[Tensor]]:
-        found: dict[nn.Linear, list[Tensor]] = {}
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(module, nn.Linear)
-            found.setdefault(module, []).append(args[0])
+def _linear_inputs(model: nn.Module, run: Callable[[], Tensor]) -> dict[nn.Linear, list[Tensor]]:
+    """Return the inputs that each Linear gets in a forward."""
+    inputs: dict[nn.Linear, list[Tensor]] = {}
 
-        handles = [x.register_forward_pre_hook(before) for x in model.modules() if type(x) is nn.Linear]
-        try:
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        inputs.setdefault(module, []).append(args[0])
 
-    first, second = inputs(probe), inputs(other)
-    same = {
-        linear: next((a for a in own for b in second.get(linear, ()) if a.shape == b.shape and torch.equal(a, b)), None)
-        for linear, own in first.items()
-    }
-    return {linear: x for linear, x in same.items() if x is not None}
+    handles = [x.register_forward_pre_hook(before) for x in model.modules() if type(x) is nn.Linear]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _are_equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.equal(x, y)
 
 
 def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:
-    """The Linear and the LayerNorm of a module that has one of each and otherwise nothing but dropout."""
-    rest = [x for x in module.children() if not isinstance(x, (nn.Dropout, nn.Identity))]
-    linears = [x for x in rest if type(x) is nn.Linear]
-    norms = [x for x in rest if type(x) is nn.LayerNorm and x.weight is not None and x.bias is not None]
-    return (linears[0], norms[0]) if len(rest) == 2 and linears and norms else None
+    """Return the Linear and the LayerNorm of a module that has one of each and otherwise nothing but dropout."""
+    parts = [x for x in module.children() if not isinstance(x, (nn.Dropout, nn.Identity))]
+    if len(parts) != 2:
+        return None
+    linear, norm = sorted(parts, key=lambda x: type(x) is nn.LayerNorm)
+    if type(linear) is not nn.Linear or type(norm) is not nn.LayerNorm:
+        return None
+    is_affine = norm.weight is not None and norm.bias is not None
+    return (linear, norm) if is_affine else None
 
 
 def _adds(
     inputs: Mapping[nn.Module, tuple[Any, ...]], block: nn.Module, linear: nn.Linear, norm: nn.LayerNorm, output: Any
 ) -> bool:
-    """Whether a block has just given `norm(linear(first argument) + second argument)`."""
-    own, given, summed = (inputs.get(x, ()) for x in (block, linear, norm))
+    """Return whether the last output of a block is `norm(linear(first argument) + second argument)`."""
+    of_block, of_linear, of_norm = (inputs.get(x, ()) for x in (block, linear, norm))
     return (
-        (len(own), len(given), len(summed)) == (2, 1, 1)
-        and given[0] is own[0]
-        and torch.equal(summed[0], linear.forward(own[0]) + own[1])
-        and torch.equal(output, norm.forward(summed[0]))
+        (len(of_block), len(of_linear), len(of_norm)) == (2, 1, 1)
+        and of_linear[0] is of_block[0]
+        and torch.equal(of_norm[0], linear.forward(of_block[0]) + of_block[1])
+        and torch.equal(output, norm.forward(of_norm[0]))
     )
 
 
 def _epsilon(module: nn.Module) -> float:
-    """What a module that has one vector as its only parameter calls its epsilon; 0 for any other module."""
-    weights = [*module._parameters.values()]
-    if len(weights) != 1 or weights[0] is None or weights[0].dim() != 1 or module._buffers or module._modules:
+    """Return the epsilon of a module that has one vector as its only parameter; 0 for any other module."""
+    parameters = list(module._parameters.values())
+    dimensions = [x.dim() for x in parameters if x is not None]
+    if len(parameters) != 1 or dimensions != [1] or module._buffers or module._modules:
         return 0.0
-    found = next((own for name in ("variance_epsilon", "eps") if (own := getattr(module, name, None))), 0.0)
-    return found if isinstance(found, float) else 0.0
+    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    return epsilon if isinstance(epsilon, float) else 0.0
 
 
 def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-    """The factors by which `module` has just given `args[0] / root mean square * factors`: its vector, or 1 + that."""
+    """Return `factors` if `output` is `args[0] / root mean square * factors`: the module's vector, or 1 + that."""
     (weight,) = module.parameters()
-    if (
-        len(args) != 1
-        or weight.dtype != torch.float32
-        or weight.device.type != "cpu"
-        or args[0].shape[-1:] != weight.shape
-    ):
+    if len(args) != 1 or not _is_plain(weight) or args[0].shape[-1:] != weight.shape:
         return None
     for gamma in (weight, 1 + weight):
         expected = F.rms_norm(args[0].double(), weight.shape, gamma.double(), _epsilon(module))
@@ -484,17 +524,28 @@ def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
     return None
 
 
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether the native kernels take its weights."""
-    own = [x for x in (linear.weight, linear.bias) if x is not None]
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in own)
+def _is_plain(x: Tensor | None) -> bool:
+    """Return whether the native kernels take these weights: float32 on the CPU, or none."""
+    return x is None or (x.dtype, x.device.type) == (torch.float32, "cpu")
+
+
+def _packable(model: nn.Module, seen: Seen, patches: Patches) -> list[nn.Linear]:
+    """Return the Linears whose matrix nothing but their own, original `forward` reads."""
+    times = uses(model)
+    linears = [x for x in seen.linears if times[id(x.weight)] == 1 and not patches.replaces(x)]
+    return [x for x in linears if _is_plain(x.weight) and _is_plain(x.bias)]
 
 
 def _pack(linear: nn.Linear, products: Products[W]) -> W:
-    """Its weights, packed; what stays behind of the matrix is only a shape."""
+    """Return the packed weights of `linear`, and leave only the shape of its matrix behind."""
     packed = products.pack(linear.weight, linear.bias)
     linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
     return packed
+
+
+def _unpack(linear: nn.Linear, packed: W, products: Products[W]) -> None:
+    """Give `linear` its matrix back."""
+    linear.weight = nn.Parameter(products.unpack(packed), requires_grad=False)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from cenote.models.passes.subject import Subject
 
 LAUNCH_SECONDS = 2e-5
-"""That the host takes for a module without parts: Python around one kernel or two."""
+"""Time of the host for a module without parts: Python around one kernel or two."""
 GPU_FLOPS = 4e14
 """Rate of half-precision matrix products that a current GPU reaches in a model."""
 MOST_TOKENS = 16384
-"""Most tokens of a recording, unless the user says otherwise."""
+"""Maximum tokens of a recording, unless the user says otherwise."""
 
 
 def apply(subject: Subject) -> Outcome:
@@ -46,14 +46,15 @@ def undo(subject: Subject) -> None:
 
 
 def worthwhile_tokens(model: nn.Module) -> int:
-    """Tokens up to which a forward takes longer to launch than to run."""
-    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
-    multiplied = sum(p.numel() for m in leaves if not isinstance(m, nn.Embedding) for p in m.parameters())
+    """Return the tokens up to which a forward takes longer to launch than to run."""
+    leaves = [x for x in model.modules() if not list(x.children())]
+    multiplying = [x for x in leaves if not isinstance(x, nn.Embedding)]
+    multiplied = sum(parameter.numel() for x in multiplying for parameter in x.parameters())
     return min(int(len(leaves) * LAUNCH_SECONDS * GPU_FLOPS / (2 * multiplied)), MOST_TOKENS)
 
 
 def _fault(subject: Subject, layout: Packed, max_tokens: int) -> str:
-    """Why forwards cannot be replayed, or an empty string; `layout` records from now on."""
+    """Return why forwards cannot be replayed, or an empty string; `layout` records from now on."""
     probe = subject.probe
     with shortened_windows(subject.backbone):
         other = turned(probe, layout)

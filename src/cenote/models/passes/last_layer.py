@@ -3,7 +3,7 @@
 Of a sequence that is pooled by its first or last token, the last layer needs the keys and values of all tokens, but
 the query, the output and the feed-forward part of that one token alone: of 12 units of work, with a feed-forward part
 of four times the hidden size, 9 are spared. The layer's own forward is run twice: over all tokens, until it calls the
-attention function with its keys and values, and over the wanted tokens, whose queries then see those keys.
+attention function with its keys and values, and over the pooled tokens, whose queries then see those keys.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.models.passes.subject import Subject
+    from cenote.tensors.packing import Place
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def apply(subject: Subject) -> Outcome:
     if not isinstance(layout, Packed) or layer is None or subject.patches.replaces(layer):
         return Outcome()
     subject.patches.put(NAME, {layer: LastLayer(layer)})
-    for place in ("last",) if layout.is_causal else PLACES:
+    places: tuple[Place, ...] = ("last",) if layout.is_causal else PLACES
+    for place in places:
         layout.places |= {place}
         with shortened_windows(model):
             fault = fault_of(partial(subject.probe.equal_at, layout, place))
@@ -61,7 +63,7 @@ def undo(subject: Subject) -> None:
 
 
 def find(model: PreTrainedModel) -> nn.Module | None:
-    """The last layer of a backbone, if its layers are a list of as many as its config says."""
+    """Return the last layer of a backbone, if its layers are a list of as many as its config says."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -76,7 +78,7 @@ class LastLayer:
         self._forward: Callable[..., Any] = layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives: for all tokens, or where the packed forward under way wants one `place`, for those.
+        """Run the layer: for all tokens, or where the packed forward under way has a `place`, for those alone.
 
         Raises:
             RuntimeError: it does not call the attention function.
@@ -99,11 +101,19 @@ class LastLayer:
 
 
 def _at(value: Any, rows_B: Tensor, tokens: int) -> Any:
-    """An argument for all tokens, `[1, T, ...]` or `[T, ...]`, as that for some; others as they are."""
+    """Cut an argument for all tokens, `[1, T, ...]` or `[T, D]`, to some of them; return any other as it is."""
     if isinstance(value, torch.Tensor):
-        if value.shape[:2] == (1, tokens):
-            return value.index_select(1, rows_B)
-        return value.index_select(0, rows_B) if value.ndim == 2 and len(value) == tokens else value
+        return _rows_at(value, rows_B, tokens)
     if isinstance(value, dict):
-        return {key: _at(own, rows_B, tokens) for key, own in value.items()}
-    return type(value)(_at(own, rows_B, tokens) for own in value) if type(value) in (tuple, list) else value
+        return {key: _at(entry, rows_B, tokens) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_at(entry, rows_B, tokens) for entry in value)
+    return value
+
+
+def _rows_at(x: Tensor, rows_B: Tensor, tokens: int) -> Tensor:
+    if x.shape[:2] == (1, tokens):
+        return x.index_select(1, rows_B)
+    if x.ndim == 2 and len(x) == tokens:
+        return x.index_select(0, rows_B)
+    return x

@@ -1,8 +1,8 @@
-"""Narrows the weights of a backbone on a CPU, without knowing the model: int8, bfloat16 or float16.
+"""Narrow weights of a backbone on a CPU, without knowing the model: int8, bfloat16 or float16.
 
 It comes in two steps. When fusing packs a Linear, `KeepsNarrow` keeps its weights in float32 and narrow. When all else
 has been proved in float32, `apply` exchanges the chains that `cenote.models.passes.fuse` has made for chains of
-narrow weights, and frees the others; what fusing could not take stays in float32. A probe runs before and after: its
+narrow weights, and frees the others; Linears outside of chains stay in float32. A probe runs before and after: its
 rows must still resemble those in float32, and may not move with a neighbour's tokens.
 """
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from cenote.config import Isa
     from cenote.models.passes.patches import Patches
@@ -41,7 +42,7 @@ NEEDS = ("packed",)
 
 
 def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing | None:
-    """How this CPU runs narrow weights; `None` if they are not asked for.
+    """Return how this CPU runs narrow weights; `None` if there are to be none.
 
     Args:
         int8: whether Linears are to be quantised.
@@ -63,10 +64,12 @@ def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narro
 
 
 def products(kernels: Kernels | None, narrowing: Narrowing | None) -> Products[Any] | None:
-    """What multiplies in float32 on this CPU; if weights are to be narrowed, only until they are."""
+    """Return the products in float32 on this CPU; if weights are to be narrowed, only until they are."""
     if narrowing is None or narrowing.kernel is None:
         return linear.float32(kernels)
-    return KeepsNarrow(kernels, narrowing) if kernels is not None and kernels.can_chain else None
+    if kernels is None or not kernels.can_chain:
+        return None
+    return KeepsNarrow(kernels, narrowing)
 
 
 class Pair(NamedTuple):
@@ -86,7 +89,7 @@ class KeepsNarrow:
         self._fewest = linear.TILE if is_rounded else 1  # smaller ones are gates, not worth their rounding
 
     def pack(self, weight_ND: Tensor, bias_N: Tensor | None = None) -> Pair:
-        """A copy of the matrix and the bias in float32, and narrow ones if the kernel takes them."""
+        """Copy the matrix and the bias in float32, and narrow ones if the kernel takes them."""
         outputs, inputs = weight_ND.shape
         exact = self._exact.pack(weight_ND, bias_N)
         if outputs < self._fewest or inputs > linear.WIDEST:
@@ -94,11 +97,11 @@ class KeepsNarrow:
         return Pair(exact, linear.narrow(weight_ND, bias_N, self._path))
 
     def unpack(self, packed: Pair) -> Tensor:
-        """The float32 matrix `[N, D]` again."""
+        """Return the float32 matrix `[N, D]`."""
         return self._exact.unpack(packed.exact)
 
     def chain(self, steps: tuple[Step[Pair], ...]) -> Chain[Pair]:
-        """Runs the layers in float32."""
+        """Return a chain that runs the layers in float32."""
         chain = self._exact.chain(tuple(replace(step, weights=step.weights.exact) for step in steps))
         chain.steps = steps
         return chain
@@ -109,7 +112,7 @@ def apply(subject: Subject) -> Outcome:
     """Put the narrow weights in place; the text says how many there are, and how near their rows are to float32.
 
     Raises:
-        CheckpointError: narrowed, the model is another one, or a row depends on its neighbours.
+        CheckpointError: narrowed, the rows are too far from float32, or depend on their neighbours.
     """
     narrowing, layout, model = subject.settings.narrowing, subject.layout, subject.backbone
     if narrowing is None or narrowing.kernel is None:
@@ -123,13 +126,9 @@ def apply(subject: Subject) -> Outcome:
         _narrow_embedding(subject.full, model.get_input_embeddings(), narrowing.dtype, run, subject.patches)
     process.release_freed_memory()
 
-    cosine = probe.cosine(forward(layout, probe.batch))
     how = linear.PATHS[narrowing.path].text
-    if not cosine >= proofs.LEAST_COSINE:
-        raise CheckpointError(
-            f"{type(model).__name__} does not bear weights in {how}: the cosine of its states to those in float32 is "
-            f"{cosine:.3f} on a probe, expected at least {proofs.LEAST_COSINE}; leave quantization and dtype out"
-        )
+    cosine = probe.cosine(forward(layout, probe.batch))
+    _check_cosine(cosine, how, model)
     if is_steady and probe.moved(layout) != 0:
         raise CheckpointError(f"{type(model).__name__} with weights in {how}: rows move with their neighbours")
     total = fuse.count(model)
@@ -138,20 +137,28 @@ def apply(subject: Subject) -> Outcome:
     return Outcome(f"{count} of {total} in {how}, cosine {cosine:.4f} to float32 on a probe")
 
 
+def _check_cosine(cosine: float, how: str, model: PreTrainedModel) -> None:
+    if not cosine >= proofs.LEAST_COSINE:
+        raise CheckpointError(
+            f"{type(model).__name__} does not bear weights in {how}: the cosine of its states to those in float32 is "
+            f"{cosine:.3f} on a probe, expected at least {proofs.LEAST_COSINE}; leave quantization and dtype out"
+        )
+
+
 def _exchange(patches: Patches, kernel: Kernel) -> int:
     """Replace the chains all of whose layers have narrow weights; returns the number of Linears in them."""
     forwards = patches.of(fuse.NAME)
     narrowed: set[nn.Linear | None] = set()
     for module, chain in fuse.chains(patches).items():
-        if any(step.weights.narrow is None for step in chain.steps):
+        steps = tuple(replace(step, weights=step.weights.narrow) for step in chain.steps)
+        if any(step.weights is None for step in steps):
             continue
-        own = kernel.chain(tuple(replace(step, weights=step.weights.narrow) for step in chain.steps))
         before = forwards[module]
         if isinstance(before, Remembered):
-            before.plain = own
+            before.plain = kernel.chain(steps)
         else:
-            forwards[module] = own
-        narrowed.update(step.linear for step in chain.steps)
+            forwards[module] = kernel.chain(steps)
+        narrowed.update(step.linear for step in steps)
     patches.put(fuse.NAME, forwards)
     return len(narrowed)
 
@@ -159,13 +166,13 @@ def _exchange(patches: Patches, kernel: Kernel) -> int:
 def _narrow_embedding(
     full: nn.Module, table: nn.Module | None, dtype: torch.dtype, run: Callable[[], Tensor], patches: Patches
 ) -> None:
-    """Keep the token embedding in `dtype`, if nobody but its own forward reads it."""
+    """Keep the token embedding in `dtype`, if nothing but its own forward reads it."""
     if type(table) is not nn.Embedding or table.max_norm is not None or patches.replaces(table):
         return
-    if sum(p is table.weight for module in full.modules() for p in module._parameters.values()) != 1:
+    if fuse.uses(full)[id(table.weight)] != 1:
         return
     weight, half_VD = table.weight, table.weight.to(dtype)
-    # Stays on the CPU, for models tell their device by their first weights; whoever reads the values gets NaN
+    # Stays on the CPU, for models tell their device by their first weights; a read of its values gets NaN
     table.weight = nn.Parameter(torch.full((), torch.nan).expand(weight.shape), requires_grad=False)
     patches.put(NAME, {table: lambda ids: F.embedding(ids, half_VD).float()})
     if proofs.fault_of(lambda: proofs.finite(run())):

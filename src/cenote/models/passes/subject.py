@@ -1,4 +1,4 @@
-"""What passes work on: a model in its proved layout."""
+"""The subject of passes: a model in its proved layout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """How weights are narrowed.
+    """The way in which weights are narrowed.
 
     Attributes:
-        kernel: runs them; `None` = everything stays in float32.
-        path: how it does.
+        kernel: runs narrow weights; `None` = everything stays in float32.
+        path: the kernel's, of `cenote.tensors.linear.PATHS`.
         dtype: of the token embedding, and of Linears unless they are quantised; `None` = float32.
-        fault: why everything stays in float32 although it was not to.
+        fault: why everything stays in float32 in spite of the options.
     """
 
     kernel: Kernel | None = None
@@ -39,7 +39,7 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Settings:
-    """What passes may use, and what is asked of them.
+    """Settings of the passes.
 
     Attributes:
         max_length: maximum tokens of a sequence.

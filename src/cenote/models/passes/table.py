@@ -1,7 +1,7 @@
 """The passes in the order in which they are applied, and a model that is taken through them.
 
-Each pass changes a model in its proved layout, proves by `cenote.models.probe` that the model still gives what it has
-to give, and takes back what it cannot prove. Each can be left out.
+Each pass changes a model in its proved layout, proves by `cenote.models.probe` that the model still has the results
+that it must have, and takes back any change that it cannot prove. Each can be left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pass:
 
     Attributes:
         name: key of its outcome.
-        purpose: what it is for.
+        purpose: for readers.
         only_faster: whether it changes no answer but for rounding, so that `--plain` leaves it out.
         apply: changes the subject, proves it, and returns lines for the report at start.
         undo: takes everything back; `None` if that cannot be done. Passes are taken back in reverse order.
