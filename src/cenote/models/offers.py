@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models import checkpoint as checkpoints
-from cenote.models import classifiers, retrieval
+from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
-from cenote.models.families import rewards
+from cenote.models.families.family import Loaded, OwnVectors
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
 if TYPE_CHECKING:
@@ -61,11 +59,13 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
     # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
     if len(pooler.modes) == 1 or not pooler.steps:
         offered["token_embed"] = TokenEmbed(pooler)
-    special = retrieval.outputs(checkpoint, options, full, probe, pooler)
+    loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
+    special = checkpoint.family.outputs(loaded)
     offered = special | {task: output for task, output in offered.items() if task not in special}
-    if probe is not None and isinstance(offered["embed"], retrieval.DenseLexical):
-        dimension = probe.width  # one weight per vocabulary entry
-    classifier = _classifier(checkpoint, options, full, probe)
+    vectors = offered["embed"]
+    if isinstance(vectors, OwnVectors):
+        dimension = vectors.dimension
+    classifier = checkpoint.family.classifier(loaded) or _classifier(checkpoint, full, probe)
     asks_for_steps = options.pooler_config.token_pooling == "STEP"
     if classifier is not None:
         offered = _class_outputs(checkpoint, options, classifier) | offered
@@ -79,35 +79,23 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
 
 
 def _classifier(
-    checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None
+    checkpoint: Checkpoint, full: PreTrainedModel, probe: HeadProbe | None
 ) -> classifiers.Classifier | None:
-    """The classification head that was chosen for `checkpoint`, proved where Transformers has a class for it."""
+    """Return the classification head that was chosen for `checkpoint`, proved, if Transformers has a class for it."""
     head = checkpoint.head
-    if head.kind in ("none", "lexical"):
-        return None
-    if head.kind == "reward":
-        return _reward(checkpoint, options, full.device)
-    assert probe is not None
-    if head.kind == "vocabulary":
-        columns = head.columns or None
-        return classifiers.of_vocabulary(full, probe, columns, difference=head.difference)
+    if head.kind == "sequence":
+        return classifiers.of_sequences(full, _there(probe))
     if head.kind == "token":
-        return classifiers.of_tokens(full, probe)
-    return classifiers.of_sequences(full, probe)
+        return classifiers.of_tokens(full, _there(probe))
+    if head.kind == "vocabulary":
+        return classifiers.of_vocabulary(full, _there(probe), head.columns or None, difference=head.difference)
+    return None
 
 
-def _reward(checkpoint: Checkpoint, options: ModelConfig, device: torch.device) -> classifiers.Classifier:
-    """A reward head, which Transformers has no class for, from its tensors."""
-    folder, allow_pickle = checkpoint.folder, options.allow_pickle
-    found = rewards.find(list(checkpoints.tensor_files(folder, allow_pickle=allow_pickle)))
-    assert found is not None
-    row, places = found
-    weights = checkpoints.tensors(folder, places.values(), allow_pickle=allow_pickle)
-    module = row.build({key: weights[name] for key, name in places.items()}).to(device)
-    width = int(checkpoint.config.get_text_config().hidden_size)
-    with torch.inference_mode():
-        num_labels = module(torch.zeros(1, width, device=device)).shape[-1]
-    return classifiers.of_modules(module, num_labels)
+def _there(probe: HeadProbe | None) -> HeadProbe:
+    """Return the probe, which a model with a head of Transformers' has."""
+    assert probe is not None
+    return probe
 
 
 def _class_outputs(
@@ -138,14 +126,14 @@ def _class_outputs(
         outputs["classify"] = Classify(classifier, calibration, modes)
     if classifier.per_token and (head.kind != "vocabulary" or step):
         outputs["token_classify"] = TokenClassify(classifier, calibration, columns, step, tag, returned)
-    is_for_tokens = step or (head.kind == "reward" and checkpoint.architecture not in rewards.OF_LAST_TOKEN)
+    is_for_tokens = step or checkpoint.family.rates_tokens
     return dict(reversed(outputs.items())) if is_for_tokens else outputs
 
 
 def _step(checkpoint: Checkpoint, options: ModelConfig) -> tuple[int | None, bool]:
     """The step tag and whether `token_classify` gives one row per step."""
     asked = options.pooler_config
-    own_tag = rewards.STEP_TAGS.get(checkpoint.architecture)
+    own_tag = checkpoint.family.step_tag
     step = asked.token_pooling == "STEP" or (own_tag is not None and asked.token_pooling is None)
     if not step:
         _refuse_step_options(checkpoint, options)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cenote.core import PoolingParams
-    from cenote.models.checkpoint import Checkpoint
     from cenote.models.classifiers import Classifier
+    from cenote.models.facts import Files
     from cenote.tensors.packing import Batch, Place
     from cenote.tensors.pooling import Clustering
 
@@ -103,12 +103,10 @@ class TokenEmbed:
     """`token_embed`: one vector per token, or with late chunking one per chunk.
 
     Attributes:
-        without_first: the first token has none. Chunks count it nevertheless.
         clustering: joins the vectors of sequences that want it into fewer.
     """
 
     pooler: Pooler
-    without_first: bool = False
     clustering: Clustering | None = None
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
@@ -121,9 +119,6 @@ class TokenEmbed:
             sizes = batch.index([length for own in chunks for length in own])
             mean_RD = torch.segment_reduce(own_TD.float(), "mean", lengths=sizes, axis=0, unsafe=True)
             return Rows(self.pooler.finish(mean_RD, params), [len(own) for own in chunks])
-        if self.without_first:
-            parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
-            return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
         rows, lengths = batch.rows_of(members)
         found_RD = self.pooler.finish(x_TD[rows], params)
         if self.clustering is None or not any(sequence.clusters for sequence in batch.sequences):
@@ -217,7 +212,7 @@ class TokenClassify:
         return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
 
 
-def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
+def activation_of(checkpoint: Files, num_labels: int) -> Activation:
     """The activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
 
     Raises:

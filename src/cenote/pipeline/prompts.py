@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from cenote.core import plain_name
+from cenote.core import Role, plain_name
 from cenote.errors import BadRequest
-
-Role = Literal["query", "document"]
 
 SPELLINGS: dict[Role, tuple[str, ...]] = {
     "query": ("query", "search_query", "retrieval.query", "retrieval_query"),
@@ -132,48 +129,3 @@ def _spelled(name: str, known: Iterable[str]) -> str | None:
     """The one of `known` that is `name` in any spelling."""
     found = {plain_name(own): own for own in known}
     return found.get(plain_name(name)) or found.get(SAME_TASK.get(plain_name(name), ""))
-
-
-@dataclass(frozen=True)
-class Sides:
-    """How a model encodes its two sides differently, in token ids: late interaction, or queries by a table.
-
-    Attributes:
-        lengths: tokens to which a side is cut.
-        fill_to: tokens to which queries are filled up; 0 = they are not.
-        fill_id: with what.
-        fixed: queries are also cut to `fill_to`.
-        attend: other tokens attend to those filled in.
-        skipped: ids whose rows are left out.
-        skipped_of: the sides from which they are; an input without a side counts as a document.
-        pooled_of: the sides whose token vectors are joined into fewer; likewise.
-        by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
-    """
-
-    lengths: Mapping[str, int] = field(default_factory=dict)
-    fill_to: int = 0
-    fill_id: int = 0
-    fixed: bool = True
-    attend: bool = False
-    skipped: frozenset[int] = frozenset()
-    skipped_of: tuple[str, ...] = ("document",)
-    pooled_of: tuple[str, ...] = ()
-    by_table: bool = False
-
-    def limit(self, role: Role | None, most: int) -> int | None:
-        """Tokens to which an input is cut, at most `most`; `None` = the model names no length."""
-        own = self.fill_to if role == "query" and self.fill_to and self.fixed else self.lengths.get(role or "")
-        return None if own is None else min(most, own)
-
-    def filled(self, ids: list[int], role: Role | None) -> tuple[list[int], int]:
-        """`ids` with what fills a query up, and how many of them no token attends to."""
-        missing = self.fill_to - len(ids) if role == "query" else 0
-        if missing <= 0:
-            return ids, 0
-        return [*ids, *[self.fill_id] * missing], 0 if self.attend else missing
-
-    def kept(self, ids: list[int], role: Role | None) -> tuple[int, ...] | None:
-        """Which tokens' rows are returned; `None` = all."""
-        if (role or "document") not in self.skipped_of or self.skipped.isdisjoint(ids):
-            return None
-        return tuple(i for i, token in enumerate(ids) if token not in self.skipped)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import ModelInfo, Pair
-    from cenote.pipeline.prompts import Applied, Role, Sides
+    from cenote.core import ModelInfo, Pair, Sides
+    from cenote.pipeline.prompts import Applied
 
 CHARACTERS_PER_TOKEN = 250
 """Longer text than this many characters per allowed token is not tokenised at all."""
@@ -155,9 +155,8 @@ class Renderer:
             limit = self._sides.limit(applied.role, options.most)
             if limit is not None:
                 cut = options._replace(truncate=min(limit, options.truncate or limit))
-        looked_up = self._sides is not None and self._sides.by_table and applied.role == "query"
-        if looked_up:
-            cut = cut._replace(add_special_tokens=False)
+            if not self._sides.takes_special_tokens(applied.role):
+                cut = cut._replace(add_special_tokens=False)
         rendered = dict(zip(texts, self._tokenize([applied.text + str(plain[i]) for i in texts], cut), strict=True))
         skip = self._skip(applied.text)
         sequences: list[Sequence] = []
@@ -165,24 +164,15 @@ class Renderer:
             if i in rendered:
                 text = self.fit(rendered[i], cut)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                sequence = self._sided(sequence, applied.role)
+                if self._sides is not None:
+                    sequence = self._sides.of_text(sequence, applied.role)
             else:
                 text = self.fit(self._given(own, options), options)  # type: ignore[arg-type]
                 sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
-            sequence.looked_up = looked_up
+                if self._sides is not None:
+                    sequence = self._sides.of_ids(sequence, applied.role)
             sequences.append(sequence)
         return sequences
-
-    def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:
-        """`sequence` as a late-interaction model takes its side: queries filled up, skipped tokens marked."""
-        if self._sides is None:
-            return sequence
-        ids, hidden = self._sides.filled(list(sequence.ids), role)
-        types = sequence.type_ids
-        types = None if types is None else [*types, *[0] * (len(ids) - len(types))]
-        clusters = (role or "document") in self._sides.pooled_of
-        keep = self._sides.kept(ids, role)
-        return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=keep, clusters=clusters)
 
     def _skip(self, prompt: str) -> int:
         """Tokens of `prompt` that pooling leaves out."""
