@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class Location:
     """Where a checkpoint is.
 
     Attributes:
@@ -35,16 +35,14 @@ class Files:
     """The files of a checkpoint, read but for weights and tokenizer.
 
     Attributes:
-        found: where they are.
-        folder: of the backbone.
-        st: the Sentence-Transformers part, or `None`.
+        location: where they are.
+        st: the Sentence-Transformers part; without modules, if the checkpoint has none.
         architecture: first entry of the config's `architectures`.
         tensors: names of all weights.
     """
 
-    found: Found
-    folder: Path
-    st: SentenceTransformer | None
+    location: Location
+    st: SentenceTransformer
     config: PretrainedConfig
     architecture: str
     tensors: tuple[str, ...]
@@ -52,17 +50,22 @@ class Files:
     @property
     def name(self) -> str:
         """The checkpoint, as the user named it."""
-        return self.found.name
+        return self.location.name
 
     @property
     def path(self) -> Path:
         """Folder on disk."""
-        return self.found.path
+        return self.location.path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the backbone."""
+        return self.st.backbone
 
     @property
     def revision(self) -> str | None:
         """Commit on the hub, if the files came from there."""
-        return self.found.revision
+        return self.location.revision
 
     @property
     def width(self) -> int:

@@ -1,4 +1,4 @@
-"""What start-up resolved about a model, as `ModelInfo`."""
+"""The result of start-up about a model, as `ModelInfo`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cenote.models.poolers import Classify, TokenClassify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
 
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length: int, **running: Any) -> ModelInfo:
-    """What a model is and offers.
+    """Return the description of a model.
 
     Args:
-        checkpoint: it is of.
+        checkpoint: as it was read.
         offer: its outputs.
         options: the user's.
         length: maximum tokens that it reads at once.
@@ -63,7 +64,7 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
 
 
 def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, reward: str) -> str:
-    """The task of requests that name none; `reward` is the one that gives the model's reward."""
+    """Return the task of requests that name none; `reward` is the one that gives the model's reward."""
     default = options.pooler_config.task or next(iter(offer.outputs))
     if options.task == "reward":
         default = reward
@@ -74,38 +75,43 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
 
 
 def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> int:
-    """Most tokens of an input of `embed`; 0 = `length`, which the model reads at once."""
-    most = options.pooler_config.max_embed_len
+    """Return the maximum tokens per input of `embed`; 0 = `length`, which the model reads at once."""
+    limit = options.pooler_config.max_embed_len
     if options.pooler_config.enable_chunked_processing:
-        return most or UNLIMITED
-    if most is not None and most > length:
+        return limit or UNLIMITED
+    if limit is not None and limit > length:
         raise CheckpointError(
-            f"pooler_config.max_embed_len is {most}, but {checkpoint.name} reads at most {length} tokens at once; "
+            f"pooler_config.max_embed_len is {limit}, but {checkpoint.name} reads at most {length} tokens at once; "
             "set enable_chunked_processing to run longer inputs in blocks"
         )
-    return most or 0
+    return limit or 0
 
 
 def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activates: bool | None) -> dict[str, Any]:
-    """What `ModelInfo` says of the classification head and of scoring; `activates` is the user's wish."""
-    vectors = checkpoint.family.score_types(outputs)
-    found = outputs.get("classify") or outputs.get("token_classify")
-    if not isinstance(found, (Classify, TokenClassify)):
-        return {"score_types": vectors, "head": checkpoint.head.name}
-    num_labels, head = found.classifier.num_labels, checkpoint.head
+    """Return the fields of `ModelInfo` about the classification head and about scoring.
+
+    Args:
+        checkpoint: as it was read.
+        outputs: of the model.
+        activates: whether the user wants the activation; `None` = as the kind of head.
+    """
+    vectors, head = checkpoint.family.score_types(outputs), checkpoint.head
+    output = outputs.get("classify") or outputs.get("token_classify")
+    if not isinstance(output, (Classify, TokenClassify)):
+        return {"score_types": vectors, "head": head.name}
+    num_labels, columns = output.classifier.num_labels, _step_columns(outputs)
     rates = "classify" in outputs and num_labels == 1
-    of_tokens = outputs.get("token_classify")
-    columns = of_tokens.columns if isinstance(of_tokens, TokenClassify) and of_tokens.step else ()
     step = len(columns) > 0
-    named = getattr(checkpoint.config, "id2label", None) or {}
-    is_named = head.kind in ("sequence", "token") and len(named) == num_labels
+    reward = "classify" if rates else ""
+    if head.kind == "reward" or step:
+        reward = next(iter(outputs))
     return {
         "num_labels": num_labels,
-        "labels": tuple(str(named[i]) for i in range(num_labels)) if is_named else (),
-        "activation": found.calibration.activation,
-        "classifies": found.calibration.use_activation,
+        "labels": _labels(checkpoint, num_labels),
+        "activation": output.calibration.activation,
+        "classifies": output.calibration.use_activation,
         "score_types": ("cross-encoder", *vectors) if rates else (),
-        "reward": next(iter(outputs)) if head.kind == "reward" or step else "classify" if rates else "",
+        "reward": reward,
         "activates_reward": step if activates is None else activates,
         "step": step,
         "columns": columns,
@@ -113,11 +119,29 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
     }
 
 
+def _step_columns(outputs: Mapping[str, TaskOutput]) -> Seq[int]:
+    """Return the columns of a head that rates steps; none if it does not."""
+    output = outputs.get("token_classify")
+    return output.columns if isinstance(output, TokenClassify) and output.step else ()
+
+
+def _labels(checkpoint: Checkpoint, num_labels: int) -> tuple[str, ...]:
+    """Return the names of the classes, if the checkpoint names them all."""
+    names = getattr(checkpoint.config, "id2label", None) or {}
+    if checkpoint.head.kind not in ("sequence", "token") or len(names) != num_labels:
+        return ()
+    return tuple(str(names[i]) for i in range(num_labels))
+
+
 def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """Return the allowed `dimensions`, as in `ModelInfo.matryoshka`.
+
+    Sentence-Transformers tags the card of a model with the losses that it was trained with.
+    """
     listed = getattr(checkpoint.config, "matryoshka_dimensions", None)
     if listed:
-        return tuple(int(d) for d in listed)
-    declared = getattr(checkpoint.config, "is_matryoshka", None)
-    if declared is None:  # Sentence-Transformers tags the card of a model with the losses that it was trained with
-        declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
-    return () if declared else None
+        return tuple(int(dimensions) for dimensions in listed)
+    is_declared = getattr(checkpoint.config, "is_matryoshka", None)
+    if is_declared is None:
+        is_declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
+    return () if is_declared else None

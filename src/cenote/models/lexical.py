@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pruned(found: Iterable[tuple[Tensor, Tensor | None]], top_k: int | None) -> Rows:
-    """Of each sequence's weights and ids (`None` = all in order) those above 0, the `top_k` largest, by rising id."""
+def pruned(weights: Iterable[tuple[Tensor, Tensor | None]], top_k: int | None) -> Rows:
+    """Return the `top_k` largest weights above 0 of each sequence, by rising id.
+
+    Args:
+        weights: of each sequence `[N]`, with their rising ids `[N]`; `None` = ids are the places.
+        top_k: how many are kept; `None` = all.
+    """
     values, indices = [], []
-    for own, known in found:
-        places = own.nonzero().squeeze(-1)
-        if top_k is not None and len(places) > top_k:
-            places = own.topk(top_k).indices.sort().values
-        values.append(own[places])
-        indices.append(places if known is None else known[places])
-    return Rows(torch.cat(values), [len(own) for own in values], torch.cat(indices))
+    for weights_N, ids_N in weights:
+        places_K = weights_N.nonzero().squeeze(-1)
+        if top_k is not None and len(places_K) > top_k:
+            places_K = weights_N.topk(top_k).indices.sort().values
+        values.append(weights_N[places_K])
+        indices.append(places_K if ids_N is None else ids_N[places_K])
+    return Rows(torch.cat(values), [len(values_K) for values_K in values], torch.cat(indices))

@@ -55,8 +55,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         CheckpointError: it cannot be honoured, or its values are not finite.
         ConfigError: options contradict each other.
     """
-    found = checkpoints.find(options)
-    files = checkpoints.read(found, options)
+    location = checkpoints.find(options)
+    files = checkpoints.read(location, options)
     checkpoint = checkpoints.choose(files, options)
     built = build(checkpoint, options)
     subject, offer = prove(checkpoint, built, options)

@@ -230,7 +230,7 @@ def activation_of(checkpoint: Files, num_labels: int) -> Activation:
         if problem not in by_problem:
             raise CheckpointError(f"problem_type must be one of {', '.join(by_problem)}, got {problem!r}")
         return by_problem[problem]
-    saved = checkpoint.st.activation if checkpoint.st else None
+    saved = checkpoint.st.activation
     saved = saved or (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
     saved = saved or getattr(config, "sbert_ce_default_activation_function", None)
     if saved is None:

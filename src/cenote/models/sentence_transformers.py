@@ -1,4 +1,4 @@
-"""Reads the Sentence-Transformers part of a checkpoint: `modules.json` and the folders it names.
+"""The Sentence-Transformers part of a checkpoint: `modules.json` and the folders that it names.
 
 Module types are recognised by their class name, which is the same in the old (`sentence_transformers.models.X`)
 and new (`sentence_transformers.base.modules.x.X`) spellings. A module that Cenote does not honour is an error.
@@ -23,7 +23,7 @@ from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -92,7 +92,7 @@ class Module:
 
 @dataclass(frozen=True)
 class SentenceTransformer:
-    """What `modules.json` and its neighbours say.
+    """The content of `modules.json` and its neighbours; of a checkpoint without them, its folder and prompts.
 
     Attributes:
         backbone: folder of the Transformers checkpoint.
@@ -154,7 +154,7 @@ class SentenceTransformer:
         if written is not None and name not in SIMILARITIES:
             raise CheckpointError(f"similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}")
         if kind not in SIMILARITIES.get(name, ()):
-            return Similarity(vectors="dot") if kind == "sparse" else Similarity()
+            return Similarity(vectors="dot") if kind == "sparse" and self.special else Similarity()
         if kind == "tokens":
             return Similarity(tokens=name)
         return Similarity(name, name) if kind == "sparse" else Similarity(name)
@@ -195,16 +195,28 @@ def _read(path: Path, modules: list[Module], allow_pickle: bool) -> SentenceTran
         raise CheckpointError(
             f"modules.json begins with {first}; Cenote honours checkpoints that begin with a Transformer"
         )
-    backbone = modules[0].folder
-    settings = _first_json(path, ("config_sentence_transformers.json",))
-    transformer = _first_json(backbone, TRANSFORMER_CONFIGS)
+    st = _of_transformer(modules[0].folder, _first_json(path, ("config_sentence_transformers.json",)))
+    for module in modules[1:]:
+        st = _with(st, module, allow_pickle)
+    if st.steps and st.steps[-1] is normalize:
+        st = replace(st, steps=st.steps[:-1], normalizes=True)
+    return st
+
+
+def _of_transformer(folder: Path, settings: dict[str, Any]) -> SentenceTransformer:
+    """Return the description of a Transformer module alone, which lies in `folder`.
+
+    Raises:
+        CheckpointError: the default prompt is none of the prompts.
+    """
+    transformer = _first_json(folder, TRANSFORMER_CONFIGS)
     modalities = transformer.get("modality_config") or {}
     prompts = {str(name): str(text) for name, text in (settings.get("prompts") or {}).items()}
     default = settings.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise CheckpointError(f"default_prompt_name is {default!r}, but the prompts are {sorted(prompts)}")
-    st = SentenceTransformer(
-        backbone=backbone,
+    return SentenceTransformer(
+        backbone=folder,
         settings=settings,
         transformer=transformer,
         max_seq_length=transformer.get("max_seq_length"),
@@ -215,11 +227,6 @@ def _read(path: Path, modules: list[Module], allow_pickle: bool) -> SentenceTran
         pair_template=_pair_variables(transformer) if "message" in modalities else None,
         structured=modalities.get("message", {}).get("format") == "structured",
     )
-    for module in modules[1:]:
-        st = _with(st, module, allow_pickle)
-    if st.steps and st.steps[-1] is normalize:
-        st = replace(st, steps=st.steps[:-1], normalizes=True)
-    return st
 
 
 def _pair_variables(transformer: dict[str, Any]) -> dict[str, Any]:
@@ -285,17 +292,31 @@ ROUTES = "honoured is a document encoder whose query route is a SparseStaticEmbe
 
 
 def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
-    """Pooling modes of a Pooling config, in its new (`pooling_mode`) or old (`pooling_mode_*`) spelling."""
+    """Return the pooling modes of a Pooling config, in its new (`pooling_mode`) or old (`pooling_mode_*`) spelling.
+
+    Raises:
+        CheckpointError: one is unknown.
+    """
     named = config.get("pooling_mode")
     if named is None:
-        modes = tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
-        unknown = [k for k in config if k.startswith("pooling_mode_") and k not in LEGACY_MODES and config[k]]
-    else:
-        modes = (named,) if isinstance(named, str) else tuple(named)
-        unknown = [mode for mode in modes if mode not in MODES]
-    if unknown:
-        raise CheckpointError(f"unknown pooling mode {unknown[0]!r}; known are: {', '.join(MODES)}")
+        return _flagged_modes(config) or ("mean",)
+    modes = (named,) if isinstance(named, str) else tuple(named)
+    for mode in modes:
+        _check_mode(mode, MODES)
     return modes or ("mean",)
+
+
+def _flagged_modes(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the modes whose flags are set."""
+    for flag, is_set in config.items():
+        if flag.startswith("pooling_mode_") and is_set:
+            _check_mode(flag, LEGACY_MODES)
+    return tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
+
+
+def _check_mode(name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise CheckpointError(f"unknown pooling mode {name!r}; known are: {', '.join(MODES)}")
 
 
 class _Dense(nn.Module):
@@ -379,11 +400,11 @@ STEPS: dict[str, Callable[[Module, bool], tuple[Any, int | None]]] = {
 
 
 def _activation(name: str) -> nn.Module:
-    """An activation by its import path; only classes of `torch.nn` are looked up, nothing is imported."""
-    found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported."""
+    kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise CheckpointError(f"activation function {name!r} is not a module of torch.nn")
-    return found()
+    return kind()
 
 
 def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:

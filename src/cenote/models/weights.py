@@ -18,43 +18,49 @@ if TYPE_CHECKING:
 
 
 def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint to the file that holds it.
+    """Return the file of each tensor of a checkpoint, by the tensor's name.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {file.name} of {folder.name}: {first_line(error)}") from error
-    if not found and allow_pickle:
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            found |= dict.fromkeys(_pickled(file), file)
-    return found
+        files |= dict.fromkeys(_names(file), file)
+    if files or not allow_pickle:
+        return files
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        files |= dict.fromkeys(_pickled(file), file)
+    return files
 
 
 def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors called `names`."""
+    """Return the tensors called `names`."""
     from safetensors import safe_open
 
     files = tensor_files(folder, allow_pickle=allow_pickle)
-    found = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         if files[name].suffix == ".safetensors":
             with safe_open(files[name], framework="pt") as opened:
-                found[name] = opened.get_tensor(name)
+                tensors[name] = opened.get_tensor(name)
         else:
-            found[name] = _pickled(files[name])[name]
-    return found
+            tensors[name] = _pickled(files[name])[name]
+    return tensors
+
+
+def _names(file: Path) -> list[str]:
+    """Return the names of the tensors of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file.name} of {file.parent.name}: {first_line(error)}") from error
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, without running what else it holds; read when they are used, if its format allows."""
+    """Return the tensors of a pickle, without running code in it; read when they are used, if its format allows."""
     try:
         weights: dict[str, Tensor] = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)

@@ -172,8 +172,8 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         prompts=_prompts(checkpoint, options, adapters),
         sides=checkpoint.family.sides(checkpoint.tokenizer),
         pair_template=checkpoint.pair_template,
-        lowercase=bool(st and st.do_lower_case),
-        include_prompt=st.include_prompt if st else True,
+        lowercase=st.do_lower_case,
+        include_prompt=st.include_prompt,
         auto_truncate=options.auto_truncate,
     )
 
@@ -181,9 +181,8 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:
     """The checkpoint's prompts with the user's; in a late-interaction model its markers are part of them."""
     st, family = checkpoint.st, checkpoint.family
-    own = st.prompts if st else getattr(checkpoint.config, "task_instructions", None) or {}
-    named = {**own, **family.prefixes, **(options.prompts or {})}
-    default = options.default_prompt_name or (st.default_prompt_name if st else None)
+    named = {**st.prompts, **family.prefixes, **(options.prompts or {})}
+    default = options.default_prompt_name or st.default_prompt_name
     if default is not None and default not in {*named, *adapters}:
         raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted({*named, *adapters})}")
     two_sided = family.sides(checkpoint.tokenizer) is not None

@@ -83,14 +83,14 @@ class TokenWeights:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The ids of a sequence with a weight above 0, by rising id."""
         special = batch.index(self.special)
-        found: list[tuple[Tensor, Tensor | None]] = []
+        weights: list[tuple[Tensor, Tensor | None]] = []
         for i in members:
             rows = slice(batch.starts[i], batch.starts[i + 1])
-            known, places = torch.unique(batch.ids_T[rows], return_inverse=True)
-            own_T = self.linear(x_TD[rows].float()).relu().squeeze(-1)
-            largest = torch.zeros(len(known), device=x_TD.device).scatter_reduce(0, places, own_T, "amax")
-            found.append((largest.masked_fill(torch.isin(known, special), 0.0), known))
-        return pruned(found, params.top_k)
+            ids_N, places_T = torch.unique(batch.ids_T[rows], return_inverse=True)
+            weights_T = self.linear(x_TD[rows].float()).relu().squeeze(-1)
+            largest_N = torch.zeros(len(ids_N), device=x_TD.device).scatter_reduce(0, places_T, weights_T, "amax")
+            weights.append((largest_N.masked_fill(torch.isin(ids_N, special), 0.0), ids_N))
+        return pruned(weights, params.top_k)
 
 
 class TokenVectors(TokenEmbed):
@@ -117,12 +117,17 @@ class TokenWeightRows:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids of the tokens that carry no weight."""
+    """Return ids of the tokens that carry no weight."""
     ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     return tuple(sorted({i for i in ids if i is not None}))
 
 
 def _linear(file: Path, width: int) -> nn.Linear:
+    """Return the layer over hidden states of size `width` that `file` holds, float32.
+
+    Raises:
+        CheckpointError: it is damaged, or has other tensors.
+    """
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise errors of any kind

@@ -1,7 +1,7 @@
 """A family: checkpoints that are more than a backbone and its pooling, and all that Cenote knows of them.
 
 A family is a class in a file of its own and a row of `cenote.models.families.table`. It recognises its checkpoints by
-their files, and says what they need besides: files to download, prompts and markers, how queries and documents differ,
+their files, and names their needs: files to download, prompts and markers, how queries and documents differ,
 outputs, a head that Transformers has no class for, and ways to score. Whatever it does not say is as in `Family`, which
 is also the family of all other checkpoints.
 """

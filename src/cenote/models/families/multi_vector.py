@@ -1,4 +1,4 @@
-"""Late-interaction text models (ColBERT): what a query and a document become before and after the backbone.
+"""Late-interaction text models (ColBERT): queries and documents before and after the backbone.
 
 Four kinds of files say it: Sentence-Transformers' `MultiVectorEncoder`, PyLate, Stanford's `artifact.metadata`, and
 plain checkpoints with a projection beside the backbone. All become one `MultiVector`. The rules are those of
@@ -18,7 +18,7 @@ from cenote.core import Sides
 from cenote.errors import CheckpointError
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed
-from cenote.models.sentence_transformers import dense, read_json
+from cenote.models.sentence_transformers import dense, read_json, well_formed
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
@@ -105,28 +105,34 @@ class MultiVector(Family):
 
     @classmethod
     def recognise(cls, files: Files, options: ModelConfig) -> MultiVector | None:
-        """Recognise a Sentence-Transformers or PyLate folder, else an architecture's name."""
-        is_plain = (
-            options.plain_late_interaction
-        )  # a projection and normalisation on both sides, as vLLM serves ColBERT
-        if files.st is not None and _is_one(files.st):
-            plain = _plain(files.st, options.allow_pickle)
-            return plain if is_plain else _of_modules(files.st, plain)
+        """Recognise a Sentence-Transformers or PyLate folder, else an architecture's name.
+
+        With `plain_late_interaction` both sides get a projection and normalisation alone, as vLLM serves ColBERT.
+        """
+        if _is_one(files.st):
+            with well_formed(files.path):
+                plain = _plain(files.st, options.allow_pickle)
+                return plain if options.plain_late_interaction else _of_modules(files.st, plain)
         if files.architecture not in ARCHITECTURES:
             return None
         plain = cls(projection=_projection(files.tensors))
-        return _of_stanford(files, plain) if files.architecture == STANFORD and not is_plain else plain
+        if options.plain_late_interaction or files.architecture != STANFORD:
+            return plain
+        return _of_stanford(files, plain)
 
     @classmethod
     def reads(cls, module: Module, st: SentenceTransformer) -> bool:
         """Return whether `module` is one over token vectors; one that joins them has to be the last."""
-        is_last = module is st.special[-1]
-        return _is_one(st) and super().reads(module, st) and (module.kind != "HierarchicalTokenPooling" or is_last)
+        if not _is_one(st) or not super().reads(module, st):
+            return False
+        return module.kind != "HierarchicalTokenPooling" or module is st.special[-1]
 
     @property
     def filled_to(self) -> int:
         """Tokens to which queries are filled up with tokens that none attends to."""
-        return self.expansion.length if self.expansion and not self.expansion.attend else 0
+        if self.expansion is None or self.expansion.attend:
+            return 0
+        return self.expansion.length
 
     def sides(self, tokenizer: PreTrainedTokenizerBase) -> Sides:
         """Return how queries and documents are encoded, in token ids; entries that are not there are not skipped.
@@ -254,15 +260,11 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
 
 
 def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return text before each side, which begins with a marker if there is one, and the markers."""
-    prompts, prefixes, markers = settings.get("prompts") or {}, {}, []
-    for side in SIDES:
-        marker, prompt = settings.get(f"{side}_prefix") or "", str(prompts.get(side) or "")
-        if marker:
-            markers.append(marker)
-        if marker or prompt:
-            prefixes[side] = marker + prompt.removeprefix(marker)
-    return prefixes, tuple(markers)
+    """Return text before each side, which begins with its marker, and the markers."""
+    prompts = settings.get("prompts") or {}
+    markers = {side: settings.get(f"{side}_prefix") or "" for side in SIDES}
+    texts = {side: markers[side] + str(prompts.get(side) or "").removeprefix(markers[side]) for side in SIDES}
+    return {side: text for side, text in texts.items() if text}, tuple(filter(None, markers.values()))
 
 
 def _lengths(st: SentenceTransformer) -> dict[str, int]:
@@ -327,7 +329,7 @@ def _written_expansion(written: Mapping[str, Any] | None) -> Expansion | None:
     """Return the expansion that a setting `query_expansion` describes.
 
     Raises:
-        CheckpointError: it says what is not understood.
+        CheckpointError: a setting in it is not understood.
     """
     if written is None:
         return None
@@ -361,5 +363,5 @@ def _clustering(module: Module | None) -> tuple[Clustering | None, tuple[str, ..
             "this checkpoint joins token vectors (HierarchicalTokenPooling), which needs scipy: "
             "pip install 'cenote[token-pooling]'; --plain-late-interaction serves it without"
         )
-    normalizes = bool(config.get("normalize_embeddings", False))  # what older folders, which do not say it, mean
+    normalizes = bool(config.get("normalize_embeddings", False))  # older folders do not say it
     return Clustering(factor, protected, normalizes), _listed(config.get("tasks"))

@@ -135,7 +135,7 @@ class Rewards(Family):
                     step_tag=STEP_TAGS.get(architecture),
                     rates_tokens=architecture not in OF_LAST_TOKEN,
                 )
-        unknown = [name for name in files.tensors if not HEAD_NAMES.isdisjoint(name.split("."))]
+        unknown = [name for name in files.tensors if HEAD_NAMES.intersection(name.split("."))]
         if unknown:
             raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
         return cls(head=Head())

@@ -19,7 +19,7 @@ from cenote.models.convert import Head
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned
 from cenote.models.poolers import Rows
-from cenote.models.sentence_transformers import weights
+from cenote.models.sentence_transformers import weights, well_formed
 from cenote.tensors.heads import normalize
 
 if TYPE_CHECKING:
@@ -64,20 +64,15 @@ class Splade(Family):
     @classmethod
     def recognise(cls, files: Files, options: ModelConfig) -> Splade | None:
         """Recognise a SpladePooling module, an architecture called so, or the user's wish."""
-        special = files.st.special if files.st else ()
-        poolings = [module for module in special if module.kind == "SpladePooling"]
-        tables = [module for module in special if module.side == "query"]
-        if tables and not poolings:
-            raise CheckpointError(
-                "the queries' SparseStaticEmbedding needs documents with a SpladePooling to compare with"
-            )
-        is_named = options.convert == "sparse" or "Splade" in files.architecture
-        if options.convert == "embed" or not (poolings or is_named):
+        if options.convert == "embed":
+            return None
+        pooling, query = _modules(files.st)
+        if pooling is None and options.convert != "sparse" and "Splade" not in files.architecture:
             return None
         return cls(
-            settings=poolings[-1].config if poolings else {},
-            max_active=files.st.settings.get("max_active_dims") if files.st else None,
-            table=weights(tables[0].folder, options.allow_pickle)["weight"].float() if tables else None,
+            settings={} if pooling is None else pooling.config,
+            max_active=files.st.settings.get("max_active_dims"),
+            table=None if query is None else _table(query, options.allow_pickle),
         )
 
     @classmethod
@@ -112,6 +107,33 @@ class Splade(Family):
     def score_types(self, tasks: Collection[str]) -> tuple[str, ...]:
         """Return the comparison of sparse embeddings, then the others."""
         return ("sparse", "late-interaction")
+
+
+def _modules(st: SentenceTransformer) -> tuple[Module | None, Module | None]:
+    """Return the SpladePooling and the module of queries alone.
+
+    Raises:
+        CheckpointError: there is the latter without the former.
+    """
+    pooling = query = None
+    for module in st.special:
+        if module.side:
+            query = module
+        elif module.kind == "SpladePooling":
+            pooling = module
+    if query is not None and pooling is None:
+        raise CheckpointError("the queries' SparseStaticEmbedding needs documents with a SpladePooling to compare with")
+    return pooling, query
+
+
+def _table(module: Module, allow_pickle: bool) -> Tensor:
+    """Return the weights of a SparseStaticEmbedding.
+
+    Raises:
+        CheckpointError: they are not there.
+    """
+    with well_formed(module.folder):
+        return weights(module.folder, allow_pickle)["weight"].float()
 
 
 def _fitting(table: Tensor, entries: int, width: int, name: str) -> Tensor:
@@ -154,7 +176,7 @@ class Sparse:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The entries whose weight is not 0, `log(1 + relu(logit))` joined over all tokens, by rising id."""
         top_k = self.top_k if params.top_k is None else params.top_k
-        return pruned(((own, None) for own in self.dense(x_TD, batch, members)), top_k)
+        return pruned(((weights_V, None) for weights_V in self.dense(x_TD, batch, members)), top_k)
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         """The weight of every vocabulary entry, `[V]` for each sequence in turn."""

@@ -10,7 +10,7 @@ from cenote.models.families.family import Family
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.rewards import Rewards
 from cenote.models.families.splade import Splade
-from cenote.models.sentence_transformers import POOLERS, ROUTES, STEPS, well_formed
+from cenote.models.sentence_transformers import POOLERS, ROUTES, STEPS
 
 if TYPE_CHECKING:
     from cenote.config import ModelConfig
@@ -27,14 +27,7 @@ def recognise(files: Files, options: ModelConfig) -> Family:
     Raises:
         CheckpointError: something in its files cannot be honoured.
     """
-    if files.st is None:
-        return _first(files, options)
-    with well_formed(files.path):
-        _check_modules(files.st)
-        return _first(files, options)
-
-
-def _first(files: Files, options: ModelConfig) -> Family:
+    _check_modules(files.st)
     for family in FAMILIES:
         recognised = family.recognise(files, options)
         if recognised is not None:
@@ -55,6 +48,7 @@ def _check_modules(st: SentenceTransformer) -> None:
 
 
 def _refusal(module: Module) -> str:
+    """Return a message about a module that no family reads."""
     if module.side:
         return f"modules.json names a Router with {module.type} in its {module.side} route; {ROUTES}"
     special = [family.honours for family in FAMILIES if family.honours]
