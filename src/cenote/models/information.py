@@ -36,7 +36,8 @@ def describe(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length:
     """
     pooler, dense = offer.pooler, offer.outputs["embed"]
     matryoshka = _matryoshka(checkpoint)
-    if pooler.dimensions is not None and (matryoshka is None or pooler.dimensions > offer.dimension):
+    longest = 0 if matryoshka is None else offer.dimension
+    if pooler.dimensions is not None and pooler.dimensions > longest:
         raise CheckpointError(
             f"pooler_config.dimensions is {pooler.dimensions}, but {checkpoint.name} does not declare Matryoshka "
             f"embeddings of that size (its vectors have {offer.dimension}); see hf_overrides is_matryoshka"

@@ -120,14 +120,16 @@ def _class_outputs(
     calibration = _calibration(checkpoint, config, classifier, steps)
     columns = head.columns or range(classifier.num_labels)
     _check_columns(checkpoint, config.returned_token_ids or (), columns)
-    is_language_model = head.kind == "vocabulary"
+    rates_inputs, rates_tokens = classifier.whole is not None, classifier.per_token
+    if head.kind == "vocabulary":  # a language model's logits rate inputs, or else steps
+        rates_inputs, rates_tokens = steps is None, steps is not None
     modes: tuple[str, ...] = ()
     if config.sequence_pooling and classifier.per_token:
         modes = (MODE_OF_TYPE[config.sequence_pooling],)
     outputs: dict[str, TaskOutput] = {}
-    if classifier.whole is not None and not (is_language_model and steps):
+    if rates_inputs:
         outputs["classify"] = Classify(classifier, calibration, modes)
-    if classifier.per_token and (steps or not is_language_model):
+    if rates_tokens:
         outputs["token_classify"] = TokenClassify(
             classifier,
             calibration,

@@ -329,15 +329,14 @@ class _Dense(nn.Module):
         self.linear = nn.Linear(in_features, out_features, bias=bias)
         self.activation = activation
         self.use_residual = residual
+        self.residual: nn.Module = nn.Identity()
         if residual and in_features != out_features:
             self.residual = nn.Linear(in_features, out_features, bias=False)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """`[R, in] -> [R, out]`."""
         y_RD: Tensor = self.activation(self.linear(x_RD))
-        if not self.use_residual:
-            return y_RD
-        return y_RD + (self.residual(x_RD) if hasattr(self, "residual") else x_RD)
+        return y_RD + self.residual(x_RD) if self.use_residual else y_RD
 
 
 def dense(module: Module, allow_pickle: bool, over: str = "sentence_embedding") -> tuple[Step, int]:
@@ -422,17 +421,21 @@ def weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or they are damaged.
     """
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if not safe.is_file() and not (pickled.is_file() and allow_pickle):
-        hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if pickled.is_file() else ""
-        raise CheckpointError(f"{folder} has no model.safetensors{hint}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    has_pickle = pickled.is_file()
     try:
-        return load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
+        if safe.is_file():
+            return load_file(safe)
+        if has_pickle and allow_pickle:
+            tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            return tensors
     except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
+    hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if has_pickle else ""
+    raise CheckpointError(f"{folder} has no model.safetensors{hint}")
 
 
 def _first_json(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
