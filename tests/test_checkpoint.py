@@ -22,6 +22,7 @@ from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
 from cenote.models.load import load
+from cenote.models.sentence_transformers import SentenceTransformer
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
@@ -596,7 +597,8 @@ def test_options_are_read_once(bert: Path) -> None:
     """`read` fills in what the checkpoint says without touching the weights."""
     options = ModelConfig(model=str(bert), tokenizer=str(bert))
     found = module.choose(module.read(module.find(options), options), options)
-    assert (found.architecture, found.head.kind, found.revision, found.st) == ("BertModel", "none", None, None)
+    assert (found.architecture, found.head.kind, found.revision) == ("BertModel", "none", None)
+    assert found.st == SentenceTransformer(bert), "without modules"
     assert found.pair_template is None
     assert found.tokenizer("a")["input_ids"] == checkpoints.wordpiece()("a")["input_ids"]
 

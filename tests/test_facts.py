@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.core import LateChunkingParams, PairTemplate, PoolingParams, Sequence
+from cenote.core import LateChunkingParams, PairTemplate, PoolingParams, Sequence, Sides
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
@@ -21,7 +21,7 @@ from cenote.models.checkpoint import embedded
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.pipeline import Service
-from cenote.pipeline.prompts import Prompts, Sides
+from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import TextOptions
 from cenote.tokenizer import TokenizerSource
 from tests import PATIENCE, checkpoints

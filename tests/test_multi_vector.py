@@ -339,6 +339,9 @@ def test_token_pooling_needs_scipy(bert: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "scipy" else find(name, *more))
     with pytest.raises(CheckpointError, match=r"needs scipy: pip install 'cenote\[token-pooling\]'"):
         LLM(model=str(path))
+    with LLM(model=str(path), plain_late_interaction=True) as llm:  # as the message says
+        (output,) = llm.encode("fox, dog", pooling_task="token_embed", use_tqdm=False)
+        assert len(output.outputs.data) == len(output.prompt_token_ids)
 
 
 def test_documents_longer_than_the_model_are_cut_where_it_says_so(bert: Path, tmp_path: Path) -> None:

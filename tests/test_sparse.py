@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from cenote import LLM, PoolingParams
 from cenote.cli.serve import report
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models import lexical
+from cenote.models.families import splade
 from cenote.models.layouts import Packed
 from cenote.pipeline.rendering import TextOptions
 from tests import checkpoints, corpus
@@ -187,16 +187,16 @@ def test_logits_of_few_rows_at_once(
     masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, strategy: Any
 ) -> None:
     """Sequences are never cut apart, whether one is longer than a chunk or several fill it."""
-    monkeypatch.setattr(lexical, "CHUNK", rows)
+    monkeypatch.setattr(splade, "CHUNK", rows)
     path = written(masked, tmp_path / "model", SpladePooling(strategy))
     seen: list[int] = []
-    read = lexical.Splade._read
+    read = splade.Sparse._read
 
-    def spied(self: lexical.Splade, x_TD: torch.Tensor, batch: Any, members: list[int]) -> Iterator[torch.Tensor]:
-        seen.extend(sum(batch.lengths[i] for i in chunk) for chunk in lexical._chunks(batch, members))
+    def spied(self: splade.Sparse, x_TD: torch.Tensor, batch: Any, members: list[int]) -> Iterator[torch.Tensor]:
+        seen.extend(sum(batch.lengths[i] for i in chunk) for chunk in splade._chunks(batch, members))
         yield from read(self, x_TD, batch, members)
 
-    monkeypatch.setattr(lexical.Splade, "_read", spied)
+    monkeypatch.setattr(splade.Sparse, "_read", spied)
     agree(path, [*TEXTS, "fox " * 100])
     assert max(seen) == 102, "the longest text, with what marks its ends, by itself"
     assert len(seen) >= len(TEXTS) if rows == 1 else min(seen) < rows

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from cenote.errors import BadRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+
+Role = Literal["query", "document"]
+"""A side of a search."""
 
 UNLIMITED = 1 << 40
 """A limit that no input reaches."""
@@ -180,6 +183,72 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How a model encodes its two sides differently, in token ids: late interaction, or queries by a table.
+
+    Attributes:
+        lengths: tokens to which a side is cut.
+        fill_to: tokens to which queries are filled up; 0 = they are not.
+        fill_id: id of the tokens added.
+        fixed: queries are also cut to `fill_to`.
+        attend: other tokens attend to the added ones.
+        skipped: ids whose rows are left out.
+        skipped_of: sides from which they are left out; an input without a side counts as a document.
+        pooled_of: sides whose token vectors are joined into fewer; likewise.
+        by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
+    """
+
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    fill_to: int = 0
+    fill_id: int = 0
+    fixed: bool = True
+    attend: bool = False
+    skipped: frozenset[int] = frozenset()
+    skipped_of: tuple[str, ...] = ("document",)
+    pooled_of: tuple[str, ...] = ()
+    by_table: bool = False
+
+    def limit(self, role: Role | None, most: int) -> int | None:
+        """Return the tokens to which an input is cut, at most `most`; `None` = the model names no length."""
+        length = self.lengths.get(role or "")
+        if role == "query" and self.fill_to and self.fixed:
+            length = self.fill_to
+        return None if length is None else min(most, length)
+
+    def takes_special_tokens(self, role: Role | None) -> bool:
+        """Return whether the tokenizer's special tokens belong to an input."""
+        return not self._by_table(role)
+
+    def of_ids(self, sequence: Sequence, role: Role | None) -> Sequence:
+        """Return `sequence`, whose caller gave its ids, as the model takes its side."""
+        return replace(sequence, looked_up=True) if self._by_table(role) else sequence
+
+    def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
+        """Return `sequence`, made of a text, as the model takes its side: queries filled up, skipped tokens marked."""
+        ids, types = list(sequence.ids), sequence.type_ids
+        added = max(0, self.fill_to - len(ids)) if role == "query" else 0
+        ids += [self.fill_id] * added
+        return replace(
+            sequence,
+            ids=ids,
+            type_ids=None if types is None else [*types, *[0] * added],
+            hidden=0 if self.attend else added,
+            keep=self._kept(ids, role),
+            clusters=(role or "document") in self.pooled_of,
+            looked_up=self._by_table(role),
+        )
+
+    def _by_table(self, role: Role | None) -> bool:
+        return self.by_table and role == "query"
+
+    def _kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
+        """Return which tokens' rows are kept; `None` = all."""
+        if (role or "document") not in self.skipped_of or self.skipped.isdisjoint(ids):
+            return None
+        return tuple(i for i, token in enumerate(ids) if token not in self.skipped)
 
 
 @dataclass(frozen=True)

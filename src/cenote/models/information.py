@@ -1,4 +1,4 @@
-"""What start-up resolved about a model, as `ModelInfo`."""
+"""The result of start-up about a model, as `ModelInfo`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import UNLIMITED, ModelInfo, Report, Similarity
+from cenote.core import UNLIMITED, ModelInfo, Report
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
-from cenote.models import retrieval
+from cenote.models.families.family import OwnVectors
 from cenote.models.poolers import Classify, TokenClassify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
 
     from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 def describe(
     checkpoint: Checkpoint, offer: Offer, options: ModelConfig, length: int, running: Report, **of_backbone: Any
 ) -> ModelInfo:
-    """What a model is and offers.
+    """Return the description of a model.
 
     Args:
-        checkpoint: it is of.
+        checkpoint: as it was read.
         offer: its outputs.
         options: the user's.
         length: maximum tokens that it reads at once.
@@ -39,14 +40,15 @@ def describe(
     """
     pooler, dense = offer.pooler, offer.outputs["embed"]
     matryoshka = _matryoshka(checkpoint)
-    if pooler.dimensions is not None and (matryoshka is None or pooler.dimensions > offer.dimension):
+    longest = 0 if matryoshka is None else offer.dimension
+    if pooler.dimensions is not None and pooler.dimensions > longest:
         raise CheckpointError(
             f"pooler_config.dimensions is {pooler.dimensions}, but {checkpoint.name} does not declare Matryoshka "
             f"embeddings of that size (its vectors have {offer.dimension}); see hf_overrides is_matryoshka"
         )
     pooling, use_activation = "+".join(pooler.modes), pooler.use_activation
-    if isinstance(dense, retrieval.DenseLexical):
-        pooling, use_activation = dense.splade.strategy, dense.use_activation
+    if isinstance(dense, OwnVectors):
+        pooling, use_activation = dense.pooling, dense.use_activation
     classes = _class_info(checkpoint, offer.outputs, options.pooler_config.use_activation)
     info = ModelInfo(
         name=_served_name(checkpoint, options),
@@ -58,7 +60,7 @@ def describe(
         max_embed_len=_embed_length(checkpoint, options, length),
         use_activation=use_activation,
         matryoshka=matryoshka,
-        similarity=checkpoint.st.similarity if checkpoint.st else Similarity(),
+        similarity=checkpoint.similarity,
         report=replace(
             running,
             source=checkpoint.name,
@@ -79,7 +81,7 @@ def _served_name(checkpoint: Checkpoint, options: ModelConfig) -> str:
 
 
 def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, reward: str) -> str:
-    """The task of requests that name none; `reward` is the one that gives the model's reward."""
+    """Return the task of requests that name none; `reward` is the one that gives the model's reward."""
     default = options.pooler_config.task or next(iter(offer.outputs))
     if options.task == "reward":
         default = reward
@@ -90,60 +92,72 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
 
 
 def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> int:
-    """Most tokens of an input of `embed`; 0 = `length`, which the model reads at once."""
-    most = options.pooler_config.max_embed_len
+    """Return the maximum tokens per input of `embed`; 0 = `length`, which the model reads at once."""
+    limit = options.pooler_config.max_embed_len
     if options.pooler_config.enable_chunked_processing:
-        return most or UNLIMITED
-    if most is not None and most > length:
+        return limit or UNLIMITED
+    if limit is not None and limit > length:
         raise CheckpointError(
-            f"pooler_config.max_embed_len is {most}, but {checkpoint.name} reads at most {length} tokens at once; "
+            f"pooler_config.max_embed_len is {limit}, but {checkpoint.name} reads at most {length} tokens at once; "
             "set enable_chunked_processing to run longer inputs in blocks"
         )
-    return most or 0
+    return limit or 0
 
 
 def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activates: bool | None) -> dict[str, Any]:
-    """What `ModelInfo` says of the classification head and of scoring; `activates` is the user's wish."""
-    vectors = _score_types(checkpoint, outputs)
-    found = outputs.get("classify") or outputs.get("token_classify")
-    if not isinstance(found, (Classify, TokenClassify)):
+    """Return the fields of `ModelInfo` about the classification head and about scoring.
+
+    Args:
+        checkpoint: as it was read.
+        outputs: of the model.
+        activates: whether the user wants the activation; `None` = as the kind of head.
+    """
+    vectors, head = checkpoint.family.score_types(outputs), checkpoint.head
+    output = outputs.get("classify") or outputs.get("token_classify")
+    if not isinstance(output, (Classify, TokenClassify)):
         return {"score_types": vectors}
-    num_labels, head = found.classifier.num_labels, checkpoint.head
+    num_labels, columns = output.classifier.num_labels, _step_columns(outputs)
     rates = "classify" in outputs and num_labels == 1
-    of_tokens = outputs.get("token_classify")
-    columns = of_tokens.columns if isinstance(of_tokens, TokenClassify) and of_tokens.step else ()
     step = len(columns) > 0
-    named = getattr(checkpoint.config, "id2label", None) or {}
-    is_named = head.kind in ("sequence", "token") and len(named) == num_labels
+    reward = "classify" if rates else ""
+    if head.kind == "reward" or step:
+        reward = next(iter(outputs))
     return {
         "num_labels": num_labels,
-        "labels": tuple(str(named[i]) for i in range(num_labels)) if is_named else (),
-        "activation": found.calibration.activation,
-        "classifies": found.calibration.use_activation,
+        "labels": _labels(checkpoint, num_labels),
+        "activation": output.calibration.activation,
+        "classifies": output.calibration.use_activation,
         "score_types": ("cross-encoder", *vectors) if rates else (),
-        "reward": next(iter(outputs)) if head.kind == "reward" or step else "classify" if rates else "",
+        "reward": reward,
         "activates_reward": step if activates is None else activates,
         "step": step,
         "columns": columns,
     }
 
 
-def _score_types(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput]) -> tuple[str, ...]:
-    """Ways to compare a query with a document by what each gives alone, the one that the model is made for first."""
-    if checkpoint.head.kind == "lexical":
-        return ("sparse", "late-interaction")
-    if checkpoint.multi_vector is not None:
-        return ("late-interaction", "bi-encoder")
-    if "sparse" in outputs:
-        return ("bi-encoder", "hybrid", "late-interaction", "sparse")
-    return ("bi-encoder", "late-interaction") if "token_embed" in outputs else ("bi-encoder",)
+def _step_columns(outputs: Mapping[str, TaskOutput]) -> Seq[int]:
+    """Return the columns of a head that rates steps; none if it does not."""
+    output = outputs.get("token_classify")
+    return output.columns if isinstance(output, TokenClassify) and output.step else ()
+
+
+def _labels(checkpoint: Checkpoint, num_labels: int) -> tuple[str, ...]:
+    """Return the names of the classes, if the checkpoint names them all."""
+    names = getattr(checkpoint.config, "id2label", None) or {}
+    if checkpoint.head.kind not in ("sequence", "token") or len(names) != num_labels:
+        return ()
+    return tuple(str(names[i]) for i in range(num_labels))
 
 
 def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """Return the allowed `dimensions`, as in `ModelInfo.matryoshka`.
+
+    Sentence-Transformers tags the card of a model with the losses that it was trained with.
+    """
     listed = getattr(checkpoint.config, "matryoshka_dimensions", None)
     if listed:
-        return tuple(int(d) for d in listed)
-    declared = getattr(checkpoint.config, "is_matryoshka", None)
-    if declared is None:  # Sentence-Transformers tags the card of a model with the losses that it was trained with
-        declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
-    return () if declared else None
+        return tuple(int(dimensions) for dimensions in listed)
+    is_declared = getattr(checkpoint.config, "is_matryoshka", None)
+    if is_declared is None:
+        is_declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
+    return () if is_declared else None

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from cenote.core import Report, Sequence
-from cenote.errors import CenoteError, CheckpointError, ConfigError
+from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
 from cenote.models import offers
 from cenote.models.information import describe
@@ -55,8 +55,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         CheckpointError: it cannot be honoured, or its values are not finite.
         ConfigError: options contradict each other.
     """
-    found = checkpoints.find(options)
-    files = checkpoints.read(found, options)
+    location = checkpoints.find(options)
+    files = checkpoints.read(location, options)
     checkpoint = checkpoints.choose(files, options)
     built = build(checkpoint, options)
     subject, offer = prove(checkpoint, built, options)
@@ -105,8 +105,6 @@ def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[S
     full = built.full
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     settings = settings_of(checkpoint, built, options)
-    fill = checkpoint.multi_vector.expansion if checkpoint.multi_vector else None
-    filled_to = fill.length if fill and not fill.attend else 0
     probe = None
     try:
         if full is not model:
@@ -116,14 +114,14 @@ def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[S
             max_length=built.length,
             packed=options.packing,
             kernels=settings.kernels,
-            filled_to=filled_to,
+            filled_to=checkpoint.family.filled_to,
         )
     except CheckpointError:
         raise
     except Exception as error:  # whatever a model raises over plain token ids means that it cannot be fed so
         raise CheckpointError(
             f"{checkpoint.name}: {type(model).__name__} cannot be run over token ids alone, which all tasks build on: "
-            f"{type(error).__name__}: {checkpoints.first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     subject = Subject(full, proved.layout, proved.reasons, proved.probe, settings)
     return subject, offers.offer(checkpoint, options, full, probe)

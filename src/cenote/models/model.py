@@ -16,7 +16,6 @@ import torch
 from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, EngineFailed
 from cenote.models.layouts import forward
-from cenote.models.lexical import LOOKED_UP
 from cenote.models.passes import adapters
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
@@ -77,7 +76,7 @@ class PoolingModel:
             groups[sequence.task, sequence.params].append(row)
             for task in sequence.also:
                 groups[task, only_of(TASKS[task], sequence.params)].append(row)
-        read = [row for row, sequence in enumerate(ordered) if _is_read(sequence)]
+        read = [row for row, sequence in enumerate(ordered) if self._is_read(sequence)]
         parts: list[Part] = []
         with torch.inference_mode():
             hidden_TD = self._forward(batch, read, self._place(batch, groups))
@@ -103,16 +102,18 @@ class PoolingModel:
         places = {_place_of(self.outputs[task], batch, members) for (task, _), members in groups.items()}
         return places.pop() if len(places) == 1 else None
 
+    def _is_read(self, sequence: Sequence) -> bool:
+        """Return whether the model has to read `sequence`: not if a table gives all that is asked of it."""
+        if not sequence.looked_up:
+            return True
+        outputs = [self.outputs[task] for task in (sequence.task, *sequence.also)]
+        return not all(getattr(output, "looks_up", False) for output in outputs)
+
 
 def _place_of(output: TaskOutput, batch: Batch, members: list[int]) -> Place | None:
     """Return the only token of each member that `output` depends on, if there is one."""
     place: Callable[[Batch, list[int]], Place | None] | None = getattr(output, "place", None)
     return place(batch, members) if place else None
-
-
-def _is_read(sequence: Sequence) -> bool:
-    """Return whether the model has to read `sequence`: not if all its tasks are looked up in a table."""
-    return not (sequence.looked_up and LOOKED_UP.issuperset((sequence.task, *sequence.also)))
 
 
 class Part(NamedTuple):

@@ -1,26 +1,25 @@
-"""The outputs that a checkpoint offers: what its files and the user say of pooling, heads and steps."""
+"""The outputs that a checkpoint offers, by its files and the user's options for pooling, heads and steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
-from cenote.models import checkpoint as checkpoints
-from cenote.models import classifiers, retrieval
+from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
-from cenote.models.families import rewards
+from cenote.models.families.family import Loaded, OwnVectors
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
 
     from transformers import PreTrainedModel
 
-    from cenote.config import ModelConfig
+    from cenote.config import ModelConfig, PoolerConfig
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.poolers import TaskOutput
     from cenote.models.probe import HeadProbe
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a checkpoint can do.
+    """Outputs of a checkpoint.
 
     Attributes:
-        outputs: by task; the one that it is made for comes first.
+        outputs: by task, the one that it is made for first.
         pooler: of its vectors.
         dimension: length of a vector before any truncation.
     """
@@ -51,146 +50,190 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
         probe: of `full`, if it has a head.
 
     Raises:
-        CheckpointError: a head cannot be run, or the options ask for what there is not.
+        CheckpointError: a head cannot be run, or the options ask for an output that the checkpoint cannot give.
     """
     pooler, dimension = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
     for step in pooler.steps:
         if isinstance(step, nn.Module):
             step.to(full.device)
-    offered: dict[str, TaskOutput] = {"embed": Embed(pooler)}
-    # Token rows pass the same head as pooled rows, so a head over concatenated modes fits no token.
-    if len(pooler.modes) == 1 or not pooler.steps:
-        offered["token_embed"] = TokenEmbed(pooler)
-    special = retrieval.outputs(checkpoint, options, full, probe, pooler)
-    offered = special | {task: output for task, output in offered.items() if task not in special}
-    if probe is not None and isinstance(offered["embed"], retrieval.DenseLexical):
-        dimension = probe.width  # one weight per vocabulary entry
-    classifier = _classifier(checkpoint, options, full, probe)
-    asks_for_steps = options.pooler_config.token_pooling == "STEP"
+    loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
+    outputs = checkpoint.family.outputs(loaded)
+    outputs = outputs | _missing(_vectors(pooler), outputs)
+    vectors = outputs["embed"]
+    if isinstance(vectors, OwnVectors):
+        dimension = vectors.dimension
+    classifier = checkpoint.family.classifier(loaded) or _classifier(checkpoint, full, probe)
     if classifier is not None:
-        offered = _class_outputs(checkpoint, options, classifier) | offered
-    else:
-        _refuse_calibration(checkpoint, options)
-        if not asks_for_steps:
-            _refuse_step_options(checkpoint, options)
-    if asks_for_steps and "token_classify" not in offered:
-        raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
-    return Offer(offered, pooler, dimension)
+        outputs = _class_outputs(checkpoint, options, classifier) | outputs
+    _check_options(checkpoint, options, outputs, has_head=classifier is not None)
+    return Offer(outputs, pooler, dimension)
+
+
+def _vectors(pooler: Pooler) -> dict[str, TaskOutput]:
+    """Return the outputs of every backbone.
+
+    Token rows pass the same modules as pooled rows, so modules over concatenated modes fit no token.
+    """
+    outputs: dict[str, TaskOutput] = {"embed": Embed(pooler)}
+    if len(pooler.modes) == 1 or not pooler.steps:
+        outputs["token_embed"] = TokenEmbed(pooler)
+    return outputs
+
+
+def _missing(outputs: Mapping[str, TaskOutput], there: Mapping[str, TaskOutput]) -> dict[str, TaskOutput]:
+    """Return those of `outputs` whose task is not `there`."""
+    return {task: output for task, output in outputs.items() if task not in there}
 
 
 def _classifier(
-    checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None
+    checkpoint: Checkpoint, full: PreTrainedModel, probe: HeadProbe | None
 ) -> classifiers.Classifier | None:
-    """The classification head that was chosen for `checkpoint`, proved where Transformers has a class for it."""
+    """Return the head of `checkpoint`, proved, if it classifies and Transformers has a class for it."""
     head = checkpoint.head
-    if head.kind in ("none", "lexical"):
+    if head.kind not in ("sequence", "token", "vocabulary"):
         return None
-    if head.kind == "reward":
-        return _reward(checkpoint, options, full.device)
     assert probe is not None
-    if head.kind == "vocabulary":
-        columns = head.columns or None
-        return classifiers.of_vocabulary(full, probe, columns, difference=head.difference)
+    if head.kind == "sequence":
+        return classifiers.of_sequences(full, probe)
     if head.kind == "token":
         return classifiers.of_tokens(full, probe)
-    return classifiers.of_sequences(full, probe)
+    return classifiers.of_vocabulary(full, probe, head.columns or None, difference=head.difference)
 
 
-def _reward(checkpoint: Checkpoint, options: ModelConfig, device: torch.device) -> classifiers.Classifier:
-    """A reward head, which Transformers has no class for, from its tensors."""
-    folder, allow_pickle = checkpoint.folder, options.allow_pickle
-    found = rewards.find(list(checkpoints.tensor_files(folder, allow_pickle=allow_pickle)))
-    assert found is not None
-    row, places = found
-    weights = checkpoints.tensors(folder, places.values(), allow_pickle=allow_pickle)
-    module = row.build({key: weights[name] for key, name in places.items()}).to(device)
-    width = int(checkpoint.config.get_text_config().hidden_size)
-    with torch.inference_mode():
-        num_labels = module(torch.zeros(1, width, device=device)).shape[-1]
-    return classifiers.of_modules(module, num_labels)
+@dataclass(frozen=True)
+class Steps:
+    """STEP pooling of a head.
+
+    Attributes:
+        tag: id of the tokens that get a row; `None` = all do.
+    """
+
+    tag: int | None
 
 
 def _class_outputs(
     checkpoint: Checkpoint, options: ModelConfig, classifier: classifiers.Classifier
 ) -> dict[str, TaskOutput]:
-    """`classify` and `token_classify`, as far as the head can do them; the one that it is made for comes first."""
-    head, asked = checkpoint.head, options.pooler_config
-    tag, step = _step(checkpoint, options)
-    returned = asked.returned_token_ids
-    num_labels = len(returned) if step and returned else classifier.num_labels
-    activate = asked.use_activation
-    if activate is None:  # a reward is a number, not a probability; a step is rated by the softmax over its classes
-        activate = head.kind != "reward" or step
-    calibration = Calibration(
-        activation_of(checkpoint, num_labels),
-        activate,
-        asked.logit_mean or 0.0,
-        head.sigma if asked.logit_sigma is None else asked.logit_sigma,
-    )
-    modes = (MODE_OF_TYPE[asked.sequence_pooling],) if asked.sequence_pooling and classifier.per_token else ()
+    """Return `classify` and `token_classify`, as far as the head can do them, the one that it is made for first."""
+    head, config = checkpoint.head, options.pooler_config
+    steps = _steps(checkpoint, options)
+    calibration = _calibration(checkpoint, config, classifier, steps)
     columns = head.columns or range(classifier.num_labels)
-    if unknown := [i for i in returned or () if i not in columns]:
-        raise CheckpointError(
-            f"pooler_config.returned_token_ids: {unknown[0]} is no column of {checkpoint.name}'s head"
-        )
+    _check_columns(checkpoint, config.returned_token_ids or (), columns)
+    rates_inputs, rates_tokens = classifier.whole is not None, classifier.per_token
+    if head.kind == "vocabulary":  # a language model's logits rate inputs, or else steps
+        rates_inputs, rates_tokens = steps is None, steps is not None
+    modes: tuple[str, ...] = ()
+    if config.sequence_pooling and classifier.per_token:
+        modes = (MODE_OF_TYPE[config.sequence_pooling],)
     outputs: dict[str, TaskOutput] = {}
-    if classifier.whole is not None and not (step and head.kind == "vocabulary"):
+    if rates_inputs:
         outputs["classify"] = Classify(classifier, calibration, modes)
-    if classifier.per_token and (head.kind != "vocabulary" or step):
-        outputs["token_classify"] = TokenClassify(classifier, calibration, columns, step, tag, returned)
-    is_for_tokens = step or (head.kind == "reward" and checkpoint.architecture not in rewards.OF_LAST_TOKEN)
-    return dict(reversed(outputs.items())) if is_for_tokens else outputs
+    if rates_tokens:
+        outputs["token_classify"] = TokenClassify(
+            classifier,
+            calibration,
+            columns,
+            step=steps is not None,
+            step_tag_id=steps.tag if steps else None,
+            returned=config.returned_token_ids,
+        )
+    if steps or checkpoint.family.rates_tokens:
+        return dict(reversed(outputs.items()))
+    return outputs
 
 
-def _step(checkpoint: Checkpoint, options: ModelConfig) -> tuple[int | None, bool]:
-    """The step tag and whether `token_classify` gives one row per step."""
-    asked = options.pooler_config
-    own_tag = rewards.STEP_TAGS.get(checkpoint.architecture)
-    step = asked.token_pooling == "STEP" or (own_tag is not None and asked.token_pooling is None)
-    if not step:
-        _refuse_step_options(checkpoint, options)
-        return None, False
-    tag = asked.step_tag_id
-    if tag is None and own_tag is not None:
-        tag = checkpoint.tokenizer.get_vocab().get(own_tag)
-    if tag is None and own_tag is not None:
-        raise CheckpointError(f"{checkpoint.name}: the vocabulary has no {own_tag!r}; set pooler_config.step_tag_id")
-    return tag, True
+def _calibration(
+    checkpoint: Checkpoint, config: PoolerConfig, classifier: classifiers.Classifier, steps: Steps | None
+) -> Calibration:
+    """Return the way from logits to values, by the pooler config, else by the checkpoint.
+
+    A reward is a number and no probability; a step is rated by the softmax over its classes.
+    """
+    head = checkpoint.head
+    activate, sigma = config.use_activation, config.logit_sigma
+    if activate is None:
+        activate = head.kind != "reward" or steps is not None
+    if sigma is None:
+        sigma = head.sigma
+    num_labels = len(config.returned_token_ids or range(classifier.num_labels))
+    return Calibration(activation_of(checkpoint, num_labels), activate, config.logit_mean or 0.0, sigma)
 
 
-def _refuse_calibration(checkpoint: Checkpoint, options: ModelConfig) -> None:
-    for name in ("logit_mean", "logit_sigma"):
-        if getattr(options.pooler_config, name) is not None:
+def _check_columns(checkpoint: Checkpoint, returned: Seq[int], columns: Seq[int]) -> None:
+    """Refuse `returned` that are not among the `columns` of the head."""
+    for column in returned:
+        if column not in columns:
             raise CheckpointError(
-                f"pooler_config.{name} calibrates the logits of a classification head, which {checkpoint.name} has not"
-                "; leave it out, or see convert: classify"
+                f"pooler_config.returned_token_ids: {column} is no column of {checkpoint.name}'s head"
             )
 
 
-def _refuse_step_options(checkpoint: Checkpoint, options: ModelConfig) -> None:
-    for name in ("step_tag_id", "returned_token_ids"):
-        if getattr(options.pooler_config, name) is not None:
-            raise CheckpointError(
-                f"pooler_config.{name} is for pooling type STEP, which {checkpoint.name} does not use"
-            )
+def _steps(checkpoint: Checkpoint, options: ModelConfig) -> Steps | None:
+    """Return the STEP pooling that the options or the family ask for.
+
+    Raises:
+        CheckpointError: neither does, but an option is about it, or the vocabulary lacks the family's step tag.
+    """
+    config, tag = options.pooler_config, checkpoint.family.step_tag
+    if config.token_pooling != "STEP" and (tag is None or config.token_pooling is not None):
+        _refuse(checkpoint, options, STEP_OPTIONS)
+        return None
+    if config.step_tag_id is not None or tag is None:
+        return Steps(config.step_tag_id)
+    tag_id = checkpoint.tokenizer.get_vocab().get(tag)
+    if tag_id is None:
+        raise CheckpointError(f"{checkpoint.name}: the vocabulary has no {tag!r}; set pooler_config.step_tag_id")
+    return Steps(tag_id)
+
+
+def _check_options(
+    checkpoint: Checkpoint, options: ModelConfig, outputs: Mapping[str, TaskOutput], *, has_head: bool
+) -> None:
+    """Refuse options for heads that there are not."""
+    asks_for_steps = options.pooler_config.token_pooling == "STEP"
+    if not has_head:
+        _refuse(checkpoint, options, HEAD_OPTIONS)
+        if not asks_for_steps:
+            _refuse(checkpoint, options, STEP_OPTIONS)
+    if asks_for_steps and "token_classify" not in outputs:
+        raise CheckpointError(f"pooling type STEP rates steps, but {checkpoint.name} has no head to rate them")
+
+
+HEAD_OPTIONS = dict.fromkeys(
+    ("logit_mean", "logit_sigma"),
+    "calibrates the logits of a classification head, which {name} has not; leave it out, or see convert: classify",
+)
+STEP_OPTIONS = dict.fromkeys(
+    ("step_tag_id", "returned_token_ids"), "is for pooling type STEP, which {name} does not use"
+)
+
+
+def _refuse(checkpoint: Checkpoint, options: ModelConfig, reasons: Mapping[str, str]) -> None:
+    """Refuse fields of the pooler config that are set, each for its reason."""
+    for field, reason in reasons.items():
+        if getattr(options.pooler_config, field) is not None:
+            raise CheckpointError(f"pooler_config.{field} {reason.format(name=checkpoint.name)}")
 
 
 def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig) -> tuple[Pooler, int]:
-    """Per field: the user's pooler config, then Sentence-Transformers, then the architecture."""
-    asked, st = options.pooler_config, checkpoint.st
-    if asked.sequence_pooling:
-        modes: tuple[str, ...] = (MODE_OF_TYPE[asked.sequence_pooling],)
-    else:
-        modes = st.modes if st and st.modes else (architecture_pooling(model),)
-    activation = asked.use_activation
-    if activation is None:
-        activation = st.normalizes if st and st.modes else True
-    steps = st.steps if st else ()
-    width = int(checkpoint.config.get_text_config().hidden_size) * len(modes)
-    if st and st.modes and len(st.modes) != len(modes) and steps:
+    """Return the pooler and the length of its vectors.
+
+    Each of its fields is as the pooler config says, else as Sentence-Transformers, else as the architecture.
+    """
+    config, st = options.pooler_config, checkpoint.st
+    modes = st.modes or (architecture_pooling(model),)
+    if config.sequence_pooling:
+        modes = (MODE_OF_TYPE[config.sequence_pooling],)
+    if st.modes and st.steps and len(st.modes) != len(modes):
         raise CheckpointError(
             f"the checkpoint's modules expect its own pooling, {'+'.join(st.modes)}; "
-            f"{asked.sequence_pooling} gives vectors of another size"
+            f"{config.sequence_pooling} gives vectors of another size"
         )
-    dimension = st.dimension if st and st.dimension and steps else width
-    return Pooler(modes, steps, activation, asked.dimensions), dimension
+    activation = config.use_activation
+    if activation is None:
+        activation = st.normalizes or not st.modes
+    dimension = checkpoint.width * len(modes)
+    if st.steps and st.dimension:
+        dimension = st.dimension
+    return Pooler(modes, st.steps, activation, config.dimensions), dimension

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cenote.core import PoolingParams
-    from cenote.models.checkpoint import Checkpoint
     from cenote.models.classifiers import Classifier
+    from cenote.models.facts import Files
     from cenote.tensors.packing import Batch, Place
     from cenote.tensors.pooling import Clustering
 
@@ -110,12 +110,10 @@ class TokenEmbed:
     """`token_embed`: one vector per token, or with late chunking one per chunk.
 
     Attributes:
-        without_first: the first token has none. Chunks count it nevertheless.
         clustering: joins the vectors of sequences with `clusters` into fewer.
     """
 
     pooler: Pooler
-    without_first: bool = False
     clustering: Clustering | None = None
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
@@ -123,9 +121,6 @@ class TokenEmbed:
         if params.late_chunking_params is not None:
             rows_RD, counts = _chunk_means(x_TD, batch, members, params.late_chunking_params.chunk_size)
             return Rows(self.pooler.finish(rows_RD, params), counts)
-        if self.without_first:
-            parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
-            return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
         rows, lengths = batch.rows_of(members)
         vectors_RD = self.pooler.finish(x_TD[rows], params)
         if self.clustering is None or not any(sequence.clusters for sequence in batch.sequences):
@@ -230,7 +225,7 @@ class TokenClassify:
         return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
 
 
-def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
+def activation_of(checkpoint: Files, num_labels: int) -> Activation:
     """Return the activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
 
     Raises:
@@ -259,11 +254,11 @@ def activation_of(checkpoint: Checkpoint, num_labels: int) -> Activation:
     return "none" if kind == "Identity" else by_count
 
 
-def _saved_activation(checkpoint: Checkpoint) -> str | None:
+def _saved_activation(checkpoint: Files) -> str | None:
     """Return the path of the activation's class, by whichever release of Sentence-Transformers saved it."""
     config = checkpoint.config
     places = (
-        checkpoint.st.activation if checkpoint.st else None,
+        checkpoint.st.activation,
         (getattr(config, "sentence_transformers", None) or {}).get("activation_fn"),
         getattr(config, "sbert_ce_default_activation_function", None),
     )

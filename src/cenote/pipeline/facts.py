@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.core import ModelInfo, PairTemplate
-from cenote.pipeline.prompts import Prompts, Sides
+from cenote.core import ModelInfo, PairTemplate, Sides
+from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
 from cenote.tokenizer import TokenizerSource

@@ -16,7 +16,7 @@ from cenote.pipeline import calibration, plugins
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.late_chunking import late
 from cenote.pipeline.pairs import PairRenderer
-from cenote.pipeline.prompts import Prompts, Sides
+from cenote.pipeline.prompts import Prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -181,49 +181,24 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         names=options.served_model_name or (checkpoint.name,),
         tokenizer=checkpoint.tokenizer_source,
         prompts=_prompts(checkpoint, options, adapters),
-        sides=_sides(checkpoint),
+        sides=checkpoint.family.sides(checkpoint.tokenizer),
         pair_template=checkpoint.pair_template,
-        lowercase=bool(st and st.do_lower_case),
-        include_prompt=st.include_prompt if st else True,
+        lowercase=st.do_lower_case,
+        include_prompt=st.include_prompt,
         auto_truncate=options.auto_truncate,
     )
 
 
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:
     """Return the checkpoint's prompts with the user's; the markers of a late-interaction model are part of them."""
-    st, late = checkpoint.st, checkpoint.multi_vector
-    of_config = getattr(checkpoint.config, "task_instructions", None) or {}
-    named = {**(st.prompts if st else of_config)}
-    if late is not None:
-        named |= late.prefixes
-    named |= options.prompts or {}
-    default = options.default_prompt_name or (st.default_prompt_name if st else None)
+    st, family = checkpoint.st, checkpoint.family
+    named = {**st.prompts, **family.prefixes, **(options.prompts or {})}
+    default = options.default_prompt_name or st.default_prompt_name
     names = {*named, *adapters}
     if default is not None and default not in names:
         raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted(names)}")
-    return Prompts(named, default, two_sided=late is not None or _by_table(checkpoint), adapters=adapters)
-
-
-def _by_table(checkpoint: Checkpoint) -> bool:
-    """Return whether queries are encoded by a table of weights."""
-    return checkpoint.head.kind == "lexical" and checkpoint.st is not None and checkpoint.st.query_weights is not None
-
-
-def _sides(checkpoint: Checkpoint) -> Sides | None:
-    late, tokenizer = checkpoint.multi_vector, checkpoint.tokenizer
-    if late is None:
-        return Sides(by_table=True) if _by_table(checkpoint) else None
-    sides = Sides(
-        lengths=late.lengths,
-        skipped=late.skipped_ids(tokenizer),
-        skipped_of=late.skipped_of,
-        pooled_of=late.pooled_of,
-    )
-    expansion = late.expansion
-    if expansion is None:
-        return sides
-    token = late.expansion_id(tokenizer) or 0
-    return replace(sides, fill_to=expansion.length, fill_id=token, fixed=expansion.fixed, attend=expansion.attend)
+    two_sided = family.sides(checkpoint.tokenizer) is not None
+    return Prompts(named, default, two_sided=two_sided, adapters=adapters)
 
 
 def _pair(prompt: Prompt | Pair) -> Pair | None:

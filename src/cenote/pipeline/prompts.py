@@ -7,15 +7,11 @@ and adapters differently too. This module matches them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
-from cenote.core import plain_name
+from cenote.core import Role, plain_name
 from cenote.errors import BadRequest
-
-Role = Literal["query", "document"]
 
 SPELLINGS: dict[Role, tuple[str, ...]] = {
     "query": ("query", "search_query", "retrieval.query", "retrieval_query"),
@@ -174,55 +170,3 @@ def _by_spelling(names: Iterable[str]) -> dict[str, str]:
         if other in table:
             table.setdefault(task, table[other])
     return table
-
-
-@dataclass(frozen=True)
-class Sides:
-    """How a model encodes its two sides differently, in token ids: late interaction, or queries by a table.
-
-    Attributes:
-        lengths: maximum tokens of an input, by side.
-        fill_to: tokens to which queries are filled up; 0 = they are not.
-        fill_id: id of the tokens that fill a query up.
-        fixed: queries are also cut to `fill_to`.
-        attend: other tokens attend to those filled in.
-        skipped: ids whose rows are left out.
-        skipped_of: sides whose rows of `skipped` are left out; an input without a side counts as a document.
-        pooled_of: sides whose token vectors are joined into fewer; likewise.
-        by_table: sparse embeddings of queries come from a table of weights; special tokens are not added to them.
-    """
-
-    lengths: Mapping[str, int] = field(default_factory=dict)
-    fill_to: int = 0
-    fill_id: int = 0
-    fixed: bool = True
-    attend: bool = False
-    skipped: frozenset[int] = frozenset()
-    skipped_of: tuple[str, ...] = ("document",)
-    pooled_of: tuple[str, ...] = ()
-    by_table: bool = False
-
-    def limit(self, role: Role | None, maximum: int) -> int | None:
-        """Return the tokens to which an input is cut, at most `maximum`; `None` = the model names no length."""
-        length = self.lengths.get(role or "")
-        if role == "query" and self.fill_to and self.fixed:
-            length = self.fill_to
-        return None if length is None else min(maximum, length)
-
-    def fill(self, length: int, role: Role | None) -> tuple[list[int], int]:
-        """Return the tokens that fill up an input of `length` tokens, and how many of them no token attends to."""
-        missing = max(0, self.fill_to - length) if role == "query" else 0
-        hidden = 0 if self.attend else missing
-        return [self.fill_id] * missing, hidden
-
-    def kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
-        """Return the places of the tokens whose rows are returned; `None` = all."""
-        side = role or "document"
-        if side not in self.skipped_of or self.skipped.isdisjoint(ids):
-            return None
-        return tuple(i for i, token in enumerate(ids) if token not in self.skipped)
-
-    def clusters(self, role: Role | None) -> bool:
-        """Return whether token vectors of this side are joined into fewer."""
-        side = role or "document"
-        return side in self.pooled_of

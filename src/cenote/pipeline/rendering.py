@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import ModelInfo, Pair
-    from cenote.pipeline.prompts import Applied, Role, Sides
+    from cenote.core import ModelInfo, Pair, Role, Sides
+    from cenote.pipeline.prompts import Applied
 
 CHARACTERS_PER_TOKEN = 250
 """Text of more characters per allowed token is not tokenised at all."""
@@ -162,17 +162,18 @@ class Renderer:
         texts = [applied.text + content for content in contents if isinstance(content, str)]
         tokenised = iter(self._tokenize(texts, text_options))
         skip = self._skip(applied.text)
-        looked_up = self._looks_up(role)
         sequences: list[Sequence] = []
         for content in contents:
             if isinstance(content, str):
                 text = self.fit(next(tokenised), text_options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                sequence = self._sided(sequence, role)
+                if self._sides is not None:
+                    sequence = self._sides.of_text(sequence, role)
             else:
                 text = self.fit(self._text_of_ids(content, options), options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
-            sequence.looked_up = looked_up
+                if self._sides is not None:
+                    sequence = self._sides.of_ids(sequence, role)
             sequences.append(sequence)
         return sequences
 
@@ -183,21 +184,9 @@ class Renderer:
         limit = self._sides.limit(role, options.limit)
         if limit is not None:
             options = options._replace(truncate=min(limit, options.truncate or limit))
-        return options._replace(add_special_tokens=False) if self._looks_up(role) else options
-
-    def _looks_up(self, role: Role | None) -> bool:
-        """Return whether inputs of that side are encoded by a table of weights."""
-        return self._sides is not None and self._sides.by_table and role == "query"
-
-    def _sided(self, sequence: Sequence, role: Role | None) -> Sequence:
-        """Return `sequence` in the form of its side: queries filled up, skipped tokens marked."""
-        if self._sides is None:
-            return sequence
-        fill, hidden = self._sides.fill(len(sequence.ids), role)
-        ids, types = Text(sequence.ids, sequence.type_ids).extended(fill)
-        clusters = self._sides.clusters(role)
-        keep = self._sides.kept(ids, role)
-        return replace(sequence, ids=ids, type_ids=types, hidden=hidden, keep=keep, clusters=clusters)
+        if not self._sides.takes_special_tokens(role):
+            options = options._replace(add_special_tokens=False)
+        return options
 
     def _skip(self, prompt: str) -> int:
         """Return the number of tokens of `prompt` that pooling leaves out."""

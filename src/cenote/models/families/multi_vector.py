@@ -1,4 +1,4 @@
-"""Late-interaction text models (ColBERT): what a query and a document become before and after the backbone.
+"""Late-interaction text models (ColBERT): queries and documents before and after the backbone.
 
 Four kinds of files say it: Sentence-Transformers' `MultiVectorEncoder`, PyLate, Stanford's `artifact.metadata`, and
 plain checkpoints with a projection beside the backbone. All become one `MultiVector`. The rules are those of
@@ -7,20 +7,36 @@ sentence-transformers 6 (`multi_vector_encoder/model.py`) and of ColBERT (arXiv:
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from cenote.core import Sides
 from cenote.errors import CheckpointError
+from cenote.models.families.family import Family
+from cenote.models.poolers import Pooler, TokenEmbed
+from cenote.models.sentence_transformers import dense, read_json, well_formed
+from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
-ARCHITECTURES = ("HF_ColBERT", "ColBERTModernBertModel", "ColBERTJinaRobertaModel", "ColBERTLfm2Model")
+    from cenote.config import ModelConfig
+    from cenote.models.facts import Files
+    from cenote.models.families.family import Loaded
+    from cenote.models.poolers import TaskOutput
+    from cenote.models.sentence_transformers import Module, SentenceTransformer
+    from cenote.tensors.heads import Step
+
+STANFORD = "HF_ColBERT"
+"""Architecture name of checkpoints in ColBERT's own layout."""
+
+ARCHITECTURES = (STANFORD, "ColBERTModernBertModel", "ColBERTJinaRobertaModel", "ColBERTLfm2Model")
 """Architecture names that mean a backbone and a projection of its token vectors."""
 
 PROJECTIONS = ("linear.weight", "colbert_linear.weight")
@@ -28,6 +44,8 @@ PROJECTIONS = ("linear.weight", "colbert_linear.weight")
 
 EXPANDED_LENGTH = 32
 """ColBERT's own length of a query."""
+
+SIDES = ("query", "document")
 
 MARKERS = {"query": "[unused0]", "document": "[unused1]"}
 """Stanford's markers, where `artifact.metadata` names none."""
@@ -51,7 +69,7 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class MultiVector:
+class MultiVector(Family):
     """How queries and documents are encoded.
 
     Attributes:
@@ -60,124 +78,226 @@ class MultiVector:
         expansion: of queries; `None` = they are not expanded.
         skipped: vocabulary entries whose vectors are left out.
         skipped_of: sides from which they are left out.
-        pooled_of: sides whose token vectors are joined into fewer.
+        clustering: joins token vectors into fewer; `None` = they stay.
+        pooled_of: sides whose token vectors are joined.
         markers: prefixes that a tokenizer must not take apart.
-        projection: name of the tensor that projects token vectors, where no module folder has it.
+        steps: modules over token vectors.
+        projection: name of the tensor that projects token vectors, where no module does.
         normalizes: whether token vectors have length 1.
     """
+
+    modules = ("MultiVectorMask", "Dense", "Normalize", "HierarchicalTokenPooling")
+    honours = "MultiVectorMask with HierarchicalTokenPooling as the last module"
+    hub_files = ("artifact.metadata",)
+    compares = "tokens"
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
     expansion: Expansion | None = None
     skipped: tuple[str, ...] = ()
     skipped_of: tuple[str, ...] = ("document",)
+    clustering: Clustering | None = None
     pooled_of: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
     projection: str | None = None
     normalizes: bool = True
 
-    def skipped_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Token ids of `skipped`; entries that the vocabulary does not have are none."""
-        vocabulary = tokenizer.get_vocab()
-        return frozenset(vocabulary[word] for word in self.skipped if word in vocabulary)
+    @classmethod
+    def recognise(cls, files: Files, options: ModelConfig) -> MultiVector | None:
+        """Recognise a Sentence-Transformers or PyLate folder, else an architecture's name.
 
-    def expansion_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """The token id that queries are filled up with.
+        With `plain_late_interaction` both sides get a projection and normalisation alone, as vLLM serves ColBERT.
+        """
+        if _is_one(files.st):
+            with well_formed(files.path):
+                plain = _plain(files.st, options.allow_pickle)
+                return plain if options.plain_late_interaction else _of_modules(files.st, plain)
+        if files.architecture not in ARCHITECTURES:
+            return None
+        plain = cls(projection=_projection(files.tensors))
+        if options.plain_late_interaction or files.architecture != STANFORD:
+            return plain
+        return _of_stanford(files, plain)
+
+    @classmethod
+    def reads(cls, module: Module, st: SentenceTransformer) -> bool:
+        """Return whether `module` is one over token vectors; one that joins them has to be the last."""
+        if not _is_one(st) or not super().reads(module, st):
+            return False
+        return module.kind != "HierarchicalTokenPooling" or module is st.special[-1]
+
+    @property
+    def filled_to(self) -> int:
+        """Tokens to which queries are filled up with tokens that none attends to."""
+        if self.expansion is None or self.expansion.attend:
+            return 0
+        return self.expansion.length
+
+    def sides(self, tokenizer: PreTrainedTokenizerBase) -> Sides:
+        """Return how queries and documents are encoded, in token ids; entries that are not there are not skipped.
 
         Raises:
-            CheckpointError: the vocabulary has no such entry.
+            CheckpointError: the vocabulary has no entry to expand queries with.
         """
-        if self.expansion is None:
-            return None
-        token = self.expansion.token or tokenizer.mask_token or tokenizer.eos_token
-        found = tokenizer.get_vocab().get(token) if token else None
-        if found is None:
+        vocabulary, fill = tokenizer.get_vocab(), self.expansion
+        sides = Sides(
+            lengths=self.lengths,
+            skipped=frozenset(vocabulary[word] for word in self.skipped if word in vocabulary),
+            skipped_of=self.skipped_of,
+            pooled_of=self.pooled_of,
+        )
+        if fill is None:
+            return sides
+        token = fill.token or tokenizer.mask_token or tokenizer.eos_token
+        if token not in vocabulary:
             raise CheckpointError(f"queries are to be expanded with {token!r}, which the vocabulary does not have")
-        return int(found)
+        return replace(sides, fill_to=fill.length, fill_id=int(vocabulary[token]), fixed=fill.fixed, attend=fill.attend)
+
+    def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
+        """Return token vectors, projected."""
+        config = loaded.options.pooler_config
+        normalizes = self.normalizes if config.use_activation is None else config.use_activation
+        steps = self.steps if self.projection is None else (_linear(loaded, self.projection),)
+        for step in steps:
+            if isinstance(step, nn.Module):
+                loaded.placed(step)
+        pooler = Pooler(loaded.pooler.modes, steps, normalizes, config.dimensions)
+        return {"token_embed": TokenEmbed(pooler, clustering=self.clustering)}
+
+    def score_types(self, tasks: Collection[str]) -> tuple[str, ...]:
+        """Return late interaction first."""
+        return ("late-interaction", "bi-encoder")
 
 
-def from_stanford(folder: Path, tensors: tuple[str, ...]) -> MultiVector:
-    """Of a checkpoint in ColBERT's own layout: `artifact.metadata` beside a backbone with `linear.weight`.
+def _linear(loaded: Loaded, weight: str) -> nn.Linear:
+    """Return the layer whose weight is the tensor of that name; its bias, if it has one, is beside it."""
+    bias = weight.removesuffix("weight") + "bias"
+    tensors = loaded.tensors([name for name in (weight, bias) if name in loaded.files.tensors])
+    outputs, inputs = tensors[weight].shape
+    layer = nn.Linear(inputs, outputs, bias=bias in tensors)
+    layer.load_state_dict({name.rpartition(".")[2]: tensor.float() for name, tensor in tensors.items()})
+    return layer
+
+
+def _projection(tensors: tuple[str, ...]) -> str:
+    """Return the name of the tensor that projects token vectors.
 
     Raises:
-        CheckpointError: there is no projection, or the metadata is damaged.
+        CheckpointError: there is none.
     """
-    file = folder / "artifact.metadata"
-    metadata = _json(file) if file.is_file() else {}
-    own = {
+    for name in PROJECTIONS:
+        if name in tensors:
+            return name
+    raise CheckpointError(f"a ColBERT checkpoint needs one of the tensors {', '.join(PROJECTIONS)}; it has none")
+
+
+def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
+    """Return `plain` with the settings of ColBERT's own layout: `artifact.metadata` beside the backbone.
+
+    Raises:
+        CheckpointError: the metadata is damaged.
+    """
+    file = files.folder / "artifact.metadata"
+    metadata = read_json(file) if file.is_file() else {}
+    markers = {
         "query": metadata.get("query_token_id") or MARKERS["query"],
         "document": metadata.get("doc_token_id") or MARKERS["document"],
     }
-    prefixes = {side: f"{marker} " for side, marker in own.items()}
+    prefixes = {side: f"{marker} " for side, marker in markers.items()}
     length = metadata.get("doc_maxlen")
     attend = bool(metadata.get("attend_to_mask_tokens"))
-    return MultiVector(
+    return replace(
+        plain,
         prefixes=prefixes,
         lengths={} if length is None else {"document": int(length)},
         expansion=Expansion(int(metadata.get("query_maxlen") or EXPANDED_LENGTH), attend=attend),
         skipped=tuple(string.punctuation) if metadata.get("mask_punctuation", True) else (),
         markers=tuple(prefixes.values()),
-        projection=projection(tensors),
     )
 
 
-def plain(tensors: tuple[str, ...]) -> MultiVector:
-    """The symmetric mode: a projection and normalisation, and nothing else, on both sides (as vLLM serves ColBERT)."""
-    return MultiVector(projection=projection(tensors))
+def _is_one(st: SentenceTransformer) -> bool:
+    return st.settings.get("model_type") in ("MultiVectorEncoder", "ColBERT")
 
 
-def projection(tensors: tuple[str, ...]) -> str:
-    """Name of the tensor that projects token vectors.
+def _plain(st: SentenceTransformer, allow_pickle: bool) -> MultiVector:
+    """Return the projection and normalisation of a Sentence-Transformers or PyLate folder."""
+    layers = [dense(module, allow_pickle, over="token_embeddings") for module in st.special if module.kind == "Dense"]
+    normalizes = any(module.kind == "Normalize" for module in st.special)
+    return MultiVector(steps=tuple(layer for layer, _ in layers), normalizes=normalizes or _is_pylate(st.settings))
+
+
+def _is_pylate(settings: Mapping[str, Any]) -> bool:
+    return settings.get("model_type") == "ColBERT"
+
+
+def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
+    """Return `plain` with the settings of a Sentence-Transformers or PyLate folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: one of them is not understood.
     """
-    found = next((name for name in PROJECTIONS if name in tensors), None)
-    if found is None:
-        raise CheckpointError(f"a ColBERT checkpoint needs one of the tensors {', '.join(PROJECTIONS)}; it has none")
-    return found
-
-
-def from_settings(
-    settings: Mapping[str, Any], transformer: Mapping[str, Any], mask: Mapping[str, Any] | None, *, normalizes: bool
-) -> MultiVector:
-    """Of a Sentence-Transformers or PyLate folder.
-
-    Args:
-        settings: `config_sentence_transformers.json`.
-        transformer: `sentence_bert_config.json`.
-        mask: config of the module `MultiVectorMask`; PyLate has none.
-        normalizes: whether the last module is a Normalize of token vectors.
-    """
-    is_pylate = settings.get("model_type") == "ColBERT"
-    prefixes = {name: str(text) for name, text in (settings.get("prompts") or {}).items() if text}
-    markers: list[str] = []
-    for side in ("query", "document"):
-        marker = settings.get(f"{side}_prefix")
-        if marker:
-            markers.append(marker)
-            prefixes[side] = marker + prefixes.get(side, "").removeprefix(marker)
-    lengths = {}
-    for side in ("query", "document"):
-        length = settings.get(f"{side}_length") or transformer.get(f"{side}_length")
-        if length:
-            lengths[side] = int(length)
-    expansion = _expansion(settings, transformer, lengths)
-    if mask is None:
-        skipped = settings.get("skiplist_words")
-        skipped = tuple(string.punctuation) if skipped is None and is_pylate else tuple(skipped or ())
-        of: Any = ("document",)
-    else:
-        skipped, of = tuple(mask.get("skiplist_words") or ()), mask.get("skiplist_tasks") or ("document",)
-    return MultiVector(
-        prefixes={side: prefixes[side] for side in ("query", "document") if side in prefixes},
+    modules = {module.kind: module for module in st.special}
+    prefixes, markers = _prefixes(st.settings)
+    lengths = _lengths(st)
+    expansion = _expansion(st, lengths)
+    if expansion is not None and expansion.fixed:
+        lengths.pop("query", None)
+    skipped, skipped_of = _skipped(st.settings, modules.get("MultiVectorMask"))
+    clustering, pooled_of = _clustering(modules.get("HierarchicalTokenPooling"))
+    return replace(
+        plain,
+        prefixes=prefixes,
         lengths=lengths,
         expansion=expansion,
         skipped=skipped,
-        skipped_of=(of,) if isinstance(of, str) else tuple(of),
-        markers=tuple(markers),
-        normalizes=normalizes or is_pylate,
+        skipped_of=skipped_of,
+        clustering=clustering,
+        pooled_of=pooled_of,
+        markers=markers,
     )
+
+
+def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return text before each side, which begins with its marker, and the markers."""
+    prompts = settings.get("prompts") or {}
+    markers = {side: settings.get(f"{side}_prefix") or "" for side in SIDES}
+    texts = {side: markers[side] + str(prompts.get(side) or "").removeprefix(markers[side]) for side in SIDES}
+    return {side: text for side, text in texts.items() if text}, tuple(filter(None, markers.values()))
+
+
+def _lengths(st: SentenceTransformer) -> dict[str, int]:
+    """Return the tokens to which each side is cut."""
+    lengths = {}
+    for side in SIDES:
+        length = st.settings.get(f"{side}_length") or st.transformer.get(f"{side}_length")
+        if length:
+            lengths[side] = int(length)
+    return lengths
+
+
+def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the words whose vectors are left out, and the sides from which they are; PyLate has no `mask`.
+
+    Raises:
+        CheckpointError: the mask keeps only some tokens.
+    """
+    if mask is None:
+        words = settings.get("skiplist_words")
+        if words is None and _is_pylate(settings):
+            words = string.punctuation
+        return tuple(words or ()), ("document",)
+    if mask.config.get("keep_only_token_ids"):
+        raise CheckpointError("MultiVectorMask with keep_only_token_ids is for images, which are not served yet")
+    return tuple(mask.config.get("skiplist_words") or ()), _listed(mask.config.get("skiplist_tasks"))
+
+
+def _listed(sides: Any) -> tuple[str, ...]:
+    """Return the sides that a config names, one as a text or several as a list; none = documents."""
+    if not sides:
+        return ("document",)
+    return (sides,) if isinstance(sides, str) else tuple(sides)
 
 
 PYLATE_KEYS = (
@@ -193,30 +313,55 @@ PYLATE_KEYS = (
 """Settings by which a folder shows that PyLate wrote it: its queries are expanded unless it says no."""
 
 
-def _expansion(
-    settings: Mapping[str, Any], transformer: Mapping[str, Any], lengths: dict[str, int]
-) -> Expansion | None:
-    for source in (settings, transformer):
+def _expansion(st: SentenceTransformer, lengths: Mapping[str, int]) -> Expansion | None:
+    """Return how queries are filled up; where PyLate wrote the folder, to their length among `lengths`."""
+    settings = st.settings
+    for source in (settings, st.transformer):
         if "query_expansion" in source:
-            given = source["query_expansion"]
-            if given is None:
-                return None
-            unknown = set(given) - {"strategy", "attend", "length", "token"}
-            if unknown or given.get("strategy") not in ("fixed", "min") or not given.get("length"):
-                raise CheckpointError(f"query_expansion is not understood: {given!r}")
-            fixed = given["strategy"] == "fixed"
-            if fixed:
-                lengths.pop("query", None)
-            return Expansion(int(given["length"]), fixed, bool(given.get("attend")), given.get("token"))
-    if not any(key in settings for key in PYLATE_KEYS) or settings.get("do_query_expansion") is False:
+            return _written_expansion(source["query_expansion"])
+    if settings.get("do_query_expansion") is False or not any(key in settings for key in PYLATE_KEYS):
         return None
     attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
-    return Expansion(lengths.pop("query", EXPANDED_LENGTH), attend=bool(attend))
+    return Expansion(lengths.get("query", EXPANDED_LENGTH), attend=bool(attend))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read {path.name}: {error}") from None
-    return content
+def _written_expansion(written: Mapping[str, Any] | None) -> Expansion | None:
+    """Return the expansion that a setting `query_expansion` describes.
+
+    Raises:
+        CheckpointError: a setting in it is not understood.
+    """
+    if written is None:
+        return None
+    unknown = set(written) - {"strategy", "attend", "length", "token"}
+    if unknown or written.get("strategy") not in ("fixed", "min") or not written.get("length"):
+        raise CheckpointError(f"query_expansion is not understood: {written!r}")
+    return Expansion(
+        int(written["length"]), written["strategy"] == "fixed", bool(written.get("attend")), written.get("token")
+    )
+
+
+def _clustering(module: Module | None) -> tuple[Clustering | None, tuple[str, ...]]:
+    """Return how a HierarchicalTokenPooling joins token vectors, and the sides whose vectors it joins.
+
+    Raises:
+        CheckpointError: a setting is not understood, or scipy, which clusters, is not installed.
+    """
+    if module is None:
+        return None, ()
+    config = module.config
+    unknown = set(config) - {"pool_factor", "num_protected_tokens", "normalize_embeddings", "tasks"}
+    if unknown:
+        raise CheckpointError(f"HierarchicalTokenPooling has settings that are not honoured: {sorted(unknown)}")
+    factor, protected = float(config.get("pool_factor", 1.0)), int(config.get("num_protected_tokens", 1))
+    if factor < 1 or protected < 0:
+        raise CheckpointError(
+            f"HierarchicalTokenPooling joins at least 1 token into one and protects at least 0: got {config}"
+        )
+    if importlib.util.find_spec("scipy") is None:
+        raise CheckpointError(
+            "this checkpoint joins token vectors (HierarchicalTokenPooling), which needs scipy: "
+            "pip install 'cenote[token-pooling]'; --plain-late-interaction serves it without"
+        )
+    normalizes = bool(config.get("normalize_embeddings", False))  # older folders do not say it
+    return Clustering(factor, protected, normalizes), _listed(config.get("tasks"))

@@ -16,12 +16,12 @@ class Reranker:
     """One row of the table.
 
     Attributes:
-        pattern: what the checkpoint's name matches.
+        pattern: regular expression for the checkpoint's name.
         model_type: `model_type` of its config.
         tokens: vocabulary entries whose logits count.
         difference: the score is the second token's logit minus the first's.
         template: the prompt.
-        sigma: by what the logit is divided before the sigmoid.
+        sigma: divisor of the logit before the sigmoid.
     """
 
     name: str
@@ -83,7 +83,7 @@ RERANKERS: tuple[Reranker, ...] = (
 
 
 def recognise(names: list[str], model_type: str) -> Reranker | None:
-    """The row for a checkpoint called by one of `names`, whose config has `model_type`; `None` if there is none."""
+    """Return the row for a checkpoint of one of `names` whose config has `model_type`; `None` if there is none."""
     spelled = [re.sub(r"[\s_]+", "-", name.lower()) for name in names]
     for row in RERANKERS:
         if row.model_type == model_type and any(re.search(row.pattern, name) for name in spelled):

@@ -6,16 +6,28 @@ Sources: `Qwen2ForRewardModel` and `Qwen2ForProcessRewardModel` (Qwen2.5-Math-RM
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.errors import CheckpointError
+from cenote.models import classifiers
+from cenote.models.convert import Head, is_reward
+from cenote.models.families.family import Family
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from collections.abc import Sequence as Seq
 
     from torch import Tensor
+
+    from cenote.config import ModelConfig
+    from cenote.models.classifiers import Classifier
+    from cenote.models.facts import Files
+    from cenote.models.families.family import Loaded
 
     Tensors = Mapping[str, Tensor]
 
@@ -34,6 +46,11 @@ class RewardHead:
     keys: tuple[str, ...]
     build: Callable[[Tensors], nn.Module]
     optional: tuple[str, ...] = ()
+
+    def places(self, names: Seq[str]) -> dict[str, str]:
+        """Return by ending those of `names` that are tensors of this head."""
+        endings = [*self.keys, *self.optional]
+        return {key: name for key in endings for name in names if f".{name}".endswith(f".{key}")}
 
 
 class _Gated(nn.Module):
@@ -77,29 +94,58 @@ HEADS: tuple[RewardHead, ...] = (
 """The first whose tensors are all there counts."""
 
 
-def find(names: list[str]) -> tuple[RewardHead, dict[str, str]] | None:
-    """The head whose tensors are among `names`, and the name of each of them by ending; `None` if there is none."""
-    for head in HEADS:
-        found = {
-            key: name
-            for key in (*head.keys, *head.optional)
-            for name in names
-            if name == key or name.endswith(f".{key}")
-        }
-        if all(key in found for key in head.keys):
-            return head, found
-    return None
-
-
-def unknown_head(names: tuple[str, ...]) -> list[str]:
-    """Of `names`, the tensors of a reward head that is none of `HEADS`."""
-    return [
-        name for name in names if {"score", "rm_head", "v_head", "reward_head", "value_head"} & set(name.split("."))
-    ]
-
+HEAD_NAMES = frozenset({"score", "rm_head", "v_head", "reward_head", "value_head"})
+"""Names that modules of reward heads have; a tensor in one of them that no row of `HEADS` takes is not understood."""
 
 STEP_TAGS = {"Qwen2ForProcessRewardModel": "<extra_0>"}
 """Process reward models whose training fixes the token that closes a step."""
 
 OF_LAST_TOKEN = frozenset({"Ernie4_5_VLMoeForProcessRewardModel"})
 """Reward models that rate the whole input by its last token unless told otherwise; the others rate every token."""
+
+
+@dataclass(frozen=True)
+class Rewards(Family):
+    """A reward model.
+
+    Attributes:
+        row: its head; `None` = it has none, and is an embedder.
+        places: names of the head's tensors, by ending.
+    """
+
+    head: Head
+    row: RewardHead | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+    step_tag: str | None = None
+    rates_tokens: bool = False
+
+    @classmethod
+    def recognise(cls, files: Files, options: ModelConfig) -> Rewards | None:
+        """Recognise a reward model by its architecture's name, and its head by the names of its tensors."""
+        architecture = files.architecture
+        if options.convert == "embed" or not is_reward(architecture):
+            return None
+        for row in HEADS:
+            places = row.places(files.tensors)
+            if all(key in places for key in row.keys):
+                return cls(
+                    head=Head("reward", name=f"{architecture}, {row.name}"),
+                    row=row,
+                    places=places,
+                    step_tag=STEP_TAGS.get(architecture),
+                    rates_tokens=architecture not in OF_LAST_TOKEN,
+                )
+        unknown = [name for name in files.tensors if HEAD_NAMES.intersection(name.split("."))]
+        if unknown:
+            raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
+        return cls(head=Head())
+
+    def classifier(self, loaded: Loaded) -> Classifier | None:
+        """Return the head, made of its tensors."""
+        if self.row is None:
+            return None
+        tensors = loaded.tensors(self.places.values())
+        module = loaded.placed(self.row.build({key: tensors[name] for key, name in self.places.items()}))
+        with torch.inference_mode():
+            num_labels = module(torch.zeros(1, loaded.files.width, device=loaded.full.device)).shape[-1]
+        return classifiers.of_modules(module, num_labels)

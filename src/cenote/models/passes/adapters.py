@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.core import plain_name
-from cenote.errors import BadRequest, CheckpointError
-from cenote.models.checkpoint import first_line
+from cenote.errors import BadRequest, CheckpointError, first_line
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows
 

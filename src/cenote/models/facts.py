@@ -1,0 +1,73 @@
+"""The nouns of a checkpoint's files: where they are, and their content but for weights and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+    from cenote.models.sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: as the user gave it.
+        path: folder on disk.
+        revision: commit on the hub, if it came from there.
+        tokenizer: folder of the tokenizer, if the user named one; `None` = the checkpoint's.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a checkpoint, read but for weights and tokenizer.
+
+    Attributes:
+        location: where they are.
+        st: the Sentence-Transformers part; without modules, if the checkpoint has none.
+        architecture: first entry of the config's `architectures`.
+        tensors: names of all weights.
+    """
+
+    location: Location
+    st: SentenceTransformer
+    config: PretrainedConfig
+    architecture: str
+    tensors: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint, as the user named it."""
+        return self.location.name
+
+    @property
+    def path(self) -> Path:
+        """Folder on disk."""
+        return self.location.path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the backbone."""
+        return self.st.backbone
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the hub, if the files came from there."""
+        return self.location.revision
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return int(self.config.get_text_config().hidden_size)

@@ -1,0 +1,58 @@
+"""The families, and which one a checkpoint is of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cenote.errors import CheckpointError
+from cenote.models.families.bge_m3 import BgeM3
+from cenote.models.families.family import Family
+from cenote.models.families.multi_vector import MultiVector
+from cenote.models.families.rewards import Rewards
+from cenote.models.families.splade import Splade
+from cenote.models.sentence_transformers import POOLERS, ROUTES, STEPS
+
+if TYPE_CHECKING:
+    from cenote.config import ModelConfig
+    from cenote.models.facts import Files
+    from cenote.models.sentence_transformers import Module, SentenceTransformer
+
+FAMILIES: list[type[Family]] = [Splade, MultiVector, BgeM3, Rewards]
+"""The first that recognises a checkpoint counts."""
+
+
+def recognise(files: Files, options: ModelConfig) -> Family:
+    """Return the family of a checkpoint.
+
+    Raises:
+        CheckpointError: something in its files cannot be honoured.
+    """
+    _check_modules(files.st)
+    for family in FAMILIES:
+        recognised = family.recognise(files, options)
+        if recognised is not None:
+            return recognised
+    return Family()
+
+
+def hub_files() -> list[str]:
+    """Return patterns of the files that some family needs."""
+    return [pattern for family in FAMILIES for pattern in family.hub_files]
+
+
+def _check_modules(st: SentenceTransformer) -> None:
+    """Refuse modules that no family reads."""
+    for module in st.special:
+        if not any(family.reads(module, st) for family in FAMILIES):
+            raise CheckpointError(_refusal(module))
+
+
+def _refusal(module: Module) -> str:
+    """Return a message about a module that no family reads."""
+    if module.side:
+        return f"modules.json names a Router with {module.type} in its {module.side} route; {ROUTES}"
+    special = [family.honours for family in FAMILIES if family.honours]
+    return (
+        f"modules.json names the module {module.type}, which Cenote does not honour here; honoured are Transformer, "
+        f"then {', '.join([*list(POOLERS)[1:], *special])}, or Pooling and {', '.join(STEPS)}"
+    )
