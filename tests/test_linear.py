@@ -390,7 +390,7 @@ def test_isa_reaches_the_model(tmp_path: Path) -> None:
 
 
 def test_isa_without_kernels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="isa 'avx2' is of the CPU kernels, and native_kernels switches them off"):
+    with pytest.raises(ConfigError, match="^isa 'avx2' is for the CPU kernels, and native_kernels switches them off"):
         LLM(isa="avx2", native_kernels=False)
     with pytest.raises(ConfigError, match="isa: Input should be 'auto', 'none', 'avx2', 'avx512' or 'amx'"):
         LLM(isa="sse")

@@ -320,6 +320,7 @@ def test_clients_that_send_or_read_half_do_not_keep_the_server_from_ending(endin
     process.wait_until(lambda: process.metric("cenote_requests_total", route="/pooling", status="200") == 1)
     assert process.stop() == 0
     answer = everything(sends_half)
+    sends_half.close()
     assert answer.startswith(b"HTTP/1.1 503 "), answer
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the server is shutting down"
     assert "1 requests were not done in time and are answered 503" in process.log
@@ -334,7 +335,9 @@ def test_a_second_signal_ends_requests_at_once(ending: Callable[..., Process]) -
     process.process.send_signal(signal.SIGTERM)
     process.wait_until(lambda: "Waiting for connections to close" in process.log)
     assert process.stop() == 0
-    assert everything(works).startswith(b"HTTP/1.1 503 ")
+    answer = everything(works)
+    works.close()
+    assert answer.startswith(b"HTTP/1.1 503 ")
     assert "Traceback" not in process.log
 
 

@@ -526,8 +526,8 @@ def _build(layer: type[C], values: dict[str, Any]) -> C:
 
 def _fault(entry: Any) -> str:
     """Return pydantic's report of one fault as a clause."""
-    place = ".".join(map(str, entry["loc"]))
-    return f"{place}: {entry['msg'].removeprefix('Value error, ')}"
+    words: str = entry["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (".".join(map(str, entry["loc"])), words)))
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
