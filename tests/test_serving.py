@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from cenote.config import ServerConfig
@@ -240,3 +241,9 @@ def test_ids_are_of_32_digits_and_differ() -> None:
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(one) == 32 and int(one, 16) >= 0 for one in ids)
+
+
+def test_numbers_of_further_tasks_count_for_where_an_answer_is_encoded() -> None:
+    vector, matrix = np.zeros(4, np.float32), np.zeros((3, 5), np.float32)
+    outputs = [Output(vector, others={"token_embed": Output(matrix)}), Output(vector)]
+    assert serving._numbers(outputs) == 4 + 15 + 4

@@ -23,7 +23,7 @@ from cenote.errors import BadRequest, ModelNotFound
 from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
     from starlette.requests import Request
@@ -139,7 +139,7 @@ class Serving:
             outputs = await self._outputs(request, service, job)
         finally:
             self.running -= 1
-        if job.is_slow or sum(output.data.size for output in outputs) > LARGE:
+        if job.is_slow or _numbers(outputs) > LARGE:
             return await self.in_pool("encode", lambda: job.finish(outputs))
         with metrics.stage("encode").time():
             return job.finish(outputs)
@@ -243,6 +243,11 @@ def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
         answer.set_exception(error)
     else:
         answer.set_result(future.result())
+
+
+def _numbers(outputs: Iterable[Output]) -> int:
+    """Return how many numbers outputs have, those of further tasks included."""
+    return sum(output.data.size + _numbers(output.others.values()) for output in outputs)
 
 
 def _drop(work: Future[Any], _: asyncio.Future[Any]) -> None:
