@@ -147,6 +147,11 @@ class ModelConfig(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
     allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
+    allow_unread: tuple[str, ...] = Field(
+        (),
+        description="key, tensor or file of the checkpoint, or a pattern, that may go unread where Cenote would refuse "
+        "it; may be given several times",
+    )
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
     prompts: Annotated[dict[str, str], BeforeValidator(_parse_json)] | None = Field(
         None, description="JSON of prompts by name, beside the checkpoint's own"
@@ -194,7 +199,7 @@ class ModelConfig(BaseModel):
     def _none_as_in_vllm(cls, value: Any) -> Any:
         return "none" if value is None else value
 
-    @field_validator("served_model_name", mode="before")
+    @field_validator("served_model_name", "allow_unread", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

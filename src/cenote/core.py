@@ -317,6 +317,21 @@ class Similarity:
 
 
 @dataclass(frozen=True, slots=True)
+class Entries:
+    """Entries of one file of a checkpoint: keys, tensors, or the file itself.
+
+    Attributes:
+        file: relative to the checkpoint's folder.
+        names: of the entries.
+        reason: why they were left; empty if they were honoured.
+    """
+
+    file: str
+    names: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Where a model comes from and how it runs, for the report at start. No request is validated against it.
 
@@ -331,6 +346,8 @@ class Report:
         shares_prefixes: whether common beginnings of a batch's sequences run once.
         streams: batches that run at a time, each on its part of the CPU's threads.
         warnings: for the user, a sentence each.
+        used: entries of the checkpoint's files that were honoured.
+        left: entries that were left, with the reason.
     """
 
     source: str = ""
@@ -344,6 +361,8 @@ class Report:
     shares_prefixes: bool = False
     streams: int = 1
     warnings: tuple[str, ...] = ()
+    used: tuple[Entries, ...] = ()
+    left: tuple[Entries, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from cenote import tokenizer as tokenizers
 from cenote.core import PairTemplate, template_text
 from cenote.errors import CheckpointError, first_line
 from cenote.models import sentence_transformers
+from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.facts import Files, Location
 from cenote.models.families import table
@@ -123,7 +124,8 @@ def read(location: Location, options: ModelConfig) -> Files:
     from transformers import AutoConfig
 
     register_installed()
-    st = sentence_transformers.read(location.path, allow_pickle=options.allow_pickle)
+    audit = Audit(options.allow_unread)
+    st = sentence_transformers.read(location.path, audit, allow_pickle=options.allow_pickle)
     folder = location.path if st is None else st.backbone
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
@@ -134,7 +136,7 @@ def read(location: Location, options: ModelConfig) -> Files:
         st = SentenceTransformer(folder, prompts=getattr(config, "task_instructions", None) or {})
     architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
     tensors = tuple(tensor_files(folder, allow_pickle=options.allow_pickle))
-    return Files(location, st, config, architectures[0], tensors)
+    return Files(location, st, config, architectures[0], tensors, audit)
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:

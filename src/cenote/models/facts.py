@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from cenote.models.audit import Audit
     from cenote.models.sentence_transformers import SentenceTransformer
 
 
@@ -39,6 +40,7 @@ class Files:
         st: the Sentence-Transformers part; without modules, if the checkpoint has none.
         architecture: first entry of the config's `architectures`.
         tensors: names of all weights.
+        audit: the entries of the files that were honoured, and those that were left.
     """
 
     location: Location
@@ -46,6 +48,7 @@ class Files:
     config: PretrainedConfig
     architecture: str
     tensors: tuple[str, ...]
+    audit: Audit
 
     @property
     def name(self) -> str:

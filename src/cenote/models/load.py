@@ -199,6 +199,8 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         linears=next(filter(None, linears), ""),
         shares_prefixes=layout.shares_prefixes,
         warnings=tuple(filter(None, notes)),
+        used=checkpoint.audit.used,
+        left=checkpoint.audit.left,
     )
     info = describe(
         checkpoint,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cenote.models.audit import Audit
     from cenote.tensors.heads import Step
 
 LEGACY_MODES = {
@@ -173,7 +174,7 @@ def well_formed(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is not a well-formed Sentence-Transformers folder: {error!r}") from error
 
 
-def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | None:
+def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTransformer | None:
     """Read the Sentence-Transformers part of the checkpoint at `path`; `None` if it has none.
 
     Raises:
@@ -186,10 +187,10 @@ def read(path: Path, *, allow_pickle: bool = False) -> SentenceTransformer | Non
         modules = [Module(str(entry["type"]), path / entry["path"]) for entry in listed]
         if [module.kind for module in modules] == ["Router"]:
             modules = _routed(modules[0].folder)
-        return _read(path, modules, allow_pickle)
+        return _read(path, modules, audit, allow_pickle)
 
 
-def _read(path: Path, modules: list[Module], allow_pickle: bool) -> SentenceTransformer:
+def _read(path: Path, modules: list[Module], audit: Audit, allow_pickle: bool) -> SentenceTransformer:
     if not modules or modules[0].kind not in TRANSFORMERS:
         first = modules[0].type if modules else "nothing"
         raise CheckpointError(

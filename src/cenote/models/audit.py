@@ -1,0 +1,117 @@
+"""The audit of a checkpoint: nothing that its files say is dropped unsaid.
+
+Whatever a checkpoint holds is honoured, known to be without effect here, or an error that names it. Readers enter into
+one `Audit` a load the keys, tensors and files that they honour; the tables below name, with the reason, the entries
+that change no answer. Everything else is unread, and refused unless `--allow-unread` names it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from cenote.core import Entries
+from cenote.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+SHOWN = 8
+"""Most names that a message lists."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that one kind of JSON file may have.
+
+    Attributes:
+        honoured: names of the keys that are read.
+        idle: names, or patterns of names, of keys that change no answer, each with the reason.
+    """
+
+    honoured: frozenset[str]
+    idle: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def reason(self, name: str) -> str:
+        """Return why the key `name` changes no answer; empty if that is not known."""
+        return next((reason for pattern, reason in self.idle.items() if fnmatchcase(name, pattern)), "")
+
+
+class Audit:
+    """What was read of one checkpoint, what was left, and why.
+
+    Args:
+        allowed: names or patterns that the user lets go unread, bare (`key`) or with their file (`file:key`).
+    """
+
+    def __init__(self, allowed: Iterable[str] = ()) -> None:
+        self._allowed = tuple(allowed)
+        self._used: dict[str, dict[str, None]] = defaultdict(dict)
+        self._left: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+
+    @property
+    def used(self) -> tuple[Entries, ...]:
+        """The entries that were honoured, by their file."""
+        return tuple(Entries(file, tuple(names)) for file, names in self._used.items())
+
+    @property
+    def left(self) -> tuple[Entries, ...]:
+        """The entries that were left, by their file and the reason."""
+        return tuple(Entries(file, tuple(names), reason) for (file, reason), names in self._left.items())
+
+    def use(self, file: str, *names: str) -> None:
+        """Enter entries of `file` that are honoured."""
+        self._used[file].update(dict.fromkeys(names))
+
+    def leave(self, file: str, names: Iterable[str], reason: str) -> None:
+        """Enter entries of `file` that change no answer, with the reason."""
+        for name in names:
+            self._left[file, reason][name] = None
+
+    def read(self, file: str, content: Mapping[str, Any], keys: Keys) -> None:
+        """Enter all keys of a JSON file.
+
+        Raises:
+            CheckpointError: a key is neither honoured nor known to be without effect, nor allowed to go unread.
+        """
+        unread = []
+        for name in content:
+            reason = keys.reason(name)
+            if name in keys.honoured:
+                self.use(file, name)
+            elif reason:
+                self.leave(file, [name], reason)
+            else:
+                unread.append(name)
+        self.refuse(file, unread, f"honoured are {', '.join(sorted(keys.honoured))}")
+
+    def refuse(self, file: str, names: Collection[str], remedy: str, *, noun: str = "the key") -> None:
+        """Refuse entries of `file` that nothing reads, but for those that the user lets go unread.
+
+        Args:
+            file: their file, relative to the checkpoint's folder.
+            names: of the entries; none is no error.
+            remedy: what to do about them, the end of the message.
+            noun: for one of them.
+
+        Raises:
+            CheckpointError: the user has not allowed one of them.
+        """
+        refused = [name for name in names if not self._is_allowed(file, name)]
+        self.leave(file, [name for name in names if name not in refused], "allowed to go unread")
+        if not refused:
+            return
+        shown = ", ".join(refused[:SHOWN])
+        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+        plural = "s" if len(refused) > 1 else ""
+        raise CheckpointError(
+            f"{file} has {noun}{plural} {shown}{more}, which Cenote does not honour, so answers could differ from "
+            f"those that the checkpoint was made for; {remedy}. To go on without: --allow-unread {refused[0]}"
+        )
+
+    def _is_allowed(self, file: str, name: str) -> bool:
+        """Return whether the user lets `name` of `file` go unread."""
+        return any(fnmatchcase(name, entry) or fnmatchcase(f"{file}:{name}", entry) for entry in self._allowed)
