@@ -16,11 +16,11 @@ import statistics
 from typing import Any
 
 import numpy as np
-from tests.corpus import docstrings
 
 from benchmarks.harness import Encode, Worker, gemm_rate, row, save
 from cenote import LLM
 from cenote.models.checkpoint import embedded
+from material.corpus import docstrings
 
 MAX_TOKENS = 256
 SHAPES = [*[(384, 384)] * 4, (1536, 384), (384, 1536)]

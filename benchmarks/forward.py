@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tests.corpus import docstrings
 from torch import nn
 from transformers import (
     BertConfig,
@@ -39,6 +38,7 @@ from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native, process
 from cenote.tensors.packing import Batch, pack
+from material.corpus import docstrings
 
 MAX_TOKENS = 256
 VOCABULARY = 31_000

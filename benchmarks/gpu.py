@@ -1,7 +1,7 @@
 """Embedding on a GPU against sentence-transformers and against the GPU's matrix products; and a check that it is right.
 
     python -m benchmarks.gpu [--save NAME]        the measurement: about five minutes on one H200, eight at most
-    python -m benchmarks.gpu --check              every packed architecture of tests/zoo.py, in float32 and bfloat16
+    python -m benchmarks.gpu --check              every packed architecture of material/zoo.py, in float32 and bfloat16
     python -m benchmarks.gpu --device cpu --tiny  a dry run, of --check too
 
 Models: bge-m3's shape (XLM-RoBERTa large, random weights, MiniLM's vocabulary) and all-MiniLM-L6-v2. Texts of 32, 128
@@ -32,8 +32,6 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as st_modules
-from tests.corpus import docstrings
-from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from benchmarks.harness import RESULTS, row, save
@@ -46,6 +44,8 @@ from cenote.models.passes.table import prepared
 from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
+from material.corpus import docstrings
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 BATCH_TOKENS = 16384
 ST_BATCHES = (32, 256)

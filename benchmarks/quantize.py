@@ -15,10 +15,10 @@ import statistics
 from typing import Any
 
 import numpy as np
-from tests.corpus import docstrings
-from tests.test_retrieval_quality import TOKENS, collect, ndcg_at_10
 
 from benchmarks.harness import Encode, Worker, row, save
+from material.corpus import docstrings
+from material.retrieval import TOKENS, collect, ndcg_at_10
 
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.corpus import docstrings
 
 from benchmarks.harness import Encode, Worker, row, save
 from cenote import LLM
 from cenote.models.checkpoint import embedded
+from material.corpus import docstrings
 
 MAX_TOKENS = 256
 DOCUMENTS, LLM_DOCUMENTS = 100, 50

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.corpus import docstrings
 
 from benchmarks.harness import Encode, Worker, row, save, timed
 from cenote import LLM
 from cenote.models.checkpoint import embedded
 from cenote.tensors.similarity import max_sim
+from material.corpus import docstrings
 
 MAX_TOKENS = 256
 DOCUMENTS = 300

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.corpus import docstrings
 
 from benchmarks.embed import cenote
 from benchmarks.harness import Encode, Worker, row, save
@@ -30,6 +29,7 @@ from cenote.config import ModelConfig
 from cenote.engine.engine import REST
 from cenote.models.checkpoint import embedded
 from cenote.models.load import load
+from material.corpus import docstrings
 
 LOADS = ((1, 1), (16, 1), (64, 1), (16, 8))
 """Clients, and texts of a request."""

@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+TESTS = Path(__file__).parent
+
 settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
 LONGEST = (
-    "server_process", "retrieval_quality", "benchmarks", "hub", "multi_vector", "narrow", "checkpoint", "plugins",
-    "sentence_transformers", "classifiers", "cross_encoders", "parity_zoo", "graphs", "bench", "process", "convert",
-    "examples_of_peers", "similarity", "reentrant", "llm", "scheduler",
+    "server/test_process", "test_retrieval_quality", "test_benchmarks", "models/test_hub", "models/test_multi_vector",
+    "models/test_narrow", "models/test_checkpoint", "pipeline/test_plugins", "models/test_sentence_transformers",
+    "models/test_classifiers", "models/test_cross_encoders", "models/test_parity_zoo", "models/test_graphs",
+    "cli/test_bench", "tensors/test_process", "models/test_convert", "test_examples_of_peers",
+    "pipeline/test_similarity", "models/test_reentrant", "test_llm", "engine/test_scheduler",
 )  # fmt: skip
 """Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}
@@ -67,8 +72,8 @@ ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files by `LONGEST`."""
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    places = {TESTS / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def expected(ids: list[int], **params: Any) -> list[float]:

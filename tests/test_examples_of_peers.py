@@ -13,7 +13,7 @@ import requests
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 from tests import checkpoints
-from tests.test_server_process import Process
+from tests.server.test_process import Process
 
 PRESENT = {
     "encode": """

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "cenote"
+from tests.conftest import LONGEST
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "cenote"
 
 LAYERS = (
     ("words", ("errors", "core", "outputs", "tasks", "config", "metrics", "tokenizer")),
@@ -77,3 +80,22 @@ def test_every_module_has_a_header() -> None:
         if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not missing
+
+
+def test_folders_of_tests_mirror_the_package() -> None:
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert folders > {Path("engine"), Path("models")}
+    assert not [str(folder) for folder in folders if not (PACKAGE / folder).is_dir()]
+    assert not [name for name in LONGEST if not (tests / f"{name}.py").is_file()]
+
+
+APART = {"benchmarks": {"tests"}, "material": {"benchmarks", "cenote", "tests"}}
+"""Packages that a folder beside the tests must not import."""
+
+
+@pytest.mark.parametrize("folder", APART)
+def test_folders_beside_the_tests_stand_apart(folder: str) -> None:
+    paths = [*(ROOT / folder).rglob("*.py")]
+    assert paths
+    assert not [str(path) for path in paths if APART[folder] & {target.split(".")[0] for target in imports(path)}]

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from benchmarks.peers import envs, figures, load, texts
 from benchmarks.peers.__main__ import Bench
 from benchmarks.peers.envs import PeerError
 from benchmarks.peers.processes import Server, Worker
 from benchmarks.peers.table import CENOTE, ENVS, FORMS, PEERS, Env, Peer
-
 from cenote.models.checkpoint import embedded
 from tests import PATIENCE
 

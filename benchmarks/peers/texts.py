@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.corpus import docstrings
 from tokenizers import Tokenizer
 
 from benchmarks.peers.table import COLBERT, EMBED, RERANK
 from cenote.models.checkpoint import embedded
+from material.corpus import docstrings
 
 SHORT_TOKENS, MIXED_TOKENS, LONG_TOKENS = 16, 250, 512
 DOCUMENTS = 100

@@ -18,7 +18,8 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from cenote import LLM, PoolingParams
 from cenote.errors import CheckpointError
 from cenote.pipeline.rendering import TextOptions
-from tests import checkpoints, corpus
+from material import corpus
+from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, TEXTS, Module, dense, flagged_pooling, layer_norm, pooling
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sentence_transformers.util import quantize_embeddings
 from cenote import LLM
 from cenote.errors import BadRequest, ConfigError
 from cenote.tensors.quantize import DTYPES, PRECISIONS, Precision, Ranges, dequantize, quantize
-from tests import corpus
+from material import corpus
 
 WIDTH = 48
 BYTES: tuple[Precision, ...] = ("int8", "uint8")

@@ -21,9 +21,9 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges, quantize
-from tests import corpus
+from material import corpus
 from tests.conftest import INFO, error, expected, floats
-from tests.test_server_process import Process, close_to
+from tests.server.test_process import Process, close_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

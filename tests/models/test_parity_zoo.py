@@ -17,9 +17,9 @@ from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
-from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
-LAYOUTS = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text())
+LAYOUTS = json.loads((Path(__file__).parents[1] / "data" / "layouts.json").read_text())
 """The layout of each architecture, whether it shares prefixes, and the tokens for which alone its last layer can run:
 the same on every processor, with any number of threads."""
 LENGTHS = (17, 3, 100, 40, 1, 17, 64)

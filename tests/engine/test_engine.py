@@ -491,7 +491,7 @@ def test_the_fake_keeps_the_contract() -> None:
 LOADED = """
 import os, torch
 from cenote.tensors.process import release_threads
-from tests.test_engine import LocalEngine, Model, check, texts
+from tests.engine.test_engine import LocalEngine, Model, check, texts
 
 def count():
     return len(os.listdir("/proc/self/task"))

@@ -30,9 +30,9 @@ from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.tensors import attention, graphs
 from cenote.tensors.graphs import Graphs, lay_out, rounded, shape_of
 from cenote.tensors.packing import PLACES, Batch, Place, Static, pack
+from material.corpus import docstrings
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
 from tests import tape
-from tests.corpus import docstrings
-from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4 if DEVICE.type == "cuda" else 1e-5

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from cenote.models.layouts import Backbone, Packed, Padded
 from cenote.models.probe import ROUNDINGS, Draw, choose, distance, one_by_one
 from cenote.tensors import native
-from tests.zoo import ZOO, build
+from material.zoo import ZOO, build
 
 ROWS = {row.name: row for row in ZOO}
-LAYOUTS = json.loads((Path(__file__).parent / "data" / "layouts.json").read_text())
+LAYOUTS = json.loads((Path(__file__).parents[1] / "data" / "layouts.json").read_text())
 EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss", "qwen3-next", "jamba")
 DEEP = {"num_experts": 32, "num_experts_per_tok": 8, "hidden_size": 128, "num_hidden_layers": 6}
 """Of a mixture that is large enough for its rows to move with their neighbours by rounding."""

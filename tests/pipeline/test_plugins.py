@@ -42,9 +42,9 @@ from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 from tests import checkpoints
 from tests.conftest import INFO, expected, floats
-from tests.test_server_process import PATIENCE, Process
+from tests.server.test_process import PATIENCE, Process
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "plugin"
 CENOTE, VLLM = plugins.GROUPS
 CLS, SEP, HELLO, WORLD, A = 101, 102, 7592, 2088, 1037
@@ -122,7 +122,7 @@ class Vectors:
 
 def vectors() -> str:
     """An entry as vLLM's plugins have it: the qualified name of a class."""
-    return "tests.test_plugins.Vectors"
+    return "tests.pipeline.test_plugins.Vectors"
 
 
 class Late:
@@ -206,7 +206,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The plugins of this file and those of the example and the page, installed for this process and its children."""
     site = tmp_path_factory.mktemp("site")
     package(
-        site, "of-tests", {VLLM: {"vectors": "tests.test_plugins:vectors"}, CENOTE: {"echo": "tests.test_plugins:Echo"}}
+        site,
+        "of-tests",
+        {
+            VLLM: {"vectors": "tests.pipeline.test_plugins:vectors"},
+            CENOTE: {"echo": "tests.pipeline.test_plugins:Echo"},
+        },
     )
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     package(site, project["name"], project["entry-points"])
@@ -765,7 +770,7 @@ def test_tokenization_from_python(llm: LLM) -> None:
 
 def test_coroutines_in_a_running_loop(site: Path, folder: Path) -> None:
     """As in a notebook."""
-    package(site, "late", {CENOTE: {"late": "tests.test_plugins:Late"}})
+    package(site, "late", {CENOTE: {"late": "tests.pipeline.test_plugins:Late"}})
 
     async def cell() -> Any:
         with LLM(str(folder), io_processor_plugin="late") as llm:
@@ -797,7 +802,7 @@ def test_faults_from_python(llm: LLM, prompt: Any, options: dict[str, Any], mess
 
 
 def test_failures_from_python(site: Path, folder: Path) -> None:
-    package(site, "raising", {CENOTE: {"raising": "tests.test_plugins:Raising"}})
+    package(site, "raising", {CENOTE: {"raising": "tests.pipeline.test_plugins:Raising"}})
     with LLM(str(folder), io_processor_plugin="raising") as llm:
         with pytest.raises(PluginFailed, match="^the plugin 'raising' failed: RuntimeError: no$") as caught:
             encode(llm, {"where": "post_process", "error": "RuntimeError"})

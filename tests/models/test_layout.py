@@ -17,7 +17,7 @@ from cenote.models.passes.table import prepared
 from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.models.traits import position_offset, position_rows
 from cenote.tensors.packing import pack
-from tests.zoo import FIRST_TOKEN, ZOO, build
+from material.zoo import FIRST_TOKEN, ZOO, build
 
 ROWS = {architecture.name: architecture for architecture in ZOO}
 

@@ -25,7 +25,7 @@ from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import PATIENCE, checkpoints
 from tests.front import HEADER
-from tests.test_server_process import LARGE, head
+from tests.server.test_process import LARGE, head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -48,9 +48,9 @@ from cenote.models.layouts import forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
+from material.zoo import FIRST_TOKEN, WINDOW, ZOO, build
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, dense
-from tests.zoo import FIRST_TOKEN, WINDOW, ZOO, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from cenote.models.layouts import forward
 from cenote.models.passes.table import prepared
 from cenote.models.probe import HeadProbe
 from cenote.tensors.packing import pack
-from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of
 
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
 # fmt: off

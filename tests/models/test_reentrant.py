@@ -18,7 +18,7 @@ from cenote.models.passes.table import prepared
 from cenote.models.probe import stable
 from cenote.tensors import native
 from cenote.tensors.packing import pack
-from tests.zoo import FIRST_TOKEN, ZOO, Architecture, build
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
 
 STATEFUL = {"funnel", "llama-dynamic-rope", "phi3-longrope", "recurrent-gemma"}
 """Architectures whose modules remember something between forwards."""

@@ -23,7 +23,7 @@ from tests import checkpoints
 
 TEXTS = ["The quick brown fox", "hello, my name is the lazy dog", "a"]
 PROMPTS = {"query": "represent the sentence: ", "passage": "the "}
-EXAMPLE = Path(__file__).parent.parent / "examples" / "search.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "search.py"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from cenote.errors import BadRequest, CheckpointError
 from cenote.models.families import splade
 from cenote.models.layouts import Packed
 from cenote.pipeline.rendering import TextOptions
-from tests import checkpoints, corpus
+from material import corpus
+from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, Module
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from cenote.models.model import PoolingModel
 from cenote.models.passes.last_layer import LastLayer, find
 from cenote.models.passes.table import prepared
 from cenote.tensors.packing import pack
+from material.zoo import ZOO, build
 from tests.checkpoints import bert, classifier, decoder, pooling, write_modules
-from tests.zoo import ZOO, build
 
 LENGTHS = (5, 1, 17, 5, 30)
 

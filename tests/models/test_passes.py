@@ -18,10 +18,10 @@ from cenote.models.passes.subject import Settings, Subject
 from cenote.models.passes.table import ONLY_FASTER, PASSES, prepared
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
+from material.zoo import ZOO, build
 from tests.checkpoints import bert, decoder
-from tests.test_adapters import jina
-from tests.test_parity_zoo import alone, sequences
-from tests.zoo import ZOO, build
+from tests.models.test_adapters import jina
+from tests.models.test_parity_zoo import alone, sequences
 
 ROWS = {row.name: row for row in ZOO}
 SAMPLE = ("bert", "roberta", "t5-gated", "modernbert", "qwen3", "gemma2", "qwen3-moe", "deberta", "mobilebert", "bart")

@@ -32,12 +32,12 @@ from cenote.tensors import linear, native
 from cenote.tensors.linear import Narrow
 from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
+from material.corpus import docstrings
+from material.retrieval import TOKENS, collect, ndcg_at_10
+from material.zoo import ZOO, Architecture, build
 from tests import checkpoints
-from tests.corpus import docstrings
-from tests.test_adapters import jina
-from tests.test_parity_zoo import alone, sequences
-from tests.test_retrieval_quality import TOKENS, collect, ndcg_at_10
-from tests.zoo import ZOO, Architecture, build
+from tests.models.test_adapters import jina
+from tests.models.test_parity_zoo import alone, sequences
 
 if native.chosen("auto") == "none":
     pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)

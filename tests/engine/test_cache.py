@@ -28,7 +28,7 @@ from cenote.pipeline.pipeline import Service
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import SHORT
 from tests.conftest import Serve
-from tests.test_engine import Held, Model
+from tests.engine.test_engine import Held, Model
 
 ROOM = 1 << 20
 
