@@ -111,7 +111,7 @@ class Application:
         """The path without the prefix of a proxy and without a closing slash."""
         path: str = scope["path"]
         prefix = self._config.root_path
-        if prefix and path.startswith(f"{prefix}/"):
+        if path.startswith(f"{prefix}/"):
             path = path.removeprefix(prefix)
         return path.rstrip("/") or "/"
 

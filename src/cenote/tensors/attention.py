@@ -257,7 +257,7 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
     for run in batch.runs:
         rows = slice(run.start, run.start + run.size * run.length)
         q = _of_run(q_1NTH, run)
-        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
+        k, v = _seen_in(k_1NTH, run, batch.blind), _seen_in(v_1NTH, run, batch.blind)
         out = _attend(q, k, v, rule, len(run.prefix)).transpose(1, 2)
         out_1TNH[0, rows].view(run.size, run.length, heads, -1).copy_(out)
     return out_1TNH
@@ -268,7 +268,7 @@ def attend_at(place: Place, q_1NBH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batc
     out_1BNH = q_1NBH.new_empty(1, batch.size, q_1NBH.shape[1], v_1NTH.shape[-1])
     done = 0
     for run in batch.runs:
-        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
+        k, v = _seen_in(k_1NTH, run, batch.blind), _seen_in(v_1NTH, run, batch.blind)
         q = q_1NBH[0, :, done : done + run.size].transpose(0, 1)[:, :, None]
         at = len(run.prefix) + (0 if place == "first" else run.length - 1)
         out_1BNH[0, done : done + run.size] = _attend_block(q, k, v, rule, at)[:, :, 0]
@@ -282,7 +282,7 @@ def _of_run(x_1NTH: Tensor, run: Run) -> Tensor:
     return rows.view(rows.shape[0], run.size, run.length, -1).transpose(0, 1)
 
 
-def _with_prefix(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
+def _seen_in(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
     """Return the rows that the queries of a run see: their prefix's, and unless they are blind their sequence's."""
     rows = _of_run(x_1NTH, run)
     if not run.prefix:

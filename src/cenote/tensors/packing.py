@@ -6,6 +6,7 @@ N attention heads, H head size.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise, starmap
@@ -101,7 +102,7 @@ class Batch:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per sequence, on the host."""
-        return tuple(map(len, self.rows))
+        return tuple(map(operator.sub, self.starts[1:], self.starts))
 
     @cached_property
     def max_length(self) -> int:

@@ -78,10 +78,10 @@ class ScoreRequest(ScoringFields):
 
     def sides(self) -> tuple[Any, Any] | None:
         """Return the two sides, or `None` if no pair of names is complete."""
-        for names in SPELLINGS:
-            first, second = (getattr(self, name) for name in names)
-            if first is not None and second is not None:
-                return first, second
+        for first, second in SPELLINGS:
+            sides = getattr(self, first), getattr(self, second)
+            if None not in sides:
+                return sides
         return None
 
 

@@ -247,7 +247,7 @@ class Inputs(Shared, Chat):
 
 
 def first_of(value: Any) -> Any:
-    """Return the first element of a list, which tells what the list is of; `None` for anything else."""
+    """Return the first element of a list, which stands for the kind of all; `None` for anything else."""
     return value[0] if isinstance(value, list) and value else None
 
 
