@@ -120,6 +120,10 @@ class PoolingParams:
                 f"late_chunking_params must be a LateChunkingParams, got {late!r}", param="late_chunking_params"
             )
 
+    def activates(self, default: bool) -> bool:
+        """Return whether the task's activation is applied, by `default` unless the parameter says."""
+        return default if self.use_activation is None else self.use_activation
+
     def given(self) -> list[str]:
         """Return the names of the task parameters that are set."""
         return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]

@@ -91,9 +91,8 @@ def merge(outputs: Seq[Output], parts: Seq[Sequence], groups: Seq[range], *, use
         if len(group) == 1:
             merged.append(outputs[group[0]])
             continue
-        activate = parts[group[0]].params.use_activation
         weights = [len(parts[i]) - parts[i].skip for i in group]
-        normalize = use_activation if activate is None else activate
+        normalize = parts[group[0]].params.activates(use_activation)
         merged.append(Output(_mean([outputs[i].data for i in group], weights, normalize=normalize)))
     return merged
 

@@ -3,9 +3,9 @@
 Callers submit from any thread. A device thread asks the scheduler for a batch when it can take one; no request waits
 for a timer. A GPU has one device thread, which launches the next batch while the last one runs. A CPU has several
 *streams*, each with its part of the cores: two forwards side by side leave fewer cores idle between layers than one on
-all cores. Only a sequence that waits alone may run on all cores, where that has been faster of late
-(`cenote.engine.lone`). A batch that runs out of memory is split and tried again; any other failure fails the requests
-of that batch only.
+all cores. Only a sequence that waits alone may run on all cores, in the *wide* stream, where that has been faster of
+late (`cenote.engine.lone`). A batch that runs out of memory is split and tried again; any other failure fails the
+requests of that batch only.
 """
 
 from __future__ import annotations
@@ -129,15 +129,13 @@ class _Stream:
 
     Attributes:
         threads: CPU threads of its forwards; `None` = torch's.
-        is_wide: it runs sequences that wait alone, on all cores, and nothing runs beside it.
         woken: notified when there may be work for it.
         lone: tokens and start of a sequence that it took while nothing else ran; `None` = it runs something else.
     """
 
-    def __init__(self, number: int, threads: int | None, lock: threading.RLock, *, is_wide: bool = False) -> None:
+    def __init__(self, number: int, threads: int | None, lock: threading.RLock) -> None:
         self.number = number
         self.threads = threads
-        self.is_wide = is_wide
         self.woken = threading.Condition(lock)
         self.lone: tuple[int, float] | None = None
 
@@ -174,11 +172,11 @@ class LocalEngine:
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 768)
         self._max_queued = max_queued
         self._lock = threading.RLock()
-        self._streams = [
-            _Stream(number, share, self._lock, is_wide=is_wide)
-            for number, (share, is_wide) in enumerate(_shares(threads, self._parallel(streams, device)))
-        ]
-        self.info = model.info.reported(streams=sum(not stream.is_wide for stream in self._streams))
+        shares = _shares(threads, self._parallel(streams, device))
+        self._narrow = [_Stream(number, share, self._lock) for number, share in enumerate(shares)]
+        self._wide = _Stream(len(shares), sum(filter(None, shares)), self._lock) if len(shares) > 1 else None
+        self._streams = [*self._narrow, *filter(None, [self._wide])]
+        self.info = model.info.reported(streams=len(self._narrow))
         self._scheduler: Scheduler[_Entry] = Scheduler(
             self.max_batch_tokens, max_batch_sequences, streams=self.info.report.streams
         )
@@ -287,7 +285,7 @@ class LocalEngine:
             _use_threads(stream.threads)
             began.wait()
             while True:
-                batch = self._take(stream, wait=not running)
+                batch = self._take(stream) if running else self._wait(stream)
                 if batch:
                     running += self._launch(batch)
                 elif not running:
@@ -299,75 +297,75 @@ class LocalEngine:
             log.exception("the device thread died")
             self._die(error, [*batch, *chain.from_iterable(run.batch for run in running)])
 
-    def _take(self, stream: _Stream, *, wait: bool) -> list[_Entry]:
-        """Take the next batch of `stream`. With `wait`, an empty one means that the engine closes."""
-        if wait:
-            with self._lock:
-                self._worked_until = time.monotonic()
-                self._note_lone(stream)
-                self._busy.discard(stream)
-                self._scheduler.done(stream.number)
+    def _wait(self, stream: _Stream) -> list[_Entry]:
+        """Wait for the next batch of `stream`, which runs nothing; an empty one means that the engine closes."""
+        with self._lock:
+            self._worked_until = time.monotonic()
+            self._note_lone(stream)
+            self._busy.discard(stream)
+            self._scheduler.done(stream.number)
         while True:
             with self._lock:
-                batch = self._next_batch(stream)
+                batch = self._take(stream)
                 is_closed = self._closing and not self._scheduler.depth
-                if batch or is_closed or not wait:
+                if batch or is_closed:
                     return batch
                 stream.woken.wait(None if self._untidy_since is None else REST)
-                is_pause = self._is_pause()
-                if is_pause:
-                    self._untidy_since = None
-            if is_pause:
-                release_freed_memory()
+            self._tidy()
 
-    def _next_batch(self, stream: _Stream) -> list[_Entry]:
-        """Take a batch for `stream`, if there is one, and wake another stream for the rest. Under the lock."""
-        dropped = self._scheduler.drop_cancelled()
-        if dropped:
-            metrics.sequences_of("dropped").inc(dropped)
-        batch = self._scheduler.next_batch(stream.number) if self._may_take(stream) else []
-        if batch:
-            is_lone = len(batch) == 1 and not self._busy
-            stream.lone = (len(batch[0]), time.monotonic()) if is_lone else None
-            self._busy.add(stream)
-            self._untidy_since = self._untidy_since or time.monotonic()
-        self._wake()
-        return batch
+    def _take(self, stream: _Stream) -> list[_Entry]:
+        """Take a batch for `stream`, if there is one, and wake another stream for the rest."""
+        with self._lock:
+            dropped = self._scheduler.drop_cancelled()
+            if dropped:
+                metrics.sequences_of("dropped").inc(dropped)
+            batch = self._scheduler.next_batch(stream.number) if stream in self._takers() else []
+            if batch:
+                is_lone = len(batch) == 1 and not self._busy
+                stream.lone = (len(batch[0]), time.monotonic()) if is_lone else None
+                self._busy.add(stream)
+                self._untidy_since = self._untidy_since or time.monotonic()
+            self._wake()
+            return batch
 
     def _note_lone(self, stream: _Stream) -> None:
         """Remember how long a sequence took that came alone and stayed so. Under the lock."""
         if stream.lone is not None and self._busy == {stream}:
             tokens, began = stream.lone
-            self._lone.note(tokens, is_wide=stream.is_wide, seconds=self._worked_until - began)
+            self._lone.note(tokens, is_wide=stream is self._wide, seconds=self._worked_until - began)
         stream.lone = None
 
-    def _may_take(self, stream: _Stream) -> bool:
-        """Return whether waiting sequences are for `stream`: the wide one, if there is one, runs a sequence alone."""
-        if any(other.is_wide for other in self._busy):
-            return False
+    def _takers(self) -> list[_Stream]:
+        """Return the streams that waiting sequences are for, busy ones included. Under the lock.
+
+        A sequence with nothing beside it is for the wide stream, where that has been faster; beside it runs nothing.
+        """
+        if self._wide in self._busy:
+            return []
         is_alone = not self._busy and self._scheduler.depth == 1
-        has_wide = self._streams[-1].is_wide
-        return stream.is_wide == (is_alone and has_wide and self._lone.is_wide(self._scheduler.tokens))
+        if self._wide is not None and is_alone and self._lone.is_wide(self._scheduler.tokens):
+            return [self._wide]
+        return self._narrow
 
     def _wake(self) -> None:
         """Wake a stream that can take work; when closing, all streams, which may have to end."""
-        if self._closing:
-            for stream in self._streams:
-                stream.woken.notify()
-            return
-        if not self._scheduler.depth:
-            return
-        for stream in self._streams:
-            if stream not in self._busy and self._may_take(stream):
-                stream.woken.notify()
-                return
+        woken = self._streams
+        if not self._closing:
+            woken = [stream for stream in self._takers() if stream not in self._busy]
+            woken = woken[: min(1, self._scheduler.depth)]
+        for stream in woken:
+            stream.woken.notify()
 
-    def _is_pause(self) -> bool:
-        """Return whether to tidy up: nothing runs, and there was no work for a while or no pause for long."""
-        if self._untidy_since is None or self._busy:
-            return False
-        now = time.monotonic()
-        return now - self._worked_until >= REST or now - self._untidy_since > LONG_WORK
+    def _tidy(self) -> None:
+        """Give freed memory back if nothing runs, and there was no work for a while or no pause for long."""
+        with self._lock:
+            if self._untidy_since is None or self._busy:
+                return
+            now = time.monotonic()
+            if now - self._worked_until < REST and now - self._untidy_since <= LONG_WORK:
+                return
+            self._untidy_since = None
+        release_freed_memory()
 
     def _launch(self, batch: list[_Entry]) -> list[_Run]:
         """Start a forward; return its run, or none if it failed."""
@@ -391,11 +389,11 @@ class LocalEngine:
         self._succeeded(run)
         results = [*zip(run.batch, outputs, strict=True)]
         done = Counter(entry.request for entry, output in results if isinstance(output, Output))
+        metrics.sequences_of("done").inc(done.total())
         for request, count in done.items():
             request.advance(count)
         for entry, output in results:
             if isinstance(output, Output):
-                metrics.sequences_of("done").inc()
                 entry.request.put(entry.place, output)
             else:
                 metrics.sequences_of("failed").inc()
@@ -456,15 +454,14 @@ def _use_threads(count: int | None) -> None:
         torch.get_num_threads()  # its first call on a thread takes the last number that any thread has set
 
 
-def _shares(threads: int | None, streams: int) -> list[tuple[int | None, bool]]:
-    """Return the CPU threads of each device thread, and whether it is the wide one; `None` = torch's."""
+def _shares(threads: int | None, streams: int) -> list[int | None]:
+    """Return the CPU threads of each stream; `None` = torch's."""
     if streams > 1:
         import torch
 
         threads = threads or torch.get_num_threads()
         streams = min(streams, threads)
     if streams < 2:
-        return [(threads, False)]
+        return [threads]
     assert threads is not None
-    narrow = [(threads // streams + (i < threads % streams), False) for i in range(streams)]
-    return [*narrow, (threads, True)]
+    return [threads // streams + (i < threads % streams) for i in range(streams)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,14 +42,15 @@ class Promise(Generic[T]):
 
     def resolve(self, result: T) -> None:
         """Settle with a result, unless settled already."""
-        try:
-            self.future.set_result(result)
-        except InvalidStateError:
-            log.debug("a request was answered already, or its caller gave up")
+        self._settle(self.future.set_result, result)
 
     def fail(self, error: BaseException) -> None:
         """Settle with an error, unless settled already."""
+        self._settle(self.future.set_exception, error)
+
+    @staticmethod
+    def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
         try:
-            self.future.set_exception(error)
+            settle(outcome)
         except InvalidStateError:
             log.debug("a request was answered already, or its caller gave up")

@@ -18,8 +18,9 @@ before all others, whatever its number.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -131,8 +132,9 @@ class Scheduler(Generic[I]):
         if batch:
             self._under_way[stream] = is_long_bulk
         self._count_passed(batch)
-        for request in [request for request, items in self._waiting.items() if not items]:
-            del self._waiting[request], self._left[request]
+        for request in {item.request for item in batch}:
+            if not self._waiting[request]:
+                self._forget(request)
         self.depth -= len(batch)
         self.tokens -= sum(map(len, batch))
         return batch
@@ -143,17 +145,20 @@ class Scheduler(Generic[I]):
 
     def _admitted(self) -> _Admission:
         """Return the requests that the next batch may take from, with its limits."""
-        requests = [*self._waiting]
-        bulk = {request for request in requests if self._left[request] > BULK * self.max_tokens}
-        if 0 < len(bulk) < len(requests):
+        bulk: list[Request] = []
+        others: list[Request] = []
+        for request in self._waiting:
+            kind = bulk if self._left[request] > BULK * self.max_tokens else others
+            kind.append(request)
+        if bulk and others:
             self._wary = WARY
         if bulk and self._wary:
-            return self._beside_bulk(requests, bulk)
+            return self._beside_bulk(bulk, others)
+        requests = [*self._waiting]
         return _Admission(requests, self._even(requests), is_long_bulk=bool(bulk))
 
-    def _beside_bulk(self, requests: list[Request], bulk: set[Request]) -> _Admission:
+    def _beside_bulk(self, bulk: list[Request], others: list[Request]) -> _Admission:
         """Return the next batch's admission where other requests are waiting beside bulk, or expected to come."""
-        others = [request for request in requests if request not in bulk]
         long = sum(self._under_way.values())
         self._passed_over = bool(others) and (long > 0 or not self._passed_over)
         if self._passed_over:
@@ -163,9 +168,9 @@ class Scheduler(Generic[I]):
             return _Admission([], 0)
         self._wary -= 1
         if free > 1:
-            return _Admission([request for request in requests if request in bulk], self.max_tokens, is_long_bulk=True)
+            return _Admission(bulk, self.max_tokens, is_long_bulk=True)
         short = max(self.max_tokens // SHORT, _worth(bulk))
-        return _Admission(requests, min(self.max_tokens, short))
+        return _Admission([*self._waiting], min(self.max_tokens, short))
 
     def _fill(self, batch: list[I], room: int, requests: list[Request]) -> int:
         """Add to `batch` the oldest sequence of each request, then those nearest in length; return the room left."""
@@ -176,28 +181,27 @@ class Scheduler(Generic[I]):
             batch.append(self._waiting[request].popleft())
             room -= len(head)
             self._waiting.move_to_end(request)
-        if batch and len(batch) < self.max_sequences and room > 0:
+        if room > 0 and len(batch) < self.max_sequences:
             return self._take_nearest(batch, room, requests)
         return room
 
     def _ranks(self, requests: list[Request]) -> list[list[Request]]:
         """Group requests by priority, lowest number first; requests that were left out too often come before all."""
-        if len({request.priority for request in requests}) < 2:
+        if not _differ(requests):
             return [requests]
-        ranks: dict[tuple[bool, int], list[Request]] = {}
+        ranks: dict[float, list[Request]] = {}
         for request in requests:
             is_overdue = self._passed[request] >= MOST_PASSED
-            rank = (False, 0) if is_overdue else (True, request.priority)
+            rank = -math.inf if is_overdue else request.priority
             ranks.setdefault(rank, []).append(request)
         return [ranks[rank] for rank in sorted(ranks)]
 
     def _count_passed(self, batch: list[I]) -> None:
         """Count the batches that leave a waiting request out, where priorities let others pass it."""
-        if not batch or len({request.priority for request in self._waiting}) < 2:
+        if not batch or not _differ(self._waiting):
             self._passed.clear()
             return
-        taken = {item.request for item in batch}
-        left_out = [request for request in self._waiting if request not in taken]
+        left_out = self._waiting.keys() - {item.request for item in batch}
         self._passed = Counter({request: self._passed[request] + 1 for request in left_out})
 
     def _even(self, requests: list[Request]) -> int:
@@ -209,27 +213,32 @@ class Scheduler(Generic[I]):
     def _take_nearest(self, batch: list[I], room: int, requests: list[Request]) -> int:
         """Add to `batch` the sequences of `requests` that fit, nearest in length to the first; return the room left."""
         share = max(1, self.look_ahead // max(1, len(requests)))
-        window = [item for request in requests for item in islice(self._waiting[request], share)]
-        begun = {item.request for item in batch}
+        window = chain.from_iterable(islice(self._waiting[request], share) for request in requests)
+        in_batch = {item.request: item.request.shared for item in batch}
         taken: dict[int, I] = {}
         for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
-            repeated = item.request.shared if item.request in begun else 0
-            adds = len(item) - repeated
+            adds = len(item) - in_batch.get(item.request, 0)
             if adds <= room and len(batch) + len(taken) < self.max_sequences:
                 taken[id(item)] = item
-                begun.add(item.request)
+                in_batch[item.request] = item.request.shared
                 room -= adds
         batch += taken.values()
-        for request in {item.request: None for item in taken.values()}:
+        for request in {item.request for item in taken.values()}:
             self._waiting[request] = deque(item for item in self._waiting[request] if id(item) not in taken)
         return room
 
     def _forget(self, request: Request) -> int:
+        """Remove a request; return the number of its sequences that were waiting."""
         items = self._waiting.pop(request)
         del self._left[request], self._passed[request]
         self.depth -= len(items)
         self.tokens -= sum(map(len, items))
         return len(items)
+
+
+def _differ(requests: Iterable[Request]) -> bool:
+    """Return whether some of `requests` have another priority than others."""
+    return len({request.priority for request in requests}) > 1
 
 
 def _worth(requests: Iterable[Request]) -> int:

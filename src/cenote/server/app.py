@@ -69,7 +69,6 @@ class Application:
         for dialect in dialects:
             for route in dialect.routes:
                 self._add(dialect, route)
-        self._paths = {path for _, path in self.routes}
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         self._app = Gate(router, config, self.under_way)
@@ -79,13 +78,11 @@ class Application:
         await self._app(scope, receive, send)
 
     def _add(self, dialect: Dialect, route: Route) -> None:
-        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
-        for path in route.paths:
-            for method in methods:
-                if (method, path) in self.routes:
-                    raise ValueError(f"two dialects have the route {method} {path}; the second is {dialect.name}")
-                self.routes[method, path] = route
-                self._dialects[method, path] = dialect
+        for key in route.keys:
+            if key in self.routes:
+                raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {dialect.name}")
+            self.routes[key] = route
+            self._dialects[key] = dialect
 
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncIterator[None]:
@@ -114,7 +111,7 @@ class Application:
         """The path without the prefix of a proxy and without a closing slash."""
         path: str = scope["path"]
         prefix = self._config.root_path
-        if prefix and path.startswith(f"{prefix}/"):
+        if path.startswith(f"{prefix}/"):
             path = path.removeprefix(prefix)
         return path.rstrip("/") or "/"
 

@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -151,9 +152,4 @@ def _shortened(value: Any) -> str:
 
 def _where(loc: Sequence[Any]) -> str:
     """`("body", "input", "list[str]", 0)` as `body.input`."""
-    parts: list[str] = []
-    for part in loc:
-        if isinstance(part, str) and _BRANCH.match(part):
-            break
-        parts.append(str(part))
-    return ".".join(parts)
+    return ".".join(takewhile(lambda part: not _BRANCH.match(part), map(str, loc)))

@@ -62,6 +62,29 @@ class UnderWay:
         return len(self._tasks)
 
 
+class _Reply:
+    """The way of an answer to its client.
+
+    Attributes:
+        is_started: whether the client has got the status.
+        status: of the answer; 500 until it is started.
+    """
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        self._headers = headers
+        self.is_started = False
+        self.status = 500
+
+    async def __call__(self, message: Message) -> None:
+        """Send a message of the answer, the first one with further headers."""
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self.status = message["status"]
+            MutableHeaders(scope=message).update(self._headers)
+        await self._send(message)
+
+
 class Gate:
     """ASGI middleware. Answers requests that it refuses by itself, in the error shape of the API.
 
@@ -74,6 +97,7 @@ class Gate:
         self.config = config
         self.under_way = under_way
         self._keys = [key.encode() for key in config.api_key]
+        self._names_requests = config.enable_request_id_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -82,31 +106,26 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id")
-        state = scope.setdefault("state", {})
-        state["request_id"], state["body_bytes"] = request_id, 0
-        began, status, is_started = time.monotonic(), 500, False
-
-        async def counted(message: Message) -> None:
-            nonlocal status, is_started
-            if message["type"] == "http.response.start":
-                status, is_started = message["status"], True
-                if self.config.enable_request_id_headers:
-                    MutableHeaders(scope=message)["X-Request-Id"] = request_id or new_id()
-            await send(message)
-
-        is_counted = scope["path"] not in UNCOUNTED
-        if is_counted:
-            metrics.running_requests.inc()
+        scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
+        reply = _Reply(send, {"X-Request-Id": request_id or new_id()} if self._names_requests else {})
+        if scope["path"] in UNCOUNTED:
+            await self._run(scope, headers, receive, reply)
+            return
+        began = time.monotonic()
+        metrics.running_requests.inc()
         try:
-            is_answered = await self.under_way.run(self._answer(scope, headers, receive, counted))
-            if not is_answered and not is_started:
-                await errors.respond(Closed("the server is shutting down"))(scope, receive, counted)
+            await self._run(scope, headers, receive, reply)
         finally:
-            if is_counted:
-                metrics.running_requests.dec()
-                route = scope.get("route_path", "other")
-                metrics.requests_of(route, status).inc()
-                metrics.seconds_of(route).observe(time.monotonic() - began)
+            metrics.running_requests.dec()
+            route = scope.get("route_path", "other")
+            metrics.requests_of(route, reply.status).inc()
+            metrics.seconds_of(route).observe(time.monotonic() - began)
+
+    async def _run(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
+        """Answer a request, also where shutting down cuts its answer short before it has begun."""
+        is_answered = await self.under_way.run(self._answer(scope, headers, receive, reply))
+        if not is_answered and not reply.is_started:
+            await errors.respond(Closed("the server is shutting down"))(scope, receive, reply)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         try:
@@ -141,17 +160,14 @@ class Gate:
         if declared.isdigit() and int(declared) > limit:
             raise BodyTooLarge(f"the request body has {declared} bytes; at most {limit} are allowed")
         chunks: list[bytes] = []
-        size = 0
-        while True:
+        size, is_open = 0, True
+        while is_open:
             message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            chunks.append(message.get("body", b""))
+            chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
             size += len(chunks[-1])
+            is_open = message.get("more_body", False)
             if size > limit:
                 raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
-            if not message.get("more_body"):
-                break
         scope["state"]["body_bytes"] = size
         pending: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.server.errors import Fault, openai_error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import BaseModel
     from starlette.requests import Request
     from starlette.responses import Response
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     """Answers a request whose body, if the route takes one, is validated."""
 
 
+METHODS = {"GET": ("GET", "HEAD"), "POST": ("POST",)}
+"""Methods that a route of each method answers."""
+
+
 @dataclass(frozen=True)
 class Route:
     """A row of the table.
@@ -27,7 +34,7 @@ class Route:
         path: under which the route is described.
         handler: its docstring describes the route.
         body: model of the JSON body; `None` = the route takes none.
-        method: "GET" also answers HEAD.
+        method: see `METHODS`.
         aliases: further paths.
         is_described: whether the API's description has it.
     """
@@ -40,9 +47,9 @@ class Route:
     is_described: bool = True
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """All paths of the route."""
-        return (self.path, *self.aliases)
+    def keys(self) -> Iterable[tuple[str, str]]:
+        """Methods and paths that the route answers."""
+        return product(METHODS[self.method], (self.path, *self.aliases))
 
 
 @dataclass(frozen=True)

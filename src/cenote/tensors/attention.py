@@ -34,6 +34,8 @@ FUSED_ON = frozenset({"cuda"})
 """Devices whose kernels do sequences of many lengths at once."""
 QUERY_BLOCK = 256
 LARGEST_FLASH_HEAD = 256
+UNLIMITED = -1
+"""Flash kernels' number for a reach without limit."""
 CAUSAL_FROM_THE_END = 2
 """torch's number of the mask in which the last query sees the last key (`torch.nn.attention.bias.CausalVariant`)."""
 HARMLESS = frozenset(
@@ -151,6 +153,11 @@ class Rule(NamedTuple):
         """Whether a fused kernel can do it."""
         return self.softcap is None and self.bias is None and self.sinks is None
 
+    def reach(self, most: int) -> tuple[int, int]:
+        """Return the number of positions that a query sees before itself and after; `most` where the rule has none."""
+        reach = self.window - 1 if self.window else most
+        return (reach, 0) if self.causal else (reach, reach)
+
     def within(self, max_length: int) -> Rule:
         """Return the same rule for sequences of at most `max_length`: without a window that they do not exceed."""
         is_wide = self.window is not None and max_length <= self.window
@@ -181,8 +188,8 @@ def packed_attention(
     """
     if attention_mask is not None and hides(attention_mask):
         raise NotImplementedError(f"{type(module).__name__} passes a mask of its own, which packing does not honour")
-    for name, value in rest.items():
-        if value is not None and name not in HARMLESS:
+    for name in sorted(rest.keys() - HARMLESS):
+        if rest[name] is not None:
             raise NotImplementedError(f"{type(module).__name__} passes {name!r}, which packing does not honour")
     under_way = current()
     under_way.is_called = True
@@ -202,11 +209,13 @@ def _check_tokens(module: torch.nn.Module, q_1NTH: Tensor, k_1NTH: Tensor, under
     """Refuse tokens that are not the batch's, and a rule that does not go with its prefixes."""
     batch = under_way.batch
     tokens = batch.size if under_way.keys else batch.tokens
-    if q_1NTH.shape[0] != 1 or q_1NTH.shape[2] != tokens or k_1NTH.shape[2] != tokens:
+    if (q_1NTH.shape[0], q_1NTH.shape[2], k_1NTH.shape[2]) != (1, tokens, tokens):
         raise RuntimeError(f"expected the batch's {tokens} tokens, got queries of shape {tuple(q_1NTH.shape)}")
-    if batch.prefixes is not None and rule.bias is not None:
+    if batch.prefixes is None:
+        return
+    if rule.bias is not None:
         raise NotImplementedError(f"{type(module).__name__} has a position bias, which does not reach past a sequence")
-    if batch.prefixes is not None and not (rule.causal or batch.blind):
+    if not (rule.causal or batch.blind):
         raise NotImplementedError(f"{type(module).__name__} needs causal attention to share a prefix")
 
 
@@ -248,7 +257,7 @@ def attend_runs(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, ru
     for run in batch.runs:
         rows = slice(run.start, run.start + run.size * run.length)
         q = _of_run(q_1NTH, run)
-        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
+        k, v = _seen_in(k_1NTH, run, batch.blind), _seen_in(v_1NTH, run, batch.blind)
         out = _attend(q, k, v, rule, len(run.prefix)).transpose(1, 2)
         out_1TNH[0, rows].view(run.size, run.length, heads, -1).copy_(out)
     return out_1TNH
@@ -259,7 +268,7 @@ def attend_at(place: Place, q_1NBH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batc
     out_1BNH = q_1NBH.new_empty(1, batch.size, q_1NBH.shape[1], v_1NTH.shape[-1])
     done = 0
     for run in batch.runs:
-        k, v = (_with_prefix(x, run, batch.blind) for x in (k_1NTH, v_1NTH))
+        k, v = _seen_in(k_1NTH, run, batch.blind), _seen_in(v_1NTH, run, batch.blind)
         q = q_1NBH[0, :, done : done + run.size].transpose(0, 1)[:, :, None]
         at = len(run.prefix) + (0 if place == "first" else run.length - 1)
         out_1BNH[0, done : done + run.size] = _attend_block(q, k, v, rule, at)[:, :, 0]
@@ -273,7 +282,7 @@ def _of_run(x_1NTH: Tensor, run: Run) -> Tensor:
     return rows.view(rows.shape[0], run.size, run.length, -1).transpose(0, 1)
 
 
-def _with_prefix(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
+def _seen_in(x_1NTH: Tensor, run: Run, blind: bool) -> Tensor:
     """Return the rows that the queries of a run see: their prefix's, and unless they are blind their sequence's."""
     rows = _of_run(x_1NTH, run)
     if not run.prefix:
@@ -289,7 +298,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
     """
     length, keys = q.shape[2], k.shape[2]
     grouped = k.shape[1] != q.shape[1]
-    is_whole = before == 0 and length == keys and (rule.window is None or length <= rule.window)
+    is_whole = (before, length) == (0, keys) and rule.within(length).window is None
     if rule.plain and is_whole:
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scaling, enable_gqa=grouped)
     starts = range(0, length, QUERY_BLOCK)
@@ -299,21 +308,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> Tensor:
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, rule: Rule, start: int) -> Tensor:
     """Neighbouring queries, the first of them where the key number `start` is, against the band that they can see."""
     keys, stop = k.shape[2], start + q.shape[2]
-    reach = rule.window - 1 if rule.window else keys
-    first, last = max(0, start - reach), min(keys, stop if rule.causal else stop + reach)
+    before, after = rule.reach(max(keys, stop))
+    first, last = max(0, start - before), min(keys, stop + after)
     k, v = k[:, :, first:last], v[:, :, first:last]
-    distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
-    seen = (distance >= 0) if rule.causal else torch.ones_like(distance, dtype=torch.bool)
-    if rule.window:
-        seen &= distance.abs() < rule.window
+    place = start - first  # of the first query's own key in the band
+    band = torch.ones(stop - start, last - first, dtype=torch.bool, device=q.device)
+    seen = band.tril(place + after).triu(place - before)
     grouped = k.shape[1] != q.shape[1]
     if rule.plain:
         mask = None if q.shape[2] == 1 else seen  # a single query sees all of its band
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling, enable_gqa=grouped)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = _ungrouped(k, q.shape[1]), _ungrouped(v, q.shape[1])
     bias = None if rule.bias is None else rule.bias[:, :, start:stop, first:last]
     return _attend_by_steps(q, k, v, rule, bias, seen)
+
+
+def _ungrouped(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values, whose dimension 1 are heads, with a head of their own for each of `heads` of queries."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _attend_by_steps(q: Tensor, k: Tensor, v: Tensor, rule: Rule, bias: Tensor | None, seen: Tensor) -> Tensor:
@@ -399,12 +411,6 @@ def _is_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _window(rule: Rule) -> tuple[int, int]:
-    """Return the rule as (left, right) reach, the spelling of flash kernels; -1 is unlimited."""
-    left = rule.window - 1 if rule.window else -1
-    return (left, 0) if rule.causal else (left, left)
-
-
 def _varlen_states(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries `[T, N, H]`, and the keys and values `[K, N, H]` of `spans.keys`, with heads of one size.
 
@@ -438,7 +444,7 @@ def _flash(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: R
 
     A sink takes the share of the weight that its logit has beside the others'.
     """
-    left, right = _window(rule)
+    left, right = rule.reach(UNLIMITED)
     out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
         *_varlen_states(q_1NTH, k_1NTH, v_1NTH, spans),
         spans.cu_seqlens,
@@ -470,7 +476,7 @@ def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, ru
         spans.keys.max_length,
         softmax_scale=_scale(q_1NTH, rule),
         causal=rule.causal,
-        window_size=_window(rule),
+        window_size=rule.reach(UNLIMITED),
         softcap=rule.softcap or 0.0,
     )
     return out_TNH[None, ..., : v_1NTH.shape[-1]]
@@ -479,7 +485,7 @@ def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, ru
 def _efficient(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: Rule) -> Tensor:
     """torch's memory-efficient attention, called as its nested tensors call it; also for float32 and older GPUs."""
     q, k, v = _varlen_states(q_1NTH, k_1NTH, v_1NTH, spans)
-    k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = _ungrouped(k, q.shape[1]), _ungrouped(v, q.shape[1])
     out_1TNH: Tensor = torch.ops.aten._efficient_attention_forward(
         q[None],
         k[None],

@@ -44,16 +44,18 @@ class Path(NamedTuple):
         layout: of the weights: multiplied as they are in panels, widened to float32 from tiles, or split with their
             inputs into bfloat16 from blocks, while they are read.
         text: for people.
+        pairs: the products of two neighbours are added in 16 bits; see `quantize`.
     """
 
     kind: Kind
     isa: Isa
     layout: Literal["panels", "tiles", "blocks"]
     text: str
+    pairs: bool = False
 
 
 PATHS: dict[str, Path] = {
-    "AVX2": Path("int8", "avx2", "panels", "int8 by AVX2"),
+    "AVX2": Path("int8", "avx2", "panels", "int8 by AVX2", pairs=True),
     "AVX-VNNI": Path("int8", "avx2", "panels", "int8 by AVX-VNNI"),
     "AVX512-VNNI": Path("int8", "avx512", "panels", "int8 by AVX512-VNNI"),
     "AMX": Path("int8", "amx", "panels", "int8 by AMX"),
@@ -122,11 +124,11 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
     """
     outputs, inputs = weight_ND.shape
     bias = _padded(bias_N, outputs)
-    kind, _, layout, _ = PATHS[path]
+    kind, _, layout, _, pairs = PATHS[path]
     if kind == "int8":
         if inputs > WIDEST:
             raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
-        codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
+        codes_ND, scale_N = quantize(weight_ND, pairs=pairs)
         sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
         scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
         return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
@@ -143,7 +145,7 @@ def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
     """Return int8 codes `[N, D]` and their scales `[N]`: symmetric, one scale per output.
 
     Args:
-        pairs: AVX2 adds the products of two neighbours in 16 bits, so that two codes may be 128 together at most
+        pairs: the products of two neighbours are added in 16 bits, so that two codes may be 128 together at most
             (128 * 255 < 2 ** 15). Scales are larger for that, by a third for normally distributed weights.
     """
     weight_ND = weight_ND.float()
@@ -321,14 +323,11 @@ def float32(kernels: Kernels | None) -> Products[Any] | None:
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
     """Compute the products of `path` by torch in float64: `[R, N]`."""
-    kind = PATHS[path].kind
-    if kind == "float32":
-        return F.linear(x_RD.double(), weight_ND.double(), bias_N.double())
+    kind, _, layout, _, pairs = PATHS[path]
     if kind != "int8":
-        dtype = getattr(torch, kind)
-        rounded_RD = x_RD.bfloat16() if path == "AMX-BF16" else x_RD
-        return F.linear(rounded_RD.double(), weight_ND.to(dtype).double(), bias_N.double())
-    codes_ND, scale_N = quantize(weight_ND, pairs=path == "AVX2")
+        rounded_RD = x_RD.bfloat16() if layout == "panels" else x_RD
+        return F.linear(rounded_RD.double(), weight_ND.to(getattr(torch, kind)).double(), bias_N.double())
+    codes_ND, scale_N = quantize(weight_ND, pairs=pairs)
     low_R1 = x_RD.amin(1, keepdim=True)
     range_R1 = x_RD.amax(1, keepdim=True) - low_R1
     q_RD = ((x_RD - low_R1) * (torch.full_like(range_R1, 255) / range_R1)).round()

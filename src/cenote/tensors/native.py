@@ -110,17 +110,14 @@ class Kernels:
 
     def can_attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, longest: int) -> bool:
         """Return whether `attend` takes these tensors: float32 on the CPU, with a head size in whole vectors."""
+        traits = {(x.dtype, x.is_cpu, x.stride(-1)) for x in (q_1NTH, k_1NTH, v_1NTH)}
         return (
             longest <= LONGEST
             and q_1NTH.shape[-1] % self.width == 0
             and k_1NTH.shape == v_1NTH.shape
             and q_1NTH.shape[-1] == k_1NTH.shape[-1]
             and not torch.is_grad_enabled()
-            and q_1NTH.dtype == k_1NTH.dtype == v_1NTH.dtype == torch.float32
-            and q_1NTH.is_cpu
-            and k_1NTH.is_cpu
-            and v_1NTH.is_cpu
-            and q_1NTH.stride(-1) == k_1NTH.stride(-1) == v_1NTH.stride(-1) == 1
+            and traits == {(torch.float32, True, 1)}
         )
 
     def attend(

@@ -6,15 +6,17 @@ N attention heads, H head size.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise, starmap
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -93,9 +95,14 @@ class Batch:
         return self.starts[-1]
 
     @cached_property
+    def rows(self) -> tuple[range, ...]:
+        """Rows of each sequence."""
+        return tuple(starmap(range, pairwise(self.starts)))
+
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per sequence, on the host."""
-        return tuple(stop - start for start, stop in pairwise(self.starts))
+        return tuple(map(operator.sub, self.starts[1:], self.starts))
 
     @cached_property
     def max_length(self) -> int:
@@ -156,33 +163,34 @@ class Batch:
         """The rows that each sequence sees."""
         if self.prefixes is None:
             return Keys(None, self.cu_seqlens, self.max_length)
-        seen: list[np.ndarray] = []
-        for prefix, (start, stop) in zip(self.prefixes, pairwise(self.starts), strict=True):
-            rows = [np.arange(prefix.start, prefix.stop)]
-            if not (self.blind and prefix):
-                rows.append(np.arange(start, stop))
-            seen.append(np.concatenate(rows))
-        lengths = [len(rows) for rows in seen]
-        rows_K, offsets = upload([np.concatenate(seen), np.cumsum([0, *lengths])], self.device)
+        seen: list[range] = []
+        lengths: list[int] = []
+        for prefix, rows in zip(self.prefixes, self.rows, strict=True):
+            ranges = [prefix or rows] if self.blind else [prefix, rows]
+            seen += ranges
+            lengths.append(sum(map(len, ranges)))
+        rows_K, offsets = upload([numbers_in(seen), np.cumsum([0, *lengths])], self.device)
         return Keys(rows_K, offsets.int(), max(lengths))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The batch as runs of equal length and prefix. Sequences sorted by length make few runs."""
         runs: list[Run] = []
+        start = 0
         prefixes = self.prefixes or (range(0),) * self.size
-        for start, length, prefix in zip(self.starts, self.lengths, prefixes, strict=False):
-            last = runs[-1] if runs else Run(0, 0, 0)
-            is_full = bool(prefix) and (last.size + 1) * (len(prefix) + length) > MOST_KEYS
-            if (last.length, last.prefix) == (length, prefix) and not is_full:
-                runs[-1] = last._replace(size=last.size + 1)
-            else:
-                runs.append(Run(start, 1, length, prefix))
+        for (length, prefix), alike in groupby(zip(self.lengths, prefixes, strict=True)):
+            left = len([*alike])
+            most = max(1, MOST_KEYS // (len(prefix) + length)) if prefix else left
+            while left:
+                size = min(left, most)
+                runs.append(Run(start, size, length, prefix))
+                start += size * length
+                left -= size
         return tuple(runs)
 
     def select(self, members: Seq[int]) -> tuple[Batch, Tensor]:
         """Return the batch of the sequences numbered `members`, in that order, and their rows in this one."""
-        host_rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in members])
+        host_rows = numbers_in(self.rows[i] for i in members)
         part = Batch(
             host_ids_T=self.host_ids_T[host_rows],
             host_positions_T=self.host_positions_T[host_rows],
@@ -259,7 +267,7 @@ class Static:
 
 def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
     """Lay `sequences` end to end, in the order given. None may be empty."""
-    lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     if not len(lengths) or not lengths.all():
         raise ValueError("a batch needs at least one sequence, and none may be empty")
     starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -276,6 +284,11 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
     )
 
 
+def numbers_in(ranges: Iterable[range]) -> Ids:
+    """Return the numbers of all `ranges`, end to end, as int64."""
+    return np.concatenate([np.arange(numbers.start, numbers.stop) for numbers in ranges])
+
+
 def _type_ids(sequence: Sequence) -> Ids:
     if sequence.type_ids is None:
         return np.zeros(len(sequence), dtype=np.int64)
@@ -285,13 +298,13 @@ def _type_ids(sequence: Sequence) -> Ids:
 def set_apart(batch: Batch) -> Batch:
     """Lay hidden tokens out as sequences of their own, which see the tokens before them and nothing else."""
     starts, prefixes = [0], []
-    for (start, stop), sequence in zip(pairwise(batch.starts), batch.sequences, strict=True):
-        first_hidden = stop - sequence.hidden
+    for rows, sequence in zip(batch.rows, batch.sequences, strict=True):
+        first_hidden = rows.stop - sequence.hidden
         starts.append(first_hidden)
         prefixes.append(range(0))
         if sequence.hidden:
-            starts.append(stop)
-            prefixes.append(range(start, first_hidden))
+            starts.append(rows.stop)
+            prefixes.append(range(rows.start, first_hidden))
     return replace(batch, starts=tuple(starts), prefixes=tuple(prefixes), blind=True, sequences=())
 
 
@@ -341,15 +354,15 @@ def share(batch: Batch) -> Shared | None:
         return None
     pieces = _pieces(batch, groups)
     starts = tuple(accumulate((len(piece.rows) for piece in pieces), initial=0))
-    kept_U = np.concatenate([np.arange(piece.rows.start, piece.rows.stop) for piece in pieces])
+    kept_U = numbers_in(piece.rows for piece in pieces)
     expand_T = np.empty(batch.tokens, dtype=np.int64)
     expand_T[kept_U] = np.arange(starts[-1])
     for shared, members in groups:
         first = batch.starts[members[0]]
-        for start in (batch.starts[i] for i in members[1:]):
+        for i in members[1:]:
+            start = batch.starts[i]
             expand_T[start : start + shared] = expand_T[first : first + shared]
-    places = [range(start, stop) for start, stop in pairwise(starts)]
-    places.append(range(0))  # that of no prefix, number -1
+    places = [*starmap(range, pairwise(starts)), range(0)]  # the last one is that of no prefix, number -1
     physical = Batch(
         host_ids_T=batch.host_ids_T[kept_U],
         host_positions_T=batch.host_positions_T[kept_U],
@@ -363,20 +376,18 @@ def share(batch: Batch) -> Shared | None:
 
 def _pieces(batch: Batch, groups: list[Group]) -> list[Piece]:
     """Cut a batch into prefixes, each followed by the rests of its sequences, and sequences that share nothing."""
-    starts, pieces = batch.starts, list[Piece]()
-    alone = dict.fromkeys(range(batch.size))
+    pieces: list[Piece] = []
+    alone = dict(enumerate(batch.rows))
     for shared, members in groups:
-        first, prefix = starts[members[0]], len(pieces)
-        pieces.append(Piece(range(first, first + shared)))
-        for i in members:
-            pieces.append(Piece(range(starts[i] + shared, starts[i + 1]), prefix))
-            del alone[i]
-    return pieces + [Piece(range(starts[i], starts[i + 1])) for i in alone]
+        prefix = len(pieces)
+        pieces.append(Piece(batch.rows[members[0]][:shared]))
+        pieces += [Piece(alone.pop(i)[shared:], prefix) for i in members]
+    return [*pieces, *map(Piece, alone.values())]
 
 
 def _common_prefixes(batch: Batch) -> list[Group]:
     """Return the groups of sequences whose prefixes are to be shared."""
-    ids = [batch.host_ids_T[start:stop] for start, stop in pairwise(batch.starts)]
+    ids = [batch.host_ids_T[rows.start : rows.stop] for rows in batch.rows]
     alike: dict[bytes, list[int]] = {}
     for i, ids_T in enumerate(ids):
         if len(ids_T) > SHORTEST_PREFIX:

@@ -190,21 +190,19 @@ def quantize(
         BadRequest: the precision is unknown, `ranges` are for another dimension (as when vectors are shortened after
             calibration), or D is not a multiple of 8 for binary and ubinary.
     """
-    dimension = vectors_ND.shape[-1]
+    if precision not in PRECISIONS:
+        raise BadRequest(f"unknown precision {precision!r}; known are: {', '.join(PRECISIONS)}", param=param)
+    dimension, dtype = vectors_ND.shape[-1], DTYPES[precision]
     if precision in ("int8", "uint8"):
-        codes_ND = _steps(vectors_ND, _fitting(ranges, dimension, param))
-        return (codes_ND - 128).astype(np.int8) if precision == "int8" else codes_ND.astype(np.uint8)
+        return _shifted(_steps(vectors_ND, _fitting(ranges, dimension, param)).astype(np.uint8), dtype)
     if precision in ("binary", "ubinary"):
         if dimension % 8:
             raise BadRequest(
                 f"Embedding dimension must be a multiple of 8 for binary embedding types, but got {dimension}.",
                 param=param,
             )
-        bits_NB = np.packbits(vectors_ND >= 0, axis=-1)
-        return _shifted(bits_NB) if precision == "binary" else bits_NB
-    if precision not in PRECISIONS:
-        raise BadRequest(f"unknown precision {precision!r}; known are: {', '.join(PRECISIONS)}", param=param)
-    return vectors_ND.astype(DTYPES[precision], copy=False)
+        return _shifted(np.packbits(vectors_ND >= 0, axis=-1), dtype)
+    return vectors_ND.astype(dtype, copy=False)
 
 
 def _steps(vectors_ND: Array, ranges: Ranges) -> Array:
@@ -237,17 +235,18 @@ def dequantize(codes_ND: Codes, precision: Precision, ranges: Ranges | None = No
         raise ValueError(f"{precision} codes are {np.dtype(DTYPES[precision])}, got {codes_ND.dtype}")
     if precision in ("int8", "uint8"):
         ranges = _fitting(ranges, codes_ND.shape[-1], None)
-        places_ND = codes_ND.astype(np.float32) + np.float32(128.5 if precision == "int8" else 0.5)
+        places_ND = _shifted(codes_ND, np.uint8).astype(np.float32) + np.float32(0.5)
         return ranges.low_D + places_ND * ((ranges.high_D - ranges.low_D) / np.float32(255))
     if precision in ("binary", "ubinary"):
-        bits_NB = _shifted(codes_ND) if precision == "binary" else codes_ND
-        return np.unpackbits(bits_NB, axis=-1).astype(np.float32) * 2 - 1
+        return np.unpackbits(_shifted(codes_ND, np.uint8), axis=-1).astype(np.float32) * 2 - 1
     return codes_ND.astype(np.float32, copy=False)
 
 
-def _shifted(bytes_NB: Codes) -> Codes:
-    """Return uint8 - 128 as int8, and back: the highest bit flipped."""
-    return (bytes_NB.view(np.uint8) ^ np.uint8(128)).view(np.int8 if bytes_NB.dtype == np.uint8 else np.uint8)
+def _shifted(bytes_NB: Codes, dtype: type[Any]) -> Codes:
+    """Return bytes in `dtype`, int8 or uint8; int8 is uint8 - 128, the highest bit flipped."""
+    if bytes_NB.dtype == dtype:
+        return bytes_NB
+    return (bytes_NB.view(np.uint8) ^ np.uint8(128)).view(dtype)
 
 
 def _refuse(rule: str, fault_D: np.ndarray[Any, np.dtype[np.bool_]], low_D: Array, high_D: Array) -> None:

@@ -42,10 +42,9 @@ class Content(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Content:
-        if self.type == "text":
-            if self.text is None:
-                raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
-        elif not self.image_url or not self.image_url.get("url"):
+        if self.type == "text" and self.text is None:
+            raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
+        if self.type == "image_url" and not (self.image_url or {}).get("url"):
             raise PydanticCustomError("content", "CohereEmbedContent with type='image_url' requires image_url.url")
         return self
 
@@ -114,16 +113,17 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
         ranges = ranges_for(service, types, params, "embedding_types")
 
         def encode(outputs: list[Output]) -> Response:
-            embeddings = typed([output.data for output in outputs], types, ranges, param="embedding_types")
+            forms = typed([output.data for output in outputs], types, ranges, param="embedding_types")
+            embeddings, kind = (forms["float"], "embeddings_floats") if is_bare else (forms, "embeddings_by_type")
             answer = {
                 "id": f"embd-{request_id(request, None)}",
-                "embeddings": embeddings["float"] if is_bare else embeddings,
+                "embeddings": embeddings,
                 **texts,
                 "meta": {
                     "api_version": {"version": version},
                     "billed_units": {"input_tokens": job.tokens, "image_tokens": 0},
                 },
-                "response_type": "embeddings_floats" if is_bare else "embeddings_by_type",
+                "response_type": kind,
             }
             return json_response(answer)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import ModelInfo
+from cenote.core import ModelInfo, PoolingParams
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
@@ -65,8 +65,14 @@ class EmbeddingRequest(TypedFields):
 async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:
     """One vector per input; of search models also token vectors and sparse weights."""
     task, *also = body.tasks(serving.find(body.model).info)
+    params = PoolingParams(
+        use_activation=body.use_activation,
+        dimensions=body.dimensions,
+        top_k=body.top_k,
+        late_chunking_params=body.late(),
+    )
     return await answer_vectors(
-        serving, request, body, task, also=tuple(also), prefix="embd", kind="embedding", field="embedding"
+        serving, request, body, task, params, also=tuple(also), prefix="embd", kind="embedding", field="embedding"
     )
 
 

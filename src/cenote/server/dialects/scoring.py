@@ -14,7 +14,7 @@ from cenote.pipeline.pairs import PairOptions
 from cenote.server.errors import Fault, openai_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
-from cenote.server.wire.encoding import json_response, with_data
+from cenote.server.wire.encoding import json_response, short_usage, with_data
 from cenote.server.wire.fields import Many, Shared
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ class ScoreRequest(ScoringFields):
 
     def sides(self) -> tuple[Any, Any] | None:
         """Return the two sides, or `None` if no pair of names is complete."""
-        for names in SPELLINGS:
-            first, second = (getattr(self, name) for name in names)
-            if first is not None and second is not None:
-                return first, second
+        for first, second in SPELLINGS:
+            sides = getattr(self, first), getattr(self, second)
+            if None not in sides:
+                return sides
         return None
 
 
@@ -142,9 +142,8 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
         def encode(ranked: list[Ranked]) -> Response:
             results = [_result(body, rank, documents[rank.index]) for rank in ranked]
             head = answers.head(serving, request, body, "score", job.sequences)
-            usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
             entries = {"object": "list", "data": results} if body.is_voyage else {"results": results}
-            return json_response({"id": head["id"], "model": head["model"], "usage": usage, **entries})
+            return json_response({"id": head["id"], "model": head["model"], "usage": short_usage(head), **entries})
 
         return job.then(encode)
 

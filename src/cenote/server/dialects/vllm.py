@@ -27,8 +27,8 @@ from cenote.server.wire.fields import (
     PoolingFields,
     Some,
     TextInput,
+    first_of,
 )
-from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import PLUGIN
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cenote.pipeline.operations import Classes
     from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
-    from cenote.server.wire.vectors import Form
+    from cenote.server.wire.fields import Form
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +75,12 @@ class ClassifyRequest(Inputs):
 
     def prompts(self) -> list[Any]:
         """See `Inputs.prompts`."""
-        source: Any = self.input if isinstance(self.input, list) else [self.input]
-        if isinstance(source[0] if source else None, PairInput):
-            return [pair.model_dump() for pair in source]
-        return super().prompts()
+        if isinstance(self.input, PairInput):
+            return [self.input.model_dump()]
+        prompts = super().prompts()
+        if isinstance(first_of(prompts), PairInput):
+            return [pair.model_dump() for pair in prompts]
+        return prompts
 
 
 class TokenizeRequest(Body, Chat):
@@ -243,7 +245,7 @@ async def answer_vectors(
     request: Request,
     body: PoolingFields,
     task: str,
-    params: PoolingParams | None = None,
+    params: PoolingParams,
     *,
     also: tuple[str, ...] = (),
     prefix: str,
@@ -253,12 +255,6 @@ async def answer_vectors(
     """Answer a request for a vector, a matrix or a sparse vector per input, or for several of them."""
     service = serving.find(body.model)
     body.refuse_media()
-    params = params or PoolingParams(
-        use_activation=body.use_activation,
-        dimensions=body.dimensions,
-        top_k=body.top_k,
-        late_chunking_params=body.late(),
-    )
     tasks = (task, *also)
     only_float = bool(also) or task == "sparse"
     if also and params.late_chunking_params is not None:
@@ -270,7 +266,7 @@ async def answer_vectors(
     def make() -> Job[Response]:
         prompts, options = answers.prompts_of(serving, service, body, applied)
         job = operations.encode(service, prompts, task, params, options, also=also)
-        form = body.form(service, tasks, params) if isinstance(body, TypedFields) else None
+        form = body.form(service, tasks, params)
         if only_float:
             _check_float(body)
 
@@ -324,17 +320,17 @@ def _several(
     service: Service, body: PoolingFields, outputs: list[Output], tasks: tuple[str, ...], form: Form | None
 ) -> list[Any]:
     """Return the value of each input: a sparse vector, or several kinds of embeddings by their names."""
-    values: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {}
     for task in tasks:
         of_task = outputs if task == tasks[0] else [output.others[task] for output in outputs]
-        if task == "embed" and form is not None:
-            values[task] = form([output.data for output in of_task])
-        else:
-            values[task] = [answers.value(output, service, return_tokens=body.return_tokens) for output in of_task]
-    if len(tasks) == 1:
-        return values[tasks[0]]
-    kinds = [KINDS_OF_TASKS[task] for task in tasks]
-    return [dict(zip(kinds, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        columns[KINDS_OF_TASKS[task]] = [
+            answers.value(output, service, return_tokens=body.return_tokens) for output in of_task
+        ]
+    if form is not None:
+        columns["dense"] = form(columns["dense"])
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 DIALECT = Dialect(

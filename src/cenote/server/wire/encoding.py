@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from cenote.tensors.quantize import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from cenote.tensors.quantize import Ranges
 
@@ -78,10 +79,10 @@ def typed(
     """
     vectors_ND = np.stack(vectors)
     forms: dict[VectorType, Any] = {}
-    for name in types:
+    for name in dict.fromkeys(types):
         if name == "base64":
             forms[name] = [_base64(to_bytes(row_D, "float32", "little")) for row_D in vectors_ND]
-        elif name not in forms:
+        else:
             forms[name] = quantize(vectors_ND, name, ranges, param=param)
     return forms
 
@@ -104,7 +105,7 @@ def typed_values(
     """
     forms = typed(vectors, types, ranges, param=param)
     if as_base64:
-        forms = {name: [_coded(row) for row in rows] for name, rows in forms.items()}
+        forms = {name: [*map(_coded, rows)] for name, rows in forms.items()}
     if len(forms) == 1:
         return list(*forms.values())
     return [dict(zip(forms, entry, strict=True)) for entry in zip(*forms.values(), strict=True)]
@@ -154,21 +155,27 @@ def vectors_response(
         beside: further fields of each entry, in the format `float`.
     """
     if encoding_format == "float":
-        values: Sequence[Any] = [np.ascontiguousarray(vector) for vector in vectors]
-        return json_response(with_data(head, entries(kind, field, values, beside)))
+        return json_response(with_data(head, entries(kind, field, map(np.ascontiguousarray, vectors), beside)))
     raw = [to_bytes(vector, embed_dtype, endianness) for vector in vectors]
     if encoding_format == "base64":
         return json_response(with_data(head, entries(kind, field, [*map(_base64, raw)])))
-    headers = {}
+    response = Response(b"".join(raw), media_type="application/octet-stream")
     if encoding_format == "bytes":
-        places = _places(raw, [vector.shape for vector in vectors])
+        form = {"embed_dtype": embed_dtype, "endianness": endianness}
+        places = pairwise(accumulate(map(len, raw), initial=0))
         parts = [
-            {"index": i, "embed_dtype": embed_dtype, "endianness": endianness, **at} for i, at in enumerate(places)
+            {"index": i, **form, "start": start, "end": end, "shape": list(vectors[i].shape)}
+            for i, (start, end) in enumerate(places)
         ]
-        usage = {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
-        metadata = {"id": head["id"], "created": head["created"], "model": head["model"], "data": parts, "usage": usage}
-        headers["metadata"] = json.dumps(metadata, separators=(",", ":"))  # a header takes no UTF-8
-    return Response(b"".join(raw), headers=headers, media_type="application/octet-stream")
+        metadata = {key: head[key] for key in ("id", "created", "model")}
+        metadata |= {"data": parts, "usage": short_usage(head)}
+        response.headers["metadata"] = json.dumps(metadata, separators=(",", ":"))  # a header takes no UTF-8
+    return response
+
+
+def short_usage(head: dict[str, Any]) -> dict[str, int]:
+    """Return the two counts of an answer's usage that short forms of it have."""
+    return {key: head["usage"][key] for key in ("prompt_tokens", "total_tokens")}
 
 
 def entries(
@@ -187,14 +194,6 @@ def entries(
         for entry, more in zip(data, beside, strict=True):
             entry |= more
     return data
-
-
-def _places(contents: Sequence[bytes], shapes: Sequence[tuple[int, ...]]) -> Iterator[dict[str, Any]]:
-    """Yield where each of `contents` lies once they are joined."""
-    end = 0
-    for content, shape in zip(contents, shapes, strict=True):
-        start, end = end, end + len(content)
-        yield {"start": start, "end": end, "shape": list(shape)}
 
 
 def with_data(head: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,16 @@ from cenote.errors import BadRequest
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.pipeline.rendering import ChatOptions, TextOptions
 from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from cenote.core import PoolingParams
+    from cenote.pipeline.pipeline import Service
+    from cenote.tensors.quantize import Array
+
+    Form = Callable[[Sequence[Array]], list[Any]]
+    """Vectors of one length to the value of each in the answer."""
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
@@ -75,12 +85,13 @@ class Body(BaseModel):
 
 
 def _check_length(value: Any, limits: Limits) -> None:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         return
-    limit, noun = limits.of(value[0])
+    first = first_of(value)
+    limit, noun = limits.of(first)
     if len(value) > limit:
         raise BadRequest(f"the request has {len(value)} {noun}; at most {limit} are allowed", param="input")
-    if isinstance(value[0], list):
+    if isinstance(first, list):
         for element in value:
             _check_length(element, limits)
 
@@ -217,16 +228,15 @@ class Inputs(Shared, Chat):
     def conversations(self) -> list[Conversation] | None:
         """Return the conversations under `messages` or `input`; `None` if the request has text or ids."""
         source: Any = self.input if self.messages is None else self.messages
-        if _is_conversation(source):
+        first = first_of(source)
+        if isinstance(first, dict):
             return [source]
-        if isinstance(source, list) and source and _is_conversation(source[0]):
-            return source
-        return None
+        return source if isinstance(first_of(first), dict) else None
 
     def prompts(self) -> list[Any]:
         """Return `input` as a list of prompts."""
         source: Any = self.input
-        if isinstance(source, str) or (source and isinstance(source[0], int)):
+        if isinstance(source, str) or isinstance(first_of(source), int):
             return [source]
         return list(source or [])
 
@@ -236,8 +246,9 @@ class Inputs(Shared, Chat):
         return self.text_options(add_special_tokens=special)
 
 
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def first_of(value: Any) -> Any:
+    """Return the first element of a list, which stands for the kind of all; `None` for anything else."""
+    return value[0] if isinstance(value, list) and value else None
 
 
 class LateChunking(BaseModel):
@@ -293,3 +304,7 @@ class PoolingFields(Inputs):
             BadRequest: the model has no such prompt.
         """
         return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type)
+
+    def form(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Form | None:
+        """Return the function that makes the small forms of the request; `None` if it asks for none."""
+        return None

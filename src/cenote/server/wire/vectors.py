@@ -13,17 +13,17 @@ from cenote.server.wire.encoding import VECTOR_TYPES, VectorType, typed, typed_v
 from cenote.server.wire.fields import KINDS, Many, PoolingFields
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable
 
     from cenote.core import PoolingParams
     from cenote.pipeline.pipeline import Service
-    from cenote.tensors.quantize import Array, Ranges
-
-    Form = Callable[[Sequence[Array]], list[Any]]
-    """Vectors of one length to the value of each in the answer."""
+    from cenote.server.wire.fields import Form
+    from cenote.tensors.quantize import Ranges
 
 SPELLINGS = ("embedding_type", "encoding_type", "output_dtype", "embedding_types")
 """Names of the field that asks for types: Jina's, LlamaIndex's for Jina, Voyage's and Cohere's."""
+ENCODINGS: tuple[tuple[VectorType, ...], ...] = (("float",), ("base64",))
+"""Types that are not small forms, but other names of an `encoding_format`."""
 
 
 class TypedFields(PoolingFields):
@@ -43,7 +43,7 @@ class TypedFields(PoolingFields):
 
     @model_validator(mode="after")
     def _types(self) -> TypedFields:
-        fields = [name for name in SPELLINGS if getattr(self, name)]
+        fields = self._fields()
         if not fields:
             return self
         field = fields[0]
@@ -51,10 +51,9 @@ class TypedFields(PoolingFields):
             names = " and ".join(f"`{name}`" for name in fields)
             raise PydanticCustomError("types", f"Only one of {names} can be given.", {"param": field})
         self._check_known()
-        forms = self._forms()
-        if forms == ("base64",) and self.encoding_format == "float":
+        if self._forms() == ("base64",) and self.encoding_format == "float":
             self.encoding_format = "base64"
-        if forms not in ((), ("float",), ("base64",)) and not self._encodes_forms():
+        if self.vector_types() and not self._encodes_forms():
             raise PydanticCustomError(
                 "types",
                 f"`{field}` has the encoding_format 'float' (numbers) or 'base64' (their bytes), without "
@@ -75,18 +74,16 @@ class TypedFields(PoolingFields):
 
     def _encodes_forms(self) -> bool:
         """Return whether small forms have the encoding of the request."""
-        if self.encoding_format == "float":
-            return True
-        is_native = self.embed_dtype == "float32" and self.endianness == "native"
-        return self.encoding_format == "base64" and is_native
+        encoding = (self.encoding_format, self.embed_dtype, self.endianness)
+        return self.encoding_format == "float" or encoding == ("base64", "float32", "native")
 
     def vector_types(self) -> tuple[VectorType, ...]:
         """Return the small forms of the request, each once; none if `encoding_format` alone is the form."""
         forms = self._forms()
-        return () if forms in (("float",), ("base64",)) else forms
+        return () if forms in ENCODINGS else forms
 
     def form(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Form | None:
-        """Return the function from dense vectors to the values of an answer; `None` if `encoding_format` is the form.
+        """See `PoolingFields.form`.
 
         Raises:
             BadRequest: a form cannot be made of these vectors, or the request has no dense vector.
@@ -94,7 +91,7 @@ class TypedFields(PoolingFields):
         types = self.vector_types()
         if not types:
             return None
-        field = next(name for name in SPELLINGS if getattr(self, name))
+        field = self._fields()[0]
         if "embed" not in tasks:
             raise BadRequest(
                 f"`{field}` is for dense embeddings (task 'embed'), and the task is {' and '.join(map(repr, tasks))}",
@@ -104,10 +101,17 @@ class TypedFields(PoolingFields):
         as_base64 = self.encoding_format == "base64"
         return lambda vectors: typed_values(vectors, types, ranges, as_base64=as_base64)
 
+    def _fields(self) -> list[str]:
+        """Return the names of the fields that ask for types."""
+        return [name for name in SPELLINGS if getattr(self, name)]
+
     def _forms(self) -> tuple[VectorType, ...]:
-        values: Any = next(filter(None, (getattr(self, name) for name in SPELLINGS)), ())
-        listed = [values] if isinstance(values, str) else values
-        return tuple(dict.fromkeys(name for name in listed if name in VECTOR_TYPES))
+        """Return the types of the request, each once, without kinds of embeddings."""
+        names: list[Any] = []
+        for field in self._fields():
+            value = getattr(self, field)
+            names += [value] if isinstance(value, str) else value
+        return tuple(dict.fromkeys(name for name in names if name in VECTOR_TYPES))
 
 
 def ranges_for(
@@ -122,32 +126,32 @@ def ranges_for(
     Raises:
         BadRequest: a form cannot be made of these vectors. Nothing was computed for it.
     """
-    types, ranges = tuple(types), None
-    if {"int8", "uint8"} & set(types):
-        ranges = service.ranges
-        _check_ranges(service, params, param)
+    types = tuple(types)
+    ranges = _ranges(service, params, param) if {"int8", "uint8"} & {*types} else None
     dimension = params.dimensions or (ranges.dimension if ranges else service.info.dimension)
-    if types:
-        typed([np.zeros(dimension, np.float32)], types, ranges, param=param)
+    typed([np.zeros(dimension, np.float32)], types, ranges, param=param)
     return ranges
 
 
-def _check_ranges(service: Service, params: PoolingParams, param: str | None) -> None:
-    """Raise `BadRequest` where the ranges of `service` do not fit the vectors of a request."""
-    ranges, activates = service.ranges, service.info.use_activation
-    is_normalised = activates if params.use_activation is None else params.use_activation
-    if ranges is None:
-        if not is_normalised:
-            raise BadRequest(
-                "int8 and uint8 embeddings need a fixed range, and vectors that are not normalised have none: "
-                "set use_activation, or start the server with --calibration",
-                param=param,
-            )
-        return
-    if is_normalised != activates:
+def _ranges(service: Service, params: PoolingParams, param: str | None) -> Ranges | None:
+    """Return the ranges of `service`, once they are known to fit the vectors of a request."""
+    if service.ranges is not None:
+        _check_calibrated(service.ranges, service, params)
+    elif not params.activates(service.info.use_activation):
+        raise BadRequest(
+            "int8 and uint8 embeddings need a fixed range, and vectors that are not normalised have none: "
+            "set use_activation, or start the server with --calibration",
+            param=param,
+        )
+    return service.ranges
+
+
+def _check_calibrated(ranges: Ranges, service: Service, params: PoolingParams) -> None:
+    is_normalised = service.info.use_activation
+    if params.activates(is_normalised) != is_normalised:
         raise BadRequest(
             "int8 and uint8 embeddings are calibrated for this model's own use_activation "
-            f"({str(activates).lower()}), so it cannot be changed",
+            f"({str(is_normalised).lower()}), so it cannot be changed",
             param="use_activation",
         )
     if params.dimensions not in (None, ranges.dimension):
