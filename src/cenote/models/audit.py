@@ -1,6 +1,6 @@
 """The audit of a checkpoint: nothing that its files say is dropped unsaid.
 
-Whatever a checkpoint holds is honoured, known to be without effect here, or an error that names it. Readers enter into
+Each entry of a checkpoint is honoured, known to be without effect here, or an error that names it. Readers enter into
 one `Audit` a load the keys, tensors and files that they honour; the tables below name, with the reason, the entries
 that change no answer. Everything else is unread, and refused unless `--allow-unread` names it.
 """
@@ -41,7 +41,7 @@ class Keys:
 
 
 class Audit:
-    """What was read of one checkpoint, what was left, and why.
+    """The ledger of one load: entries that were honoured, and entries that were left, with the reason.
 
     Args:
         allowed: names or patterns that the user lets go unread, bare (`key`) or with their file (`file:key`).
