@@ -94,7 +94,7 @@ class Audit:
         Args:
             file: their file, relative to the checkpoint's folder.
             names: of the entries; none is no error.
-            remedy: what to do about them, the end of the message.
+            remedy: the way to go on, the end of the message.
             noun: for one of them.
 
         Raises:
