@@ -122,16 +122,6 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
     return SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
 
 
-def listed_prompts(prompts: Any) -> list[Any]:
-    """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
-    is_one = isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys")
-    if is_one or not hasattr(prompts, "__iter__"):
-        return [prompts]
-    listed = list(prompts)
-    is_ids = bool(listed) and all(isinstance(element, (int, np.integer)) for element in listed)
-    return [listed] if is_ids else listed
-
-
 def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
     """Return `pooling_params` for all prompts, or a list with one for each.
 

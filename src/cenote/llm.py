@@ -18,7 +18,6 @@ import numpy as np
 from cenote.arguments import (
     as_tensors,
     comparable,
-    listed_prompts,
     pair_options,
     per_prompt,
     sparse_embedding,
@@ -42,6 +41,7 @@ from cenote.outputs import (
 from cenote.pipeline import operations
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
+from cenote.pipeline.rendering import listed
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 
@@ -530,17 +530,17 @@ class LLM:
         make: Callable[[list[Any], Params], Job[list[R]]],
     ) -> list[tuple[Sequence, R]]:
         """Run an operation over prompts, some at a time, and return the result of each with its sequence."""
-        listed = listed_prompts(prompts)
-        params = per_prompt(pooling_params, len(listed))
+        inputs = listed(prompts)
+        params = per_prompt(pooling_params, len(inputs))
 
         def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
-            for start in range(0, max(1, len(listed)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
+            for start in range(0, max(1, len(inputs)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
                 part = slice(start, start + RENDERED_AT_ONCE)
                 of_part = params if isinstance(params, PoolingParams) else params[part]
-                job = make(listed[part], of_part)
+                job = make(inputs[part], of_part)
                 yield job.then(partial(_paired, job.sequences))
 
-        parts = self._answers(jobs(), len(listed), use_tqdm)
+        parts = self._answers(jobs(), len(inputs), use_tqdm)
         return [result for part in parts for result in part]
 
     def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
-from numbers import Integral
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
@@ -23,6 +22,7 @@ from uuid import uuid4
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
 from cenote.outputs import PoolingOutput, PoolingRequestOutput
+from cenote.pipeline.rendering import listed
 from cenote.tasks import PLUGIN, check_task
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Call:
             self.data = self._run(lambda: parse(self.data), may_refuse=True)
         prompts = self._run(lambda: pre(self.data, request_id=self.request_id), may_refuse=True)
         merged = self._run(lambda: self._merged(info, params))
-        return _listed(prompts), merged.task, merged
+        return listed(prompts), merged.task, merged
 
     def finish(self, sequences: Sequence[Rendered], outputs: Sequence[Output]) -> Any:
         """Return the plugin's answer.
@@ -248,7 +248,7 @@ def load(name: str | None, checkpoint: Checkpoint, renderer: Renderer) -> Plugin
 
 def _find(name: str) -> type:
     """Return the class of an installed plugin."""
-    kind = next((kind for kind in map(_loaded, _entries(name)) if kind is not None), None)
+    kind = next(filter(None, map(_loaded, _entries(name))), None)
     if kind is None:
         raise ConfigError(f"the plugin {name!r} declines to be loaded")
     if not isinstance(kind, type):
@@ -297,13 +297,6 @@ def _method(plugin: Any, *names: str) -> Callable[..., Any] | None:
 def _values(params: Any) -> dict[str, Any]:
     """Return the values of the fields of `PoolingParams` in an object of any class."""
     return {field.name: getattr(params, field.name, None) for field in fields(PoolingParams)}
-
-
-def _listed(prompts: Any) -> list[Any]:
-    """Return prompts as a list; text, a mapping or a list of token ids is a single one."""
-    is_list = isinstance(prompts, (list, tuple))
-    is_ids = is_list and prompts and all(isinstance(i, Integral) for i in prompts)
-    return list(prompts) if is_list and not is_ids else [prompts]
 
 
 async def _numbered(outputs: Sequence[T]) -> AsyncIterator[tuple[int, T]]:
