@@ -65,12 +65,13 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
 PAIRS = ("max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs")
 
 
-def text_options(kwargs: Mapping[str, Any]) -> TextOptions:
+def text_options(tokenization_kwargs: Mapping[str, Any] | None) -> TextOptions:
     """Return `tokenization_kwargs` of vLLM as `TextOptions`.
 
     Raises:
         BadRequest: a key or value is unknown.
     """
+    kwargs = tokenization_kwargs or {}
     _check_names("tokenization argument", kwargs, TOKENIZATION)
     for name, (values, expected) in CHOICES.items():
         value = kwargs.get(name)
@@ -104,12 +105,13 @@ def _check_names(kind: str, names: Iterable[str], known: Collection[str]) -> Non
             raise BadRequest(unknown_name(kind, name, known), param=name)
 
 
-def pair_options(options: Mapping[str, Any], chat_template: str | None) -> PairOptions:
-    """Return the options of `LLM.score` and `LLM.rerank` for pairs.
+def pair_options(params: PoolingParams, options: Mapping[str, Any], chat_template: str | None) -> PairOptions:
+    """Return the options of `LLM.score` and `LLM.rerank` for pairs, those in `params.extra_kwargs` too.
 
     Raises:
         BadRequest: an option is unknown, or sets a reserved variable of the template.
     """
+    options = {**(params.extra_kwargs or {}), **options}
     _check_names("scoring option", options, PAIRS)
     template = None if chat_template is None else PairTemplate(template_text(chat_template))
     return PairOptions.of(template=template, **options)
@@ -122,14 +124,9 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
     return SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
 
 
-def listed_prompts(prompts: Any) -> list[Any]:
-    """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
-    is_one = isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys")
-    if is_one or not hasattr(prompts, "__iter__"):
-        return [prompts]
-    listed = list(prompts)
-    is_ids = bool(listed) and all(isinstance(element, (int, np.integer)) for element in listed)
-    return [listed] if is_ids else listed
+def listed_texts(texts: str | Iterable[str]) -> list[str]:
+    """Return one text or several as a list."""
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:

@@ -256,6 +256,15 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Alike(Sides):
+    """The sides of a model that encodes queries and documents alike."""
+
+    def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
+        """Return `sequence` as it is."""
+        return sequence
+
+
+@dataclass(frozen=True)
 class PairTemplate:
     """A Jinja template over two messages, roles `query` and `document`, that renders a pair for a reranker.
 

@@ -18,7 +18,7 @@ import numpy as np
 from cenote.arguments import (
     as_tensors,
     comparable,
-    listed_prompts,
+    listed_texts,
     pair_options,
     per_prompt,
     sparse_embedding,
@@ -42,6 +42,7 @@ from cenote.outputs import (
 from cenote.pipeline import operations
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
+from cenote.pipeline.rendering import listed
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 
@@ -191,7 +192,7 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        tasks = [pooling_task] if isinstance(pooling_task, str) else list(pooling_task or ())
+        tasks = [] if pooling_task is None else listed_texts(pooling_task)
         if not tasks and isinstance(pooling_params, PoolingParams) and pooling_params.task is not None:
             tasks = [pooling_params.task]
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
@@ -285,7 +286,7 @@ class LLM:
         Raises:
             BadRequest: the model has no classification head, or as `embed`.
         """
-        options = text_options(tokenization_kwargs or {})
+        options = text_options(tokenization_kwargs)
         results = self._run(
             prompts,
             pooling_params,
@@ -322,11 +323,11 @@ class LLM:
         Raises:
             BadRequest: the model does not label tokens, or as `embed`.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = listed_texts(prompts)
         job = operations.find_entities(
             self._service,
             texts,
-            text_options(tokenization_kwargs or {}),
+            text_options(tokenization_kwargs),
             aggregation=aggregation_strategy,
             ignore_labels=ignore_labels,
         )
@@ -364,15 +365,15 @@ class LLM:
         Raises:
             BadRequest: the lists do not pair up, the model cannot score, or as `embed`.
         """
-        queries, documents = ([side] if isinstance(side, str) else list(side) for side in (data_1, data_2))
+        queries, documents = listed_texts(data_1), listed_texts(data_2)
         params = pooling_params or PoolingParams()
         job = operations.score(
             self._service,
             queries,
             documents,
             params,
-            text_options(tokenization_kwargs or {}),
-            pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
+            text_options(tokenization_kwargs),
+            pair_options(params, options, chat_template),
             score_type,
         )
         (scores,) = self._answers([job], len(job.sequences), use_tqdm)
@@ -414,7 +415,7 @@ class LLM:
         Raises:
             BadRequest: `top_n` is negative, or as `score`.
         """
-        documents = [documents] if isinstance(documents, str) else list(documents)
+        documents = listed_texts(documents)
         params = pooling_params or PoolingParams()
         job = operations.rerank(
             self._service,
@@ -422,8 +423,8 @@ class LLM:
             documents,
             top_n,
             params,
-            text_options(tokenization_kwargs or {}),
-            pair_options({**(params.extra_kwargs or {}), **options}, chat_template),
+            text_options(tokenization_kwargs),
+            pair_options(params, options, chat_template),
             score_type,
         )
         (ranked,) = self._answers([job], len(job.sequences), use_tqdm)
@@ -451,7 +452,7 @@ class LLM:
         Raises:
             BadRequest: the model is not a reward model.
         """
-        options = text_options(tokenization_kwargs or {})
+        options = text_options(tokenization_kwargs)
         results = self._run(
             prompts,
             pooling_params,
@@ -483,7 +484,7 @@ class LLM:
     ) -> TextOptions:
         """Return how texts become ids, with the prompt before each of them."""
         applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
-        return text_options(tokenization_kwargs or {})._replace(prompt=applied)
+        return text_options(tokenization_kwargs)._replace(prompt=applied)
 
     def _run_plugin(
         self,
@@ -502,7 +503,7 @@ class LLM:
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise BadRequest("the 'plugin' task takes one `PoolingParams`, not a list", param="pooling_params")
         number = self._number()
-        options = text_options(tokenization_kwargs or {})
+        options = text_options(tokenization_kwargs)
         job = operations.plugin(self._service, prompt["data"], number, options, params=pooling_params)
         (answer,) = self._answers([job], len(job.sequences), use_tqdm)
         return [PoolingRequestOutput(request_id=number, outputs=answer, prompt_token_ids=[])]
@@ -530,17 +531,17 @@ class LLM:
         make: Callable[[list[Any], Params], Job[list[R]]],
     ) -> list[tuple[Sequence, R]]:
         """Run an operation over prompts, some at a time, and return the result of each with its sequence."""
-        listed = listed_prompts(prompts)
-        params = per_prompt(pooling_params, len(listed))
+        inputs = listed(prompts)
+        params = per_prompt(pooling_params, len(inputs))
 
         def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
-            for start in range(0, max(1, len(listed)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
+            for start in range(0, max(1, len(inputs)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
                 part = slice(start, start + RENDERED_AT_ONCE)
                 of_part = params if isinstance(params, PoolingParams) else params[part]
-                job = make(listed[part], of_part)
+                job = make(inputs[part], of_part)
                 yield job.then(partial(_paired, job.sequences))
 
-        parts = self._answers(jobs(), len(listed), use_tqdm)
+        parts = self._answers(jobs(), len(inputs), use_tqdm)
         return [result for part in parts for result in part]
 
     def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from cenote.cli import flags, main
 from cenote.cli import load as load_module
-from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, table
+from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, Throughput, table
 from cenote.cli.load import Sample, closed, opened
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.core import PoolingParams
@@ -265,7 +265,7 @@ def test_figures_of_three_rounds() -> None:
     own.samples = [Sample(1.0, errors=["a"])]
     silent = own.figures()
     assert [silent[name] for name in ("texts_per_second", "tokens_per_second", "p50_ms", "p99_ms")] == [None] * 4
-    own = Measurement("throughput", 4, "all", list, 4, limits=[0.5, 1.0, 0.9])
+    own = Throughput("throughput", 4, "all", list, 4, products=lambda _: None, limits=[0.5, 1.0, 0.9])
     own.samples = [Sample(seconds, 4, 8, [seconds]) for seconds in (1.0, 10.0, 1.0)]
     assert own.figures()["share_of_gemm_limit"] == 0.5
 

@@ -11,8 +11,9 @@ from transformers import ByT5Tokenizer
 
 from cenote.core import ModelInfo, PairTemplate, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
-from cenote.pipeline.pairs import PairOptions, PairRenderer, shares
+from cenote.pipeline.pairs import PairOptions, PairRenderer
 from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Renderer, TextOptions
+from cenote.pipeline.tokenizing import FastTokenizer, shares
 from tests.checkpoints import TEXTS, byte_level, sentinels, wordpiece
 
 if TYPE_CHECKING:
@@ -180,13 +181,13 @@ def test_too_long_is_refused_with_the_number_of_tokens() -> None:
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of characters of the texts that were tokenised."""
     lengths: list[int] = []
-    own = Renderer.encodings
+    own = FastTokenizer.encodings
 
-    def counted(self: Renderer, texts: list[str], **options: Any) -> Any:
+    def counted(self: FastTokenizer, texts: list[str], **options: Any) -> Any:
         lengths.extend(map(len, texts))
         return own(self, texts, **options)
 
-    monkeypatch.setattr(Renderer, "encodings", counted)
+    monkeypatch.setattr(FastTokenizer, "encodings", counted)
     return lengths
 
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     Figures = dict[str, Any]
     Source = Callable[[], list[str]]
+    Products = Callable[[Callable[[], object]], "_Gemm | None"]
 
 MIXED = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 """Tokens of the texts, in equal parts, without `input_len`."""
@@ -93,9 +94,7 @@ class Measurement:
         texts: number of texts of a sample.
         size: texts of a request.
         clients: that wait for their answers.
-        rate: texts a second that arrive, instead of clients that wait; 0 = none.
         samples: one for each round.
-        limits: throughput on a CPU: seconds that the matrix products alone take, one for each round.
     """
 
     kind: str
@@ -105,14 +104,12 @@ class Measurement:
     texts: int
     size: int = 1
     clients: int = 1
-    rate: float = 0.0
     samples: list[Sample] = field(default_factory=list)
-    limits: list[float] = field(default_factory=list)
 
     @property
     def warm_up_texts(self) -> int:
         """Texts that are run beforehand."""
-        return self.texts if self.kind == "throughput" else min(self.texts, WARM_UP * self.size)
+        return min(self.texts, WARM_UP * self.size)
 
     def requests(self) -> list[list[str]]:
         """Return the requests of a sample."""
@@ -131,36 +128,78 @@ class Measurement:
 
     def run(self, ask: Ask, tell: Callable[[int], object]) -> None:
         """Add a sample."""
-        if self.rate:
-            seed = len(self.samples)
-            sample = opened(ask, self.requests(), rate=self.rate, most=self.clients, seed=seed, progress=tell)
-        else:
-            sample = closed(ask, self.requests(), clients=self.clients, progress=tell)
-        self.samples.append(sample)
+        self.samples.append(closed(ask, self.requests(), clients=self.clients, progress=tell))
 
     def figures(self) -> Figures:
-        """Return the entry of the JSON file. Rates and percentiles are `None` without an answer, percentiles also for
-        throughput."""
+        """Return the entry of the JSON file. Rates and percentiles are `None` without an answer."""
         samples = self.samples
-        latencies = [seconds for sample in samples for seconds in sample.latencies]
-        errors = [error for sample in samples for error in sample.errors]
+        total = Sample.of(samples)
+        latencies, errors = total.latencies, total.errors
         figures = {
             "kind": self.kind,
             "value": self.value,
             "label": self.label,
             "requests": len(latencies) + len(errors),
             "errors": len(errors),
-            "texts": sum(sample.texts for sample in samples),
-            "tokens": sum(sample.tokens for sample in samples),
+            "texts": total.texts,
+            "tokens": total.tokens,
             **_rates(samples),
-            **_percentiles([] if self.kind == "throughput" else latencies),
+            **_percentiles(latencies),
             "seconds": [sample.seconds for sample in samples],
         }
-        if self.limits:
-            shares = [limit / sample.seconds for limit, sample in zip(self.limits, samples, strict=True)]
-            figures |= {"gemm_seconds": self.limits, "share_of_gemm_limit": statistics.median(shares)}
         if errors:
             figures["first_error"] = errors[0]
+        return figures
+
+
+@dataclass
+class Arrivals(Measurement):
+    """Texts that arrive whether or not earlier ones are answered, with at most `clients` requests under way.
+
+    Attributes:
+        rate: texts a second.
+    """
+
+    rate: float = 0.0
+
+    def run(self, ask: Ask, tell: Callable[[int], object]) -> None:
+        """Add a sample."""
+        seed = len(self.samples)
+        sample = opened(ask, self.requests(), rate=self.rate, most=self.clients, seed=seed, progress=tell)
+        self.samples.append(sample)
+
+
+@dataclass
+class Throughput(Measurement):
+    """All texts in one request, and the time that the matrix products alone take.
+
+    Attributes:
+        products: counts the matrix products of some work, and runs it; see `_products`.
+        gemm: the products; `None` = they are not known.
+        limits: seconds that they take, one for each round.
+    """
+
+    products: Products = field(kw_only=True)
+    gemm: _Gemm | None = None
+    limits: list[float] = field(default_factory=list)
+
+    def warm_up(self, ask: Ask, tell: Callable[[int], object]) -> None:
+        """Send the request, and count its matrix products."""
+        self.gemm = self.products(partial(ask, self.source()))
+        tell(self.texts)
+
+    def run(self, ask: Ask, tell: Callable[[int], object]) -> None:
+        """Add a sample and a limit."""
+        if self.gemm:
+            self.limits.append(self.gemm.seconds())
+        super().run(ask, tell)
+
+    def figures(self) -> Figures:
+        """Return the entry of the JSON file, in which percentiles are `None`."""
+        figures = super().figures() | _percentiles([])
+        if self.limits:
+            shares = [limit / sample.seconds for limit, sample in zip(self.limits, self.samples, strict=True)]
+            figures |= {"gemm_seconds": self.limits, "share_of_gemm_limit": statistics.median(shares)}
         return figures
 
 
@@ -355,25 +394,19 @@ def _measure(
         batch: tokens of its largest batches.
     """
     workload, groups = _made(bench, target) if texts is None else _repeated(bench, texts, target)
-    plan = list(_plan(bench, workload, groups))
-    gemm = None
+    plan = list(_plan(bench, workload, groups, partial(_products, model, batch)))
     with tqdm(unit="text", disable=None, dynamic_ncols=True, desc="warm-up") as bar:
         bar.total = sum(measurement.warm_up_texts + bench.rounds * measurement.texts for measurement in plan)
         for measurement in plan:
-            if measurement.kind == "throughput":
-                gemm = _products(model, batch, partial(target.ask, measurement.source()))
-                bar.update(measurement.texts)
-            else:
-                measurement.warm_up(target.ask, bar.update)
+            measurement.warm_up(target.ask, bar.update)
         for _ in range(bench.rounds):
             for measurement in plan:
                 bar.set_description(measurement.label)
-                if measurement.kind == "throughput" and gemm:
-                    measurement.limits.append(gemm.seconds())
                 measurement.run(target.ask, bar.update)
     figures: Figures = {"task": target.task, "measurements": [measurement.figures() for measurement in plan]}
-    if gemm:
-        figures["gemm"] = gemm.figures()
+    for measurement in plan:
+        if isinstance(measurement, Throughput) and measurement.gemm:
+            figures["gemm"] = measurement.gemm.figures()
     return figures
 
 
@@ -415,11 +448,11 @@ def _kinds(bench: BenchConfig) -> tuple[str, ...]:
     return ("load",) if bench.url else ("throughput", "latency", "batches", "load")
 
 
-def _plan(bench: BenchConfig, workload: Source, groups: dict[int, Source]) -> Iterator[Measurement]:
+def _plan(bench: BenchConfig, workload: Source, groups: dict[int, Source], products: Products) -> Iterator[Measurement]:
     """Yield the measurements, in order."""
     kinds, count = _kinds(bench), bench.requests
     if "throughput" in kinds:
-        yield Measurement("throughput", count, "all texts, one request", workload, count, count)
+        yield Throughput("throughput", count, "all texts, one request", workload, count, count, products=products)
     if "latency" in kinds:
         at_most = "up to " if bench.texts else ""
         for length, source in groups.items():
@@ -441,7 +474,7 @@ def _loads(bench: BenchConfig, workload: Source) -> Iterator[Measurement]:
     (under_way,) = bench.concurrency or (MOST_UNDER_WAY,)
     for rate in bench.rate:
         label = f"{rate:g} texts a second arrive"
-        yield Measurement("load", rate, label, workload, count, clients=under_way, rate=rate)
+        yield Arrivals("load", rate, label, workload, count, clients=under_way, rate=rate)
 
 
 def _counted(count: int, noun: str) -> str:

@@ -41,6 +41,18 @@ class Sample:
     latencies: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Sample:
+        """Return `samples` taken together."""
+        total = cls()
+        for sample in samples:
+            total.seconds += sample.seconds
+            total.texts += sample.texts
+            total.tokens += sample.tokens
+            total.latencies += sample.latencies
+            total.errors += sample.errors
+        return total
+
 
 class _Run:
     """A run under way; its clients are threads."""

@@ -65,15 +65,13 @@ def _serve(arguments: dict[str, Any]) -> None:
         try:
             for source in plan.sources:
                 services.append(source())
-                for line in report(services[-1]):
-                    log.info(line)
+                _log_all(report(services[-1]))
         except CenoteError:
             listener.close()
             for service in services:
                 service.engine.close()
             raise
-        for line in limits(plan.engine, server):
-            log.info(line)
+        _log_all(limits(plan.engine, server))
         app = build(services, server)
         config = uvicorn.Config(
             app,
@@ -95,8 +93,12 @@ def log_to_stderr(level: str, notes: Iterable[str]) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for note in notes:
-        log.info(note)
+    _log_all(notes)
+
+
+def _log_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        log.info(line)
 
 
 class _Plan(NamedTuple):
@@ -192,10 +194,11 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
         layers, notes = resolve(arguments)
         return [_layers(layers)], notes
     names = arguments.pop("served_model_name", None) or models
-    names = names.split(",") if isinstance(names, str) else list(names)
+    if isinstance(names, str):
+        names = names.split(",")
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models need as many names: --served-model-name gives {len(names)}")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    repeated = Counter(names) - Counter(set(names))
     if repeated:
         raise ConfigError(f"two models cannot both be served as {min(repeated)!r}; see --served-model-name")
     resolved = [

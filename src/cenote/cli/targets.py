@@ -138,7 +138,7 @@ class Remote:
     def ask(self, texts: Seq[str]) -> int:
         """See `Target.ask`."""
         path, fields = _request(self.task, list(texts))
-        usage = self._call("POST", path, {"model": self.name, **fields}).get("usage") or {}
+        usage = self._call("POST", path, orjson.dumps({"model": self.name, **fields})).get("usage") or {}
         return int(usage.get("prompt_tokens") or usage.get("total_tokens") or 0)
 
     def count(self, text: str) -> int:
@@ -157,19 +157,19 @@ class Remote:
         while self._idle:
             self._idle.pop()[1].close()
 
-    def _call(self, method: str, path: str, body: Any = None) -> Any:
+    def _call(self, method: str, path: str, content: bytes | None = None) -> Any:
         """Send a request, and return the JSON of its answer.
 
         Raises:
             CenoteError: the server cannot be reached, or its answer is an error or no JSON.
         """
-        status, content = self._exchange(method, path, None if body is None else orjson.dumps(body))
+        status, body = self._exchange(method, path, content)
         try:
-            answer = orjson.loads(content)
+            answer = orjson.loads(body)
         except orjson.JSONDecodeError:
             answer = None
         if status != 200 or not isinstance(answer, dict):
-            message = _message(answer) or content[:200].decode(errors="replace")
+            message = _message(answer) or body[:200].decode(errors="replace")
             raise CenoteError(f"{method} {path} was answered with {status}: {message}")
         return answer
 
@@ -202,14 +202,14 @@ class Remote:
 
 def _request(task: str, texts: list[str]) -> tuple[str, dict[str, Any]]:
     """Return the path and the body of a request."""
-    if task == "embed":
-        return "/v1/embeddings", {"input": texts, "encoding_format": "base64"}
-    if task == "classify":
-        return "/classify", {"input": texts}
-    if task == "score":
-        return "/score", {"text_1": QUERY, "text_2": texts}
-    coding = "float" if task == "sparse" else "base64"
-    return "/pooling", {"task": task, "input": texts, "encoding_format": coding}
+    routes: dict[str, tuple[str, dict[str, Any]]] = {
+        "embed": ("/v1/embeddings", {"input": texts, "encoding_format": "base64"}),
+        "classify": ("/classify", {"input": texts}),
+        "score": ("/score", {"text_1": QUERY, "text_2": texts}),
+        "sparse": ("/pooling", {"task": task, "input": texts, "encoding_format": "float"}),
+    }
+    others = ("/pooling", {"task": task, "input": texts, "encoding_format": "base64"})
+    return routes.get(task, others)
 
 
 def _message(answer: Any) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cenote.errors import BadRequest, TaskNotOffered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import numpy as np
     from tokenizers import Encoding
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
+
+T = TypeVar("T")
 
 PER_TOKEN = ("none", "simple")
 """Strategies that label every token by itself."""
@@ -102,9 +104,9 @@ def entities(
     if aggregation in PER_TOKEN:
         parts = [_labelled(token.word, [token], scores_TC[token.index], labels) for token in tokens]
     else:
-        parts = _labelled_words(_words(tokens), scores_TC, labels, tokenizer, PER_WORD[aggregation])
+        parts = _labelled_words(_runs(tokens, _begins_word), scores_TC, labels, tokenizer, PER_WORD[aggregation])
     if aggregation != "none":
-        parts = [_joined(group, tokenizer) for group in _groups(parts)]
+        parts = [_joined(group, tokenizer) for group in _runs(parts, _begins_group)]
     return [part for part in parts if part.label not in ignore_labels]
 
 
@@ -152,14 +154,23 @@ def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -
     return tokens
 
 
-def _words(tokens: Iterable[_Token]) -> list[list[_Token]]:
-    words: list[list[_Token]] = []
-    for token in tokens:
-        if words and token.continues:
-            words[-1].append(token)
-        else:
-            words.append([token])
-    return words
+def _runs(items: Iterable[T], begins: Callable[[list[T], T], bool]) -> list[list[T]]:
+    """Split `items` into runs. An item starts one if `begins`, called with the run before it and the item, says so."""
+    runs: list[list[T]] = []
+    for item in items:
+        if not runs or begins(runs[-1], item):
+            runs.append([])
+        runs[-1].append(item)
+    return runs
+
+
+def _begins_word(_: list[_Token], token: _Token) -> bool:
+    return not token.continues
+
+
+def _begins_group(group: list[Entity], part: Entity) -> bool:
+    """Return whether `part` has another type than `group` or a "B-" label; one without "B-" or "I-" has not."""
+    return part.label.startswith("B-") or _type(part.label) != _type(group[0].label)
 
 
 def _labelled_words(
@@ -182,18 +193,6 @@ def _labelled(word: str, tokens: Sequence[_Token], scores_C: Array, labels: Sequ
     """Label `tokens` by the highest score."""
     best = int(scores_C.argmax())
     return Entity(labels[best], float(scores_C[best]), word, tokens[0].start, tokens[-1].end, tokens[0].index)
-
-
-def _groups(parts: Iterable[Entity]) -> Iterator[list[Entity]]:
-    """Yield runs of parts of one type; a "B-" label begins a new run, and one without "B-" or "I-" does not."""
-    group: list[Entity] = []
-    for part in parts:
-        if group and (part.label.startswith("B-") or _type(part.label) != _type(group[0].label)):
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
 
 
 def _type(label: str) -> str:

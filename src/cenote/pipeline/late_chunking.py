@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import LateChunk, LateChunkingMetadata, Sequence
 from cenote.errors import BadRequest
-from cenote.pipeline.rendering import is_ids
+from cenote.pipeline.rendering import PLAIN, is_ids
+from cenote.pipeline.tokenizing import FastTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.core import PoolingParams
     from cenote.pipeline.rendering import Renderer, TextOptions
+
+REFUSED = {"truncate_prompt_tokens": "truncate", "truncation_side": "side", "padding": "pad"}
+"""Parameters that late chunking does not take, with their fields of `TextOptions`."""
 
 
 def late(
@@ -32,15 +36,17 @@ def late(
     size = params.late_chunking_params.chunk_size
     prompt = options.prompt or renderer.prompts.choose()
     texts = [prompt.text + _text(content) for content in prompts]
-    encodings = renderer.encodings(renderer.bounded(texts, options), add_special_tokens=options.add_special_tokens)
-    if encodings is None:
+    tokenizer = renderer.backend
+    if not isinstance(tokenizer, FastTokenizer):
         raise BadRequest(
             f"late chunking needs a fast tokenizer: that of {renderer.info.name} keeps no character offsets",
             param="late_chunking_params",
         )
+    options = options._replace(limit=renderer.info.limit(task))
+    encodings = tokenizer.encodings(renderer.bounded(texts, options), special=options.add_special_tokens)
     sequences = []
     for encoding in encodings:
-        text = renderer.fit(renderer.from_encoding(encoding), options)
+        text = renderer.fit(tokenizer.text_of(encoding), options)
         chunks = late_chunks(encoding.offsets, size, len(prompt.text))
         metadata = LateChunkingMetadata(size, len(text.ids), chunks)
         sequences.append(
@@ -57,8 +63,7 @@ def _check(renderer: Renderer, prompts: Seq[Any], options: TextOptions) -> None:
             "by token and not by chunks",
             param="late_chunking_params",
         )
-    settings = {"truncate_prompt_tokens": options.truncate, "truncation_side": options.side, "padding": options.pad}
-    refused = [name for name, value in settings.items() if value is not None and value is not False]
+    refused = [name for name, field in REFUSED.items() if getattr(options, field) != getattr(PLAIN, field)]
     if refused:
         raise BadRequest(
             f"late chunking reads whole documents, so it takes no {' and no '.join(refused)}", param=refused[0]

@@ -87,9 +87,7 @@ def encode(
         sequences = service.render(prompts, task, params, options)
     else:
         sequences = _rendered_one_by_one(service, prompts, task, params, options)
-    if also:
-        sequences = [replace(sequence, also=also) for sequence in sequences]
-    return Job(sequences, list)
+    return Job(_also(sequences, also), list)
 
 
 def classify(service: Service, prompts: Seq[Prompt | Pair], params: Params, options: TextOptions) -> Job[list[Classes]]:
@@ -320,6 +318,11 @@ def _rendered_sides(
     for prompt, texts, limit in sides:
         cut = service.pairs.cut(texts, limit)
         sequences += service.renderer.render(cut, way.task, params, text_options._replace(prompt=prompt))
-    if way.also:
-        return [replace(sequence, also=way.also) for sequence in sequences]
-    return sequences
+    return _also(sequences, way.also)
+
+
+def _also(sequences: list[Sequence], tasks: tuple[str, ...]) -> list[Sequence]:
+    """Return `sequences` with further tasks of the same forward."""
+    if not tasks:
+        return sequences
+    return [replace(sequence, also=tasks) for sequence in sequences]

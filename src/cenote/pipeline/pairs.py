@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Text, is_count
+from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, is_count
+from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
-    from tokenizers import Encoding
-
     from cenote.core import PairTemplate, PoolingParams
-    from cenote.pipeline.rendering import Ids, Renderer, TextOptions
+    from cenote.pipeline.rendering import Renderer, TextOptions
+    from cenote.pipeline.tokenizing import Ids
 
-MOST_CUTS = 8
-"""Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
-
-RESERVED = ("chat_template", "tools", "tokenize")
+RESERVED = frozenset(("chat_template", "tools", "tokenize"))
 """Variables of templates that requests may not set."""
 
 
@@ -60,9 +57,9 @@ class PairOptions:
             BadRequest: a variable of the template is reserved.
         """
         kwargs = dict(chat_template_kwargs or {})
-        for name in RESERVED:
-            if name in kwargs:
-                raise BadRequest(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
+        reserved = RESERVED.intersection(kwargs)
+        if reserved:
+            raise BadRequest(f"chat_template_kwargs may not set {min(reserved)!r}", param="chat_template_kwargs")
         if instruction is not None:
             kwargs.setdefault("instruction", instruction)
         return cls(template=template, kwargs=kwargs, **limits)
@@ -83,20 +80,22 @@ class _PairPrompt:
 
     def text(self, query: str, document: str) -> str:
         """Render a pair."""
-        contents = {"system": self._system(), "query": query, "document": document}
-        messages = [
-            {"role": role, "content": self._content(text)} for role, text in contents.items() if text is not None
-        ]
+        contents = {"query": query, "document": document}
+        system = self._system()
+        if system:
+            contents = {"system": system, **contents}
+        messages = [{"role": role, "content": self._content(text)} for role, text in contents.items()]
         return self.renderer.apply_template(messages, self.template.source, {**self.template.kwargs, **self.kwargs})
 
     def ids(self, query: str, document: str) -> Ids:
         """Render and tokenise a pair."""
         return self.renderer.tokenize(self.text(query, document), add_special_tokens=self.special)
 
-    def _system(self) -> str | None:
+    def _system(self) -> str:
+        """Return the text of the message before the two; empty if there is none."""
         if self.template.system is None:
-            return None
-        return self.kwargs.get("instruction") or self.template.system or None
+            return ""
+        return self.kwargs.get("instruction") or self.template.system
 
     def _content(self, text: str) -> str | list[dict[str, str]]:
         return [{"type": "text", "text": text}] if self.template.structured else text
@@ -119,8 +118,7 @@ class PairRenderer:
         limit = self._renderer.info.max_model_len
         _check_limit("max_tokens_per_query", options.max_tokens_per_query, limit)
         _check_limit("max_tokens_per_doc", options.max_tokens_per_doc, limit)
-        template = options.template or self.template
-        if options.kwargs and template is None:
+        if options.kwargs and self._template(options) is None:
             raise BadRequest(
                 f"{self._renderer.info.name} joins query and document without a template, so "
                 f"{', '.join(sorted(options.kwargs))} would have no effect; start with --chat-template to use one",
@@ -149,16 +147,21 @@ class PairRenderer:
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
         pairs = self._shortened(pairs, text_options, options)
-        template = options.template or self.template
+        template = self._template(options)
         prompt = self._renderer.prompts.choose()
-        if template is not None:
-            special = template.add_special_tokens and text_options.add_special_tokens
-            pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
-            texts = self._by_template(pairs, pair_prompt, text_options)
+        special, limit = text_options.add_special_tokens, text_options.content_limit
+        if template is None:
+            prompted = [(prompt.text + query, document) for query, document in pairs]
+            texts = self._renderer.backend.join(prompted, limit, special=special)
         else:
-            texts = self._joined([(prompt.text + query, document) for query, document in pairs], text_options)
+            special = special and template.add_special_tokens
+            pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
+            texts = self._by_template(pairs, pair_prompt, limit)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
         return [Sequence(text.ids, task, params, text.type_ids, adapter=prompt.adapter) for text in fitted]
+
+    def _template(self, options: PairOptions) -> PairTemplate | None:
+        return options.template or self.template
 
     def _shortened(
         self, pairs: Seq[tuple[str, str]], text_options: TextOptions, options: PairOptions
@@ -175,50 +178,13 @@ class PairRenderer:
         return self.cut(texts, limit) if limit else self._renderer.bounded(texts, options)
 
     def _cut(self, text: str, limit: int) -> str:
-        renderer = self._renderer
-        text = text[: renderer.info.max_model_len * CHARACTERS_PER_TOKEN]  # the rest could never be kept
-        if not renderer.is_fast:
-            ids = renderer.tokenize(text, add_special_tokens=False)
-            return text if len(ids) <= limit else renderer.detokenize(ids[:limit])
-        for _ in range(MOST_CUTS):
-            encodings = renderer.encodings([text], add_special_tokens=False)
-            assert encodings is not None
-            (encoding,) = encodings
-            if len(encoding.ids) <= limit:
-                break
-            offsets = encoding.offsets
-            text = text[: min(offsets[limit - 1][1], offsets[limit][0])]  # a character may be of several tokens
-        return text
+        longest = self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN  # the rest could never be kept
+        return self._renderer.backend.beginning(text[:longest], limit)
 
-    def _joined(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[Text]:
-        """Join pairs by the tokenizer, cut "longest first"."""
-        sides = list(dict.fromkeys(text for pair in pairs for text in pair))
-        encodings = self._renderer.encodings(sides, add_special_tokens=False)
-        if encodings is None:
-            return self._renderer.tokenize_pairs(pairs, options)
-        encoding_of = dict(zip(sides, encodings, strict=True))
-        return [self._join(encoding_of[query], encoding_of[document], options) for query, document in pairs]
-
-    def _join(self, query: Encoding, document: Encoding, options: TextOptions) -> Text:
-        renderer = self._renderer
-        limit = options.content_limit
-        if limit is None:
-            return renderer.from_encoding(renderer.post_process(query, document, options.add_special_tokens))
-        special = renderer.num_special_tokens(pair=True) if options.add_special_tokens else 0
-        room = max(0, limit - special)
-        for_query, for_document = shares(len(query.ids), len(document.ids), room)
-        query, document = renderer.shortened(query, for_query), renderer.shortened(document, for_document)
-        joined = renderer.post_process(query, document, options.add_special_tokens)
-        joined.truncate(limit)  # where not even the special tokens fit
-        return renderer.from_encoding(joined)
-
-    def _by_template(self, pairs: list[tuple[str, str]], prompt: _PairPrompt, options: TextOptions) -> list[Text]:
+    def _by_template(self, pairs: list[tuple[str, str]], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
         texts = [prompt.text(query, document) for query, document in pairs]
         ids_of_prompts = self._renderer.tokenize_all(texts, add_special_tokens=prompt.special)
-        limit = options.content_limit
-        if limit is None:
-            return [Text(ids) for ids in ids_of_prompts]
         return [
             Text(ids if len(ids) <= limit else self._with_less(prompt, query, document, len(ids) - limit, limit))
             for ids, (query, document) in zip(ids_of_prompts, pairs, strict=True)
@@ -230,21 +196,20 @@ class PairRenderer:
         Raises:
             TooLong: it has more than `limit` tokens without any document.
         """
-        ids: Ids = []
         for _ in range(MOST_CUTS):
             length = len(self._renderer.tokenize(document, add_special_tokens=False)) - excess
             document = self._cut(document, length) if length > 0 else ""
             ids = prompt.ids(query, document)
             excess = len(ids) - limit
-            if excess <= 0 or not document:
+            if excess <= 0:
+                return ids
+            if not document:
                 break
-        if excess > 0:
-            raise TooLong(
-                f"the prompt has {len(ids)} tokens without its document, and is to be cut to {limit}: "
-                "only documents are cut; max_tokens_per_query cuts the query",
-                param="truncate_prompt_tokens",
-            )
-        return ids
+        raise TooLong(
+            f"the prompt has {limit + excess} tokens without its document, and is to be cut to {limit}: "
+            "only documents are cut; max_tokens_per_query cuts the query",
+            param="truncate_prompt_tokens",
+        )
 
 
 def _check_limit(name: str, value: Any, max_model_len: int) -> None:
@@ -252,15 +217,3 @@ def _check_limit(name: str, value: Any, max_model_len: int) -> None:
         raise BadRequest(f"{name} must be a non-negative integer", param=name)
     if value >= max_model_len:
         raise BadRequest(f"{name} ({value}) must be less than max_model_len ({max_model_len}).", param=name)
-
-
-def shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return the tokens that two texts keep when cut to `room` together, "longest first" as the tokenizers library."""
-    if first + second <= room:
-        return first, second
-    shorter, longer = sorted((first, second))
-    longer = shorter if shorter > room else max(shorter, room - shorter)
-    if shorter + longer > room:
-        shorter = room // 2
-        longer = shorter + room % 2
-    return (shorter, longer) if first <= second else (longer, shorter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -72,10 +71,12 @@ class Service:
         pairs = [_pair(prompt) for prompt in prompts]
         if not any(pairs):
             return self.renderer.render(prompts, task, params, options)
-        joined = iter(self.pairs.render([pair for pair in pairs if pair], task, params, options))
+        joined = self.pairs.render(list(filter(None, pairs)), task, params, options)
+        if all(pairs):
+            return joined
         others = [prompt for prompt, pair in zip(prompts, pairs, strict=True) if pair is None]
-        single = iter(self.renderer.render(others, task, params, options) if others else ())
-        return [next(joined if pair else single) for pair in pairs]
+        of_pairs, of_others = iter(joined), iter(self.renderer.render(others, task, params, options))
+        return [next(of_pairs if pair else of_others) for pair in pairs]
 
     @classmethod
     def open(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
@@ -203,9 +204,9 @@ def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, 
 
 def _pair(prompt: Prompt | Pair) -> Pair | None:
     """Return the two texts of a prompt that is a pair."""
-    if isinstance(prompt, Mapping) and set(prompt) == {"text", "text_pair"}:
-        prompt = (prompt["text"], prompt["text_pair"])
-    if not isinstance(prompt, tuple) or len(prompt) != 2:
-        return None
-    first, second = prompt
-    return (first, second) if isinstance(first, str) and isinstance(second, str) else None
+    match prompt:
+        case {"text": str(first), "text_pair": str(second), **others} if not others:
+            return first, second
+        case tuple((str(first), str(second))):
+            return first, second
+    return None

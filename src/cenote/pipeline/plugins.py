@@ -14,8 +14,8 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib import import_module
-from importlib.metadata import entry_points
-from numbers import Integral
+from importlib.metadata import EntryPoints, entry_points
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
@@ -23,6 +23,7 @@ from uuid import uuid4
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
 from cenote.outputs import PoolingOutput, PoolingRequestOutput
+from cenote.pipeline.rendering import listed
 from cenote.tasks import PLUGIN, check_task
 
 if TYPE_CHECKING:
@@ -162,14 +163,13 @@ class Call:
         """
         if self.data is None:
             raise BadRequest("The 'data' field is what the plugin reads, and it cannot be None.", param="data")
-        parse = _method(self.plugin.processor, "parse_data")
+        parse = getattr(self.plugin.processor, "parse_data", _unchanged)
         pre = _method(self.plugin.processor, "pre_process", "pre_process_async")
         assert pre is not None
-        if parse is not None:
-            self.data = self._run(lambda: parse(self.data), may_refuse=True)
+        self.data = self._run(lambda: parse(self.data), may_refuse=True)
         prompts = self._run(lambda: pre(self.data, request_id=self.request_id), may_refuse=True)
         merged = self._run(lambda: self._merged(info, params))
-        return _listed(prompts), merged.task, merged
+        return listed(prompts), merged.task, merged
 
     def finish(self, sequences: Sequence[Rendered], outputs: Sequence[Output]) -> Any:
         """Return the plugin's answer.
@@ -194,11 +194,8 @@ class Call:
 
     def _merged(self, info: ModelInfo, params: PoolingParams | None) -> PoolingParams:
         """Return the plugin's parameters, which may be of any class, for a task of the model."""
-        merge = _method(self.plugin.processor, "merge_pooling_params")
-        merged: Any = params
-        if merge is not None:
-            merged = merge(params and ChangeableParams(**_values(params)))
-        values = _values(merged)
+        merge = getattr(self.plugin.processor, "merge_pooling_params", _unchanged)
+        values = _values(merge(params and ChangeableParams(**_values(params))))
         if values["task"] in (None, PLUGIN):
             values["task"] = info.default_task
         check_task(values["task"], info.tasks)
@@ -248,7 +245,7 @@ def load(name: str | None, checkpoint: Checkpoint, renderer: Renderer) -> Plugin
 
 def _find(name: str) -> type:
     """Return the class of an installed plugin."""
-    kind = next((kind for kind in map(_loaded, _entries(name)) if kind is not None), None)
+    kind = next(filter(None, map(_loaded, _entries(name))), None)
     if kind is None:
         raise ConfigError(f"the plugin {name!r} declines to be loaded")
     if not isinstance(kind, type):
@@ -259,16 +256,16 @@ def _find(name: str) -> type:
     return kind
 
 
-def _entries(name: str) -> list[EntryPoint]:
+def _entries(name: str) -> EntryPoints:
     """Return the entry points called `name`, at least one."""
-    installed = [entry for group in GROUPS for entry in entry_points(group=group)]
+    installed = EntryPoints(chain.from_iterable(entry_points(group=group) for group in GROUPS))
     if not installed:
         raise ConfigError(f"No IOProcessor plugins installed but one is required ({name}).")
-    entries = [entry for entry in installed if entry.name == name]
+    entries = installed.select(name=name)
     if not entries:
         raise ConfigError(
             f"The model requires the {name!r} IO Processor plugin but it is not installed. "
-            f"Available plugins: {sorted({entry.name for entry in installed})}"
+            f"Available plugins: {sorted(installed.names)}"
         )
     return entries
 
@@ -294,16 +291,13 @@ def _method(plugin: Any, *names: str) -> Callable[..., Any] | None:
     return None
 
 
+def _unchanged(value: T) -> T:
+    return value
+
+
 def _values(params: Any) -> dict[str, Any]:
     """Return the values of the fields of `PoolingParams` in an object of any class."""
     return {field.name: getattr(params, field.name, None) for field in fields(PoolingParams)}
-
-
-def _listed(prompts: Any) -> list[Any]:
-    """Return prompts as a list; text, a mapping or a list of token ids is a single one."""
-    is_list = isinstance(prompts, (list, tuple))
-    is_ids = is_list and prompts and all(isinstance(i, Integral) for i in prompts)
-    return list(prompts) if is_list and not is_ids else [prompts]
 
 
 async def _numbered(outputs: Sequence[T]) -> AsyncIterator[tuple[int, T]]:

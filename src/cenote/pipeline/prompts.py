@@ -71,24 +71,27 @@ class Prompts:
         if len(sent) > 1:
             raise BadRequest(f"only one of {' and '.join(sent)} can be given", param=sent[0])
         if prompt is not None:
-            return Applied(prompt, adapter=self._default().adapter)
+            return Applied(prompt, adapter=self._default.adapter)
         if name is not None:
             return self._by_name(name)
         if input_type is not None:
             return self._by_type(input_type)
-        return self._default()
+        return self._default
 
     def of(self, role: Role) -> Applied:
         """Return the prompt of one side, empty if the model has none; the default where it has no sides at all."""
-        default = self._default()
+        default = self._default
         prompt = self._side(role)
         if prompt.name is None:
             prompt = replace(prompt, text=default.text, name=default.name)
         return replace(prompt, adapter=prompt.adapter or default.adapter)
 
+    @cached_property
     def _default(self) -> Applied:
-        prompt = self._find(self.default) if self.default else None
-        return replace(prompt, role=None) if prompt else Applied()
+        """The prompt of inputs that ask for none."""
+        if not self.default:
+            return Applied()
+        return replace(self._by_name(self.default), role=None)
 
     def _by_name(self, name: str) -> Applied:
         prompt = self._find(name)
@@ -113,35 +116,33 @@ class Prompts:
     def _side(self, role: Role) -> Applied:
         """Return the prompt and the adapter of one side, without regard to defaults."""
         name = next(filter(self.named.__contains__, SPELLINGS[role]), None)
-        text = "" if name is None else self.named[name]
-        return Applied(text, name, role, self._adapter_of(role))
+        return Applied(self.named.get(name or "", ""), name, role, self._adapter_of(role))
 
     def _find(self, name: str) -> Applied | None:
         """Return the prompt and the adapter called `name`, of which a model may have one without the other."""
         prompt_name = self._prompt_name(name)
-        adapter = self._adapter(name) or self._adapter(prompt_name or "")
-        if prompt_name is None and adapter is None:
+        adapter = self._adapter(name) or self._adapter(prompt_name)
+        if not prompt_name and adapter is None:
             return None
-        role = ROLES.get(name)
-        if adapter is not None:
-            role = role or ROLES.get(plain_name(name))
-        text = self.named[prompt_name] if prompt_name else ""
-        return Applied(text, prompt_name or adapter, role, adapter)
+        spelling = name if adapter is None else plain_name(name)
+        return Applied(self.named.get(prompt_name, ""), prompt_name or adapter, ROLES.get(spelling), adapter)
 
-    def _prompt_name(self, name: str) -> str | None:
-        """Return the name of the prompt called `name`; in a model with adapters, in any spelling."""
+    def _prompt_name(self, name: str) -> str:
+        """Return the name of the prompt called `name`, or ""; in a model with adapters, in any spelling."""
         if name in self.named:
             return name
-        return self._prompt_names.get(plain_name(name)) if self.adapters else None
+        if self.adapters:
+            return self._prompt_names.get(plain_name(name), "")
+        return ""
 
     def _adapter(self, name: str) -> str | None:
         """Return the adapter called `name`, or that of the side which a prompt of this name is for."""
         plain = plain_name(name)
-        adapter = self._adapters.get(plain)
-        role = ROLES.get(plain)
-        if adapter is None and role is not None and name in self.named:
-            return self._adapter_of(role)
-        return adapter
+        if plain in self._adapters:
+            return self._adapters[plain]
+        if plain in ROLES and name in self.named:
+            return self._adapter_of(ROLES[plain])
+        return None
 
     def _adapter_of(self, role: Role) -> str | None:
         names = map(plain_name, (*SPELLINGS[role], BOTH_SIDES))

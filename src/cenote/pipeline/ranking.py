@@ -16,7 +16,7 @@ from cenote.errors import BadRequest, NotScored, TaskNotOffered
 from cenote.tensors.similarity import late_interaction, pairwise, sparse_similarity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from collections.abc import Sequence as Seq
 
     from cenote.core import ModelInfo, Output, Sequence, Similarity
@@ -48,13 +48,17 @@ class Sides:
         return Sides([o.others[task] for o in self.queries], [o.others[task] for o in self.documents])
 
 
+def _data(outputs: Iterable[Output]) -> list[Array]:
+    return [output.data for output in outputs]
+
+
 def _cross_encoder(sides: Sides, _: Similarity) -> Array:
-    return np.concatenate([output.data for output in sides.documents])
+    return np.concatenate(_data(sides.documents))
 
 
 def _bi_encoder(sides: Sides, similarity: Similarity) -> Array:
     queries, documents = zip(*sides.pairs, strict=True)
-    return pairwise([o.data for o in queries], [o.data for o in documents], similarity.vectors)
+    return pairwise(_data(queries), _data(documents), similarity.vectors)
 
 
 def _late_interaction(sides: Sides, similarity: Similarity) -> Array:
@@ -63,7 +67,7 @@ def _late_interaction(sides: Sides, similarity: Similarity) -> Array:
 
 def _late(sides: Sides, name: str) -> Array:
     if len(sides.queries) == 1:
-        return late_interaction(sides.queries[0].data, [o.data for o in sides.documents], name)
+        return late_interaction(sides.queries[0].data, _data(sides.documents), name)
     scores = [late_interaction(query.data, [document.data], name) for query, document in sides.pairs]
     return np.concatenate(scores)
 
@@ -117,6 +121,9 @@ WAYS: dict[str, Way] = {
     )
 }
 
+SPELLED = {name.partition("-")[0]: way for name, way in WAYS.items()} | WAYS
+"""Ways by the first part of their names, too: "cross", "bi", "late"."""
+
 
 def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
     """Return the token ids of query and document of a scored pair.
@@ -155,15 +162,14 @@ def choose(info: ModelInfo, score_type: str | None) -> Way:
         raise _not_scored(info)
     if score_type is None:
         return WAYS[info.score_types[0]]
-    spelling = score_type.lower().replace("_", "-")
-    name = next((name for name in WAYS if spelling in (name, name.partition("-")[0])), None)
-    if name is None:
+    way = SPELLED.get(score_type.lower().replace("_", "-"))
+    if way is None:
         raise BadRequest(f"score_type must be one of {', '.join(WAYS)}, got {score_type!r}", param="score_type")
-    if name not in info.score_types:
+    if way.name not in info.score_types:
         raise BadRequest(
-            f"{info.name} cannot score as a {name}; it offers {', '.join(info.score_types)}", param="score_type"
+            f"{info.name} cannot score as a {way.name}; it offers {', '.join(info.score_types)}", param="score_type"
         )
-    return WAYS[name]
+    return way
 
 
 def _not_scored(info: ModelInfo) -> NotScored:

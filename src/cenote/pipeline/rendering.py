@@ -1,28 +1,28 @@
 """From text, token ids or messages to sequences: prompt, template, tokenise, cut or refuse.
 
-Thread-safe: the shared fast tokenizer is never switched to truncation or padding. Cutting follows Hugging Face by
-default (content is cut, special tokens stay); with an explicit side it follows vLLM (the finished ids are cut).
+Cutting follows Hugging Face by default (content is cut, special tokens stay); with an explicit side it follows vLLM
+(the finished ids are cut).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from cenote.core import UNLIMITED, PoolingParams, Sequence
+from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.prompts import Prompts
+from cenote.pipeline.tokenizing import FastTokenizer, Ids, Text, fast_or_slow
 from cenote.tasks import check_params, check_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
     from cenote.core import ModelInfo, Pair, Role, Sides
@@ -30,13 +30,9 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 250
 """Text of more characters per allowed token is not tokenised at all."""
-ENCODED_AT_ONCE = 256
-"""Texts whose encodings are held at once: a token of an encoding takes some hundred bytes."""
+REMEMBERED = 128
+"""Parameters that are remembered as checked, and prompts whose lengths are: most requests send the same."""
 
-CHECKED = 128
-"""Parameters that are remembered as checked: most requests send the same."""
-
-Ids = list[int]
 Prompt = str | Ids | Mapping[str, Any]
 
 
@@ -50,7 +46,7 @@ class TextOptions(NamedTuple):
         add_special_tokens: let the tokenizer add its special tokens.
         prompt: prompt before every text; `None` = the model's default.
         whole: with `truncate` unset, refuse inputs that are too long also where the server cuts by default.
-        limit: maximum tokens per input, filled in by `Renderer.resolve`; 0 = the model's maximum.
+        limit: maximum tokens per input, filled in by `Renderer.resolve`.
     """
 
     truncate: int | None = None
@@ -62,9 +58,11 @@ class TextOptions(NamedTuple):
     limit: int = 0
 
     @property
-    def content_limit(self) -> int | None:
-        """Maximum tokens where content is cut and special tokens stay; `None` = nothing is cut, or finished ids are."""
-        return self.truncate if self.side is None else None
+    def content_limit(self) -> int:
+        """Maximum tokens where content is cut and special tokens stay, else `UNLIMITED`."""
+        if self.side is not None or self.truncate is None:
+            return UNLIMITED
+        return self.truncate
 
 
 PLAIN = TextOptions()
@@ -82,24 +80,7 @@ class ChatOptions:
     add_generation_prompt: bool = False
     continue_final_message: bool = False
     template: str | None = None
-    kwargs: Mapping[str, Any] | None = None
-
-
-class Text(NamedTuple):
-    """A tokenised text; `type_ids` is `None` where all are zero."""
-
-    ids: Seq[int]
-    type_ids: Seq[int] | None = None
-
-    def part(self, kept: slice) -> Text:
-        """Return the tokens at the places `kept`."""
-        types = self.type_ids
-        return Text(self.ids[kept], None if types is None else types[kept])
-
-    def extended(self, ids: Ids) -> Text:
-        """Return the text with further tokens, of type 0."""
-        types = self.type_ids
-        return Text([*self.ids, *ids], None if types is None else [*types, *[0] * len(ids)])
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Renderer:
@@ -129,17 +110,12 @@ class Renderer:
         self.tokenizer = tokenizer
         self.info = info
         self.prompts = prompts or Prompts()
-        self._sides = sides
+        self._sides = sides or Alike()
         self._include_prompt = include_prompt
-        self._skips: dict[str, int] = {}
         self.auto_truncate = auto_truncate
-        self._lock = threading.Lock()
-        self._cased = str.lower if lowercase else str  # of a slow tokenizer: a fast one has a normalizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        if self._backend is not None:
-            _prepare(self._backend, lowercase=lowercase)
-        self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
-        self._allowed = lru_cache(CHECKED)(self._check)
+        self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
+        self._allowed = lru_cache(REMEMBERED)(self._check)
+        self._length = lru_cache(REMEMBERED)(self._prompt_length)
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -156,9 +132,8 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        role = applied.role
         contents = [_content(prompt) for prompt in prompts]
-        text_options = self._of_side(options, role)
+        text_options = self._of_side(options, applied.role)
         texts = [applied.text + content for content in contents if isinstance(content, str)]
         tokenised = iter(self._tokenize(texts, text_options))
         skip = self._skip(applied.text)
@@ -167,20 +142,16 @@ class Renderer:
             if isinstance(content, str):
                 text = self.fit(next(tokenised), text_options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                if self._sides is not None:
-                    sequence = self._sides.of_text(sequence, role)
+                sequence = self._sides.of_text(sequence, applied.role)
             else:
                 text = self.fit(self._text_of_ids(content, options), options)
                 sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
-                if self._sides is not None:
-                    sequence = self._sides.of_ids(sequence, role)
+                sequence = self._sides.of_ids(sequence, applied.role)
             sequences.append(sequence)
         return sequences
 
     def _of_side(self, options: TextOptions, role: Role | None) -> TextOptions:
         """Return the options of texts of one side: its length belongs to the model, so nothing is refused for it."""
-        if self._sides is None:
-            return options
         limit = self._sides.limit(role, options.limit)
         if limit is not None:
             options = options._replace(truncate=min(limit, options.truncate or limit))
@@ -192,9 +163,7 @@ class Renderer:
         """Return the number of tokens of `prompt` that pooling leaves out."""
         if self._include_prompt or not prompt:
             return 0
-        if prompt not in self._skips:
-            self._skips[prompt] = self._prompt_length(prompt)
-        return self._skips[prompt]
+        return self._length(prompt)
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
         """Return `params` with the task filled in.
@@ -230,9 +199,9 @@ class Renderer:
         kwargs = {
             "add_generation_prompt": options.add_generation_prompt,
             "continue_final_message": options.continue_final_message,
-            **(options.kwargs or {}),
+            **options.kwargs,
         }
-        return self.apply_template([_flattened(message) for message in messages], options.template, kwargs)
+        return self.apply_template(list(map(_flattened, messages)), options.template, kwargs)
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
         """Render `messages` by `template` (default: the tokenizer's).
@@ -250,16 +219,17 @@ class Renderer:
 
     def tokenize_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[Ids]:
         """Return the token ids of each of `texts`, of any length."""
-        return [list(text.ids) for text in self._encode(texts, add_special_tokens)]
+        return [list(text.ids) for text in self.backend.tokenize(texts, special=add_special_tokens)]
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> Ids:
         """Return the token ids of `text`, of any length."""
-        return list(self._encode([text], add_special_tokens)[0].ids)
+        (ids,) = self.tokenize_all([text], add_special_tokens=add_special_tokens)
+        return ids
 
     @property
     def is_fast(self) -> bool:
         """Whether the tokenizer has a fast backend, which needs no lock."""
-        return self._backend is not None
+        return isinstance(self.backend, FastTokenizer)
 
     def token_strings(self, ids: Seq[int]) -> list[str]:
         """Return the vocabulary entries of `ids`."""
@@ -278,25 +248,24 @@ class Renderer:
         """
         limit = self.info.limit(task)
         truncate = options.truncate
+        if truncate is None and self.auto_truncate and not options.whole:
+            truncate = -1
+        if truncate == -1:
+            truncate = limit
         if truncate is not None and truncate > limit:
             raise BadRequest(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
             )
-        cuts_by_default = self.auto_truncate and not options.whole
-        if truncate == -1 or (truncate is None and cuts_by_default):
-            truncate = limit if limit < UNLIMITED else None
         return options._replace(limit=limit, truncate=truncate)
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
         """Tokenise `texts`. Those that are too long are cut here, or cut or refused by `fit`."""
         texts = self.bounded(texts, options)
-        tokenised = self._encode(texts, options.add_special_tokens)
-        limit = options.content_limit
-        if limit is None:
-            return tokenised
+        special, limit = options.add_special_tokens, options.content_limit
+        tokenised = self.backend.tokenize(texts, special=special)
         return [
-            whole if len(whole.ids) <= limit else self._cut(text, options)
+            whole if len(whole.ids) <= limit else self.backend.cut(text, limit, special=special)
             for text, whole in zip(texts, tokenised, strict=True)
         ]
 
@@ -306,56 +275,17 @@ class Renderer:
         Raises:
             TooLong: a text is far too long, and `options` do not cut it.
         """
-        limit = options.limit or self.info.max_model_len
-        longest = limit * CHARACTERS_PER_TOKEN
+        longest = options.limit * CHARACTERS_PER_TOKEN
         if options.truncate is None and max(map(len, texts), default=0) > longest:
-            raise _too_long(limit, f"at least {limit + 1}")
+            raise _too_long(options.limit, f"at least {options.limit + 1}")
+        return [text[self._kept(len(text), longest, options)] for text in texts]
+
+    def _kept(self, length: int, limit: int, options: TextOptions) -> slice:
+        """Return the places of the `limit` characters or ids, of `length`, that are kept."""
         side = options.side or self.tokenizer.truncation_side
-        kept = slice(-longest, None) if side == "left" else slice(longest)
-        return [text[kept] for text in texts]
-
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
-        if self.is_fast:
-            return self._encode_fast(texts, add_special_tokens)
-        if not texts:
-            return []
-        with self._lock:
-            cased = [self._cased(text) for text in texts]
-            ids_of_texts = self.tokenizer(cased, add_special_tokens=add_special_tokens)["input_ids"]
-        return [Text(ids) for ids in ids_of_texts]
-
-    def _encode_fast(self, texts: list[str], add_special_tokens: bool) -> list[Text]:
-        tokenised: list[Text] = []
-        for start in range(0, len(texts), ENCODED_AT_ONCE):
-            part = texts[start : start + ENCODED_AT_ONCE]
-            encodings = self.encodings(part, add_special_tokens=add_special_tokens, offsets=False)
-            assert encodings is not None
-            tokenised += map(self.from_encoding, encodings)
-        return tokenised
-
-    def _cut(self, text: str, options: TextOptions) -> Text:
-        """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
-        if self._backend is not None:
-            return self.from_encoding(self._cut_encoding(text, options))
-        with self._lock:
-            outputs = self.tokenizer(
-                self._cased(text),
-                truncation=True,
-                max_length=options.truncate,
-                add_special_tokens=options.add_special_tokens,
-            )
-        return Text(outputs["input_ids"][: options.truncate])
-
-    def _cut_encoding(self, text: str, options: TextOptions) -> Encoding:
-        assert self._backend is not None
-        assert options.truncate is not None
-        special = self.num_special_tokens() if options.add_special_tokens else 0
-        encoding: Encoding = self._backend.encode(text, add_special_tokens=False)
-        encoding.truncate(max(0, options.truncate - special), direction=self.tokenizer.truncation_side)
-        if options.add_special_tokens:
-            encoding = self._backend.post_process(encoding, None, True)
-            encoding.truncate(options.truncate)  # where not even the special tokens fit
-        return encoding
+        if side == "left":
+            return slice(max(0, length - limit), None)
+        return slice(limit)
 
     def annotated(
         self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -372,78 +302,18 @@ class Renderer:
                 "`truncation_side` and `padding` are not supported where characters are counted",
                 param="truncation_side",
             )
-        texts = self.bounded(texts, options)
-        encodings = self.encodings(texts, add_special_tokens=options.add_special_tokens)
-        if encodings is None:
+        if not isinstance(self.backend, FastTokenizer):
             raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
+        texts = self.bounded(texts, options)
+        special, limit = options.add_special_tokens, options.content_limit
         adapter = self.prompts.choose().adapter
         annotated: list[tuple[Sequence, Encoding]] = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            if options.truncate is not None and len(encoding) > options.truncate:
-                encoding = self._cut_encoding(text, options)
-            fitted = self.fit(self.from_encoding(encoding), options)
+        for text, encoding in zip(texts, self.backend.encodings(texts, special=special), strict=True):
+            if len(encoding) > limit:
+                encoding = self.backend.cut_encoding(text, limit, special=special)
+            fitted = self.fit(self.backend.text_of(encoding), options)
             annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
         return annotated
-
-    def encodings(self, texts: list[str], *, add_special_tokens: bool, offsets: bool = True) -> list[Encoding] | None:
-        """Encode `texts` by the fast tokenizer; return `None` if there is only a slow one.
-
-        Args:
-            texts: any number.
-            add_special_tokens: add the tokenizer's special tokens.
-            offsets: keep the range of characters of each token.
-
-        Raises:
-            BadRequest: a text is not valid Unicode.
-        """
-        if self._backend is None:
-            return None
-        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
-        try:
-            encodings: list[Encoding] = encode(texts, add_special_tokens=add_special_tokens)
-        except TypeError:  # of tokenizers, for a str that has no UTF-8
-            raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
-        return encodings
-
-    def num_special_tokens(self, *, pair: bool = False) -> int:
-        """Return the number of special tokens that the tokenizer adds to a text or a pair."""
-        assert self._backend is not None
-        return int(self._backend.num_special_tokens_to_add(pair))
-
-    def shortened(self, encoding: Encoding, length: int) -> Encoding:
-        """Return a copy of `encoding` that is cut to `length` tokens, on the tokenizer's side."""
-        from tokenizers import Encoding
-
-        copy = Encoding.merge([encoding])
-        copy.truncate(length, direction=self.tokenizer.truncation_side)
-        return copy
-
-    def post_process(self, first: Encoding, second: Encoding | None, add_special_tokens: bool) -> Encoding:
-        """Add special tokens to one or two encodings and join them."""
-        assert self._backend is not None
-        joined: Encoding = self._backend.post_process(first, second, add_special_tokens)
-        return joined
-
-    def tokenize_pairs(self, pairs: list[tuple[str, str]], options: TextOptions) -> list[Text]:
-        """Tokenise pairs by a tokenizer that has no fast backend."""
-        limit = options.content_limit
-        cut: dict[str, Any] = {} if limit is None else {"truncation": "longest_first", "max_length": limit}
-        queries = [self._cased(query) for query, _ in pairs]
-        documents = [self._cased(document) for _, document in pairs]
-        with self._lock:
-            outputs = self.tokenizer(queries, documents, add_special_tokens=options.add_special_tokens, **cut)
-        ids: list[Ids] = outputs["input_ids"]
-        types = outputs["token_type_ids"] if self._wants_type_ids else [None] * len(ids)
-        kept = slice(limit)  # also where not even the special tokens fit
-        return [Text(*row).part(kept) for row in zip(ids, types, strict=True)]
-
-    def from_encoding(self, encoding: Encoding) -> Text:
-        """Return the ids of `encoding`, and its type ids where the model takes any."""
-        ids = encoding.ids
-        if not self._wants_type_ids:
-            return Text(ids)
-        type_ids = encoding.type_ids
-        return Text(ids, type_ids if any(type_ids) else None)
 
     def _text_of_ids(self, ids: Ids, options: TextOptions) -> Text:
         self._check_vocabulary(ids)
@@ -460,34 +330,33 @@ class Renderer:
             text = self._sliced(text, options)
         if not len(text.ids):
             raise BadRequest("The decoder prompt cannot be empty", param="input")
-        limit = options.limit or self.info.max_model_len
-        if len(text.ids) > limit:
-            raise _too_long(limit, str(len(text.ids)))
-        if not options.pad:
-            return text
-        room = limit if limit < UNLIMITED else self.info.max_model_len
-        missing = (options.truncate or room) - len(text.ids)
+        if len(text.ids) > options.limit:
+            raise _too_long(options.limit, str(len(text.ids)))
+        return self._padded(text, options) if options.pad else text
+
+    def _padded(self, text: Text, options: TextOptions) -> Text:
+        length = options.truncate or options.limit
+        if length == UNLIMITED:
+            length = self.info.max_model_len
         pad = self.tokenizer.pad_token_id or 0
-        return text.extended([pad] * missing)
+        return text.extended([pad] * (length - len(text.ids)))
 
     def _sliced(self, text: Text, options: TextOptions) -> Text:
         """Return `text` without finished ids beyond `options.truncate`."""
-        limit = options.truncate
-        if limit is None or len(text.ids) <= limit:
+        if options.truncate is None or len(text.ids) <= options.truncate:
             return text
-        side = options.side or self.tokenizer.truncation_side
-        start = len(text.ids) - limit if side == "left" else 0
-        return text.part(slice(start, start + limit))
+        return text.part(self._kept(len(text.ids), options.truncate, options))
 
     def _check_vocabulary(self, ids: Seq[int], *, param: str = "input") -> None:
         if not len(ids):
             return
         low, high = _range(ids, param)
         size = self.info.vocab_size
-        if low < 0 or high >= size:
-            bad = low if low < 0 else high
+        farthest = low if low < 0 else high
+        if farthest not in range(size):
             raise BadRequest(
-                f"Token id {bad} is out of vocabulary; {self.info.name} takes ids from 0 to {size - 1}", param=param
+                f"Token id {farthest} is out of vocabulary; {self.info.name} takes ids from 0 to {size - 1}",
+                param=param,
             )
 
     def _check_dimensions(self, dimensions: int) -> None:
@@ -535,21 +404,18 @@ def is_ids(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt)
 
 
+def listed(prompts: Any) -> list[Any]:
+    """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
+    is_one = isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys")
+    if is_one or not hasattr(prompts, "__iter__"):
+        return [prompts]
+    elements = list(prompts)
+    return [elements] if elements and is_ids(elements) else elements
+
+
 def is_count(value: Any) -> bool:
     """Return whether `value` is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _prepare(backend: Tokenizer, *, lowercase: bool) -> None:
-    """Switch truncation and padding off, and lower-casing on."""
-    backend.no_truncation()
-    backend.no_padding()
-    if lowercase:
-        from tokenizers.normalizers import Lowercase
-        from tokenizers.normalizers import Sequence as Normalizers
-
-        existing = [backend.normalizer] if backend.normalizer else []
-        backend.normalizer = Normalizers([Lowercase(), *existing])
 
 
 def _range(ids: Seq[int], param: str) -> tuple[int, int]:

@@ -1,0 +1,225 @@
+"""The two kinds of tokenizers behind one interface: fast ones know the characters of each token, slow ones need a lock.
+
+Thread-safe: the shared tokenizer is never switched to truncation or padding.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cenote.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+ENCODED_AT_ONCE = 256
+"""Texts whose encodings are held at once: a token of an encoding takes some hundred bytes."""
+
+MOST_CUTS = 8
+"""Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
+
+Ids = list[int]
+
+
+class Text(NamedTuple):
+    """A tokenised text; `type_ids` is `None` where all are zero."""
+
+    ids: Seq[int]
+    type_ids: Seq[int] | None = None
+
+    def part(self, kept: slice) -> Text:
+        """Return the tokens at the places `kept`."""
+        if self.type_ids is None:
+            return Text(self.ids[kept])
+        return Text(self.ids[kept], self.type_ids[kept])
+
+    def extended(self, ids: Ids) -> Text:
+        """Return the text with further tokens, of type 0."""
+        extended = [*self.ids, *ids]
+        if self.type_ids is None:
+            return Text(extended)
+        return Text(extended, [*self.type_ids, *[0] * len(ids)])
+
+
+class FastTokenizer:
+    """A tokenizer of the tokenizers library.
+
+    Args:
+        tokenizer: Transformers' wrapper of it.
+        lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if lowercase:
+            self._lowercase()
+
+    def tokenize(self, texts: list[str], *, special: bool) -> list[Text]:
+        """Tokenise `texts`, with the special tokens if `special`."""
+        tokenised: list[Text] = []
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            part = texts[start : start + ENCODED_AT_ONCE]
+            encodings = self.encodings(part, special=special, offsets=False)
+            tokenised += map(self.text_of, encodings)
+        return tokenised
+
+    def encodings(self, texts: list[str], *, special: bool, offsets: bool = True) -> list[Encoding]:
+        """Encode `texts`.
+
+        Args:
+            texts: any number.
+            special: add the special tokens.
+            offsets: keep the range of characters of each token.
+
+        Raises:
+            BadRequest: a text is not valid Unicode.
+        """
+        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+        try:
+            encodings: list[Encoding] = encode(texts, add_special_tokens=special)
+        except TypeError:  # of tokenizers, for a str that has no UTF-8
+            raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
+        return encodings
+
+    def text_of(self, encoding: Encoding) -> Text:
+        """Return the ids of `encoding`, and its type ids where the model takes any."""
+        ids = encoding.ids
+        if not self._wants_type_ids:
+            return Text(ids)
+        type_ids = encoding.type_ids
+        return Text(ids, type_ids if any(type_ids) else None)
+
+    def cut(self, text: str, limit: int, *, special: bool) -> Text:
+        """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
+        return self.text_of(self.cut_encoding(text, limit, special=special))
+
+    def cut_encoding(self, text: str, limit: int, *, special: bool) -> Encoding:
+        """Return the encoding of `text` that `cut` makes its tokens of."""
+        (encoding,) = self.encodings([text], special=False)
+        room = limit - self._added(special, pair=False)
+        encoding.truncate(max(0, room), direction=self._tokenizer.truncation_side)
+        if special:
+            encoding = self._backend.post_process(encoding, None, True)
+            encoding.truncate(limit)  # where not even the special tokens fit
+        return encoding
+
+    def beginning(self, text: str, limit: int) -> str:
+        """Return the beginning of `text` that has at most `limit` tokens."""
+        for _ in range(MOST_CUTS):
+            (encoding,) = self.encodings([text], special=False)
+            if len(encoding.ids) <= limit:
+                break
+            offsets = encoding.offsets
+            text = text[: min(offsets[limit - 1][1], offsets[limit][0])]  # a character may be of several tokens
+        return text
+
+    def join(self, pairs: list[tuple[str, str]], limit: int, *, special: bool) -> list[Text]:
+        """Join each pair to one text of at most `limit` tokens, cut "longest first"; a text is tokenised once."""
+        texts = list(dict.fromkeys(chain.from_iterable(pairs)))
+        encodings = self.encodings(texts, special=False)
+        encoding_of = dict(zip(texts, encodings, strict=True))
+        return [self._join(encoding_of[query], encoding_of[document], limit, special) for query, document in pairs]
+
+    def _join(self, query: Encoding, document: Encoding, limit: int, special: bool) -> Text:
+        room = max(0, limit - self._added(special, pair=True))
+        for_query, for_document = shares(len(query), len(document), room)
+        query, document = self._shortened(query, for_query), self._shortened(document, for_document)
+        joined = self._backend.post_process(query, document, special)
+        joined.truncate(limit)  # where not even the special tokens fit
+        return self.text_of(joined)
+
+    def _shortened(self, encoding: Encoding, length: int) -> Encoding:
+        """Return `encoding`, or a copy that is cut to `length` tokens, on the tokenizer's side."""
+        from tokenizers import Encoding
+
+        if len(encoding) <= length:
+            return encoding
+        copy = Encoding.merge([encoding])
+        copy.truncate(length, direction=self._tokenizer.truncation_side)
+        return copy
+
+    def _added(self, special: bool, *, pair: bool) -> int:
+        """Return the number of special tokens that are added to a text or a pair."""
+        return int(self._backend.num_special_tokens_to_add(pair)) if special else 0
+
+    def _lowercase(self) -> None:
+        from tokenizers.normalizers import Lowercase
+        from tokenizers.normalizers import Sequence as Normalizers
+
+        existing = [self._backend.normalizer] if self._backend.normalizer else []
+        self._backend.normalizer = Normalizers([Lowercase(), *existing])
+
+
+class SlowTokenizer:
+    """A tokenizer in Python, which one thread uses at a time.
+
+    Args:
+        tokenizer: of Transformers.
+        lowercase: as `FastTokenizer`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._cased = str.lower if lowercase else str
+
+    def tokenize(self, texts: list[str], *, special: bool) -> list[Text]:
+        """See `FastTokenizer.tokenize`."""
+        if not texts:
+            return []
+        outputs = self._call([*map(self._cased, texts)], add_special_tokens=special)
+        return [Text(ids) for ids in outputs["input_ids"]]
+
+    def cut(self, text: str, limit: int, *, special: bool) -> Text:
+        """See `FastTokenizer.cut`."""
+        outputs = self._call(self._cased(text), truncation=True, max_length=limit, add_special_tokens=special)
+        return Text(outputs["input_ids"][:limit])
+
+    def beginning(self, text: str, limit: int) -> str:
+        """See `FastTokenizer.beginning`."""
+        (tokens,) = self.tokenize([text], special=False)
+        return text if len(tokens.ids) <= limit else str(self._tokenizer.decode(list(tokens.ids[:limit])))
+
+    def join(self, pairs: list[tuple[str, str]], limit: int, *, special: bool) -> list[Text]:
+        """See `FastTokenizer.join`."""
+        queries = [self._cased(query) for query, _ in pairs]
+        documents = [self._cased(document) for _, document in pairs]
+        outputs = self._call(
+            queries, documents, add_special_tokens=special, truncation="longest_first", max_length=limit
+        )
+        ids: list[Ids] = outputs["input_ids"]
+        types = outputs.get("token_type_ids", [None] * len(ids))
+        kept = slice(limit)  # also where not even the special tokens fit
+        return [Text(*row).part(kept) for row in zip(ids, types, strict=True)]
+
+    def _call(self, *texts: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*texts, **options)
+
+
+def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:
+    """Return `tokenizer` behind the interface of its kind."""
+    is_fast = tokenizer.is_fast and getattr(tokenizer, "backend_tokenizer", None) is not None
+    kind = FastTokenizer if is_fast else SlowTokenizer
+    return kind(tokenizer, lowercase=lowercase)
+
+
+def shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return the tokens that two texts keep when cut to `room` together, "longest first" as the tokenizers library."""
+    if first + second <= room:
+        return first, second
+    shorter, longer = sorted((first, second))
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter = room // 2
+        longer = shorter + room % 2
+    return (shorter, longer) if first <= second else (longer, shorter)
