@@ -322,9 +322,10 @@ class HeadProbe:
         """Number of logits of a token or a sequence."""
         return int(self.logits[0].shape[-1])
 
-    def agrees(self, logits: list[Tensor], columns: Seq[int] | None = None) -> bool:
+    def agrees(self, logits: list[Tensor], columns: Seq[int] = ()) -> bool:
         """Return whether logits, one tensor for each sequence, are those of the whole model, or its `columns`."""
-        expected = self.logits if columns is None else [row[..., list(columns)] for row in self.logits]
+        chosen = list(columns) or slice(None)
+        expected = [row[..., chosen] for row in self.logits]
         return distance(_joined(logits), _joined(expected)) <= self._tolerance
 
 

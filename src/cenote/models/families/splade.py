@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from cenote.core import Sides
+from cenote.core import Sides, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.convert import Head
@@ -175,7 +175,7 @@ class Sparse:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The entries whose weight is not 0, `log(1 + relu(logit))` joined over all tokens, by rising id."""
-        top_k = self.top_k if params.top_k is None else params.top_k
+        top_k = coalesce(params.top_k, self.top_k)
         return pruned(((weights_V, None) for weights_V in self.dense(x_TD, batch, members)), top_k)
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
@@ -193,7 +193,7 @@ class Sparse:
 
     def _read(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         for chunk in _chunks(batch, members):
-            rows = batch.index(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chunk]))
+            rows = batch.index(np.concatenate(batch.host_rows(chunk)))
             for logits_TV in torch.split(self.logits(x_TD[rows]), [batch.lengths[i] for i in chunk]):
                 yield self._joined(logits_TV)
 
@@ -237,7 +237,7 @@ class DenseSparse:
         if self.sparse.top_k is not None:
             largest = rows_BV.topk(min(self.sparse.top_k, rows_BV.shape[1]))
             rows_BV = torch.zeros_like(rows_BV).scatter(1, largest.indices, largest.values)
-        activate = self.use_activation if params.use_activation is None else params.use_activation
+        activate = coalesce(params.use_activation, self.use_activation)
         return Rows(normalize(rows_BV) if activate else rows_BV)
 
 
