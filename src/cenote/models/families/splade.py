@@ -7,6 +7,7 @@ Router of Sentence-Transformers holds as a `SparseStaticEmbedding`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -110,17 +111,13 @@ class Splade(Family):
 
 
 def _modules(st: SentenceTransformer) -> tuple[Module | None, Module | None]:
-    """Return the SpladePooling and the module of queries alone.
+    """Return the SpladePooling, and the table of weights for queries alone.
 
     Raises:
         CheckpointError: there is the latter without the former.
     """
-    pooling = query = None
-    for module in st.special:
-        if module.side:
-            query = module
-        elif module.kind == "SpladePooling":
-            pooling = module
+    by_kind = {module.kind: module for module in st.special}
+    pooling, query = by_kind.get("SpladePooling"), by_kind.get("SparseStaticEmbedding")
     if query is not None and pooling is None:
         raise CheckpointError("the queries' SparseStaticEmbedding needs documents with a SpladePooling to compare with")
     return pooling, query
@@ -176,7 +173,7 @@ class Sparse:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The entries whose weight is not 0, `log(1 + relu(logit))` joined over all tokens, by rising id."""
         top_k = coalesce(params.top_k, self.top_k)
-        return pruned(((weights_V, None) for weights_V in self.dense(x_TD, batch, members)), top_k)
+        return pruned(zip(self.dense(x_TD, batch, members), repeat(None), strict=False), top_k)
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         """The weight of every vocabulary entry, `[V]` for each sequence in turn."""
