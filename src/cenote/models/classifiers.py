@@ -169,7 +169,7 @@ def last_row(batch: Batch, member: int, pad: int | None) -> int:
 
 
 def at_none(batch: Batch, members: list[int]) -> Place | None:
-    """`Classifier.place` of heads that depend on more than one token."""
+    """`Classifier.place` of heads, and of outputs, that depend on more than one token."""
     return None
 
 

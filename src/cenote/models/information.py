@@ -157,5 +157,5 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
         return tuple(map(int, listed))
     is_declared = getattr(checkpoint.config, "is_matryoshka", None)
     if is_declared is None:
-        is_declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
+        is_declared = "matryoshka" in " ".join(checkpoints.card_tags(checkpoint.path)).lower()
     return () if is_declared else None

@@ -118,8 +118,8 @@ class TokenWeightRows:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return ids of the tokens that carry no weight."""
-    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return tuple(sorted({i for i in ids if i is not None}))
+    ids = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return tuple(sorted(ids - {None}))
 
 
 def _linear(file: Path, width: int) -> nn.Linear:
