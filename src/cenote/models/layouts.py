@@ -62,8 +62,9 @@ class Backbone:
         """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
         if self.rope_class is not None:
             reset_rope(self.model)
-        names = self.accepts.intersection(inputs)
-        arguments: dict[str, Any] = {name: inputs[name] for name in names if inputs[name] is not None}
+        arguments: dict[str, Any] = {
+            name: value for name, value in inputs.items() if value is not None and name in self.accepts
+        }
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
         with torch.inference_mode():
