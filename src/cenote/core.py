@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from cenote.errors import BadRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+
+T = TypeVar("T")
 
 Role = Literal["query", "document"]
 """A side of a search."""
@@ -127,6 +129,11 @@ class PoolingParams:
     def given(self) -> list[str]:
         """Return the names of the task parameters that are set."""
         return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]
+
+
+def coalesce(value: T | None, default: T) -> T:
+    """Return `value`, or `default` if it is `None`, as in SQL."""
+    return default if value is None else value
 
 
 def _is_integer(value: Any) -> bool:

@@ -121,7 +121,7 @@ class OwnHead:
 
     def first(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits of each sequence's first token."""
-        return self.rows(x_TD[batch.index([batch.starts[i] for i in members])])
+        return self.rows(x_TD[batch.rows_at("first")[batch.index(members)]])
 
     def last(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits of each sequence's last token that is no padding token, as Transformers picks it."""
@@ -169,7 +169,7 @@ def last_row(batch: Batch, member: int, pad: int | None) -> int:
 
 
 def at_none(batch: Batch, members: list[int]) -> Place | None:
-    """`Classifier.place` of heads that depend on more than one token."""
+    """`Classifier.place` of heads, and of outputs, that depend on more than one token."""
     return None
 
 
@@ -217,13 +217,13 @@ def _head_fault(whole: Callable[[Tensor, Batch, list[int]], Tensor], probe: Head
     return "" if probe.agrees(list(logits_BC)) else "other logits than the model's own"
 
 
-def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None = None) -> Classifier:
+def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] = ()) -> Classifier:
     """Classifier by the head of a `...ForTokenClassification` model, or another head over each token alone.
 
     Args:
         model: the whole.
         probe: made before.
-        columns: columns of the probe's logits that the head still has; `None` = all.
+        columns: columns of the probe's logits that the head still has; empty = all.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
@@ -237,20 +237,20 @@ def of_tokens(model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...]
 
 
 def of_vocabulary(
-    model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...] | None, *, difference: bool
+    model: PreTrainedModel, probe: HeadProbe, columns: tuple[int, ...], *, difference: bool
 ) -> Classifier:
     """Classifier of the last token by the language-model head of a `...ForCausalLM` model.
 
     Args:
         model: its head is cut to the rows that are needed.
         probe: made before.
-        columns: token ids whose logits are the classes; `None` = the whole vocabulary.
+        columns: token ids whose logits are the classes; empty = the whole vocabulary.
         difference: the one class is the second column's logit minus the first's, whose sigmoid is the softmax of both.
 
     Raises:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
-    if columns is not None:
+    if columns:
         _cut_vocabulary(model, columns)
     of_each_token = of_tokens(model, probe, columns)
 
@@ -289,6 +289,6 @@ def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
     """Return `rows` over each sequence's last token."""
 
     def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        return rows(x_TD[batch.index([batch.starts[i + 1] - 1 for i in members])])
+        return rows(x_TD[batch.rows_at("last")[batch.index(members)]])
 
     return whole

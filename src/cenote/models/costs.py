@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections import Counter
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,18 +28,18 @@ def products(model: nn.Module, work: Callable[[], object]) -> Counter[Shape]:
     Linear layers that are run as part of a fused block count as often as their block.
     """
     linears = [x for x in model.modules() if isinstance(x, nn.Linear)]
-    parents = {child: x for x in model.modules() for child in x.children()}
-    blocks = [x for x in map(parents.get, linears) if x is not None and "forward" in vars(x)]
-    rows = _rows_of({*linears, *blocks}, work)
+    patched = [x for x in model.modules() if "forward" in vars(x)]
+    blocks = {child: x for x in patched for child in x.children()}
+    rows = _rows_of({*linears, *blocks.values()}, work)
     counts: Counter[Shape] = Counter()
     for linear in linears:
         if isinstance(vars(linear).get("forward"), Remembered):
             continue
-        is_elsewhere = not rows[linear] and linear.weight.is_meta  # its block has the matrix
-        passed = rows[parents[linear]] if is_elsewhere else rows[linear]
-        if passed:
-            counts[linear.out_features, linear.in_features] += passed
-    return counts
+        passed = rows[linear]
+        if not passed and linear.weight.is_meta:
+            passed = rows[blocks.get(linear, linear)]  # its block has the matrix
+        counts[linear.out_features, linear.in_features] += passed
+    return +counts  # without zeros
 
 
 def _rows_of(modules: set[nn.Module], work: Callable[[], object]) -> Counter[nn.Module]:
@@ -49,12 +51,10 @@ def _rows_of(modules: set[nn.Module], work: Callable[[], object]) -> Counter[nn.
         if tensors:
             rows[module] += tensors[0].shape[:-1].numel()
 
-    handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         work()
-    finally:
-        for handle in handles:
-            handle.remove()
     return rows
 
 
@@ -72,10 +72,6 @@ def seconds(products: Mapping[Shape, int], *, rows: int, dtype: torch.dtype) -> 
     with torch.inference_mode():
         for (out, into), count in products.items():
             weight, x = torch.randn(out, into, dtype=dtype), torch.randn(rows, into, dtype=dtype)
-            best = float("inf")
-            for _ in range(REPEATS):
-                began = time.perf_counter()
-                nn.functional.linear(x, weight)
-                best = min(best, time.perf_counter() - began)
+            best = min(timeit.repeat(partial(nn.functional.linear, x, weight), number=1, repeat=REPEATS))
             total += best * count / rows
     return total

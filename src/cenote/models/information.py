@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import UNLIMITED, ModelInfo, Report
+from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
-from cenote.models.families.family import OwnVectors
 from cenote.models.poolers import Classify, TokenClassify
 
 if TYPE_CHECKING:
@@ -38,34 +37,31 @@ def describe(
     Raises:
         CheckpointError: the options ask for a task, a length or dimensions that it does not have.
     """
-    pooler, dense = offer.pooler, offer.outputs["embed"]
+    vectors, dimensions = offer.vectors, offer.pooler.dimensions
     matryoshka = _matryoshka(checkpoint)
-    longest = 0 if matryoshka is None else offer.dimension
-    if pooler.dimensions is not None and pooler.dimensions > longest:
+    longest = 0 if matryoshka is None else vectors.dimension
+    if dimensions is not None and dimensions > longest:
         raise CheckpointError(
-            f"pooler_config.dimensions is {pooler.dimensions}, but {checkpoint.name} does not declare Matryoshka "
-            f"embeddings of that size (its vectors have {offer.dimension}); see hf_overrides is_matryoshka"
+            f"pooler_config.dimensions is {dimensions}, but {checkpoint.name} does not declare Matryoshka "
+            f"embeddings of that size (its vectors have {vectors.dimension}); see hf_overrides is_matryoshka"
         )
-    pooling, use_activation = "+".join(pooler.modes), pooler.use_activation
-    if isinstance(dense, OwnVectors):
-        pooling, use_activation = dense.pooling, dense.use_activation
     classes = _class_info(checkpoint, offer.outputs, options.pooler_config.use_activation)
     info = ModelInfo(
         name=_served_name(checkpoint, options),
         architecture=checkpoint.architecture,
         tasks=tuple(offer.outputs),
         default_task=_default_task(checkpoint, offer, options, str(classes.get("reward") or "reward")),
-        dimension=offer.dimension,
+        dimension=vectors.dimension,
         max_model_len=length,
         max_embed_len=_embed_length(checkpoint, options, length),
-        use_activation=use_activation,
+        use_activation=vectors.use_activation,
         matryoshka=matryoshka,
         similarity=checkpoint.similarity,
         report=replace(
             running,
             source=checkpoint.name,
             revision=checkpoint.revision,
-            pooling=pooling,
+            pooling=vectors.pooling,
             head=checkpoint.head.name,
         ),
         **of_backbone,
@@ -117,9 +113,11 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
     if not isinstance(output, (Classify, TokenClassify)):
         return {"score_types": vectors}
     num_labels, columns = output.classifier.num_labels, _step_columns(outputs)
-    rates = "classify" in outputs and num_labels == 1
     step = len(columns) > 0
-    reward = "classify" if rates else ""
+    score_types: tuple[str, ...] = ()
+    reward = ""
+    if "classify" in outputs and num_labels == 1:
+        score_types, reward = ("cross-encoder", *vectors), "classify"
     if head.kind == "reward" or step:
         reward = next(iter(outputs))
     return {
@@ -127,9 +125,9 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         "labels": _labels(checkpoint, num_labels),
         "activation": output.calibration.activation,
         "classifies": output.calibration.use_activation,
-        "score_types": ("cross-encoder", *vectors) if rates else (),
+        "score_types": score_types,
         "reward": reward,
-        "activates_reward": step if activates is None else activates,
+        "activates_reward": coalesce(activates, step),
         "step": step,
         "columns": columns,
     }
@@ -156,8 +154,8 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """
     listed = getattr(checkpoint.config, "matryoshka_dimensions", None)
     if listed:
-        return tuple(int(dimensions) for dimensions in listed)
+        return tuple(map(int, listed))
     is_declared = getattr(checkpoint.config, "is_matryoshka", None)
     if is_declared is None:
-        is_declared = any("matryoshka" in tag.lower() for tag in checkpoints.card_tags(checkpoint.path))
+        is_declared = "matryoshka" in " ".join(checkpoints.card_tags(checkpoint.path)).lower()
     return () if is_declared else None

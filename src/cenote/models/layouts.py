@@ -39,8 +39,8 @@ class Backbone:
 
     Attributes:
         accepts: names of the parameters of its `forward`.
-        position_offset: added to positions that count from 0 (`padding_idx + 1` in the RoBERTa family).
-        padding_idx: id whose tokens keep position `padding_idx`; RoBERTa treats a literal `<pad>` so.
+        position_offset: added to positions that count from 0. In the RoBERTa family it is `padding_idx + 1`, and tokens
+            with that id, literal `<pad>`, keep position `padding_idx`.
         rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
         device: where the weights are.
     """
@@ -48,7 +48,6 @@ class Backbone:
     model: PreTrainedModel
     accepts: frozenset[str] = field(init=False)
     position_offset: int = 0
-    padding_idx: int | None = None
     rope_class: Callable[[int], int] | None = field(init=False)
     device: torch.device = field(init=False)
 
@@ -63,10 +62,9 @@ class Backbone:
         """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
         if self.rope_class is not None:
             reset_rope(self.model)
-        arguments: dict[str, Any] = {}
-        for name, value in inputs.items():
-            if value is not None and name in self.accepts:
-                arguments[name] = value
+        arguments: dict[str, Any] = {
+            name: value for name, value in inputs.items() if value is not None and name in self.accepts
+        }
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
         with torch.inference_mode():
@@ -165,12 +163,10 @@ class Packed:
 
     def _positioned(self, batch: Batch) -> Batch:
         """Return `batch` with the positions that the model counts."""
-        backbone = self.backbone
-        if not backbone.position_offset:
+        offset = self.backbone.position_offset
+        if not offset:
             return batch
-        positions_T = batch.host_positions_T + backbone.position_offset
-        if backbone.padding_idx is not None:
-            positions_T = _skipping(backbone.padding_idx, positions_T, batch)
+        positions_T = _skipping(offset - 1, batch.host_positions_T + offset, batch)
         return replace(batch, host_positions_T=positions_T)
 
 
@@ -273,7 +269,7 @@ def candidates(model: PreTrainedModel, kernels: Kernels | None = None, *, packed
     """
     offsets = dict.fromkeys((position_offset(model), 0)) if packed else ()
     for offset in offsets:
-        yield Packed(Backbone(model, offset, offset - 1 if offset else None), kernels)
+        yield Packed(Backbone(model, offset), kernels)
     yield Padded(Backbone(model))
     yield Padded(Backbone(model), equal=True)
     yield Padded(Backbone(model), equal=True, size=1)

@@ -28,4 +28,4 @@ def pruned(weights: Iterable[tuple[Tensor, Tensor | None]], top_k: int | None) -
             places_K = weights_N.topk(top_k).indices.sort().values
         values.append(weights_N[places_K])
         indices.append(places_K if ids_N is None else ids_N[places_K])
-    return Rows(torch.cat(values), [len(values_K) for values_K in values], torch.cat(indices))
+    return Rows(torch.cat(values), list(map(len, values)), torch.cat(indices))

@@ -15,6 +15,7 @@ import torch
 
 from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import CenoteError, EngineFailed
+from cenote.models.classifiers import at_none
 from cenote.models.layouts import forward
 from cenote.models.passes import adapters
 from cenote.tasks import TASKS, only_of
@@ -22,7 +23,7 @@ from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -99,21 +100,18 @@ class PoolingModel:
 
     def _place(self, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]]) -> Place | None:
         """Return the only token of each sequence that all these outputs depend on, if there is one."""
-        places = {_place_of(self.outputs[task], batch, members) for (task, _), members in groups.items()}
+        places: set[Place | None] = set()
+        for (task, _), members in groups.items():
+            place = getattr(self.outputs[task], "place", at_none)
+            places.add(place(batch, members))
         return places.pop() if len(places) == 1 else None
 
     def _is_read(self, sequence: Sequence) -> bool:
         """Return whether the model has to read `sequence`: not if a table gives all that is asked of it."""
         if not sequence.looked_up:
             return True
-        outputs = [self.outputs[task] for task in (sequence.task, *sequence.also)]
-        return not all(getattr(output, "looks_up", False) for output in outputs)
-
-
-def _place_of(output: TaskOutput, batch: Batch, members: list[int]) -> Place | None:
-    """Return the only token of each member that `output` depends on, if there is one."""
-    place: Callable[[Batch, list[int]], Place | None] | None = getattr(output, "place", None)
-    return place(batch, members) if place else None
+        tasks = (sequence.task, *sequence.also)
+        return not all(getattr(self.outputs[task], "looks_up", False) for task in tasks)
 
 
 class Part(NamedTuple):

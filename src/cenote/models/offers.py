@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
-from cenote.models.families.family import Loaded, OwnVectors
+from cenote.models.families.family import Loaded, Vectors
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
 
     from transformers import PreTrainedModel
@@ -32,12 +34,17 @@ class Offer:
     Attributes:
         outputs: by task, the one that it is made for first.
         pooler: of its vectors.
-        dimension: length of a vector before any truncation.
     """
 
     outputs: Mapping[str, TaskOutput]
     pooler: Pooler
-    dimension: int
+
+    @property
+    def vectors(self) -> Vectors:
+        """The output of `embed`."""
+        output = self.outputs["embed"]
+        assert isinstance(output, Vectors)
+        return output
 
 
 def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None) -> Offer:
@@ -52,21 +59,19 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
     Raises:
         CheckpointError: a head cannot be run, or the options ask for an output that the checkpoint cannot give.
     """
-    pooler, dimension = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
+    pooler = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
     for step in pooler.steps:
         if isinstance(step, nn.Module):
             step.to(full.device)
     loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
     outputs = checkpoint.family.outputs(loaded)
-    outputs = outputs | _missing(_vectors(pooler), outputs)
-    vectors = outputs["embed"]
-    if isinstance(vectors, OwnVectors):
-        dimension = vectors.dimension
+    for task, output in _vectors(pooler).items():
+        outputs.setdefault(task, output)
     classifier = checkpoint.family.classifier(loaded) or _classifier(checkpoint, full, probe)
     if classifier is not None:
         outputs = _class_outputs(checkpoint, options, classifier) | outputs
     _check_options(checkpoint, options, outputs, has_head=classifier is not None)
-    return Offer(outputs, pooler, dimension)
+    return Offer(outputs, pooler)
 
 
 def _vectors(pooler: Pooler) -> dict[str, TaskOutput]:
@@ -80,24 +85,20 @@ def _vectors(pooler: Pooler) -> dict[str, TaskOutput]:
     return outputs
 
 
-def _missing(outputs: Mapping[str, TaskOutput], there: Mapping[str, TaskOutput]) -> dict[str, TaskOutput]:
-    """Return those of `outputs` whose task is not `there`."""
-    return {task: output for task, output in outputs.items() if task not in there}
-
-
 def _classifier(
     checkpoint: Checkpoint, full: PreTrainedModel, probe: HeadProbe | None
 ) -> classifiers.Classifier | None:
     """Return the head of `checkpoint`, proved, if it classifies and Transformers has a class for it."""
     head = checkpoint.head
-    if head.kind not in ("sequence", "token", "vocabulary"):
+    makers: dict[str, Callable[[PreTrainedModel, HeadProbe], classifiers.Classifier]] = {
+        "sequence": classifiers.of_sequences,
+        "token": classifiers.of_tokens,
+        "vocabulary": partial(classifiers.of_vocabulary, columns=head.columns, difference=head.difference),
+    }
+    if head.kind not in makers:
         return None
     assert probe is not None
-    if head.kind == "sequence":
-        return classifiers.of_sequences(full, probe)
-    if head.kind == "token":
-        return classifiers.of_tokens(full, probe)
-    return classifiers.of_vocabulary(full, probe, head.columns or None, difference=head.difference)
+    return makers[head.kind](full, probe)
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,12 @@ class Steps:
     """STEP pooling of a head.
 
     Attributes:
+        apply: whether tokens are steps at all.
         tag: id of the tokens that get a row; `None` = all do.
     """
 
-    tag: int | None
+    apply: bool
+    tag: int | None = None
 
 
 def _class_outputs(
@@ -122,7 +125,7 @@ def _class_outputs(
     _check_columns(checkpoint, config.returned_token_ids or (), columns)
     rates_inputs, rates_tokens = classifier.whole is not None, classifier.per_token
     if head.kind == "vocabulary":  # a language model's logits rate inputs, or else steps
-        rates_inputs, rates_tokens = steps is None, steps is not None
+        rates_inputs, rates_tokens = not steps.apply, steps.apply
     modes: tuple[str, ...] = ()
     if config.sequence_pooling and classifier.per_token:
         modes = (MODE_OF_TYPE[config.sequence_pooling],)
@@ -134,30 +137,27 @@ def _class_outputs(
             classifier,
             calibration,
             columns,
-            step=steps is not None,
-            step_tag_id=steps.tag if steps else None,
+            step=steps.apply,
+            step_tag_id=steps.tag,
             returned=config.returned_token_ids,
         )
-    if steps or checkpoint.family.rates_tokens:
+    if steps.apply or checkpoint.family.rates_tokens:
         return dict(reversed(outputs.items()))
     return outputs
 
 
 def _calibration(
-    checkpoint: Checkpoint, config: PoolerConfig, classifier: classifiers.Classifier, steps: Steps | None
+    checkpoint: Checkpoint, config: PoolerConfig, classifier: classifiers.Classifier, steps: Steps
 ) -> Calibration:
     """Return the way from logits to values, by the pooler config, else by the checkpoint.
 
     A reward is a number and no probability; a step is rated by the softmax over its classes.
     """
     head = checkpoint.head
-    activate, sigma = config.use_activation, config.logit_sigma
-    if activate is None:
-        activate = head.kind != "reward" or steps is not None
-    if sigma is None:
-        sigma = head.sigma
+    activate = coalesce(config.use_activation, head.kind != "reward" or steps.apply)
     num_labels = len(config.returned_token_ids or range(classifier.num_labels))
-    return Calibration(activation_of(checkpoint, num_labels), activate, config.logit_mean or 0.0, sigma)
+    activation, sigma = activation_of(checkpoint, num_labels), coalesce(config.logit_sigma, head.sigma)
+    return Calibration(activation, activate, config.logit_mean or 0.0, sigma)
 
 
 def _check_columns(checkpoint: Checkpoint, returned: Seq[int], columns: Seq[int]) -> None:
@@ -169,22 +169,23 @@ def _check_columns(checkpoint: Checkpoint, returned: Seq[int], columns: Seq[int]
             )
 
 
-def _steps(checkpoint: Checkpoint, options: ModelConfig) -> Steps | None:
-    """Return the STEP pooling that the options or the family ask for.
+def _steps(checkpoint: Checkpoint, options: ModelConfig) -> Steps:
+    """Return the STEP pooling that the options, or else the family, ask for.
 
     Raises:
         CheckpointError: neither does, but an option is about it, or the vocabulary lacks the family's step tag.
     """
     config, tag = options.pooler_config, checkpoint.family.step_tag
-    if config.token_pooling != "STEP" and (tag is None or config.token_pooling is not None):
+    usual = "ALL" if tag is None else "STEP"
+    if (config.token_pooling or usual) != "STEP":
         _refuse(checkpoint, options, STEP_OPTIONS)
-        return None
+        return Steps(apply=False)
     if config.step_tag_id is not None or tag is None:
-        return Steps(config.step_tag_id)
+        return Steps(True, config.step_tag_id)
     tag_id = checkpoint.tokenizer.get_vocab().get(tag)
     if tag_id is None:
         raise CheckpointError(f"{checkpoint.name}: the vocabulary has no {tag!r}; set pooler_config.step_tag_id")
-    return Steps(tag_id)
+    return Steps(True, tag_id)
 
 
 def _check_options(
@@ -216,8 +217,8 @@ def _refuse(checkpoint: Checkpoint, options: ModelConfig, reasons: Mapping[str, 
             raise CheckpointError(f"pooler_config.{field} {reason.format(name=checkpoint.name)}")
 
 
-def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig) -> tuple[Pooler, int]:
-    """Return the pooler and the length of its vectors.
+def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig) -> Pooler:
+    """Return the pooler.
 
     Each of its fields is as the pooler config says, else as Sentence-Transformers, else as the architecture.
     """
@@ -225,15 +226,13 @@ def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig
     modes = st.modes or (architecture_pooling(model),)
     if config.sequence_pooling:
         modes = (MODE_OF_TYPE[config.sequence_pooling],)
-    if st.modes and st.steps and len(st.modes) != len(modes):
+    if st.steps and len(st.modes) not in (0, len(modes)):
         raise CheckpointError(
             f"the checkpoint's modules expect its own pooling, {'+'.join(st.modes)}; "
             f"{config.sequence_pooling} gives vectors of another size"
         )
-    activation = config.use_activation
-    if activation is None:
-        activation = st.normalizes or not st.modes
-    dimension = checkpoint.width * len(modes)
+    width = checkpoint.width * len(modes)
     if st.steps and st.dimension:
-        dimension = st.dimension
-    return Pooler(modes, st.steps, activation, config.dimensions), dimension
+        width = st.dimension
+    activation = coalesce(config.use_activation, st.normalizes or not st.modes)
+    return Pooler(modes, st.steps, activation, config.dimensions, width)

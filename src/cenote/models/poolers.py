@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.tensors import heads
 from cenote.tensors.pooling import pool
@@ -35,6 +36,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "none": lambda y_RC: y_RC,
 }
+PLACE_OF_MODES: dict[tuple[str, ...], Place] = {("cls",): "first", ("lasttoken",): "last"}
+"""The only token that a way of pooling depends on; see `place_of`."""
 
 
 class Rows(NamedTuple):
@@ -67,24 +70,25 @@ class Pooler:
         steps: the checkpoint's modules after pooling.
         use_activation: whether vectors are normalised unless a request says otherwise.
         dimensions: length to which vectors are cut unless a request says otherwise.
+        width: length of a pooled vector before any truncation.
     """
 
     modes: tuple[str, ...]
     steps: tuple[heads.Step, ...]
     use_activation: bool
     dimensions: int | None
+    width: int = 0
 
     def finish(self, x_RD: Tensor, params: PoolingParams) -> Tensor:
         """Take rows through the modules, cut them and normalise them."""
-        activate = self.use_activation if params.use_activation is None else params.use_activation
+        activate = coalesce(params.use_activation, self.use_activation)
         return heads.apply(self.steps, x_RD, dimensions=params.dimensions or self.dimensions, activate=activate)
 
 
 def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
     """Return the only token of each sequence that pooling by `modes` depends on, if there is one."""
-    if modes == ("cls",) and not batch.skips:
-        return "first"
-    return "last" if modes == ("lasttoken",) else None
+    place = PLACE_OF_MODES.get(modes)
+    return None if place == "first" and batch.skips else place
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,21 @@ class Embed:
     """`embed`: one vector per sequence."""
 
     pooler: Pooler
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return self.pooler.width
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become one vector."""
+        return "+".join(self.pooler.modes)
+
+    @property
+    def use_activation(self) -> bool:
+        """Whether vectors are normalised unless a request says otherwise."""
+        return self.pooler.use_activation
 
     def place(self, batch: Batch, members: list[int]) -> Place | None:
         """Return the only token of each member that the output depends on, if there is one."""
@@ -123,11 +142,11 @@ class TokenEmbed:
             return Rows(self.pooler.finish(rows_RD, params), counts)
         rows, lengths = batch.rows_of(members)
         vectors_RD = self.pooler.finish(x_TD[rows], params)
-        if self.clustering is None or not any(sequence.clusters for sequence in batch.sequences):
+        if self.clustering is None or not batch.clusters:
             return Rows(vectors_RD, lengths)
         by_member = zip(members, torch.split(vectors_RD, lengths), strict=True)
         parts = [self.clustering(part) if batch.sequences[i].clusters else part.cpu() for i, part in by_member]
-        return Rows(torch.cat(parts), [len(part) for part in parts])
+        return Rows(torch.cat(parts), list(map(len, parts)))
 
 
 def _chunk_means(x_TD: Tensor, batch: Batch, members: list[int], size: int) -> tuple[Tensor, list[int]]:
@@ -164,7 +183,7 @@ class Calibration:
         y_RC = logits_RC.float()
         if (self.mean, self.sigma) != (0.0, 1.0):
             y_RC = (y_RC - self.mean) / self.sigma
-        activate = self.use_activation if params.use_activation is None else params.use_activation
+        activate = coalesce(params.use_activation, self.use_activation)
         return ACTIVATIONS[self.activation](y_RC) if activate else y_RC
 
 
@@ -214,15 +233,15 @@ class TokenClassify:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """Rows of the members, `[sum of rows, C]`."""
-        kept = [np.arange(batch.starts[i], batch.starts[i + 1]) for i in members]
-        tag = self.step_tag_id if params.step_tag_id is None else params.step_tag_id
+        kept = batch.host_rows(members)
+        tag = coalesce(params.step_tag_id, self.step_tag_id)
         if self.step and tag is not None:
             kept = [rows[batch.host_ids_T[rows] == tag] for rows in kept]
         logits_RC = self.classifier.rows(x_TD[batch.index(np.concatenate(kept))])
-        token_ids = self.returned if params.returned_token_ids is None else params.returned_token_ids
+        token_ids = coalesce(params.returned_token_ids, self.returned)
         if self.step and token_ids is not None:
-            logits_RC = logits_RC[:, batch.index([self.columns.index(i) for i in token_ids])]
-        return Rows(self.calibration.finish(logits_RC, params), [len(rows) for rows in kept])
+            logits_RC = logits_RC[:, batch.index(list(map(self.columns.index, token_ids)))]
+        return Rows(self.calibration.finish(logits_RC, params), list(map(len, kept)))
 
 
 def activation_of(checkpoint: Files, num_labels: int) -> Activation:
@@ -237,6 +256,7 @@ def activation_of(checkpoint: Files, num_labels: int) -> Activation:
         "single_label_classification": by_count,
         "multi_label_classification": "sigmoid",
     }
+    by_class: dict[str, Activation] = {"Identity": "none", "Sigmoid": by_count, "Softmax": by_count}
     problem = getattr(checkpoint.config, "problem_type", None)
     if problem is not None:
         if problem not in by_problem:
@@ -245,13 +265,13 @@ def activation_of(checkpoint: Files, num_labels: int) -> Activation:
     saved = _saved_activation(checkpoint)
     if saved is None:
         return by_count
-    kind = saved.rpartition(".")[2]
-    if not saved.startswith("torch.nn.modules.") or kind not in ("Identity", "Sigmoid", "Softmax"):
+    activation = by_class.get(saved.rpartition(".")[2])
+    if activation is None or not saved.startswith("torch.nn.modules."):
         raise CheckpointError(
             f"{checkpoint.name} was saved with the activation {saved!r}; honoured are torch.nn's Identity, Sigmoid "
             "and Softmax; hf_overrides problem_type can say which of them to use instead"
         )
-    return "none" if kind == "Identity" else by_count
+    return activation
 
 
 def _saved_activation(checkpoint: Files) -> str | None:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import Sequence
+from cenote.core import Sequence, coalesce
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded, candidates, forward
 from cenote.models.traits import position_offset, position_rows, vocabulary, window
@@ -79,7 +79,7 @@ class Draw:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
         special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        self._ids = torch.tensor([i for i in range(min(vocabulary(model), 5000)) if i not in special] or [0])
+        self._ids = torch.tensor(sorted(set(range(min(vocabulary(model), 5000))) - special) or [0])
         self._end: list[int] = [config.eos_token_id] if getattr(config, "is_encoder_decoder", False) else []
         self._generator = torch.Generator().manual_seed(0)
 
@@ -108,9 +108,13 @@ def distance(actual: Tensor, expected: Tensor, *, among: Tensor | None = None) -
         return float("inf")
     if not actual.numel():
         return 0.0
-    values = expected if among is None else among
-    scale = max(1.0, float(values.abs().max()))
+    scale = max(1.0, float(coalesce(among, expected).abs().max()))
     return float((actual.float() - expected.float()).abs().max()) / scale
+
+
+def fault_beyond(limit: float, moved: float, fault: str) -> str:
+    """Return `fault` if rows moved by more than `limit`, or became NaN; else an empty string."""
+    return "" if moved <= limit else fault
 
 
 def fault_of(check: Callable[[], str]) -> str:
@@ -184,15 +188,14 @@ class Probe:
     def equal(self, rows_TD: Tensor) -> str:
         """Return how rows differ from the model's own, or an empty string."""
         moved = distance(rows_TD, self.rows_TD)
-        if moved <= self.tolerance:
-            return ""
-        return f"differs from the model's own output by {moved:.1e} (allowed {self.tolerance:.1e})"
+        fault = f"differs from the model's own output by {moved:.1e} (allowed {self.tolerance:.1e})"
+        return fault_beyond(self.tolerance, moved, fault)
 
     def equal_at(self, layout: Layout, place: Place) -> str:
         """Return how the rows at `place` differ where `layout` runs for them alone, or an empty string."""
         rows_B = self.batch.rows_at(place)
         moved = distance(forward(layout, self.batch, place)[rows_B], self.rows_TD[rows_B], among=self.rows_TD)
-        return "" if moved <= self.tolerance else f"gives other rows for the {place} tokens, by {moved:.1e}"
+        return fault_beyond(self.tolerance, moved, f"gives other rows for the {place} tokens, by {moved:.1e}")
 
     def cosine(self, rows_TD: Tensor) -> float:
         """Return the mean cosine of rows to the model's own; see `LEAST_COSINE`."""
@@ -217,9 +220,8 @@ class Probe:
         if moved == 0:
             return ""
         rounding = self.rounding(layout)
-        if moved <= min(ROUNDINGS * rounding, self.tolerance):
-            return ""
-        return f"rows move by {moved:.1e} when a neighbour's tokens change, and by {rounding:.1e} by rounding"
+        fault = f"rows move by {moved:.1e} when a neighbour's tokens change, and by {rounding:.1e} by rounding"
+        return fault_beyond(min(ROUNDINGS * rounding, self.tolerance), moved, fault)
 
     def rounding(self, layout: Layout) -> float:
         """Return the distance by which rows move when a sequence runs in a batch of copies of itself.
@@ -246,14 +248,14 @@ def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
     ids = [draw(n) for n in (first, second, max(longest, 1), third, last)]
     other = draw(second)
     # A literal <mask> changes the scale of a whole row in ESM, a literal <pad> the positions in RoBERTa.
-    mask = getattr(model.config, "mask_token_id", None)
-    if isinstance(mask, int) and 0 <= mask < vocabulary(model):
+    mask = getattr(model.config, "mask_token_id", -1)
+    if mask in range(vocabulary(model)):
         other[0] = mask
     if position_offset(model) and third > 2:
         ids[3][1] = position_offset(model) - 1
     # Models that check the length of their input must see a batch longer than their positions.
     rows = position_rows(model)
-    while rows and rows < MOST_REAL_POSITIONS and sum(map(len, ids)) <= rows:
+    while rows in range(sum(map(len, ids)), MOST_REAL_POSITIONS):
         ids.append(draw(len(ids[2])))
     return Probe(model, ids, other, _alone(model))
 
@@ -322,9 +324,10 @@ class HeadProbe:
         """Number of logits of a token or a sequence."""
         return int(self.logits[0].shape[-1])
 
-    def agrees(self, logits: list[Tensor], columns: Seq[int] | None = None) -> bool:
+    def agrees(self, logits: list[Tensor], columns: Seq[int] = ()) -> bool:
         """Return whether logits, one tensor for each sequence, are those of the whole model, or its `columns`."""
-        expected = self.logits if columns is None else [row[..., list(columns)] for row in self.logits]
+        chosen = list(columns) or slice(None)
+        expected = [row[..., chosen] for row in self.logits]
         return distance(_joined(logits), _joined(expected)) <= self._tolerance
 
 
@@ -390,9 +393,8 @@ def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
     fault = fault_of(check)
     if fault:
         return f"{layout.name}: {fault}"
-    if hiding is None:
-        return ""
-    fault = fault_of(partial(hiding.fault, layout))
+    if hiding is not None:
+        fault = fault_of(partial(hiding.fault, layout))
     return f"{layout.name}, with hidden tokens: {fault}" if fault else ""
 
 
@@ -422,7 +424,7 @@ def finite(values: Tensor) -> str:
 def unchanged(run: Callable[[], Tensor], expected: Tensor) -> str:
     """Return how a result in float32 differs from that before a change, or an empty string."""
     moved = distance(run(), expected)
-    return "" if moved <= UNCHANGED else f"moves the result by {moved:.1e} (allowed {UNCHANGED:.1e})"
+    return fault_beyond(UNCHANGED, moved, f"moves the result by {moved:.1e} (allowed {UNCHANGED:.1e})")
 
 
 def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
@@ -444,14 +446,13 @@ def stable(module: nn.Module, runs: list[Callable[[], list[Tensor]]]) -> str:
         changed = [name for name in before | after if not _same(before.get(name), after.get(name))]
         if changed:
             return f"a forward changes {changed[0]}"
-    beside = _run_beside(runs)
-    agree = [i in beside and _close(beside[i], results) for i, results in enumerate(alone)]
-    return "" if all(agree) else "forwards beside each other give something else"
+    agree = all(map(_close, _run_beside(runs), alone))
+    return "" if agree else "forwards beside each other give something else"
 
 
-def _run_beside(runs: list[Callable[[], list[Tensor]]]) -> dict[int, list[Tensor]]:
-    """Run each in a thread of its own, all at a time; return the results by number, without those that fail."""
-    results: dict[int, list[Tensor]] = {}
+def _run_beside(runs: list[Callable[[], list[Tensor]]]) -> list[list[Tensor] | None]:
+    """Run each in a thread of its own, all at a time; return their results, `None` for one that fails."""
+    results: list[list[Tensor] | None] = [None] * len(runs)
     start = threading.Barrier(len(runs))
 
     def work(number: int) -> None:
@@ -466,11 +467,11 @@ def _run_beside(runs: list[Callable[[], list[Tensor]]]) -> dict[int, list[Tensor
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    return dict(results)
+    return list(results)
 
 
-def _close(actual: list[Tensor], expected: list[Tensor]) -> bool:
-    if len(actual) != len(expected):
+def _close(actual: list[Tensor] | None, expected: list[Tensor]) -> bool:
+    if actual is None or len(actual) != len(expected):
         return False
     return all(distance(a, b) <= EQUAL[torch.float32] for a, b in zip(actual, expected, strict=True))
 
@@ -505,12 +506,13 @@ def _shown(value: Any) -> tuple[Any, ...]:
 
 
 def _same(before: Any, after: Any) -> bool:
-    if isinstance(before, tuple) and isinstance(after, tuple):
-        return len(before) == len(after) and all(map(_same, before, after))
     if before is after:
         return True
-    is_plain = isinstance(before, (int, float, str, type(None)))
-    return is_plain and type(before) is type(after) and before == after
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, tuple):
+        return len(before) == len(after) and all(map(_same, before, after))
+    return isinstance(before, (int, float, str)) and before == after
 
 
 def _packed(ids: list[list[int]], device: torch.device, hidden: list[int] | None = None) -> Batch:

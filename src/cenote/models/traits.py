@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe"})
+POSITION_TABLES = (".position_embeddings", ".position_embedding", ".embed_positions", ".wpe")
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -22,18 +22,25 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def position_offset(model: PreTrainedModel) -> int:
     """Return the first position: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
+    table = _embedding(model, ("position_embeddings",))
+    if table is None or table.padding_idx is None:
+        return 0
+    return table.padding_idx + 1
 
 
 def position_rows(model: PreTrainedModel) -> int | None:
     """Number of usable rows of a learned absolute position table, or `None` if the model has none."""
+    table = _embedding(model, POSITION_TABLES)
+    if table is None:
+        return None
+    return table.weight.shape[0] - max(position_offset(model), int(getattr(table, "offset", 0)))
+
+
+def _embedding(model: PreTrainedModel, endings: tuple[str, ...]) -> nn.Embedding | None:
+    """Return the first embedding of `model` whose dotted name ends so."""
     for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if last in POSITION_TABLES and isinstance(module, nn.Embedding):
-            return int(module.weight.shape[0]) - max(position_offset(model), int(getattr(module, "offset", 0)))
+        if f".{name}".endswith(endings) and isinstance(module, nn.Embedding):
+            return module
     return None
 
 
@@ -44,12 +51,11 @@ def rope_class(model: PreTrainedModel) -> Callable[[int], int] | None:
     (`transformers/modeling_rope_utils.py`).
     """
     for module in model.modules():
-        types = getattr(module, "rope_type", None)
-        names = list(map(str, types.values() if isinstance(types, dict) else [types]))
-        if "longrope" in names:
+        types = str(getattr(module, "rope_type", ""))  # one, or a dict with one for each kind of layer
+        if "longrope" in types:
             limit = int(_original_length(module))
             return lambda n: int(n > limit)
-        if any("dynamic" in name for name in names):
+        if "dynamic" in types:
             limit = int(module.original_max_seq_len)  # type: ignore[arg-type]
             return lambda n: max(n, limit)
     return None
@@ -78,4 +84,4 @@ def reset_rope(model: PreTrainedModel) -> None:
 def window(holder: Any) -> int | None:
     """Return the sliding window of a config or a module, in tokens, or `None` if it has none."""
     size = getattr(holder, "sliding_window", None)
-    return size if isinstance(size, int) and not isinstance(size, bool) else None
+    return size if type(size) is int else None

@@ -120,6 +120,11 @@ class Batch:
         return any(sequence.hidden for sequence in self.sequences)
 
     @cached_property
+    def clusters(self) -> bool:
+        """Whether the token vectors of a sequence are joined into fewer."""
+        return any(sequence.clusters for sequence in self.sequences)
+
+    @cached_property
     def _tokens_on_device(self) -> list[Tensor]:
         types = [] if self.host_type_ids_T is None else [self.host_type_ids_T]
         return upload([self.host_ids_T, self.host_positions_T, *types], self.device)
@@ -201,13 +206,17 @@ class Batch:
         )
         return part, self.index(host_rows)
 
+    def host_rows(self, members: Seq[int]) -> list[Ids]:
+        """Return the rows of each of the sequences numbered `members`."""
+        return [np.arange(self.starts[i], self.starts[i + 1]) for i in members]
+
     def rows_of(self, members: Seq[int]) -> tuple[Tensor | slice, list[int]]:
         """Return the kept rows of the sequences numbered `members`, and the number of rows of each."""
         keeps_all = all(sequence.keep is None for sequence in self.sequences)
         if keeps_all and list(members) == list(range(self.size)):
             return slice(None), list(self.lengths)
         rows = [self._kept_rows(i) for i in members]
-        return self.index(np.concatenate(rows)), [len(part) for part in rows]
+        return self.index(np.concatenate(rows)), list(map(len, rows))
 
     def _kept_rows(self, i: int) -> Ids:
         keep = self.sequences[i].keep

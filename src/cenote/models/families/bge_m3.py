@@ -101,7 +101,7 @@ class TokenVectors(TokenEmbed):
         if params.late_chunking_params is not None:
             return super().__call__(x_TD, batch, members, params)
         parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1]] for i in members]
-        return Rows(self.pooler.finish(torch.cat(parts), params), [len(part) for part in parts])
+        return Rows(self.pooler.finish(torch.cat(parts), params), list(map(len, parts)))
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class TokenWeightRows:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """`[sum of T - 2]`."""
         parts = [x_TD[batch.starts[i] + 1 : batch.starts[i + 1] - 1] for i in members]
-        return Rows(self.linear(torch.cat(parts).float()).relu().squeeze(-1), [len(part) for part in parts])
+        return Rows(self.linear(torch.cat(parts).float()).relu().squeeze(-1), list(map(len, parts)))
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return ids of the tokens that carry no weight."""
-    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return tuple(sorted({i for i in ids if i is not None}))
+    ids = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return tuple(sorted(ids - {None}))
 
 
 def _linear(file: Path, width: int) -> nn.Linear:

@@ -119,8 +119,8 @@ class Family:
 
 
 @runtime_checkable
-class OwnVectors(Protocol):
-    """An output of `embed` that is not a pooler's.
+class Vectors(Protocol):
+    """An output of `embed`.
 
     Attributes:
         dimension: length of a vector.

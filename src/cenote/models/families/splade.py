@@ -7,12 +7,13 @@ Router of Sentence-Transformers holds as a `SparseStaticEmbedding`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from cenote.core import Sides
+from cenote.core import Sides, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.convert import Head
@@ -110,17 +111,13 @@ class Splade(Family):
 
 
 def _modules(st: SentenceTransformer) -> tuple[Module | None, Module | None]:
-    """Return the SpladePooling and the module of queries alone.
+    """Return the SpladePooling, and the table of weights for queries alone.
 
     Raises:
         CheckpointError: there is the latter without the former.
     """
-    pooling = query = None
-    for module in st.special:
-        if module.side:
-            query = module
-        elif module.kind == "SpladePooling":
-            pooling = module
+    by_kind = {module.kind: module for module in st.special}
+    pooling, query = by_kind.get("SpladePooling"), by_kind.get("SparseStaticEmbedding")
     if query is not None and pooling is None:
         raise CheckpointError("the queries' SparseStaticEmbedding needs documents with a SpladePooling to compare with")
     return pooling, query
@@ -175,8 +172,8 @@ class Sparse:
 
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """The entries whose weight is not 0, `log(1 + relu(logit))` joined over all tokens, by rising id."""
-        top_k = self.top_k if params.top_k is None else params.top_k
-        return pruned(((weights_V, None) for weights_V in self.dense(x_TD, batch, members)), top_k)
+        top_k = coalesce(params.top_k, self.top_k)
+        return pruned(zip(self.dense(x_TD, batch, members), repeat(None), strict=False), top_k)
 
     def dense(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         """The weight of every vocabulary entry, `[V]` for each sequence in turn."""
@@ -193,7 +190,7 @@ class Sparse:
 
     def _read(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Iterator[Tensor]:
         for chunk in _chunks(batch, members):
-            rows = batch.index(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chunk]))
+            rows = batch.index(np.concatenate(batch.host_rows(chunk)))
             for logits_TV in torch.split(self.logits(x_TD[rows]), [batch.lengths[i] for i in chunk]):
                 yield self._joined(logits_TV)
 
@@ -237,7 +234,7 @@ class DenseSparse:
         if self.sparse.top_k is not None:
             largest = rows_BV.topk(min(self.sparse.top_k, rows_BV.shape[1]))
             rows_BV = torch.zeros_like(rows_BV).scatter(1, largest.indices, largest.values)
-        activate = self.use_activation if params.use_activation is None else params.use_activation
+        activate = coalesce(params.use_activation, self.use_activation)
         return Rows(normalize(rows_BV) if activate else rows_BV)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
@@ -37,7 +38,7 @@ def recognise(files: Files, options: ModelConfig) -> Family:
 
 def hub_files() -> list[str]:
     """Return patterns of the files that some family needs."""
-    return [pattern for family in FAMILIES for pattern in family.hub_files]
+    return list(chain.from_iterable(family.hub_files for family in FAMILIES))
 
 
 def _check_modules(st: SentenceTransformer) -> None:

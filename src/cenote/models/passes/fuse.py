@@ -20,14 +20,17 @@ Then the probe runs again; if its result has moved, kinds are tried one by one, 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cenote.models.layouts import forward
 from cenote.models.passes.patches import Patches
@@ -35,10 +38,10 @@ from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, unchanged
 from cenote.tensors import linear as multiplying
 from cenote.tensors.linear import Narrow
-from cenote.tensors.native import Chain, Step, W
+from cenote.tensors.native import Chain, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
@@ -69,10 +72,9 @@ probe decides whether they are right."""
 
 @dataclass
 class Seen:
-    """Observations of one probe forward.
+    """Observations of one probe forward. But for `linears`, they are of modules without patches and hooks.
 
     Attributes:
-        free: modules without patches and hooks.
         linears: Linears that were called.
         activations: activation modules whose every input is the untouched output of a Linear, with those Linears.
         next: the only Linear that takes the activated output of a Linear.
@@ -81,8 +83,7 @@ class Seen:
         constants: Linears that were called with the same input when the tokens were others, and that input.
     """
 
-    free: set[nn.Module] = field(default_factory=set)
-    linears: list[nn.Linear] = field(default_factory=list)
+    linears: list[nn.Linear]
     activations: dict[nn.Module, list[nn.Linear]] = field(default_factory=dict)
     next: dict[nn.Linear, nn.Linear] = field(default_factory=dict)
     norms: dict[nn.Module, tuple[nn.Linear, nn.LayerNorm]] = field(default_factory=dict)
@@ -100,20 +101,15 @@ def apply(subject: Subject) -> Outcome:
     with shortened_windows(model):
         run, other = (partial(forward, subject.layout, batch) for batch in subject.probe.short)
         fuse(model, run, other, settings.kernels, settings.products, subject.patches, settings.fused or KINDS)
-    paths = {step.linear: step.weights.path for step in steps(subject.patches) if isinstance(step.weights, Narrow)}
+    paths = [weights.path for weights in packed(subject.patches).values() if isinstance(weights, Narrow)]
     if not paths:
         return Outcome()
-    path = next(iter(paths.values()))
-    return Outcome(f"{len(paths)} of {count(model)} in {multiplying.PATHS[path].text}")
+    return Outcome(f"{len(paths)} of {count(model)} in {multiplying.PATHS[paths[0]].text}")
 
 
 def undo(subject: Subject) -> None:
     """Give every Linear its matrix back."""
-    products = subject.settings.products
-    weights = {step.linear: step.weights for step in steps(subject.patches)}
-    for linear, packed in weights.items():
-        if linear is not None and products is not None:
-            _unpack(linear, packed, products)
+    _Matrices(subject.settings.products, packed(subject.patches)).unpack()
     subject.patches.remove(NAME)
 
 
@@ -123,14 +119,15 @@ def chains(patches: Patches) -> dict[nn.Module, Chain[Any]]:
     return {module: forward for module, forward in forwards.items() if isinstance(forward, Chain)}
 
 
-def steps(patches: Patches) -> list[Step[Any]]:
-    """Return the Linears of all chains. One that begins a block's chain is in the chain of its own module, too."""
-    return [step for chain in chains(patches).values() for step in chain.steps]
+def packed(patches: Patches) -> dict[nn.Linear, Any]:
+    """Return the packed weights of the Linears in all chains. A Linear may be in its block's chain and in its own."""
+    steps = chain.from_iterable(x.steps for x in chains(patches).values())
+    return {step.linear: step.weights for step in steps}  # type: ignore[misc]
 
 
 def count(model: nn.Module) -> int:
     """Return the number of layers that multiply by a matrix."""
-    return sum(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in model.modules())
+    return sum(isinstance(x, (nn.Linear, Conv1D)) for x in model.modules())
 
 
 def uses(model: nn.Module) -> Counter[int]:
@@ -144,9 +141,11 @@ def uses(model: nn.Module) -> Counter[int]:
 def leave_file(model: nn.Module) -> None:
     """Copy all weights but those of Linears, which fusing copies: a single one left keeps the mapped file in memory."""
     for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (type(module) is not nn.Linear or name != "weight"):
-                tensor.data = tensor.data.clone()
+        tensors = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+        if type(module) is nn.Linear:
+            tensors.pop("weight", None)
+        for tensor in tensors.values():
+            tensor.data = tensor.data.clone()
 
 
 @torch.inference_mode()
@@ -176,11 +175,45 @@ def fuse(
     patches = patches or Patches(model)
     check = partial(unchanged, probe, probe().clone())
     seen = _observe(model, probe, patches)
-    seen.constants = _constants(model, probe, other)
-    packed = {} if products is None else {x: _pack(x, products) for x in _packable(model, seen, patches)}
-    trials = _Trials(seen, packed, kernels, products, patches, check)
+    seen.constants = _constants(list(filter(patches.is_free, seen.linears)), probe, other)
+    matrices = _Matrices(products)
+    matrices.pack(_packable(model, seen, patches))
+    trials = _Trials(seen, matrices, kernels, patches, check)
     kept = trials.run(kinds)
     return trials.one_by_one(kinds) if kept is None else kept
+
+
+@dataclass
+class _Matrices:
+    """The packed matrices of Linears.
+
+    Attributes:
+        products: multiplies by them; `None` = nothing is packed.
+        weights: in the order of `products`.
+    """
+
+    products: Products[Any] | None
+    weights: dict[nn.Linear, Any] = field(default_factory=dict)
+
+    def pack(self, linears: Iterable[nn.Linear]) -> None:
+        """Pack the matrices of `linears`, and leave only their shapes behind."""
+        if self.products is None:
+            return
+        for linear in linears:
+            self.weights[linear] = self.products.pack(linear.weight, linear.bias)
+            linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+
+    def unpack(self) -> None:
+        """Give the Linears their matrices back."""
+        for linear, weights in self.weights.items():
+            assert self.products is not None
+            linear.weight = nn.Parameter(self.products.unpack(weights), requires_grad=False)
+        self.weights = {}
+
+    def chain(self, steps: tuple[Step[Any], ...]) -> Chain[Any]:
+        """Return a chain of Linears with packed matrices."""
+        assert self.products is not None
+        return self.products.chain(steps)
 
 
 @dataclass
@@ -188,14 +221,12 @@ class _Trials:
     """Changes that are installed, and taken back where the output of the model moves.
 
     Attributes:
-        packed: weights of Linears, in the order of `products`.
         check: returns a fault if the output has moved.
     """
 
     seen: Seen
-    packed: dict[nn.Linear, Any]
+    matrices: _Matrices
     kernels: Kernels | None
-    products: Products[Any] | None
     patches: Patches
     check: Callable[[], str]
 
@@ -206,7 +237,7 @@ class _Trials:
             The kinds of which the model has any; `None` if the output moved.
         """
         before = self.patches.of(NAME)
-        plan = _Plan(self.seen, self.packed, self.kernels, self.products)
+        plan = _Plan(self.seen, self.matrices, self.kernels)
         plan.make(kinds)
         self.patches.put(NAME, plan.forwards)
         fault = fault_of(self.check) or fault_of(self.check)  # the second forward meets remains of the first
@@ -224,58 +255,39 @@ class _Trials:
             if tried is not None:
                 kept = tried
             elif kind == "packed":
-                self._unpack_all()
+                self.matrices.unpack()
         return kept
-
-    def _unpack_all(self) -> None:
-        if self.products is not None:
-            for linear, weights in self.packed.items():
-                _unpack(linear, weights, self.products)
-        self.packed = {}
 
 
 class _Plan:
-    """The `forward` of each module that changes replace; one method for each kind, in the order of `KINDS`.
+    """The `forward` of each module that changes replace; one method for each kind, see `CHANGES`.
 
     Attributes:
         forwards: by module.
         counts: number of changes of each kind.
     """
 
-    def __init__(
-        self,
-        seen: Seen,
-        packed: Mapping[nn.Linear, Any],
-        kernels: Kernels | None,
-        products: Products[Any] | None,
-    ) -> None:
+    def __init__(self, seen: Seen, matrices: _Matrices, kernels: Kernels | None) -> None:
         self._seen = seen
+        self._matrices = matrices
         self._kernels = kernels
-        self._products = products
         self._steps: dict[nn.Linear, tuple[Step[Any], ...]] = {
-            linear: (Step(weights, linear=linear),) for linear, weights in packed.items()
+            linear: (Step(weights, linear=linear),) for linear, weights in matrices.weights.items()
         }
         self.forwards: Forwards = {}
-        self.counts = Counter(packed=len(packed))
+        self.counts = Counter(packed=len(matrices.weights))
 
     def make(self, kinds: tuple[str, ...]) -> None:
-        """Plan changes of these kinds."""
-        for kind in ("activated", "chained"):
-            if kind in kinds:
-                getattr(self, kind)()
-        if self._products is not None:
-            for linear, steps in self._steps.items():
-                self.forwards[linear] = self._products.chain(steps)
-        for kind in ("normalised", "in one pass", "in place", "remembered"):
-            if kind in kinds:
-                getattr(self, kind.replace(" ", "_"))()
+        """Plan changes of these kinds; Linears that are packed run packed whatever the kinds."""
+        for kind, change in CHANGES.items():
+            if kind in ("packed", *kinds):
+                change(self)
 
     def activated(self) -> None:
         """A Linear activates its output, and the activation module passes its input on."""
-        fusible = self._seen.free & self._steps.keys()
         for activation, linears in self._seen.activations.items():
             name, _ = ACTIVATIONS[type(activation).__name__]
-            if not name or not fusible.issuperset(linears):
+            if not name or not self._steps.keys() >= set(linears):
                 continue
             self.forwards[activation] = _identity
             self.counts["activated"] += 1
@@ -288,70 +300,72 @@ class _Plan:
         steps = self._steps
         for first, second in self._seen.next.items():
             is_activated = first in steps and steps[first][-1].activation
-            if is_activated and second in steps and second in self._seen.free:
+            if is_activated and second in steps:
                 self.forwards[first] = _identity
                 self.counts["chained"] += 1
                 steps[second] = (*steps.pop(first), *steps[second])
 
+    def packed(self) -> None:
+        """Linears, or chains of them, multiply by packed matrices."""
+        for linear, steps in self._steps.items():
+            self.forwards[linear] = self._matrices.chain(steps)
+
     def normalised(self) -> None:
         """A block ends its Linear's chain with its residual and its LayerNorm."""
-        if self._products is None:
-            return
         for block, (linear, norm) in self._seen.norms.items():
             steps = self._steps.get(linear)
-            if steps is None or steps[-1].activation or linear not in self._seen.free:
-                continue
-            self.forwards[block] = self._products.chain((*steps[:-1], replace(steps[-1], norm=norm)))
-            self.counts["normalised"] += 1
+            if steps is not None and not steps[-1].activation:
+                self.forwards[block] = self._matrices.chain((*steps[:-1], replace(steps[-1], norm=norm)))
+                self.counts["normalised"] += 1
 
     def in_one_pass(self) -> None:
         """RMSNorm by one kernel."""
         if self._kernels is None:
             return
         for module, gamma_D in self._seen.scales.items():
-            if module in self._seen.free:
-                self.forwards[module] = partial(self._kernels.rms_norm, gamma_D=gamma_D, epsilon=_epsilon(module))
-                self.counts["in one pass"] += 1
+            self.forwards[module] = partial(self._kernels.rms_norm, gamma_D=gamma_D, epsilon=_epsilon(module))
+            self.counts["in one pass"] += 1
 
     def in_place(self) -> None:
         """Activations that remain overwrite their input."""
-        for activation, linears in self._seen.activations.items():
-            if activation not in self.forwards and self._seen.free.issuperset(linears):
+        for activation in self._seen.activations:
+            if activation not in self.forwards:
                 self.forwards[activation] = ACTIVATIONS[type(activation).__name__][1]
                 self.counts["in place"] += 1
 
     def remembered(self) -> None:
         """A Linear that always gets the same input keeps its output."""
         for linear, x_1RI in self._seen.constants.items():
-            if linear in self._seen.free:
-                self.forwards[linear] = Remembered(self.forwards.get(linear, linear.forward), x_1RI)
-                self.counts["remembered"] += 1
+            self.forwards[linear] = Remembered(self.forwards.get(linear, linear.forward), x_1RI)
+            self.counts["remembered"] += 1
+
+
+CHANGES: dict[str, Callable[[_Plan], None]] = {
+    "activated": _Plan.activated,
+    "chained": _Plan.chained,
+    "packed": _Plan.packed,
+    "normalised": _Plan.normalised,
+    "in one pass": _Plan.in_one_pass,
+    "in place": _Plan.in_place,
+    "remembered": _Plan.remembered,
+}
+"""By kind, in the order in which they are planned: a Linear is packed with all that it runs."""
 
 
 def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
     """Watch one forward."""
-    watch, handles = _Watch(), []
-    try:
+    watch = _Watch()
+    with ExitStack() as hooks:
         for module in model.modules():
-            if _is_watched(module):
-                handles.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
-                handles.append(module.register_forward_hook(watch.after))
+            hook = watch.hook(module)
+            if hook is not None:
+                hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         probe()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return watch.seen({module for module in model.modules() if patches.is_free(module)})
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Return whether a change may concern `module`."""
-    if type(module) in (nn.Linear, nn.LayerNorm) or type(module).__name__ in ACTIVATIONS:
-        return True
-    return _block(module) is not None or bool(_epsilon(module))
+    return watch.seen(set(filter(patches.is_free, model.modules())))
 
 
 class _Watch:
-    """Follows tensors through a forward, by the hooks `before` and `after`.
+    """Follows tensors through a forward, by hooks that note calls.
 
     Lists have an entry for each call of the module, `None` where that call rules a change out.
     """
@@ -359,68 +373,92 @@ class _Watch:
     def __init__(self) -> None:
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of them
         self._outputs: dict[int, nn.Linear] = {}
-        self._activated: dict[int, nn.Linear] = {}
+        self._activated: dict[int, nn.Linear | None] = {}
         self._calls: Counter[nn.Linear] = Counter()
-        self._activations: Counter[nn.Linear] = Counter()
-        self._sources: dict[nn.Module, list[nn.Linear | None]] = {}
-        self._targets: dict[nn.Linear, list[nn.Linear]] = {}
+        self._activations: Counter[nn.Linear | None] = Counter()
+        self._sources: defaultdict[nn.Module, list[nn.Linear | None]] = defaultdict(list)
+        self._targets: defaultdict[nn.Linear, list[nn.Linear]] = defaultdict(list)
         self._inputs: dict[nn.Module, tuple[Any, ...]] = {}
-        self._norms: dict[nn.Module, list[tuple[nn.Linear, nn.LayerNorm] | None]] = {}
-        self._scales: dict[nn.Module, list[Tensor | None]] = {}
+        self._norms: defaultdict[nn.Module, list[tuple[nn.Linear, nn.LayerNorm] | None]] = defaultdict(list)
+        self._scales: defaultdict[nn.Module, list[Tensor | None]] = defaultdict(list)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the input of a module."""
-        self._inputs[module] = () if kwargs else args
-        if isinstance(module, nn.Linear) and id(args[0]) in self._activated:
-            self._targets.setdefault(self._activated[id(args[0])], []).append(module)
-        elif type(module).__name__ in ACTIVATIONS:
-            source = self._outputs.get(id(args[0])) if len(args) == 1 else None
-            self._sources.setdefault(module, []).append(source)
-            if source is not None:
-                self._activations[source] += 1
+    def hook(self, module: nn.Module) -> Callable[..., None] | None:
+        """Return the hook that notes a call of `module`, if a change may concern it."""
+        if type(module) is nn.Linear:
+            return self._linear
+        if type(module).__name__ in ACTIVATIONS:
+            return self._activation
+        if type(module) is nn.LayerNorm:
+            return self._norm
+        if _epsilon(module):
+            return self._scaling
+        block = _block(module)
+        return None if block is None else partial(self._block, *block)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note the output of a module."""
-        if isinstance(module, nn.Linear):
-            self._calls[module] += 1
-            self._alive.append(output)
-            self._outputs[id(output)] = module
-        elif type(module).__name__ in ACTIVATIONS:
-            source = self._sources[module][-1]
-            if source is not None:
-                self._alive.append(output)
-                self._activated[id(output)] = source
-        elif _epsilon(module):
-            self._scales.setdefault(module, []).append(_scale(module, args, output))
-        else:
-            self._note_block(module, output)
+    def _linear(self, module: nn.Linear, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
+        self._inputs[module] = args
+        before = self._activated.get(id(args[0]))
+        if before is not None:
+            self._targets[before].append(module)
+        self._calls[module] += 1
+        self._alive.append(output)
+        self._outputs[id(output)] = module
 
-    def _note_block(self, module: nn.Module, output: Any) -> None:
-        pair = _block(module)
-        if pair is not None:
-            adds = _adds(self._inputs, module, *pair, output)
-            self._norms.setdefault(module, []).append(pair if adds else None)
+    def _activation(self, module: nn.Module, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
+        source = self._outputs.get(id(args[0])) if len(args) == 1 else None
+        self._sources[module].append(source)
+        self._activations[source] += 1
+        self._alive.append(output)
+        self._activated[id(output)] = source
+
+    def _norm(self, module: nn.LayerNorm, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
+        self._inputs[module] = args
+
+    def _scaling(self, module: nn.Module, args: tuple[Any, ...], _: dict[str, Any], output: Any) -> None:
+        self._scales[module].append(_scale(module, args, output))
+
+    def _block(
+        self,
+        linear: nn.Linear,
+        norm: nn.LayerNorm,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """Note whether the output is `norm(linear(first argument) + second argument)`."""
+        of_linear, of_norm = self._inputs.get(linear, ()), self._inputs.get(norm, ())
+        adds = (
+            (len(args), len(kwargs), len(of_linear), len(of_norm)) == (2, 0, 1, 1)
+            and of_linear[0] is args[0]
+            and torch.equal(of_norm[0], linear.forward(args[0]) + args[1])
+            and torch.equal(output, norm.forward(of_norm[0]))
+        )
+        self._norms[module].append((linear, norm) if adds else None)
 
     def seen(self, free: set[nn.Module]) -> Seen:
         """Return the observations; `free` are the modules without patches and hooks."""
-        seen = Seen(free, list(self._calls))
+        seen = Seen(list(self._calls))
+        fusible = free & {x for x, calls in self._calls.items() if self._activations[x] == calls}
         for activation, linears in _complete(self._sources).items():
-            is_only_use = all(self._activations[x] == self._calls[x] for x in linears)
-            if is_only_use and activation in free:
+            if activation in free and fusible.issuperset(linears):
                 seen.activations[activation] = list(dict.fromkeys(linears))
         for first, seconds in self._targets.items():
             second = seconds[0]
-            if set(seconds) == {second} and len(seconds) == self._calls[first] == self._calls[second]:
+            is_pair = seconds.count(second) == len(seconds) == self._calls[first] == self._calls[second]
+            if is_pair and second in free:
                 seen.next[first] = second
-        seen.norms = {block: pairs[0] for block, pairs in _complete(self._norms).items()}
-        seen.scales = {module: factors[0] for module, factors in _complete(self._scales).items()}
+        for block, pairs in _complete(self._norms).items():
+            linear, norm = pairs[0]
+            if linear in free:
+                seen.norms[block] = (linear, norm)
+        seen.scales = {module: factors[0] for module, factors in _complete(self._scales).items() if module in free}
         return seen
 
 
 def _complete(calls: Mapping[nn.Module, list[T | None]]) -> dict[nn.Module, list[T]]:
     """Return the modules whose calls all have an entry, with those entries."""
-    entries = {module: [x for x in values if x is not None] for module, values in calls.items()}
-    return {module: values for module, values in entries.items() if len(values) == len(calls[module])}
+    return {module: values for module, values in calls.items() if None not in values}  # type: ignore[misc]
 
 
 class Remembered:
@@ -445,31 +483,30 @@ def _without_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward.plain if isinstance(forward, Remembered) else forward
 
 
-def _constants(model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor]) -> dict[nn.Linear, Tensor]:
-    """Return the Linears that are called with the same input in both forwards, and that input."""
-    first, second = _linear_inputs(model, probe), _linear_inputs(model, other)
+def _constants(
+    linears: Iterable[nn.Linear], probe: Callable[[], Tensor], other: Callable[[], Tensor]
+) -> dict[nn.Linear, Tensor]:
+    """Return those of `linears` that are called with the same input in both forwards, and that input."""
+    first, second = _linear_inputs(linears, probe), _linear_inputs(linears, other)
     constants = {}
     for linear, inputs in first.items():
-        same = [x for x in inputs if any(_are_equal(x, y) for y in second.get(linear, ()))]
-        if same:
-            constants[linear] = same[0]
+        equal = [x for x, y in product(inputs, second[linear]) if _are_equal(x, y)]
+        if equal:
+            constants[linear] = equal[0]
     return constants
 
 
-def _linear_inputs(model: nn.Module, run: Callable[[], Tensor]) -> dict[nn.Linear, list[Tensor]]:
+def _linear_inputs(linears: Iterable[nn.Linear], run: Callable[[], Tensor]) -> dict[nn.Linear, list[Tensor]]:
     """Return the inputs that each Linear gets in a forward."""
-    inputs: dict[nn.Linear, list[Tensor]] = {}
+    inputs: defaultdict[nn.Linear, list[Tensor]] = defaultdict(list)
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        inputs.setdefault(module, []).append(args[0])
+    def before(module: nn.Linear, args: tuple[Any, ...]) -> None:
+        inputs[module].append(args[0])
 
-    handles = [x.register_forward_pre_hook(before) for x in model.modules() if type(x) is nn.Linear]
-    try:
+    with ExitStack() as hooks:
+        for linear in linears:
+            hooks.enter_context(linear.register_forward_pre_hook(before))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 
@@ -480,42 +517,25 @@ def _are_equal(x: Tensor, y: Tensor) -> bool:
 def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:
     """Return the Linear and the LayerNorm of a module that has one of each and otherwise nothing but dropout."""
     parts = [x for x in module.children() if not isinstance(x, (nn.Dropout, nn.Identity))]
-    if len(parts) != 2:
+    if Counter(map(type, parts)) != Counter((nn.Linear, nn.LayerNorm)):
         return None
     linear, norm = sorted(parts, key=lambda x: type(x) is nn.LayerNorm)
-    if type(linear) is not nn.Linear or type(norm) is not nn.LayerNorm:
-        return None
-    is_affine = norm.weight is not None and norm.bias is not None
-    return (linear, norm) if is_affine else None
-
-
-def _adds(
-    inputs: Mapping[nn.Module, tuple[Any, ...]], block: nn.Module, linear: nn.Linear, norm: nn.LayerNorm, output: Any
-) -> bool:
-    """Return whether the last output of a block is `norm(linear(first argument) + second argument)`."""
-    of_block, of_linear, of_norm = (inputs.get(x, ()) for x in (block, linear, norm))
-    return (
-        (len(of_block), len(of_linear), len(of_norm)) == (2, 1, 1)
-        and of_linear[0] is of_block[0]
-        and torch.equal(of_norm[0], linear.forward(of_block[0]) + of_block[1])
-        and torch.equal(output, norm.forward(of_norm[0]))
-    )
+    return None if norm.bias is None else (linear, norm)  # type: ignore[return-value]
 
 
 def _epsilon(module: nn.Module) -> float:
-    """Return the epsilon of a module that has one vector as its only parameter; 0 for any other module."""
-    parameters = list(module._parameters.values())
-    dimensions = [x.dim() for x in parameters if x is not None]
-    if len(parameters) != 1 or dimensions != [1] or module._buffers or module._modules:
-        return 0.0
-    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-    return epsilon if isinstance(epsilon, float) else 0.0
+    """Return the epsilon of a module that holds one vector and nothing else; 0 for any other module."""
+    match [*module._parameters.values(), *module._buffers.values(), *module._modules.values()]:
+        case [nn.Parameter(ndim=1)]:
+            epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+            return epsilon if isinstance(epsilon, float) else 0.0
+    return 0.0
 
 
 def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """Return `factors` if `output` is `args[0] / root mean square * factors`: the module's vector, or 1 + that."""
     (weight,) = module.parameters()
-    if len(args) != 1 or not _is_plain(weight) or args[0].shape[-1:] != weight.shape:
+    if len(args) != 1 or not _is_plain(module) or args[0].shape[-1:] != weight.shape:
         return None
     for gamma in (weight, 1 + weight):
         expected = F.rms_norm(args[0].double(), weight.shape, gamma.double(), _epsilon(module))
@@ -524,28 +544,16 @@ def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
     return None
 
 
-def _is_plain(x: Tensor | None) -> bool:
-    """Return whether the native kernels take these weights: float32 on the CPU, or none."""
-    return x is None or (x.dtype, x.device.type) == (torch.float32, "cpu")
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether the native kernels take the weights of `module`: all of them are float32 on the CPU."""
+    return {(x.dtype, x.device.type) for x in module.parameters()} == {(torch.float32, "cpu")}
 
 
 def _packable(model: nn.Module, seen: Seen, patches: Patches) -> list[nn.Linear]:
     """Return the Linears whose matrix nothing but their own, original `forward` reads."""
     times = uses(model)
-    linears = [x for x in seen.linears if times[id(x.weight)] == 1 and not patches.replaces(x)]
-    return [x for x in linears if _is_plain(x.weight) and _is_plain(x.bias)]
-
-
-def _pack(linear: nn.Linear, products: Products[W]) -> W:
-    """Return the packed weights of `linear`, and leave only the shape of its matrix behind."""
-    packed = products.pack(linear.weight, linear.bias)
-    linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
-    return packed
-
-
-def _unpack(linear: nn.Linear, packed: W, products: Products[W]) -> None:
-    """Give `linear` its matrix back."""
-    linear.weight = nn.Parameter(products.unpack(packed), requires_grad=False)
+    linears = [x for x in seen.linears if _is_plain(x) and not patches.replaces(x)]
+    return [x for x in linears if times[id(x.weight)] == 1]
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from cenote.models.layouts import Packed
@@ -11,7 +13,10 @@ from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, turned
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from cenote.models.passes.subject import Subject
+    from cenote.models.probe import Probe
 
 LAUNCH_SECONDS = 2e-5
 """Time of the host for a module without parts: Python around one kernel or two."""
@@ -48,19 +53,24 @@ def undo(subject: Subject) -> None:
 def worthwhile_tokens(model: nn.Module) -> int:
     """Return the tokens up to which a forward takes longer to launch than to run."""
     leaves = [x for x in model.modules() if not list(x.children())]
-    multiplying = [x for x in leaves if not isinstance(x, nn.Embedding)]
-    multiplied = sum(parameter.numel() for x in multiplying for parameter in x.parameters())
+    weights = chain.from_iterable(x.parameters() for x in leaves if not isinstance(x, nn.Embedding))
+    multiplied = sum(map(torch.numel, weights))
     return min(int(len(leaves) * LAUNCH_SECONDS * GPU_FLOPS / (2 * multiplied)), MOST_TOKENS)
 
 
 def _fault(subject: Subject, layout: Packed, max_tokens: int) -> str:
     """Return why forwards cannot be replayed, or an empty string; `layout` records from now on."""
-    probe = subject.probe
     with shortened_windows(subject.backbone):
-        other = turned(probe, layout)
+        probes = (subject.probe, turned(subject.probe, layout))
         layout.record(max_tokens)
-        assert layout.graphs is not None
-        fault = probe.fault(layout) or other.fault(layout) or layout.graphs.fault
-        for place in layout.places:
-            fault = fault or probe.equal_at(layout, place) or other.equal_at(layout, place)
-    return fault
+        return next(filter(None, _faults(layout, probes)), "")
+
+
+def _faults(layout: Packed, probes: Iterable[Probe]) -> Iterator[str]:
+    """Yield the result of every proof; empty strings are no faults."""
+    for probe in probes:
+        yield probe.fault(layout)
+    assert layout.graphs is not None
+    yield layout.graphs.fault
+    for probe, place in product(probes, layout.places):
+        yield probe.equal_at(layout, place)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NAME = "narrow"
 NEEDS = ("packed",)
 """Kinds of fusing without which no weights can be narrowed."""
+KIND_OF_DTYPE: dict[torch.dtype, Kind] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing | None:
@@ -51,7 +52,7 @@ def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narro
     """
     kinds: list[Kind] = ["int8"] if int8 else []
     if dtype is not None:
-        kinds.append("bfloat16" if dtype == torch.bfloat16 else "float16")
+        kinds.append(KIND_OF_DTYPE[dtype])
     if not kinds:
         return None
     try:
