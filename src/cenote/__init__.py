@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
+    from cenote.models.families.own import ModelForPooling
     from cenote.pipeline.plugins import IOProcessor
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CenoteError",
     "IOProcessor",
     "LateChunkingParams",
+    "ModelForPooling",
     "PoolerConfig",
     "PoolingParams",
     "default_pooling_type",
@@ -34,6 +36,7 @@ _HOMES = {
     "CenoteError": "cenote.errors",
     "IOProcessor": "cenote.pipeline.plugins",
     "LateChunkingParams": "cenote.core",
+    "ModelForPooling": "cenote.models.families.own",
     "PoolerConfig": "cenote.config",
     "PoolingParams": "cenote.core",
     "default_pooling_type": "cenote.models.convert",

@@ -358,6 +358,8 @@ class Report:
     Attributes:
         source: folder or hub id that the model was loaded from.
         revision: commit on the hub; `None` = it comes from a folder.
+        model_class: Transformers' class that runs.
+        family: kind of checkpoint that is more than a backbone; empty = it is not.
         pooling: how rows become a vector.
         head: where the head comes from; empty if there is none.
         dtype: of weights and activations, without the "torch.".
@@ -372,6 +374,8 @@ class Report:
 
     source: str = ""
     revision: str | None = None
+    model_class: str = ""
+    family: str = ""
     pooling: str = ""
     head: str = ""
     dtype: str = "float32"
@@ -400,6 +404,7 @@ class ModelInfo:
         labels: names of the classes in order; empty if the checkpoint names none.
         activation: function from a classifier's logits to its output: "softmax", "sigmoid" or "none".
         classifies: whether `activation` is applied unless a request says otherwise.
+        vector_task: task of requests for embeddings that name none.
         score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
             "late-interaction".
         similarity: how embeddings are compared where pairs are rated by them.
@@ -424,6 +429,7 @@ class ModelInfo:
     labels: tuple[str, ...] = ()
     activation: str = "none"
     classifies: bool = True
+    vector_task: str = "embed"
     score_types: tuple[str, ...] = ()
     similarity: Similarity = Similarity()
     reward: str = ""

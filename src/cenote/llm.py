@@ -130,8 +130,11 @@ class LLM:
         prompt: str | None = None,
         prompt_name: str | None = None,
         input_type: str | None = None,
-    ) -> list[EmbeddingRequestOutput]:
+    ) -> list[EmbeddingRequestOutput] | list[PoolingRequestOutput[PoolingOutput]]:
         """Return one embedding per prompt, in order.
+
+        A model whose embeddings are token vectors (ColBERT, or any with `pooler_config.task` "token_embed") gives the
+        matrices of `encode`; with late chunking every model does.
 
         Args:
             prompts: text, token ids, `{"prompt": ...}`, `{"prompt_token_ids": ...}`, or a list of those.
@@ -146,12 +149,15 @@ class LLM:
             BadRequest: a `ValueError`: an argument or a prompt is wrong.
         """
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
+        task = self._vector_task(pooling_params)
         results = self._run(
             prompts,
             pooling_params,
             use_tqdm,
-            lambda part, params: operations.encode(self._service, part, "embed", params, options),
+            lambda part, params: operations.encode(self._service, part, task, params, options),
         )
+        if task == "token_embed":
+            return self._tensors(results)
         return [
             EmbeddingRequestOutput(
                 request_id=self._number(),
@@ -511,6 +517,12 @@ class LLM:
     def _number(self) -> str:
         """Return the number of the next output."""
         return str(next(self._numbers))
+
+    def _vector_task(self, params: PoolingParams | Seq[PoolingParams] | None) -> str:
+        """Return the task of `embed`: "token_embed" if the model or the parameters are about tokens, else "embed"."""
+        each = [params] if isinstance(params, PoolingParams) else params or ()
+        is_late = any(one.late_chunking_params for one in each)
+        return "token_embed" if is_late or self.info.vector_task == "token_embed" else "embed"
 
     def _tensors(self, results: list[tuple[Sequence, Output]]) -> list[PoolingRequestOutput[PoolingOutput]]:
         return [

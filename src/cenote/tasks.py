@@ -25,26 +25,34 @@ class Task:
         granularity: "sequence" gives one row per input, "token" one row per token.
         params: names of the `PoolingParams` fields that the task takes.
         doc: the result, in words.
+        way: name of the way to score pairs by its results (`cenote.pipeline.ranking.WAYS`); empty = there is none.
+        kind: name of its results as a kind of embeddings, as requests spell it; empty = they are none.
     """
 
     name: str
     granularity: Literal["sequence", "token"]
     params: tuple[str, ...]
     doc: str
+    way: str = ""
+    kind: str = ""
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("embed", "sequence", ("dimensions", "use_activation"), "one vector [D] per input"),
+        Task("embed", "sequence", ("dimensions", "use_activation"), "one vector [D] per input", "bi-encoder", "dense"),
         Task(
             "token_embed",
             "token",
             ("dimensions", "use_activation", "late_chunking_params"),
             "one matrix [T, D] per input; with late chunking one row per chunk",
+            "late-interaction",
+            "colbert",
         ),
-        Task("sparse", "sequence", ("top_k",), "vocabulary entries and their weights [K] per input"),
-        Task("classify", "sequence", ("use_activation",), "probabilities or scores [C] per input"),
+        Task(
+            "sparse", "sequence", ("top_k",), "vocabulary entries and their weights [K] per input", "sparse", "sparse"
+        ),
+        Task("classify", "sequence", ("use_activation",), "probabilities or scores [C] per input", "cross-encoder"),
         Task(
             "token_classify",
             "token",
@@ -53,6 +61,9 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+KINDS: dict[str, str] = {task.kind: task.name for task in TASKS.values() if task.kind}
+"""Kinds of embeddings that requests may name, and the task of each."""
 
 REMOVED: dict[str, str] = {
     "score": "`score` task was removed; use `classify` instead.",

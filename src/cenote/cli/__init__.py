@@ -1,4 +1,5 @@
-"""The command line. `cenote serve` starts a server, `cenote engine` runs a model for servers, `cenote bench` measures.
+"""The command line: `cenote serve` starts a server, `cenote engine` runs a model for servers, `cenote bench` measures,
+`cenote info` tells how a checkpoint is read.
 
 Flags are made from the fields of `cenote.config`.
 """
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
             from cenote.cli import host
 
             return host.run(arguments)
+        if arguments["command"] == "info":
+            from cenote.cli import info
+
+            return info.run(arguments)
         from cenote.cli import serve
 
         return serve.run(arguments)

@@ -39,9 +39,10 @@ COMMANDS: dict[str, tuple[type[BaseModel], ...]] = {
     "serve": LAYERS,
     "engine": (ModelConfig, EngineConfig, HostConfig),
     "bench": (ModelConfig, EngineConfig, BenchConfig),
+    "info": (ModelConfig, EngineConfig),
 }
 """The options that each command has as flags; of two options of one name, the later layer's."""
-SPELLINGS = {"serve": ALIASES, "engine": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}}
+SPELLINGS = {"serve": ALIASES, "engine": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}, "info": ALIASES}
 """Older and foreign spellings of each command's options."""
 _POOLER_FIELD = re.compile(r"--(?:override-)?pooler-config\.(?P<field>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -77,6 +78,15 @@ def parser() -> argparse.ArgumentParser:
         "Measure throughput and latency of a model, or with --url of a running server.\n"
         "Without MODEL: the embedded all-MiniLM-L6-v2, or the server's first.",
     ).add_argument("models", nargs="?", metavar="MODEL", help="folder or hub id, or the name at the server")
+    info = _add_command(
+        commands,
+        "info",
+        "tell how a checkpoint is read",
+        "Load a pooling model and tell how its files are read, its tasks and how it runs, without serving it.\n"
+        "Without MODEL: the embedded all-MiniLM-L6-v2.",
+    )
+    info.add_argument("models", nargs="?", metavar="MODEL", help="folder or hub id")
+    info.add_argument("--json", action="store_true", default=None, help="one JSON object instead of lines")
     return top
 
 

@@ -253,7 +253,8 @@ def report(service: Service) -> list[str]:
 def _source(service: Service) -> str:
     info = service.info
     revision = f" at revision {info.report.revision}" if info.report.revision else ""
-    return f"model: {info.report.source}{revision} ({info.architecture}), served as {', '.join(service.names)}"
+    kind = f"{info.architecture}, {info.report.family}" if info.report.family else info.architecture
+    return f"model: {info.report.source}{revision} ({kind}), served as {', '.join(service.names)}"
 
 
 def _running(info: ModelInfo) -> str:

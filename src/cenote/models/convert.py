@@ -15,8 +15,9 @@ from cenote.models.families import rerankers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from cenote.config import ModelConfig
     from cenote.models.families.rerankers import Reranker
 
 REWARDS = ("ForRewardModeling", "RewardModel")
@@ -73,31 +74,62 @@ MODES = {**dict.fromkeys(CLS_FAMILIES, "cls"), **dict.fromkeys(MEAN_FAMILIES, "m
 MODE_OF_TYPE = {"CLS": "cls", "LAST": "lasttoken", "MEAN": "mean"}
 """Pooling types of `PoolerConfig` as modes of `cenote.tensors.pooling`."""
 
+DECLARED = {
+    **dict.fromkeys(MODE_OF_TYPE, "default_pooling_type"),
+    **dict.fromkeys(("ALL", "STEP"), "default_token_pooling_type"),
+}
+"""Pooling types to the attribute by which a class declares them."""
+
+TOKEN_TASKS = ("token_classify", "token_embed")
+
 M = TypeVar("M", bound="type[PreTrainedModel]")
 
 
-def default_pooling_type(pooling_type: str) -> Callable[[M], M]:
+def default_pooling_type(
+    pooling_type: str | None = None, *, seq_pooling_type: str | None = None, tok_pooling_type: str | None = None
+) -> Callable[[M], M]:
     """Decorate a model class of your own with the way in which it pools unless told otherwise.
 
     Args:
-        pooling_type: "CLS", "LAST" or "MEAN".
+        pooling_type: short for `seq_pooling_type` or `tok_pooling_type`.
+        seq_pooling_type: rows of whole sequences: "CLS", "LAST" or "MEAN".
+        tok_pooling_type: rows of tokens: "ALL" serves the tasks of tokens first, "STEP" rates steps.
 
     Raises:
-        ConfigError: any other name.
+        ConfigError: any other name, or none.
 
     Example:
         >>> @default_pooling_type("MEAN")
         ... class MyEncoder(PreTrainedModel): ...
         >>> register_model(MyEncoder)
     """
-    if pooling_type not in MODE_OF_TYPE:
-        raise ConfigError(f"unknown pooling type {pooling_type!r}; known are: {', '.join(MODE_OF_TYPE)}")
+    names = [name for name in (pooling_type, seq_pooling_type, tok_pooling_type) if name is not None]
+    unknown = [name for name in names if name not in DECLARED]
+    if unknown or not names:
+        raise ConfigError(f"unknown pooling type {next(iter(unknown), None)!r}; known are: {', '.join(DECLARED)}")
 
     def decorate(model: M) -> M:
-        model.default_pooling_type = pooling_type  # type: ignore[attr-defined]
+        for name in names:
+            setattr(model, DECLARED[name], name)
         return model
 
     return decorate
+
+
+def declared_tasks(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the tasks that a class serves first by its `default_pooling_type`."""
+    return TOKEN_TASKS if getattr(type(model), "default_token_pooling_type", None) == "ALL" else ()
+
+
+def with_defaults(options: ModelConfig, config: PretrainedConfig) -> ModelConfig:
+    """Return `options` with STEP pooling, if the registered class of `config` declares it and the user says nothing."""
+    from transformers import MODEL_MAPPING
+
+    declared = getattr(MODEL_MAPPING.get(type(config), None), "default_token_pooling_type", None)
+    pooler = options.pooler_config
+    if declared != "STEP" or pooler.token_pooling is not None:
+        return options
+    return options.model_copy(update={"pooler_config": pooler.model_copy(update={"tok_pooling_type": "STEP"})})
 
 
 def register_model(model: type[PreTrainedModel]) -> None:

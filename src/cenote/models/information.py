@@ -10,6 +10,7 @@ from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
 from cenote.models.poolers import Classify, TokenClassify
+from cenote.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,22 +52,31 @@ def describe(
         architecture=checkpoint.architecture,
         tasks=tuple(offer.outputs),
         default_task=_default_task(checkpoint, offer, options, str(classes.get("reward") or "reward")),
+        vector_task=_vector_task(options.pooler_config.task, next(iter(offer.outputs))),
         dimension=vectors.dimension,
         max_model_len=length,
         max_embed_len=_embed_length(checkpoint, options, length),
         use_activation=vectors.use_activation,
         matryoshka=matryoshka,
         similarity=checkpoint.similarity,
-        report=replace(
-            running,
-            source=checkpoint.name,
-            revision=checkpoint.revision,
-            pooling=vectors.pooling,
-            head=checkpoint.head.name,
-        ),
+        report=_of_files(checkpoint, replace(running, pooling=vectors.pooling)),
         **of_backbone,
     )
+    classes["score_types"] = _ordered(classes["score_types"], options.pooler_config.task)
     return replace(info, **classes)
+
+
+def _of_files(checkpoint: Checkpoint, running: Report) -> Report:
+    """Return the report with the part that the checkpoint's files say."""
+    return replace(
+        running,
+        source=checkpoint.name,
+        revision=checkpoint.revision,
+        family=checkpoint.family.title,
+        head=checkpoint.head.name,
+        used=checkpoint.audit.used,
+        left=checkpoint.audit.left,
+    )
 
 
 def _served_name(checkpoint: Checkpoint, options: ModelConfig) -> str:
@@ -85,6 +95,16 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
         offered = ", ".join(offer.outputs)
         raise CheckpointError(f"the task asked for is {default!r}, but {checkpoint.name} offers {offered}")
     return default
+
+
+def _vector_task(*names: str | None) -> str:
+    """Return the first of `names` that is a task of embeddings, else "embed"."""
+    return next((name for name in names if name in TASKS and TASKS[name].kind), "embed")
+
+
+def _ordered(ways: tuple[str, ...], task: str | None) -> tuple[str, ...]:
+    """Return ways to score, the one by the results of `task` first."""
+    return tuple(sorted(ways, key=lambda way: task is None or TASKS[task].way != way))
 
 
 def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> int:

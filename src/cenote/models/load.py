@@ -23,6 +23,7 @@ from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
 from cenote.models import offers
+from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
@@ -57,6 +58,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     """
     location = checkpoints.find(options)
     files = checkpoints.read(location, options)
+    options = with_defaults(options, files.config)
     checkpoint = checkpoints.choose(files, options)
     built = build(checkpoint, options)
     subject, offer = prove(checkpoint, built, options)
@@ -193,14 +195,13 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     for outcome in outcomes.values():
         notes += outcome.notes
     running = Report(
+        model_class=type(subject.full).__name__,
         dtype=str(_dtype_of(subject)).removeprefix("torch."),
         device=str(layout.backbone.device),
         layout=layout.name,
         linears=next(filter(None, linears), ""),
         shares_prefixes=layout.shares_prefixes,
         warnings=tuple(filter(None, notes)),
-        used=checkpoint.audit.used,
-        left=checkpoint.audit.left,
     )
     info = describe(
         checkpoint,

@@ -11,7 +11,7 @@ from torch import nn
 from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
-from cenote.models.convert import MODE_OF_TYPE, architecture_pooling
+from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_tasks
 from cenote.models.families.family import Loaded, Vectors
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
@@ -71,7 +71,8 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
     if classifier is not None:
         outputs = _class_outputs(checkpoint, options, classifier) | outputs
     _check_options(checkpoint, options, outputs, has_head=classifier is not None)
-    return Offer(outputs, pooler)
+    first = [task for task in checkpoint.family.tasks or declared_tasks(full) if task in outputs]
+    return Offer({task: outputs[task] for task in (*first, *outputs)}, pooler)
 
 
 def _vectors(pooler: Pooler) -> dict[str, TaskOutput]:

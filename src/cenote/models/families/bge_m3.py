@@ -7,7 +7,7 @@ Recognised by its files `sparse_linear.pt` and `colbert_linear.pt`, which are re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ ARCHITECTURE = "BgeM3EmbeddingModel"
 class BgeM3(Family):
     """A checkpoint with both layers beside its backbone."""
 
+    title: ClassVar[str] = "bge-m3"
     hub_files = FILES
 
     @classmethod

@@ -67,6 +67,8 @@ class Family:
         head: the head that the model is loaded with; `None` = as the architecture's name says.
         prefixes: text before a "query" or "document".
         markers: prefixes that a tokenizer must not take apart.
+        title: its name in reports; empty = none but its architecture's.
+        tasks: served before all others, the one of requests that name none first.
         step_tag: vocabulary entry that closes a step, if the head rates steps.
         rates_tokens: the head is made for tokens rather than for whole inputs.
     """
@@ -75,10 +77,12 @@ class Family:
     modules: ClassVar[tuple[str, ...]] = ()
     honours: ClassVar[str] = ""
     compares: ClassVar[Kind] = "vectors"
+    title: ClassVar[str] = ""
 
     head: Head | None = None
     prefixes: Mapping[str, str] = MappingProxyType({})
     markers: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     step_tag: str | None = None
     rates_tokens: bool = False
 

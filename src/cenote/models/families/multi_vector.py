@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import string
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -86,6 +86,7 @@ class MultiVector(Family):
         normalizes: whether token vectors have length 1.
     """
 
+    title: ClassVar[str] = "late interaction (ColBERT)"
     modules = ("MultiVectorMask", "Dense", "Normalize", "HierarchicalTokenPooling")
     honours = "MultiVectorMask with HierarchicalTokenPooling as the last module"
     hub_files = ("artifact.metadata",)

@@ -7,7 +7,7 @@ Sources: `Qwen2ForRewardModel` and `Qwen2ForProcessRewardModel` (Qwen2.5-Math-RM
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,7 @@ class Rewards(Family):
         places: names of the head's tensors, by ending.
     """
 
+    title: ClassVar[str] = "reward model"
     head: Head
     row: RewardHead | None = None
     places: Mapping[str, str] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class Splade(Family):
             documents are.
     """
 
+    title: ClassVar[str] = "sparse (SPLADE)"
     modules = ("SpladePooling",)
     honours = "SpladePooling"
     compares = "sparse"

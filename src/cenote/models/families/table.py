@@ -9,6 +9,7 @@ from cenote.errors import CheckpointError
 from cenote.models.families.bge_m3 import BgeM3
 from cenote.models.families.family import Family
 from cenote.models.families.multi_vector import MultiVector
+from cenote.models.families.own import OwnModel
 from cenote.models.families.rewards import Rewards
 from cenote.models.families.splade import Splade
 from cenote.models.sentence_transformers import POOLERS, ROUTES, STEPS
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from cenote.models.facts import Files
     from cenote.models.sentence_transformers import Module, SentenceTransformer
 
-FAMILIES: list[type[Family]] = [Splade, MultiVector, BgeM3, Rewards]
+FAMILIES: list[type[Family]] = [OwnModel, Splade, MultiVector, BgeM3, Rewards]
 """The first that recognises a checkpoint counts."""
 
 

@@ -12,9 +12,8 @@ from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
-from cenote.server.wire.fields import KINDS, KINDS_OF_TASKS
 from cenote.server.wire.vectors import TypedFields
-from cenote.tasks import TASKS
+from cenote.tasks import KINDS, TASKS
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -53,8 +52,7 @@ class EmbeddingRequest(TypedFields):
             return ("token_embed",)
         if self.vector_types():
             return ("embed",)
-        first = info.tasks[0]
-        return (first,) if first in KINDS_OF_TASKS else ("embed",)
+        return (info.vector_task,)
 
     def applied(self, prompts: Prompts) -> Applied:
         """See `PoolingFields.applied`."""

@@ -16,6 +16,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.pipeline.rendering import ChatOptions, TextOptions
 from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
+from cenote.tasks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,8 +36,6 @@ Some = Annotated[list[T], Field(fail_fast=True, min_length=1)]
 Message = dict[str, Any]
 Conversation = Some[Message]
 TextInput = Many[int] | Many[Many[int]] | str | Many[str]
-KINDS: dict[str, str] = {"dense": "embed", "sparse": "sparse", "colbert": "token_embed"}
-"""Kinds of embeddings that `embedding_types` may name, and the task of each."""
 KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from cenote.errors import BadRequest
 from cenote.server.wire.encoding import VECTOR_TYPES, VectorType, typed, typed_values
-from cenote.server.wire.fields import KINDS, Many, PoolingFields
+from cenote.server.wire.fields import Many, PoolingFields
+from cenote.tasks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
