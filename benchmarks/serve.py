@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ import numpy as np
 
 from benchmarks.embed import cenote
 from benchmarks.harness import Encode, Worker, row, save
-from benchmarks.load import Client, closed_loop, prepared
+from cenote.cli.load import Sample, closed
+from cenote.cli.targets import Remote
 from cenote.config import ModelConfig
 from cenote.engine.engine import REST
 from cenote.models.checkpoint import embedded
@@ -60,10 +62,22 @@ class Server:
                 break
         else:
             raise RuntimeError("".join(lines))
-        self.port = int(lines[-1].split("http://127.0.0.1:")[1].split(",")[0])
+        port = int(lines[-1].split("http://127.0.0.1:")[1].split(",")[0])
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        Client(self.port).ask(prepared(["hello"]))
+        self.remote = Remote(f"http://127.0.0.1:{port}", None, None)
+        self.remote.ask(["hello"])
         self.first_answer = time.perf_counter() - began
+
+    def answer(self, requests: Iterable[list[str]], clients: int = 1) -> Sample:
+        """Answer all `requests` of clients that each wait for an answer before the next one.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        sample = closed(self.remote.ask, requests, clients=clients)
+        if sample.errors:
+            raise RuntimeError(sample.errors[0])
+        return sample
 
     @property
     def cpu(self) -> float:
@@ -77,6 +91,7 @@ class Server:
         return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
 
     def stop(self) -> None:
+        self.remote.close()
         self.process.terminate()
         self.process.wait()
 
@@ -112,17 +127,17 @@ def rates(server: Server, texts: list[str], rounds: int) -> dict[str, Any]:
     llm.ask(texts[:64])
     found: dict[str, Any] = {}
     for _, (clients, size) in itertools.product(range(rounds), LOADS[1:]):
-        requests = [prepared(texts[i : i + size]) for i in range(0, len(texts), size)]
-        all_before, own_before = busy(), server.cpu
-        seen = closed_loop(server.port, iter(requests), clients)
-        own = server.cpu - own_before
-        others = (busy() - all_before - own - seen.cpu) / seen.wall / (os.cpu_count() or 1)
+        requests = [texts[i : i + size] for i in range(0, len(texts), size)]
+        all_before, own_before, clients_before = busy(), server.cpu, time.process_time()
+        sample = server.answer(requests, clients)
+        own, burnt = server.cpu - own_before, time.process_time() - clients_before
+        others = (busy() - all_before - own - burnt) / sample.seconds / (os.cpu_count() or 1)
         offline_cpu, wall, _ = llm.ask(texts)
         entry = {
-            "fraction_of_offline": wall / seen.wall,
+            "fraction_of_offline": wall / sample.seconds,
             "cpu_fraction_of_offline": offline_cpu / own,
-            "texts_per_second": len(texts) / seen.wall,
-            "clients_cpu_share": seen.cpu / own,
+            "texts_per_second": len(texts) / sample.seconds,
+            "clients_cpu_share": burnt / own,
             "others_share_of_cores": max(0.0, others),
         }
         own_results = found.setdefault(f"{clients} x {size}", {name: [] for name in entry})
@@ -138,10 +153,9 @@ def latency(server: Server, rounds: int) -> dict[str, Any]:
     The forward is measured in a loop, and again with a pause before each, as a server's has.
     """
     worker = Worker(bare, threads=os.cpu_count() or 1)
-    query, client = prepared([QUERY]), Client(server.port)
     served, alone, paused = [], [], []
     for _ in range(5 * rounds):
-        served += [client.ask(query) for _ in range(20)]
+        served += server.answer([[QUERY]] * 20).latencies
         alone += worker.ask((QUERY, 20, 0.0))[2]
         paused += worker.ask((QUERY, 20, OVERHEAD))[2]
     worker.stop()
@@ -155,20 +169,18 @@ def latency(server: Server, rounds: int) -> dict[str, Any]:
 
 def stall(server: Server, texts: list[str]) -> dict[str, Any]:
     """Short queries of one client, alone and beside requests of `BULK` texts."""
-    query, client = prepared([QUERY]), Client(server.port)
-    alone = [client.ask(query) for _ in range(100)]
-    bulk = prepared(list(itertools.islice(itertools.cycle(texts), BULK)))
+    alone = server.answer([[QUERY]] * 100).latencies
+    bulk = list(itertools.islice(itertools.cycle(texts), BULK))
     finished = threading.Event()
 
     def flood() -> None:
-        other = Client(server.port)
         while not finished.is_set():
-            other.ask(bulk)
+            server.remote.ask(bulk)
 
     flooding = threading.Thread(target=flood)
     flooding.start()
     time.sleep(1)
-    beside = [client.ask(query) for _ in range(200)]
+    beside = server.answer([[QUERY]] * 200).latencies
     finished.set()
     flooding.join()
     q95 = [float(np.quantile(x, 0.95)) * 1e3 for x in (alone, beside)]
@@ -177,10 +189,10 @@ def stall(server: Server, texts: list[str]) -> dict[str, Any]:
 
 def flatness(server: Server, texts: list[str], count: int) -> dict[str, Any]:
     """Resident memory before and over `count` requests of a short text, ten readings; its peak; and when all rest."""
-    short = [prepared([" ".join(text.split()[:6])]) for text in texts]
+    short = [[" ".join(text.split()[:6])] for text in texts]
     source, readings = itertools.cycle(short), [server.megabytes()]
     for _ in range(10):
-        closed_loop(server.port, itertools.islice(source, max(1, count // 10)), 16)
+        server.answer(itertools.islice(source, max(1, count // 10)), clients=16)
         readings.append(server.megabytes())
     time.sleep(REST + 1)
     peak, resting = server.megabytes("VmHWM"), server.megabytes()

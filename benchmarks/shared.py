@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 from benchmarks.harness import row, save
-from benchmarks.load import Client, prepared
 from benchmarks.serve import QUERY, Server
 
 BUSY = "while True: pass"
@@ -46,16 +45,13 @@ def started(environment: dict[str, str]) -> Server:
 
 def measure(servers: dict[str, Server], requests: int, rounds: int) -> dict[str, dict[str, float]]:
     """Return p50 and p95 in milliseconds and CPU milliseconds a request, of each server."""
-    request = prepared([QUERY])
     seconds: dict[str, list[float]] = {name: [] for name in servers}
     cpu = dict.fromkeys(servers, 0.0)
     for _ in range(rounds):
         for name, server in servers.items():
-            client = Client(server.port)
             before = server.cpu
-            seconds[name] += [client.ask(request) for _ in range(requests)]
+            seconds[name] += server.answer([[QUERY]] * requests).latencies
             cpu[name] += server.cpu - before
-            client.socket.close()
     return {
         name: {
             "p50": 1e3 * statistics.median(times),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
@@ -10,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from benchmarks.peers import envs, figures, load, texts
 from benchmarks.peers.__main__ import Bench
 from benchmarks.peers.envs import PeerError
+from benchmarks.peers.load import Clients
 from benchmarks.peers.processes import Server, Worker
 from benchmarks.peers.table import CENOTE, ENVS, FORMS, PEERS, Env, Peer
 from cenote.models.checkpoint import embedded
@@ -211,32 +213,43 @@ def test_agreement_is_the_worst_row() -> None:
     assert figures.agreement([np.ones(2)], [np.zeros(2)]) == {"difference": 1.0, "cosine": None}
 
 
+ANSWER = b'{"data": [{"id": "model"}]}'
+"""An answer about models, and one without vectors."""
+
+
 @contextmanager
-def _slow_server(seconds: float, status: bytes = b"200 OK") -> Iterator[int]:
-    """Answers "done" to each request after `seconds`, in two pieces."""
-    loop = asyncio.new_event_loop()
+def _slow_server(seconds: float, status: int = 200) -> Iterator[int]:
+    """Answers each POST after `seconds` with `status`, and says at once that it serves "model"."""
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while head := await reader.readline():
-            while (line := await reader.readline()) != b"\r\n":
-                head += line
-            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
-            await asyncio.sleep(seconds)
-            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\n\r\ndo")
-            await writer.drain()
-            await asyncio.sleep(0)
-            writer.write(b"ne")
-        writer.close()
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        def do_GET(self) -> None:
+            self._answer(200)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(seconds)
+            self._answer(status)
+
+        def _answer(self, status: int) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(ANSWER)))
+            self.end_headers()
+            self.wfile.write(ANSWER)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def counted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -247,26 +260,46 @@ def counted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _clients(port: int) -> Iterator[Clients]:
+    clients = Clients(port, "model")
+    try:
+        yield clients
+    finally:
+        clients.stop()
+
+
 def test_load_counts_answers_and_measures_from_the_arrival() -> None:
-    content = load.request("/", b"{}")
-    with _slow_server(0.05) as port:
-        assert load.answer(port, content) == b"done"
-        found = counted(lambda: load.closed(port, [content], clients=4, seconds=0.5))
+    with _slow_server(0.05) as port, _clients(port) as side:
+        found = counted(lambda: side.closed(["text"], clients=4, seconds=0.5))
         assert 1 <= len(found["latencies"]) <= 4 * 11  # 0.5 s, in which each client waits 0.05 s for an answer
         assert found["rate"] == len(found["latencies"]) / 0.5
         assert min(found["latencies"]) >= 0.05
-        found = load.opened(port, [content], rate=200, seconds=0.5, seed=0)
+        found = side.opened(["text"], rate=200, seconds=0.5, seed=0)
         assert 60 <= len(found["latencies"]) <= 140  # 4 clients that wait could not send these
+        assert found["rate"] == len(found["latencies"]) / 0.5
         assert min(found["latencies"]) >= 0.05
 
 
 def test_load_reports_what_a_server_refuses() -> None:
-    with (
-        _slow_server(0, b"503 Busy") as port,
-        pytest.raises(PeerError, match="answered HTTP/1.1 503 Busy: done"),
-    ):
-        load.closed(port, [load.request("/", b"")], clients=2, seconds=0.1)
-    began = time.monotonic()
-    with pytest.raises(PeerError, match="(?i)connect"):
-        load.closed(port, [load.request("/", b"")], clients=2, seconds=0.1)
-    assert time.monotonic() - began < load.PATIENCE, "refused at once, not waited for"
+    with _slow_server(0, 503) as port, _clients(port) as side:
+        for measure in (partial(side.closed, clients=2), partial(side.opened, rate=100, seed=0)):
+            began = time.monotonic()
+            with pytest.raises(PeerError, match="was answered with 503"):
+                measure(["text"], seconds=0.1)
+            assert time.monotonic() - began < load.PATIENCE, "refused at once, not waited for"
+        with pytest.raises(PeerError, match="does not serve 'another', but model"):
+            Clients(port, "another")
+    with pytest.raises(PeerError, match="Connection refused"):
+        Clients(port, "model")
+
+
+def test_an_answer_of_a_server_is_its_body_or_the_reason(tmp_path: Path) -> None:
+    server = Server(("{python}", "-c", ""), Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
+    server.stop()
+    with pytest.raises(PeerError, match="refused"):
+        server.post("/", b"{}")
+    with _slow_server(0) as server.port:
+        assert server.post("/", b"{}") == ANSWER
+    with _slow_server(0, 503) as server.port, pytest.raises(PeerError, match="answered 503: .*model"):
+        server.post("/", b"{}")

@@ -31,12 +31,16 @@ import numpy as np
 
 import cenote
 from benchmarks.harness import RESULTS, save
-from benchmarks.peers import envs, figures, load, texts
+from benchmarks.peers import envs, figures, texts
 from benchmarks.peers.envs import PeerError
+from benchmarks.peers.load import Clients
 from benchmarks.peers.processes import HERE, Server, Worker
 from benchmarks.peers.table import CENOTE, COLBERT, EMBED, ENVS, FORMS, PEERS, REFERENCE, RERANK, Peer
 
 PATH = "/v1/embeddings"
+MODEL = "model"
+"""Name of the model on every server."""
+
 LOAD = 0.7
 """Arrivals of the open loop as a share of the best closed-loop rate."""
 
@@ -204,8 +208,8 @@ class Bench:
     def run_served(self, work: dict[str, list[str]], clients: list[int], seconds: float, rounds: int) -> None:
         """Closed loops of `clients`, then an open loop, for every peer that has a server, turn by turn."""
         cores = os.cpu_count() or 1
-        requests = {name: [load.request(PATH, _body([text])) for text in some] for name, some in work.items()}
         servers: dict[str, Server] = {}
+        sides: dict[str, Clients] = {}
         try:
             ready = []
             for peer in (peer for peer in self.peers if peer.serve):
@@ -214,11 +218,12 @@ class Bench:
                 servers[peer.name] = server
             for peer in (peer for peer in self.peers if peer.name in servers):
                 try:
-                    servers[peer.name].wait(PATH, _body(["hello"]))
+                    server = servers[peer.name]
+                    server.wait(PATH, _body(["hello"]))
+                    sides[peer.name] = Clients(server.port, MODEL)
                     for workload, some in work.items():
-                        got = load.answer(servers[peer.name].port, load.request(PATH, _body(some[:16])))
-                        self.compare("served", workload, peer.name, [_vectors(got)])
-                        load.closed(servers[peer.name].port, requests[workload], clients[-1], seconds / 2)
+                        self.compare("served", workload, peer.name, [_vectors(server.post(PATH, _body(some[:16])))])
+                        sides[peer.name].closed(some, clients[-1], seconds / 2)
                     ready.append(peer)
                 except PeerError as error:
                     self.miss(peer, "served", error)
@@ -226,16 +231,15 @@ class Bench:
             for turn, workload in itertools.product(range(rounds), work):
                 for level in [*clients, None]:
                     for peer in ready[::-1] if turn % 2 else list(ready):
-                        port, rates = servers[peer.name].port, best.setdefault((peer.name, workload), [])
+                        side, rates = sides[peer.name], best.setdefault((peer.name, workload), [])
                         said = f"served, {workload}, {f'{level} clients' if level else 'open loop'}, round {turn + 1}"
                         try:
                             if level is None:
                                 if not any(rates):
                                     raise PeerError(f"its server never answered within {seconds:g} s")
-                                rate = LOAD * max(rates)
-                                found = load.opened(port, requests[workload], rate, seconds, seed=turn)
+                                found = side.opened(work[workload], LOAD * max(rates), seconds, seed=turn)
                             else:
-                                found = load.closed(port, requests[workload], level, seconds)
+                                found = side.closed(work[workload], level, seconds)
                                 rates.append(found["rate"])
                         except PeerError as error:
                             self.miss(peer, said, servers[peer.name].died() if not servers[peer.name].alive else error)
@@ -249,13 +253,14 @@ class Bench:
                         said = f"{said:<48} {peer.name:<20} {found['rate']:8.1f}/s"
                         print(f"  {said}   median {late:7.1f} ms", flush=True)
         finally:
+            _stop(sides)
             _stop(servers)
 
 
-def _stop(processes: dict[str, Any]) -> None:
-    """Stop all of them, whatever happens to one."""
-    for process in processes.values():
-        process.stop()
+def _stop(several: dict[str, Any]) -> None:
+    """Stop workers, servers or clients."""
+    for one in several.values():
+        one.stop()
 
 
 def _flags() -> list[str]:
@@ -273,7 +278,7 @@ def _size(order: Any) -> int:
 
 
 def _body(some: list[str]) -> bytes:
-    return json.dumps({"model": "model", "input": some, "encoding_format": "base64"}).encode()
+    return json.dumps({"model": MODEL, "input": some, "encoding_format": "base64"}).encode()
 
 
 def _vectors(answer: bytes) -> np.ndarray:

@@ -157,27 +157,40 @@ class Server(Process):
         parts = [part.format(**known) for part in command]
         super().__init__(python, ["--serve", *parts], threads, environment, log)
 
+    def post(self, path: str, body: bytes, seconds: float = ANSWER_SECONDS) -> bytes:
+        """Return the answer to `body`.
+
+        Raises:
+            PeerError: there is none within `seconds`, or its status is not 200.
+        """
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = answer.read()
+        except (OSError, HTTPException) as error:
+            raise PeerError(f"{type(error).__name__}: {error}") from None
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise PeerError(f"it answered {answer.status}: {content[:200].decode(errors='replace')}")
+        return content
+
     def wait(self, path: str, body: bytes, seconds: float = START_SECONDS) -> None:
         """Wait until it answers `body` with 200.
 
         Raises:
             PeerError: it ended, refused the request, or took longer than `seconds`.
         """
-        deadline, seen = time.monotonic() + seconds, ""
+        deadline, last = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
             if not self.alive:
                 raise self.died()
-            connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
             try:
-                connection.request("POST", path, body, {"Content-Type": "application/json"})
-                answer = connection.getresponse()
-                content = answer.read()
-                if answer.status == 200:
-                    return
-                seen = f": {answer.status} {content[:200].decode(errors='replace')}"
-            except (OSError, HTTPException):
-                pass  # not listening yet
-            finally:
-                connection.close()
-            time.sleep(0.25)
-        raise PeerError(f"its server did not answer within {seconds:.0f} s{seen}")
+                self.post(path, body, seconds)
+            except PeerError as error:  # perhaps it does not listen yet
+                last = str(error)
+                time.sleep(0.25)
+            else:
+                return
+        raise PeerError(f"its server was not ready within {seconds:.0f} s: {last}")

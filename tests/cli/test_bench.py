@@ -413,6 +413,21 @@ def test_arrivals_are_as_many_a_second_as_asked(monkeypatch: pytest.MonkeyPatch)
     assert not np.allclose(gaps[400, 1], gaps[400, 0])
 
 
+def test_a_closed_loop_takes_requests_one_by_one() -> None:
+    """Requests may depend on the clock, so each is taken when a client is free, and never ahead."""
+    asked, taken = Asked(), list[int]()
+
+    def requests() -> Iterator[list[str]]:
+        for number in range(20):
+            assert number <= len(asked.texts) + 3
+            taken.append(number)
+            yield [str(number)]
+
+    sample = closed(asked, requests(), clients=3)
+    assert taken == list(range(20))
+    assert (sample.texts, sorted(map(int, asked.texts))) == (20, taken)
+
+
 def test_a_loop_that_is_broken_off_sends_no_more() -> None:
     asked = Asked()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -90,18 +89,20 @@ def closed(
 
     Args:
         ask: sends a request and returns its tokens; called in several threads.
-        requests: texts each.
+        requests: texts each; taken one by one, as clients become free.
         clients: number of clients.
         progress: called with the texts of each request that is answered or has failed.
     """
-    waiting = deque(requests)
+    source = iter(requests)
+    taking = threading.Lock()
+    stopped = threading.Event()
     run = _Run(ask, progress)
 
     def client() -> None:
-        while waiting:
-            try:
-                request = waiting.popleft()
-            except IndexError:  # another client was faster
+        while not stopped.is_set():
+            with taking:
+                request = next(source, None)
+            if request is None:
                 return
             run.send(request)
 
@@ -110,7 +111,7 @@ def closed(
             for future in [pool.submit(client) for _ in range(clients)]:
                 future.result()
         finally:
-            waiting.clear()
+            stopped.set()
     return run.sample
 
 

@@ -28,7 +28,7 @@ QUERY = "how deep is the water"
 """The query that documents are scored against."""
 
 PATIENCE = 600.0
-"""Seconds that an answer may take."""
+"""Default of the seconds that an answer may take."""
 
 IDLE = 2.0
 """Seconds for which a connection is kept without use; servers close theirs after a few more."""
@@ -109,15 +109,17 @@ class Remote:
         name: of the model; `None` = the server's first.
         task: `None` = embed.
         key: sent as bearer token.
+        patience: maximum seconds of an answer.
 
     Raises:
         ConfigError: it does not answer, or does not serve the model.
     """
 
-    def __init__(self, url: str, name: str | None, task: str | None, key: str = "") -> None:
+    def __init__(self, url: str, name: str | None, task: str | None, key: str = "", patience: float = PATIENCE) -> None:
         parts = urlsplit(url)
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host = parts.netloc
+        self._patience = patience
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -194,7 +196,7 @@ class Remote:
             try:
                 since, connection = self._idle.pop()
             except IndexError:
-                return self._connect(self._host, timeout=PATIENCE)
+                return self._connect(self._host, timeout=self._patience)
             if time.monotonic() - since < IDLE:
                 return connection
             connection.close()
