@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.harness import Encode, Worker, gemm_rate, row, save
 from cenote import LLM
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from material.corpus import docstrings
 
 MAX_TOKENS = 256
@@ -44,7 +44,7 @@ def sentence_transformers() -> Encode:
     """Vectors of texts by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(embedded()[0]), device="cpu")
+    model = SentenceTransformer(str(embedded()), device="cpu")
     model.max_seq_length = MAX_TOKENS
     return lambda texts: np.asarray(model.encode(texts, batch_size=32, show_progress_bar=False))
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from benchmarks.harness import row, save, timed
 from cenote.core import Sequence
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.models.layouts import Layout, forward
 from cenote.models.passes.fuse import Remembered
 from cenote.models.passes.subject import Settings
@@ -243,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     process.keep_freed_memory(31 << 20)
-    tokenizer = AutoTokenizer.from_pretrained(embedded()[0])
+    tokenizer = AutoTokenizer.from_pretrained(embedded())
     ids = [own[:MAX_TOKENS] for own in tokenizer(list(docstrings(1500))[::37], truncation=True)["input_ids"]]
     result = {
         "minilm": encoder(384, 6, ids, options.rounds),

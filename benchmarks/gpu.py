@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 from benchmarks.harness import RESULTS, row, save
 from cenote import LLM
 from cenote.core import PoolingParams, Sequence
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.models.layouts import Packed, forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
@@ -85,7 +85,7 @@ def _wait(device: torch.device) -> None:
 
 def large(folder: Path, scale: Scale, device: torch.device) -> Path:
     """A checkpoint of bge-m3's shape: CLS pooling, normalised."""
-    tokenizer = AutoTokenizer.from_pretrained(embedded()[0], model_max_length=1024)
+    tokenizer = AutoTokenizer.from_pretrained(embedded(), model_max_length=1024)
     config = XLMRobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=scale.hidden,
@@ -291,7 +291,7 @@ def measure(device: torch.device, scale: Scale, deadline: float, keep: Callable[
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Callable[[], Path]] = {
             "bge-m3 shape": lambda: large(Path(folder), scale, device),
-            "MiniLM": lambda: embedded()[0],
+            "MiniLM": lambda: embedded(),
         }
         for name, path in found.items():
             if time.monotonic() > deadline:

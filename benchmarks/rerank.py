@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.harness import Encode, Worker, row, save
 from cenote import LLM
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from material.corpus import docstrings
 
 MAX_TOKENS = 256
@@ -38,8 +38,8 @@ def cross_encoder_folder(folder: Path) -> str:
     from transformers import AutoTokenizer, BertForSequenceClassification
 
     torch.manual_seed(0)
-    BertForSequenceClassification.from_pretrained(embedded()[0], num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded()[0]).save_pretrained(folder)
+    BertForSequenceClassification.from_pretrained(embedded(), num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded()).save_pretrained(folder)
     return str(folder)
 
 
@@ -48,7 +48,7 @@ def llm_reranker_folder(folder: Path) -> str:
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(embedded()[0])
+    tokenizer = AutoTokenizer.from_pretrained(embedded())
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=1024,

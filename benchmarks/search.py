@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.harness import Encode, Worker, row, save, timed
 from cenote import LLM
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.tensors.similarity import max_sim
 from material.corpus import docstrings
 
@@ -41,7 +41,7 @@ def colbert(root: Path) -> str:
     torch.manual_seed(0)
     of_tokens = {"module_input_name": "token_embeddings"}
     modules = [
-        Transformer(str(embedded()[0]), document_length=MAX_TOKENS),
+        Transformer(str(embedded()), document_length=MAX_TOKENS),
         Dense(WIDTH, 128, bias=False, activation_function=torch.nn.Identity(), **of_tokens),
         MultiVectorMask(),
         Normalize(**of_tokens),
@@ -53,7 +53,7 @@ def colbert(root: Path) -> str:
 def bge_m3(root: Path) -> str:
     """A folder with bge-m3's heads beside MiniLM's backbone."""
     folder = root / "bge-m3"
-    shutil.copytree(embedded()[0], folder)
+    shutil.copytree(embedded(), folder)
     for file, width in (("sparse_linear.pt", 1), ("colbert_linear.pt", WIDTH)):
         torch.save({"weight": torch.randn(width, WIDTH) / WIDTH**0.5, "bias": torch.zeros(width)}, folder / file)
     return str(folder)

@@ -29,7 +29,7 @@ from cenote.cli.load import Sample, closed
 from cenote.cli.targets import Remote
 from cenote.config import ModelConfig
 from cenote.engine.engine import REST
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.models.load import load
 from material.corpus import docstrings
 
@@ -214,7 +214,7 @@ def main() -> None:
         starts.append(server.first_answer)
         if len(starts) < 3:
             server.stop()
-    weights = sum(file.stat().st_size for file in embedded()[0].glob("*.safetensors")) / (1 << 20)
+    weights = sum(file.stat().st_size for file in embedded().glob("*.safetensors")) / (1 << 20)
     result: dict[str, Any] = {"first_answer_seconds": starts, "weights_megabytes": weights}
     result["loaded_megabytes"] = server.megabytes()
     result["rates"] = rates(server, texts, options.rounds)

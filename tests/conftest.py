@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from cenote.config import ServerConfig
 from cenote.core import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
@@ -144,7 +144,7 @@ class Serve:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer: BERT, uncased."""
-    return AutoTokenizer.from_pretrained(embedded()[0])
+    return AutoTokenizer.from_pretrained(embedded())
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from benchmarks.peers.envs import PeerError
 from benchmarks.peers.load import Clients
 from benchmarks.peers.processes import Server, Worker
 from benchmarks.peers.table import CENOTE, ENVS, FORMS, PEERS, Env, Peer
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from tests import PATIENCE
 
 ENGINE = """
@@ -176,7 +176,7 @@ def test_every_row_names_what_there_is() -> None:
 
 
 def test_texts_have_the_lengths_that_they_promise() -> None:
-    folder = embedded()[0]
+    folder = embedded()
     made = texts.workloads(folder, 120)
     counts = {name: sorted(texts.tokens(folder, some)) for name, some in made.items()}
     assert {name: len(some) for name, some in made.items()} == {"short": 240, "mixed": 120, "long": 10}

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks.peers.table import COLBERT, EMBED, RERANK
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from material.corpus import docstrings
 
 SHORT_TOKENS, MIXED_TOKENS, LONG_TOKENS = 16, 250, 512
@@ -29,7 +29,7 @@ def models(root: Path) -> dict[str, Path]:
 
     folders = {task: root / task for task in (EMBED, RERANK, COLBERT)}
     if not folders[EMBED].is_dir():
-        shutil.copytree(embedded()[0], folders[EMBED])
+        shutil.copytree(embedded(), folders[EMBED])
         update(folders[EMBED] / "sentence_bert_config.json", max_seq_length=LONG_TOKENS)
         untruncated(folders[EMBED])
     if not folders[RERANK].is_dir():

@@ -146,7 +146,13 @@ class ModelConfig(BaseModel):
         default_factory=PoolerConfig, description="JSON; or one field: --pooler-config.pooling_type MEAN"
     )
     trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
-    allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
+    safetensors_only: bool = Field(
+        False,
+        description="refuse pickled weights, which torch's restricted unpickler reads where safetensors are missing",
+    )
+    allow_pickle: bool = Field(
+        False, description="without effect: pickles are read anyway, by an unpickler that runs no code"
+    )
     allow_unread: tuple[str, ...] = Field(
         (),
         description="key, tensor or file of the checkpoint, or a pattern, that may go unread where Cenote would refuse "
@@ -234,6 +240,11 @@ class ModelConfig(BaseModel):
                 f"isa {self.isa!r} is for the CPU kernels, and native_kernels switches them off; drop either"
             )
         return self
+
+    @property
+    def reads_pickles(self) -> bool:
+        """Whether tensors may come out of pickles, where there is no safetensors file."""
+        return not self.safetensors_only
 
     @field_validator("runner")
     @classmethod

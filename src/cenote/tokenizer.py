@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 """Environment variable that keeps Transformers from reporting that torch was not found."""
@@ -69,13 +71,70 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    change = _native(Path(source.path))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code
+        source.path, trust_remote_code=source.trust_remote_code and change is None, config=_config(Path(source.path))
     )
+    if change is not None:
+        change(tokenizer)
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     keep_whole(tokenizer, source.whole)
     return tokenizer
+
+
+def _adds_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer put its first and last token around texts, as `add_bos_token` and `add_eos_token` say."""
+    from tokenizers import processors
+
+    ends = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    used = {end: token for end, token in ends.items() if tokenizer.init_kwargs.get(f"add_{end}_token") and token}
+
+    def around(text: str, kind: int) -> str:
+        first, last = (f"{used[end]}:{kind}" if end in used else "" for end in ("bos", "eos"))
+        return f"{first} {text}:{kind} {last}".strip()
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around("$A", 0),
+        pair=f"{around('$A', 0)} {around('$B', 1)}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in used.values()],
+    )
+
+
+NATIVE: Mapping[str, Callable[[PreTrainedTokenizerBase], None]] = {
+    "tokenization_qwen.Qwen2Tokenizer": _adds_ends,
+    "tokenization_qwen.Qwen2TokenizerFast": _adds_ends,
+}
+"""Code of tokenizers (gte-Qwen2) to what makes of Transformers' own tokenizer the same."""
+
+
+def _config(folder: Path) -> PretrainedConfig | None:
+    """Return the config by which the class of a tokenizer is chosen; `None` = Transformers reads it by itself.
+
+    It does not where a dtype is written as torch prints it, `torch.float16`.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    dtypes = [content.get(key) for key in ("dtype", "torch_dtype")]
+    if not any(str(dtype).startswith("torch.") for dtype in dtypes) or content.get("model_type") not in CONFIG_MAPPING:
+        return None
+    plain = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "auto_map")}
+    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(plain)
+    return config
+
+
+def _native(folder: Path) -> Callable[[PreTrainedTokenizerBase], None] | None:
+    """Return the change of Transformers' own tokenizer that makes of it the one whose code `folder` names."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    auto_map = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
+    names = auto_map.get("AutoTokenizer", []) if isinstance(auto_map, dict) else auto_map
+    references = [names] if isinstance(names, str) else [name for name in names if name]
+    changes = [NATIVE.get(name.rpartition("--")[2]) for name in references]
+    return next(filter(None, changes), None)
 
 
 def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:

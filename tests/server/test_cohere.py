@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from cenote.engine.fake import FakeEngine
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
@@ -422,7 +422,7 @@ TEXTS = ["Hello, my name is", "Cenotes are natural pits", "水 and naïve café"
 
 @pytest.fixture(scope="module")
 def reference() -> SentenceTransformer:
-    return SentenceTransformer(str(embedded()[0]), device="cpu")
+    return SentenceTransformer(str(embedded()), device="cpu")
 
 
 @pytest.fixture(scope="module")

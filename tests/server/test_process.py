@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from cenote.models.checkpoint import EMBEDDED_NAME, embedded
+from cenote.models.hub import EMBEDDED_NAME, embedded
 from tests import PATIENCE, checkpoints
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def server() -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def reference() -> SentenceTransformer:
-    return SentenceTransformer(str(embedded()[0]), device="cpu")
+    return SentenceTransformer(str(embedded()), device="cpu")
 
 
 def close_to(got: Any, wanted: Any) -> bool:

@@ -7,7 +7,7 @@ import sys
 
 from transformers import AutoTokenizer
 
-from cenote.models.checkpoint import embedded
+from cenote.models.hub import embedded
 
 MODULES = (
     "cenote.cli.serve",
@@ -61,7 +61,7 @@ def test_threads_of_a_process_without_torch_are_left_alone() -> None:
 
 def test_transformers_tokenizers_work_without_torch() -> None:
     """Also their chat templates; a later import of torch is not in the way."""
-    folder = embedded()[0]
+    folder = embedded()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     program = f"""
 import os, sys

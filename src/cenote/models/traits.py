@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from cenote.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +20,19 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Rows of the token embedding: every smaller id can be looked up."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
     return rows
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model's output; of a tuple, as a checkpoint's own code may return, the first entry.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    named = getattr(output, "logits", None)
+    first = output[0] if named is None and isinstance(output, tuple) else named
+    if not isinstance(first, Tensor):
+        raise CheckpointError(f"the head returns {type(output).__name__}, which has no logits; expected its `logits`")
+    return first
 
 
 def position_offset(model: PreTrainedModel) -> int:
@@ -37,8 +52,9 @@ def position_rows(model: PreTrainedModel) -> int | None:
 
 
 def _embedding(model: PreTrainedModel, endings: tuple[str, ...]) -> nn.Embedding | None:
-    """Return the first embedding of `model` whose dotted name ends so."""
-    for name, module in model.named_modules():
+    """Return the first embedding of `model` whose dotted name ends so; beside a tower for images, of the text's part."""
+    part = getattr(model, "language_model", model)
+    for name, module in part.named_modules():
         if f".{name}".endswith(endings) and isinstance(module, nn.Embedding):
             return module
     return None

@@ -49,7 +49,7 @@ class Loaded:
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         """Return the checkpoint's tensors called `names`."""
-        return weights.tensors(self.files.folder, names, allow_pickle=self.options.allow_pickle)
+        return weights.tensors(self.files.folder, names, pickles=self.options.reads_pickles)
 
     def placed(self, module: nn.Module) -> nn.Module:
         """Return `module`, frozen, where the model is."""

@@ -112,7 +112,7 @@ class MultiVector(Family):
         """
         if _is_one(files.st):
             with well_formed(files.path):
-                plain = _plain(files.st, options.allow_pickle)
+                plain = _plain(files.st, options.reads_pickles)
                 return plain if options.plain_late_interaction else _of_modules(files.st, plain)
         if files.architecture not in ARCHITECTURES:
             return None

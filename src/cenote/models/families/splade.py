@@ -74,7 +74,7 @@ class Splade(Family):
         return cls(
             settings={} if pooling is None else pooling.config,
             max_active=files.st.settings.get("max_active_dims"),
-            table=None if query is None else _table(query, options.allow_pickle),
+            table=None if query is None else _table(query, options.reads_pickles),
         )
 
     @classmethod

