@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -71,41 +71,20 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    change = _native(Path(source.path))
+    ends = _ends(Path(source.path))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code and change is None, config=_config(Path(source.path))
+        source.path, trust_remote_code=source.trust_remote_code and not ends, config=_config(Path(source.path))
     )
-    if change is not None:
-        change(tokenizer)
+    for name, is_added in ends.items():
+        setattr(tokenizer, name, is_added)  # Transformers then makes the ends of texts anew
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     keep_whole(tokenizer, source.whole)
     return tokenizer
 
 
-def _adds_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a tokenizer put its first and last token around texts, as `add_bos_token` and `add_eos_token` say."""
-    from tokenizers import processors
-
-    ends = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
-    used = {end: token for end, token in ends.items() if tokenizer.init_kwargs.get(f"add_{end}_token") and token}
-
-    def around(text: str, kind: int) -> str:
-        first, last = (f"{used[end]}:{kind}" if end in used else "" for end in ("bos", "eos"))
-        return f"{first} {text}:{kind} {last}".strip()
-
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=around("$A", 0),
-        pair=f"{around('$A', 0)} {around('$B', 1)}",
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in used.values()],
-    )
-
-
-NATIVE: Mapping[str, Callable[[PreTrainedTokenizerBase], None]] = {
-    "tokenization_qwen.Qwen2Tokenizer": _adds_ends,
-    "tokenization_qwen.Qwen2TokenizerFast": _adds_ends,
-}
-"""Code of tokenizers (gte-Qwen2) to what makes of Transformers' own tokenizer the same."""
+NATIVE = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})
+"""Code of tokenizers (gte-Qwen2) that differ from Transformers' own only in the first and last token of a text."""
 
 
 def _config(folder: Path) -> PretrainedConfig | None:
@@ -125,16 +104,16 @@ def _config(folder: Path) -> PretrainedConfig | None:
     return config
 
 
-def _native(folder: Path) -> Callable[[PreTrainedTokenizerBase], None] | None:
-    """Return the change of Transformers' own tokenizer that makes of it the one whose code `folder` names."""
+def _ends(folder: Path) -> dict[str, bool]:
+    """Return whether the first and last token are put around texts, where Transformers' tokenizer has to be told."""
     file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    auto_map = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
-    names = auto_map.get("AutoTokenizer", []) if isinstance(auto_map, dict) else auto_map
-    references = [names] if isinstance(names, str) else [name for name in names if name]
-    changes = [NATIVE.get(name.rpartition("--")[2]) for name in references]
-    return next(filter(None, changes), None)
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    auto_map = content.get("auto_map") or {}
+    names = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    references = [names] if isinstance(names, str) else [name for name in names or () if name]
+    if not NATIVE.intersection(name.rpartition("--")[2] for name in references):
+        return {}
+    return {key: bool(content.get(key)) for key in ("add_bos_token", "add_eos_token")}
 
 
 def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:

@@ -255,7 +255,9 @@ def test_recognised_by_its_files_without_modules(folder: Path) -> None:
 
 def test_one_of_the_files_is_not_enough(folder: Path) -> None:
     (folder / "colbert_linear.pt").unlink()
-    with LLM(model=str(folder)) as llm:
+    with pytest.raises(CheckpointError, match=r"has the file sparse_linear\.pt.*--allow-unread sparse_linear\.pt"):
+        LLM(model=str(folder))
+    with LLM(model=str(folder), allow_unread="sparse_linear.pt") as llm:
         assert llm.info.tasks == ("embed", "token_embed")
         (output,) = llm.encode("a", pooling_task="token_embed", use_tqdm=False)
         assert output.outputs.data.shape == (3, HIDDEN)
@@ -291,14 +293,11 @@ def test_the_published_files(m3: Path, published: Path) -> None:
     names = {file.name for file in published.iterdir()}
     assert names >= {"pytorch_model.bin", *FILES, "1_Pooling", "modules.json", "sentence_bert_config.json"}
     assert not any(name.endswith(".safetensors") for name in names)
-    with pytest.raises(CheckpointError) as refused:
-        LLM(model=str(published))
-    assert refused.value.message == (
-        f"{published} has no safetensors file; it has pickled weights: start with --allow-pickle (in Python "
-        "allow_pickle=True) to read them, which takes tensors out of them and runs no code in them"
-    )
-    with LLM(model=str(published), allow_pickle=True) as llm:
+    with pytest.raises(CheckpointError, match="has pickled weights only, and --safetensors-only refuses them"):
+        LLM(model=str(published), safetensors_only=True)
+    with LLM(model=str(published)) as llm:
         assert llm.info.tasks == tuple(TASKS)
+        assert any("restricted unpickler" in note and "pytorch_model.bin" in note for note in llm.info.report.warnings)
         outputs = llm.encode(TEXTS, pooling_task=TASKS, use_tqdm=False)
         scores = llm.score(TEXTS[0], TEXTS[1:3], score_type="hybrid", use_tqdm=False)
     known = [reference(m3, text) for text in TEXTS]

@@ -136,21 +136,23 @@ def test_buffers_of_old_checkpoints_are_fine(folder: Path) -> None:
     checkpoints.assert_same(rows(folder), expected)
 
 
-def test_pickled_weights_need_a_permission(folder: Path) -> None:
+def test_pickled_weights_are_read_where_there_are_no_others(folder: Path) -> None:
     expected = rows(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    checkpoints.assert_same(rows(folder), expected)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no safetensors file; it has pickled weights: start with --allow-pickle"):
-        LLM(model=str(folder))
-    checkpoints.assert_same(rows(folder, allow_pickle=True), expected)
+    with pytest.raises(CheckpointError, match="has pickled weights only, and --safetensors-only refuses them"):
+        LLM(model=str(folder), safetensors_only=True)
+    for options in ({}, {"allow_pickle": True}):
+        checkpoints.assert_same(rows(folder, **options), expected)
 
 
 MISSING: dict[str, tuple[tuple[str, ...], str]] = {
     "weights": (
         ("model.safetensors",),
-        r"no safetensors file; if it has pickled weights, start with --allow-pickle \(in Python allow_pickle=True\)",
+        r"has neither model\.safetensors nor pytorch_model\.bin; name the repository or folder with its safetensors",
     ),
-    "config": (("config.json",), "cannot read the config of "),
+    "config": (("config.json",), r"has no config\.json; name the folder that Transformers saved the model in"),
     "tokenizer": (
         ("tokenizer.json", "tokenizer_config.json"),
         "cannot read the tokenizer of .* has no tokenizer files",
@@ -586,7 +588,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(bert: Path, tmp_path
         command = [sys.executable, "-c", program, str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
 
-    assert "CheckpointError: cannot read the config of" in run().stderr
+    assert "own.OwnModel as its AutoModel" in run().stderr
     trusted = run("trusted")
     assert trusted.returncode == 0, trusted.stderr
     expected = rows(bert, ["a"], pooler_config={"pooling_type": "MEAN"})[0]

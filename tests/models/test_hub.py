@@ -149,8 +149,10 @@ LOADS: dict[str, dict[str, Any]] = {
     "branch": {"model": "tiny/bert", "revision": "v2"},
     "tokenizer of its own": {"model": "tiny/bert", "tokenizer": "tiny/tokenizer"},
     "modules": {"model": "tiny/modules"},
-    "pickled, refused": {"model": "tiny/pickled"},
-    "pickled, allowed": {"model": "tiny/pickled", "allow_pickle": True},
+    "pickled, refused": {"model": "tiny/pickled", "safetensors_only": True},
+    "pickled": {"model": "tiny/pickled"},
+    "an unknown head": {"model": "tiny/headed"},
+    "code": {"model": "tiny/code"},
     "no such repository": {"model": "tiny/nothing"},
     "no such revision": {"model": "tiny/bert", "revision": "v3"},
     "not an id": {"model": "tiny/bert/v2"},
@@ -184,6 +186,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
         "pickled": checkpoints.bert(base / "pickled", seed=2),
         "modules": checkpoints.bert(base / "modules"),
         "tokenizer": base / "tokenizer",
+        "headed": checkpoints.bert(base / "headed"),
+        "code": checkpoints.bert(base / "code"),
     }
     checkpoints.wordpiece(lowercase=True).save_pretrained(folders["tokenizer"])
     (folders["v1"] / "onnx").mkdir()
@@ -199,7 +203,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
         "v1": hub.add("tiny/bert", "main", folders["v1"]),
         "v2": hub.add("tiny/bert", "v2", folders["v2"]),
     }
-    for name in ("pickled", "modules", "tokenizer"):
+    (folders["headed"] / "value_head.bin").write_bytes(b"\0")
+    checkpoints.edit_json(folders["code"] / "config.json", auto_map={"AutoModel": "own.Own"})
+    for name in ("pickled", "modules", "tokenizer", "headed", "code"):
         commits[name] = hub.add(f"tiny/{name}", "main", folders[name])
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -225,11 +231,11 @@ def local(folder: Path, **options: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("load", "folder"),
-    [("plain", "v1"), ("again", "v1"), ("branch", "v2"), ("modules", "modules"), ("pickled, allowed", "pickled")],
+    [("plain", "v1"), ("again", "v1"), ("branch", "v2"), ("modules", "modules"), ("pickled", "pickled")],
 )
 def test_a_hub_id_gives_what_its_folder_gives(answers: Answers, load: str, folder: str) -> None:
     result = answers.results[load]
-    expected = local(answers.folders[folder], allow_pickle=folder == "pickled")
+    expected = local(answers.folders[folder])
     np.testing.assert_allclose(result["row"], expected, rtol=0, atol=1e-6)
     assert result["revision"] == answers.commits[folder]
 
@@ -256,14 +262,16 @@ def test_only_wanted_files_are_downloaded_and_each_once(answers: Answers) -> Non
     )
     assert set(of_v1) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(of_v1.values()) == {1}
-    assert fetched["pytorch_model.bin"] == 1  # of tiny/pickled, once it was allowed
+    assert fetched["pytorch_model.bin"] == 1  # of tiny/pickled, which has no safetensors
     assert fetched["2_Dense/model.safetensors"] == 1
 
 
 @pytest.mark.parametrize(
     ("load", "sentence"),
     [
-        ("pickled, refused", "tiny/pickled has no safetensors file"),
+        ("pickled, refused", "tiny/pickled has neither model.safetensors nor pytorch_model.bin"),
+        ("an unknown head", "the checkpoint has the file value_head.bin, which Cenote does not honour"),
+        ("code", "config.json has the key auto_map, which Cenote does not honour"),
         ("no such repository", "'tiny/nothing' is no folder here, and the hub did not give it: "),
         ("no such revision", "revision 'v3' of 'tiny/bert' is no folder here, and the hub did not give it: "),
         ("not an id", "there is no folder 'tiny/bert/v2', and it is not a hub id of the form 'owner/name'"),

@@ -18,7 +18,7 @@ import torch
 from cenote import tokenizer as tokenizers
 from cenote.core import PairTemplate, template_text
 from cenote.errors import CheckpointError, first_line
-from cenote.models import configs, contents, sentence_transformers
+from cenote.models import configs, contents, remote_code, sentence_transformers, stacked_lora
 from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.facts import Files
@@ -122,7 +122,8 @@ def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
     if pooler is not None and pooler not in MODES:
         raise CheckpointError(f"emb_pooler is {pooler!r}; honoured are {', '.join(MODES)}")
     prompts = getattr(config, "task_instructions", None) or {}
-    return SentenceTransformer(folder, prompts=prompts, modes=(pooler,) if pooler else ())
+    modes = (pooler,) if pooler else ()
+    return SentenceTransformer(folder, prompts=prompts, modes=modes, normalizes=bool(pooler))
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
@@ -240,7 +241,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     import transformers
     from safetensors import SafetensorError
 
-    folder = checkpoint.folder
+    folder, stacked = checkpoint.folder, stacked_lora.parts(checkpoint)
     try:
         with _quiet():
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
@@ -251,6 +252,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
                 use_safetensors=None if options.reads_pickles else True,
                 weights_only=True,
                 output_loading_info=True,
+                key_mapping=stacked_lora.PLAIN if stacked else None,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
@@ -259,6 +261,8 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
         bias = tensors(folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
+    report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not stacked_lora.PART.fullmatch(name)]
+    _fill_absent(checkpoint, model, report)
     _check_report(checkpoint, model, report)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
@@ -307,6 +311,14 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
             "without --trust-remote-code Transformers' own class is asked for"
         )
     return getattr(transformers, AUTO_CLASSES[kind])
+
+
+def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
+    absent = {name for name in report["missing_keys"] if name.endswith(remote_code.absent(checkpoint.config))}
+    report["missing_keys"] = set(report["missing_keys"]) - absent
+    for name in absent:
+        torch.nn.init.zeros_(model.get_parameter(name))
 
 
 def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -97,6 +97,7 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
     rewritten = remote_code.native(content)
     runs_code = options.trust_remote_code and rewritten is None and bool(auto_map)
     if rewritten is not None:
+        audit.use(CONFIG, *(key for key in content if key not in rewritten))
         content = rewritten
         code = ", ".join(sorted(set(remote_code.references(auto_map).values())))
         notes.append(f"Transformers' own class for {content.get('model_type')!r} runs in the place of {code}")
@@ -108,7 +109,7 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
     except Exception as error:  # whatever a config's class raises is about its content
         raise CheckpointError(f"cannot read the config of {checkpoint}: {_reason(error)}") from error
     if not runs_code:
-        _check_keys(content, config, audit, rewritten is not None)
+        _check_keys(content, config, audit)
     return Read(config, tuple(notes))
 
 
@@ -139,10 +140,10 @@ def check_tokenizer(folder: Path, options: ModelConfig, audit: Audit) -> None:
     content = read_json(file) if file.is_file() else {}
     auto_map = content.get("auto_map") or {}
     names = _flat(auto_map.values() if isinstance(auto_map, dict) else [auto_map])
-    if options.trust_remote_code and names and not NATIVE.keys() & names:
+    if options.trust_remote_code and names and not NATIVE & names:
         audit.use(TOKENIZER_CONFIG, "auto_map")
         return
-    if names and not NATIVE.keys() & names:
+    if names and not NATIVE & names:
         refuse_code(audit, TOKENIZER_CONFIG, {"AutoTokenizer": " or ".join(sorted(names))})
     kind = content.get("tokenizer_class")
     if names or kind is None or _has_tokenizer(str(kind)):
@@ -209,21 +210,15 @@ def _plain(content: dict[str, Any], audit: Audit) -> dict[str, Any]:
     return plain
 
 
-def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit, rewritten: bool) -> None:
+def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit) -> None:
     """Enter the keys that pick something into the audit, but for those that the config's class has.
-
-    Args:
-        content: of the file.
-        config: made of it.
-        audit: receives the keys.
-        rewritten: `content` is in Transformers' words, which say how positions are embedded.
 
     Raises:
         CheckpointError: nothing reads one of them.
     """
     known = _known(config)
     positions = content.get("position_embedding_type", "absolute")
-    if positions != "absolute" and not rewritten and "position_embedding_type" not in known:
+    if positions != "absolute" and "position_embedding_type" not in known:
         audit.refuse(
             CONFIG,
             ["position_embedding_type"],

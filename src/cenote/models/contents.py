@@ -197,9 +197,10 @@ def _reason(folder: Path, name: str, modules: Collection[str]) -> str:
         return "of a module that modules.json does not name"
     if parent and (folder / parent / "adapter_config.json").is_file():
         return ADAPTER
-    if parent and "model_type" in _config(folder / parent):
+    why = idle_reason(name)
+    if not why and parent and "model_type" in _config(folder / parent):
         return "a model of its own"
-    return idle_reason(name)
+    return why
 
 
 def _config(folder: Path) -> dict[str, Any]:

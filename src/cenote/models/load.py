@@ -12,8 +12,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +24,7 @@ from torch import nn
 from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
-from cenote.models import hub, offers
+from cenote.models import hub, offers, stacked_lora
 from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
@@ -61,8 +63,10 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     options = with_defaults(options, files.config)
     checkpoint = checkpoints.choose(files, options)
     built = build(checkpoint, options)
-    subject, offer = prove(checkpoint, built, options)
-    prepare(subject, options)
+    with tempfile.TemporaryDirectory(prefix="cenote-adapters-") as unstacked:
+        stacked_lora.unstack(checkpoint, Path(unstacked), pickles=options.reads_pickles)
+        subject, offer = prove(checkpoint, built, options, Path(unstacked))
+        prepare(subject, options)
     model = report(checkpoint, built, subject, offer, options)
     return model, checkpoint
 
@@ -102,11 +106,20 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     return Built(full, length, isa, (*checkpoint.notes, dtype_note, length_note))
 
 
-def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[Subject, Offer]:
-    """Prove a layout of the backbone, and heads over its rows."""
+def prove(
+    checkpoint: Checkpoint, built: Built, options: ModelConfig, unstacked: Path | None = None
+) -> tuple[Subject, Offer]:
+    """Prove a layout of the backbone, and heads over its rows.
+
+    Args:
+        checkpoint: as it was read.
+        built: its model.
+        options: the user's.
+        unstacked: folder of adapters that were taken out of the model's tensors.
+    """
     full = built.full
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
-    settings = settings_of(checkpoint, built, options)
+    settings = settings_of(checkpoint, built, options, unstacked)
     probe = None
     try:
         if full is not model:
@@ -129,7 +142,7 @@ def prove(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> tuple[S
     return subject, offers.offer(checkpoint, options, full, probe)
 
 
-def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> Settings:
+def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unstacked: Path | None = None) -> Settings:
     """Return the settings of the passes."""
     kernels, narrowing = native.load(built.isa), _narrowing(built, options)
     return Settings(
@@ -138,7 +151,7 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> S
         products=narrow.products(kernels, narrowing),
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
-        adapters=find_adapters((checkpoint.path, checkpoint.folder)),
+        adapters=find_adapters(filter(None, (checkpoint.path, checkpoint.folder, unstacked))),
         narrowing=narrowing,
     )
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from transformers import PretrainedConfig
+
 Config = dict[str, Any]
 """Content of a `config.json`."""
 
@@ -42,6 +44,11 @@ def _agrees(config: Config, settings: Mapping[str, Any]) -> bool:
     return all(config.get(key, value) == value for key, value in settings.items())
 
 
+def _without(config: Config, *keys: str) -> Config:
+    """Return `config` without keys, which the caller accounts for."""
+    return {key: value for key, value in config.items() if key not in keys}
+
+
 def _head_dim(config: Config) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
@@ -51,15 +58,29 @@ def _same(config: Config) -> Config:
     return config
 
 
+FLASH = {"position_embedding_type": "rotary", "truncate_dim": None}
+"""Settings of jinaai/xlm-roberta-flash-implementation that Transformers' class has built in."""
+
+FLASH_IDLE = (
+    "load_trained_adapters",
+    "lora_dropout_p",
+    "lora_main_params_trainable",
+    "use_flash_attn",
+    "use_reentrant",
+)
+"""Settings that change no answer of the weights as they are."""
+
+
 def _jina_flash(config: Config) -> Config | None:
     """Return the config of jinaai/xlm-roberta-flash-implementation, if its positions are rotary.
 
     Defaults are those of its `XLMRobertaFlashConfig`.
     """
-    if not _agrees(config, {"position_embedding_type": "rotary", "truncate_dim": None}):
+    if not _agrees(config, FLASH):
         return None
     rope = {"rope_type": "default", "rope_theta": float(config.get("rotary_emb_base", 10000.0))}
-    return {**config, "model_type": "jina_embeddings_v3", "rope_parameters": rope}
+    plain = _without(config, *FLASH, *FLASH_IDLE, "rotary_emb_base")
+    return {**plain, "model_type": "jina_embeddings_v3", "rope_parameters": rope}
 
 
 GTE = {
@@ -69,6 +90,9 @@ GTE = {
     "pack_qkv": True,
 }
 """Settings of Alibaba-NLP/new-impl that Transformers' class has built in."""
+
+GTE_IDLE = ("logn_attention_clip1", "unpad_inputs", "use_memory_efficient_attention")
+"""Settings that change no answer, the first unless another is set."""
 
 
 def _gte(config: Config) -> Config | None:
@@ -85,9 +109,19 @@ def _gte(config: Config) -> Config | None:
     rope: Config = {"rope_type": "default", "rope_theta": theta}
     if factor > 1:
         rope = {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / _head_dim(config))}
-    without = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
     types = int(config.get("type_vocab_size", 1))
-    return {**without, "model_type": "gte", "rope_parameters": rope, "type_vocab_size": max(types, 1)}
+    return {
+        **_without(config, *GTE, *GTE_IDLE, "rope_scaling", "rope_theta"),
+        "model_type": "gte",
+        "rope_parameters": rope,
+        "type_vocab_size": max(types, 1),
+        "lacks_token_types": types == 0,
+    }
+
+
+def absent(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return endings of the names of tensors that Transformers' class has and the checkpoint's code has not."""
+    return ("token_type_embeddings.weight",) if getattr(config, "lacks_token_types", False) else ()
 
 
 NOMIC = {
@@ -116,6 +150,8 @@ NOMIC_NAMES = {
 }
 """Names in nomic-ai/nomic-bert-2048 to those of Transformers."""
 
+NOMIC_READ = ("pad_vocab_size_multiple", "rotary_emb_base", "rotary_scaling_factor", "max_trained_positions")
+
 
 def _nomic(config: Config) -> Config | None:
     """Return the config of nomic-ai/nomic-bert-2048.
@@ -124,7 +160,7 @@ def _nomic(config: Config) -> Config | None:
     """
     if not _agrees(config, NOMIC):
         return None
-    renamed = {NOMIC_NAMES.get(key, key): value for key, value in config.items()}
+    renamed = {NOMIC_NAMES.get(key, key): value for key, value in _without(config, *NOMIC, *NOMIC_READ).items()}
     multiple, size = int(config.get("pad_vocab_size_multiple", 1)), int(config["vocab_size"])
     renamed |= {"model_type": "nomic_bert", "hidden_act": "silu", "vocab_size": -(-size // multiple) * multiple}
     if "rotary_emb_base" in config:
