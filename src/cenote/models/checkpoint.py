@@ -5,6 +5,7 @@ A tensor that is missing or left over inside the backbone is an error.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -174,10 +175,18 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     try:
         tokenizer = tokenizers.load(source)
     except Exception as error:  # whatever a tokenizer raises is about its files
-        raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}{_missing(folder)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
     return tokenizer, source
+
+
+def _missing(folder: Path) -> str:
+    """Return a hint at the package that a tokenizer of sentencepiece needs, if it is not installed; else nothing."""
+    is_missing = any(importlib.util.find_spec(name) is None for name in ("sentencepiece", "google.protobuf"))
+    if is_missing and any(folder.glob("*.model")):
+        return "; its vocabulary is a sentencepiece model: pip install sentencepiece protobuf"
+    return ""
 
 
 def _pair_template(options: ModelConfig, st: SentenceTransformer, head: Head) -> PairTemplate | None:
