@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -94,26 +95,33 @@ def _config(folder: Path) -> PretrainedConfig | None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    file = folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    dtypes = [content.get(key) for key in ("dtype", "torch_dtype")]
-    if not any(str(dtype).startswith("torch.") for dtype in dtypes) or content.get("model_type") not in CONFIG_MAPPING:
+    content = _json(folder / "config.json")
+    dtypes = {str(content.pop(key, "")) for key in ("dtype", "torch_dtype")}
+    if not any(dtype.startswith("torch.") for dtype in dtypes):
         return None
-    plain = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "auto_map")}
-    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(plain)
+    content.pop("auto_map", None)
+    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     return config
+
+
+def references(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the classes that a `tokenizer_config.json` names as its code, without the repositories they lie in."""
+    names = re.findall(r'"([^"]+\.[^"]+)"', json.dumps(config.get("auto_map")))  # keys have no dot
+    return frozenset(name.rpartition("--")[2] for name in names)
 
 
 def _ends(folder: Path) -> dict[str, bool]:
     """Return whether the first and last token are put around texts, where Transformers' tokenizer has to be told."""
-    file = folder / "tokenizer_config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    auto_map = content.get("auto_map") or {}
-    names = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    references = [names] if isinstance(names, str) else [name for name in names or () if name]
-    if not NATIVE.intersection(name.rpartition("--")[2] for name in references):
+    content = _json(folder / "tokenizer_config.json")
+    if not references(content) & NATIVE:
         return {}
     return {key: bool(content.get(key)) for key in ("add_bos_token", "add_eos_token")}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if it is not there."""
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content
 
 
 def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:

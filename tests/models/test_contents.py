@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -217,12 +218,10 @@ def test_a_kernel_for_attention_is_the_layouts(folder: Path, changes: dict[str, 
     [
         ("config.json", {"vocab_size": "236"}, "vocab_size"),
         ("config.json", {"hidden_act": 7}, "hidden_act"),
-        ("sentence_bert_config.json", {"max_seq_length": "16"}, "max_seq_length"),
     ],
 )
 def test_values_of_another_type(folder: Path, file: str, changes: dict[str, Any], words: str) -> None:
     """A value that is no number where one belongs is a sentence that names it."""
-    checkpoints.write_modules(folder, pooling("mean"), transformer={"max_seq_length": 16})
     edit_json(folder / file, **changes)
     assert words in refusal(folder)
 
@@ -345,6 +344,20 @@ def test_a_tokenizer_of_sentencepiece_alone(folder: Path, tmp_path: Path) -> Non
             row = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0, 0].double()
         expected.append((row / row.norm()).numpy())
     np.testing.assert_allclose(rows(target), np.stack(expected), rtol=0, atol=2e-5)
+
+
+def test_a_tokenizer_of_tiktoken_alone(tmp_path: Path) -> None:
+    """A vocabulary in tiktoken's format is read with tiktoken, which Cenote depends on."""
+    pytest.importorskip("tiktoken", reason="an environment from before tiktoken became a dependency")
+    folder = checkpoints.decoder(tmp_path / "model", vocab_size=300)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    pieces = [*(bytes([i]) for i in range(256)), b"he", b"in", b"the"]
+    entries = [f"{base64.b64encode(piece).decode()} {i}" for i, piece in enumerate(pieces)]
+    (folder / "tiktoken.model").write_text("\n".join(entries) + "\n")
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<end>", "pad_token": "<end>"})
+    with LLM(model=str(folder)) as llm:
+        assert llm.get_tokenizer()("the hen")["input_ids"] == [258, 32, 256, 110]
 
 
 # --- image-and-text checkpoints ----------------------------------------------------------------------------------

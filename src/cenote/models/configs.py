@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cenote.errors import CheckpointError, first_line
+from cenote import tokenizer
+from cenote.errors import CheckpointError
 from cenote.models import remote_code
 from cenote.models.audit import Keys
 from cenote.models.sentence_transformers import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -24,6 +26,9 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 ATTENTION = frozenset(f"{lead}attn_implementation{end}" for lead in ("", "_") for end in ("", "_internal", "_autoset"))
 """Keys that choose a kernel for attention, which here is the layout's."""
+
+LEFT_OUT = ATTENTION | {"auto_map"}
+DTYPES = frozenset({"dtype", "torch_dtype"})
 
 # fmt: off
 PICKING = frozenset({
@@ -93,37 +98,41 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
     content = read_json(folder / CONFIG)
     if not isinstance(content, dict):
         raise CheckpointError(f"{CONFIG} of {checkpoint} is not a JSON object, but {type(content).__name__}")
-    auto_map, notes = content.get("auto_map") or {}, []
-    rewritten = remote_code.native(content)
-    runs_code = options.trust_remote_code and rewritten is None and bool(auto_map)
-    if rewritten is not None:
-        audit.use(CONFIG, *(key for key in content if key not in rewritten))
-        content = rewritten
-        code = ", ".join(sorted(set(remote_code.references(auto_map).values())))
-        notes.append(f"Transformers' own class for {content.get('model_type')!r} runs in the place of {code}")
-        audit.leave(CONFIG, ["auto_map"], "Transformers has the model that its code is of")
-    elif remote_code.references(auto_map) and not runs_code:
-        refuse_code(audit, CONFIG, auto_map)
+    code = remote_code.references(content)
+    native = remote_code.native(content)
     try:
-        config = _of_code(folder) if runs_code else _of_transformers(folder, _plain(content, audit))
-    except Exception as error:  # whatever a config's class raises is about its content
-        raise CheckpointError(f"cannot read the config of {checkpoint}: {_reason(error)}") from error
-    if not runs_code:
-        _check_keys(content, config, audit)
-    return Read(config, tuple(notes))
+        if native is None and code and options.trust_remote_code:
+            audit.use(CONFIG, "auto_map")
+            return Read(_of_code(folder), ())
+        if native is None and code:
+            _refuse_code(audit, CONFIG, code)
+        notes = () if native is None else _note(content, native, audit)
+        return Read(_of_transformers(folder, native or content, audit), notes)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a config's class raises is about the file
+        raise CheckpointError(f"cannot read the config of {checkpoint}: {_in_one_line(error)}") from error
 
 
-def refuse_code(audit: Audit, file: str, auto_map: dict[str, Any]) -> None:
-    """Refuse an `auto_map`, naming its code and the flag that runs it.
+def _note(content: dict[str, Any], native: dict[str, Any], audit: Audit) -> tuple[str, ...]:
+    """Enter the keys of `content` that made the config `native` into the audit, and return a note about it."""
+    audit.use(CONFIG, *(key for key in content if key not in native))
+    audit.leave(CONFIG, ["auto_map"], "Transformers has the model that its code is of")
+    code = ", ".join(sorted(set(remote_code.references(content).values())))
+    return (f"Transformers' own class for {native['model_type']!r} runs in the place of {code}",)
+
+
+def _refuse_code(audit: Audit, file: str, code: Mapping[str, str]) -> None:
+    """Refuse an `auto_map`, naming its code by the auto class, and the flag that runs it.
 
     Raises:
         CheckpointError: the user has not allowed that it goes unread.
     """
-    code = ", ".join(f"{reference} as its {auto_class}" for auto_class, reference in auto_map.items())
+    named = ", ".join(f"{reference} as its {auto_class}" for auto_class, reference in code.items())
     audit.refuse(
         file,
         ["auto_map"],
-        f"it names code that the checkpoint brings, {code}, in whose place Transformers' own class would run; start "
+        f"it names code that the checkpoint brings, {named}, in whose place Transformers' own class would run; start "
         "with --trust-remote-code to run that code",
     )
 
@@ -134,45 +143,32 @@ def check_tokenizer(folder: Path, options: ModelConfig, audit: Audit) -> None:
     Raises:
         CheckpointError: it names code that may not run, or a class that Transformers does not have.
     """
-    from cenote.tokenizer import NATIVE
-
     file = folder / TOKENIZER_CONFIG
     content = read_json(file) if file.is_file() else {}
-    auto_map = content.get("auto_map") or {}
-    names = _flat(auto_map.values() if isinstance(auto_map, dict) else [auto_map])
-    if options.trust_remote_code and names and not NATIVE & names:
+    code = tokenizer.references(content)
+    if code & tokenizer.NATIVE:
+        audit.use(TOKENIZER_CONFIG, "auto_map", "add_bos_token", "add_eos_token")
+    elif code and options.trust_remote_code:
         audit.use(TOKENIZER_CONFIG, "auto_map")
-        return
-    if names and not NATIVE & names:
-        refuse_code(audit, TOKENIZER_CONFIG, {"AutoTokenizer": " or ".join(sorted(names))})
-    kind = content.get("tokenizer_class")
-    if names or kind is None or _has_tokenizer(str(kind)):
-        return
-    audit.refuse(
-        TOKENIZER_CONFIG,
-        ["tokenizer_class"],
-        f"{kind} is not a class of the installed Transformers, which would read tokenizer.json as it is",
-    )
-
-
-def _flat(references: Iterable[Any]) -> set[str]:
-    """Return the code that an `auto_map` names, without repositories; an entry is one class or several."""
-    names: set[str] = set()
-    for entry in references:
-        parts = [entry] if isinstance(entry, str) else [part for part in entry if part]
-        names |= {part.rpartition("--")[2] for part in parts}
-    return names
+    elif code:
+        _refuse_code(audit, TOKENIZER_CONFIG, {"AutoTokenizer": " or ".join(sorted(code))})
+    kind = str(content.get("tokenizer_class") or "PreTrainedTokenizer")
+    if not code and not _has_tokenizer(kind):
+        audit.refuse(
+            TOKENIZER_CONFIG,
+            ["tokenizer_class"],
+            f"{kind} is not a class of the installed Transformers, which would read tokenizer.json as it is",
+        )
 
 
 def _has_tokenizer(kind: str) -> bool:
     """Return whether Transformers has the tokenizer class `kind`; it has dropped the suffix of the fast ones."""
     import transformers
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     plain = kind.removesuffix("Fast")
-    if plain in ("PreTrainedTokenizer", "TokenizersBackend") or plain in TOKENIZER_MAPPING_NAMES.values():
-        return True
-    return hasattr(transformers, kind) or hasattr(transformers, plain) or tokenizer_class_from_name(kind) is not None
+    kinds = {"PreTrainedTokenizer", "TokenizersBackend", *TOKENIZER_MAPPING_NAMES.values()}
+    return bool({kind, plain} & kinds) or hasattr(transformers, plain) or hasattr(transformers, kind)
 
 
 def _of_code(folder: Path) -> PretrainedConfig:
@@ -183,31 +179,29 @@ def _of_code(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _of_transformers(folder: Path, content: dict[str, Any]) -> PretrainedConfig:
-    """Return the config of Transformers' class."""
+def _of_transformers(folder: Path, content: dict[str, Any], audit: Audit) -> PretrainedConfig:
+    """Return the config of Transformers' class, all of whose keys are accounted for."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(content.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        found: PretrainedConfig = AutoConfig.from_pretrained(folder)
-        return found
-    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict({k: v for k, v in content.items() if k != "auto_map"})
+        unknown: PretrainedConfig = AutoConfig.from_pretrained(folder)  # its error says so
+        return unknown
+    audit.leave(CONFIG, sorted(ATTENTION & content.keys()), "attention is the layout's")
+    plain = json.loads(json.dumps(content), object_hook=_plain)
+    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
     config._name_or_path = str(folder)
+    _check_keys(content, config, audit)
     return config
 
 
-def _plain(content: dict[str, Any], audit: Audit) -> dict[str, Any]:
-    """Return a config, or a part of one, without kernels for attention and with plain names of dtypes."""
-    plain: dict[str, Any] = {}
-    for key, value in content.items():
-        if key in ATTENTION:
-            audit.leave(CONFIG, [key], "attention is the layout's")
-        elif key in ("dtype", "torch_dtype") and isinstance(value, str):
-            plain[key] = value.removeprefix("torch.")
-        else:
-            plain[key] = _plain(value, audit) if isinstance(value, dict) else value
-    return plain
+def _plain(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a config without code and kernels for attention, and with plain names of dtypes."""
+    for key in DTYPES & entries.keys():
+        if isinstance(entries[key], str):
+            entries[key] = entries[key].removeprefix("torch.")
+    return {key: value for key, value in entries.items() if key not in LEFT_OUT}
 
 
 def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit) -> None:
@@ -216,26 +210,28 @@ def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit)
     Raises:
         CheckpointError: nothing reads one of them.
     """
-    known = _known(config)
-    positions = content.get("position_embedding_type", "absolute")
-    if positions != "absolute" and "position_embedding_type" not in known:
+    unknown = {key: value for key, value in content.items() if key not in _keys(config)}
+    if unknown.get("position_embedding_type", "absolute") != "absolute":
         audit.refuse(
             CONFIG,
             ["position_embedding_type"],
-            f"it is {positions!r}, and {type(config).__name__} knows absolute positions only",
+            f"it is {content['position_embedding_type']!r}, and {type(config).__name__} knows absolute positions only",
         )
-    picking = {key: value for key, value in content.items() if PICKING.intersection(key.strip("_").split("_"))}
-    audit.read(CONFIG, {k: v for k, v in picking.items() if v is not None and k not in known}, KEYS)
+    audit.read(CONFIG, {key: value for key, value in unknown.items() if _picks(key, value)}, KEYS)
 
 
-def _known(config: PretrainedConfig) -> set[str]:
+def _picks(key: str, value: Any) -> bool:
+    """Return whether an entry picks heads, pooling, labels, tokenisation or code."""
+    return value is not None and not PICKING.isdisjoint(key.strip("_").split("_"))
+
+
+def _keys(config: PretrainedConfig) -> set[str]:
     """Return the keys that the config's class has."""
     kind = type(config)
     parameters = {*signature(kind.__init__).parameters, *signature(kind).parameters}
     return {*dir(kind), *parameters, *config.attribute_map, *(field.name for field in fields(config))}
 
 
-def _reason(error: Exception) -> str:
-    """Return the lines of an error of validation as one, of any other the first."""
-    text = " ".join(str(error).split())
-    return text[:300] if "\n" in str(error) else f"{first_line(error)}"
+def _in_one_line(error: Exception) -> str:
+    """Return the text of an error without line breaks, or the name of its class."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

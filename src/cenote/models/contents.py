@@ -1,11 +1,11 @@
-"""The files of a checkpoint: which of them hold weights or code, and what becomes of each."""
+"""The files of a checkpoint that hold weights or code: each is used, without effect, or refused."""
 
 from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
@@ -19,17 +19,23 @@ if TYPE_CHECKING:
 DEPTH = 3
 """Levels of folders that are looked into."""
 
+SKIPPED = (".", "__", "checkpoint-")
+"""Beginnings of names that are passed over."""
+
+ROUTER = "router_config.json"
+GLINER = "gliner_config.json"
+
 # fmt: off
-WEIGHTS = frozenset({
+RELEVANT = frozenset({
+    ".py",
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy", ".npz", ".h5", ".msgpack",
     ".ot", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel", ".pdparams", ".nemo",
 })
 # fmt: on
-"""Endings of files that may hold weights."""
+"""Endings of files that may hold code or weights."""
 
 OTHER_FORMAT = "the same model in another format"
 OF_TRAINING = "left over from training"
-ADAPTER = "an adapter's, which is read with its adapter_config.json"
 
 IDLE: Mapping[str, str] = {
     "onnx/*": OTHER_FORMAT,
@@ -61,16 +67,16 @@ IDLE: Mapping[str, str] = {
     "zero_to_fp32.py": OF_TRAINING,
     "handler.py": "code of a web service around the model",
     "*.py": "code that is run only where a config names it",
-    "adapter_model.*": ADAPTER,
+    "adapter_model.*": "an adapter's, which is read with its adapter_config.json",
 }
-"""Files that change no answer, by a pattern of their path or their name, each with the reason."""
+"""Files that change no answer, by a pattern of the end of their path, each with the reason."""
 
 LFS = b"version https://git-lfs"
 POINTER_SIZE = 1024
 """Bytes that a Git LFS pointer has at most."""
 
 FORMATS: Mapping[str, str] = {
-    "gliner_config.json": "is a GLiNER checkpoint, whose heads over spans are not served; use the gliner package",
+    GLINER: "is a GLiNER checkpoint, whose heads over spans are not served; use the gliner package",
     "*.gguf": "has its weights as GGUF (llama.cpp) only",
     "*.onnx": "has its weights as ONNX only",
     "tf_model*.h5": "has its weights for TensorFlow only",
@@ -78,6 +84,9 @@ FORMATS: Mapping[str, str] = {
     "consolidated*": "has its weights in Mistral's own format only",
 }
 """Names of files by which a checkpoint without weights that can be read is known."""
+
+FOLDER = "the checkpoint"
+"""Name of the folder in the audit."""
 
 REMEDY = "name the repository or folder with its safetensors"
 
@@ -87,21 +96,15 @@ def listing(folder: Path) -> tuple[str, ...]:
     names: list[str] = []
     for place, folders, files in os.walk(folder, followlinks=True):
         relative = Path(place).relative_to(folder)
-        names += [(relative / file).as_posix() for file in files if not file.startswith(".")]
-        depth = len(relative.parts)
-        kept = [name for name in folders if not name.startswith((".", "__", "checkpoint-"))]
-        folders[:] = sorted(kept) if depth < DEPTH else []
+        names += [(relative / file).as_posix() for file in files if not file.startswith(SKIPPED)]
+        folders[:] = [name for name in folders if not name.startswith(SKIPPED)]
+        if len(relative.parts) == DEPTH:
+            folders.clear()
     return tuple(sorted(names))
 
 
-def idle_reason(name: str) -> str:
-    """Return why the file at the path `name` changes no answer; empty if that is not known."""
-    last = name.rpartition("/")[2]
-    return next((why for pattern, why in IDLE.items() if fnmatchcase(name, pattern) or fnmatchcase(last, pattern)), "")
-
-
 def check(folder: Path, names: Iterable[str], checkpoint: str) -> None:
-    """Refuse a folder whose files are not what they seem.
+    """Refuse a folder of another tool, and one of a broken download.
 
     Args:
         folder: of the checkpoint.
@@ -111,10 +114,10 @@ def check(folder: Path, names: Iterable[str], checkpoint: str) -> None:
     Raises:
         CheckpointError: it is of a kind that is not served, or a file is a pointer of Git LFS.
     """
-    if (folder / "gliner_config.json").is_file():
-        raise CheckpointError(f"{checkpoint} {FORMATS['gliner_config.json']}")
+    if (folder / GLINER).is_file():
+        raise CheckpointError(f"{checkpoint} {FORMATS[GLINER]}")
     for name in names:
-        if not idle_reason(name) and _is_pointer(folder / name):
+        if _is_pointer(folder / name) and not _reason_in(IDLE, name):
             raise CheckpointError(
                 f"{name} of {checkpoint} is a pointer of Git LFS and not the file itself; run `git lfs pull` there, or "
                 "download it again"
@@ -122,7 +125,7 @@ def check(folder: Path, names: Iterable[str], checkpoint: str) -> None:
 
 
 def check_config(folder: Path, checkpoint: str) -> None:
-    """Refuse a backbone's folder without `config.json`, by what it has in its place.
+    """Refuse a backbone's folder without `config.json`, naming the format of the files that it has instead.
 
     Raises:
         CheckpointError: it has none.
@@ -164,17 +167,17 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     Raises:
         CheckpointError: nothing reads one of them.
     """
-    backbone = files.folder.relative_to(files.path).as_posix() if files.folder.is_relative_to(files.path) else "."
-    used = {_joined(backbone, name) for name in weights.model_files(files.folder, pickles=pickles)}
-    used |= {_joined(place, name) for place in (".", backbone) for name in read}
-    modules = _module_folders(files.path)
+    root, backbone = files.path, files.folder
+    modules = _module_folders(root)
+    folders = (root, backbone, *(root / name for name in modules))
+    used = {folder / name for folder in folders for name in weights.model_files(folder, pickles=pickles)}
+    used |= {folder / name for folder in (root, backbone) for name in read}
     unread = []
     for name in listed:
-        suffix = Path(name).suffix
-        if suffix not in WEIGHTS and suffix != ".py":
+        if Path(name).suffix not in RELEVANT:
             continue
-        reason = _reason(files.path, name, modules)
-        if name in used or _is_of_module(files.path, name, modules):
+        reason = _reason(root, name, modules)
+        if root / name in used:
             files.audit.use(FOLDER, name)
         elif reason:
             files.audit.leave(FOLDER, [name], reason)
@@ -183,61 +186,42 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     files.audit.refuse(FOLDER, unread, "if it belongs to another tool, take it away", noun="the file")
 
 
-FOLDER = "the checkpoint"
-"""Name of the folder in the audit."""
-
-
-def _reason(folder: Path, name: str, modules: Collection[str]) -> str:
+def _reason(root: Path, name: str, modules: Collection[str]) -> str:
     """Return why a file that is not read changes no answer; empty if that is not known."""
-    parent, _, last = name.rpartition("/")
-    top = name.partition("/")[0]
-    if weights.model_files(folder / parent, pickles=False) and fnmatchcase(last, "pytorch_model*.bin"):
+    file = root / name
+    if fnmatchcase(file.name, "pytorch_model*.bin") and weights.model_files(file.parent, pickles=False):
         return OTHER_FORMAT
-    if parent and modules and top not in modules:
+    reason = _reason_in(IDLE, name)
+    if reason or file.parent == root:
+        return reason
+    if modules and not any(file.is_relative_to(root / module) for module in modules):
         return "of a module that modules.json does not name"
-    if parent and (folder / parent / "adapter_config.json").is_file():
-        return ADAPTER
-    why = idle_reason(name)
-    if not why and parent and "model_type" in _config(folder / parent):
-        return "a model of its own"
-    return why
+    return "a model of its own" if _is_model(file.parent) else ""
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's `config.json`; empty if it has none."""
+def _reason_in(table: Mapping[str, str], name: str) -> str:
+    """Return the entry of the first pattern that the end of a path matches; empty if none does."""
+    return next((reason for pattern, reason in table.items() if fnmatchcase(f"/{name}", f"*/{pattern}")), "")
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a folder has a `config.json` of Transformers."""
     file = folder / "config.json"
-    content = read_json(file) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return file.is_file() and "model_type" in read_json(file)
 
 
-def _module_folders(folder: Path) -> frozenset[str]:
-    """Return the first parts of the paths of the modules that `modules.json` or a Router names."""
-    paths: list[str] = []
-    if (folder / "modules.json").is_file():
-        paths += [str(entry["path"]) for entry in read_json(folder / "modules.json")]
-    routers = [path for path in ("", *paths) if (folder / path / "router_config.json").is_file()]
-    for router in routers:
-        paths += [_joined(router, str(path)) for path in read_json(folder / router / "router_config.json")["types"]]
-    return frozenset(path.partition("/")[0] for path in paths if path)
-
-
-def _is_of_module(folder: Path, name: str, modules: Collection[str]) -> bool:
-    """Return whether a file holds the weights of a module of Sentence-Transformers."""
-    parent, _, last = name.rpartition("/")
-    if name.partition("/")[0] not in modules or not parent:
-        return False
-    return last in weights.model_files(folder / parent, pickles=True)
-
-
-def _joined(folder: str, name: str) -> str:
-    return name if folder in ("", ".") else f"{folder}/{name}"
+def _module_folders(root: Path) -> frozenset[str]:
+    """Return the folders of the modules that `modules.json` and Routers name, but for the checkpoint's own."""
+    file = root / "modules.json"
+    paths = [str(entry["path"]) for entry in read_json(file)] if file.is_file() else []
+    for router in [path for path in ("", *paths) if (root / path / ROUTER).is_file()]:
+        paths += [f"{router}/{path}".strip("/") for path in read_json(root / router / ROUTER)["types"]]
+    return frozenset(filter(None, paths))
 
 
 def _format(folder: Path) -> str:
-    """Return what a folder without readable weights has; empty if that is not known."""
-    names = [name.rpartition("/")[2] for name in listing(folder)]
-    found = (why for pattern, why in FORMATS.items() if any(fnmatchcase(name, pattern) for name in names))
-    return next(found, "")
+    """Return the format of a folder without readable weights; empty if that is not known."""
+    return next(filter(None, (_reason_in(FORMATS, name) for name in listing(folder))), "")
 
 
 def _is_pointer(file: Path) -> bool:

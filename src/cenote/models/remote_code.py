@@ -19,23 +19,18 @@ Config = dict[str, Any]
 """Content of a `config.json`."""
 
 
-def references(auto_map: Mapping[str, Any]) -> dict[str, str]:
-    """Return the code that an `auto_map` names for models and their configs, by the auto class."""
-    return {
-        auto_class: str(reference)
-        for auto_class, reference in auto_map.items()
-        if auto_class.startswith(("AutoModel", "AutoConfig"))
-    }
+def references(config: Config) -> dict[str, str]:
+    """Return the code that the `auto_map` of a config names for models and their configs, by the auto class."""
+    auto_map = config.get("auto_map") or {}
+    kinds = ("AutoModel", "AutoConfig")
+    return {auto_class: str(code) for auto_class, code in auto_map.items() if auto_class.startswith(kinds)}
 
 
 def native(config: Config) -> Config | None:
     """Return `config` as Transformers' own class reads it; `None` if there is none for the code that it names."""
-    names = references(config.get("auto_map") or {}).values()
-    for name in names:
-        rewrite = NATIVE.get(name.rpartition("--")[2])
-        rewritten = None if rewrite is None else rewrite(config)
-        if rewritten is not None:
-            return rewritten
+    names = {name.rpartition("--")[2] for name in references(config).values()}
+    for name in NATIVE.keys() & names:
+        return NATIVE[name](config)
     return None
 
 
