@@ -224,8 +224,8 @@ def test_absolute_positions_of_the_same_code_are_refused(tmp_path: Path) -> None
 # --- gte, nomic, gte-Qwen2 ---------------------------------------------------------------------------------------
 
 
-NEW = {name: f"Alibaba-NLP/new-impl--{code}" for name, code in {
-    "AutoConfig": "configuration.NewConfig", "AutoModel": "modeling.NewModel"}.items()}  # fmt: skip
+NEW_CODE = "Alibaba-NLP/new-impl--"
+NEW = {"AutoConfig": f"{NEW_CODE}configuration.NewConfig", "AutoModel": f"{NEW_CODE}modeling.NewModel"}
 
 
 def new_impl(folder: Path, *, prefix: str = "new.", **settings: Any) -> Any:
@@ -300,6 +300,46 @@ def test_gte_settings_that_transformers_lacks(tmp_path: Path, settings: dict[str
     folder = tmp_path / "gte"
     new_impl(folder, **settings)
     with pytest.raises(CheckpointError, match=r"new-impl--modeling\.NewModel as its AutoModel.*--trust-remote-code"):
+        LLM(model=str(folder))
+
+
+def test_gte_reranker(tmp_path: Path) -> None:
+    """gte-multilingual-reranker: the pair's logit of the class that Transformers has."""
+    folder = tmp_path / "reranker"
+    tokenizer = checkpoints.sentinels()
+    checkpoints.classifier(folder, "Gte", tokenizer=tokenizer, num_labels=1, type_vocab_size=1)
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": THETA})
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    edit_json(
+        folder / "config.json",
+        model_type="new",
+        architectures=["NewForSequenceClassification"],
+        auto_map={**NEW, "AutoModelForSequenceClassification": f"{NEW_CODE}modeling.NewForSequenceClassification"},
+        rope_parameters=None,
+        rope_theta=THETA,
+        position_embedding_type="rope",
+        layer_norm_type="layer_norm",
+        pack_qkv=True,
+    )
+    expected = []
+    for text in SHORT[:3]:
+        ids = torch.tensor([tokenizer("a lazy dog", text)["input_ids"]])
+        with torch.inference_mode():
+            expected.append(float(model(input_ids=ids).logits[0, 0].sigmoid()))
+    with LLM(model=str(folder)) as llm:
+        outputs = llm.score("a lazy dog", SHORT[:3], use_tqdm=False)
+    np.testing.assert_allclose([output.outputs.score for output in outputs], expected, rtol=0, atol=2e-5)
+
+
+def test_code_of_a_head_that_cenote_builds(tmp_path: Path) -> None:
+    """Qwen2.5-Math-PRM names code for a head that the family of rewards has."""
+    folder = checkpoints.decoder(tmp_path / "prm", "Qwen3ForCausalLM")
+    checkpoints.add_head(folder, "Qwen2ForProcessRewardModel", checkpoints.two_layers(2))
+    edit_json(folder / "config.json", auto_map={"AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"})
+    with LLM(model=str(folder), hf_overrides={"architectures": ["Qwen2ForRewardModel"]}) as llm:
+        assert llm.info.report.head.startswith("Qwen2ForRewardModel")
+    edit_json(folder / "config.json", architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(CheckpointError, match=r"Qwen2ForProcessRewardModel as its AutoModel.*--trust-remote-code"):
         LLM(model=str(folder))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from cenote.errors import CheckpointError, first_line
 from cenote.models import contents
 from cenote.models.facts import Location
 from cenote.models.families import table
-from cenote.models.weights import INDEX, PICKLE, SAFETENSORS
+from cenote.models.weights import INDEX, SAFETENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
 TOKENIZER_FILES = ("*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
 """Files of tokenizers that are not JSON, of every tokenizer that Transformers has."""
+PICKLES = re.compile(r"(?:^|/)pytorch_model(?:-\d+-of-\d+)?\.bin$")
 HUB_SKIPPED = ("onnx/*", "openvino/*", "original/*", "coreml/*", "gguf/*", "*consolidated*", "checkpoint-*/*")
 
 
@@ -97,16 +99,8 @@ def _listed(name: str, revision: str | None) -> tuple[str, ...] | None:
 
 def _pickles(listed: Sequence[str]) -> list[str]:
     """Return the pickled weights of the folders of a repository that have no safetensors of the model."""
-    names = set(listed)
-    pickles = []
-    for path in listed:
-        parent, _, last = path.rpartition("/")
-        folder = f"{parent}/" if parent else ""
-        has_safetensors = f"{folder}{SAFETENSORS}" in names or f"{folder}{SAFETENSORS}{INDEX}" in names
-        is_pickle = last == PICKLE or (last.startswith("pytorch_model-") and last.endswith(".bin"))
-        if is_pickle and not has_safetensors:
-            pickles.append(path)
-    return pickles
+    safe = {path.rpartition("/")[0] for path in listed if path.endswith((SAFETENSORS, f"{SAFETENSORS}{INDEX}"))}
+    return [path for path in listed if PICKLES.search(path) and path.rpartition("/")[0] not in safe]
 
 
 def _downloaded(name: str, options: ModelConfig, listed: Sequence[str]) -> Path:

@@ -31,7 +31,8 @@ def native(config: Config) -> Config | None:
     names = {name.rpartition("--")[2] for name in references(config).values()}
     for name in NATIVE.keys() & names:
         return NATIVE[name](config)
-    return None
+    classes = {name.rpartition(".")[2] for name in names}
+    return config if classes & HEADS & {*(config.get("architectures") or ())} else None
 
 
 def _agrees(config: Config, settings: Mapping[str, Any]) -> bool:
@@ -49,7 +50,7 @@ def _head_dim(config: Config) -> int:
 
 
 def _same(config: Config) -> Config:
-    """Return `config` as it is: the code is that of Transformers' class, or a head over it that Cenote builds."""
+    """Return `config` as it is: the code is that of Transformers' class."""
     return config
 
 
@@ -180,7 +181,20 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
     "modeling_hf_nomic_bert.NomicBertModel": _nomic,
     "modeling_qwen.Qwen2Model": _two_way_qwen,
     "modeling_eurobert.EuroBertModel": _same,
-    "modeling_qwen2_rm.Qwen2ForProcessRewardModel": _same,
-    "modeling_qwen2_rm.Qwen2ForRewardModel": _same,
 }
 """Code, without the repository that it lies in, to a function that returns its config in Transformers' words."""
+
+HEADS = frozenset(
+    {
+        "INFORMForSequenceClassification",
+        "JinaForRanking",
+        "LlamaForRewardModelWithGating",
+        "LlamaModelForScore",
+        "LlamaRewardModel",
+        "Qwen2ForPrmModel",
+        "Qwen2ForProcessRewardModel",
+        "Qwen2ForRewardModel",
+        "VoyageQwen3BidirectionalEmbedModel",
+    }
+)
+"""Classes of code that is a head over Transformers' backbone, which a family builds (`cenote.models.families`)."""
