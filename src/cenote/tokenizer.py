@@ -100,8 +100,8 @@ def _config(folder: Path) -> PretrainedConfig | None:
     if not any(dtype.startswith("torch.") for dtype in dtypes):
         return None
     content.pop("auto_map", None)
-    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    return config
+    chosen: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    return chosen
 
 
 def references(config: Mapping[str, Any]) -> frozenset[str]:
@@ -110,9 +110,14 @@ def references(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name.rpartition("--")[2] for name in names)
 
 
+def config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's `tokenizer_config.json`; empty if it has none."""
+    return _json(folder / "tokenizer_config.json")
+
+
 def _ends(folder: Path) -> dict[str, bool]:
     """Return whether the first and last token are put around texts, where Transformers' tokenizer has to be told."""
-    content = _json(folder / "tokenizer_config.json")
+    content = config(folder)
     if not references(content) & NATIVE:
         return {}
     return {key: bool(content.get(key)) for key in ("add_bos_token", "add_eos_token")}

@@ -24,10 +24,9 @@ from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.facts import Files
 from cenote.models.families import table
-from cenote.models.sentence_transformers import SentenceTransformer
+from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
 from cenote.models.traits import position_rows
 from cenote.models.weights import tensor_files, tensors
-from cenote.tensors.pooling import MODES
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -111,20 +110,18 @@ def read(location: Location, options: ModelConfig) -> Files:
     architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
     contents.check_weights(folder, location.name, pickles=options.reads_pickles)
     tensors = tensor_files(folder, pickles=options.reads_pickles)
-    pickles = sorted({file.name for file in tensors.values() if file.suffix == ".bin"})
-    if pickles:
-        notes += (f"read by torch's restricted unpickler, as there are no safetensors: {', '.join(pickles)}",)
+    notes += contents.pickled_note(folder, pickles=options.reads_pickles)
     return Files(location, st, config, architectures[0], tuple(tensors), audit, notes)
 
 
 def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
     """Return the description of a folder without modules, by what its `config.json` says of pooling and prompts."""
-    pooler = getattr(config, "emb_pooler", None)
-    if pooler is not None and pooler not in MODES:
-        raise CheckpointError(f"emb_pooler is {pooler!r}; honoured are {', '.join(MODES)}")
     prompts = getattr(config, "task_instructions", None) or {}
-    modes = (pooler,) if pooler else ()
-    return SentenceTransformer(folder, prompts=prompts, modes=modes, normalizes=bool(pooler))
+    pooler = getattr(config, "emb_pooler", None)
+    if pooler is None:
+        return SentenceTransformer(folder, prompts=prompts)
+    modes = pooling_modes({"pooling_mode": pooler})
+    return SentenceTransformer(folder, prompts=prompts, modes=modes, normalizes=True)
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
@@ -183,8 +180,7 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
 
 def _missing(folder: Path) -> str:
     """Return a hint at the package that a tokenizer of sentencepiece needs, if it is not installed; else nothing."""
-    is_missing = any(importlib.util.find_spec(name) is None for name in ("sentencepiece", "google.protobuf"))
-    if is_missing and any(folder.glob("*.model")):
+    if importlib.util.find_spec("sentencepiece") is None and any(folder.glob("*.model")):
         return "; its vocabulary is a sentencepiece model: pip install sentencepiece protobuf"
     return ""
 
@@ -250,7 +246,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     import transformers
     from safetensors import SafetensorError
 
-    folder, stacked = checkpoint.folder, stacked_lora.parts(checkpoint)
+    folder = checkpoint.folder
     try:
         with _quiet():
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
@@ -261,7 +257,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
                 use_safetensors=None if options.reads_pickles else True,
                 weights_only=True,
                 output_loading_info=True,
-                key_mapping=stacked_lora.PLAIN if stacked else None,
+                key_mapping=stacked_lora.PLAIN,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
@@ -270,7 +266,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
         bias = tensors(folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
-    report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not stacked_lora.PART.fullmatch(name)]
+    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(checkpoint))
     _fill_absent(checkpoint, model, report)
     _check_report(checkpoint, model, report)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
@@ -324,7 +320,7 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
 
 def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
-    absent = {name for name in report["missing_keys"] if name.endswith(remote_code.absent(checkpoint.config))}
+    absent = remote_code.absent(checkpoint.config) & set(report["missing_keys"])
     report["missing_keys"] = set(report["missing_keys"]) - absent
     for name in absent:
         torch.nn.init.zeros_(model.get_parameter(name))

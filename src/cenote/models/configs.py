@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,15 +142,12 @@ def check_tokenizer(folder: Path, options: ModelConfig, audit: Audit) -> None:
     Raises:
         CheckpointError: it names code that may not run, or a class that Transformers does not have.
     """
-    file = folder / TOKENIZER_CONFIG
-    content = read_json(file) if file.is_file() else {}
+    content = tokenizer.config(folder)
     code = tokenizer.references(content)
-    if code & tokenizer.NATIVE:
-        audit.use(TOKENIZER_CONFIG, "auto_map", "add_bos_token", "add_eos_token")
-    elif code and options.trust_remote_code:
-        audit.use(TOKENIZER_CONFIG, "auto_map")
-    elif code:
+    runs = options.trust_remote_code or code & tokenizer.NATIVE
+    if code and not runs:
         _refuse_code(audit, TOKENIZER_CONFIG, {"AutoTokenizer": " or ".join(sorted(code))})
+    audit.use(TOKENIZER_CONFIG, *sorted({"auto_map", "tokenizer_class"} & content.keys()))
     kind = str(content.get("tokenizer_class") or "PreTrainedTokenizer")
     if not code and not _has_tokenizer(kind):
         audit.refuse(
@@ -228,8 +224,7 @@ def _picks(key: str, value: Any) -> bool:
 def _keys(config: PretrainedConfig) -> set[str]:
     """Return the keys that the config's class has."""
     kind = type(config)
-    parameters = {*signature(kind.__init__).parameters, *signature(kind).parameters}
-    return {*dir(kind), *parameters, *config.attribute_map, *(field.name for field in fields(config))}
+    return {*dir(kind), *signature(kind).parameters, *config.attribute_map}
 
 
 def _in_one_line(error: Exception) -> str:

@@ -88,7 +88,7 @@ FORMATS: Mapping[str, str] = {
 FOLDER = "the checkpoint"
 """Name of the folder in the audit."""
 
-REMEDY = "name the repository or folder with its safetensors"
+REMEDY = "name the repository or folder that Transformers saved the model in, with config.json and safetensors"
 
 
 def listing(folder: Path) -> tuple[str, ...]:
@@ -132,10 +132,8 @@ def check_config(folder: Path, checkpoint: str) -> None:
     """
     if (folder / "config.json").is_file():
         return
-    has = _format(folder)
-    if has:
-        raise CheckpointError(f"{checkpoint} {has}; {REMEDY}")
-    raise CheckpointError(f"{checkpoint} has no config.json; name the folder that Transformers saved the model in")
+    has = _format(folder) or "has no config.json"
+    raise CheckpointError(f"{checkpoint} {has}; {REMEDY}")
 
 
 def check_weights(folder: Path, checkpoint: str, *, pickles: bool) -> None:
@@ -153,6 +151,14 @@ def check_weights(folder: Path, checkpoint: str, *, pickles: bool) -> None:
         raise CheckpointError(f"{checkpoint} has {shards[0].name}, but no model.safetensors.index.json; add the index")
     has = _format(folder) or "has neither model.safetensors nor pytorch_model.bin"
     raise CheckpointError(f"{checkpoint} {has}; {REMEDY}")
+
+
+def pickled_note(folder: Path, *, pickles: bool) -> tuple[str, ...]:
+    """Return a note for the report at start, if the weights in `folder` are pickled."""
+    names = weights.model_files(folder, pickles=pickles)
+    if names[0].endswith(".safetensors"):
+        return ()
+    return (f"read by torch's restricted unpickler, as there are no safetensors: {', '.join(names)}",)
 
 
 def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles: bool) -> None:

@@ -87,6 +87,9 @@ GTE = {
 }
 """Settings of Alibaba-NLP/new-impl that Transformers' class has built in."""
 
+TOKEN_TYPES = ["embeddings.token_type_embeddings.weight", "gte.embeddings.token_type_embeddings.weight"]
+"""Names of the table of token types in Transformers' class, alone and with a head."""
+
 GTE_IDLE = ("logn_attention_clip1", "unpad_inputs", "use_memory_efficient_attention")
 """Settings that change no answer, the first unless another is set."""
 
@@ -111,13 +114,13 @@ def _gte(config: Config) -> Config | None:
         "model_type": "gte",
         "rope_parameters": rope,
         "type_vocab_size": max(types, 1),
-        "lacks_token_types": types == 0,
+        "absent_tensors": [] if types else TOKEN_TYPES,
     }
 
 
-def absent(config: PretrainedConfig) -> tuple[str, ...]:
-    """Return endings of the names of tensors that Transformers' class has and the checkpoint's code has not."""
-    return ("token_type_embeddings.weight",) if getattr(config, "lacks_token_types", False) else ()
+def absent(config: PretrainedConfig) -> set[str]:
+    """Return names of tensors that Transformers' class has and the checkpoint's code has not."""
+    return set(getattr(config, "absent_tensors", ()))
 
 
 NOMIC = {

@@ -52,7 +52,7 @@ def position_rows(model: PreTrainedModel) -> int | None:
 
 
 def _embedding(model: PreTrainedModel, endings: tuple[str, ...]) -> nn.Embedding | None:
-    """Return the first embedding of `model` whose dotted name ends so; beside a tower for images, of the text's part."""
+    """Return the first embedding of `model`, of its part for text if it has others, whose dotted name ends so."""
     part = getattr(model, "language_model", model)
     for name, module in part.named_modules():
         if f".{name}".endswith(endings) and isinstance(module, nn.Embedding):
