@@ -88,6 +88,10 @@ NATIVE = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2
 """Code of tokenizers (gte-Qwen2) that differ from Transformers' own only in the first and last token of a text."""
 
 
+CODE = re.compile(r'"(?:[^"]*--)?([^"]+\.[^"]+)"')
+"""Import paths in an `auto_map`, whose keys have no dot; the repository before them is left out."""
+
+
 def _config(folder: Path) -> PretrainedConfig | None:
     """Return the config by which the class of a tokenizer is chosen; `None` = Transformers reads it by itself.
 
@@ -96,8 +100,8 @@ def _config(folder: Path) -> PretrainedConfig | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     content = _json(folder / "config.json")
-    dtypes = {str(content.pop(key, "")) for key in ("dtype", "torch_dtype")}
-    if not any(dtype.startswith("torch.") for dtype in dtypes):
+    dtypes = f"{content.pop('dtype', '')} {content.pop('torch_dtype', '')}"
+    if "torch." not in dtypes:
         return None
     content.pop("auto_map", None)
     chosen: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
@@ -106,8 +110,7 @@ def _config(folder: Path) -> PretrainedConfig | None:
 
 def references(config: Mapping[str, Any]) -> frozenset[str]:
     """Return the classes that a `tokenizer_config.json` names as its code, without the repositories they lie in."""
-    names = re.findall(r'"([^"]+\.[^"]+)"', json.dumps(config.get("auto_map")))  # keys have no dot
-    return frozenset(name.rpartition("--")[2] for name in names)
+    return frozenset(CODE.findall(json.dumps(config.get("auto_map"))))
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _ends(folder: Path) -> dict[str, bool]:
     content = config(folder)
     if not references(content) & NATIVE:
         return {}
-    return {key: bool(content.get(key)) for key in ("add_bos_token", "add_eos_token")}
+    return {"add_bos_token": bool(content.get("add_bos_token")), "add_eos_token": bool(content.get("add_eos_token"))}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from cenote.models.audit import Keys
 from cenote.models.sentence_transformers import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -97,19 +98,31 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
     content = read_json(folder / CONFIG)
     if not isinstance(content, dict):
         raise CheckpointError(f"{CONFIG} of {checkpoint} is not a JSON object, but {type(content).__name__}")
-    code = remote_code.references(content)
-    native = remote_code.native(content)
-    try:
-        if native is None and code and options.trust_remote_code:
+    code, native = remote_code.references(content), remote_code.native(content)
+    with _about_the_file(checkpoint):
+        if native is not None:
+            notes = _note(content, native, audit)
+            return Read(_of_transformers(folder, native, audit), notes)
+        if code and options.trust_remote_code:
             audit.use(CONFIG, "auto_map")
             return Read(_of_code(folder), ())
-        if native is None and code:
+        if code:
             _refuse_code(audit, CONFIG, code)
-        notes = () if native is None else _note(content, native, audit)
-        return Read(_of_transformers(folder, native or content, audit), notes)
+        return Read(_of_transformers(folder, content, audit), ())
+
+
+@contextmanager
+def _about_the_file(checkpoint: str) -> Iterator[None]:
+    """Refuse the checkpoint for whatever the class of a config raises.
+
+    Raises:
+        CheckpointError: instead of any other error.
+    """
+    try:
+        yield
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a config's class raises is about the file
+    except Exception as error:
         raise CheckpointError(f"cannot read the config of {checkpoint}: {_in_one_line(error)}") from error
 
 

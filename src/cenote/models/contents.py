@@ -175,9 +175,9 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     """
     root, backbone = files.path, files.folder
     modules = _module_folders(root)
-    folders = (root, backbone, *(root / name for name in modules))
-    used = {folder / name for folder in folders for name in weights.model_files(folder, pickles=pickles)}
-    used |= {folder / name for folder in (root, backbone) for name in read}
+    used = {backbone / name for name in read}
+    for folder in (backbone, *modules):
+        used.update(folder / name for name in weights.model_files(folder, pickles=pickles))
     unread = []
     for name in listed:
         if Path(name).suffix not in RELEVANT:
@@ -192,7 +192,7 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     files.audit.refuse(FOLDER, unread, "if it belongs to another tool, take it away", noun="the file")
 
 
-def _reason(root: Path, name: str, modules: Collection[str]) -> str:
+def _reason(root: Path, name: str, modules: frozenset[Path]) -> str:
     """Return why a file that is not read changes no answer; empty if that is not known."""
     file = root / name
     if fnmatchcase(file.name, "pytorch_model*.bin") and weights.model_files(file.parent, pickles=False):
@@ -200,7 +200,7 @@ def _reason(root: Path, name: str, modules: Collection[str]) -> str:
     reason = _reason_in(IDLE, name)
     if reason or file.parent == root:
         return reason
-    if modules and not any(file.is_relative_to(root / module) for module in modules):
+    if modules and modules.isdisjoint(file.parents):
         return "of a module that modules.json does not name"
     return "a model of its own" if _is_model(file.parent) else ""
 
@@ -216,13 +216,14 @@ def _is_model(folder: Path) -> bool:
     return file.is_file() and "model_type" in read_json(file)
 
 
-def _module_folders(root: Path) -> frozenset[str]:
+def _module_folders(root: Path) -> frozenset[Path]:
     """Return the folders of the modules that `modules.json` and Routers name, but for the checkpoint's own."""
     file = root / "modules.json"
-    paths = [str(entry["path"]) for entry in read_json(file)] if file.is_file() else []
-    for router in [path for path in ("", *paths) if (root / path / ROUTER).is_file()]:
-        paths += [f"{router}/{path}".strip("/") for path in read_json(root / router / ROUTER)["types"]]
-    return frozenset(filter(None, paths))
+    entries = read_json(file) if file.is_file() else []
+    folders = {root / entry["path"] for entry in entries}
+    for router in (*root.glob(ROUTER), *root.glob(f"*/{ROUTER}")):
+        folders.update(router.parent / name for name in read_json(router)["types"])
+    return frozenset(folders - {root})
 
 
 def _format(folder: Path) -> str:

@@ -77,24 +77,23 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str
     if path.is_dir():
         return path, None, contents.listing(path)
     if path.is_file():
-        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
-        raise CheckpointError(f"{name!r} is {kind}; {contents.REMEDY}")
+        raise CheckpointError(f"{name!r} is a file, and single files, as of GGUF, are not read; {contents.REMEDY}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
     listed = _listed(name, options.revision)
-    folder = _downloaded(name, options, listed or ())
+    folder = _downloaded(name, options, listed)
     return folder, folder.name, listed or contents.listing(folder)
 
 
-def _listed(name: str, revision: str | None) -> tuple[str, ...] | None:
-    """Return the paths of the files of a repository; `None` if the hub cannot be asked."""
+def _listed(name: str, revision: str | None) -> tuple[str, ...]:
+    """Return the paths of the files of a repository; empty if the hub cannot be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return tuple(HfApi().list_repo_files(name, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError):
-        return None  # the cache may have it; if not, downloading says why
+        return ()  # the cache may have it; if not, downloading says why
 
 
 def _pickles(listed: Sequence[str]) -> list[str]:

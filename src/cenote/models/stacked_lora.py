@@ -51,7 +51,7 @@ def unstack(files: Files, target: Path, *, pickles: bool) -> None:
     names = parts(files)
     if not names:
         return
-    tasks = list(getattr(files.config, "lora_adaptations", None) or [])
+    tasks = list(getattr(files.config, "lora_adaptations", ()))
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights.tensors(files.folder, names, pickles=pickles).items():
         match = PART.fullmatch(name)
@@ -59,7 +59,7 @@ def unstack(files: Files, target: Path, *, pickles: bool) -> None:
         if len(tensor) != len(tasks):
             raise CheckpointError(
                 f"{files.name} has {len(tensor)} adapters in {name}, but lora_adaptations in config.json names "
-                f"{len(tasks)}: {', '.join(tasks) or 'none'}"
+                f"{len(tasks)}: {', '.join(tasks)}"
             )
         halves[match["module"]][match["half"]] = tensor
     for number, task in enumerate(tasks):
