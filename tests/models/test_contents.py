@@ -185,8 +185,8 @@ def test_weights_of_another_format_alone(folder: Path, name: str, words: str, ha
 def test_a_file_in_place_of_a_folder(folder: Path) -> None:
     """GGUF files are not read, and a file of weights is not its folder."""
     (folder / "model.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file; name the repository or folder" in refusal(folder / "model.gguf")
-    assert "is a file; name the repository or folder" in refusal(folder / "model.safetensors")
+    for name in ("model.gguf", "model.safetensors"):
+        assert f"{name}' is a file, and single files, as of GGUF, are not read" in refusal(folder / name)
 
 
 def test_a_gliner_folder(folder: Path) -> None:
@@ -395,3 +395,21 @@ def test_text_of_gemma3_with_images(tmp_path: Path) -> None:
         outputs = llm.embed(SHORT, use_tqdm=False)
     expected = np.stack([_text_states(folder)(text) for text in SHORT])
     np.testing.assert_allclose([output.outputs.embedding for output in outputs], expected, rtol=0, atol=5e-5)
+
+
+def test_text_of_llava(tmp_path: Path) -> None:
+    """The head inside its language model comes after all hidden states."""
+    tokenizer = checkpoints.byte_level()
+    text = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+    shape = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = {"model_type": "clip_vision_model", "projection_dim": HIDDEN, "image_size": 28, "patch_size": 14}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text, **shape, "pad_token_id": 0},
+        vision_config={**vision, **shape},
+        image_token_index=5,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    folder = checkpoints.save(model, tokenizer, tmp_path / "llava", seed=3)
+    assert "language_model.lm_head.weight" in load_file(folder / "model.safetensors")
+    expected = np.stack([_text_states(folder)(text) for text in SHORT])
+    np.testing.assert_allclose(rows(folder), expected, rtol=0, atol=5e-5)

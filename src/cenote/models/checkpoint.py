@@ -266,7 +266,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
         bias = tensors(folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
-    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(checkpoint))
+    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
     _fill_absent(checkpoint, model, report)
     _check_report(checkpoint, model, report)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
@@ -332,7 +332,8 @@ def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[s
     inside = partial(_is_inside, prefix=f"{model.base_model_prefix}.", modules=modules)
     lacks_pooler = partial(inside, with_pooler=checkpoint.head.kind == "sequence")
     missing = sorted(filter(lacks_pooler, report["missing_keys"]))
-    leftover = sorted(filter(inside, report["unexpected_keys"]))
+    beside = set(report["unexpected_keys"]) - {"language_model.lm_head.weight"}  # LLaVA's, after all states
+    leftover = sorted(filter(inside, beside))
     misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     for verb, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", misshapen)):
         if keys:

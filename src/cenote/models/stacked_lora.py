@@ -17,6 +17,7 @@ from cenote.errors import CheckpointError
 from cenote.models import weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
@@ -37,9 +38,9 @@ TOGETHER = "mixer.Wqkv"
 NOT_RUN = "pooler."
 
 
-def parts(files: Files) -> list[str]:
-    """Return the names of the stacked tensors of a checkpoint."""
-    return [name for name in files.tensors if PART.fullmatch(name)]
+def parts(names: Iterable[str]) -> list[str]:
+    """Return the names of stacked tensors among those of a checkpoint, also as Transformers renames them."""
+    return [name for name in names if PART.fullmatch(name)]
 
 
 def unstack(files: Files, target: Path, *, pickles: bool) -> None:
@@ -48,7 +49,7 @@ def unstack(files: Files, target: Path, *, pickles: bool) -> None:
     Raises:
         CheckpointError: the tensors are not those of the tasks that the config names.
     """
-    names = parts(files)
+    names = parts(files.tensors)
     if not names:
         return
     tasks = list(getattr(files.config, "lora_adaptations", ()))
