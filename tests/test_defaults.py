@@ -43,9 +43,9 @@ def rows() -> dict[str, Any]:
     """Token vectors of each text, by sentence-transformers, normalised as the model's vectors are."""
     from sentence_transformers import SentenceTransformer
 
-    from cenote.models.checkpoint import embedded
+    from cenote.models.hub import embedded
 
-    model = SentenceTransformer(str(embedded()[0]), device="cpu")
+    model = SentenceTransformer(str(embedded()), device="cpu")
     texts = [QUERY, *DOCUMENTS]
     encoded = model.encode(texts, output_value="token_embeddings", convert_to_numpy=False)
     return {

@@ -21,7 +21,8 @@ from transformers import AutoModel
 from cenote.config import ModelConfig
 from cenote.core import Sequence
 from cenote.models import load as loading
-from cenote.models.checkpoint import choose, embedded, find, read
+from cenote.models.checkpoint import choose, read
+from cenote.models.hub import embedded, find
 from cenote.models.layouts import Packed, forward
 from cenote.models.passes.graphs import MOST_TOKENS, worthwhile_tokens
 from cenote.models.passes.subject import Settings

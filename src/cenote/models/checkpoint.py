@@ -115,7 +115,7 @@ def read(location: Location, options: ModelConfig) -> Files:
 
 
 def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
-    """Return the description of a folder without modules, by what its `config.json` says of pooling and prompts."""
+    """Return the description of a folder without modules, with pooling and prompts of its `config.json`."""
     prompts = getattr(config, "task_instructions", None) or {}
     pooler = getattr(config, "emb_pooler", None)
     if pooler is None:
