@@ -271,6 +271,12 @@ NEW = {
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
     "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
     "Dropout": "sentence_transformers.sentence_transformer.modules.dropout.Dropout",
+    "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+    "SpladePooling": "sentence_transformers.sparse_encoder.modules.splade_pooling.SpladePooling",
+    "MultiVectorMask": "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+    "HierarchicalTokenPooling": (
+        "sentence_transformers.multi_vector_encoder.modules.token_pooling.HierarchicalTokenPooling"
+    ),
 }
 """Module types as Sentence-Transformers wrote them until 5.3, and as it writes them now."""
 

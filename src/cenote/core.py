@@ -291,6 +291,25 @@ class PairTemplate:
     system: str | None = None
 
 
+@dataclass(frozen=True)
+class MessageTemplate:
+    """A chat template that renders every text as a user's message, and its prompt as a system message.
+
+    Attributes:
+        source: the template; `None` = the tokenizer's own.
+        kwargs: its further variables.
+        structured: message contents are lists of parts instead of text.
+        takes_task: the template gets "query" or "document" as its variable `task`, where the side is known.
+        restores: the tokens that the template puts at the end are put back where an input was cut.
+    """
+
+    source: str | None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    structured: bool = False
+    takes_task: bool = False
+    restores: bool = True
+
+
 Pair = tuple[str, str]
 """Two texts that a model reads together."""
 

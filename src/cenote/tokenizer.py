@@ -6,14 +6,18 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping  # noqa: TC003 (msgspec reads the annotations of `TokenizerSource`)
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TYPE_IDS = "token_type_ids"
+"""Name of the input that tells the two texts of a pair apart."""
 
 QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 """Environment variable that keeps Transformers from reporting that torch was not found."""
@@ -55,12 +59,16 @@ class TokenizerSource:
         trust_remote_code: run Python code that the folder brings.
         chat_template: Jinja template instead of its own; `None` = its own.
         whole: texts that it must not take apart, see `keep_whole`.
+        kwargs: arguments with which it is made.
+        type_ids: whether it gives token type ids; `None` = as its files say.
     """
 
     path: str
     trust_remote_code: bool = False
     chat_template: str | None = None
     whole: tuple[str, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    type_ids: bool | None = None
 
 
 def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
@@ -74,10 +82,16 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
 
     ends = _ends(Path(source.path))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code and not ends, config=_config(Path(source.path))
+        source.path,
+        trust_remote_code=source.trust_remote_code and not ends,
+        config=_config(Path(source.path)),
+        **source.kwargs,
     )
     for name, is_added in ends.items():
         setattr(tokenizer, name, is_added)  # Transformers then makes the ends of texts anew
+    if source.type_ids is not None:
+        others = [name for name in tokenizer.model_input_names if name != TYPE_IDS]
+        tokenizer.model_input_names = [*others, TYPE_IDS] if source.type_ids else others
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     keep_whole(tokenizer, source.whole)

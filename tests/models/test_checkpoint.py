@@ -24,6 +24,7 @@ from cenote.models import checkpoint as module
 from cenote.models import hub
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
+from cenote.models.transformer_module import TransformerModule
 from tests import PATIENCE, checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
@@ -233,7 +234,7 @@ LIMITS: dict[str, tuple[dict[str, Any], int | None, int | None, int]] = {
     "tokenizer shorter than the table": ({}, 40, None, 40),
     "tokenizer longer than the table": ({}, 4000, None, POSITIONS),
     "modules": ({}, None, 24, 24),
-    "modules and tokenizer": ({}, 16, 24, 16),
+    "modules and tokenizer": ({}, 16, 24, 24),
     "another key of the config": ({"max_seq_length": 33}, None, None, 33),
 }
 
@@ -600,7 +601,7 @@ def test_options_are_read_once(bert: Path) -> None:
     options = ModelConfig(model=str(bert), tokenizer=str(bert))
     found = module.choose(module.read(hub.find(options), options), options)
     assert (found.architecture, found.head.kind, found.revision) == ("BertModel", "none", None)
-    assert found.st == SentenceTransformer(bert), "without modules"
+    assert found.st == SentenceTransformer(TransformerModule(bert)), "without modules"
     assert found.pair_template is None
     assert found.tokenizer("a")["input_ids"] == checkpoints.wordpiece()("a")["input_ids"]
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.core import LateChunkingParams, PairTemplate, PoolingParams, Sequence, Sides
+from cenote.core import LateChunkingParams, MessageTemplate, PairTemplate, PoolingParams, Sequence, Sides
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
@@ -169,10 +169,12 @@ def test_names_and_ranges_are_the_same(both: tuple[Service, Service]) -> None:
 
 FULL = Facts(
     names=("a", "b"),
-    tokenizer=TokenizerSource("/models/a", True, "{{ x }}", ("[Q] ", "[D] ")),
+    tokenizer=TokenizerSource("/models/a", True, "{{ x }}", ("[Q] ", "[D] "), {"model_max_length": 8}, False),
     prompts=Prompts({"query": "q: "}, "query", True, ("retrieval",)),
     sides=Sides({"query": 3}, 8, 4, False, True, frozenset({7, 5, 1000}), ("query",), ("document",), True),
     pair_template=PairTemplate("{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief"),
+    messages=MessageTemplate("{{ x }}", {"a": [1]}, True, True, False),
+    special_tokens=False,
     lowercase=True,
     include_prompt=False,
     auto_truncate=True,
@@ -188,6 +190,7 @@ def test_every_fact_crosses() -> None:
         (Prompts, FULL.prompts, bare.prompts),
         (Sides, FULL.sides, Sides()),
         (PairTemplate, FULL.pair_template, PairTemplate(None)),
+        (MessageTemplate, FULL.messages, MessageTemplate(None)),
     ):
         assert all(getattr(full, f.name) != getattr(other, f.name) for f in fields(kind)), f"FULL lacks one of {kind}"
     plain = msgspec.msgpack.decode(msgspec.msgpack.encode(FULL.plain()))

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote import tokenizer as tokenizers
-from cenote.core import PairTemplate, template_text
+from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, template_text
 from cenote.errors import CheckpointError, first_line
 from cenote.models import configs, contents, remote_code, sentence_transformers, stacked_lora
 from cenote.models.audit import Audit
@@ -26,6 +26,7 @@ from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
 from cenote.models.traits import position_rows
+from cenote.models.transformer_module import TransformerModule
 from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
 
@@ -80,6 +81,7 @@ class Checkpoint(Files):
         family: its kind.
         head: the classification head it gets.
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
+        messages: how a text is rendered; `None` = it is not.
         similarity: how its embeddings are compared.
     """
 
@@ -88,7 +90,22 @@ class Checkpoint(Files):
     family: Family
     head: Head
     pair_template: PairTemplate | None
+    messages: MessageTemplate | None
     similarity: Similarity
+
+    @cached_property
+    def sides(self) -> Sides | None:
+        """How queries and documents are encoded, if the model does so differently."""
+        sides = self.family.sides(self.tokenizer)
+        module = self.st.transformer
+        if sides is None and not module.lengths:
+            return None
+        sides = coalesce(sides, Sides())
+        lengths = {**module.lengths, **sides.lengths}
+        limit = coalesce(module.max_length, self.tokenizer.model_max_length)
+        if self.st.model_type and max(lengths.values(), default=0) > limit:
+            lengths[""] = limit  # a side may be longer than other inputs
+        return replace(sides, lengths=lengths)
 
 
 def read(location: Location, options: ModelConfig) -> Files:
@@ -104,24 +121,56 @@ def read(location: Location, options: ModelConfig) -> Files:
     folder = location.path if st is None else st.backbone
     contents.check_config(folder, location.name)
     config, notes = configs.read(folder, location.name, options, audit)
-    config = _override(config, options.hf_overrides)
     if st is None:
         st = _bare(folder, config)
-    architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
+    config = _override(config, _known(config, st))
+    architecture = _architecture(config, st)
+    config = _override(config, options.hf_overrides)
+    if config.architectures:
+        architecture = config.architectures[0]
+    st = _with_instructions(st, config, audit)
     contents.check_weights(folder, location.name, pickles=options.reads_pickles)
     tensors = tensor_files(folder, pickles=options.reads_pickles)
     notes += contents.pickled_note(folder, pickles=options.reads_pickles)
-    return Files(location, st, config, architectures[0], tuple(tensors), audit, notes)
+    return Files(location, st, config, architecture, tuple(tensors), audit, notes)
 
 
 def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
-    """Return the description of a folder without modules, with pooling and prompts of its `config.json`."""
-    prompts = getattr(config, "task_instructions", None) or {}
+    """Return the description of a folder without modules, with the pooling of its `config.json`."""
+    module = TransformerModule(folder)
     pooler = getattr(config, "emb_pooler", None)
     if pooler is None:
-        return SentenceTransformer(folder, prompts=prompts)
-    modes = pooling_modes({"pooling_mode": pooler})
-    return SentenceTransformer(folder, prompts=prompts, modes=modes, normalizes=True)
+        return SentenceTransformer(module)
+    return SentenceTransformer(module, modes=pooling_modes({"pooling_mode": pooler}), normalizes=True)
+
+
+def _known(config: PretrainedConfig, st: SentenceTransformer) -> dict[str, Any]:
+    """Return the changes of a config that Sentence-Transformers files ask for; Transformers ignores unknown names."""
+    changes = {name: value for name, value in st.transformer.config_kwargs.items() if hasattr(config, name)}
+    return {**changes, "dtype": coalesce(st.transformer.dtype, config.dtype)}
+
+
+def _architecture(config: PretrainedConfig, st: SentenceTransformer) -> str:
+    """Return the architecture of a config, which gets the one that the Transformer's task asks for.
+
+    As in sentence-transformers, a classifier of a config that names none has one label, unless its files say otherwise.
+    """
+    name = type(config).__name__.removesuffix("Config")
+    architecture = (config.architectures or [f"{name}Model"])[0]
+    if st.transformer.task == "sequence-classification" and not architecture.endswith("ForSequenceClassification"):
+        config.num_labels = st.transformer.config_kwargs.get("num_labels", 1)
+        architecture = f"{name}ForSequenceClassification"
+        config.architectures = [architecture]
+    return architecture
+
+
+def _with_instructions(st: SentenceTransformer, config: PretrainedConfig, audit: Audit) -> SentenceTransformer:
+    """Return `st` with the config's `task_instructions` as prompts, if it has none itself."""
+    instructions = getattr(config, "task_instructions", None)
+    if any(st.prompts.values()) or not instructions:
+        return st
+    audit.use("config.json", "task_instructions")
+    return replace(st, prompts=st.prompts | {str(task): str(text) for task, text in instructions.items()})
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
@@ -132,18 +181,20 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     """
     st = files.st
     tokenizer, source = _tokenizer(files, options)
-    conversion(files.architecture, options.convert, pools=bool(st.modes) or st.is_cross_encoder)
+    conversion(files.architecture, options.convert, pools=st.pools)
     family = table.recognise(files, options)
     contents.audit(files, files.location.listed, family.hub_files, pickles=options.reads_pickles)
     tokenizers.keep_whole(tokenizer, family.markers)
     head = family.head or choose_head(_facts(files, tokenizer, options))
+    messages = _message_template(st, files.config, tokenizer)
     return Checkpoint(
         **vars(files),
         tokenizer=tokenizer,
         tokenizer_source=replace(source, whole=family.markers),
         family=family,
         head=head,
-        pair_template=_pair_template(options, st, head),
+        pair_template=_pair_template(options, st, head, messages),
+        messages=messages,
         similarity=st.similarity(family.compares),
     )
 
@@ -157,6 +208,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         names=(Path(files.name).name, *_folder_names(files.path), *card_title(files.path)),
         tensors=files.tensors,
         logit_score=files.st.logit_score,
+        scored_by_modules=files.st.is_scored_by_modules,
         step=options.pooler_config.token_pooling == "STEP",
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
@@ -167,7 +219,14 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     """Return the tokenizer, and how it is made once more."""
     name, folder = files.location.name, files.location.tokenizer or files.folder
     template = None if options.chat_template is None else template_text(options.chat_template)
-    source = TokenizerSource(str(folder.absolute()), options.trust_remote_code, template)
+    module = files.st.transformer
+    source = TokenizerSource(
+        str(folder.absolute()),
+        options.trust_remote_code,
+        template,
+        kwargs=module.tokenizer_kwargs,
+        type_ids=module.type_ids,
+    )
     configs.check_tokenizer(folder, options, files.audit)
     try:
         tokenizer = tokenizers.load(source)
@@ -185,15 +244,55 @@ def _missing(folder: Path) -> str:
     return ""
 
 
-def _pair_template(options: ModelConfig, st: SentenceTransformer, head: Head) -> PairTemplate | None:
+def _message_template(st: SentenceTransformer, config: PretrainedConfig, tokenizer: Any) -> MessageTemplate | None:
+    """Return how texts are rendered by the chat template, if the Sentence-Transformers files say that they are.
+
+    Raises:
+        CheckpointError: there is no such template.
+    """
+    messages = st.transformer.messages
+    if messages is None:
+        return None
+    variables = dict(messages.variables)
+    source = variables.pop("chat_template", None)  # the name of one of several, or another one
+    if source is None and not tokenizer.chat_template:
+        raise CheckpointError(
+            "modality_config names message, so texts are to be rendered by the tokenizer's chat template, and there is "
+            "none; give one with --chat-template, or remove message from modality_config"
+        )
+    return MessageTemplate(
+        source,
+        variables,
+        structured=messages.is_structured(config.model_type, tokenizer.chat_template),
+        takes_task="task" in _variables(tokenizer.chat_template),
+        restores=messages.restores,
+    )
+
+
+def _variables(template: Any) -> frozenset[str]:
+    """Return the variables of a chat template, or of all of several by name."""
+    from transformers.utils.chat_template_utils import _get_template_variables
+
+    templates = template.values() if isinstance(template, dict) else [template]
+    names: frozenset[str] = frozenset()
+    for source in templates:
+        names |= _get_template_variables(source)
+    return names
+
+
+def _pair_template(
+    options: ModelConfig, st: SentenceTransformer, head: Head, messages: MessageTemplate | None
+) -> PairTemplate | None:
     """Return how pairs are rendered: by the user's template, the checkpoint's, or the one of its head."""
     if options.chat_template is not None:
         return PairTemplate(template_text(options.chat_template))
-    if st.is_cross_encoder and st.pair_template is not None:
-        kwargs = dict(st.pair_template)
-        source = kwargs.pop("chat_template", None)  # the name of one of several
+    if st.is_cross_encoder and messages is not None:
         return PairTemplate(
-            source, kwargs, structured=st.structured, add_special_tokens=False, system=st.default_prompt
+            messages.source,
+            messages.kwargs,
+            structured=messages.structured,
+            add_special_tokens=False,
+            system=st.default_prompt,
         )
     if head.template:
         return PairTemplate(head.template)
@@ -258,6 +357,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
                 weights_only=True,
                 output_loading_info=True,
                 key_mapping=stacked_lora.PLAIN,
+                **checkpoint.st.transformer.init_kwargs,
                 ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
@@ -289,6 +389,7 @@ def _quiet() -> Iterator[None]:
 
 AUTO_CLASSES = {
     "none": "AutoModel",
+    "modules": "AutoModel",
     "reward": "AutoModel",
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
@@ -304,7 +405,7 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
     The config of an encoder that was saved by itself no longer says `is_encoder_decoder`.
     """
     config, kind = checkpoint.config, checkpoint.head.kind
-    if kind == "none":
+    if kind in ("none", "modules"):
         mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         name = mapping.get(config.model_type, "")
         if name.endswith("EncoderModel"):
@@ -330,7 +431,8 @@ def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[s
     """Refuse a checkpoint whose tensors are not exactly those of the model; heads beside it may be left over."""
     modules = {name for parent in (model, model.base_model) for name, _ in parent.named_children()}
     inside = partial(_is_inside, prefix=f"{model.base_model_prefix}.", modules=modules)
-    lacks_pooler = partial(inside, with_pooler=checkpoint.head.kind == "sequence")
+    needs_pooler = checkpoint.head.kind == "sequence" or checkpoint.st.has_own_pooler
+    lacks_pooler = partial(inside, with_pooler=needs_pooler)
     missing = sorted(filter(lacks_pooler, report["missing_keys"]))
     beside = set(report["unexpected_keys"]) - {"language_model.lm_head.weight"}  # LLaVA's, after all states
     leftover = sorted(filter(inside, beside))
@@ -399,7 +501,7 @@ def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, limit: int | 
     """
     positions = position_rows(model)
     trained = _trained_lengths(checkpoint, positions)
-    length = min(trained, default=FALLBACK_LENGTH)
+    length = _longest_side(checkpoint, min(trained, default=FALLBACK_LENGTH), positions)
     if limit is None:
         note = f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
         return length, "" if trained else note
@@ -408,22 +510,39 @@ def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, limit: int | 
     return limit, f"max_model_len {limit} exceeds the {length} of the checkpoint" if limit > length else ""
 
 
-def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]:
-    """Return the lengths that the files name.
+def _longest_side(checkpoint: Checkpoint, length: int, positions: int | None) -> int:
+    """Return `length`, or that of a side of a Sentence-Transformers folder which is longer, if positions allow it."""
+    sides = checkpoint.sides
+    if sides is None or not checkpoint.st.model_type:
+        return length
+    return max(length, min(positions or UNSET_LENGTH, max(sides.fill_to, *sides.lengths.values(), 0)))
 
-    The tokenizer's counts where positions are a table, whose size it follows, or where the config names no length.
+
+def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]:
+    """Return the lengths that the files name, the one of Sentence-Transformers in place of all others.
+
+    The tokenizer's counts in folders of Sentence-Transformers, where positions are a table, whose size it follows, and
+    where the config names no length.
     """
+    module = checkpoint.st.transformer
+    if module.max_length is not None and module.is_cut:
+        lengths = [module.max_length]
+    else:
+        lengths = _lengths_of_config(checkpoint, has_positions=positions is not None)
+    if positions is not None:
+        lengths.append(positions)
+    return lengths
+
+
+def _lengths_of_config(checkpoint: Checkpoint, *, has_positions: bool) -> list[int]:
+    """Return the lengths that the config and the tokenizer name."""
     config = checkpoint.config.get_text_config()
     values = [getattr(config, key, None) for key in LENGTH_KEYS]
     lengths = [value for value in values if isinstance(value, int) and value > 0]
     tokenizer_limit = checkpoint.tokenizer.model_max_length
-    counts_tokenizer = positions is not None or not lengths
-    if counts_tokenizer and tokenizer_limit < UNSET_LENGTH:
+    counts_tokenizer = has_positions or not lengths or bool(checkpoint.st.model_type)
+    if counts_tokenizer and tokenizer_limit < UNSET_LENGTH and checkpoint.st.transformer.is_cut:
         lengths.append(int(tokenizer_limit))
-    if positions is not None:
-        lengths.append(positions)
-    if checkpoint.st.max_seq_length:
-        lengths.append(checkpoint.st.max_seq_length)
     return lengths
 
 

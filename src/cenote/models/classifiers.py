@@ -22,14 +22,18 @@ from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded
 from cenote.models.probe import fault_of
 from cenote.models.traits import logits_of
+from cenote.tensors import heads
+from cenote.tensors.pooling import place_of, pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cenote.models.probe import HeadProbe
+    from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch, Place
 
     Rows = Callable[[Tensor], Tensor]
@@ -182,6 +186,21 @@ def at_first(batch: Batch, members: list[int]) -> Place | None:
 def at_last(pad: int | None, batch: Batch, members: list[int]) -> Place | None:
     """`Classifier.place` of heads that depend on `last_row`."""
     return "last" if all(last_row(batch, i, pad) == batch.starts[i + 1] - 1 for i in members) else None
+
+
+def of_pooled(modes: tuple[str, ...], steps: Seq[Step], num_labels: int) -> Classifier:
+    """Return the head that modules make: pooling by `modes`, then `steps`, whose last gives `num_labels` scores."""
+
+    def rows(x_RD: Tensor) -> Tensor:
+        return heads.apply(steps, x_RD, dimensions=None, activate=False)
+
+    def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        return rows(pool(x_TD, batch, modes)[batch.index(members)])
+
+    def place(batch: Batch, members: list[int]) -> Place | None:
+        return place_of(modes, batch)
+
+    return Classifier(rows, whole, False, num_labels, place)
 
 
 def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:

@@ -11,7 +11,7 @@ from cenote import tokenizer
 from cenote.errors import CheckpointError
 from cenote.models import remote_code
 from cenote.models.audit import Keys
-from cenote.models.sentence_transformers import read_json
+from cenote.models.transformer_module import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
-from cenote.models.sentence_transformers import read_json
+from cenote.models.transformer_module import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

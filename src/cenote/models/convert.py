@@ -190,8 +190,9 @@ class Head:
 
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
-            columns of a language model's output embeddings; "masked" is a masked-language-model head; "reward" is
-            one that Transformers has no class for (`Family.classifier`).
+            columns of a language model's output embeddings; "masked" is a masked-language-model head; "modules" are
+            Sentence-Transformers modules behind the pooling; "reward" is one that Transformers has no class for
+            (`Family.classifier`).
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
         sigma: divisor of logits unless the pooler config has one.
@@ -199,7 +200,7 @@ class Head:
         name: where the head comes from, for the report at start.
     """
 
-    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "reward"] = "none"
+    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "modules", "reward"] = "none"
     columns: tuple[int, ...] = ()
     difference: bool = False
     sigma: float = 1.0
@@ -215,6 +216,7 @@ class Facts:
         names: of the checkpoint, by its user and by itself.
         tensors: names of all its tensors.
         logit_score: token ids (true, false) of Sentence-Transformers' `LogitScore` module.
+        scored_by_modules: Sentence-Transformers modules behind the pooling make scores.
         step: the pooler config asks for STEP pooling.
         token_id: token id of a vocabulary entry, or `None`.
     """
@@ -225,6 +227,7 @@ class Facts:
     names: tuple[str, ...]
     tensors: tuple[str, ...]
     logit_score: tuple[int, int | None] | None
+    scored_by_modules: bool
     step: bool
     step_columns: tuple[int, ...]
     token_id: Callable[[str], int | None]
@@ -281,7 +284,7 @@ def choose_head(facts: Facts) -> Head:
     """
     if facts.convert == "embed":
         return Head()
-    if facts.architecture.endswith("ForTokenClassification"):
+    if facts.architecture.endswith("ForTokenClassification") and not facts.scored_by_modules:
         return Head("token", name=facts.architecture)
     tokens = _tokens(facts)
     for choose in CHOICES:
@@ -295,6 +298,11 @@ def choose_head(facts: Facts) -> Head:
             '"from_2_way_softmax"}, or set pooler_config {"pooling_type": "STEP", "returned_token_ids": [...]}'
         )
     return Head()
+
+
+def _modular_head(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the head that modules of a CrossEncoder make."""
+    return Head("modules", name="the modules of its Sentence-Transformers files") if facts.scored_by_modules else None
 
 
 def _sequence_head(facts: Facts, tokens: Tokens) -> Head | None:
@@ -348,7 +356,7 @@ def _step_head(facts: Facts, tokens: Tokens) -> Head | None:
     return None
 
 
-CHOICES = (_sequence_head, _logit_score, _score_layer, _vocabulary_head, _step_head)
+CHOICES = (_modular_head, _sequence_head, _logit_score, _score_layer, _vocabulary_head, _step_head)
 """Heads of a checkpoint; the first that is there counts."""
 
 

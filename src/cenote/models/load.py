@@ -29,6 +29,7 @@ from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
+from cenote.models.model_outputs import prove_pooler, read_layer
 from cenote.models.passes import narrow, table
 from cenote.models.passes.adapters import find as find_adapters
 from cenote.models.passes.graphs import worthwhile_tokens
@@ -100,10 +101,20 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
     full = checkpoints.build(checkpoint, options, device, dtype)
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
+    _choose_output(checkpoint, model)
     length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
     return Built(full, length, isa, (*checkpoint.notes, dtype_note, length_note))
+
+
+def _choose_output(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Make the model give the output that its Sentence-Transformers files name."""
+    layer = checkpoint.st.transformer.layer
+    if layer is not None:
+        read_layer(model, layer)
+    if checkpoint.st.has_own_pooler:
+        prove_pooler(model)
 
 
 def prove(

@@ -13,6 +13,7 @@ from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_tasks
 from cenote.models.families.family import Loaded, Vectors
+from cenote.models.model_outputs import OwnPooler
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.poolers import TaskOutput
     from cenote.models.probe import HeadProbe
+    from cenote.tensors.heads import Step
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
         CheckpointError: a head cannot be run, or the options ask for an output that the checkpoint cannot give.
     """
     pooler = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
-    for step in pooler.steps:
+    for step in (*pooler.steps, *checkpoint.st.scoring):
         if isinstance(step, nn.Module):
             step.to(full.device)
     loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
     outputs = checkpoint.family.outputs(loaded)
-    for task, output in _vectors(pooler).items():
+    for task, output in _vectors(pooler, checkpoint).items():
         outputs.setdefault(task, output)
     classifier = checkpoint.family.classifier(loaded) or _classifier(checkpoint, full, probe)
     if classifier is not None:
@@ -75,13 +77,13 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
     return Offer({task: outputs[task] for task in (*first, *outputs)}, pooler)
 
 
-def _vectors(pooler: Pooler) -> dict[str, TaskOutput]:
+def _vectors(pooler: Pooler, checkpoint: Checkpoint) -> dict[str, TaskOutput]:
     """Return the outputs of every backbone.
 
     Token rows pass the same modules as pooled rows, so modules over concatenated modes fit no token.
     """
     outputs: dict[str, TaskOutput] = {"embed": Embed(pooler)}
-    if len(pooler.modes) == 1 or not pooler.steps:
+    if not checkpoint.st.has_own_pooler and (len(pooler.modes) == 1 or not pooler.steps):
         outputs["token_embed"] = TokenEmbed(pooler)
     return outputs
 
@@ -90,7 +92,10 @@ def _classifier(
     checkpoint: Checkpoint, full: PreTrainedModel, probe: HeadProbe | None
 ) -> classifiers.Classifier | None:
     """Return the head of `checkpoint`, proved, if it classifies and Transformers has a class for it."""
-    head = checkpoint.head
+    head, st = checkpoint.head, checkpoint.st
+    if head.kind == "modules":
+        steps = (*_own_steps(checkpoint, full.base_model), *st.scoring)  # type: ignore[arg-type]
+        return classifiers.of_pooled(st.modes, steps, st.dimension or 1)
     makers: dict[str, Callable[[PreTrainedModel, HeadProbe], classifiers.Classifier]] = {
         "sequence": classifiers.of_sequences,
         "token": classifiers.of_tokens,
@@ -157,8 +162,8 @@ def _calibration(
     head = checkpoint.head
     activate = coalesce(config.use_activation, head.kind != "reward" or steps.apply)
     num_labels = len(config.returned_token_ids or range(classifier.num_labels))
-    activation, sigma = activation_of(checkpoint, num_labels), coalesce(config.logit_sigma, head.sigma)
-    return Calibration(activation, activate, config.logit_mean or 0.0, sigma)
+    (activation, function), sigma = activation_of(checkpoint, num_labels), coalesce(config.logit_sigma, head.sigma)
+    return Calibration(activation, activate, config.logit_mean or 0.0, sigma, function)
 
 
 def _check_columns(checkpoint: Checkpoint, returned: Seq[int], columns: Seq[int]) -> None:
@@ -236,4 +241,10 @@ def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig
     if st.steps and st.dimension:
         width = st.dimension
     activation = coalesce(config.use_activation, st.normalizes or not st.modes)
-    return Pooler(modes, st.steps, activation, config.dimensions, width)
+    steps = st.steps if config.sequence_pooling else (*_own_steps(checkpoint, model), *st.steps)
+    return Pooler(modes, steps, activation, config.dimensions, width)
+
+
+def _own_steps(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Step, ...]:
+    """Return the model's own pooler, if the checkpoint's files say that it makes the vector."""
+    return (OwnPooler(model),) if checkpoint.st.has_own_pooler else ()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.models.sentence_transformers import activation
 from cenote.tensors import heads
-from cenote.tensors.pooling import pool
+from cenote.tensors.pooling import place_of, pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
     from cenote.tensors.packing import Batch, Place
     from cenote.tensors.pooling import Clustering
 
-Activation = Literal["softmax", "sigmoid", "none"]
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda y_RC: y_RC.softmax(-1),
     "sigmoid": torch.sigmoid,
     "none": lambda y_RC: y_RC,
 }
-PLACE_OF_MODES: dict[tuple[str, ...], Place] = {("cls",): "first", ("lasttoken",): "last"}
-"""The only token that a way of pooling depends on; see `place_of`."""
+"""Activations that checkpoints do not have to bring."""
+
+NAMES = {"Identity": "none"}
+"""Names of activations of `torch.nn` that are not their own in lower case."""
 
 
 class Rows(NamedTuple):
@@ -83,12 +85,6 @@ class Pooler:
         """Take rows through the modules, cut them and normalise them."""
         activate = coalesce(params.use_activation, self.use_activation)
         return heads.apply(self.steps, x_RD, dimensions=params.dimensions or self.dimensions, activate=activate)
-
-
-def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
-    """Return the only token of each sequence that pooling by `modes` depends on, if there is one."""
-    place = PLACE_OF_MODES.get(modes)
-    return None if place == "first" and batch.skips else place
 
 
 @dataclass(frozen=True)
@@ -167,16 +163,18 @@ class Calibration:
     """The way from logits to class values.
 
     Attributes:
-        activation: applied last, unless a request says otherwise.
+        activation: name of the function that is applied last, unless a request says otherwise.
         use_activation: default of that request parameter.
+        function: the function.
         mean: subtracted from the logits.
         sigma: divides them then.
     """
 
-    activation: Activation
+    activation: str
     use_activation: bool = True
     mean: float = 0.0
     sigma: float = 1.0
+    function: Callable[[Tensor], Tensor] = ACTIVATIONS["none"]
 
     def finish(self, logits_RC: Tensor, params: PoolingParams) -> Tensor:
         """Return `activation((logits - mean) / sigma)`, in float32."""
@@ -184,7 +182,7 @@ class Calibration:
         if (self.mean, self.sigma) != (0.0, 1.0):
             y_RC = (y_RC - self.mean) / self.sigma
         activate = coalesce(params.use_activation, self.use_activation)
-        return ACTIVATIONS[self.activation](y_RC) if activate else y_RC
+        return self.function(y_RC) if activate else y_RC
 
 
 @dataclass(frozen=True)
@@ -244,34 +242,61 @@ class TokenClassify:
         return Rows(self.calibration.finish(logits_RC, params), list(map(len, kept)))
 
 
-def activation_of(checkpoint: Files, num_labels: int) -> Activation:
-    """Return the activation of a classifier: the config's `problem_type`, then Sentence-Transformers, then the count.
+def activation_of(checkpoint: Files, num_labels: int) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Return the activation of a classifier, its name and the function.
+
+    A CrossEncoder of Sentence-Transformers has the one that it was saved with, else that library's default. Of other
+    checkpoints the config's `problem_type` counts, then one that an old CrossEncoder was saved with, then the number
+    of labels.
 
     Raises:
         CheckpointError: the checkpoint names an activation that is not honoured.
     """
-    by_count: Activation = "softmax" if num_labels > 1 else "sigmoid"
-    by_problem: dict[str, Activation] = {
+    saved = _saved_activation(checkpoint)
+    problem = getattr(checkpoint.config, "problem_type", None)
+    is_one = checkpoint.st.is_cross_encoder
+    is_certain = is_one and str(saved).startswith("torch.nn.")
+    if saved is not None and (problem is None or is_certain):
+        return _of_torch(saved, num_labels, checkpoint.name)
+    by_count = "softmax" if num_labels > 1 else "sigmoid"
+    by_problem = {
+        None: "none" if is_one and num_labels > 1 else by_count,
         "regression": "none",
         "single_label_classification": by_count,
         "multi_label_classification": "sigmoid",
     }
-    by_class: dict[str, Activation] = {"Identity": "none", "Sigmoid": by_count, "Softmax": by_count}
-    problem = getattr(checkpoint.config, "problem_type", None)
-    if problem is not None:
-        if problem not in by_problem:
-            raise CheckpointError(f"problem_type must be one of {', '.join(by_problem)}, got {problem!r}")
-        return by_problem[problem]
-    saved = _saved_activation(checkpoint)
-    if saved is None:
-        return by_count
-    activation = by_class.get(saved.rpartition(".")[2])
-    if activation is None or not saved.startswith("torch.nn.modules."):
+    if problem not in by_problem:
+        expected = ", ".join(filter(None, by_problem))
+        raise CheckpointError(f"problem_type must be one of {expected}, got {problem!r}")
+    name = by_problem[problem]
+    return name, ACTIVATIONS[name]
+
+
+def _of_torch(path: str, num_labels: int, name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Return the name and the function of an activation of `torch.nn`, by its import path.
+
+    Raises:
+        CheckpointError: it is no function of rows of `num_labels` values, of which each gives as many.
+    """
+    try:
+        module = activation(path).eval()
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{checkpoint.name} was saved with the activation {saved!r}; honoured are torch.nn's Identity, Sigmoid "
-            "and Softmax; hf_overrides problem_type can say which of them to use instead"
-        )
-    return activation
+            f"{name} was saved with the activation {path!r}; honoured are modules of torch.nn that need no arguments; "
+            "hf_overrides problem_type can say which of Sigmoid, Softmax and none to use instead"
+        ) from error
+    if getattr(module, "dim", 0) is None:
+        module.dim = -1  # type: ignore[assignment] # Softmax and its kin choose the labels themselves, with a warning
+    rows_RC = torch.zeros(2, num_labels)
+    try:
+        fits = module(rows_RC).shape == rows_RC.shape
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{name} was saved with the activation {path!r}, which rows refuse: {error}") from error
+    if not fits:
+        raise CheckpointError(f"{name} was saved with the activation {path!r}, which gives another number of values")
+    kind = type(module).__name__
+    known = NAMES.get(kind, kind.lower())
+    return known, ACTIVATIONS.get(known, module)
 
 
 def _saved_activation(checkpoint: Files) -> str | None:

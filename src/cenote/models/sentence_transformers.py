@@ -1,12 +1,12 @@
 """The Sentence-Transformers part of a checkpoint: `modules.json` and the folders that it names.
 
-Module types are recognised by their class name, which is the same in the old (`sentence_transformers.models.X`)
-and new (`sentence_transformers.base.modules.x.X`) spellings. A module that Cenote does not honour is an error.
+Modules are recognised by the package and the name of their class, which is the same in the old
+(`sentence_transformers.models.X`) and new (`sentence_transformers.base.modules.x.X`) spellings. A module or a key that
+Cenote does not honour is an error.
 """
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,12 +18,14 @@ from torch import nn
 
 from cenote.core import Similarity
 from cenote.errors import CheckpointError
-from cenote.tensors.heads import normalize
+from cenote.models import keys, transformer_module
+from cenote.models.transformer_module import TransformerModule, load, read_json
+from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -41,26 +43,26 @@ LEGACY_MODES = {
 }
 """Flags of old Pooling configs, in the order in which several are concatenated."""
 
-TRANSFORMER_CONFIGS = (
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
-    "sentence_distilbert_config.json",
-    "sentence_camembert_config.json",
-    "sentence_albert_config.json",
-    "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)
+TRANSFORMERS = {"Transformer": "feature-extraction", "MLMTransformer": "fill-mask"}
+"""Module classes that hold the Transformers checkpoint, and their default task."""
 
+PACKAGES = ("sentence_transformers.", "pylate.")
+"""Packages whose modules are known by the name of their class."""
 
-TRANSFORMERS = ("Transformer", "MLMTransformer")
-"""Module classes that hold the Transformers checkpoint; both spell the same thing."""
+STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
+
+OWN_MODULES = {("custom_st.Transformer", "XLMRobertaLoRA"): STANDARD}
+"""Modules of a checkpoint's own code, with its architecture, to the known one that gives the same: that of
+jina-embeddings-v3 only chooses an adapter, as prompts do here."""
 
 Kind = Literal["vectors", "tokens", "sparse"]
 """Kinds of embeddings, by which they are compared."""
 
+TOKEN_SIMILARITIES = ("maxsim", "meanmaxsim")
+
 SIMILARITIES: dict[str, frozenset[Kind]] = {
     **dict.fromkeys(PAIRWISE, frozenset[Kind](("vectors", "sparse"))),
-    **dict.fromkeys(("maxsim", "meanmaxsim"), frozenset[Kind](("tokens",))),
+    **dict.fromkeys(TOKEN_SIMILARITIES, frozenset[Kind](("tokens",))),
 }
 """Names of similarities to the kinds of embeddings that they compare."""
 
@@ -72,23 +74,24 @@ class Module:
     Attributes:
         type: import path of its class.
         folder: its files.
+        path: the same, relative to the checkpoint.
         side: "query" if only queries pass it; empty = every input does.
     """
 
     type: str
     folder: Path
+    path: str = ""
     side: str = ""
 
     @property
     def kind(self) -> str:
-        """Name of the class, without the package, which differs between releases."""
-        return self.type.rpartition(".")[2]
+        """Name of the class, without the package; empty if it is of a package that is not known."""
+        return self.type.rpartition(".")[2] if self.type.startswith(PACKAGES) else ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Content of its `config.json`."""
-        content: dict[str, Any] = read_json(self.folder / "config.json")
-        return content
+        """Content of its `config.json`, empty if it has none."""
+        return load(self.folder / "config.json")
 
 
 @dataclass(frozen=True)
@@ -96,41 +99,38 @@ class SentenceTransformer:
     """The content of `modules.json` and its neighbours; of a checkpoint without them, its folder and prompts.
 
     Attributes:
-        backbone: folder of the Transformers checkpoint.
+        transformer: its first module.
         settings: content of `config_sentence_transformers.json`.
-        transformer: config of the Transformer module.
-        max_seq_length: tokens to which an input is cut.
-        do_lower_case: text is lower-cased before it is tokenised.
+        result: name of the value that the modules read so far give: of each token, of the input, or its scores.
         modes: pooling modes, concatenated if several; empty if there is no Pooling module.
         include_prompt: whether pooling looks at the prompt's tokens.
-        steps: modules after pooling, in order, without a closing Normalize.
+        steps: modules after pooling, in order, without a closing Normalize, and the cut to `truncate_dim`.
+        scoring: modules after pooling that give scores, in place of `steps`.
         normalizes: whether the last module is Normalize.
-        dimension: length of the vector, if a module fixes it.
+        dimension: length of the vector or number of scores, if a module fixes it.
         prompts: name to text.
-        activation: import path of the activation that a CrossEncoder was saved with.
-        pair_template: variables of the chat template that renders a pair; `None` = a pair is not rendered.
-        structured: that template takes message contents as lists of parts.
         logit_score: token ids (true, false) of a `LogitScore` module: the language model's logits are the score.
         special: modules that need a family to read them, in order, then those of queries alone.
     """
 
-    backbone: Path
-    settings: dict[str, Any] = field(default_factory=dict)
-    transformer: dict[str, Any] = field(default_factory=dict)
-    max_seq_length: int | None = None
-    do_lower_case: bool = False
+    transformer: TransformerModule
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    result: str = "token_embeddings"
     modes: tuple[str, ...] = ()
     include_prompt: bool = True
     steps: tuple[Step, ...] = ()
+    scoring: tuple[Step, ...] = ()
     normalizes: bool = False
     dimension: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    activation: str | None = None
-    pair_template: dict[str, Any] | None = None
-    structured: bool = False
     logit_score: tuple[int, int | None] | None = None
     special: tuple[Module, ...] = ()
+
+    @property
+    def backbone(self) -> Path:
+        """Folder of the Transformers checkpoint."""
+        return self.transformer.folder
 
     @property
     def default_prompt(self) -> str:
@@ -138,9 +138,48 @@ class SentenceTransformer:
         return self.prompts[self.default_prompt_name] if self.default_prompt_name else ""
 
     @property
+    def model_type(self) -> str:
+        """Type of the model, empty if the checkpoint has no modules."""
+        return str(self.settings.get("model_type") or "")
+
+    @property
     def is_cross_encoder(self) -> bool:
         """Whether the files describe a CrossEncoder."""
-        return self.settings.get("model_type") == "CrossEncoder" or self.logit_score is not None
+        return self.model_type == "CrossEncoder"
+
+    @property
+    def is_scored_by_modules(self) -> bool:
+        """Whether modules behind the pooling make scores of its vector."""
+        return self.result == "scores" and bool(self.modes)
+
+    @property
+    def has_own_pooler(self) -> bool:
+        """Whether the model's own pooler makes the vector."""
+        return self.transformer.output == ("pooler_output",)
+
+    @property
+    def pools(self) -> bool:
+        """Whether the files say how tokens become one vector or score."""
+        return bool(self.modes) or self.is_cross_encoder
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """Length to which vectors are cut after all modules.
+
+        Raises:
+            CheckpointError: it is no positive integer.
+        """
+        if self.model_type != "SentenceTransformer":
+            return None
+        length: int | None = self.settings.get("truncate_dim")
+        if not transformer_module.is_length(length):
+            raise CheckpointError(f"truncate_dim is {length!r}; honoured is a positive integer")
+        return length
+
+    @property
+    def activation(self) -> str | None:
+        """Import path of the activation that a CrossEncoder was saved with."""
+        return self.settings.get("activation_fn") if self.is_cross_encoder else None
 
     def similarity(self, kind: Kind) -> Similarity:
         """Return how embeddings are compared in a model of embeddings of this kind.
@@ -178,77 +217,149 @@ def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTra
     """Read the Sentence-Transformers part of the checkpoint at `path`; `None` if it has none.
 
     Raises:
-        CheckpointError: a mode or an activation is not honoured, or weights of a module are missing.
+        CheckpointError: a module, a key or a value is not honoured, or weights of a module are missing.
     """
     if not (path / "modules.json").is_file():
         return None
     with well_formed(path):
-        listed = sorted(read_json(path / "modules.json"), key=lambda entry: entry["idx"])
-        modules = [Module(str(entry["type"]), path / entry["path"]) for entry in listed]
-        if [module.kind for module in modules] == ["Router"]:
-            modules = _routed(modules[0].folder)
-        return _read(path, modules, audit, allow_pickle)
-
-
-def _read(path: Path, modules: list[Module], audit: Audit, allow_pickle: bool) -> SentenceTransformer:
-    if not modules or modules[0].kind not in TRANSFORMERS:
-        first = modules[0].type if modules else "nothing"
-        raise CheckpointError(
-            f"modules.json begins with {first}; Cenote honours checkpoints that begin with a Transformer"
+        modules = _listed(path, audit)
+        settings = _settings(path, modules, audit)
+        first = modules[0]
+        transformer = transformer_module.read(first.folder, first.path, audit, task=TRANSFORMERS[first.kind])
+        prompts, default = _prompts(settings)
+        st = SentenceTransformer(
+            transformer, settings, transformer.result, prompts=prompts, default_prompt_name=default
         )
-    st = _of_transformer(modules[0].folder, _first_json(path, ("config_sentence_transformers.json",)))
-    for module in modules[1:]:
-        st = _with(st, module, allow_pickle)
-    if st.steps and st.steps[-1] is normalize:
-        st = replace(st, steps=st.steps[:-1], normalizes=True)
-    return st
+        if st.has_own_pooler:
+            st = replace(st, modes=("cls",))
+        for module in modules[1:]:
+            st = _with(st, module, audit, allow_pickle)
+        return _closed(st)
 
 
-def _of_transformer(folder: Path, settings: dict[str, Any]) -> SentenceTransformer:
-    """Return the description of a Transformer module alone, which lies in `folder`.
+def _listed(path: Path, audit: Audit) -> list[Module]:
+    """Return the entries of `modules.json`; of a Router, those of its routes.
 
     Raises:
-        CheckpointError: the default prompt is none of the prompts.
+        CheckpointError: the first one is no Transformer.
     """
-    transformer = _first_json(folder, TRANSFORMER_CONFIGS)
-    modalities = transformer.get("modality_config") or {}
-    prompts = {str(name): str(text) for name, text in (settings.get("prompts") or {}).items()}
-    default = settings.get("default_prompt_name")
-    if default is not None and default not in prompts:
-        raise CheckpointError(f"default_prompt_name is {default!r}, but the prompts are {sorted(prompts)}")
-    return SentenceTransformer(
-        backbone=folder,
-        settings=settings,
-        transformer=transformer,
-        max_seq_length=transformer.get("max_seq_length"),
-        do_lower_case=bool(transformer.get("do_lower_case", False)),
-        prompts=prompts,
-        default_prompt_name=default,
-        activation=settings.get("activation_fn"),
-        pair_template=_pair_variables(transformer) if "message" in modalities else None,
-        structured=modalities.get("message", {}).get("format") == "structured",
+    modules = []
+    for entry in read_json(path / "modules.json"):
+        audit.read("modules.json", entry, keys.MODULE_ENTRY)
+        modules.append(Module(_type(str(entry["type"]), path), path / entry["path"], entry["path"]))
+    if [module.kind for module in modules] == ["Router"]:
+        modules = _routed(modules[0], audit)
+    first = modules[0].type if modules else "nothing"
+    if not modules or modules[0].kind not in TRANSFORMERS:
+        raise CheckpointError(_refused_first(first))
+    return modules
+
+
+def _refused_first(kind: str) -> str:
+    """Return a message about a first module that is no Transformer of sentence-transformers."""
+    if kind.startswith(PACKAGES) or "." not in kind:
+        return f"modules.json begins with {kind}; Cenote honours checkpoints that begin with a Transformer"
+    return (
+        f"modules.json begins with {kind}, which is code of the checkpoint itself, and Cenote does not run the code of "
+        "modules, not with --trust-remote-code either. Where that code only loads the model, name "
+        f"{STANDARD} in modules.json instead"
     )
 
 
-def _pair_variables(transformer: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables of the chat template that renders a pair."""
-    variables = dict((transformer.get("processing_kwargs") or {}).get("chat_template") or {})
-    variables.pop("restore_suffix", None)  # is not one
-    return variables
+def _type(written: str, path: Path) -> str:
+    """Return the type of a module, of a known package if its own code is known."""
+    architectures = load(path / "config.json").get("architectures") or [""]
+    return OWN_MODULES.get((written, architectures[0]), written)
 
 
-def _with(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+def _settings(path: Path, modules: list[Module], audit: Audit) -> dict[str, Any]:
+    """Return the content of `config_sentence_transformers.json` with the model's type.
+
+    Raises:
+        CheckpointError: the type is not known, or a key is not honoured.
+    """
+    file = "config_sentence_transformers.json"
+    settings = load(path / file)
+    model_type = settings.get("model_type") or _model_type(settings, modules)
+    if model_type not in keys.SETTINGS_OF:
+        raise CheckpointError(f"{file}: model_type is {model_type!r}; honoured are {', '.join(keys.SETTINGS_OF)}")
+    audit.read(file, settings, keys.settings_keys(model_type))
+    return {**settings, "model_type": model_type}
+
+
+def _model_type(settings: Mapping[str, Any], modules: list[Module]) -> str:
+    """Return the type of a model that does not say it: PyLate did not before Sentence-Transformers 5."""
+    of_packages = ["ColBERT" for module in modules if module.type.startswith("pylate.")]
+    of_modules = [TYPE_OF_MODULE.get(module.kind) for module in modules]
+    of_similarity = TYPE_OF_SIMILARITY.get(str(settings.get("similarity_fn_name")).lower())
+    signs = filter(None, (*of_packages, *of_modules, of_similarity))
+    return next(signs, "SentenceTransformer")
+
+
+TYPE_OF_MODULE = {
+    "SpladePooling": "SparseEncoder",
+    "LogitScore": "CrossEncoder",
+    "MultiVectorMask": "MultiVectorEncoder",
+}
+"""Module classes that one type of model alone has."""
+
+TYPE_OF_SIMILARITY = dict.fromkeys(TOKEN_SIMILARITIES, "ColBERT")
+"""Names of similarities that only PyLate wrote without a type."""
+
+
+def _prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Return the prompts, of which null is an empty one, and the name of the default prompt.
+
+    Raises:
+        CheckpointError: a prompt is no text, or the default one is none of them.
+    """
+    prompts = {}
+    for name, text in (settings.get("prompts") or {}).items():
+        if not isinstance(text, str | None):
+            raise CheckpointError(f"prompts: {name!r} is {text!r}; a prompt is a text or null")
+        prompts[name] = text or ""
+    default = settings.get("default_prompt_name")
+    if default in transformer_module.SIDES and settings["model_type"] != "CrossEncoder":
+        prompts.setdefault(default, "")  # every embedder has these two
+    if default is not None and default not in prompts:
+        raise CheckpointError(f"default_prompt_name is {default!r}, but the prompts are {sorted(prompts)}")
+    return prompts, default
+
+
+def _with(st: SentenceTransformer, module: Module, audit: Audit, allow_pickle: bool) -> SentenceTransformer:
     """Return `st` with one more module."""
-    if module.kind in POOLERS and not st.modes:
-        return POOLERS[module.kind](st, module)
-    if module.kind in STEPS and st.modes:
-        step, width = STEPS[module.kind](module, allow_pickle)
-        steps = st.steps if step is None else (*st.steps, step)
-        return replace(st, steps=steps, dimension=width or st.dimension)
-    return replace(st, special=(*st.special, module))
+    known = keys.MODULES.get(module.kind)
+    if known is not None:
+        audit.read(f"{module.path}/config.json", module.config, known)
+    reader = READERS.get((st.result, module.kind))
+    if reader is None or module.side:
+        return replace(st, special=(*st.special, module))
+    return reader(st, module, allow_pickle)
 
 
-def _with_pooling(st: SentenceTransformer, module: Module) -> SentenceTransformer:
+def _closed(st: SentenceTransformer) -> SentenceTransformer:
+    """Return `st` after its last module: a closing Normalize is an activation, which requests can leave out.
+
+    Raises:
+        CheckpointError: a CrossEncoder's modules give no scores.
+    """
+    if st.is_cross_encoder != (st.result == "scores"):
+        raise CheckpointError(
+            f"the modules of this {st.model_type} give {st.result}; a CrossEncoder gives scores, and no other model"
+        )
+    if st.is_cross_encoder:
+        return replace(st, steps=(), scoring=st.steps)
+    length = st.truncate_dim
+    if length is not None:
+        return replace(st, steps=(*st.steps, Cut(length)), dimension=min(st.dimension or length, length))
+    if st.steps and st.steps[-1] is normalize:
+        return replace(st, steps=st.steps[:-1], normalizes=True)
+    return st
+
+
+def _with_pooling(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    if st.transformer.task != "feature-extraction":
+        raise CheckpointError(f"modules.json has a Pooling behind a Transformer for {st.transformer.task}")
     modes = pooling_modes(module.config)
     width = module.config.get("embedding_dimension", module.config.get("word_embedding_dimension"))
     return replace(
@@ -256,37 +367,87 @@ def _with_pooling(st: SentenceTransformer, module: Module) -> SentenceTransforme
         modes=modes,
         include_prompt=bool(module.config.get("include_prompt", True)),
         dimension=width * len(modes) if width else None,
+        result="sentence_embedding",
     )
 
 
-def _with_logit_score(st: SentenceTransformer, module: Module) -> SentenceTransformer:
+def _with_logit_score(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    _check_names(module, ("causal_logits",))
     tokens = (int(module.config["true_token_id"]), module.config.get("false_token_id"))
-    return replace(st, logit_score=tokens)
+    return replace(st, logit_score=tokens, result="scores")
 
 
-POOLERS: dict[str, Callable[[SentenceTransformer, Module], SentenceTransformer]] = {
-    "Pooling": _with_pooling,
-    "LogitScore": _with_logit_score,
+def _with_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    result = module.config.get("module_output_name") or "sentence_embedding"
+    outputs = ("sentence_embedding", "scores") if st.is_cross_encoder else ("sentence_embedding",)
+    step, width = dense(module, allow_pickle, outputs=outputs)
+    return replace(st, steps=(*st.steps, step), dimension=width, result=result)
+
+
+def _with_layer_norm(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    norm = nn.Module()
+    norm.norm = nn.LayerNorm(module.config["dimension"])
+    _loaded(norm, module.folder, allow_pickle)
+    return replace(st, steps=(*st.steps, norm.norm), dimension=module.config["dimension"])
+
+
+def _with_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    _check_names(module, ("sentence_embedding",))
+    return replace(st, steps=(*st.steps, normalize))
+
+
+def _with_dropout(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    return st
+
+
+READERS: dict[tuple[str, str], Callable[[SentenceTransformer, Module, bool], SentenceTransformer]] = {
+    ("token_embeddings", "Pooling"): _with_pooling,
+    ("causal_logits", "LogitScore"): _with_logit_score,
+    ("sentence_embedding", "Dense"): _with_dense,
+    ("sentence_embedding", "LayerNorm"): _with_layer_norm,
+    ("sentence_embedding", "Normalize"): _with_normalize,
+    ("sentence_embedding", "Dropout"): _with_dropout,
 }
-"""Module class to a reader, of modules that make one result of all tokens."""
+"""The value that a module reads and its class, to its reader."""
 
 
-def _routed(router: Path) -> list[Module]:
-    """Return the modules that documents pass in the Router of the folder `router`, then those of queries alone.
+def _check_names(module: Module, inputs: Collection[str], outputs: Collection[str] = ()) -> None:
+    """Refuse a module that reads or writes another value than it is at."""
+    for key, names in (("module_input_name", inputs), ("module_output_name", outputs or inputs)):
+        value = module.config.get(key)
+        if value is not None and value not in names:
+            raise CheckpointError(f"{module.path}: {key} {value!r} is not honoured here, only {' or '.join(names)}")
+
+
+def _routed(router: Module, audit: Audit) -> list[Module]:
+    """Return the modules that documents pass in a Router, then those of queries alone.
 
     Raises:
         CheckpointError: it has other routes, or another default than documents.
     """
-    config = read_json(router / "router_config.json")
-    types, routes, settings = config["types"], config["structure"], config.get("parameters") or {}
+    file = "router_config.json" if (router.folder / "router_config.json").is_file() else "config.json"
+    config = load(router.folder / file)
+    audit.read(_below(router.path, file), keys.flattened(config, ("parameters",)), keys.ROUTER)
+    routes, settings = config["structure"], config.get("parameters") or {}
     if set(routes) != {"query", "document"}:
         raise CheckpointError(f"modules.json names a Router with the routes {sorted(routes)}; {ROUTES}")
-    if settings.get("route_mappings") or settings.get("default_route", "document") != "document":
+    default = settings.get("default_route") or next(iter(routes))
+    if settings.get("route_mappings") or default != "document":
         raise CheckpointError(
-            "modules.json names a Router whose default route is not `document`, or that maps tasks to other routes"
+            f"modules.json names a Router whose default route is `{default}`, or that maps tasks to other routes; "
+            "honoured is the default route `document` without mappings"
         )
-    documents = [Module(str(types[name]), router / name) for name in routes["document"]]
-    return documents + [Module(str(types[name]), router / name, side="query") for name in routes["query"]]
+    modules = []
+    for side, route in (("", "document"), ("query", "query")):
+        for name in routes[route]:
+            kind = str(config["types"][name])
+            modules.append(Module(kind, router.folder / name, _below(router.path, name), side))
+    return modules
+
+
+def _below(path: str, name: str) -> str:
+    """Return the path of `name` in the folder `path` of a checkpoint, whose root is empty."""
+    return f"{path}/{name}" if path else name
 
 
 ROUTES = "honoured is a document encoder whose query route is a SparseStaticEmbedding"
@@ -303,21 +464,14 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
         return _flagged_modes(config) or ("mean",)
     modes = (named,) if isinstance(named, str) else tuple(named)
     for mode in modes:
-        _check_mode(mode, MODES)
+        if mode not in MODES:
+            raise CheckpointError(f"unknown pooling mode {mode!r}; known are: {', '.join(MODES)}")
     return modes or ("mean",)
 
 
 def _flagged_modes(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the modes whose flags are set."""
-    for flag, is_set in config.items():
-        if flag.startswith("pooling_mode_") and is_set:
-            _check_mode(flag, LEGACY_MODES)
     return tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
-
-
-def _check_mode(name: str, names: Collection[str]) -> None:
-    if name not in names:
-        raise CheckpointError(f"unknown pooling mode {name!r}; known are: {', '.join(MODES)}")
 
 
 class _Dense(nn.Module):
@@ -340,71 +494,48 @@ class _Dense(nn.Module):
         return y_RD + self.residual(x_RD) if self.use_residual else y_RD
 
 
-def dense(module: Module, allow_pickle: bool, over: str = "sentence_embedding") -> tuple[Step, int]:
+def dense(
+    module: Module,
+    allow_pickle: bool,
+    over: str = "sentence_embedding",
+    outputs: Collection[str] = (),
+) -> tuple[Step, int]:
     """Return the layer of a Dense module over vectors of the name `over`, and its output size.
+
+    Args:
+        module: the module.
+        allow_pickle: its weights may be pickled.
+        over: name of the value that it reads.
+        outputs: names of the value that it may write; none = the same.
 
     Raises:
         CheckpointError: a setting is not honoured, or the weights do not fit.
     """
-    config, folder = module.config, module.folder
-    unknown = set(config) - DENSE_KEYS
-    if unknown:
-        raise CheckpointError(f"{folder.name}/config.json has keys that Cenote does not honour: {sorted(unknown)}")
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (over, None):
-            raise CheckpointError(f"{folder.name}: Dense over {config.get(key)!r} is not honoured, only {over}")
+    config = module.config
+    _check_names(module, (over,), outputs)
     layer = _Dense(
         config["in_features"],
         config["out_features"],
         bias=config.get("bias", True),
-        activation=_activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+        activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
         residual=bool(config.get("use_residual", False)),
     )
-    return _loaded(layer, folder, allow_pickle), config["out_features"]
+    return _loaded(layer, module.folder, allow_pickle), config["out_features"]
 
 
-DENSE_KEYS = {
-    "in_features",
-    "out_features",
-    "bias",
-    "activation_function",
-    "use_residual",
-    "module_input_name",
-    "module_output_name",
-}
+def activation(name: str) -> nn.Module:
+    """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported.
 
-
-def _layer_norm(module: Module, allow_pickle: bool) -> tuple[Step, int]:
-    width = module.config["dimension"]
-    norm = nn.Module()
-    norm.norm = nn.LayerNorm(width)
-    _loaded(norm, module.folder, allow_pickle)
-    return norm.norm, width
-
-
-def _normalize(module: Module, allow_pickle: bool) -> tuple[Step, None]:
-    return normalize, None
-
-
-def _dropout(module: Module, allow_pickle: bool) -> tuple[None, None]:
-    return None, None
-
-
-STEPS: dict[str, Callable[[Module, bool], tuple[Any, int | None]]] = {
-    "Dense": dense,
-    "LayerNorm": _layer_norm,
-    "Normalize": _normalize,
-    "Dropout": _dropout,
-}
-"""Module class to a reader that returns its step (`None` = does nothing at inference) and its output size."""
-
-
-def _activation(name: str) -> nn.Module:
-    """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported."""
+    Raises:
+        CheckpointError: it is none of them, or needs arguments.
+    """
     kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise CheckpointError(f"activation function {name!r} is not a module of torch.nn")
-    return kind()
+    try:
+        return kind()
+    except TypeError as error:
+        raise CheckpointError(f"activation function {name!r} cannot be made without arguments: {error}") from None
 
 
 def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
@@ -437,24 +568,3 @@ def weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
     hint = " (there is a pytorch_model.bin, which --safetensors-only leaves unread)" if has_pickle else ""
     raise CheckpointError(f"{folder} has no model.safetensors{hint}")
-
-
-def _first_json(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the content of the first of the files `names` that is in `folder`; empty if none is."""
-    for name in names:
-        if (folder / name).is_file():
-            content: dict[str, Any] = read_json(folder / name)
-            return content
-    return {}
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read {path.name} of {path.parent.name}: {error}") from None

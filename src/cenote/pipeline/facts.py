@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.core import ModelInfo, PairTemplate, Sides
+from cenote.core import MessageTemplate, ModelInfo, PairTemplate, Sides
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
@@ -28,6 +28,8 @@ class Facts:
         prompts: the model's prompts.
         sides: the encoding of queries and of documents, in a model that encodes them differently.
         pair_template: template that joins query and document; `None` = the tokenizer joins them.
+        messages: template that renders every text; `None` = texts are taken as they are.
+        special_tokens: the tokenizer's special tokens belong to the model's inputs.
         lowercase: text is lower-cased before it is tokenised.
         include_prompt: whether pooling includes the tokens of the prompt.
         auto_truncate: inputs that are too long are cut unless the request says otherwise.
@@ -40,6 +42,8 @@ class Facts:
     prompts: Prompts = field(default_factory=Prompts)
     sides: Sides | None = None
     pair_template: PairTemplate | None = None
+    messages: MessageTemplate | None = None
+    special_tokens: bool = True
     lowercase: bool = False
     include_prompt: bool = True
     auto_truncate: bool = False
@@ -72,6 +76,8 @@ class Facts:
             tokenizer,
             info,
             lowercase=self.lowercase,
+            messages=self.messages,
+            special_tokens=self.special_tokens,
             prompts=self.prompts,
             include_prompt=self.include_prompt,
             sides=self.sides,

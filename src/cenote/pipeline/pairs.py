@@ -150,15 +150,17 @@ class PairRenderer:
         template = self._template(options)
         prompt = self._renderer.prompts.choose()
         special, limit = text_options.add_special_tokens, text_options.content_limit
+        skip = 0
         if template is None:
             prompted = [(prompt.text + query, document) for query, document in pairs]
             texts = self._renderer.backend.join(prompted, limit, special=special)
+            skip = self._renderer.skip(prompt.text, text_options)
         else:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
             texts = self._by_template(pairs, pair_prompt, limit)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
-        return [Sequence(text.ids, task, params, text.type_ids, adapter=prompt.adapter) for text in fitted]
+        return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:
         return options.template or self.template

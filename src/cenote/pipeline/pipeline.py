@@ -182,9 +182,11 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         names=options.served_model_name or (checkpoint.name,),
         tokenizer=checkpoint.tokenizer_source,
         prompts=_prompts(checkpoint, options, adapters),
-        sides=checkpoint.family.sides(checkpoint.tokenizer),
+        sides=checkpoint.sides,
         pair_template=checkpoint.pair_template,
-        lowercase=st.do_lower_case,
+        messages=checkpoint.messages,
+        lowercase=st.transformer.lowercase,
+        special_tokens=st.transformer.special_tokens,
         include_prompt=st.include_prompt,
         auto_truncate=options.auto_truncate,
     )
@@ -198,8 +200,7 @@ def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, 
     names = {*named, *adapters}
     if default is not None and default not in names:
         raise ConfigError(f"default_prompt_name is {default!r}, but the prompts are {sorted(names)}")
-    two_sided = family.sides(checkpoint.tokenizer) is not None
-    return Prompts(named, default, two_sided=two_sided, adapters=adapters)
+    return Prompts(named, default, two_sided=checkpoint.sides is not None, adapters=adapters)
 
 
 def _pair(prompt: Prompt | Pair) -> Pair | None:

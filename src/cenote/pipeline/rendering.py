@@ -15,6 +15,7 @@ import numpy as np
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import FastTokenizer, Ids, Text, fast_or_slow
 from cenote.tasks import check_params, check_task
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import ModelInfo, Pair, Role, Sides
+    from cenote.core import MessageTemplate, ModelInfo, Pair, Role, Sides
     from cenote.pipeline.prompts import Applied
 
 CHARACTERS_PER_TOKEN = 250
@@ -45,6 +46,7 @@ class TextOptions(NamedTuple):
         pad: fill up with pad tokens to the maximum allowed.
         add_special_tokens: let the tokenizer add its special tokens.
         prompt: prompt before every text; `None` = the model's default.
+        rendered: the text was made of messages, so that no template renders it once more.
         whole: with `truncate` unset, refuse inputs that are too long also where the server cuts by default.
         limit: maximum tokens per input, filled in by `Renderer.resolve`.
     """
@@ -54,6 +56,7 @@ class TextOptions(NamedTuple):
     pad: bool = False
     add_special_tokens: bool = True
     prompt: Applied | None = None
+    rendered: bool = False
     whole: bool = False
     limit: int = 0
 
@@ -93,6 +96,8 @@ class Renderer:
         prompts: the model's prompts.
         include_prompt: whether pooling includes the tokens of the prompt.
         sides: the encoding of queries and of documents, in a model that encodes them differently.
+        messages: the template that renders every text; `None` = texts are taken as they are.
+        special_tokens: the tokenizer's special tokens belong to the model's inputs.
         auto_truncate: cut inputs that are too long unless the request says otherwise.
     """
 
@@ -105,6 +110,8 @@ class Renderer:
         prompts: Prompts | None = None,
         include_prompt: bool = True,
         sides: Sides | None = None,
+        messages: MessageTemplate | None = None,
+        special_tokens: bool = True,
         auto_truncate: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
@@ -112,6 +119,10 @@ class Renderer:
         self.prompts = prompts or Prompts()
         self._sides = sides or Alike()
         self._include_prompt = include_prompt
+        self._messages: MessageRenderer | None = None
+        if messages is not None:
+            self._messages = MessageRenderer(messages, self.apply_template, self._rendered_ids)
+        self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
         self._allowed = lru_cache(REMEMBERED)(self._check)
@@ -134,9 +145,9 @@ class Renderer:
         applied = options.prompt or self.prompts.choose()
         contents = [_content(prompt) for prompt in prompts]
         text_options = self._of_side(options, applied.role)
-        texts = [applied.text + content for content in contents if isinstance(content, str)]
-        tokenised = iter(self._tokenize(texts, text_options))
-        skip = self._skip(applied.text)
+        texts = [content for content in contents if isinstance(content, str)]
+        prompted, skip = self._prompted(texts, applied, text_options)
+        tokenised = iter(prompted)
         sequences: list[Sequence] = []
         for content in contents:
             if isinstance(content, str):
@@ -150,6 +161,22 @@ class Renderer:
             sequences.append(sequence)
         return sequences
 
+    def _prompted(self, texts: list[str], applied: Applied, options: TextOptions) -> tuple[list[Text], int]:
+        """Return `texts` behind their prompt, and the number of its tokens that pooling leaves out.
+
+        Tokens of a prompt that is a message are never left out, as in sentence-transformers.
+        """
+        messages = self._messages
+        if messages is None or options.rendered or not self._sides.takes_special_tokens(applied.role):
+            return self._tokenize([applied.text + text for text in texts], options), self.skip(applied.text, options)
+        rendered = [messages.text(text, applied.text, applied.role) for text in texts]
+        tokenised = self._tokenize(rendered, options._replace(add_special_tokens=False))
+        limit = options.content_limit
+        return [messages.restored(text, limit, applied) for text in tokenised], 0
+
+    def _rendered_ids(self, text: str) -> Ids:
+        return self.tokenize(text, add_special_tokens=False)
+
     def _of_side(self, options: TextOptions, role: Role | None) -> TextOptions:
         """Return the options of texts of one side: its length belongs to the model, so nothing is refused for it."""
         limit = self._sides.limit(role, options.limit)
@@ -159,11 +186,11 @@ class Renderer:
             options = options._replace(add_special_tokens=False)
         return options
 
-    def _skip(self, prompt: str) -> int:
+    def skip(self, prompt: str, options: TextOptions) -> int:
         """Return the number of tokens of `prompt` that pooling leaves out."""
         if self._include_prompt or not prompt:
             return 0
-        return self._length(prompt)
+        return self._length(prompt, options.content_limit, options.add_special_tokens)
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
         """Return `params` with the task filled in.
@@ -257,7 +284,8 @@ class Renderer:
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
             )
-        return options._replace(limit=limit, truncate=truncate)
+        special = options.add_special_tokens and self._special_tokens
+        return options._replace(limit=limit, truncate=truncate, add_special_tokens=special)
 
     def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
         """Tokenise `texts`. Those that are too long are cut here, or cut or refused by `fit`."""
@@ -297,6 +325,11 @@ class Renderer:
         """
         params = self.check(task, params)
         options = self.resolve(options)
+        if self._messages is not None:
+            raise BadRequest(
+                f"{self.info.name} renders texts by a chat template, so the characters of its tokens are not those of "
+                "the text, and cannot be counted"
+            )
         if options.side is not None or options.pad:
             raise BadRequest(
                 "`truncation_side` and `padding` are not supported where characters are counted",
@@ -391,12 +424,13 @@ class Renderer:
                     param="returned_token_ids",
                 )
 
-    def _prompt_length(self, prompt: str) -> int:
-        """Count the tokens of a prompt as sentence-transformers does: without a closing special token."""
-        ids = self.tokenize(prompt)
-        if ids and ids[-1] in self.tokenizer.all_special_ids:
-            ids.pop()
-        return len(ids)
+    def _prompt_length(self, prompt: str, limit: int, special: bool) -> int:
+        """Count the tokens of a prompt as sentence-transformers: cut like a text, without a closing special one."""
+        (text,) = self.backend.tokenize([prompt], special=special)
+        if len(text.ids) > limit:
+            text = self.backend.cut(prompt, limit, special=special)
+        closing = set(self.tokenizer.all_special_ids).intersection(text.ids[-1:])
+        return len(text.ids) - len(closing)
 
 
 def is_ids(prompt: Any) -> bool:

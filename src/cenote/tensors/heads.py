@@ -6,6 +6,7 @@ own modules (Dense, LayerNorm, ...), then the cut to `dimensions`, then the acti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 def normalize(x_RD: Tensor) -> Tensor:
     """Scale rows to length 1 (eps 1e-12, as torch and sentence-transformers)."""
     return F.normalize(x_RD, p=2, dim=-1)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A step that keeps the first `length` columns."""
+
+    length: int
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        """`[R, D] -> [R, length]`, if there are more columns than that."""
+        return x_RD[..., : self.length]
 
 
 def apply(steps: Sequence[Step], x_RD: Tensor, *, dimensions: int | None, activate: bool) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cenote.tensors.packing import Batch
+    from cenote.tensors.packing import Batch, Place
 
 PART = 32
 
@@ -73,6 +73,16 @@ def pool(x_TD: Tensor, batch: Batch, modes: tuple[str, ...]) -> Tensor:
     if len(modes) == 1:
         return MODES[modes[0]](x_TD, batch)
     return torch.cat([MODES[mode](x_TD, batch) for mode in modes], dim=-1)
+
+
+PLACE_OF_MODES: dict[tuple[str, ...], Place] = {("cls",): "first", ("lasttoken",): "last"}
+"""The only token that a way of pooling depends on; see `place_of`."""
+
+
+def place_of(modes: tuple[str, ...], batch: Batch) -> Place | None:
+    """Return the only token of each sequence that pooling by `modes` depends on, if there is one."""
+    place = PLACE_OF_MODES.get(modes)
+    return None if place == "first" and batch.skips else place
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from cenote.core import Sides
 from cenote.errors import CheckpointError
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed
-from cenote.models.sentence_transformers import dense, read_json, well_formed
+from cenote.models.sentence_transformers import dense, well_formed
+from cenote.models.transformer_module import read_json
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
@@ -219,14 +220,19 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
 
 
 def _is_one(st: SentenceTransformer) -> bool:
-    return st.settings.get("model_type") in ("MultiVectorEncoder", "ColBERT")
+    return st.model_type in ("MultiVectorEncoder", "ColBERT")
 
 
 def _plain(st: SentenceTransformer, allow_pickle: bool) -> MultiVector:
     """Return the projection and normalisation of a Sentence-Transformers or PyLate folder."""
     layers = [dense(module, allow_pickle, over="token_embeddings") for module in st.special if module.kind == "Dense"]
-    normalizes = any(module.kind == "Normalize" for module in st.special)
+    normalizes = any(_normalizes_tokens(module) for module in st.special)
     return MultiVector(steps=tuple(layer for layer, _ in layers), normalizes=normalizes or _is_pylate(st.settings))
+
+
+def _normalizes_tokens(module: Module) -> bool:
+    """Return whether `module` normalises token vectors; one over sentence vectors finds none and does nothing."""
+    return module.kind == "Normalize" and module.config.get("module_input_name") == "token_embeddings"
 
 
 def _is_pylate(settings: Mapping[str, Any]) -> bool:
@@ -242,9 +248,9 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
     modules = {module.kind: module for module in st.special}
     prefixes, markers = _prefixes(st.settings)
     lengths = _lengths(st)
-    expansion = _expansion(st, lengths)
-    if expansion is not None and expansion.fixed:
-        lengths.pop("query", None)
+    expansion = _expansion(st)
+    if expansion is not None:
+        lengths = _beside(expansion, lengths)
     skipped, skipped_of = _skipped(st.settings, modules.get("MultiVectorMask"))
     clustering, pooled_of = _clustering(modules.get("HierarchicalTokenPooling"))
     return replace(
@@ -269,13 +275,21 @@ def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, .
 
 
 def _lengths(st: SentenceTransformer) -> dict[str, int]:
-    """Return the tokens to which each side is cut."""
-    lengths = {}
-    for side in SIDES:
-        length = st.settings.get(f"{side}_length") or st.transformer.get(f"{side}_length")
-        if length:
-            lengths[side] = int(length)
-    return lengths
+    """Return the tokens to which each side is cut: the Transformer's config comes before PyLate's settings."""
+    if st.transformer.is_one_length:
+        return {}
+    lengths = {side: st.settings.get(f"{side}_length") for side in SIDES}
+    lengths |= st.transformer.lengths
+    return {side: int(length) for side, length in lengths.items() if length}
+
+
+def _beside(expansion: Expansion, lengths: Mapping[str, int]) -> dict[str, int]:
+    """Return the lengths of sides whose queries are filled up, no shorter than they are filled up to."""
+    kept = dict(lengths)
+    query = kept.pop("query", None)
+    if query is not None and not expansion.fixed:
+        kept["query"] = max(query, expansion.length)
+    return kept
 
 
 def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -314,16 +328,31 @@ PYLATE_KEYS = (
 """Settings by which a folder shows that PyLate wrote it: its queries are expanded unless it says no."""
 
 
-def _expansion(st: SentenceTransformer, lengths: Mapping[str, int]) -> Expansion | None:
-    """Return how queries are filled up; where PyLate wrote the folder, to their length among `lengths`."""
+def _expansion(st: SentenceTransformer) -> Expansion | None:
+    """Return how queries are filled up.
+
+    Raises:
+        CheckpointError: they are, but a chat template renders them, whose end would be filled up.
+    """
+    expansion = _any_expansion(st)
+    if expansion is not None and st.transformer.messages is not None:
+        raise CheckpointError(
+            "queries are to be expanded with mask tokens and rendered by a chat template, which sentence-transformers "
+            "refuses as well; set query_expansion to null, or leave message out of modality_config"
+        )
+    return expansion
+
+
+def _any_expansion(st: SentenceTransformer) -> Expansion | None:
+    """Return how queries are filled up, in the words of Sentence-Transformers or else of PyLate."""
     settings = st.settings
-    for source in (settings, st.transformer):
+    for source in (st.transformer.written, settings):
         if "query_expansion" in source:
             return _written_expansion(source["query_expansion"])
     if settings.get("do_query_expansion") is False or not any(key in settings for key in PYLATE_KEYS):
         return None
     attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
-    return Expansion(lengths.get("query", EXPANDED_LENGTH), attend=bool(attend))
+    return Expansion(int(settings.get("query_length") or EXPANDED_LENGTH), attend=bool(attend))
 
 
 def _written_expansion(written: Mapping[str, Any] | None) -> Expansion | None:
@@ -346,14 +375,11 @@ def _clustering(module: Module | None) -> tuple[Clustering | None, tuple[str, ..
     """Return how a HierarchicalTokenPooling joins token vectors, and the sides whose vectors it joins.
 
     Raises:
-        CheckpointError: a setting is not understood, or scipy, which clusters, is not installed.
+        CheckpointError: a value is out of range, or scipy, which clusters, is not installed.
     """
     if module is None:
         return None, ()
     config = module.config
-    unknown = set(config) - {"pool_factor", "num_protected_tokens", "normalize_embeddings", "tasks"}
-    if unknown:
-        raise CheckpointError(f"HierarchicalTokenPooling has settings that are not honoured: {sorted(unknown)}")
     factor, protected = float(config.get("pool_factor", 1.0)), int(config.get("num_protected_tokens", 1))
     if factor < 1 or protected < 0:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.own import OwnModel
 from cenote.models.families.rewards import Rewards
 from cenote.models.families.splade import Splade
-from cenote.models.sentence_transformers import POOLERS, ROUTES, STEPS
+from cenote.models.sentence_transformers import READERS, ROUTES
 
 if TYPE_CHECKING:
     from cenote.config import ModelConfig
@@ -54,7 +54,8 @@ def _refusal(module: Module) -> str:
     if module.side:
         return f"modules.json names a Router with {module.type} in its {module.side} route; {ROUTES}"
     special = [family.honours for family in FAMILIES if family.honours]
+    steps = [kind for value, kind in READERS if value == "sentence_embedding"]
     return (
         f"modules.json names the module {module.type}, which Cenote does not honour here; honoured are Transformer, "
-        f"then {', '.join([*list(POOLERS)[1:], *special])}, or Pooling and {', '.join(STEPS)}"
+        f"then {', '.join(special)}, LogitScore, or Pooling and {', '.join(steps)}"
     )

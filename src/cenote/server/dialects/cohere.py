@@ -145,7 +145,8 @@ def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[li
     options = _text_options(service, body)
     if inputs and renderer.tokenizer.chat_template:
         prompts = [renderer.chat_text(_messages(entry, applied)) for entry in inputs]
-        return prompts, options._replace(prompt=replace(applied, text=""), add_special_tokens=False)
+        unprompted = replace(applied, text="")
+        return prompts, options._replace(prompt=unprompted, add_special_tokens=False, rendered=True)
     return body.texts or [entry.text for entry in inputs], options._replace(prompt=applied)
 
 

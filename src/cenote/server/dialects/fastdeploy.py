@@ -95,6 +95,7 @@ def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Ou
         body.chat_template = body.chat_template or None
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
         prompt = service.renderer.chat_text(body.messages, chat)  # type: ignore[arg-type]
+        options = options._replace(rendered=True)
     params = PoolingParams(use_activation=body.use_activation)
     return operations.reward(service, [prompt], params, options, of_tokens=False)  # the last token is judged
 

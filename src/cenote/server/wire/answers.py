@@ -83,4 +83,5 @@ def prompts_of(
         return prompts, options
     serving.check_count(len(conversations))  # before any is rendered
     chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-    return [service.renderer.chat_text(conversation, chat) for conversation in conversations], options
+    prompts = [service.renderer.chat_text(conversation, chat) for conversation in conversations]
+    return prompts, options._replace(rendered=True)
