@@ -21,7 +21,7 @@ import torch
 from cenote import tokenizer as tokenizers
 from cenote.core import PairTemplate, template_text
 from cenote.errors import CheckpointError, first_line
-from cenote.models import sentence_transformers
+from cenote.models import adapted, lora, sentence_transformers
 from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.facts import Files, Location
@@ -126,17 +126,30 @@ def read(location: Location, options: ModelConfig) -> Files:
     register_installed()
     audit = Audit(options.allow_unread)
     st = sentence_transformers.read(location.path, audit, allow_pickle=options.allow_pickle)
-    folder = location.path if st is None else st.backbone
+    backbone = location.path if st is None else st.backbone
+    base = adapted.resolve(location.path, backbone, audit, partial(_locate_base, options))
+    if st is None and base.path != location.path:
+        st = sentence_transformers.read(base.path, audit, allow_pickle=options.allow_pickle)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(base.config, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the config of {location.name}: {first_line(error)}") from error
     config = _override(config, options.hf_overrides)
+    adapted.keep_code(config, base)
     if st is None:
-        st = SentenceTransformer(folder, prompts=getattr(config, "task_instructions", None) or {})
+        st = SentenceTransformer(base.folder, prompts=getattr(config, "task_instructions", None) or {})
     architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}Model"]
-    tensors = tuple(tensor_files(folder, allow_pickle=options.allow_pickle))
-    return Files(location, st, config, architectures[0], tensors, audit)
+    architecture = architectures[0]
+    if options.convert != "embed":
+        architecture = adapted.adapt_config(config, architecture, base.adapters)
+    tensors = tuple(tensor_files(base.folder, allow_pickle=options.allow_pickle))
+    return Files(location, st, config, architecture, tensors, audit, base)
+
+
+def _locate_base(options: ModelConfig, name: str, revision: str | None) -> Path:
+    """Return the folder of the model that an adapter names, at the revision that the adapter names."""
+    folder, _ = locate(name, options.model_copy(update={"revision": revision}))
+    return folder
 
 
 def choose(files: Files, options: ModelConfig) -> Checkpoint:
@@ -179,7 +192,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
 
 def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
     """Return the tokenizer, and how it is made once more."""
-    name, folder = files.location.name, files.location.tokenizer or files.folder
+    name, folder = files.location.name, files.location.tokenizer or files.base.tokenizer
     template = None if options.chat_template is None else template_text(options.chat_template)
     source = TokenizerSource(str(folder.absolute()), options.trust_remote_code, template)
     try:
@@ -276,6 +289,18 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
+def locate_adapter(name: str, options: ModelConfig) -> Path:
+    """Return the folder of an adapter that the user names, on disk or on the hub.
+
+    Raises:
+        CheckpointError: it is not there, or holds no adapter.
+    """
+    folder = _locate_base(options, name, None)
+    if not (folder / lora.CONFIG).is_file():
+        raise CheckpointError(f"{name!r} holds no adapter: there is no {lora.CONFIG}")
+    return folder
+
+
 def _downloaded(name: str, options: ModelConfig) -> Path:
     """Return the folder of a hub id in `huggingface_hub`'s cache, whose name is the commit."""
     from huggingface_hub import snapshot_download
@@ -309,9 +334,9 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     if not options.allow_pickle:
         _check_safetensors(checkpoint)
     try:
-        with _quiet():
+        with _quiet(), adapted.without_adapter(folder) as shown:
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
-                folder,
+                shown,
                 config=checkpoint.config,
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
@@ -326,7 +351,13 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
         bias = tensors(folder, ["score.bias"], allow_pickle=options.allow_pickle)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
+    adapters = checkpoint.base.adapters
+    heads = set().union(*map(lora.trained_heads, adapters))
+    report["missing_keys"] = set(report["missing_keys"]) - heads
+    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
     _check_report(checkpoint, model, report)
+    for adapter in adapters:
+        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 

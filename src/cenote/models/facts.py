@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from cenote.models.adapted import Base
     from cenote.models.audit import Audit
     from cenote.models.sentence_transformers import SentenceTransformer
 
@@ -41,6 +42,7 @@ class Files:
         architecture: first entry of the config's `architectures`.
         tensors: names of all weights.
         audit: the entries of the files that were honoured, and those that were left.
+        base: the model that it runs, and the adapters that are part of it.
     """
 
     location: Location
@@ -49,6 +51,7 @@ class Files:
     architecture: str
     tensors: tuple[str, ...]
     audit: Audit
+    base: Base
 
     @property
     def name(self) -> str:
@@ -62,8 +65,8 @@ class Files:
 
     @property
     def folder(self) -> Path:
-        """Folder of the backbone."""
-        return self.st.backbone
+        """Folder of the backbone's weights; of a checkpoint that is an adapter, its base's."""
+        return self.base.folder
 
     @property
     def revision(self) -> str | None:

@@ -27,8 +27,7 @@ from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
-from cenote.models.passes import narrow, table
-from cenote.models.passes.adapters import find as find_adapters
+from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
     from cenote.config import Isa, ModelConfig
     from cenote.models.checkpoint import Checkpoint
+    from cenote.models.lora import Adapter
     from cenote.models.offers import Offer
 
 LARGE_BATCH = 1024
@@ -138,9 +138,18 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig) -> S
         products=narrow.products(kernels, narrowing),
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
-        adapters=find_adapters((checkpoint.path, checkpoint.folder)),
+        adapters=_adapters(checkpoint, options),
+        reserves_adapters=options.enable_lora and not options.lora_modules,
+        audit=checkpoint.audit,
         narrowing=narrowing,
     )
+
+
+def _adapters(checkpoint: Checkpoint, options: ModelConfig) -> dict[str, Adapter]:
+    """Return the adapters that requests may choose, by name."""
+    modules = {module.name: checkpoints.locate_adapter(module.path, options) for module in options.lora_modules}
+    folders = (checkpoint.path, checkpoint.folder)
+    return adapters.chosen(folders, modules, checkpoint.audit, checkpoint.base.adapters)
 
 
 def _narrowing(built: Built, options: ModelConfig) -> Narrowing | None:
@@ -210,9 +219,9 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         built.length,
         running,
         vocab_size=vocabulary(subject.backbone),
-        adapters=subject.adapters,
+        adapters=subject.shelf.names if subject.shelf else (),
     )
-    model = PoolingModel(info, layout, offer.outputs)
+    model = PoolingModel(info, layout, offer.outputs, subject.shelf)
     _check_first_forward(model, offer)
     if layout.backbone.device.type == "cpu":
         why_not = _fault_beside(model, subject)

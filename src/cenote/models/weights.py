@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ADAPTER = "adapter_model.safetensors"
+"""Tensors of an adapter, which are no part of the model beside it."""
+
+
 def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint, by the tensor's name.
 
@@ -25,6 +29,8 @@ def tensor_files(folder: Path, *, allow_pickle: bool) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
+        if file.name == ADAPTER:
+            continue
         files |= dict.fromkeys(_names(file), file)
     if files or not allow_pickle:
         return files
@@ -46,6 +52,23 @@ def tensors(folder: Path, names: Collection[str], *, allow_pickle: bool) -> dict
         else:
             tensors[name] = _pickled(files[name])[name]
     return tensors
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file or a pickle.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if file.suffix != ".safetensors":
+        return _pickled(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file.name} of {file.parent.name}: {first_line(error)}") from error
 
 
 def _names(file: Path) -> list[str]:
