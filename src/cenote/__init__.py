@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cenote.config import PoolerConfig
-    from cenote.core import LateChunkingParams, PoolingParams
+    from cenote.core import LateChunkingParams, LoRARequest, PoolingParams
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
@@ -24,6 +24,7 @@ __all__ = [
     "CenoteError",
     "IOProcessor",
     "LateChunkingParams",
+    "LoRARequest",
     "ModelForPooling",
     "PoolerConfig",
     "PoolingParams",
@@ -36,6 +37,7 @@ _HOMES = {
     "CenoteError": "cenote.errors",
     "IOProcessor": "cenote.pipeline.plugins",
     "LateChunkingParams": "cenote.core",
+    "LoRARequest": "cenote.core",
     "ModelForPooling": "cenote.models.families.own",
     "PoolerConfig": "cenote.config",
     "PoolingParams": "cenote.core",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.config import unknown_name
-from cenote.core import PairTemplate, PoolingParams, template_text
+from cenote.core import LoRARequest, PairTemplate, PoolingParams, template_text
 from cenote.errors import BadRequest
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.pairs import PairOptions
@@ -15,6 +15,7 @@ from cenote.pipeline.rendering import TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Sequence as Seq
 
     from cenote.core import Output
     from cenote.pipeline.rendering import Renderer
@@ -127,6 +128,22 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
 def listed_texts(texts: str | Iterable[str]) -> list[str]:
     """Return one text or several as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def lora_per_prompt(requests: LoRARequest | Seq[LoRARequest | None] | None, count: int) -> list[LoRARequest | None]:
+    """Return the adapter of each prompt.
+
+    Raises:
+        BadRequest: there are not as many as prompts, or one is not a `LoRARequest`.
+    """
+    if requests is None or isinstance(requests, LoRARequest):
+        return [requests] * count
+    listed = list(requests)
+    if len(listed) != count:
+        raise BadRequest(f"The lengths of prompts ({count}) and lora_request ({len(listed)}) must be the same.")
+    if not all(isinstance(request, LoRARequest | None) for request in listed):
+        raise BadRequest(f"got {listed!r:.200}, expected a LoRARequest or None for each prompt", param="lora_request")
+    return listed
 
 
 def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cenote.core import LoraModule
 from cenote.errors import ConfigError
 from cenote.tasks import REMOVED, TASKS
 
@@ -33,11 +35,35 @@ ENV_PREFIX = "CENOTE_"
 C = TypeVar("C", bound=BaseModel)
 
 
+JSON = ("{", "[")
+"""Beginnings of JSON of a mapping or a list."""
+
+
 def _parse_json(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
+
+
+def _parse_lora_modules(value: Any) -> Any:
+    """Return adapters out of `name=path`, JSON, mappings, or a list of those."""
+    if isinstance(value, str):
+        value = [value] if value.lstrip().startswith(JSON) else value.split(",")
+    if isinstance(value, (dict, LoraModule)):
+        value = [value]
+    return [module for entry in value for module in _lora_modules(entry)]
+
+
+def _lora_modules(entry: Any) -> list[Any]:
+    """Return the adapters of one entry of `lora_modules`, which may be JSON of several."""
+    if not isinstance(entry, str):
+        return [entry]
+    if entry.lstrip().startswith(JSON):
+        content = _parse_json(entry)
+        return content if isinstance(content, list) else [content]
+    name, _, path = entry.partition("=")
+    return [{"name": name, "path": path}]
 
 
 class PoolerConfig(BaseModel):
@@ -158,6 +184,14 @@ class ModelConfig(BaseModel):
         description="key, tensor or file of the checkpoint, or a pattern, that may go unread where Cenote would refuse "
         "it; may be given several times",
     )
+    enable_lora: bool = Field(
+        False, description="let a LoRARequest of Python bring a LoRA adapter; layers are not fused then"
+    )
+    lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(_parse_lora_modules)] = Field(
+        (),
+        description="LoRA adapters that requests choose by the name of their model: name=folder, name=hub id, or JSON "
+        "of name, path and base_model_name; may be given several times",
+    )
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
     prompts: Annotated[dict[str, str], BeforeValidator(_parse_json)] | None = Field(
         None, description="JSON of prompts by name, beside the checkpoint's own"
@@ -245,6 +279,14 @@ class ModelConfig(BaseModel):
     def reads_pickles(self) -> bool:
         """Whether tensors may come out of pickles, where there is no safetensors file."""
         return not self.safetensors_only
+
+    @field_validator("lora_modules")
+    @classmethod
+    def _one_of_each_name(cls, modules: tuple[LoraModule, ...]) -> tuple[LoraModule, ...]:
+        repeated = Counter(module.name for module in modules) - Counter({module.name for module in modules})
+        if repeated:
+            raise ValueError(f"two adapters have the name {min(repeated)!r}")
+        return modules
 
     @field_validator("runner")
     @classmethod
@@ -460,10 +502,16 @@ EXPLAINED = {
     "metrics_port": "metrics are on the main port, at /metrics",
     "engine_worker_queue_port": "the engine lives in the server's process, or listens on a socket; see --engine",
     "disable_log_stats": "statistics are at /metrics",
+    "max_loras": "a batch runs once per adapter in it, however many there are",
+    "max_cpu_loras": "all adapters stay loaded",
+    "max_lora_rank": "adapters may have any rank",
+    "lora_dtype": "adapters have the dtype of the layers that they change",
+    "lora_extra_vocab_size": "an adapter adds no tokens",
+    "fully_sharded_loras": "a model runs on one device",
 }
 """Options of other engines that are accepted without effect, and why they have none."""
 
-SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"})
+SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "fully_sharded_loras"})
 """Those of `EXPLAINED` whose flags take no value."""
 
 

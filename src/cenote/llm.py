@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import threading
 import warnings
 import weakref
 from functools import partial
@@ -19,13 +20,14 @@ from cenote.arguments import (
     as_tensors,
     comparable,
     listed_texts,
+    lora_per_prompt,
     pair_options,
     per_prompt,
     sparse_embedding,
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.core import UNLIMITED, PoolingParams
+from cenote.core import UNLIMITED, LoRARequest, PoolingParams
 from cenote.errors import BadRequest
 from cenote.outputs import (
     ClassificationOutput,
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
     from cenote.pipeline.rendering import Prompt, TextOptions
+
+    LoraRequests = LoRARequest | Seq[LoRARequest | None] | None
+    """An adapter for all prompts, or for each its own or none."""
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +119,8 @@ class LLM:
         # Also at exit: a device thread that outlives the interpreter aborts the process.
         weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()
+        self._adapters = {module.name: module.path for module in model_config.lora_modules}
+        self._lock = threading.Lock()
 
     @property
     def info(self) -> ModelInfo:
@@ -126,6 +133,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
+        lora_request: LoraRequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -140,6 +148,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": ...}`, `{"prompt_token_ids": ...}`, or a list of those.
             use_tqdm: show a progress bar.
             pooling_params: for all prompts, or one for each.
+            lora_request: adapter for all prompts, or one or `None` for each.
             tokenization_kwargs: `truncate_prompt_tokens`, `truncation_side`, `padding`, `add_special_tokens`.
             prompt: text put before every input.
             prompt_name: one of the model's prompts, put before every input.
@@ -154,16 +163,13 @@ class LLM:
             prompts,
             pooling_params,
             use_tqdm,
+            lora_request,
             lambda part, params: operations.encode(self._service, part, task, params, options),
         )
         if task == "token_embed":
             return self._tensors(results)
         return [
-            EmbeddingRequestOutput(
-                request_id=self._number(),
-                outputs=EmbeddingOutput(output.data.tolist()),
-                prompt_token_ids=list(sequence.ids),
-            )
+            EmbeddingRequestOutput(self._number(), EmbeddingOutput(output.data.tolist()), list(sequence.ids))
             for sequence, output in results
         ]
 
@@ -174,6 +180,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_task: str | Seq[str] | None = None,
+        lora_request: LoraRequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -182,14 +189,14 @@ class LLM:
         """Return the result of any task as float32 tensors: `[D]` for sequence tasks, `[T, D]` for token tasks.
 
         Args:
-            prompts: as for `embed`; or `{"data": ...}` for the IO-processor plugin, whose answer is the one output's
-                `outputs`.
+            prompts: as for `embed`; or `{"data": ...}` for the IO-processor plugin, whose answer is in `outputs`.
             pooling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar.
             pooling_task: a task that the model offers, or "plugin"; default: `pooling_params.task`, then
-                `pooler_config.task`, then the model's first. Several tasks are answered by one forward, the first one
-                in `outputs.data`, the others in `outputs.others`.
-            tokenization_kwargs: as for `embed`, as are the prompts.
+                `pooler_config.task`, then the model's first. One forward answers several, the first in `outputs.data`,
+                the others in `outputs.others`.
+            lora_request: as for `embed`.
+            tokenization_kwargs: as for `embed`, as are the others.
             prompt: see `embed`.
             prompt_name: see `embed`.
             input_type: see `embed`.
@@ -203,13 +210,14 @@ class LLM:
             tasks = [pooling_params.task]
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
             task = tasks[0] if tasks else None
-            return self._run_plugin(prompts, task, pooling_params, use_tqdm, tokenization_kwargs)
+            return self._run_plugin(prompts, task, pooling_params, use_tqdm, lora_request, tokenization_kwargs)
         task, *also = tasks or [self.info.default_task]
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         results = self._run(
             prompts,
             pooling_params,
             use_tqdm,
+            lora_request,
             lambda part, params: operations.encode(self._service, part, task, params, options, also=tuple(also)),
         )
         return self._tensors(results)
@@ -220,6 +228,7 @@ class LLM:
         *,
         top_k: int | None = None,
         use_tqdm: bool = True,
+        lora_request: LoraRequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -231,6 +240,7 @@ class LLM:
             prompts: as for `embed`.
             top_k: number of the largest weights to keep; `None` = all.
             use_tqdm: show a progress bar.
+            lora_request: as for `embed`.
             tokenization_kwargs: as for `embed`, as are the prompts.
             prompt: see `embed`.
             prompt_name: see `embed`.
@@ -245,6 +255,7 @@ class LLM:
             prompts,
             PoolingParams(top_k=top_k),
             use_tqdm,
+            lora_request,
             lambda part, params: operations.encode(self._service, part, "sparse", params, options),
         )
         return [
@@ -278,6 +289,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
+        lora_request: LoraRequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
         """Return the value of every class per prompt, in order.
@@ -287,6 +299,7 @@ class LLM:
                 that classify pairs (NLI, cross-encoders).
             use_tqdm: show a progress bar.
             pooling_params: `use_activation=False` gives logits.
+            lora_request: as for `embed`.
             tokenization_kwargs: as for `embed`.
 
         Raises:
@@ -297,6 +310,7 @@ class LLM:
             prompts,
             pooling_params,
             use_tqdm,
+            lora_request,
             lambda part, params: operations.classify(self._service, part, params, options),
         )
         return [
@@ -315,6 +329,7 @@ class LLM:
         aggregation_strategy: str = "none",
         ignore_labels: Seq[str] = ("O",),
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[list[Entity]]]:
         """Return the entities of each text, as Transformers' token-classification pipeline does.
@@ -324,6 +339,7 @@ class LLM:
             aggregation_strategy: "none", "simple", "first", "average" or "max".
             ignore_labels: labels that are no entities.
             use_tqdm: show a progress bar.
+            lora_request: adapter to run with.
             tokenization_kwargs: as for `embed`.
 
         Raises:
@@ -337,7 +353,7 @@ class LLM:
             aggregation=aggregation_strategy,
             ignore_labels=ignore_labels,
         )
-        (of_texts,) = self._answers([job], len(texts), use_tqdm)
+        (of_texts,) = self._answers([self._adapted(job, lora_request)], len(texts), use_tqdm)
         return [
             PoolingRequestOutput(request_id=self._number(), outputs=entities, prompt_token_ids=list(sequence.ids))
             for sequence, entities in zip(job.sequences, of_texts, strict=True)
@@ -351,6 +367,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | None = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         score_type: str | None = None,
@@ -363,6 +380,7 @@ class LLM:
             data_2: the document or documents.
             use_tqdm: show a progress bar.
             pooling_params: `use_activation`, and in its `extra_kwargs` the same as `options`.
+            lora_request: adapter to run with.
             tokenization_kwargs: as for `embed`.
             chat_template: Jinja template over messages `query` and `document` instead of the model's (cross-encoders).
             score_type: "cross-encoder", "bi-encoder" or "late-interaction"; default: the model's first.
@@ -382,12 +400,10 @@ class LLM:
             pair_options(params, options, chat_template),
             score_type,
         )
-        (scores,) = self._answers([job], len(job.sequences), use_tqdm)
+        (scores,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
         return [
             ScoringRequestOutput(
-                request_id=self._number(),
-                outputs=ScoringOutput(float(score)),
-                prompt_token_ids=pair_ids(job.sequences, len(scores), pair),
+                self._number(), ScoringOutput(float(score)), pair_ids(job.sequences, len(scores), pair)
             )
             for pair, score in enumerate(scores)
         ]
@@ -400,6 +416,7 @@ class LLM:
         top_n: int = 0,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | None = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         score_type: str | None = None,
@@ -413,6 +430,7 @@ class LLM:
             top_n: number of documents to return; 0 = all.
             use_tqdm: as in `score`, as are the other arguments.
             pooling_params: see `score`.
+            lora_request: see `score`.
             tokenization_kwargs: see `score`.
             chat_template: see `score`.
             score_type: see `score`.
@@ -433,7 +451,7 @@ class LLM:
             pair_options(params, options, chat_template),
             score_type,
         )
-        (ranked,) = self._answers([job], len(job.sequences), use_tqdm)
+        (ranked,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
         return [RankedDocument(rank.index, rank.score, documents[rank.index]) for rank in ranked]
 
     def reward(
@@ -442,6 +460,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
+        lora_request: LoraRequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Return the reward of each prompt as a tensor.
@@ -453,6 +472,7 @@ class LLM:
             prompts: as for `embed`; render a conversation by the model's chat template before.
             use_tqdm: show a progress bar.
             pooling_params: `use_activation`, and for process reward models `step_tag_id`, `returned_token_ids`.
+            lora_request: as for `embed`.
             tokenization_kwargs: as for `embed`.
 
         Raises:
@@ -463,6 +483,7 @@ class LLM:
             prompts,
             pooling_params,
             use_tqdm,
+            lora_request,
             lambda part, params: operations.reward(self._service, part, params, options),
         )
         return self._tensors(results)
@@ -498,6 +519,7 @@ class LLM:
         task: str | None,
         pooling_params: PoolingParams | Seq[PoolingParams] | None,
         use_tqdm: bool,
+        lora_request: LoraRequests,
         tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[PoolingRequestOutput[Any]]:
         """Return the IO-processor plugin's answer to `{"data": ...}`."""
@@ -508,10 +530,12 @@ class LLM:
             )
         if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
             raise BadRequest("the 'plugin' task takes one `PoolingParams`, not a list", param="pooling_params")
+        if lora_request is not None and not isinstance(lora_request, LoRARequest):
+            raise BadRequest("the 'plugin' task takes one `LoRARequest`, not a list", param="lora_request")
         number = self._number()
         options = text_options(tokenization_kwargs)
         job = operations.plugin(self._service, prompt["data"], number, options, params=pooling_params)
-        (answer,) = self._answers([job], len(job.sequences), use_tqdm)
+        (answer,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
         return [PoolingRequestOutput(request_id=number, outputs=answer, prompt_token_ids=[])]
 
     def _number(self) -> str:
@@ -540,21 +564,51 @@ class LLM:
         prompts: Prompt | Pair | Seq[Prompt | Pair],
         pooling_params: PoolingParams | Seq[PoolingParams] | None,
         use_tqdm: bool,
+        lora_request: LoraRequests,
         make: Callable[[list[Any], Params], Job[list[R]]],
     ) -> list[tuple[Sequence, R]]:
         """Run an operation over prompts, some at a time, and return the result of each with its sequence."""
         inputs = listed(prompts)
         params = per_prompt(pooling_params, len(inputs))
+        names = [self._adapter(choice) for choice in lora_per_prompt(lora_request, len(inputs))]
 
         def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
             for start in range(0, max(1, len(inputs)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
                 part = slice(start, start + RENDERED_AT_ONCE)
                 of_part = params if isinstance(params, PoolingParams) else params[part]
-                job = make(inputs[part], of_part)
+                job = make(inputs[part], of_part).adapted(names[part])
                 yield job.then(partial(_paired, job.sequences))
 
         parts = self._answers(jobs(), len(inputs), use_tqdm)
         return [result for part in parts for result in part]
+
+    def _adapted(self, job: Job[R], lora_request: LoRARequest | None) -> Job[R]:
+        """Return `job` with all its sequences run with one adapter."""
+        if isinstance(lora_request, (list, tuple)):
+            raise BadRequest("one `LoRARequest` is for the whole call here, got a list", param="lora_request")
+        return job.adapted([self._adapter(lora_request)] * len(job.sequences))
+
+    def _adapter(self, choice: LoRARequest | None) -> str | None:
+        """Return the name of the adapter that is chosen, which is loaded if it is not yet.
+
+        Raises:
+            BadRequest: it has the name of another one, or the model has no room for more.
+            CheckpointError: it cannot be honoured.
+        """
+        if choice is None:
+            return None
+        with self._lock:
+            path = self._adapters.get(choice.lora_name, choice.lora_path)
+            if path != choice.lora_path:
+                raise BadRequest(
+                    f"the adapter {choice.lora_name!r} is that of {path}; {choice.lora_path} needs another name",
+                    param="lora_request",
+                )
+            if choice.lora_name not in self._adapters:
+                assert self._service.add_adapter is not None
+                self._service.add_adapter(choice.lora_name, choice.lora_path)
+                self._adapters[choice.lora_name] = choice.lora_path
+        return choice.lora_name
 
     def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:
         """Submit each job as soon as it is made, and finish them in order.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -20,8 +21,10 @@ from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import PoolingParams, Sequence
 from cenote.errors import BadRequest, CheckpointError, ConfigError
+from cenote.models.audit import Audit
 from cenote.models.load import load
-from cenote.models.passes.adapters import CONFIG, WEIGHTS, find
+from cenote.models.lora import CONFIG, WEIGHTS
+from cenote.models.passes.adapters import find
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.app import build
@@ -383,13 +386,13 @@ def test_found_where_they_are(folder: Path, reference: Reference, tmp_path: Path
     write_adapter(moved, "separation", seed=2, prefix="base_model.model.roberta.")
     (moved / "adapters").mkdir()
     (moved / "separation").rename(moved / "adapters" / "separation")
-    assert find([moved, moved]) == {"separation": moved / "adapters" / "separation"}
+    assert find([moved, moved], Audit()) == {"separation": moved / "adapters" / "separation"}
     with LLM(str(moved)) as llm:
         assert np.allclose(embed(llm, input_type="separation"), expected(reference, "separation"), atol=1e-5)
     write_adapter(moved, "text-matching", seed=3)
     (moved / "text-matching").rename(moved / "Separation")
     with pytest.raises(CheckpointError, match="the adapters 'Separation' and 'separation' have the same name"):
-        find([moved])
+        find([moved], Audit())
 
 
 def test_a_model_without_adapters(tmp_path: Path) -> None:
@@ -400,22 +403,59 @@ def test_a_model_without_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("setting", "value", "message"),
     [
-        ("use_dora", True),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["pooler"]),
-        ("lora_bias", True),
-        ("init_lora_weights", "pissa"),
-        ("layer_replication", [[0, 1]]),
-        ("a_new_option", 1),
+        ("use_dora", True, r"does not fit .*expected .*'magnitude'"),
+        ("bias", "some", "not well-formed: Invalid enum value 'some' - at `\\$.bias`"),
+        ("lora_bias", True, r"does not fit .*expected .*'B.bias'"),
+        (
+            "init_lora_weights",
+            "pissa",
+            "separation/adapter_config.json has the key init_lora_weights, .*'pissa' changes",
+        ),
+        ("layer_replication", [[0, 1]], "separation/adapter_config.json has the key layer_replication"),
+        ("trainable_token_indices", [3], "separation/adapter_config.json has the key trainable_token_indices"),
+        ("a_new_option", 1, "separation/adapter_config.json has the key a_new_option"),
+        ("layers_to_transform", [1], "separation/adapter_model.safetensors has the tensors .*layers.0.self_attn"),
+        ("exclude_modules", ["v_proj"], "separation/adapter_model.safetensors has the tensors .*self_attn.v_proj"),
+        ("layers_to_transform", {"a": 1}, "adapter_config.json of adapter 'separation' is not well-formed"),
     ],
+    ids=str,
 )
-def test_refused_settings(tmp_path: Path, setting: str, value: Any) -> None:
+def test_refused_settings(tmp_path: Path, setting: str, value: Any, message: str) -> None:
     folder = jina(tmp_path / "jina", ("separation",))
     edit_json(folder / "separation" / CONFIG, **{setting: value})
-    with pytest.raises(CheckpointError, match=f"adapter 'separation' has {setting} .*, which is not supported"):
+    with pytest.raises(CheckpointError, match=message):
         load(ModelConfig(model=str(folder)))
+
+
+def test_allowed_settings(tmp_path: Path, reference: Reference) -> None:
+    """A user may let a setting go unread, or leave an adapter out."""
+    folder = jina(tmp_path / "jina", ("separation",))
+    write_adapter(folder, "text-matching", seed=3)
+    edit_json(folder / "text-matching" / CONFIG, peft_type="PROMPT_TUNING")
+    with pytest.raises(CheckpointError, match="'text-matching' is of the type PROMPT_TUNING; only LORA is supported"):
+        load(ModelConfig(model=str(folder)))
+    edit_json(folder / "separation" / CONFIG, a_new_option=1)
+    model, _ = load(ModelConfig(model=str(folder), allow_unread=("a_new_option", "text-matching")))
+    assert model.info.adapters == ("separation",)
+    reasons = {(entry.file, name): entry.reason for entry in model.info.report.left for name in entry.names}
+    assert reasons["text-matching/", CONFIG] == "allowed to go unread"
+    assert reasons[f"separation/{CONFIG}", "a_new_option"] == "allowed to go unread"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "run"])
+def test_leftovers_of_training(tmp_path: Path, name: str) -> None:
+    folder = jina(tmp_path / "jina", ("separation",))
+    write_adapter(folder, "text-matching", seed=3)
+    edit_json(folder / "text-matching" / CONFIG, peft_type="PROMPT_TUNING")
+    (folder / "text-matching").rename(folder / name)
+    (folder / name / "trainer_state.json").write_text("{}")
+    model, _ = load(ModelConfig(model=str(folder)))
+    assert model.info.adapters == ("separation",)
+    (left,) = (entry for entry in model.info.report.left if entry.file == f"{name}/")
+    assert left.names == (CONFIG,)
+    assert left.reason == "training left it behind, and it is not one of the model's adapters"
 
 
 def test_refused_files(tmp_path: Path) -> None:
@@ -431,21 +471,24 @@ def test_refused_files(tmp_path: Path) -> None:
             load(ModelConfig(model=str(folder)))
 
     refuses("is of the type IA3; only LORA is supported", peft_type="IA3")
-    refuses("has r 'x' and lora_alpha 3, expected two numbers", r="x")
+    refuses(r"of adapter 'separation' is not well-formed: Expected `int`, got `str` - at `\$.r`", r="x")
     refuses(r"does not fit layers.0.self_attn.q_proj: its shapes are \{'A': \(2, 32\)", rank_pattern={})
     refuses("does not fit layers.0.self_attn.q_proj", {**tensors, key.format("B"): torch.ones(31, 2)})
     refuses(
         "does not fit layers.0.self_attn.q_proj", {k: tensor for k, tensor in tensors.items() if k != key.format("B")}
     )
+    missing = {**tensors, "base_model.model.layers.7.mlp.fc1.lora_A.weight": torch.ones(3, 32)}
     refuses(
-        "changes layers.7.mlp.fc1, which is no Linear",
-        {**tensors, "base_model.model.layers.7.mlp.fc1.lora_A.weight": torch.ones(3, 32)},
+        "has the tensor base_model.model.layers.7.mlp.fc1.lora_A.weight, .*its target_modules name no such", missing
     )
+    targets = [*good["target_modules"], "fc1", "final_norm"]
+    refuses("changes layers.7.mlp.fc1, which JinaEmbeddingsV3Model has not", missing, target_modules=targets)
     refuses(
-        "changes layers.0.mlp.fc1, which is no Embedding",
+        r"does not fit layers.0.mlp.fc1: its shapes are \{'A': \(3, 32\)\}, expected",
         {**tensors, "base_model.model.layers.0.mlp.fc1.lora_embedding_A": torch.ones(3, 32)},
+        target_modules=targets,
     )
-    refuses("is no part of LoRA: base_model.model.x.weight", {**tensors, "base_model.model.x.weight": torch.ones(1)})
+    refuses("has the tensor base_model.model.x.weight", {**tensors, "base_model.model.x.weight": torch.ones(1)})
     refuses("changes nothing", {})
     refuses("with the adapter separation: .*not finite", {k: tensor * torch.nan for k, tensor in tensors.items()})
     (own / CONFIG).write_text("{")
@@ -460,9 +503,9 @@ def test_refused_files(tmp_path: Path) -> None:
         load(ModelConfig(model=str(folder)))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 def test_equals_peft(folder: Path, llm: LLM, reference: Reference, tmp_path: Path) -> None:
     """PEFT reads the same files to the same vectors, and what it writes is read."""
-    peft = pytest.importorskip("peft")
     for name in ADAPTERS:
         model = peft.PeftModel.from_pretrained(copy.deepcopy(reference.base), folder / name).eval()
         by_peft = copy.copy(reference)

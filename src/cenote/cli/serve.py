@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
@@ -205,7 +206,24 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
         resolve({**arguments, "model": model, "served_model_name": (name,)})
         for model, name in zip(models, names, strict=True)
     ]
-    return [_layers(layers) for layers, _ in resolved], resolved[0][1]
+    configs = [_layers(layers) for layers, _ in resolved]
+    return [(_with_own_adapters(model, names), engine, server) for model, engine, server in configs], resolved[0][1]
+
+
+def _with_own_adapters(model: ModelConfig, names: Sequence[str]) -> ModelConfig:
+    """Return the options of one of several models with the adapters that name it alone.
+
+    Raises:
+        ConfigError: an adapter names none of them.
+    """
+    bases = set(map(attrgetter("base_model_name"), model.lora_modules))
+    if not bases <= set(names):
+        raise ConfigError(
+            f"an adapter changes one of {', '.join(names)}, got the base_model_name {min(bases, key=str)!r}; "
+            "--lora-modules takes JSON"
+        )
+    own = tuple(filter(lambda module: module.base_model_name in model.served_model_name, model.lora_modules))
+    return model.model_copy(update={"lora_modules": own})
 
 
 def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerConfig]:
@@ -246,8 +264,13 @@ def report(service: Service) -> list[str]:
         lines.append(f"requests with `data` go to the plugin {service.plugin.name}")
     if service.ranges:
         lines.append("int8 and uint8 embeddings: by calibrated ranges")
-    lines += _prompting(info, service.renderer.prompts)
+    lines += _prompting(service.renderer.prompts)
+    lines += map(_adapter, service.views[1:])
     return lines + [f"warning: {warning}" for warning in info.report.warnings]
+
+
+def _adapter(service: Service) -> str:
+    return f"adapter {service.adapter}: {service.root}, by the name of the model"
 
 
 def _source(service: Service) -> str:
@@ -294,14 +317,14 @@ def _scoring(info: ModelInfo) -> str:
     return f"scores pairs as: {', '.join(info.score_types)}{''.join(unusual)}"
 
 
-def _prompting(info: ModelInfo, prompts: Prompts) -> list[str]:
+def _prompting(prompts: Prompts) -> list[str]:
     """Return the lines about prompts, and about the adapters that prompts may choose."""
     default = prompts.choose()
     lines = []
     if prompts.named:
         lines.append(f"prompts: {', '.join(sorted(prompts.named))}")
-    if info.adapters:
-        lines.append(f"adapters: {', '.join(info.adapters)}; default {default.adapter or 'none'}")
+    if prompts.adapters:
+        lines.append(f"adapters: {', '.join(prompts.adapters)}; default {default.adapter or 'none'}")
     if default.text:
         lines.append(f"prompt before every input: {default.text!r}")
     return lines

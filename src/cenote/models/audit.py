@@ -100,7 +100,7 @@ class Audit:
         Raises:
             CheckpointError: the user has not allowed one of them.
         """
-        refused = [name for name in names if not self._is_allowed(file, name)]
+        refused = [name for name in names if not self.allows(file, name)]
         self.leave(file, [name for name in names if name not in refused], "allowed to go unread")
         if not refused:
             return
@@ -112,6 +112,6 @@ class Audit:
             f"those that the checkpoint was made for; {remedy}. To go on without: --allow-unread {refused[0]}"
         )
 
-    def _is_allowed(self, file: str, name: str) -> bool:
+    def allows(self, file: str, name: str) -> bool:
         """Return whether the user lets `name` of `file` go unread."""
         return any(fnmatchcase(name, entry) or fnmatchcase(f"{file}:{name}", entry) for entry in self._allowed)

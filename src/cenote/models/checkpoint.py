@@ -19,7 +19,7 @@ import torch
 from cenote import tokenizer as tokenizers
 from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, template_text
 from cenote.errors import CheckpointError, first_line
-from cenote.models import configs, contents, remote_code, sentence_transformers, stacked_lora
+from cenote.models import adapted, configs, contents, hub, lora, remote_code, sentence_transformers, stacked_lora
 from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed
 from cenote.models.facts import Files
@@ -118,21 +118,33 @@ def read(location: Location, options: ModelConfig) -> Files:
     audit = Audit(options.allow_unread)
     contents.check(location.path, location.listed, location.name)
     st = sentence_transformers.read(location.path, audit, allow_pickle=options.reads_pickles)
-    folder = location.path if st is None else st.backbone
-    contents.check_config(folder, location.name)
-    config, notes = configs.read(folder, location.name, options, audit)
+    backbone = location.path if st is None else st.backbone
+    base = adapted.resolve(location.path, backbone, audit, partial(_locate_base, options))
+    if st is None and base.path != location.path:
+        st = sentence_transformers.read(base.path, audit, allow_pickle=options.reads_pickles)
+    contents.check_config(base.config, location.name)
+    config, notes = configs.read(base.config, location.name, options, audit)
     if st is None:
-        st = _bare(folder, config)
+        st = _bare(base.folder, config)
     config = _override(config, _known(config, st))
     architecture = _architecture(config, st)
     config = _override(config, options.hf_overrides)
     if config.architectures:
         architecture = config.architectures[0]
+    adapted.keep_code(config, base)
+    if options.convert != "embed":
+        architecture = adapted.adapt_config(config, architecture, base.adapters)
     st = _with_instructions(st, config, audit)
-    contents.check_weights(folder, location.name, pickles=options.reads_pickles)
-    tensors = tensor_files(folder, pickles=options.reads_pickles)
-    notes += contents.pickled_note(folder, pickles=options.reads_pickles)
-    return Files(location, st, config, architecture, tuple(tensors), audit, notes)
+    contents.check_weights(base.folder, location.name, pickles=options.reads_pickles)
+    tensors = tensor_files(base.folder, pickles=options.reads_pickles)
+    notes += contents.pickled_note(base.folder, pickles=options.reads_pickles)
+    return Files(location, st, config, architecture, tuple(tensors), audit, notes, base)
+
+
+def _locate_base(options: ModelConfig, name: str, revision: str | None) -> Path:
+    """Return the folder of the model that an adapter names, at the revision that the adapter names."""
+    folder, _, _ = hub.locate(name, options.model_copy(update={"revision": revision}))
+    return folder
 
 
 def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
@@ -217,7 +229,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
 
 def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
     """Return the tokenizer, and how it is made once more."""
-    name, folder = files.location.name, files.location.tokenizer or files.folder
+    name, folder = files.location.name, files.location.tokenizer or files.base.tokenizer
     template = None if options.chat_template is None else template_text(options.chat_template)
     module = files.st.transformer
     source = TokenizerSource(
@@ -336,6 +348,18 @@ def _card(path: Path) -> str:
     return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
+def locate_adapter(name: str, options: ModelConfig) -> Path:
+    """Return the folder of an adapter that the user names, on disk or on the hub.
+
+    Raises:
+        CheckpointError: it is not there, or holds no adapter.
+    """
+    folder = _locate_base(options, name, None)
+    if not (folder / lora.CONFIG).is_file():
+        raise CheckpointError(f"{name!r} holds no adapter: there is no {lora.CONFIG}")
+    return folder
+
+
 def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return the backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
@@ -347,9 +371,9 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
 
     folder = checkpoint.folder
     try:
-        with _quiet():
+        with _quiet(), adapted.without_adapter(folder) as shown:
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
-                folder,
+                shown,
                 config=checkpoint.config,
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
@@ -368,7 +392,13 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
     report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
     _fill_absent(checkpoint, model, report)
+    adapters = checkpoint.base.adapters
+    heads = set().union(*map(lora.trained_heads, adapters))
+    report["missing_keys"] = set(report["missing_keys"]) - heads
+    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
     _check_report(checkpoint, model, report)
+    for adapter in adapters:
+        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from cenote.models.adapted import Base
     from cenote.models.audit import Audit
     from cenote.models.sentence_transformers import SentenceTransformer
 
@@ -44,6 +45,7 @@ class Files:
         tensors: names of all weights.
         audit: the entries of the files that were honoured, and those that were left.
         notes: for the report at start.
+        base: the model that it runs, and the adapters that are part of it.
     """
 
     location: Location
@@ -53,6 +55,7 @@ class Files:
     tensors: tuple[str, ...]
     audit: Audit
     notes: tuple[str, ...]
+    base: Base
 
     @property
     def name(self) -> str:
@@ -66,8 +69,8 @@ class Files:
 
     @property
     def folder(self) -> Path:
-        """Folder of the backbone."""
-        return self.st.backbone
+        """Folder of the backbone's weights; of a checkpoint that is an adapter, its base's."""
+        return self.base.folder
 
     @property
     def revision(self) -> str | None:

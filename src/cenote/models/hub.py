@@ -88,12 +88,12 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str
 def _listed(name: str, revision: str | None) -> tuple[str, ...]:
     """Return the paths of the files of a repository; empty if the hub cannot be asked."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return tuple(HfApi().list_repo_files(name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, OSError):
-        return ()  # the cache may have it; if not, downloading says why
+        siblings = HfApi().model_info(name, revision=revision).siblings or []
+    except Exception:  # the hub does not answer: the cache may have the files, and if not, downloading says why
+        return ()
+    return tuple(sibling.rfilename for sibling in siblings)
 
 
 def _pickles(listed: Sequence[str]) -> list[str]:

@@ -30,8 +30,7 @@ from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
 from cenote.models.model_outputs import prove_pooler, read_layer
-from cenote.models.passes import narrow, table
-from cenote.models.passes.adapters import find as find_adapters
+from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
     from cenote.config import Isa, ModelConfig
     from cenote.models.checkpoint import Checkpoint
+    from cenote.models.lora import Adapter
     from cenote.models.offers import Offer
 
 LARGE_BATCH = 1024
@@ -162,9 +162,18 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unst
         products=narrow.products(kernels, narrowing),
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
-        adapters=find_adapters(filter(None, (checkpoint.path, checkpoint.folder, unstacked))),
+        adapters=_adapters(checkpoint, options, unstacked),
+        reserves_adapters=options.enable_lora and not options.lora_modules,
+        audit=checkpoint.audit,
         narrowing=narrowing,
     )
+
+
+def _adapters(checkpoint: Checkpoint, options: ModelConfig, unstacked: Path | None) -> dict[str, Adapter]:
+    """Return the adapters that requests may choose, by name."""
+    modules = {module.name: checkpoints.locate_adapter(module.path, options) for module in options.lora_modules}
+    folders = [*filter(None, (checkpoint.path, checkpoint.folder, unstacked))]
+    return adapters.chosen(folders, modules, checkpoint.audit, checkpoint.base.adapters)
 
 
 def _narrowing(built: Built, options: ModelConfig) -> Narrowing | None:
@@ -234,9 +243,9 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         built.length,
         running,
         vocab_size=vocabulary(subject.backbone),
-        adapters=subject.adapters,
+        adapters=subject.shelf.names if subject.shelf else (),
     )
-    model = PoolingModel(info, layout, offer.outputs)
+    model = PoolingModel(info, layout, offer.outputs, subject.shelf)
     _check_first_forward(model, offer)
     if layout.backbone.device.type == "cpu":
         why_not = _fault_beside(model, subject)

@@ -7,6 +7,7 @@ be packed and launched. All tasks of a model share one forward.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 
 from cenote.core import ModelInfo, Output, Sequence
-from cenote.errors import CenoteError, EngineFailed
+from cenote.errors import BadRequest, CenoteError, EngineFailed
+from cenote.models import lora
+from cenote.models.audit import Audit
 from cenote.models.classifiers import at_none
 from cenote.models.layouts import forward
-from cenote.models.passes import adapters
+from cenote.models.passes import shelf
 from cenote.tasks import TASKS, only_of
 from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
@@ -25,11 +28,13 @@ from cenote.tensors.results import kept
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as Seq
+    from pathlib import Path
 
     from torch import Tensor
 
     from cenote.core import PoolingParams
     from cenote.models.layouts import Layout
+    from cenote.models.passes.shelf import Shelf
     from cenote.models.poolers import TaskOutput
     from cenote.tensors.packing import Batch, Place
 
@@ -41,11 +46,14 @@ class PoolingModel:
         is_reentrant: whether several threads may `launch` at a time.
     """
 
-    def __init__(self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput]) -> None:
+    def __init__(
+        self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput], adapters: Shelf | None = None
+    ) -> None:
         self.info = info
         self.layout = layout
         self.outputs = outputs
         self.is_reentrant = False
+        self._adapters = adapters
 
     @property
     def shares_prefixes(self) -> bool:
@@ -56,6 +64,19 @@ class PoolingModel:
         """Add a line to the warnings of the report at start."""
         self.info = self.info.reported(warnings=(*self.info.report.warnings, note))
 
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter to those that sequences may choose.
+
+        Raises:
+            BadRequest: the model was loaded without room for adapters (`enable_lora`).
+            CheckpointError: it cannot be honoured.
+        """
+        if self._adapters is None:
+            raise BadRequest("this model was loaded without enable_lora, so no adapter can be added to it")
+        audit = Audit()
+        self._adapters.add(lora.read(name, folder, audit), audit)
+        self.info = replace(self.info, adapters=self._adapters.names)
+
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""
         by_adapter: dict[str | None, list[int]] = defaultdict(list)
@@ -63,7 +84,7 @@ class PoolingModel:
             by_adapter[sequence.adapter].append(i)
         parts: list[Part] = []
         for adapter, members in by_adapter.items():
-            with adapters.active(adapter, self.info.adapters):
+            with shelf.active(adapter, self.info.adapters):
                 parts += self._run(sequences, members)
         return Pending(sequences, parts, self.layout.backbone.device)
 

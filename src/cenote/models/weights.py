@@ -88,6 +88,23 @@ def _indexed(index: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def read(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file or a pickle.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if file.suffix != ".safetensors":
+        return _pickled(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file.name} of {file.parent.name}: {first_line(error)}") from error
+
+
 def _names(file: Path) -> list[str]:
     """Return the names of the tensors of a safetensors file."""
     from safetensors import SafetensorError, safe_open

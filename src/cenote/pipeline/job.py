@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     from cenote.core import Output, Sequence
 
@@ -33,6 +34,14 @@ class Job(Generic[T]):
         if not priority and salt is None:
             return self
         sequences = [replace(sequence, priority=priority, salt=salt) for sequence in self.sequences]
+        return Job(sequences, self.finish, self.is_slow)
+
+    def adapted(self, names: Seq[str | None]) -> Job[T]:
+        """Return the job whose sequences run with these adapters; `None` = as they are."""
+        if not any(names):
+            return self
+        pairs = zip(self.sequences, names, strict=True)
+        sequences = [replace(sequence, adapter=name or sequence.adapter) for sequence, name in pairs]
         return Job(sequences, self.finish, self.is_slow)
 
     @property

@@ -18,10 +18,11 @@ from cenote.pipeline.pairs import PairRenderer
 from cenote.pipeline.prompts import Prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.core import Engine, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
+    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
     from cenote.pipeline.plugins import Plugin
@@ -39,6 +40,10 @@ class Service:
         plugin: the IO processor of requests with `data`.
         ranges: ranges of int8 and uint8 embeddings; `None` = the fixed range of unit vectors.
         facts: the facts that another process needs in order to render for this engine; `None` = not known.
+        adapter: name of the adapter that all requests run with.
+        root: folder or hub id of that adapter.
+        parent: name of the model that it changes.
+        add_adapter: adds an adapter, by its name and its folder or hub id; `None` = the model is in another process.
     """
 
     engine: Engine
@@ -48,6 +53,32 @@ class Service:
     plugin: Plugin | None = None
     ranges: Ranges | None = None
     facts: Facts | None = None
+    adapter: str | None = None
+    root: str = ""
+    parent: str | None = None
+    add_adapter: Callable[[str, str], None] | None = None
+
+    @property
+    def views(self) -> tuple[Service, ...]:
+        """The model, and the model with each adapter that requests choose by name."""
+        if self.facts is None:
+            return (self,)
+        return (self, *map(self.adapted, self.facts.lora_modules))
+
+    def adapted(self, module: LoraModule) -> Service:
+        """Return the model with one of its adapters, under the adapter's name.
+
+        Names of prompts and sides choose prompts alone there.
+        """
+        renderer = self.renderer.prompting(replace(self.renderer.prompts, adapters=()))
+        return replace(
+            self,
+            renderer=renderer,
+            names=(module.name,),
+            adapter=module.name,
+            root=module.path,
+            parent=module.base_model_name or self.names[0],
+        )
 
     @property
     def info(self) -> ModelInfo:
@@ -101,20 +132,12 @@ class Service:
         max_queued: int | None = None,
     ) -> Service:
         """Start an engine for a loaded model."""
-        from cenote.engine.engine import LocalEngine
+        from cenote.models.checkpoint import locate_adapter
 
         facts = _facts(checkpoint, model, pooling_model.info.adapters)
         renderer = facts.renderer(checkpoint.tokenizer, pooling_model.info)
         plugin = plugins.load(model.io_processor_plugin, checkpoint, renderer)
-        local = LocalEngine(
-            pooling_model,
-            max_batch_tokens=engine.max_num_batched_tokens,
-            max_batch_sequences=engine.max_num_seqs,
-            max_queued=max_queued or engine.max_queued_seqs,
-            threads=engine.threads,
-            streams=engine.streams,
-            by_priority=engine.scheduling_policy == "priority",
-        )
+        local = _local_engine(pooling_model, engine, max_queued)
         try:
             ranges = _ranges(model, renderer, local)
         except CenoteError:
@@ -125,7 +148,16 @@ class Service:
         running: Engine = CachedEngine(local, engine.cache_size << 20) if engine.cache_size else local
         if local.info.limit("embed") > local.info.max_model_len:
             running = ChunkedEngine(running)
-        return cls(running, renderer, facts.names, facts.pair_template, plugin, ranges, facts)
+        return cls(
+            running,
+            renderer,
+            facts.names,
+            facts.pair_template,
+            plugin,
+            ranges,
+            facts,
+            add_adapter=lambda name, path: pooling_model.add_adapter(name, locate_adapter(path, model)),
+        )
 
     @classmethod
     def connect(
@@ -153,6 +185,21 @@ class Service:
         return cls(engine, renderer, names or facts.names, facts.pair_template, None, facts.quantisation(), facts)
 
 
+def _local_engine(model: PoolingModel, options: EngineConfig, max_queued: int | None) -> Engine:
+    """Start the engine of a loaded model."""
+    from cenote.engine.engine import LocalEngine
+
+    return LocalEngine(
+        model,
+        max_batch_tokens=options.max_num_batched_tokens,
+        max_batch_sequences=options.max_num_seqs,
+        max_queued=max_queued or options.max_queued_seqs,
+        threads=options.threads,
+        streams=options.streams,
+        by_priority=options.scheduling_policy == "priority",
+    )
+
+
 def _read_here(engine: RemoteEngine, path: str, *, trust_remote_code: bool) -> tuple[Facts, Renderer]:
     """Return the facts of an engine's model, and a renderer by its files."""
     try:
@@ -177,9 +224,20 @@ def _ranges(options: ModelConfig, renderer: Renderer, engine: Engine) -> Ranges 
 
 
 def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Facts:
+    """Return the facts of a model with adapters of these names.
+
+    Raises:
+        ConfigError: the default prompt is none of the prompts, or an adapter has a name of the model.
+    """
     st = checkpoint.st
+    names = options.served_model_name or (checkpoint.name,)
+    modules = {module.name: module for module in options.lora_modules}
+    same = sorted(modules.keys() & set(names))
+    if same:
+        raise ConfigError(f"lora_modules has the name {same[0]!r}, under which the model itself is served")
+    adapters = tuple(name for name in adapters if name not in modules)
     return Facts(
-        names=options.served_model_name or (checkpoint.name,),
+        names=names,
         tokenizer=checkpoint.tokenizer_source,
         prompts=_prompts(checkpoint, options, adapters),
         sides=checkpoint.sides,
@@ -189,6 +247,7 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         special_tokens=st.transformer.special_tokens,
         include_prompt=st.include_prompt,
         auto_truncate=options.auto_truncate,
+        lora_modules=options.lora_modules,
     )
 
 

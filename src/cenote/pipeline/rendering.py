@@ -6,6 +6,7 @@ Cutting follows Hugging Face by default (content is cut, special tokens stay); w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -127,6 +128,12 @@ class Renderer:
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
         self._allowed = lru_cache(REMEMBERED)(self._check)
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
+
+    def prompting(self, prompts: Prompts) -> Renderer:
+        """Return a renderer with these prompts instead."""
+        other = copy.copy(self)
+        other.prompts = prompts
+        return other
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN

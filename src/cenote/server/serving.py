@@ -14,12 +14,13 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
-from cenote.errors import BadRequest, ModelNotFound
+from cenote.errors import BadRequest, ConfigError, ModelNotFound
 from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Serving:
         self.config = config
         self.started = int(time.time())
         self.running = 0
-        self._by_name = {name: service for service in services for name in service.names}
+        self.views = list(chain.from_iterable(service.views for service in services))
+        self._by_name = _by_name(self.views)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
@@ -73,9 +75,11 @@ class Serving:
         Raises:
             ModelNotFound: no model has that name.
         """
-        if not model or (any_name and len(self.services) == 1):
+        if not model:
             return self.services[0]
         if model not in self._by_name:
+            if any_name and len(self.services) == 1:
+                return self.services[0]
             raise ModelNotFound(f"The model `{model}` does not exist.")
         return self._by_name[model]
 
@@ -136,6 +140,7 @@ class Serving:
             else:
                 job = await self.in_pool("render", make)
             job = job.queued(priority=body.priority, salt=body.cache_salt)
+            job = job.adapted([service.adapter] * len(job.sequences))
             outputs = await self._outputs(request, service, job)
         finally:
             self.running -= 1
@@ -231,6 +236,21 @@ class Desk:
             if answer.done():
                 continue
             _resolve(answer, future)
+
+
+def _by_name(views: list[Service]) -> dict[str, Service]:
+    """Return models, and models with adapters, by the names in requests.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    pairs = [(name, view) for view in views for name in view.names]
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        raise ConfigError(
+            f"two models or adapters have one name: {', '.join(sorted(by_name))}; see --served-model-name"
+        )
+    return by_name
 
 
 def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:

@@ -31,7 +31,7 @@ def apply(subject: Subject) -> Outcome:
     layout, max_tokens = subject.layout, subject.settings.graph_tokens
     if not isinstance(layout, Packed) or not max_tokens:
         return Outcome()
-    if subject.adapters:
+    if subject.shelf is not None:
         return Outcome()  # a recording runs with the adapter with which it was made
     if layout.backbone.rope_class is not None:
         layout.unrecorded = "its rotary frequencies depend on the length of a sequence"

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     Forwards = dict[nn.Module, Callable[..., Any]]
-    Hook = Callable[[Any, Any, Any], Any]
+    Hook = Callable[[Any, Any, Any, Any], Any]
+    """`(module, args, kwargs, output) -> output`."""
 
 
 class Patches:
@@ -53,7 +54,7 @@ class Patches:
 
     def hook(self, owner: str, module: nn.Module, hook: Hook) -> None:
         """Register a forward hook for a pass."""
-        self._hooks.setdefault(owner, []).append((module, module.register_forward_hook(hook)))
+        self._hooks.setdefault(owner, []).append((module, module.register_forward_hook(hook, with_kwargs=True)))
 
     def remove(self, owner: str) -> None:
         """Take back the forwards and hooks of a pass."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cenote.models.audit import Audit
 from cenote.models.passes.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
     from cenote.models.layouts import Layout
+    from cenote.models.lora import Adapter
+    from cenote.models.passes.shelf import Shelf
     from cenote.models.probe import Probe
     from cenote.tensors.linear import Kernel
     from cenote.tensors.native import Kernels, Products
@@ -47,7 +49,9 @@ class Settings:
         products: multiplies by packed matrices on a CPU, if anything does.
         fused: kinds of changes that fusing tries, of `cenote.models.passes.fuse.KINDS`; `None` = all.
         graph_tokens: tokens up to which forwards are replayed; 0 = none are.
-        adapters: folder of each adapter, by its name.
+        adapters: those that sequences may choose, by name.
+        reserves_adapters: more of them may be added to the loaded model.
+        audit: gets their tensors.
         narrowing: how weights are narrowed; `None` = they are not.
     """
 
@@ -56,7 +60,9 @@ class Settings:
     products: Products[Any] | None = None
     fused: tuple[str, ...] | None = None
     graph_tokens: int = 0
-    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    reserves_adapters: bool = False
+    audit: Audit = field(default_factory=Audit)
     narrowing: Narrowing | None = None
 
 
@@ -77,7 +83,7 @@ class Subject:
         reasons: why faster layouts were passed over.
         probe: by which the layout was proved.
         patches: the record of changes.
-        adapters: names of the adapters that are hooked in.
+        shelf: the adapters that are hooked in, if there are any.
         outcomes: by the name of the pass.
     """
 
@@ -87,7 +93,7 @@ class Subject:
     probe: Probe
     settings: Settings = field(default_factory=Settings)
     patches: Patches = field(init=False)
-    adapters: tuple[str, ...] = ()
+    shelf: Shelf | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

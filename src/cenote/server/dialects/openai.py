@@ -75,8 +75,8 @@ async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest)
 
 
 async def models(serving: Serving, request: Request, body: None) -> Response:
-    """One card per name under which a model is served."""
-    cards = [_card(serving, service, name) for service in serving.services for name in service.names]
+    """One card per name under which a model is served, and per adapter that requests choose by name."""
+    cards = [_card(serving, view, name) for view in serving.views for name in view.names]
     return json_response({"object": "list", "data": cards})
 
 
@@ -100,8 +100,8 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
         "object": "model",
         "created": serving.started,
         "owned_by": "cenote",
-        "root": service.info.report.source,
-        "parent": None,
+        "root": service.root or service.info.report.source,
+        "parent": service.parent,
         "max_model_len": service.info.max_model_len,
         "permission": [permission],
     }
