@@ -33,7 +33,7 @@ from cenote.models.model_outputs import prove_pooler, read_layer
 from cenote.models.passes import narrow, table
 from cenote.models.passes.adapters import find as find_adapters
 from cenote.models.passes.graphs import worthwhile_tokens
-from cenote.models.passes.subject import Narrowing, Settings, Subject
+from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
 from cenote.models.traits import vocabulary
 from cenote.tensors import linear, native, process
@@ -167,10 +167,10 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unst
     )
 
 
-def _narrowing(built: Built, options: ModelConfig) -> Narrowing | None:
-    """Return how weights are narrowed; `None` = they are not."""
+def _narrowing(built: Built, options: ModelConfig) -> Narrowing:
+    """Return how weights are narrowed, if they are."""
     if built.full.device.type != "cpu":
-        return None
+        return Narrowing()
     dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
     return narrow.choose(
         int8=options.quantization == "int8",
@@ -205,8 +205,7 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
     leave_out = set(table.ONLY_FASTER if options.plain else ())
     if not options.prefix_sharing:
         leave_out.add("prefixes")
-    narrowing = subject.settings.narrowing
-    if narrowing is not None and narrowing.kernel is not None:
+    if subject.settings.narrowing.kernel is not None:
         leave_out.discard("fuse")  # narrow weights take the places of packed ones
     table.prepare(subject, leave_out)
 
@@ -214,7 +213,7 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
 def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> PoolingModel:
     """Return the model to serve, which has run once, with its description."""
     layout, outcomes = subject.layout, subject.outcomes
-    linears = [outcomes[name].text for name in ("narrow", "fuse") if name in outcomes]
+    linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
     notes = [*built.notes, _layout_note(subject)]
     for outcome in outcomes.values():
         notes += outcome.notes
@@ -249,9 +248,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
 
 def _dtype_of(subject: Subject) -> torch.dtype:
     """Return the dtype of the weights, as they are kept."""
-    narrowing = subject.settings.narrowing
-    narrow_dtype = narrowing.dtype if narrowing else None
-    return narrow_dtype or subject.backbone.dtype
+    return subject.settings.narrowing.dtype or subject.backbone.dtype
 
 
 def _layout_note(subject: Subject) -> str:

@@ -48,7 +48,7 @@ class Settings:
         fused: kinds of changes that fusing tries, of `cenote.models.passes.fuse.KINDS`; `None` = all.
         graph_tokens: tokens up to which forwards are replayed; 0 = none are.
         adapters: folder of each adapter, by its name.
-        narrowing: how weights are narrowed; `None` = they are not.
+        narrowing: how weights are narrowed, if they are.
     """
 
     max_length: int = 1 << 30
@@ -57,7 +57,7 @@ class Settings:
     fused: tuple[str, ...] | None = None
     graph_tokens: int = 0
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    narrowing: Narrowing | None = None
+    narrowing: Narrowing = field(default_factory=Narrowing)
 
 
 class Outcome(NamedTuple):
@@ -86,12 +86,9 @@ class Subject:
     reasons: list[str]
     probe: Probe
     settings: Settings = field(default_factory=Settings)
-    patches: Patches = field(init=False)
+    patches: Patches = field(default_factory=Patches)
     adapters: tuple[str, ...] = ()
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.patches = Patches(self.full)
 
     @property
     def backbone(self) -> PreTrainedModel:
