@@ -327,9 +327,7 @@ class ServerConfig(BaseModel):
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
-    engine: Several = Field(
-        (), description="sockets of engines in other processes (`cenote engine`), instead of MODEL"
-    )
+    engine: Several = Field((), description="sockets of engines in other processes (`cenote engine`), instead of MODEL")
 
     @field_validator("api_key")
     @classmethod

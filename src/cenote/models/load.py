@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cenote.core import Report, Sequence
+from cenote.core import Report, Sequence, coalesce
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
 from cenote.models import hub, offers, stacked_lora
@@ -183,9 +183,7 @@ def _graph_tokens(built: Built, options: ModelConfig) -> int:
     """Return the number of tokens up to which forwards are replayed; 0 = none are."""
     if built.full.device.type != "cuda" or not options.cuda_graphs or options.enforce_eager:
         return 0
-    if options.max_cudagraph_capture_size is not None:
-        return options.max_cudagraph_capture_size
-    return worthwhile_tokens(built.full.base_model)
+    return coalesce(options.max_cudagraph_capture_size, worthwhile_tokens(built.full.base_model))
 
 
 def _isa(options: ModelConfig, device: torch.device) -> Isa:
