@@ -41,7 +41,7 @@ def describe(
     vectors, dimensions = offer.vectors, offer.pooler.dimensions
     matryoshka = _matryoshka(checkpoint)
     longest = 0 if matryoshka is None else vectors.dimension
-    if dimensions is not None and dimensions > longest:
+    if coalesce(dimensions, 0) > longest:
         raise CheckpointError(
             f"pooler_config.dimensions is {dimensions}, but {checkpoint.name} does not declare Matryoshka "
             f"embeddings of that size (its vectors have {vectors.dimension}); see hf_overrides is_matryoshka"
