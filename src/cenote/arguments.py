@@ -93,7 +93,7 @@ def _truncation(kwargs: Mapping[str, Any]) -> int | None:
         length = kwargs.get("max_length", -1)
     if length is None:
         return None
-    if not isinstance(length, int) or isinstance(length, bool) or length < -1:
+    if type(length) is not int or length < -1:
         raise BadRequest(
             f"truncate_prompt_tokens must be an integer >= -1, got {length!r}", param="truncate_prompt_tokens"
         )
@@ -101,9 +101,10 @@ def _truncation(kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise BadRequest(unknown_name(kind, name, known), param=name)
+    unknown = set(names).difference(known)
+    if unknown:
+        name = min(unknown)
+        raise BadRequest(unknown_name(kind, name, known), param=name)
 
 
 def pair_options(params: PoolingParams, options: Mapping[str, Any], chat_template: str | None) -> PairOptions:

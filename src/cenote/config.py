@@ -10,11 +10,20 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cenote.core import LoraModule
 from cenote.errors import ConfigError
@@ -23,7 +32,10 @@ from cenote.tasks import REMOVED, TASKS
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
 LogLevel = Literal["debug", "info", "warning", "error"]
-PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
+SequencePooling = Literal["CLS", "LAST", "MEAN"]
+TokenPooling = Literal["ALL", "STEP"]
+SEQUENCE_POOLING: tuple[str, ...] = get_args(SequencePooling)
+TOKEN_POOLING: tuple[str, ...] = get_args(TokenPooling)
 RENAMED_PARAMS = {
     "normalize": "use_activation",
     "softmax": "use_activation",
@@ -76,10 +88,10 @@ class PoolerConfig(BaseModel):
 
     task: str | None = None
     """Default task of `LLM.encode` and `/pooling`."""
-    pooling_type: PoolingType | None = None
+    pooling_type: SequencePooling | TokenPooling | None = None
     """Short for `seq_pooling_type` (CLS, LAST, MEAN) or `tok_pooling_type` (ALL); not to be combined with them."""
-    seq_pooling_type: Literal["CLS", "LAST", "MEAN"] | None = None
-    tok_pooling_type: Literal["ALL", "STEP"] | None = None
+    seq_pooling_type: SequencePooling | None = None
+    tok_pooling_type: TokenPooling | None = None
     use_activation: bool | None = None
     """Server-wide default of `PoolingParams.use_activation`, also of rewards."""
     dimensions: int | None = Field(default=None, ge=1)
@@ -99,17 +111,22 @@ class PoolerConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _spellings(cls, values: Any) -> Any:
+    def _known_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for old in RENAMED_PARAMS:
-            if old in values:
-                raise ValueError(f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.")
-        unknown = [name for name in values if name not in cls.model_fields]
+        removed = RENAMED_PARAMS.keys() & values.keys()
+        if removed:
+            old = min(removed)
+            raise ValueError(f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.")
+        unknown = values.keys() - cls.model_fields.keys()
         if unknown:
-            raise ValueError(unknown_name("pooler config field", unknown[0], cls.model_fields))
-        types = [name for name in values if name.endswith("pooling_type") and isinstance(values[name], str)]
-        return {**values, **{name: values[name].upper() for name in types}}
+            raise ValueError(unknown_name("pooler config field", min(unknown), cls.model_fields))
+        return values
+
+    @field_validator("pooling_type", "seq_pooling_type", "tok_pooling_type", mode="before")
+    @classmethod
+    def _upper_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> PoolerConfig:
@@ -117,26 +134,40 @@ class PoolerConfig(BaseModel):
             raise ValueError("`pooling_type` cannot be combined with `seq_pooling_type` or `tok_pooling_type`")
         if self.logit_sigma == 0:
             raise ValueError("`logit_sigma` must not be 0, logits are divided by it")
-        if self.task in REMOVED:
-            raise ValueError(REMOVED[self.task])
-        if self.task is not None and self.task not in TASKS:
-            raise ValueError(unknown_name("task", self.task, TASKS))
+        _check_task(self.task, TASKS)
         return self
 
     @property
     def sequence_pooling(self) -> str | None:
         """CLS, LAST, MEAN, or `None` if unset."""
-        of_type = None if self.pooling_type in ("ALL", "STEP") else self.pooling_type
-        return self.seq_pooling_type or of_type
+        return self.seq_pooling_type or _among(SEQUENCE_POOLING, self.pooling_type)
 
     @property
     def token_pooling(self) -> str | None:
         """ALL, STEP, or `None` if unset."""
-        of_type = self.pooling_type if self.pooling_type in ("ALL", "STEP") else None
-        return self.tok_pooling_type or of_type
+        return self.tok_pooling_type or _among(TOKEN_POOLING, self.pooling_type)
+
+
+def _among(types: tuple[str, ...], pooling_type: str | None) -> str | None:
+    return pooling_type if pooling_type in types else None
+
+
+def _check_task(task: str | None, known: Collection[str]) -> None:
+    """Refuse a task that is not among `known`."""
+    if task is None or task in known:
+        return
+    if task in REMOVED:
+        raise ValueError(REMOVED[task])
+    raise ValueError(unknown_name("task", task, known))
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_json)]
+Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+"""Texts; a single one may be given by itself."""
 
 
 class ModelConfig(BaseModel):
@@ -145,7 +176,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
     model: str | None = Field(None, description="folder or hub id; none = the embedded all-MiniLM-L6-v2")
-    served_model_name: tuple[str, ...] = Field((), description="names that requests may use (default: the model)")
+    served_model_name: Several = Field((), description="names that requests may use (default: the model)")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer, if not the model's")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     runner: Literal["auto", "pooling", "generate"] = Field("auto", description="pooling is the only runner there is")
@@ -179,7 +210,7 @@ class ModelConfig(BaseModel):
     allow_pickle: bool = Field(
         False, description="without effect: pickles are read anyway, by an unpickler that runs no code"
     )
-    allow_unread: tuple[str, ...] = Field(
+    allow_unread: Several = Field(
         (),
         description="key, tensor or file of the checkpoint, or a pattern, that may go unread where Cenote would refuse "
         "it; may be given several times",
@@ -239,32 +270,26 @@ class ModelConfig(BaseModel):
     def _none_as_in_vllm(cls, value: Any) -> Any:
         return "none" if value is None else value
 
-    @field_validator("served_model_name", "allow_unread", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
     @field_validator("task")
     @classmethod
     def _older_task(cls, value: str | None) -> str | None:
-        if value is None or value in OLDER_TASKS or value in TASKS:
-            return value
-        if value in REMOVED:
-            raise ValueError(REMOVED[value])
-        raise ValueError(unknown_name("task", value, {*OLDER_TASKS, *TASKS}))
+        _check_task(value, {*OLDER_TASKS, *TASKS})
+        return value
 
     @model_validator(mode="after")
     def _apply_older_task(self) -> ModelConfig:
         if self.task is None:
             return self
         convert, task = OLDER_TASKS.get(self.task, ("auto", self.task))
-        if self.convert not in ("auto", convert) and convert != "auto":
+        if convert == "auto":
+            convert = self.convert
+        elif self.convert not in ("auto", convert):
             raise ValueError(f"task {self.task!r} means convert {convert!r}, but convert is {self.convert!r}")
-        changes: dict[str, Any] = {"convert": convert if self.convert == "auto" else self.convert}
-        if task is not None and self.pooler_config.task is None:
-            changes["pooler_config"] = self.pooler_config.model_copy(update={"task": task})
-        for name, value in changes.items():
-            object.__setattr__(self, name, value)
+        pooler_config = self.pooler_config
+        if pooler_config.task is None:
+            pooler_config = pooler_config.model_copy(update={"task": task})
+        object.__setattr__(self, "convert", convert)
+        object.__setattr__(self, "pooler_config", pooler_config)
         return self
 
     @model_validator(mode="after")
@@ -330,7 +355,7 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
-    api_key: tuple[str, ...] = Field((), description="key that requests must bring; may be given several times")
+    api_key: Several = Field((), description="key that requests must bring; may be given several times")
     max_body_bytes: int = Field(64 << 20, ge=1, description="largest request body")
     max_client_batch_size: int = Field(2048, ge=1, description="maximum inputs of one request")
     max_tokenize_bytes: int = Field(
@@ -344,14 +369,7 @@ class ServerConfig(BaseModel):
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
-    engine: tuple[str, ...] = Field(
-        (), description="sockets of engines in other processes (`cenote engine`), instead of MODEL"
-    )
-
-    @field_validator("api_key", "engine", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    engine: Several = Field((), description="sockets of engines in other processes (`cenote engine`), instead of MODEL")
 
     @field_validator("api_key")
     @classmethod
@@ -449,11 +467,15 @@ class BenchConfig(BaseModel):
             raise ValueError(f"an address begins with http:// or https://, got {value!r}")
         return value
 
+    @field_validator(*SUFFIXES)
+    @classmethod
+    def _usable_file(cls, value: str | None, option: ValidationInfo) -> str | None:
+        if value is not None:
+            _check_file(Path(value), SUFFIXES[str(option.field_name)])
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> BenchConfig:
-        for name, suffixes in SUFFIXES.items():
-            if getattr(self, name) is not None:
-                _check_file(name, Path(getattr(self, name)), suffixes)
         if self.texts is not None and self.input_len:
             raise ValueError("texts have lengths of their own: `texts` cannot be combined with `input_len`")
         if self.rate and len(self.concurrency) > 1:
@@ -461,11 +483,11 @@ class BenchConfig(BaseModel):
         return self
 
 
-def _check_file(option: str, file: Path, suffixes: tuple[str, ...]) -> None:
+def _check_file(file: Path, suffixes: tuple[str, ...]) -> None:
     if file.suffix not in suffixes:
-        raise ValueError(f"{option}: a file ending in {' or '.join(suffixes)}, got {str(file)!r}")
+        raise ValueError(f"a file ending in {' or '.join(suffixes)}, got {str(file)!r}")
     if not file.absolute().parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {str(file.parent)!r}")
+        raise ValueError(f"there is no folder {str(file.parent)!r}")
 
 
 OLDER_TASKS: dict[str, tuple[str, str | None]] = {

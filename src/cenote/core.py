@@ -117,7 +117,7 @@ class PoolingParams:
         if self.returned_token_ids is not None:
             object.__setattr__(self, "returned_token_ids", _token_ids(self.returned_token_ids))
         late = self.late_chunking_params
-        if late is not None and not isinstance(late, LateChunkingParams):
+        if not isinstance(late, LateChunkingParams | None):
             raise BadRequest(
                 f"late_chunking_params must be a LateChunkingParams, got {late!r}", param="late_chunking_params"
             )

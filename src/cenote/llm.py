@@ -27,7 +27,7 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams
+from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.outputs import (
     ClassificationOutput,
@@ -205,7 +205,7 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        tasks = [] if pooling_task is None else listed_texts(pooling_task)
+        tasks = listed_texts(coalesce(pooling_task, ()))
         if not tasks and isinstance(pooling_params, PoolingParams) and pooling_params.task is not None:
             tasks = [pooling_params.task]
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):

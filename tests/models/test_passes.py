@@ -93,7 +93,7 @@ def test_the_record_of_patches() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Tanh())
     first, second, third, fourth = model
     vars(fourth)["forward"] = foreign = torch.relu
-    patches, x = Patches(model), torch.ones(3)
+    patches, x = Patches(), torch.ones(3)
     assert [patches.is_free(module) for module in model] == [True, True, True, False]
     expected = first(x)
     patches.put("one", {first: torch.neg, second: torch.abs})

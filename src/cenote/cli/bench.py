@@ -151,6 +151,10 @@ class Measurement:
             figures["first_error"] = errors[0]
         return figures
 
+    def beside(self) -> Figures:
+        """Return entries of the JSON file beside the measurements."""
+        return {}
+
 
 @dataclass
 class Arrivals(Measurement):
@@ -201,6 +205,10 @@ class Throughput(Measurement):
             shares = [limit / sample.seconds for limit, sample in zip(self.limits, self.samples, strict=True)]
             figures |= {"gemm_seconds": self.limits, "share_of_gemm_limit": statistics.median(shares)}
         return figures
+
+    def beside(self) -> Figures:
+        """Return the matrix products."""
+        return {"gemm": self.gemm.figures()} if self.gemm else {}
 
 
 def _rates(samples: Seq[Sample]) -> Figures:
@@ -257,8 +265,8 @@ class Texts:
 
     def fits(self, lengths: Iterable[int], longest: int) -> list[Fit]:
         """Return the fit of each of `lengths`, of at most `longest` tokens; without those that one word exceeds."""
-        fits = [self.fit(min(length, longest)) for length in lengths]
-        return [fit for fit in fits if fit is not None]
+        sizes = [min(length, longest) for length in lengths]
+        return list(filter(None, map(self.fit, sizes)))
 
     def _search(self, tokens: int) -> Fit | None:
         one, three = self._line
@@ -405,8 +413,7 @@ def _measure(
                 measurement.run(target.ask, bar.update)
     figures: Figures = {"task": target.task, "measurements": [measurement.figures() for measurement in plan]}
     for measurement in plan:
-        if isinstance(measurement, Throughput) and measurement.gemm:
-            figures["gemm"] = measurement.gemm.figures()
+        figures |= measurement.beside()
     return figures
 
 
@@ -596,8 +603,11 @@ def _heading(result: Figures) -> list[str]:
 
 
 def _cells(row: Figures) -> list[str]:
-    values = [(row[name], form) for name, form in COLUMNS.values()]
-    return [row["label"], *("-" if value is None else format(value, form) for value, form in values)]
+    return [row["label"], *(_cell(row[name], form) for name, form in COLUMNS.values())]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _remarks(row: Figures) -> list[str]:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from operator import attrgetter
@@ -20,7 +20,7 @@ import cenote
 from cenote import tokenizer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
 from cenote.core import Similarity
-from cenote.errors import CenoteError, ConfigError
+from cenote.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,17 +61,15 @@ def _serve(arguments: dict[str, Any]) -> None:
         from cenote.server.app import build
         from cenote.server.ending import Server
 
-        listener = _bind(server)
         services: list[Service] = []
-        try:
+        with ExitStack() as opened:
+            listener = opened.enter_context(_bind(server))
             for source in plan.sources:
-                services.append(source())
-                _log_all(report(services[-1]))
-        except CenoteError:
-            listener.close()
-            for service in services:
-                service.engine.close()
-            raise
+                service = source()
+                opened.callback(service.engine.close)
+                services.append(service)
+                _log_all(report(service))
+            opened.pop_all()  # all of them serve from now on
         _log_all(limits(plan.engine, server))
         app = build(services, server)
         config = uvicorn.Config(

@@ -41,7 +41,7 @@ def describe(
     vectors, dimensions = offer.vectors, offer.pooler.dimensions
     matryoshka = _matryoshka(checkpoint)
     longest = 0 if matryoshka is None else vectors.dimension
-    if dimensions is not None and dimensions > longest:
+    if coalesce(dimensions, 0) > longest:
         raise CheckpointError(
             f"pooler_config.dimensions is {dimensions}, but {checkpoint.name} does not declare Matryoshka "
             f"embeddings of that size (its vectors have {vectors.dimension}); see hf_overrides is_matryoshka"
@@ -109,15 +109,15 @@ def _ordered(ways: tuple[str, ...], task: str | None) -> tuple[str, ...]:
 
 def _embed_length(checkpoint: Checkpoint, options: ModelConfig, length: int) -> int:
     """Return the maximum tokens per input of `embed`; 0 = `length`, which the model reads at once."""
-    limit = options.pooler_config.max_embed_len
+    limit = options.pooler_config.max_embed_len or 0
     if options.pooler_config.enable_chunked_processing:
         return limit or UNLIMITED
-    if limit is not None and limit > length:
+    if limit > length:
         raise CheckpointError(
             f"pooler_config.max_embed_len is {limit}, but {checkpoint.name} reads at most {length} tokens at once; "
             "set enable_chunked_processing to run longer inputs in blocks"
         )
-    return limit or 0
+    return limit
 
 
 def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activates: bool | None) -> dict[str, Any]:

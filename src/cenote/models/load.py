@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cenote.core import Report, Sequence
+from cenote.core import Report, Sequence, coalesce
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
 from cenote.models import hub, offers, stacked_lora
@@ -32,7 +32,7 @@ from cenote.models.model import PoolingModel
 from cenote.models.model_outputs import prove_pooler, read_layer
 from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
-from cenote.models.passes.subject import Narrowing, Settings, Subject
+from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
 from cenote.models.traits import vocabulary
 from cenote.tensors import linear, native, process
@@ -176,10 +176,10 @@ def _adapters(checkpoint: Checkpoint, options: ModelConfig, unstacked: Path | No
     return adapters.chosen(folders, modules, checkpoint.audit, checkpoint.base.adapters)
 
 
-def _narrowing(built: Built, options: ModelConfig) -> Narrowing | None:
-    """Return how weights are narrowed; `None` = they are not."""
+def _narrowing(built: Built, options: ModelConfig) -> Narrowing:
+    """Return how weights are narrowed, if they are."""
     if built.full.device.type != "cpu":
-        return None
+        return Narrowing()
     dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
     return narrow.choose(
         int8=options.quantization == "int8",
@@ -192,9 +192,7 @@ def _graph_tokens(built: Built, options: ModelConfig) -> int:
     """Return the number of tokens up to which forwards are replayed; 0 = none are."""
     if built.full.device.type != "cuda" or not options.cuda_graphs or options.enforce_eager:
         return 0
-    if options.max_cudagraph_capture_size is not None:
-        return options.max_cudagraph_capture_size
-    return worthwhile_tokens(built.full.base_model)
+    return coalesce(options.max_cudagraph_capture_size, worthwhile_tokens(built.full.base_model))
 
 
 def _isa(options: ModelConfig, device: torch.device) -> Isa:
@@ -214,8 +212,7 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
     leave_out = set(table.ONLY_FASTER if options.plain else ())
     if not options.prefix_sharing:
         leave_out.add("prefixes")
-    narrowing = subject.settings.narrowing
-    if narrowing is not None and narrowing.kernel is not None:
+    if subject.settings.narrowing.kernel is not None:
         leave_out.discard("fuse")  # narrow weights take the places of packed ones
     table.prepare(subject, leave_out)
 
@@ -223,7 +220,7 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
 def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> PoolingModel:
     """Return the model to serve, which has run once, with its description."""
     layout, outcomes = subject.layout, subject.outcomes
-    linears = [outcomes[name].text for name in ("narrow", "fuse") if name in outcomes]
+    linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
     notes = [*built.notes, _layout_note(subject)]
     for outcome in outcomes.values():
         notes += outcome.notes
@@ -258,9 +255,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
 
 def _dtype_of(subject: Subject) -> torch.dtype:
     """Return the dtype of the weights, as they are kept."""
-    narrowing = subject.settings.narrowing
-    narrow_dtype = narrowing.dtype if narrowing else None
-    return narrow_dtype or subject.backbone.dtype
+    return subject.settings.narrowing.dtype or subject.backbone.dtype
 
 
 def _layout_note(subject: Subject) -> str:

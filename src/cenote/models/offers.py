@@ -168,11 +168,11 @@ def _calibration(
 
 def _check_columns(checkpoint: Checkpoint, returned: Seq[int], columns: Seq[int]) -> None:
     """Refuse `returned` that are not among the `columns` of the head."""
-    for column in returned:
-        if column not in columns:
-            raise CheckpointError(
-                f"pooler_config.returned_token_ids: {column} is no column of {checkpoint.name}'s head"
-            )
+    unknown = set(returned).difference(columns)
+    if unknown:
+        raise CheckpointError(
+            f"pooler_config.returned_token_ids: {min(unknown)} is no column of {checkpoint.name}'s head"
+        )
 
 
 def _steps(checkpoint: Checkpoint, options: ModelConfig) -> Steps:

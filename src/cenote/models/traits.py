@@ -37,10 +37,8 @@ def logits_of(output: Any) -> Tensor:
 
 def position_offset(model: PreTrainedModel) -> int:
     """Return the first position: `padding_idx + 1` of the position table, if that has a padding row, else 0."""
-    table = _embedding(model, ("position_embeddings",))
-    if table is None or table.padding_idx is None:
-        return 0
-    return table.padding_idx + 1
+    padding: int | None = getattr(_embedding(model, ("position_embeddings",)), "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def position_rows(model: PreTrainedModel) -> int | None:

@@ -89,11 +89,11 @@ def late_chunks(offsets: Seq[tuple[int, int]], size: int, prompt: int = 0) -> li
 
 def _span(offsets: Seq[tuple[int, int]], prompt: int) -> tuple[int, int] | None:
     """Return the range of characters of some tokens in the text after the prompt; `None` if they have none."""
-    ranges = [(start - prompt, end - prompt) for start, end in offsets if start < end and end > prompt]
-    if not ranges:
+    after_prompt = [(max(start - prompt, 0), end - prompt) for start, end in offsets if max(start, prompt) < end]
+    if not after_prompt:
         return None
-    starts, ends = zip(*ranges, strict=True)
-    return max(min(starts), 0), max(ends)
+    starts, ends = zip(*after_prompt, strict=True)
+    return min(starts), max(ends)
 
 
 def _text(prompt: Any) -> str:

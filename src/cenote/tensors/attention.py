@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cenote.core import coalesce
 from cenote.tensors.packing import Batch
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def packed_attention(
             raise NotImplementedError(f"{type(module).__name__} passes {name!r}, which packing does not honour")
     under_way = current()
     under_way.is_called = True
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    causal = coalesce(is_causal, getattr(module, "is_causal", None))
     if causal is None:
         raise NotImplementedError(f"{type(module).__name__} does not say whether it is causal")
     rule = Rule(bool(causal), sliding_window, scaling, softcap, position_bias, s_aux)
@@ -435,7 +436,7 @@ def _with_whole_rows(x_TNH: Tensor) -> Tensor:
 
 def _scale(q_1NTH: Tensor, rule: Rule) -> float:
     """Return the scale for heads as the model has them, which may be smaller than those that a kernel gets."""
-    scale: float = q_1NTH.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scale: float = coalesce(rule.scaling, q_1NTH.shape[-1] ** -0.5)
     return scale
 
 

@@ -172,7 +172,7 @@ def fuse(
         patches: the record of changes of `model`.
         kinds: those to try, of `KINDS`.
     """
-    patches = patches or Patches(model)
+    patches = patches or Patches()
     check = partial(unchanged, probe, probe().clone())
     seen = _observe(model, probe, patches)
     seen.constants = _constants(list(filter(patches.is_free, seen.linears)), probe, other)
@@ -299,8 +299,7 @@ class _Plan:
         """A Linear runs the activated one before it, which passes its input on."""
         steps = self._steps
         for first, second in self._seen.next.items():
-            is_activated = first in steps and steps[first][-1].activation
-            if is_activated and second in steps:
+            if steps.keys() >= {first, second} and steps[first][-1].activation:
                 self.forwards[first] = _identity
                 self.counts["chained"] += 1
                 steps[second] = (*steps.pop(first), *steps[second])
@@ -474,7 +473,7 @@ class Remembered:
         self._y = forward(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape == self._x.shape and torch.equal(x, self._x):
+        if torch.equal(x, self._x):
             return self._y
         return self.plain(x)
 
@@ -490,7 +489,7 @@ def _constants(
     first, second = _linear_inputs(linears, probe), _linear_inputs(linears, other)
     constants = {}
     for linear, inputs in first.items():
-        equal = [x for x, y in product(inputs, second[linear]) if _are_equal(x, y)]
+        equal = [x for x, y in product(inputs, second[linear]) if torch.equal(x, y)]
         if equal:
             constants[linear] = equal[0]
     return constants
@@ -508,10 +507,6 @@ def _linear_inputs(linears: Iterable[nn.Linear], run: Callable[[], Tensor]) -> d
             hooks.enter_context(linear.register_forward_pre_hook(before))
         run()
     return inputs
-
-
-def _are_equal(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(x, y)
 
 
 def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:

@@ -42,8 +42,8 @@ NEEDS = ("packed",)
 KIND_OF_DTYPE: dict[torch.dtype, Kind] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing | None:
-    """Return how this CPU runs narrow weights; `None` if there are to be none.
+def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing:
+    """Return how this CPU runs narrow weights, if there are to be any.
 
     Args:
         int8: whether Linears are to be quantised.
@@ -54,7 +54,7 @@ def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narro
     if dtype is not None:
         kinds.append(KIND_OF_DTYPE[dtype])
     if not kinds:
-        return None
+        return Narrowing()
     try:
         kernel = linear.load(isa)
     except RuntimeError as error:
@@ -64,9 +64,9 @@ def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narro
     return Narrowing(kernel, path, dtype)
 
 
-def products(kernels: Kernels | None, narrowing: Narrowing | None) -> Products[Any] | None:
+def products(kernels: Kernels | None, narrowing: Narrowing) -> Products[Any] | None:
     """Return the products in float32 on this CPU; if weights are to be narrowed, only until they are."""
-    if narrowing is None or narrowing.kernel is None:
+    if narrowing.kernel is None:
         return linear.float32(kernels)
     if kernels is None or not kernels.can_chain:
         return None
@@ -116,8 +116,8 @@ def apply(subject: Subject) -> Outcome:
         CheckpointError: narrowed, the rows are too far from float32, or depend on their neighbours.
     """
     narrowing, layout, model = subject.settings.narrowing, subject.layout, subject.backbone
-    if narrowing is None or narrowing.kernel is None:
-        return Outcome("", (narrowing.fault,) if narrowing else ())
+    if narrowing.kernel is None:
+        return Outcome("", (narrowing.fault,))
     probe = proofs.brief(layout, subject.settings.max_length)
     # Where rounding moves rows already, as products over experts do, narrow weights make whole steps of it
     is_steady = probe.moved(layout) == 0

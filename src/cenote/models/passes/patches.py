@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,28 +17,23 @@ if TYPE_CHECKING:
 
 
 class Patches:
-    """The forwards and hooks of a model's modules that are not those of their classes.
+    """The forwards and hooks that passes have given to the modules of a model.
 
     Passes change a model through this record only, each under its name, so that one finds the changes of another and
     can take its own back. Forwards and hooks that were there before belong to no pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._foreign = {x for x in modules if "forward" in vars(x)}
-        self._hooked = {x for x in modules if x._forward_hooks or x._forward_pre_hooks}
+    def __init__(self) -> None:
         self._forwards: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
-        self._hooks: dict[str, list[tuple[nn.Module, RemovableHandle]]] = {}
+        self._hooks: defaultdict[str, list[RemovableHandle]] = defaultdict(list)
 
     def replaces(self, module: nn.Module) -> bool:
         """Return whether `module` has another forward than its class."""
-        return module in self._foreign or module in self._forwards
+        return "forward" in vars(module)
 
     def is_free(self, module: nn.Module) -> bool:
         """Return whether `module` has the forward of its class and no hooks."""
-        hooks = chain.from_iterable(self._hooks.values())
-        hooked = self._hooked.union(x for x, _ in hooks)
-        return module not in hooked and not self.replaces(module)
+        return not (self.replaces(module) or module._forward_hooks or module._forward_pre_hooks)
 
     def of(self, owner: str) -> Forwards:
         """Return the forwards of a pass, by module."""
@@ -54,10 +49,10 @@ class Patches:
 
     def hook(self, owner: str, module: nn.Module, hook: Hook) -> None:
         """Register a forward hook for a pass."""
-        self._hooks.setdefault(owner, []).append((module, module.register_forward_hook(hook, with_kwargs=True)))
+        self._hooks[owner].append(module.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self, owner: str) -> None:
         """Take back the forwards and hooks of a pass."""
         self.put(owner, {})
-        for _, handle in self._hooks.pop(owner, []):
+        for handle in self._hooks.pop(owner, []):
             handle.remove()

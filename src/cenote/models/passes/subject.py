@@ -52,7 +52,7 @@ class Settings:
         adapters: those that sequences may choose, by name.
         reserves_adapters: more of them may be added to the loaded model.
         audit: gets their tensors.
-        narrowing: how weights are narrowed; `None` = they are not.
+        narrowing: how weights are narrowed, if they are.
     """
 
     max_length: int = 1 << 30
@@ -63,7 +63,7 @@ class Settings:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     reserves_adapters: bool = False
     audit: Audit = field(default_factory=Audit)
-    narrowing: Narrowing | None = None
+    narrowing: Narrowing = field(default_factory=Narrowing)
 
 
 class Outcome(NamedTuple):
@@ -92,12 +92,9 @@ class Subject:
     reasons: list[str]
     probe: Probe
     settings: Settings = field(default_factory=Settings)
-    patches: Patches = field(init=False)
+    patches: Patches = field(default_factory=Patches)
     shelf: Shelf | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.patches = Patches(self.full)
 
     @property
     def backbone(self) -> PreTrainedModel:

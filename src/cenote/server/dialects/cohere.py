@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from cenote.pipeline.prompts import Applied
     from cenote.server.serving import Serving
 
+NEEDED = {"text": "text", "image_url": "image_url.url"}
+"""Field that a part of an input must have, by the part's type."""
+
 
 class Content(BaseModel):
     """A part of an input."""
@@ -42,10 +45,12 @@ class Content(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Content:
-        if self.type == "text" and self.text is None:
-            raise PydanticCustomError("content", "CohereEmbedContent with type='text' requires text")
-        if self.type == "image_url" and not (self.image_url or {}).get("url"):
-            raise PydanticCustomError("content", "CohereEmbedContent with type='image_url' requires image_url.url")
+        image = self.image_url or {}
+        values = {"text": self.text, "image_url": image.get("url") or None}
+        if values[self.type] is None:
+            raise PydanticCustomError(
+                "content", f"CohereEmbedContent with type={self.type!r} requires {NEEDED[self.type]}"
+            )
         return self
 
 
@@ -80,13 +85,18 @@ class EmbedRequest(Queued):
 
     @model_validator(mode="after")
     def _one_source(self) -> EmbedRequest:
-        if sum(map(bool, (self.texts, self.images, self.inputs))) != 1:
+        if len(self.sources) != 1:
             raise PydanticCustomError(
                 "input",
                 "Exactly one of texts, images, or inputs must be provided, and it must be non-empty",
                 {"param": "texts"},
             )
         return self
+
+    @property
+    def sources(self) -> list[list[Any]]:
+        """Those of the three fields that have any inputs: one, in a valid request."""
+        return list(filter(None, (self.texts, self.images, self.inputs)))
 
 
 async def embed(serving: Serving, request: Request, body: EmbedRequest) -> Response:
@@ -139,7 +149,8 @@ def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[li
         BadRequest: it has images, or names a prompt that the model does not have.
     """
     renderer, inputs = service.renderer, body.inputs or []
-    serving.check_count(len(body.texts or inputs or body.images or ()))
+    (source,) = body.sources
+    serving.check_count(len(source))
     _refuse_images(service, body)
     applied = renderer.prompts.choose(input_type=body.input_type)
     options = _text_options(service, body)

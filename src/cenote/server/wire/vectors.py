@@ -65,11 +65,11 @@ class TypedFields(PoolingFields):
 
     def _check_known(self) -> None:
         known = (*VECTOR_TYPES, *KINDS)
-        unknown = [name for name in self.embedding_types or () if name not in known]
+        unknown = set(self.embedding_types or ()).difference(known)
         if unknown:
             raise PydanticCustomError(
                 "types",
-                f"Unknown embedding type {unknown[0]!r}; known are: {', '.join(known)}.",
+                f"Unknown embedding type {min(unknown)!r}; known are: {', '.join(known)}.",
                 {"param": "embedding_types"},
             )
 
