@@ -66,7 +66,10 @@ class Listwise(Family):
         vocabulary = loaded.tokenizer.get_vocab()
         missing = [marker for marker in LISTWISE_MARKERS if marker not in vocabulary]
         if missing:
-            raise CheckpointError(f"{loaded.files.name}: the vocabulary has no {', '.join(missing)}")
+            raise CheckpointError(
+                f"{loaded.files.name}: the vocabulary has no {', '.join(missing)}, where {ARCHITECTURE} reads its projector; "
+                "--convert embed serves the hidden states"
+            )
         tensors = loaded.tensors(WEIGHTS)
         first, second = (linear(tensors[name]) for name in WEIGHTS)
         projector = loaded.placed(nn.Sequential(first, nn.ReLU(), second))
