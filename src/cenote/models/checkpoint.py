@@ -24,9 +24,9 @@ from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
-from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes, read_json
+from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
 from cenote.models.traits import position_rows
-from cenote.models.transformer_module import TransformerModule
+from cenote.models.transformer_module import TransformerModule, read_json
 from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
 

@@ -192,8 +192,8 @@ class Head:
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
             columns of a language model's output embeddings; "masked" is a masked-language-model head of a family,
-            "tokens" one that rates each token by the whole vocabulary; "modules" are Sentence-Transformers modules behind
-            the pooling; "reward" is one that Transformers has no class for (`Family.classifier`).
+            "tokens" one that rates each token by the whole vocabulary; "modules" are Sentence-Transformers modules
+            behind the pooling; "reward" is one that Transformers has no class for (`Family.classifier`).
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
         sigma: divisor of logits unless the pooler config has one.
@@ -336,9 +336,17 @@ def _logit_score(facts: Facts, tokens: Tokens) -> Head | None:
 
 def _score_layer(facts: Facts, tokens: Tokens) -> Head | None:
     """Return the score layer of a model of another class, unless its files say how it pools."""
-    if not facts.has_score or (facts.pools and facts.convert != "classify"):
+    may_classify = facts.convert == "classify" or (not facts.pools and _has_classifier(facts.config))
+    if not facts.has_score or not may_classify:
         return None
     return Head("sequence", prompt=facts.prompt, name=f"the score layer of {facts.architecture}")
+
+
+def _has_classifier(config: Any) -> bool:
+    """Return whether Transformers has a sequence classifier for a config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _vocabulary_head(facts: Facts, tokens: Tokens) -> Head | None:

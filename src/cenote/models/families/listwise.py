@@ -67,8 +67,8 @@ class Listwise(Family):
         missing = [marker for marker in LISTWISE_MARKERS if marker not in vocabulary]
         if missing:
             raise CheckpointError(
-                f"{loaded.files.name}: the vocabulary has no {', '.join(missing)}, where {ARCHITECTURE} reads its projector; "
-                "--convert embed serves the hidden states"
+                f"{loaded.files.name}: the vocabulary has no {', '.join(missing)}, whose states "
+                f"{ARCHITECTURE} projects; --convert embed serves them without its projector"
             )
         tensors = loaded.tensors(WEIGHTS)
         first, second = (linear(tensors[name]) for name in WEIGHTS)
