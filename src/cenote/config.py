@@ -224,6 +224,9 @@ class ModelConfig(BaseModel):
         "of name, path and base_model_name; may be given several times",
     )
     chat_template: str | None = Field(None, description="Jinja template, or the path of one, for `messages`")
+    reranker_prompts: bool = Field(
+        True, description="put the prompt of a known LLM reranker around its pairs; off = pairs are joined as they are"
+    )
     prompts: Annotated[dict[str, str], BeforeValidator(_parse_json)] | None = Field(
         None, description="JSON of prompts by name, beside the checkpoint's own"
     )

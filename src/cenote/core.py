@@ -282,6 +282,12 @@ class PairTemplate:
         add_special_tokens: whether the rendered text gets the tokenizer's special tokens besides its own.
         system: a message of that role before the two, which a request's `instruction` replaces; `None` = there is no
             such message.
+        parts: templates in place of `source` whose texts are tokenised apart, without special tokens, and joined as
+            ids; empty = `source` is tokenised as a whole.
+        bos: the beginning-of-sequence token is put before the `parts`.
+        prefix: text before the query.
+        suffix: text after the document. A pair whose query begins with `prefix` and whose document ends with `suffix`
+            is rendered already, and stays as it is; both empty = that is not looked for.
     """
 
     source: str | None
@@ -289,6 +295,19 @@ class PairTemplate:
     structured: bool = False
     add_special_tokens: bool = True
     system: str | None = None
+    parts: tuple[str, ...] = ()
+    bos: bool = False
+    prefix: str = ""
+    suffix: str = ""
+
+    def is_rendered(self, query: str, document: str) -> bool:
+        """Return whether a client has rendered the pair already."""
+        is_known = bool(self.prefix and self.suffix)
+        return is_known and query.startswith(self.prefix) and document.endswith(self.suffix)
+
+
+LISTWISE_MARKERS = ("<|embed_token|>", "<|rerank_token|>")
+"""Tokens after a document and after the query in a listwise prompt, whose states are compared."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +399,7 @@ class Report:
         model_class: Transformers' class that runs.
         family: kind of checkpoint that is more than a backbone; empty = it is not.
         pooling: how rows become a vector.
+        token_dimension: length of a token's vector.
         head: where the head comes from; empty if there is none.
         dtype: of weights and activations, without the "torch.".
         layout: how batches run ("packed", "padded", ...), as the probe at load found.
@@ -396,6 +416,7 @@ class Report:
     model_class: str = ""
     family: str = ""
     pooling: str = ""
+    token_dimension: int = 0
     head: str = ""
     dtype: str = "float32"
     device: str = "cpu"
@@ -425,7 +446,7 @@ class ModelInfo:
         classifies: whether `activation` is applied unless a request says otherwise.
         vector_task: task of requests for embeddings that name none.
         score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
-            "late-interaction".
+            "late-interaction", "listwise".
         similarity: how embeddings are compared where pairs are rated by them.
         reward: task that gives this model's reward; empty if it is not a reward model.
         activates_reward: whether `activation` is applied to a reward unless a request says otherwise.

@@ -416,10 +416,20 @@ def joined(*pairs: tuple[str, str]) -> list[list[int]]:
 
 
 def test_the_original_qwen3_reranker_as_vllm_documents_it(unnamed: Path, qwen: Path) -> None:
+    """Overrides say how pairs are rated; the client renders them, or `--chat-template` does."""
     options = overrides("no", "yes", is_original_qwen3_reranker=True)
-    agree(unnamed, LAYOUTS["Qwen3-Reranker-0.6B"], hf_overrides=options)
-    agree(unnamed, LAYOUTS["Qwen3-Reranker-0.6B"], hf_overrides={"is_original_qwen3_reranker": True})
-    agree(qwen, LAYOUTS["Qwen3-Reranker-0.6B"], hf_overrides=options)
+    rule = of_two("no", "yes")
+    for folder, config in ((unnamed, options), (unnamed, {"is_original_qwen3_reranker": True}), (qwen, options)):
+        with LLM(model=str(folder), hf_overrides=config) as llm:
+            found, ids = scored(llm)
+            assert ids == joined(*PAIRS)
+            close(found, [rule(logits, chatml().get_vocab()) for logits in last_logits(folder, ids)])
+
+
+def test_a_config_that_calls_itself_original_gets_the_prompt(unnamed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(unnamed, tmp_path / "model")
+    checkpoints.edit_json(folder / "config.json", is_original_qwen3_reranker=True)
+    agree(folder, LAYOUTS["Qwen3-Reranker-0.6B"])
 
 
 def test_two_tokens(unnamed: Path) -> None:
@@ -525,15 +535,16 @@ def by_score(folder: Path, ids: list[list[int]]) -> Tensor:
 
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_convert_classify_uses_the_score_layer(unnamed: Path, tmp_path: Path, labels: int, bias: bool) -> None:
+def test_a_score_layer_beside_a_language_model(unnamed: Path, tmp_path: Path, labels: int, bias: bool) -> None:
     folder = with_score(unnamed, tmp_path / "model", labels, bias=bias)
     ids = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     expected = by_score(folder, ids)
-    with LLM(model=str(folder), convert="classify") as llm:
-        found = [o.outputs.probs for o in llm.classify(ids, use_tqdm=False, pooling_params=LOGITS)]
-        close(found, expected, scale=float(expected.abs().max()))
-        assert llm.info.report.head == "the score layer of Qwen3ForCausalLM"
-    plain(folder)
+    for convert in ("auto", "classify"):
+        with LLM(model=str(folder), convert=convert) as llm:
+            found = [o.outputs.probs for o in llm.classify(ids, use_tqdm=False, pooling_params=LOGITS)]
+            close(found, expected, scale=float(expected.abs().max()))
+            assert llm.info.report.head == "the score layer of Qwen3ForCausalLM"
+    plain(folder, convert="embed")
 
 
 def test_a_score_layer_wins_over_tokens(unnamed: Path, tmp_path: Path) -> None:

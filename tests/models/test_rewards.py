@@ -523,11 +523,13 @@ def test_a_reward_model_without_a_head_gives_its_states(tmp_path: Path) -> None:
         close(encoded(llm, "token_embed", RAW), states(folder))
 
 
-def test_converted_to_embed(prm: Path) -> None:
+def test_converted_to_embed(prm: Path, classes: list[Tensor]) -> None:
+    """FastDeploy's launch of a reward model: vectors are the default, and the head stays."""
     with LLM(model=str(prm), convert="embed") as llm:
-        assert llm.info.tasks == ("embed", "token_embed")
-        with pytest.raises(TaskNotOffered, match="is not a reward model"):
-            llm.reward("a")
+        assert llm.info.tasks == ("embed", "token_embed", "token_classify", "classify")
+        assert (llm.info.default_task, llm.info.reward) == ("embed", "token_classify")
+        close(rewards(llm), softmax(of_tag(classes)))
+        close(encoded(llm, "embed"), [nn.functional.normalize(x[-1], dim=-1) for x in states(prm)])
 
 
 def test_the_older_task_reward(prm: Path, shepherd: Path, tmp_path: Path) -> None:

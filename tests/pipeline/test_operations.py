@@ -134,7 +134,7 @@ BAD: dict[str, tuple[ModelInfo, Callable[[LLM], Any], str, dict[str, Any]]] = {
         {"query": "a", "documents": TEXTS, "max_tokens_per_doc": 64},
     ),
     "no documents": (ENCODER, lambda m: m.rerank("a", []), "/rerank", {"query": "a", "documents": []}),
-    "no reward": (CLASSIFIER, lambda m: m.reward([5]), "/v1/reward", {"prompt_token_ids": [5]}),
+    "no reward": (ENCODER, lambda m: m.reward([5]), "/v1/reward", {"prompt_token_ids": [5]}),
     "no plugin": (INFO, lambda m: m.encode({"data": 1}), "/pooling", {"data": 1}),
     "a plugin's data for another task": (
         INFO,

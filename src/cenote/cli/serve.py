@@ -294,6 +294,8 @@ def _running(info: ModelInfo) -> str:
 def _pooling(info: ModelInfo) -> str:
     activation = "normalised" if info.use_activation else "not normalised"
     line = f"pooling: {info.report.pooling}, {activation}, dimension {info.dimension}"
+    if info.report.token_dimension not in (0, info.dimension):
+        line += f" ({info.report.token_dimension} for each token)"
     if info.matryoshka is None:
         return line
     return f"{line}, Matryoshka {list(info.matryoshka) or 'any'}"

@@ -9,7 +9,8 @@ import importlib.util
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,24 @@ import torch
 from cenote import tokenizer as tokenizers
 from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, template_text
 from cenote.errors import CheckpointError, first_line
-from cenote.models import adapted, configs, contents, hub, lora, remote_code, sentence_transformers, stacked_lora
+from cenote.models import (
+    adapted,
+    configs,
+    contents,
+    hub,
+    leftovers,
+    lora,
+    remote_code,
+    sentence_transformers,
+    stacked_lora,
+)
 from cenote.models.audit import Audit
-from cenote.models.convert import Facts, choose_head, conversion, register_installed
+from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
 from cenote.models.traits import position_rows
-from cenote.models.transformer_module import TransformerModule
+from cenote.models.transformer_module import TransformerModule, read_json
 from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
 
@@ -67,9 +78,6 @@ FALLBACK_LENGTH = 2048
 
 UNSET_LENGTH = 1 << 30
 """Tokenizers whose maximum length is at least this have none."""
-
-LEFTOVERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", ".attn.masked_bias", "attention.bias")
-"""Endings of buffers that old checkpoints carry and current models compute."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,11 @@ def read(location: Location, options: ModelConfig) -> Files:
     if options.convert != "embed":
         architecture = adapted.adapt_config(config, architecture, base.adapters)
     st = _with_instructions(st, config, audit)
+    _check_padding(location.name, config)
     contents.check_weights(base.folder, location.name, pickles=options.reads_pickles)
     tensors = tensor_files(base.folder, pickles=options.reads_pickles)
+    if not config.architectures:
+        architecture = unnamed(config, tensors)
     notes += contents.pickled_note(base.folder, pickles=options.reads_pickles)
     return Files(location, st, config, architecture, tuple(tensors), audit, notes, base)
 
@@ -224,6 +235,9 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         step=options.pooler_config.token_pooling == "STEP",
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
+        pools=bool(files.st.modes),
+        overrides=() if callable(options.hf_overrides) else tuple(options.hf_overrides or ()),
+        prompts=options.reranker_prompts,
     )
 
 
@@ -306,9 +320,7 @@ def _pair_template(
             add_special_tokens=False,
             system=st.default_prompt,
         )
-    if head.template:
-        return PairTemplate(head.template)
-    return None
+    return head.prompt
 
 
 def _folder_names(path: Path) -> list[str]:
@@ -364,14 +376,45 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     """Return the backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
 
     Raises:
-        CheckpointError: weights are missing, left over, of the wrong shape, or only there as pickles.
+        CheckpointError: weights are missing, read by nothing, of the wrong shape, or only there as pickles.
     """
+    leftovers.check_names(checkpoint.name, checkpoint.tensors)
+    model, report = _loaded(checkpoint, options, dtype)
+    num_labels = _labels_of_head(checkpoint, report, options)
+    if num_labels:
+        checkpoint.config.num_labels = num_labels
+        model, report = _loaded(checkpoint, options, dtype)
+    kind = checkpoint.head.kind
+    if kind == "sequence" and "score.bias" in report["unexpected_keys"]:
+        report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
+        bias = tensors(checkpoint.folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
+        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
+    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
+    _fill_absent(checkpoint, model, report)
+    adapters = checkpoint.base.adapters
+    heads = set().union(*map(lora.trained_heads, adapters))
+    report["missing_keys"] = set(report["missing_keys"]) - heads
+    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
+    leftovers.check_tensors(
+        checkpoint,
+        leftovers.Names(model, needs_pooler=kind == "sequence" or checkpoint.st.has_own_pooler),
+        report,
+        read=checkpoint.family.tensors,
+        only_embeds=options.convert == "embed",
+    )
+    for adapter in adapters:
+        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
+    on_device: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return on_device
+
+
+def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return Transformers' model of `checkpoint`, and its report on tensors that did not fit."""
     import transformers
     from safetensors import SafetensorError
 
-    folder = checkpoint.folder
     try:
-        with _quiet(), adapted.without_adapter(folder) as shown:
+        with _quiet(), adapted.without_adapter(checkpoint.folder) as shown:
             model, report = _auto_class(checkpoint, transformers).from_pretrained(
                 shown,
                 config=checkpoint.config,
@@ -382,25 +425,51 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
                 output_loading_info=True,
                 key_mapping=stacked_lora.PLAIN,
                 **checkpoint.st.transformer.init_kwargs,
-                ignore_mismatched_sizes=True,  # `_check_report` refuses them by name; Transformers' error has no names
+                ignore_mismatched_sizes=True,  # `leftovers` refuses them by name; Transformers' error has no names
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
-    if checkpoint.head.kind == "sequence" and "score.bias" in report["unexpected_keys"]:
-        report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
-        bias = tensors(folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
-        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
-    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
-    _fill_absent(checkpoint, model, report)
-    adapters = checkpoint.base.adapters
-    heads = set().union(*map(lora.trained_heads, adapters))
-    report["missing_keys"] = set(report["missing_keys"]) - heads
-    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
-    _check_report(checkpoint, model, report)
-    for adapter in adapters:
-        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
-    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-    return loaded
+    return model, report
+
+
+def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
+    absent = remote_code.absent(checkpoint.config) & set(report["missing_keys"])
+    report["missing_keys"] = set(report["missing_keys"]) - absent
+    for name in absent:
+        torch.nn.init.zeros_(model.get_parameter(name))
+
+
+def _check_padding(name: str, config: PretrainedConfig) -> None:
+    """Refuse a padding token that has no row in the token embedding.
+
+    Raises:
+        CheckpointError: `pad_token_id` is not below the size of the vocabulary.
+    """
+    config = config.get_text_config()
+    pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        raise CheckpointError(
+            f"{name}: pad_token_id in config.json is {pad}, expected an id of the vocabulary, which has "
+            f'{size} entries; set it as in hf_overrides {{"pad_token_id": 0}}'
+        )
+
+
+LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id", "_num_labels"})
+"""Keys by which a config says how many classes its head has."""
+
+
+def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: ModelConfig) -> int:
+    """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
+    overrides = options.hf_overrides
+    if callable(overrides) or checkpoint.head.kind not in ("sequence", "token"):
+        return 0
+    written = {*read_json(checkpoint.folder / "config.json"), *(overrides or {})}
+    sizes = {(stored[0], shape[0]) for _, stored, shape in report["mismatched_keys"]}
+    if written & LABEL_KEYS or len(sizes) != 1:
+        return 0
+    stored, built = sizes.pop()
+    return int(stored) if built == checkpoint.config.num_labels else 0
 
 
 @contextmanager
@@ -425,6 +494,7 @@ AUTO_CLASSES = {
     "token": "AutoModelForTokenClassification",
     "vocabulary": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
+    "tokens": "AutoModelForMaskedLM",
 }
 """Kinds of heads to the class that loads a checkpoint with one."""
 
@@ -447,44 +517,6 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
             "without --trust-remote-code Transformers' own class is asked for"
         )
     return getattr(transformers, AUTO_CLASSES[kind])
-
-
-def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
-    absent = remote_code.absent(checkpoint.config) & set(report["missing_keys"])
-    report["missing_keys"] = set(report["missing_keys"]) - absent
-    for name in absent:
-        torch.nn.init.zeros_(model.get_parameter(name))
-
-
-def _check_report(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of the model; heads beside it may be left over."""
-    modules = {name for parent in (model, model.base_model) for name, _ in parent.named_children()}
-    inside = partial(_is_inside, prefix=f"{model.base_model_prefix}.", modules=modules)
-    needs_pooler = checkpoint.head.kind == "sequence" or checkpoint.st.has_own_pooler
-    lacks_pooler = partial(inside, with_pooler=needs_pooler)
-    missing = sorted(filter(lacks_pooler, report["missing_keys"]))
-    beside = set(report["unexpected_keys"]) - {"language_model.lm_head.weight"}  # LLaVA's, after all states
-    leftover = sorted(filter(inside, beside))
-    misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    for verb, keys in (("lacks", missing), ("has unknown", leftover), ("has misshapen", misshapen)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CheckpointError(
-                f"{checkpoint.name} {verb} weights for {type(model).__name__}: {', '.join(keys[:3])}{more}; "
-                "the config names another architecture than the weights are of"
-            )
-    heads = {key.partition(".")[0] for key in report["unexpected_keys"]}
-    if heads:
-        log.info("weights that are not used: %s", ", ".join(sorted(heads)))
-
-
-def _is_inside(key: str, *, prefix: str, modules: set[str], with_pooler: bool = False) -> bool:
-    """Return whether a tensor called `key` belongs to one of `modules`, and is neither computed nor of a pooler."""
-    name = key.removeprefix(prefix)
-    if name.partition(".")[0] not in modules or name.endswith(LEFTOVERS):
-        return False
-    return with_pooler or "pooler" not in name
 
 
 def resolve_device(device: str | None) -> torch.device:

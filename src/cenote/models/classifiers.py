@@ -295,6 +295,15 @@ def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
     model.set_output_embeddings(cut)  # type: ignore[no-untyped-call]
 
 
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Return a frozen float32 layer with these weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return layer
+
+
 def of_modules(module: nn.Module, num_labels: int) -> Classifier:
     """Classifier by a module over rows, for heads that Transformers has no class for."""
 

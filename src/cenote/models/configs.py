@@ -42,7 +42,7 @@ PICKING = frozenset({
 READ = frozenset({
     "is_causal", "matryoshka_dimensions", "is_matryoshka", "task_instructions", "classifier_from_token",
     "is_original_qwen3_reranker", "sbert_ce_default_activation_function", "sentence_transformers", "emb_pooler",
-    "lora_adaptations", "lora_rank", "lora_alpha",
+    "lora_adaptations", "lora_rank", "lora_alpha", "do_normalize", "score_type", "mean", "var", "gating_temperature",
 })
 """Keys that Cenote reads, whether the config's class has them or not."""
 # fmt: on
@@ -74,6 +74,9 @@ KEYS = Keys(
         "normalize_before": "where norms stand is the class's",
         "normalize_embedding": "where norms stand is the class's",
         "score_func*": "a width of other models",
+        "score_dim": "the tensors say it",
+        "score_bias": "the tensors say it",
+        "normalizer_type": OF_TRAINING,
         "reward_token_id": "the template says it",
     },
 )

@@ -6,18 +6,19 @@ The suffix table and the defaults are vLLM's, so that the same checkpoint pools 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models.families import rerankers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from cenote.config import ModelConfig
+    from cenote.core import PairTemplate
     from cenote.models.families.rerankers import Reranker
 
 REWARDS = ("ForRewardModeling", "RewardModel")
@@ -190,21 +191,21 @@ class Head:
 
     Attributes:
         kind: "none"; "sequence" and "token" are the heads of Transformers' classes of those names; "vocabulary" are
-            columns of a language model's output embeddings; "masked" is a masked-language-model head; "modules" are
-            Sentence-Transformers modules behind the pooling; "reward" is one that Transformers has no class for
-            (`Family.classifier`).
+            columns of a language model's output embeddings; "masked" is a masked-language-model head of a family,
+            "tokens" one that rates each token by the whole vocabulary; "modules" are Sentence-Transformers modules
+            behind the pooling; "reward" is one that Transformers has no class for (`Family.classifier`).
         columns: for "vocabulary": the token ids; empty = all.
         difference: for "vocabulary": the score is the second column minus the first.
         sigma: divisor of logits unless the pooler config has one.
-        template: prompt of a pair, as a Jinja template, if the model was trained on one.
+        prompt: of a pair, if the model was trained on one.
         name: where the head comes from, for the report at start.
     """
 
-    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "modules", "reward"] = "none"
+    kind: Literal["none", "sequence", "token", "vocabulary", "masked", "tokens", "modules", "reward"] = "none"
     columns: tuple[int, ...] = ()
     difference: bool = False
     sigma: float = 1.0
-    template: str | None = None
+    prompt: PairTemplate | None = None
     name: str = ""
 
 
@@ -217,6 +218,9 @@ class Facts:
         tensors: names of all its tensors.
         logit_score: token ids (true, false) of Sentence-Transformers' `LogitScore` module.
         scored_by_modules: Sentence-Transformers modules behind the pooling make scores.
+        pools: Sentence-Transformers' files say how vectors are pooled.
+        overrides: keys of the config that the user sets.
+        prompts: the prompt of a known reranker is used.
         step: the pooler config asks for STEP pooling.
         token_id: token id of a vocabulary entry, or `None`.
     """
@@ -231,11 +235,14 @@ class Facts:
     step: bool
     step_columns: tuple[int, ...]
     token_id: Callable[[str], int | None]
+    pools: bool = False
+    overrides: tuple[str, ...] = ()
+    prompts: bool = True
 
     @property
     def has_score(self) -> bool:
         """Whether the checkpoint has a score layer."""
-        return any(name == "score" or name.startswith("score.") for name in self.tensors)
+        return "score.weight" in self.tensors
 
     @property
     def is_original(self) -> bool:
@@ -253,12 +260,17 @@ class Facts:
         return rerankers.recognise(list(self.names), str(self.config.model_type))
 
     @property
-    def template(self) -> str | None:
-        """Prompt of a pair."""
+    def prompt(self) -> PairTemplate | None:
+        """Prompt of a pair, unless the user switches it off or says which tokens classify."""
+        if not self.prompts or OVERRIDES.intersection(self.overrides):
+            return None
         if self.reranker is not None:
-            return self.reranker.template
+            return self.reranker.prompt
         return rerankers.QWEN3 if self.is_original else None
 
+
+OVERRIDES = frozenset({"is_original_qwen3_reranker", "classifier_from_token"})
+"""Keys of the config by which a user says which tokens classify; pairs are then joined as they are, as in vLLM."""
 
 METHODS = ("from_2_way_softmax", "no_post_processing")
 """Ways to make a classifier of a language model's head, with vLLM's names."""
@@ -309,7 +321,7 @@ def _sequence_head(facts: Facts, tokens: Tokens) -> Head | None:
     """Return the head of a `...ForSequenceClassification` model, unless tokens classify in its place."""
     is_one = facts.architecture.endswith("ForSequenceClassification")
     if is_one and (facts.has_score or not tokens.entries):
-        return Head("sequence", template=facts.template, name=facts.architecture)
+        return Head("sequence", prompt=facts.prompt, name=facts.architecture)
     return None
 
 
@@ -323,10 +335,18 @@ def _logit_score(facts: Facts, tokens: Tokens) -> Head | None:
 
 
 def _score_layer(facts: Facts, tokens: Tokens) -> Head | None:
-    """Return the score layer of a model of another class, if it is to classify."""
-    if facts.convert != "classify" or not facts.has_score:
+    """Return the score layer of a model of another class, unless its files say how it pools."""
+    may_classify = facts.convert == "classify" or (not facts.pools and _has_classifier(facts.config))
+    if not facts.has_score or not may_classify:
         return None
-    return Head("sequence", template=facts.template, name=f"the score layer of {facts.architecture}")
+    return Head("sequence", prompt=facts.prompt, name=f"the score layer of {facts.architecture}")
+
+
+def _has_classifier(config: Any) -> bool:
+    """Return whether Transformers has a sequence classifier for a config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _vocabulary_head(facts: Facts, tokens: Tokens) -> Head | None:
@@ -344,7 +364,7 @@ def _vocabulary_head(facts: Facts, tokens: Tokens) -> Head | None:
         columns=tuple(_token_id(entry, facts) for entry in tokens.entries),
         difference=tokens.difference,
         sigma=reranker.sigma if reranker else 1.0,
-        template=facts.template,
+        prompt=facts.prompt,
         name=name,
     )
 
@@ -356,7 +376,24 @@ def _step_head(facts: Facts, tokens: Tokens) -> Head | None:
     return None
 
 
-CHOICES = (_modular_head, _sequence_head, _logit_score, _score_layer, _vocabulary_head, _step_head)
+def _masked_head(facts: Facts, tokens: Tokens) -> Head | None:
+    """Return the masked-language-model head, if it rates tokens as in vLLM, which has such a class for BERT alone."""
+    if facts.architecture != RATES_BY_VOCABULARY or facts.pools or facts.convert != "auto":
+        return None
+    return Head("tokens", name="its masked-language-model head")
+
+
+RATES_BY_VOCABULARY = "BertForMaskedLM"
+
+CHOICES = (
+    _modular_head,
+    _sequence_head,
+    _logit_score,
+    _score_layer,
+    _vocabulary_head,
+    _step_head,
+    _masked_head,
+)
 """Heads of a checkpoint; the first that is there counts."""
 
 
@@ -401,6 +438,40 @@ def _suffix(architecture: str) -> Suffix:
         if architecture.endswith(row.endings):
             return row
     return SUFFIXES[-1]
+
+
+def unnamed(config: Any, tensors: Collection[str]) -> str:
+    """Return the architecture of a checkpoint whose config names none: the class with the fewest other tensors.
+
+    Args:
+        config: of the checkpoint.
+        tensors: names of all its tensors.
+    """
+    import torch
+    import transformers
+
+    backbone = f"{type(config).__name__.removesuffix('Config')}Model"
+    tables = transformers.models.auto.modeling_auto
+    distances: dict[str, int] = {}
+    for table in ("MODEL_MAPPING_NAMES", *OF_HEADS):
+        name = getattr(tables, table).get(config.model_type, "")
+        names = (name,) if isinstance(name, str) else name
+        for architecture in filter(partial(hasattr, transformers), names):
+            with torch.device("meta"):
+                model = getattr(transformers, architecture)(config)
+            distances[architecture] = len(_heads(model, model.state_dict()) ^ _heads(model, tensors))
+    return min(distances, key=lambda name: distances[name], default=backbone)
+
+
+OF_HEADS = ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES")
+"""Transformers' tables of classes by `model_type` whose heads are recognised by their tensors."""
+
+
+def _heads(model: PreTrainedModel, tensors: Collection[str]) -> set[str]:
+    """Return those of `tensors` that are in no layer of the backbone."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name.removeprefix(prefix) for name in tensors}
+    return {name for name in names if not any(part.isdigit() for part in name.split(".")) or "classif" in name}
 
 
 def is_reward(architecture: str) -> bool:

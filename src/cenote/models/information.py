@@ -134,12 +134,12 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         return {"score_types": vectors}
     num_labels, columns = output.classifier.num_labels, _step_columns(outputs)
     step = len(columns) > 0
-    score_types: tuple[str, ...] = ()
+    score_types: tuple[str, ...] = vectors if head.kind == "tokens" else ()
     reward = ""
     if "classify" in outputs and num_labels == 1:
         score_types, reward = ("cross-encoder", *vectors), "classify"
     if head.kind == "reward" or step:
-        reward = next(iter(outputs))
+        reward = next(task for task in outputs if task in ("classify", "token_classify"))
     return {
         "num_labels": num_labels,
         "labels": _labels(checkpoint, num_labels),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cenote.models.traits import position_offset, reset_rope, rope_class
+from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
 from cenote.tensors.packing import set_apart, share
@@ -42,6 +42,7 @@ class Backbone:
         position_offset: added to positions that count from 0. In the RoBERTa family it is `padding_idx + 1`, and tokens
             with that id, literal `<pad>`, keep position `padding_idx`.
         rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
+        dense_length: tokens beyond which attention is block-sparse, which padding would change; 0 = it never is.
         device: where the weights are.
     """
 
@@ -49,6 +50,7 @@ class Backbone:
     accepts: frozenset[str] = field(init=False)
     position_offset: int = 0
     rope_class: Callable[[int], int] | None = field(init=False)
+    dense_length: int = field(init=False)
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,12 +58,21 @@ class Backbone:
         only_keywords = "input_ids" not in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepts = INPUTS if only_keywords else frozenset(parameters)
         self.rope_class = rope_class(self.model)
+        self.dense_length = block_sparse_length(self.model)
         self.device = self.model.device
+
+    def length_class(self, length: int) -> int:
+        """Return a number that lengths have in common which may share a padded forward."""
+        if self.dense_length:
+            return length if length > self.dense_length else 0
+        return 0 if self.rope_class is None else self.rope_class(length)
 
     def run(self, **inputs: Tensor | None) -> Tensor:
         """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
         if self.rope_class is not None:
             reset_rope(self.model)
+        if self.dense_length:
+            reset_attention(self.model)
         arguments: dict[str, Any] = {
             name: value for name, value in inputs.items() if value is not None and name in self.accepts
         }
@@ -211,7 +222,7 @@ class Padded:
         if self.equal or hides:
             classes = _classes(lengths, lambda n: n)
         else:
-            classes = _classes(lengths, self.backbone.rope_class or (lambda _: 0))
+            classes = _classes(lengths, self.backbone.length_class)
         groups: list[list[int]] = []
         for members in classes.values():
             members.sort(key=lambda i: -lengths[i])

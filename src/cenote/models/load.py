@@ -231,6 +231,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         layout=layout.name,
         linears=next(filter(None, linears), ""),
         shares_prefixes=layout.shares_prefixes,
+        token_dimension=offer.token_dimension,
         warnings=tuple(filter(None, notes)),
     )
     info = describe(

@@ -48,6 +48,15 @@ class Offer:
         assert isinstance(output, Vectors)
         return output
 
+    @property
+    def token_dimension(self) -> int:
+        """Length of a token's vector: that of the last layer over tokens, if there is one."""
+        output = self.outputs.get("token_embed")
+        steps = output.pooler.steps if isinstance(output, TokenEmbed) else ()
+        modules = [part for step in steps if isinstance(step, nn.Module) for part in step.modules()]
+        widths = [part.out_features for part in modules if isinstance(part, nn.Linear)]
+        return widths[-1] if widths else self.vectors.dimension
+
 
 def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None) -> Offer:
     """Put together the outputs of a checkpoint; heads are proved by `probe`.
@@ -71,10 +80,16 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
         outputs.setdefault(task, output)
     classifier = checkpoint.family.classifier(loaded) or _classifier(checkpoint, full, probe)
     if classifier is not None:
-        outputs = _class_outputs(checkpoint, options, classifier) | outputs
+        classes = _class_outputs(checkpoint, options, classifier)
+        outputs = outputs | classes if _embeds_first(checkpoint, options) else classes | outputs
     _check_options(checkpoint, options, outputs, has_head=classifier is not None)
     first = [task for task in checkpoint.family.tasks or declared_tasks(full) if task in outputs]
     return Offer({task: outputs[task] for task in (*first, *outputs)}, pooler)
+
+
+def _embeds_first(checkpoint: Checkpoint, options: ModelConfig) -> bool:
+    """Return whether vectors come before the head: the user wants them, or the head is there for its training."""
+    return options.convert == "embed" or checkpoint.head.kind == "tokens"
 
 
 def _vectors(pooler: Pooler, checkpoint: Checkpoint) -> dict[str, TaskOutput]:
@@ -99,6 +114,7 @@ def _classifier(
     makers: dict[str, Callable[[PreTrainedModel, HeadProbe], classifiers.Classifier]] = {
         "sequence": classifiers.of_sequences,
         "token": classifiers.of_tokens,
+        "tokens": classifiers.of_tokens,
         "vocabulary": partial(classifiers.of_vocabulary, columns=head.columns, difference=head.difference),
     }
     if head.kind not in makers:
@@ -237,14 +253,35 @@ def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig
             f"the checkpoint's modules expect its own pooling, {'+'.join(st.modes)}; "
             f"{config.sequence_pooling} gives vectors of another size"
         )
-    width = checkpoint.width * len(modes)
+    first, row = _projection(checkpoint, model, options, modes)
+    width = row * len(modes)
     if st.steps and st.dimension:
         width = st.dimension
     activation = coalesce(config.use_activation, st.normalizes or not st.modes)
-    steps = st.steps if config.sequence_pooling else (*_own_steps(checkpoint, model), *st.steps)
-    return Pooler(modes, steps, activation, config.dimensions, width)
+    own = () if config.sequence_pooling else _own_steps(checkpoint, model)
+    return Pooler(modes, (*first, *own, *st.steps), activation, config.dimensions, width)
 
 
 def _own_steps(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Step, ...]:
     """Return the model's own pooler, if the checkpoint's files say that it makes the vector."""
     return (OwnPooler(model),) if checkpoint.st.has_own_pooler else ()
+
+
+def _projection(
+    checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig, modes: tuple[str, ...]
+) -> tuple[tuple[nn.Linear, ...], int]:
+    """Return the layer of a family over hidden states, if it has one, and the size of its rows.
+
+    Raises:
+        CheckpointError: the layer, which comes before pooling, gives something else behind it.
+    """
+    projector = None if hasattr(model, "linear") else checkpoint.family.projector(checkpoint, options)
+    if projector is None:
+        return (), checkpoint.width
+    if len(modes) > 1 or modes[0] in NOT_LINEAR:
+        raise CheckpointError(f"a projection of hidden states comes before pooling by {'+'.join(modes)}")
+    return (projector,), projector.out_features
+
+
+NOT_LINEAR = ("max",)
+"""Pooling modes before which a projection gives something else than behind them."""

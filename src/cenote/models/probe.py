@@ -31,7 +31,15 @@ from torch import nn
 from cenote.core import Sequence, coalesce
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Backbone, Padded, candidates, forward
-from cenote.models.traits import logits_of, position_offset, position_rows, vocabulary, window
+from cenote.models.traits import (
+    block_sparse_length,
+    logits_of,
+    position_offset,
+    position_rows,
+    reset_attention,
+    vocabulary,
+    window,
+)
 from cenote.tensors.packing import SHORTEST_PREFIX, pack
 
 if TYPE_CHECKING:
@@ -317,6 +325,7 @@ class HeadProbe:
         with torch.inference_mode():
             self.logits = [logits_of(full(input_ids=ids_1L, return_dict=True))[0].float() for ids_1L in inputs]
         backbone: PreTrainedModel = full.base_model  # type: ignore[assignment]
+        reset_attention(backbone)
         self.rows_TD = _alone(backbone)(self.batch)
 
     @property
@@ -370,7 +379,7 @@ def choose(
     reasons: list[str] = []
     hiding = filled(model, min(filled_to, max_length)) if filled_to > 1 else None  # by the windows as they are
     with shortened_windows(model) as size:
-        probe = one_by_one(model, min(size + 9, max_length))
+        probe = one_by_one(model, min(max(size, block_sparse_length(model)) + 9, max_length))
     for layout in candidates(model, kernels, packed=packed):
         fault = _layout_fault(layout, probe, hiding)
         if not fault:

@@ -95,6 +95,23 @@ def reset_rope(model: PreTrainedModel) -> None:
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
+def block_sparse_length(model: PreTrainedModel) -> int:
+    """Return the tokens up to which a model with block-sparse attention attends to all of them; 0 = it has none.
+
+    Longer inputs get blocks, by their length alone (`transformers/models/big_bird/modeling_big_bird.py`).
+    """
+    config = model.config
+    if getattr(config, "attention_type", None) != "block_sparse" or not hasattr(model, "set_attention_type"):
+        return 0
+    return int((5 + 2 * config.num_random_blocks) * config.block_size)
+
+
+def reset_attention(model: PreTrainedModel) -> None:
+    """Give a model its block-sparse attention back: Transformers switches it off for good at a short input."""
+    if block_sparse_length(model):
+        model.set_attention_type("block_sparse")  # type: ignore[operator]
+
+
 def window(holder: Any) -> int | None:
     """Return the sliding window of a config or a module, in tokens, or `None` if it has none."""
     size = getattr(holder, "sliding_window", None)

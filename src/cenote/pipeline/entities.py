@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from cenote.errors import BadRequest, TaskNotOffered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    import numpy as np
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
@@ -108,6 +109,13 @@ def entities(
     if aggregation != "none":
         parts = [_joined(group, tokenizer) for group in _runs(parts, _begins_group)]
     return [part for part in parts if part.label not in ignore_labels]
+
+
+def softmax(logits_TC: Array) -> Array:
+    """Return the probabilities of each row's classes, `[T, C]`."""
+    exponentials_TC = np.exp(logits_TC - logits_TC.max(axis=-1, keepdims=True))
+    probabilities_TC: Array = exponentials_TC / exponentials_TC.sum(axis=-1, keepdims=True)
+    return probabilities_TC
 
 
 def check_labels(info: ModelInfo) -> None:

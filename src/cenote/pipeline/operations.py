@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest
-from cenote.pipeline.entities import check_aggregation, check_labels, entities
+from cenote.pipeline import listwise
+from cenote.pipeline.entities import check_aggregation, check_labels, entities, softmax
 from cenote.pipeline.job import Job
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.pipeline.rendering import is_count
@@ -115,7 +116,7 @@ def find_entities(
     aggregation: str = "none",
     ignore_labels: Collection[str] = ("O",),
 ) -> Job[list[list[Entity]]]:
-    """Find the named entities of each text, as Transformers' token-classification pipeline does.
+    """Find the named entities of each text, as Transformers' token-classification pipeline: scores are the softmax.
 
     Raises:
         BadRequest: there is no text, or the aggregation is unknown.
@@ -127,7 +128,7 @@ def find_entities(
         raise BadRequest("entities are found in text: prompts must be str, not token ids", param="input")
     check_aggregation(aggregation)
     check_labels(service.info)
-    params = PoolingParams(use_activation=True)
+    params = PoolingParams(use_activation=False)
     annotated = service.renderer.annotated(texts, "token_classify", params, options)
 
     def finish(outputs: list[Output]) -> list[list[Entity]]:
@@ -135,7 +136,7 @@ def find_entities(
             entities(
                 text,
                 encoding,
-                output.data,
+                softmax(output.data),
                 service.info.labels,
                 service.renderer.tokenizer,
                 aggregation=aggregation,
@@ -166,6 +167,9 @@ def score(
     way = choose(service.info, score_type)
     if params.late_chunking_params is not None:
         raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
+    if way.of_lists:
+        sequences, owners = listwise.render(service, queries, documents, params, text_options, pair_options)
+        return Job(sequences, lambda outputs: listwise.scores(outputs, owners), is_slow=True)
     if way.of_pairs:
         repeated = [*queries] * (len(documents) // len(queries))
         pairs = list(zip(repeated, documents, strict=True))
@@ -174,10 +178,11 @@ def score(
     else:
         sequences = _rendered_sides(service, way, queries, documents, params, text_options, pair_options)
         count = len(queries)
-    similarity = service.info.similarity
+    similarity, compare = service.info.similarity, way.scores
+    assert compare is not None
 
     def finish(outputs: list[Output]) -> Array:
-        return way.scores(Sides(outputs[:count], outputs[count:]), similarity)
+        return compare(Sides(outputs[:count], outputs[count:]), similarity)
 
     return Job(sequences, finish, is_slow=True)
 
@@ -222,7 +227,7 @@ def reward(
         TaskNotOffered: the model gives no reward.
         BadRequest: as `encode`.
     """
-    task, activates = reward_task(service.info)
+    task, activates = reward_task(service.info, of_tokens=of_tokens)
     rates_tokens = task == "token_classify" and not service.info.step
     if rates_tokens and not of_tokens and "classify" in service.info.tasks:
         task = "classify"

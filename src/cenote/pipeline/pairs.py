@@ -7,7 +7,8 @@ separators and token type ids that the model was trained with. A query is tokeni
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 RESERVED = frozenset(("chat_template", "tools", "tokenize"))
 """Variables of templates that requests may not set."""
+
+MESSAGES = "messages"
+"""Variable of templates that depend on the pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,19 @@ class PairOptions:
         return cls(template=template, kwargs=kwargs, **limits)
 
 
+class _Pair(NamedTuple):
+    """A pair to render.
+
+    Attributes:
+        is_rendered: its client has put the template's prefix before the query, and the suffix after the document,
+            which is kept apart.
+    """
+
+    query: str
+    document: str
+    is_rendered: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class _PairPrompt:
     """A template for pairs, with the variables of one request.
@@ -78,18 +95,50 @@ class _PairPrompt:
     kwargs: Mapping[str, Any]
     special: bool
 
-    def text(self, query: str, document: str) -> str:
-        """Render a pair."""
-        contents = {"query": query, "document": document}
+    def ids(self, pairs: Seq[_Pair]) -> list[Ids]:
+        """Render and tokenise pairs; a text that comes several times is tokenised once."""
+        texts = self._texts(pairs)
+        distinct = list(dict.fromkeys(chain.from_iterable(texts)))
+        is_whole = not self.template.parts
+        tokenized = self.renderer.tokenize_all(distinct, add_special_tokens=self.special and is_whole)
+        ids_of = dict(zip(distinct, tokenized, strict=True))
+        if is_whole:
+            return [ids_of[text] for (text,) in texts]
+        first = self._first()
+        return [[*first, *chain.from_iterable(ids_of[text] for text in parts)] for parts in texts]
+
+    def _texts(self, pairs: Seq[_Pair]) -> list[list[str]]:
+        """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
+        template = self.template
+        if not template.parts:
+            return [[self._text(pair, template.source)] for pair in pairs]
+        fixed = {part: self._render(_Pair("", ""), part) for part in template.parts if MESSAGES not in part}
+
+        def parts(pair: _Pair) -> list[str]:
+            if pair.is_rendered:
+                return [self._text(pair, None)]
+            return [fixed.get(part) or self._render(pair, part) for part in template.parts]
+
+        return [parts(pair) for pair in pairs]
+
+    def _text(self, pair: _Pair, source: str | None) -> str:
+        """Return the whole text of a pair, by a template unless its client has rendered it."""
+        if pair.is_rendered:
+            return pair.query + pair.document + self.template.suffix
+        return self._render(pair, source)
+
+    def _render(self, pair: _Pair, source: str | None) -> str:
+        contents = {"query": pair.query, "document": pair.document}
         system = self._system()
         if system:
             contents = {"system": system, **contents}
         messages = [{"role": role, "content": self._content(text)} for role, text in contents.items()]
-        return self.renderer.apply_template(messages, self.template.source, {**self.template.kwargs, **self.kwargs})
+        return self.renderer.apply_template(messages, source, {**self.template.kwargs, **self.kwargs})
 
-    def ids(self, query: str, document: str) -> Ids:
-        """Render and tokenise a pair."""
-        return self.renderer.tokenize(self.text(query, document), add_special_tokens=self.special)
+    def _first(self) -> list[int]:
+        """Return the tokens before the parts."""
+        bos = self.renderer.tokenizer.bos_token_id
+        return [bos] if self.template.bos and self.special and bos is not None else []
 
     def _system(self) -> str:
         """Return the text of the message before the two; empty if there is none."""
@@ -146,24 +195,35 @@ class PairRenderer:
         self.check(options)
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
-        pairs = self._shortened(pairs, text_options, options)
         template = self._template(options)
         prompt = self._renderer.prompts.choose()
         special, limit = text_options.add_special_tokens, text_options.content_limit
         skip = 0
         if template is None:
-            prompted = [(prompt.text + query, document) for query, document in pairs]
+            short = self._shortened(pairs, text_options, options)
+            prompted = [(prompt.text + query, document) for query, document in short]
             texts = self._renderer.backend.join(prompted, limit, special=special)
             skip = self._renderer.skip(prompt.text, text_options)
         else:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
-            texts = self._by_template(pairs, pair_prompt, limit)
+            marked = self._marked(pairs, template, text_options, options)
+            texts = self._by_template(marked, pair_prompt, limit)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
         return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:
         return options.template or self.template
+
+    def _marked(
+        self, pairs: Seq[tuple[str, str]], template: PairTemplate, text_options: TextOptions, options: PairOptions
+    ) -> list[_Pair]:
+        """Return `pairs` shortened, those that a client has rendered without the template's suffix."""
+        are_rendered = [template.is_rendered(*pair) for pair in pairs]
+        ends = [template.suffix if is_rendered else "" for is_rendered in are_rendered]
+        inner = [(query, document.removesuffix(end)) for (query, document), end in zip(pairs, ends, strict=True)]
+        short = self._shortened(inner, text_options, options)
+        return [_Pair(*pair, is_rendered) for pair, is_rendered in zip(short, are_rendered, strict=True)]
 
     def _shortened(
         self, pairs: Seq[tuple[str, str]], text_options: TextOptions, options: PairOptions
@@ -183,29 +243,27 @@ class PairRenderer:
         longest = self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN  # the rest could never be kept
         return self._renderer.backend.beginning(text[:longest], limit)
 
-    def _by_template(self, pairs: list[tuple[str, str]], prompt: _PairPrompt, limit: int) -> list[Text]:
+    def _by_template(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
-        texts = [prompt.text(query, document) for query, document in pairs]
-        ids_of_prompts = self._renderer.tokenize_all(texts, add_special_tokens=prompt.special)
         return [
-            Text(ids if len(ids) <= limit else self._with_less(prompt, query, document, len(ids) - limit, limit))
-            for ids, (query, document) in zip(ids_of_prompts, pairs, strict=True)
+            Text(ids if len(ids) <= limit else self._with_less(prompt, pair, len(ids) - limit, limit))
+            for ids, pair in zip(prompt.ids(pairs), pairs, strict=True)
         ]
 
-    def _with_less(self, prompt: _PairPrompt, query: str, document: str, excess: int, limit: int) -> Ids:
+    def _with_less(self, prompt: _PairPrompt, pair: _Pair, excess: int, limit: int) -> Ids:
         """Return the ids of a prompt that has `excess` tokens too many, with a shorter document.
 
         Raises:
             TooLong: it has more than `limit` tokens without any document.
         """
         for _ in range(MOST_CUTS):
-            length = len(self._renderer.tokenize(document, add_special_tokens=False)) - excess
-            document = self._cut(document, length) if length > 0 else ""
-            ids = prompt.ids(query, document)
+            length = len(self._renderer.tokenize(pair.document, add_special_tokens=False)) - excess
+            pair = pair._replace(document=self._cut(pair.document, length) if length > 0 else "")
+            (ids,) = prompt.ids([pair])
             excess = len(ids) - limit
             if excess <= 0:
                 return ids
-            if not document:
+            if not pair.document:
                 break
         raise TooLong(
             f"the prompt has {limit + excess} tokens without its document, and is to be cut to {limit}: "

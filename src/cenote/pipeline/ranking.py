@@ -2,12 +2,13 @@
 
 The way depends on the outputs of the model: a cross-encoder reads query and document together; a bi-encoder compares
 one vector of each; late interaction compares the vectors of their tokens by MaxSim; sparse embeddings are compared, or
-all three. In all but the first a query is encoded once for all its documents.
+all three. In these a query is encoded once for all its documents. A listwise reranker reads a query with many of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,16 +99,18 @@ class Way:
     Attributes:
         name: in requests and in `ModelInfo.score_types`.
         task: run on each query and document, or on each pair.
-        scores: makes scores, float32 `[N]`, of the outputs.
+        scores: makes scores, float32 `[N]`, of the outputs; `None` for lists.
         also: further tasks of the same forward.
         of_pairs: query and document are one sequence.
+        of_lists: a query and many documents are (`cenote.pipeline.listwise`).
     """
 
     name: str
     task: str
-    scores: Callable[[Sides, Similarity], Array]
+    scores: Callable[[Sides, Similarity], Array] | None = None
     also: tuple[str, ...] = ()
     of_pairs: bool = False
+    of_lists: bool = False
 
 
 WAYS: dict[str, Way] = {
@@ -118,6 +121,7 @@ WAYS: dict[str, Way] = {
         Way("late-interaction", "token_embed", _late_interaction),
         Way("sparse", "sparse", _sparse),
         Way("hybrid", "embed", _hybrid, also=("sparse", "token_embed")),
+        Way("listwise", "token_embed", of_lists=True),
     )
 }
 
@@ -133,6 +137,9 @@ def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
         count: number of pairs.
         pair: index of the pair.
     """
+    if len(sequences) <= count and sequences[0].keep is not None:  # listwise: the prompt that has the document
+        ends = accumulate(len(sequence.keep or ()) - 1 for sequence in sequences)
+        return next(list(sequence.ids) for sequence, end in zip(sequences, ends, strict=True) if pair < end)
     queries = len(sequences) - count
     document = list(sequences[queries + pair].ids)
     if not queries:
@@ -181,14 +188,20 @@ def _not_scored(info: ModelInfo) -> NotScored:
     return NotScored(f"This model does not support the Scoring API. It offers: {', '.join(info.tasks)}")
 
 
-def reward_task(info: ModelInfo) -> tuple[str, bool]:
+def reward_task(info: ModelInfo, *, of_tokens: bool = False) -> tuple[str, bool]:
     """Return the task that gives a model's reward, and whether its activation is applied by default.
 
     By default the classes of a step are probabilities, and the reward of an input or a token is the head's raw number.
 
+    Args:
+        info: of the model.
+        of_tokens: a model that rates tokens and is no reward model gives the rows of `token_classify`.
+
     Raises:
         TaskNotOffered: the model gives no reward.
     """
+    if not info.reward and of_tokens and "token_classify" in info.tasks:
+        return "token_classify", info.classifies
     if not info.reward:
         labels = f"; it has {info.num_labels} labels, and a reward has one" if info.num_labels else ""
         raise TaskNotOffered(

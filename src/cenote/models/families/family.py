@@ -69,6 +69,7 @@ class Family:
         markers: prefixes that a tokenizer must not take apart.
         title: its name in reports; empty = none but its architecture's.
         tasks: served before all others, the one of requests that name none first.
+        tensors: names of the checkpoint's tensors that it reads besides the model's.
         step_tag: vocabulary entry that closes a step, if the head rates steps.
         rates_tokens: the head is made for tokens rather than for whole inputs.
     """
@@ -83,6 +84,7 @@ class Family:
     prefixes: Mapping[str, str] = MappingProxyType({})
     markers: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    tensors: Collection[str] = ()
     step_tag: str | None = None
     rates_tokens: bool = False
 
@@ -107,6 +109,10 @@ class Family:
 
     def sides(self, tokenizer: PreTrainedTokenizerBase) -> Sides | None:
         """Return how queries and documents are encoded, if the model does so differently."""
+        return None
+
+    def projector(self, files: Files, options: ModelConfig) -> nn.Linear | None:
+        """Return a layer over every row of hidden states, before the modules of Sentence-Transformers."""
         return None
 
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:

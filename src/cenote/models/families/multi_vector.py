@@ -40,7 +40,10 @@ STANFORD = "HF_ColBERT"
 ARCHITECTURES = (STANFORD, "ColBERTModernBertModel", "ColBERTJinaRobertaModel", "ColBERTLfm2Model")
 """Architecture names that mean a backbone and a projection of its token vectors."""
 
-PROJECTIONS = ("linear.weight", "colbert_linear.weight")
+OWN_PROJECTION = "custom_text_proj.weight"
+"""Tensor by which the architectures of colpali-engine (ColQwen3, ...) are recognised whatever they are called."""
+
+PROJECTIONS = ("linear.weight", "colbert_linear.weight", "custom_text_proj.weight")
 """Names that such a projection has beside the backbone."""
 
 EXPANDED_LENGTH = 32
@@ -103,6 +106,7 @@ class MultiVector(Family):
     markers: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     projection: str | None = None
+    tensors: tuple[str, ...] = ()
     normalizes: bool = True
 
     @classmethod
@@ -115,9 +119,11 @@ class MultiVector(Family):
             with well_formed(files.path):
                 plain = _plain(files.st, options.reads_pickles)
                 return plain if options.plain_late_interaction else _of_modules(files.st, plain)
-        if files.architecture not in ARCHITECTURES:
+        if files.architecture not in ARCHITECTURES and OWN_PROJECTION not in files.tensors:
             return None
-        plain = cls(projection=_projection(files.tensors))
+        weight = _projection(files.tensors)
+        bias = weight.removesuffix("weight") + "bias"
+        plain = cls(projection=weight, tensors=(weight, bias))
         if options.plain_late_interaction or files.architecture != STANFORD:
             return plain
         return _of_stanford(files, plain)

@@ -14,6 +14,7 @@ import torch
 
 from cenote.errors import CheckpointError
 from cenote.models.classifiers import Classifier
+from cenote.models.convert import Head
 from cenote.models.families.family import Family
 from cenote.models.poolers import Embed, Rows, TokenEmbed
 from cenote.tensors.pooling import pool
@@ -60,6 +61,7 @@ class OwnModel(Family):
     """A checkpoint whose registered class is a `ModelForPooling`."""
 
     title: ClassVar[str] = "a model class of your own"
+    head = Head()
 
     tasks: tuple[str, ...] = ()
 

@@ -2,13 +2,16 @@
 
 A checkpoint is recognised by its own files where they say (Sentence-Transformers' `LogitScore`, config keys), and
 else by its name or the title of its model card. Prompts are Jinja templates over two messages, `query` and
-`document`, exact to the blank; they are facts of the checkpoints (their model cards and repositories).
+`document`, exact to the blank; they are facts of the checkpoints (their model cards and repositories), as is which of
+their parts are tokenised apart.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from cenote.core import PairTemplate
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Reranker:
         model_type: `model_type` of its config.
         tokens: vocabulary entries whose logits count.
         difference: the score is the second token's logit minus the first's.
-        template: the prompt.
+        prompt: of a pair.
         sigma: divisor of the logit before the sigmoid.
     """
 
@@ -29,7 +32,7 @@ class Reranker:
     model_type: str
     tokens: tuple[str, ...]
     difference: bool
-    template: str
+    prompt: PairTemplate
     sigma: float = 1.0
 
 
@@ -38,40 +41,87 @@ _QUERY_DOCUMENT = (
     "{%- set document = (messages | selectattr('role', 'eq', 'document') | first).content -%}"
 )
 
-QWEN3 = (
+_BREAK = "{{ '\n' }}"
+"""A line break that is a text of its own."""
+
+
+def _literal(text: str) -> str:
+    """Return a template of `text` alone, whose last line break Jinja keeps."""
+    return text + "{# the end stays #}"
+
+
+_QWEN3_PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+_QWEN3_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+QWEN3 = PairTemplate(
     _QUERY_DOCUMENT
     + "{%- set system = messages | selectattr('role', 'eq', 'system') | first -%}"
     + "{%- set default = 'Given a web search query, retrieve relevant passages that answer the query' -%}"
     + "{%- set instruction = instruction or instruct or (system.content if system else '') or default -%}"
-    + "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    + 'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    + "<Instruct>: {{ instruction }}\n<Query>: {{ query }}\n<Document>: {{ document }}<|im_end|>\n"
-    + "<|im_start|>assistant\n<think>\n\n</think>\n\n{# the blank lines stay #}"
+    + f"{_QWEN3_PREFIX}<Instruct>: {{{{ instruction }}}}\n<Query>: {{{{ query }}}}\n<Document>: {{{{ document }}}}"
+    + _literal(_QWEN3_SUFFIX),
+    prefix=_QWEN3_PREFIX,
+    suffix=_QWEN3_SUFFIX,
 )
 
-GEMMA = (
-    _QUERY_DOCUMENT
-    + "A: {{ query }}\nB: {{ document }}\n"
-    + '{{ instruction or "Given a query A and a passage B, determine whether the passage contains an answer to the '
-    + "query by providing a prediction of either 'Yes' or 'No'.\" }}"
+_GEMMA_TASK = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
 )
 
-MXBAI = (
-    _QUERY_DOCUMENT
-    + "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-    + "<|im_start|>user\n{% if instruction %}instruction: {{ instruction }}\n{% endif %}"
-    + "query: {{ query }}\ndocument: {{ document }}\n"
-    + "You are a search relevance expert who evaluates how well documents match search queries. For each "
-    + "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
-    + "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n"
-    + "{# the line break stays #}"
+GEMMA = PairTemplate(
+    None,
+    parts=(
+        _QUERY_DOCUMENT + "A: {{ query }}",
+        _BREAK,
+        _QUERY_DOCUMENT + "B: {{ document }}",
+        _BREAK,
+        f'{{{{ instruction or "{_GEMMA_TASK}" }}}}',
+    ),
+    bos=True,
+    prefix="A: ",
+    suffix=f"\n{_GEMMA_TASK}",
 )
 
-ZERANK = (
+_MXBAI_PREFIX = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+_MXBAI_TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For each query-document "
+    "pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment (0 "
+    "for not relevant, 1 for relevant).\nRelevance:"
+)
+_CHATML_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+
+MXBAI = PairTemplate(
+    None,
+    parts=(
+        _literal(_MXBAI_PREFIX),
+        _QUERY_DOCUMENT + "{% if instruction %}instruction: {{ instruction }}\n{% endif %}query: {{ query }}",
+        _BREAK,
+        _QUERY_DOCUMENT + "document: {{ document }}",
+        _BREAK,
+        _MXBAI_TASK,
+        _literal(_CHATML_SUFFIX),
+    ),
+    prefix=_MXBAI_PREFIX,
+    suffix=f"\n{_MXBAI_TASK}{_CHATML_SUFFIX}",
+)
+
+_ZERANK_PREFIX = "<|im_start|>system\n"
+
+ZERANK = PairTemplate(
     _QUERY_DOCUMENT
-    + "<|im_start|>system\n{% if instruction %}<query>{{ query }}</query>\n<instruction>{{ instruction }}"
-    + "</instruction>{% else %}{{ query }}{% endif %}<|im_end|>\n<|im_start|>user\n{{ document }}<|im_end|>\n"
-    + "<|im_start|>assistant\n{# the line break stays #}"
+    + _ZERANK_PREFIX
+    + "{% if instruction %}<query>{{ query }}</query>\n<instruction>{{ instruction }}</instruction>"
+    + "{% else %}{{ query }}{% endif %}<|im_end|>\n<|im_start|>user\n{{ document }}"
+    + _literal(_CHATML_SUFFIX),
+    prefix=_ZERANK_PREFIX,
+    suffix=_CHATML_SUFFIX,
 )
 
 RERANKERS: tuple[Reranker, ...] = (

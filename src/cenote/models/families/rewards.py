@@ -1,13 +1,16 @@
 """Reward models: heads that Transformers has no class for, recognised by the tensors that a checkpoint carries.
 
 Sources: `Qwen2ForRewardModel` and `Qwen2ForProcessRewardModel` (Qwen2.5-Math-RM-72B, Qwen2.5-Math-PRM-7B),
-`InternLM2ForRewardModel` (internlm2-1_8b-reward), `Ernie4_5_VLMoeForProcessRewardModel` (FastDeploy).
+`InternLM2ForRewardModel` (internlm2-1_8b-reward), `Ernie4_5_VLMoeForProcessRewardModel` (FastDeploy),
+`Qwen2ForPrmModel` (Skywork-o1-Open-PRM) and TRL's value heads, `LlamaRewardModel` (UltraRM, Eurus-RM),
+`LlamaModelForScore` (safe-rlhf: beaver-7b), `INFORMForSequenceClassification` (INF-ORM-Llama3.1-70B) and
+`LlamaForRewardModelWithGating` (ArmoRM-Llama3-8B).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import nn
 
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
+from cenote.models.classifiers import linear
 from cenote.models.convert import Head, is_reward
 from cenote.models.families.family import Family
 
@@ -38,19 +42,30 @@ class RewardHead:
 
     Attributes:
         keys: endings of the names of its tensors; a checkpoint that has them all has this head.
-        build: the module over rows, `[R, D] -> [R, C]`, from those tensors by ending.
+        build: the module over rows, `[R, D] -> [R, C]`, from those tensors by ending and the config.
         optional: endings of tensors that may be missing.
+        rates_tokens: it is made for every token rather than for the last one of an input.
+        is_common: other models have tensors of these names; it is recognised with the architecture's name alone.
     """
 
     name: str
     keys: tuple[str, ...]
-    build: Callable[[Tensors], nn.Module]
+    build: Callable[[Tensors, Any], nn.Module]
     optional: tuple[str, ...] = ()
+    rates_tokens: bool = True
+    is_common: bool = False
 
     def places(self, names: Seq[str]) -> dict[str, str]:
-        """Return by ending those of `names` that are tensors of this head."""
+        """Return by ending those of `names` that are tensors of this head; numbered layers have none of it."""
         endings = [*self.keys, *self.optional]
-        return {key: name for key in endings for name in names if f".{name}".endswith(f".{key}")}
+        return {key: name for key in endings for name in names if _is_beside(name, key)}
+
+
+def _is_beside(name: str, ending: str) -> bool:
+    """Return whether a tensor called `name` has that ending, and is in no numbered layer."""
+    before = name.removesuffix(ending)
+    is_whole = before == "" or before.endswith(".")
+    return name.endswith(ending) and is_whole and not any(part.isdigit() for part in before.split("."))
 
 
 class _Gated(nn.Module):
@@ -68,28 +83,87 @@ class _Gated(nn.Module):
         return reward_RC
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
-    return layer
+class _Normalized(nn.Module):
+    """A linear layer whose scores are normalised as safe-rlhf's `Normalizer` does."""
+
+    def __init__(self, layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mean = nn.Buffer(mean)
+        self.std = nn.Buffer(std)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """`[R, D] -> [R, C]`."""
+        scores_RC: Tensor = (self.layer(x_RD) - self.mean) / (self.std + SAFE_RLHF_EPSILON)
+        return scores_RC
 
 
-def _two_layers(t: Tensors) -> nn.Module:
-    first = _linear(t["score.0.weight"], t["score.0.bias"])
-    return nn.Sequential(first, nn.ReLU(), _linear(t["score.2.weight"], t["score.2.bias"]))
+SAFE_RLHF_EPSILON = 1e-8
 
 
-def _gated(t: Tensors) -> nn.Module:
-    return _Gated(_linear(t["rm_head.up_gate_proj.weight"]), _linear(t["rm_head.down_proj.weight"]))
+def _two_layers(t: Tensors, config: Any) -> nn.Module:
+    first = linear(t["score.0.weight"], t["score.0.bias"])
+    return nn.Sequential(first, nn.ReLU(), linear(t["score.2.weight"], t["score.2.bias"]))
+
+
+def _gated(t: Tensors, config: Any) -> nn.Module:
+    return _Gated(linear(t["rm_head.up_gate_proj.weight"]), linear(t["rm_head.down_proj.weight"]))
+
+
+def _one_layer(name: str) -> Callable[[Tensors, Any], nn.Module]:
+    """Return a function that builds the linear layer called `name`."""
+    return lambda t, config: linear(t[f"{name}.weight"], t.get(f"{name}.bias"))
+
+
+def _safe_rlhf(t: Tensors, config: Any) -> nn.Module:
+    """Return the head of safe-rlhf: rewards are normalised by mean and deviation, costs by the deviation.
+
+    Raises:
+        CheckpointError: scores are to be normalised, and the statistics are missing.
+    """
+    layer = linear(t["score_head.weight"], t.get("score_head.bias"))
+    kind = getattr(config, "score_type", "reward")
+    if not getattr(config, "do_normalize", False) or kind == "critic":
+        return layer
+    if kind not in ("reward", "cost"):
+        raise CheckpointError(f"score_type in config.json is {kind!r}, expected reward, cost or critic")
+    mean, variance = _statistic(t, config, "mean"), _statistic(t, config, "var")
+    return _Normalized(layer, mean if kind == "reward" else torch.zeros_like(mean), variance.sqrt())
+
+
+def _statistic(t: Tensors, config: Any, name: str) -> Tensor:
+    """Return a statistic of rewards, `[C]` float32: that of the config, else the tensor."""
+    written, stored = getattr(config, name, None), t.get(f"normalizer.{name}")
+    if written is not None:
+        return torch.as_tensor(written, dtype=torch.float32)
+    if stored is None:
+        raise CheckpointError(
+            f"do_normalize in config.json is true, but the checkpoint has neither {name!r} there nor the tensor "
+            f'normalizer.{name}; hf_overrides {{"do_normalize": false}} serves raw scores'
+        )
+    return stored.float()
 
 
 HEADS: tuple[RewardHead, ...] = (
     RewardHead("two layers (Qwen2)", ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"), _two_layers),
     RewardHead("gated (Ernie)", ("rm_head.up_gate_proj.weight", "rm_head.down_proj.weight"), _gated),
-    RewardHead("linear (InternLM2)", ("v_head.weight",), lambda t: _linear(t["v_head.weight"])),
-    RewardHead("linear", ("score.weight",), lambda t: _linear(t["score.weight"], t.get("score.bias")), ("score.bias",)),
+    RewardHead("linear (InternLM2)", ("v_head.weight",), _one_layer("v_head"), ("v_head.bias",)),
+    RewardHead("value head (TRL)", ("v_head.summary.weight",), _one_layer("v_head.summary"), ("v_head.summary.bias",)),
+    RewardHead(
+        "regression head (UltraRM)",
+        ("regression_head.weight",),
+        _one_layer("regression_head"),
+        ("regression_head.bias",),
+        rates_tokens=False,
+    ),
+    RewardHead(
+        "score head (safe-rlhf)",
+        ("score_head.weight",),
+        _safe_rlhf,
+        ("score_head.bias", "normalizer.mean", "normalizer.var", "normalizer.count"),
+        rates_tokens=False,
+    ),
+    RewardHead("linear", ("score.weight",), _one_layer("score"), ("score.bias",), is_common=True),
 )
 """The first whose tensors are all there counts."""
 
@@ -100,8 +174,8 @@ HEAD_NAMES = frozenset({"score", "rm_head", "v_head", "reward_head", "value_head
 STEP_TAGS = {"Qwen2ForProcessRewardModel": "<extra_0>"}
 """Process reward models whose training fixes the token that closes a step."""
 
-OF_LAST_TOKEN = frozenset({"Ernie4_5_VLMoeForProcessRewardModel"})
-"""Reward models that rate the whole input by its last token unless told otherwise; the others rate every token."""
+OF_INPUTS = ("Ernie4_5_VLMoeForProcessRewardModel", "ForSequenceClassification")
+"""Endings of architectures that rate the whole input by its last token unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -117,25 +191,28 @@ class Rewards(Family):
     head: Head
     row: RewardHead | None = None
     places: Mapping[str, str] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()
     step_tag: str | None = None
     rates_tokens: bool = False
 
     @classmethod
     def recognise(cls, files: Files, options: ModelConfig) -> Rewards | None:
-        """Recognise a reward model by its architecture's name, and its head by the names of its tensors."""
+        """Recognise the head by the names of its tensors, and a common name of one by the architecture's."""
         architecture = files.architecture
-        if options.convert == "embed" or not is_reward(architecture):
-            return None
+        is_named = is_reward(architecture)
         for row in HEADS:
             places = row.places(files.tensors)
-            if all(key in places for key in row.keys):
+            if all(key in places for key in row.keys) and (is_named or not row.is_common):
                 return cls(
                     head=Head("reward", name=f"{architecture}, {row.name}"),
                     row=row,
                     places=places,
+                    tensors=tuple(places.values()),
                     step_tag=STEP_TAGS.get(architecture),
-                    rates_tokens=architecture not in OF_LAST_TOKEN,
+                    rates_tokens=row.rates_tokens and not architecture.endswith(OF_INPUTS),
                 )
+        if not is_named or options.convert == "embed":
+            return None
         unknown = [name for name in files.tensors if HEAD_NAMES.intersection(name.split("."))]
         if unknown:
             raise CheckpointError(f"{architecture}: its tensors {', '.join(unknown)} are no reward head that is known")
@@ -146,7 +223,8 @@ class Rewards(Family):
         if self.row is None:
             return None
         tensors = loaded.tensors(self.places.values())
-        module = loaded.placed(self.row.build({key: tensors[name] for key, name in self.places.items()}))
+        by_ending = {key: tensors[name] for key, name in self.places.items()}
+        module = loaded.placed(self.row.build(by_ending, loaded.files.config))
         with torch.inference_mode():
             num_labels = module(torch.zeros(1, loaded.files.width, device=loaded.full.device)).shape[-1]
         return classifiers.of_modules(module, num_labels)

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from cenote.errors import CheckpointError
 from cenote.models.families.bge_m3 import BgeM3
 from cenote.models.families.family import Family
+from cenote.models.families.gating import Gating
+from cenote.models.families.listwise import Listwise
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.own import OwnModel
 from cenote.models.families.rewards import Rewards
 from cenote.models.families.splade import Splade
+from cenote.models.families.voyage import Voyage
 from cenote.models.sentence_transformers import READERS, ROUTES
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from cenote.models.facts import Files
     from cenote.models.sentence_transformers import Module, SentenceTransformer
 
-FAMILIES: list[type[Family]] = [OwnModel, Splade, MultiVector, BgeM3, Rewards]
+FAMILIES: list[type[Family]] = [OwnModel, Splade, MultiVector, BgeM3, Listwise, Gating, Rewards, Voyage]
 """The first that recognises a checkpoint counts."""
 
 

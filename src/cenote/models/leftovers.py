@@ -1,0 +1,208 @@
+"""Tensors of a checkpoint besides the model's: those of families, those without effect, and those that nobody reads.
+
+Transformers says after loading which tensors are missing, left over or of another shape. Every tensor is entered into
+the audit here: used, left with the reason, or refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from cenote.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from cenote.models.facts import Files
+
+BUFFER = "the model computes it"
+LANGUAGE_MODEL = "its language-model head predicts tokens; hidden states are taken before it"
+MASKED = "its masked-language-model head predicts tokens; hidden states are taken before it"
+PRETRAINING = "a head of the training alone"
+
+# fmt: off
+IDLE: dict[str, str] = {
+    **dict.fromkeys((
+        "*position_ids", "*token_type_ids", "*inv_freq", "*.attn.bias", "*.attn.masked_bias", "*attention.bias",
+        "*attention.masked_bias", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached",
+    ), BUFFER),
+    **dict.fromkeys(("*lm_head.*", "lm_head", "embed_out.*", "lm_loss.*", "*output_layer.*"), LANGUAGE_MODEL),
+    **dict.fromkeys((
+        "cls.predictions.*", "predictions.*", "generator_predictions.*", "generator_lm_head.*", "vocab_transform.*",
+        "vocab_layer_norm.*", "vocab_projector.*", "lm_predictions.*", "mask_predictions.*", "pred_layer.*",
+        "head.dense.weight", "head.dense.bias", "head.norm.weight", "head.norm.bias", "decoder.weight", "decoder.bias",
+        "mlm_head.*", "mlm_predictions.*",
+    ), MASKED),
+    **dict.fromkeys((
+        "cls.seq_relationship.*", "sop_classifier.*", "discriminator_predictions.*", "contact_head.*", "mtp.*",
+        "final_logits_bias",
+    ), PRETRAINING),
+}
+# fmt: on
+"""Names of tensors of published checkpoints that change no answer, with the reason: buffers that old ones carry, and
+heads beside the backbone."""
+
+DECODER = "the encoder runs alone"
+POOLER = "no task pools by it"
+
+TWINS = {
+    "_orig_mod.": "torch.compile puts it there; save `model._orig_mod` or take it off the names",
+    "module.": "DataParallel and DDP put it there; save `model.module` or take it off the names",
+}
+"""Prefixes that wrappers of a model put before the names of all tensors, with the remedy."""
+
+
+def check_names(name: str, tensors: Collection[str]) -> None:
+    """Refuse a checkpoint that was saved with a wrapper around its model.
+
+    Raises:
+        CheckpointError: the names of all tensors begin with a prefix of `TWINS`.
+    """
+    for prefix, remedy in TWINS.items():
+        if tensors and all(tensor.startswith(prefix) for tensor in tensors):
+            raise CheckpointError(
+                f"{name}: the names of all weights begin with {prefix!r}, expected those of the model; {remedy}"
+            )
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of tensors as a model sees them: without the prefix of a backbone that was saved with its head.
+
+    Attributes:
+        model: the backbone, or the model that holds it and its head.
+        needs_pooler: its head runs the pooler.
+    """
+
+    model: PreTrainedModel
+    needs_pooler: bool
+
+    def plain(self, name: str) -> str:
+        """Return a name without the prefix of the backbone."""
+        return name.removeprefix(f"{self.model.base_model_prefix}.")
+
+    def module(self, name: str) -> str:
+        """Return the module of a tensor as the audit lists it: the first part of its name."""
+        return self.plain(name).partition(".")[0]
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Names of the modules of the model and of its backbone."""
+        parents = (self.model, self.model.base_model)
+        return frozenset(name for parent in parents for name, _ in parent.named_children())
+
+    def is_required(self, name: str) -> bool:
+        """Return whether a tensor belongs to a module of the model and changes its results."""
+        return self.module(name) in self.modules and not self.reason(name)
+
+    def reason(self, name: str) -> str:
+        """Return why a tensor changes no answer; empty if that is not known."""
+        plain = self.plain(name)
+        if "pooler." in plain:
+            return "" if self.needs_pooler else POOLER
+        if plain.startswith("decoder.") and type(self.model).__name__.endswith("EncoderModel"):
+            return DECODER
+        return next((reason for pattern, reason in IDLE.items() if fnmatchcase(plain, pattern)), "")
+
+
+def check_tensors(
+    files: Files, names: Names, report: Mapping[str, Any], *, read: Collection[str], only_embeds: bool
+) -> None:
+    """Enter all tensors of a checkpoint into its audit.
+
+    Args:
+        files: of the checkpoint.
+        names: by the model with its weights.
+        report: Transformers' own, of the tensors that did not fit.
+        read: names of the tensors that a family reads besides the model.
+        only_embeds: the user wants the hidden states, so heads that are not known are left out.
+
+    Raises:
+        CheckpointError: the model lacks tensors, or the checkpoint has some that nothing reads.
+    """
+    _check_fit(files, names, report)
+    label, read_plain = label_of(files.folder), {names.plain(name) for name in read}
+    default = _reason_of_all(files, only_embeds=only_embeds)
+    unexpected = {names.plain(name): names.reason(name) or default for name in report["unexpected_keys"]}
+    unread = []
+    for name in files.tensors:
+        plain = names.plain(name)
+        reason = _reason_to_leave(names, plain, unexpected)
+        if plain in read_plain or reason is None:
+            files.audit.use(label, names.module(name))
+        elif reason:
+            files.audit.leave(label, [names.module(name)], reason)
+        else:
+            unread.append(name)
+    files.audit.refuse(
+        label,
+        unread,
+        f"the class that runs has no such weights; architectures in config.json is {files.architecture!r}. "
+        "--convert embed leaves them out and serves the hidden states",
+        noun="the tensor",
+    )
+
+
+def _reason_to_leave(names: Names, plain: str, unexpected: Mapping[str, str]) -> str | None:
+    """Return why a tensor is left, empty if nobody knows; `None` = the model has it.
+
+    Transformers passes over some tensors without a word: those are not among the unexpected ones.
+    """
+    if plain in unexpected:
+        return unexpected[plain]
+    is_elsewhere = "pooler." in plain or names.module(plain) not in names.modules
+    return (names.reason(plain) or None) if is_elsewhere else None
+
+
+def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are missing, unknown or of another shape in the modules of the model."""
+    faults = {
+        "lacks": filter(names.is_required, report["missing_keys"]),
+        "has unknown": filter(names.is_required, report["unexpected_keys"]),
+        "has misshapen": (str(entry[0]) for entry in report["mismatched_keys"]),
+    }
+    for verb, found in faults.items():
+        faulty = sorted(found)
+        if faulty:
+            more = f" and {len(faulty) - 3} more" if len(faulty) > 3 else ""
+            raise CheckpointError(
+                f"{files.name} {verb} weights for {type(names.model).__name__}: {', '.join(faulty[:3])}{more}; "
+                f"{_cause(names.model, verb, faulty)}"
+            )
+
+
+def _cause(model: PreTrainedModel, verb: str, faulty: list[str]) -> str:
+    """Return the likely cause of weights that do not fit."""
+    beside = {name for name, module in model.named_children() if module is not model.base_model}
+    is_headless = model.base_model is not model and all(name.partition(".")[0] in beside for name in faulty)
+    if verb == "lacks" and is_headless:
+        return (
+            "the checkpoint was saved without its head, or with one of another name; "
+            "--convert embed serves its hidden states"
+        )
+    return "the config names another architecture than the weights are of"
+
+
+def _reason_of_all(files: Files, *, only_embeds: bool) -> str:
+    """Return why tensors of an unknown head change no answer; empty if they might.
+
+    Sentence-Transformers runs a class of Transformers' without its head, and its modules over the hidden states.
+    """
+    if only_embeds:
+        return "left out by --convert embed"
+    has_modules = bool(files.st.modes or files.st.special)
+    if has_modules and not getattr(files.config, "auto_map", None):
+        return "its Sentence-Transformers modules take the hidden states"
+    return ""
+
+
+def label_of(folder: Path) -> str:
+    """Return the name by which the audit lists tensors: the file of weights, or a pattern of several."""
+    names = sorted(path.name for path in folder.glob("*.safetensors")) or ["pytorch_model.bin"]
+    return names[0] if len(names) == 1 else "*.safetensors"
