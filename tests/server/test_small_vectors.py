@@ -129,8 +129,8 @@ def test_what_encoding_format_says_alone(client: TestClient, body: dict[str, Any
     [
         (
             {"embedding_types": ["int4"]},
-            "Unknown embedding type 'int4'; known are: float, int8, uint8, binary, ubinary, base64, dense, sparse, "
-            "colbert.",
+            "Unknown embedding type 'int4'; known are: float, int8, uint8, binary, ubinary, base64, dense, colbert, "
+            "sparse.",
             "embedding_types",
         ),
         (
