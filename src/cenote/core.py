@@ -388,6 +388,9 @@ class Entries:
     names: tuple[str, ...] = ()
     reason: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.file}: {', '.join(self.names)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -478,6 +481,11 @@ class ModelInfo:
     columns: Seq[int] = ()
     adapters: tuple[str, ...] = ()
     report: Report = Report()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings of the start, a sentence each."""
+        return self.report.warnings
 
     def limit(self, task: str) -> int:
         """Return the maximum tokens of an input of `task`."""

@@ -38,9 +38,9 @@ def run(arguments: dict[str, Any]) -> int:
 
 def lines(service: Service) -> list[str]:
     """Return the report of a start, and all entries of the checkpoint's files."""
-    used = [f"  {entries.file}: {', '.join(entries.names)}" for entries in service.info.report.used]
-    left = [f"  {entries.file}: {', '.join(entries.names)} ({entries.reason})" for entries in service.info.report.left]
-    return [*report(service), "read of the checkpoint:", *used, "left, without effect here:", *left]
+    used = [f"  {entries}" for entries in service.info.report.used]
+    left = [f"  {entries} ({entries.reason})" for entries in service.info.report.left]
+    return [*report(service), "", "entries that are read:", *used, "entries that are left, and why:", *left]
 
 
 def described(service: Service) -> dict[str, Any]:

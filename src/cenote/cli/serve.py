@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from cenote.core import ModelInfo
+    from cenote.core import ModelInfo, Report
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Prompts
 
 log = logging.getLogger("cenote")
 
+LONG = 300
+"""Most characters of a line about a checkpoint's files."""
 OF_FRONTS = {"served_model_name", "trust_remote_code"}
 """Options of a model that a server in front of engines takes, too."""
 
@@ -264,7 +267,14 @@ def report(service: Service) -> list[str]:
         lines.append("int8 and uint8 embeddings: by calibrated ranges")
     lines += _prompting(service.renderer.prompts)
     lines += map(_adapter, service.views[1:])
+    lines += _files(info.report)
     return lines + [f"warning: {warning}" for warning in info.report.warnings]
+
+
+def _files(report: Report) -> list[str]:
+    """Return the lines about entries of the checkpoint's files, cut; `cenote info` shows them in full."""
+    lists = (("read of the checkpoint", report.used), ("left, without effect", report.left))
+    return [f"{title}: {textwrap.shorten('; '.join(map(str, entries)), LONG)}" for title, entries in lists if entries]
 
 
 def _adapter(service: Service) -> str:
