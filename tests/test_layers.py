@@ -22,6 +22,26 @@ LAYERS = (
     ("faces", ("arguments", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )
+INNER = {
+    "models": (
+        (
+            "files",
+            "audit facts keys weights transformer_module sentence_transformers configs contents remote_code stacked_lora "
+            "lora adapted leftovers",
+        ),
+        ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
+        ("kinds of checkpoints", "convert families hub"),
+        ("changes of a model", "passes costs"),
+        ("a model to serve", "checkpoint offers model information"),
+        ("load", "load"),
+    ),
+    "server": (
+        ("shared by dialects", "errors serving wire"),
+        ("dialects", "routes dialects"),
+        ("application", "describe gate reading ending app"),
+    ),
+}
+"""Layers of folders, lowest first, by the names of their modules and folders."""
 HEIGHT = {part: height for height, (_, parts) in enumerate(LAYERS) for part in parts}
 WITHOUT = {"words": {"torch", "transformers", "fastapi", "starlette"}, "tensors": {"transformers", "fastapi"}}
 """Packages that a layer must not import when it is loaded."""
@@ -59,6 +79,19 @@ def test_imports_go_down(path: Path) -> None:
     me = name(path)
     for target in own(path):
         assert HEIGHT[target.split(".")[0]] <= HEIGHT[me.split(".")[0]], f"{me} imports {target}, which is above it"
+
+
+@pytest.mark.parametrize("folder", INNER)
+def test_imports_go_down_inside(folder: str) -> None:
+    """Inside a folder, too, a module imports from its own layer or the ones below; every module has a layer."""
+    heights = {part: height for height, (_, parts) in enumerate(INNER[folder]) for part in parts.split()}
+    for path in MODULES:
+        at, _, me = name(path).partition(".")
+        if at != folder or not me:
+            continue
+        inside = [target.partition(".")[2] for target in own(path) if target.startswith(f"{folder}.")]
+        above = [target for target in inside if heights[target.split(".")[0]] > heights[me.split(".")[0]]]
+        assert not above, f"{name(path)} imports {above}, which are above it"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
