@@ -25,6 +25,10 @@ class Watched:
         self.inner = inner
         self.under_way = inner.under_way
 
+    @property
+    def fault(self) -> str:
+        return self.inner.fault
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -348,6 +348,13 @@ class EngineConfig(BaseModel):
     scheduling_policy: Literal["priority", "fcfs"] = Field(
         "priority", description="priority: requests of a lower `priority` run first; fcfs: it has no effect"
     )
+    forward_timeout: float = Field(
+        600,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds after which a batch that has not come back means that the device hangs: requests get 503, "
+        "and the process ends with an error; 0 = never, the default of LLM",
+    )
     cache_size: int = Field(0, ge=0, description="MiB of results kept, keyed by token ids; 0 = off")
 
 

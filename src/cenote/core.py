@@ -549,6 +549,10 @@ class Engine(Protocol):
 
     info: ModelInfo
 
+    @property
+    def fault(self) -> str:
+        """Reason why the engine can run nothing any more, so that its process should end; empty while it can."""
+
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:

@@ -103,6 +103,7 @@ class LLM:
         hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
+        options = {"forward_timeout": 0, **options}  # a caller in this process can wait for as long as it likes
         options |= {"model": model, "runner": runner, "convert": convert}
         if pooler_config is not None:
             options["pooler_config"] = pooler_config
@@ -495,6 +496,12 @@ class LLM:
     def close(self) -> None:
         """Finish and stop the device thread. An `LLM` that is garbage-collected needs no closing."""
         self._service.engine.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM cannot be pickled: it has threads and loaded weights; make it in the process that uses it, for "
+            "instance in the initializer of a pool"
+        )
 
     def __enter__(self) -> LLM:
         return self

@@ -38,6 +38,7 @@ batch_sequences = Histogram("cenote_batch_sequences", "Sequences per batch", buc
 batch_tokens = Histogram("cenote_batch_tokens", "Tokens per batch", buckets=_POWERS, registry=REGISTRY)
 tokens = Counter("cenote_tokens", "Tokens run", registry=REGISTRY)
 sequences = Counter("cenote_sequences", "Sequences by outcome: done, failed, dropped", ("outcome",), registry=REGISTRY)
+forwards_again = Counter("cenote_forwards_again", "Forwards over a part of a batch that failed", registry=REGISTRY)
 cache_hits = Counter("cenote_cache_hits", "Sequences answered from the cache", registry=REGISTRY)
 cache_misses = Counter("cenote_cache_misses", "Sequences that the cache had to compute", registry=REGISTRY)
 cache_joined = Counter("cenote_cache_joined", "Sequences that waited for an equal one under way", registry=REGISTRY)

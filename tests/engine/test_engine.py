@@ -23,7 +23,7 @@ from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine import engine as engine_module
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_vector
-from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
+from cenote.errors import CenoteError, Closed, EngineFailed, EngineGone, Overloaded
 from tests import PATIENCE
 
 
@@ -32,11 +32,9 @@ class OutOfMemoryError(RuntimeError):
 
 
 class Done:
-    def __init__(self, outputs: list[Output | CenoteError]) -> None:
+    def __init__(self, outputs: list[Output | CenoteError], ready: Callable[[], bool] = lambda: True) -> None:
         self.outputs = outputs
-
-    def ready(self) -> bool:
-        return True
+        self.ready = ready
 
     def finish(self) -> list[Output | CenoteError]:
         return self.outputs
@@ -57,7 +55,8 @@ class Model:
 
 
 def texts(*lengths: int) -> list[Sequence]:
-    return [Sequence([length] * length) for length in lengths]
+    """Return sequences of these lengths, all different."""
+    return [Sequence([length + 1000 * place] * length) for place, length in enumerate(lengths)]
 
 
 def check(future: Future[list[Output]], sequences: list[Sequence]) -> None:
@@ -135,8 +134,9 @@ def test_a_failing_batch_fails_its_own_requests_only() -> None:
 
     engine = LocalEngine(Model(before), max_batch_tokens=20)
     bad, good = engine.submit(texts(13, 20, 20)), engine.submit(texts(20, 20))
-    with pytest.raises(EngineFailed, match="ValueError: 13 is unlucky"):
+    with pytest.raises(EngineFailed, match="ValueError") as failure:
         bad.result(PATIENCE)
+    assert str(failure.value.__cause__) == "13 is unlucky"
     check(good, texts(20, 20))
     engine.close()
 
@@ -410,10 +410,23 @@ def test_streams_answer_everything_once_whoever_gives_up() -> None:
             assert counts[i] == len(request)
             done += 1
         else:
-            assert "13 is unlucky" in str(future.exception())
+            assert str(future.exception().__cause__) == "13 is unlucky"  # type: ignore[union-attr]
     assert done > 100
     with pytest.raises(Closed):
         engine.submit(texts(1))
+
+
+class Mortal(Streamed):
+    """A model that ends the device thread of a batch with a sequence of 66 tokens: its batch cannot be asked."""
+
+    def launch(self, sequences: Seq[Sequence]) -> Done:
+        done = super().launch(sequences)
+        if any(len(s) == 66 for s in sequences):
+            done.ready = self._ended
+        return done
+
+    def _ended(self) -> bool:
+        raise SystemExit("the interpreter is going down")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -422,20 +435,21 @@ def test_a_stream_that_dies_takes_the_others_along() -> None:
 
     def before(sequences: Seq[Sequence]) -> None:
         if any(len(s) == 66 for s in sequences):
-            raise SystemExit("the interpreter is going down")
+            return
         begun.set()
         assert go.wait(PATIENCE)
 
-    engine = LocalEngine(Streamed(before), threads=2, max_batch_tokens=66)
-    kept = engine.submit(texts(40, 40))
+    engine = LocalEngine(Mortal(before), threads=2, max_batch_tokens=66)
+    kept = engine.submit(texts(40, 41))
     assert begun.wait(PATIENCE)
-    lost = engine.submit(texts(66, 66))
+    lost = engine.submit([Sequence([1] * 66), Sequence([2] * 66)])
     go.set()
-    check(kept, texts(40, 40))
+    check(kept, texts(40, 41))
     with pytest.raises(EngineFailed, match="device thread died"):
         lost.result(PATIENCE)
-    with pytest.raises(EngineFailed, match="device thread died"):
+    with pytest.raises(EngineGone, match="device thread died"):
         engine.submit(texts(1))
+    assert "SystemExit" in engine.fault
     assert not engine.healthy()
     for thread in engine._threads:
         thread.join(PATIENCE)
@@ -445,23 +459,17 @@ def test_a_stream_that_dies_takes_the_others_along() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_device_thread_answers_everybody() -> None:
     held = Held()
-
-    def before(sequences: Seq[Sequence]) -> None:
-        held._before(sequences)
-        raise SystemExit("the interpreter is going down")
-
-    held.model.before = before
-    engine = LocalEngine(held.model, max_batch_tokens=10)
-    first = engine.submit(texts(10))
+    engine = LocalEngine(Mortal(held._before), max_batch_tokens=10, streams=1)
+    first = engine.submit(texts(66))
     assert held.begun.wait(PATIENCE)
     second = engine.submit(texts(10))
     held.go.set()
     wait([first, second], PATIENCE)
-    for future in (first, second):
-        with pytest.raises(EngineFailed, match="device thread died"):
-            future.result(0)
     with pytest.raises(EngineFailed, match="device thread died"):
-        engine.submit(texts(1))
+        first.result(0)
+    for refused in (lambda: second.result(0), lambda: engine.submit(texts(1))):
+        with pytest.raises(EngineGone, match="device thread died"):
+            refused()
     assert not engine.healthy()
 
 

@@ -45,6 +45,7 @@ class Recording:
 
     outputs: list[Output] = field(default_factory=list)
     info: ModelInfo = FAKE_INFO
+    fault: str = ""
     given: list[Sequence] = field(default_factory=list)
 
     def submit(self, sequences: Any, *, progress: Callable[[int], None] | None = None) -> Future[list[Output]]:

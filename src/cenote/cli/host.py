@@ -39,11 +39,10 @@ def run(arguments: dict[str, Any]) -> int:
     ended = threading.Event()
     defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     log.info("listening on %s, %.1f s after start", options.listen, time.monotonic() - began)
-    ended.wait()
+    host.wait(ended)
     for number, default in defaults.items():  # a second signal ends the process at once
         signal.signal(number, default)
     if not host.close(options.shutdown_timeout):
-        log.critical("the process does not end by itself: something hangs")
         logging.shutdown()
         os._exit(1)
     return 0

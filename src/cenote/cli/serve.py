@@ -87,7 +87,7 @@ def _serve(arguments: dict[str, Any]) -> None:
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Server(config, app.under_way, server.shutdown_timeout).run(sockets=[listener])
+    Server(config, app.under_way, server.shutdown_timeout, lambda: app.fault).run(sockets=[listener])
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:

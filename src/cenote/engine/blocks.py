@@ -117,6 +117,11 @@ class ChunkedEngine:
         self.info = engine.info
         self._engine = engine
 
+    @property
+    def fault(self) -> str:
+        """See `cenote.core.Engine.fault`."""
+        return self._engine.fault
+
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:

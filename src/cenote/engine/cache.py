@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote import metrics
+from cenote.engine.owner import Owner
 from cenote.engine.promise import Promise
 from cenote.errors import Closed
 
@@ -212,7 +213,13 @@ class CachedEngine:
         self._running: dict[Hashable, tuple[_Flight, int]] = {}
         self._lock = threading.RLock()  # the garbage collector may cancel a future inside
         self._closed = False
+        self._owner = Owner()
         _OPEN.add(self)
+
+    @property
+    def fault(self) -> str:
+        """See `cenote.core.Engine.fault`."""
+        return self._engine.fault
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
@@ -223,6 +230,7 @@ class CachedEngine:
         sequences, it is not known which of them failed: those that others need are then computed once more, for each
         request by itself.
         """
+        self._owner.check()
         keys = [key_of(sequence) for sequence in sequences]
         request = _Request(len(keys), progress)
         flight = _Flight(request)

@@ -4,8 +4,8 @@ Callers submit from any thread. A device thread asks the scheduler for a batch w
 for a timer. A GPU has one device thread, which launches the next batch while the last one runs. A CPU has several
 *streams*, each with its part of the cores: two forwards side by side leave fewer cores idle between layers than one on
 all cores. Only a sequence that waits alone may run on all cores, in the *wide* stream, where that has been faster of
-late (`cenote.engine.lone`). A batch that runs out of memory is split and tried again; any other failure fails the
-requests of that batch only.
+late (`cenote.engine.lone`). A batch whose forward raises is run again in halves, down to single sequences, so that only
+the sequences that fail alone are answered with an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cenote import metrics
 from cenote.core import ModelInfo, Output, Sequence
+from cenote.engine.cache import copied
+from cenote.engine.equal import distinct
+from cenote.engine.failures import Failures, answer, is_fatal, release
 from cenote.engine.lone import Lone
-from cenote.engine.promise import Promise
+from cenote.engine.owner import Owner
+from cenote.engine.promise import Promise, check_caller
 from cenote.engine.scheduler import Scheduler
-from cenote.errors import CenoteError, Closed, EngineFailed, Overloaded
+from cenote.engine.watchdog import Watchdog
+from cenote.errors import CenoteError, Closed, EngineFailed, EngineGone, Overloaded
 from cenote.tensors.packing import common_prefix
 from cenote.tensors.process import release_freed_memory, release_threads
 
@@ -39,6 +44,8 @@ DEFAULT_STREAMS = {"cpu": 2}
 """Streams of models that are reentrant."""
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
+LAST_FORWARDS = 5.0
+"""Seconds that the other streams of an engine that is lost have to end."""
 REST, LONG_WORK = 2.0, 10.0
 """Seconds without work, and seconds of work with pauses, after which freed memory goes back to the system."""
 
@@ -92,24 +99,27 @@ class _Request(Promise[list[Output]]):
         """Return whether the caller gave up or a part failed: sequences that still wait need not run."""
         return self.future.done()
 
-    def put(self, place: int, output: Output) -> None:
-        """Store one output; the last one resolves the future."""
+    def put(self, places: list[int], output: Output) -> None:
+        """Store one output, and copies of it in further places; the last one resolves the future."""
+        first, *others = places
         with self._lock:
-            self._outputs[place] = output
-            self._left -= 1
+            self._outputs[first] = output
+            for place in others:
+                self._outputs[place] = copied(output, writable=True)
+            self._left -= len(places)
             is_whole = not self._left
         if is_whole:
             self.resolve([output for output in self._outputs if output is not None])
 
 
 class _Entry:
-    """A sequence and its place in a request."""
+    """A sequence and its places in a request, several where it comes several times."""
 
-    __slots__ = ("place", "request", "sequence")
+    __slots__ = ("places", "request", "sequence")
 
-    def __init__(self, request: _Request, place: int, sequence: Sequence) -> None:
+    def __init__(self, request: _Request, places: list[int], sequence: Sequence) -> None:
         self.request = request
-        self.place = place
+        self.places = places
         self.sequence = sequence
 
     def __len__(self) -> int:
@@ -117,11 +127,16 @@ class _Entry:
 
 
 class _Run(NamedTuple):
-    """A batch under way on the device, with the time of its launch."""
+    """A batch under way on the device, with the time of its launch and its number at the watchdog."""
 
     batch: list[_Entry]
     launched: Launched
     began: float
+    number: int
+
+
+_Result = tuple[_Entry, "Output | CenoteError"]
+"""A sequence with its output, or with the error that its output is."""
 
 
 class _Stream:
@@ -153,7 +168,18 @@ class LocalEngine:
         streams: forwards that run at a time, each on its part of `threads`; `None` = by device. Always 1 for a model
             that is not reentrant.
         by_priority: requests of lower `Sequence.priority` run first.
+        forward_timeout: seconds after which a batch that has not come back means that the device hangs; 0 = never.
+
+    Attributes:
+        fault: reason why nothing can be run any more: a device thread died, or the device hangs. Empty while all is
+            well. The process should end then; requests are refused.
     """
+
+    fault = ""
+    _closing = False
+    _last_failed = False
+    _untidy_since: float | None = None
+    _worked_until = 0.0
 
     def __init__(
         self,
@@ -165,8 +191,10 @@ class LocalEngine:
         threads: int | None = None,
         streams: int | None = None,
         by_priority: bool = True,
+        forward_timeout: float = 0,
     ) -> None:
         self._model = model
+        self._owner = Owner()
         self._by_priority = by_priority
         device = model.info.report.device.partition(":")[0]
         self.max_batch_tokens = max_batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 768)
@@ -182,13 +210,11 @@ class LocalEngine:
         )
         self._busy: set[_Stream] = set()
         self._lone = Lone()
-        self._closing = False
-        self._dead: BaseException | None = None
-        self._last_failed = False
-        self._untidy_since: float | None = None
-        self._worked_until = 0.0
+        self._failures = Failures()
+        self._forward_timeout = forward_timeout
         self._rate: metrics.Rate = metrics.Rate()
         _RUNNING.add(self)
+        self._watchdog = Watchdog(forward_timeout, self._hang)
         self._threads = self._started()
         release_threads()  # those with which this thread has loaded the model
 
@@ -217,14 +243,23 @@ class LocalEngine:
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
     ) -> Future[list[Output]]:
-        """See `cenote.core.Engine.submit`."""
-        shared = common_prefix(sequences) if getattr(self._model, "shares_prefixes", False) else 0
+        """See `cenote.core.Engine.submit`. Equal sequences run once.
+
+        Raises:
+            EngineGone: the engine has a `fault`.
+            EngineFailed: it is called in a forked child, or from a progress callback.
+        """
+        self._owner.check()
+        check_caller()
+        places_of = distinct(sequences)
+        different = [sequences[places[0]] for places in places_of]
+        shared = common_prefix(different) if getattr(self._model, "shares_prefixes", False) else 0
         priority = sequences[0].priority if sequences and self._by_priority else 0
         request = _Request(len(sequences), progress, shared, priority)
-        entries = [_Entry(request, place, sequence) for place, sequence in enumerate(sequences)]
+        entries = [_Entry(request, *entry) for entry in zip(places_of, different, strict=True)]
         with self._lock:
-            if self._dead is not None:
-                raise EngineFailed(f"the device thread died: {self._dead!r}")
+            if self.fault:
+                raise EngineGone(self.fault)
             if self._closing:
                 raise Closed("the engine is shutting down")
             self._make_room(len(entries))
@@ -236,7 +271,7 @@ class LocalEngine:
 
     def healthy(self) -> bool:
         """Return whether the device threads live, and the last forward succeeded or a new one of one token does."""
-        if self._dead is not None or not all(thread.is_alive() for thread in self._threads):
+        if not self._owner.is_here or self.fault or not all(thread.is_alive() for thread in self._threads):
             return False
         if not self._last_failed:
             return True
@@ -247,14 +282,20 @@ class LocalEngine:
         return True
 
     def close(self) -> None:
-        """Refuse new requests, finish the accepted ones, and stop. May be called twice."""
+        """Refuse new requests, finish the accepted ones, and stop. May be called twice.
+
+        A thread that hangs is not waited for, and in a forked child there is nothing to close.
+        """
+        if not self._owner.is_here:
+            return
         with self._lock:
             self._closing = True
             self._wake()
         _RUNNING.discard(self)
         for thread in self._threads:
             if thread is not threading.current_thread():  # an owner may be garbage-collected there
-                thread.join()
+                thread.join(LAST_FORWARDS if self.fault else None)
+        self._watchdog.stop()
 
     def _make_room(self, count: int) -> None:
         """Raise `Overloaded` if `count` more sequences may not wait; cancelled ones are dropped first."""
@@ -368,33 +409,57 @@ class LocalEngine:
         release_freed_memory()
 
     def _launch(self, batch: list[_Entry]) -> list[_Run]:
-        """Start a forward; return its run, or none if it failed."""
+        """Start a forward; return its run, or none if it failed and the batch was answered."""
         began = time.monotonic()
         for request in _requests(batch):
             metrics.stage("queue").observe(began - request.accepted)
         try:
-            launched = self._model.launch([entry.sequence for entry in batch])
-        except Exception as error:  # whatever the model raises fails this batch, and only this one
-            self._failed(batch, error)
-            return []
-        return [_Run(batch, launched, began)]
+            return [self._begin(batch)]
+        except BaseException as error:  # the model may raise anything, and none of it ends the device thread
+            failure = error
+        self._isolate(batch, failure)
+        return []
 
     def _deliver(self, run: _Run) -> None:
         """Wait for the outputs of a run, and hand them to its requests."""
         try:
-            outputs = run.launched.finish()
-        except Exception as error:  # as in _launch: a GPU reports its failures here
-            self._failed(run.batch, error)
+            results = self._finish(run)
+        except BaseException as error:  # as in _launch: a GPU reports its failures here
+            failure = error
+        else:
+            self._answer(run, results)
             return
+        self._isolate(run.batch, failure)
+
+    def _begin(self, batch: list[_Entry]) -> _Run:
+        """Launch a forward, under the eye of the watchdog."""
+        began, number = time.monotonic(), self._watchdog.begin(batch)
+        try:
+            return _Run(batch, self._model.launch([entry.sequence for entry in batch]), began, number)
+        except BaseException:
+            self._watchdog.end(number)
+            raise
+
+    def _finish(self, run: _Run) -> list[_Result]:
+        """Wait for the outputs of a run, and return each with its sequence."""
+        try:
+            return [*zip(run.batch, run.launched.finish(), strict=True)]
+        finally:
+            self._watchdog.end(run.number)
+
+    def _answer(self, run: _Run, results: list[_Result]) -> None:
+        """Hand the outputs of a run to its requests."""
         self._succeeded(run)
-        results = [*zip(run.batch, outputs, strict=True)]
-        done = Counter(entry.request for entry, output in results if isinstance(output, Output))
+        done: Counter[_Request] = Counter()
+        for entry, output in results:
+            if isinstance(output, Output):
+                done[entry.request] += len(entry.places)
         metrics.sequences_of("done").inc(done.total())
         for request, count in done.items():
             request.advance(count)
         for entry, output in results:
             if isinstance(output, Output):
-                entry.request.put(entry.place, output)
+                entry.request.put(entry.places, output)
             else:
                 metrics.sequences_of("failed").inc()
                 entry.request.fail(output)
@@ -410,34 +475,72 @@ class LocalEngine:
         metrics.batch_sequences.observe(len(run.batch))
         metrics.stage("forward").observe(time.monotonic() - run.began)
 
-    def _failed(self, batch: list[_Entry], error: Exception) -> None:
-        """Split and retry a batch that ran out of memory; fail the requests of any other."""
-        if type(error).__name__ == "OutOfMemoryError" and len(batch) > 1:
-            log.warning("a batch of %d sequences ran out of memory and is split", len(batch))
-            self._run_now(batch[: len(batch) // 2])
-            self._run_now(batch[len(batch) // 2 :])
-            return
-        log.error("a batch of %d sequences failed", len(batch), exc_info=error)
-        self._last_failed = True
-        metrics.sequences_of("failed").inc(len(batch))
-        for request in _requests(batch):
-            request.fail(EngineFailed(f"the forward pass failed: {type(error).__name__}: {error}"))
+    def _isolate(self, batch: list[_Entry], error: BaseException) -> None:
+        """Answer a batch that failed: run its halves, and the halves of those that fail, down to single sequences.
 
-    def _run_now(self, batch: list[_Entry]) -> None:
-        for run in self._launch(batch):
-            self._deliver(run)
+        Of n sequences k fail alone after at most 2 k log2(n) forwards, and never more than 2 n. Sequences whose request
+        has failed meanwhile, or was cancelled, are left out. After an error of the device nothing is run again.
+        """
+        self._last_failed = True  # until a part succeeds
+        parts = deque(self._halves(batch, error))
+        while parts:
+            part = parts.popleft()
+            failure = self._run_again(part)
+            if failure is not None:
+                parts.extendleft(reversed(self._halves(part, failure)))
+
+    def _halves(self, batch: list[_Entry], error: BaseException) -> list[list[_Entry]]:
+        """Return the halves of a batch that failed; none if it was a single sequence, whose request then fails."""
+        if len(batch) == 1 or is_fatal(error):
+            self._fail(batch, error)
+            return []
+        release(error)
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+
+    def _run_again(self, part: list[_Entry]) -> BaseException | None:
+        """Run a part of a failed batch and answer it; return the exception if it fails too."""
+        part = [entry for entry in part if not entry.request.cancelled()]
+        if not part:
+            return None
+        metrics.forwards_again.inc()
+        try:
+            run = self._begin(part)
+            results = self._finish(run)
+        except BaseException as error:
+            return error
+        self._answer(run, results)
+        return None
+
+    def _fail(self, part: list[_Entry], error: BaseException) -> None:
+        """Fail the requests of a sequence that failed alone, or of all that failed with the device."""
+        self._failures.note(error, len(part))
+        failure = answer(error)
+        for request in _requests(part):
+            request.fail(failure)
 
     def _die(self, error: BaseException, lost: list[_Entry]) -> None:
-        """Fail `lost` and all that waits: a device thread is gone."""
-        failure = EngineFailed(f"the device thread died: {error!r}")
+        """Give up: a device thread is gone, and the batches `lost` with it."""
+        fault = f"the device thread died: {type(error).__name__}; the engine's log has the details"
+        self._give_up(fault, lost, EngineFailed(fault))
+
+    def _hang(self, late: list[list[_Entry]]) -> None:
+        """Give up: the batches `late` do not come back."""
+        fault = f"the device hangs: a forward has not come back within {self._forward_timeout:g} seconds"
+        log.critical("%s; see --forward-timeout", fault)
+        self._give_up(fault, [*chain.from_iterable(late)], EngineGone(fault))
+
+    def _give_up(self, fault: str, lost: list[_Entry], failure: CenoteError) -> None:
+        """Refuse all that comes from now on, and answer the batches `lost` with `failure`, and all that waits."""
         with self._lock:
-            self._dead = error
+            self.fault = self.fault or fault
             self._closing = True
-            while batch := self._scheduler.next_batch():
-                lost += batch
+            waiting = self._scheduler.drain()
             self._wake()
-        for entry in lost:
-            entry.request.fail(failure)
+        for request in _requests(lost):
+            request.fail(failure)
+        for request in _requests(waiting):
+            request.fail(EngineGone(self.fault))
 
 
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:

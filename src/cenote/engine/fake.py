@@ -64,6 +64,7 @@ class FakeEngine:
     failures: list[CenoteError] = field(default_factory=list)
     held: bool = False
     is_healthy: bool = True
+    fault: str = ""
     closed: bool = False
     submitted: list[Sequence] = field(default_factory=list)
     _open: list[tuple[Future[list[Output]], list[Output]]] = field(default_factory=list)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TICK = 0.1
+"""Seconds between looks at the engine."""
 LAST_RESORT = 10.0
 """Seconds that a launched forward has after its requests were answered."""
 
@@ -78,6 +80,16 @@ class Host:
         """Number of fronts that are connected."""
         return len(self._fronts)
 
+    def wait(self, ended: threading.Event) -> None:
+        """Wait until `ended` is set, or the engine has a fault."""
+        while not self.fault and not ended.wait(TICK):
+            pass
+
+    @property
+    def fault(self) -> str:
+        """The engine's fault; see `cenote.core.Engine.fault`."""
+        return self._engine.fault
+
     def close(self, timeout: float | None = None) -> bool:
         """Refuse new fronts, finish the accepted requests, close the engine, and disconnect. May be called twice.
 
@@ -85,7 +97,7 @@ class Host:
             timeout: seconds that requests under way have; then they are answered with `Closed`. `None` = no limit.
 
         Returns:
-            Whether the engine has ended; otherwise it hangs in a forward.
+            Whether the engine has ended well; otherwise it has a fault, or hangs in a forward.
         """
         if self._is_closing:
             return True
@@ -107,7 +119,11 @@ class Host:
         for front in fronts:
             front.close()
         self._doctor.shutdown(wait=False)
-        return not ending.is_alive()
+        hangs = "the process does not end by itself: something hangs" if ending.is_alive() else ""
+        fault = self.fault or hangs
+        if fault:
+            log.critical("%s", fault)
+        return not fault
 
     def _accept(self) -> None:
         while True:

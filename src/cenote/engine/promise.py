@@ -7,12 +7,30 @@ import threading
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from cenote.errors import EngineFailed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_callbacks = threading.local()
+"""`running`: whether this thread is in a progress callback."""
+
+
+def check_caller() -> None:
+    """Refuse a request of a progress callback, which runs in a thread of the engine's: nobody would be left to run it.
+
+    Raises:
+        EngineFailed: the caller is one.
+    """
+    if getattr(_callbacks, "running", False):
+        raise EngineFailed(
+            "a progress callback asked the engine for more work, but it runs in the engine's own thread, and waiting "
+            "there would never end; hand the work to another thread"
+        )
 
 
 class Promise(Generic[T]):
@@ -34,11 +52,14 @@ class Promise(Generic[T]):
         """Tell the caller that `count` more sequences are done. Errors of its callback are logged, not raised."""
         if self._progress is None or not count or self.future.done():
             return
+        was_running, _callbacks.running = getattr(_callbacks, "running", False), True
         try:
             with self._lock:  # several threads may have parts of a request
                 self._progress(count)
-        except Exception:  # a broken progress bar must not stop the engine
+        except BaseException:  # a broken progress bar must not stop the engine, even one that ends its thread
             log.exception("the progress callback failed")
+        finally:
+            _callbacks.running = was_running
 
     def resolve(self, result: T) -> None:
         """Settle with a result, unless settled already."""

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import cenote
-from cenote.engine.promise import Promise
+from cenote.engine.owner import Owner
+from cenote.engine.promise import Promise, check_caller
 from cenote.engine.wire import (
     HOST_DECODER,
     LARGEST_ANSWER,
@@ -73,6 +74,7 @@ class RemoteEngine:
     Attributes:
         info: the model, as the host described it at the first connection.
         about: the host's plain data beside `info`.
+        fault: always empty: a host that is lost may come back.
 
     Raises:
         ConfigError: there is no host, or it has another version.
@@ -80,6 +82,8 @@ class RemoteEngine:
 
     def __init__(self, path: str | Path, *, patience: float = PATIENCE) -> None:
         self._path = str(path)
+        self.fault = ""
+        self._owner = Owner()
         self._lock = threading.Lock()
         self._pending: dict[int, Promise[Any]] = {}
         self._numbers = itertools.count()
@@ -101,9 +105,12 @@ class RemoteEngine:
         """See `cenote.core.Engine.submit`. Refusals of the host are the future's exception.
 
         Raises:
+            EngineFailed: it is called in a forked child, or from a progress callback.
             Closed: this engine was closed.
             EngineGone: there is no host.
         """
+        self._owner.check()
+        check_caller()
         promise: Promise[list[Output]] = Promise(progress)
         number, channel = self._enter(promise)
         try:
@@ -118,6 +125,7 @@ class RemoteEngine:
         """Return whether the host can be reached and its engine is healthy."""
         promise: Promise[bool] = Promise()
         try:
+            self._owner.check()
             number, channel = self._enter(promise)
         except CenoteError:
             return False
@@ -130,7 +138,12 @@ class RemoteEngine:
             self._leave(number)
 
     def close(self) -> None:
-        """Refuse new requests, wait for the accepted ones, and disconnect. The host goes on."""
+        """Refuse new requests, wait for the accepted ones, and disconnect. The host goes on.
+
+        In a forked child there is nothing to close: the connection is the parent's.
+        """
+        if not self._owner.is_here:
+            return
         self._closing.set()
         is_reader = self._thread is threading.current_thread()  # an owner may be garbage-collected there
         with self._lock:

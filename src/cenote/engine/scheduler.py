@@ -119,6 +119,13 @@ class Scheduler(Generic[I]):
         gone = [request for request in self._waiting if request.cancelled()]
         return sum(self._forget(request) for request in gone)
 
+    def drain(self) -> list[I]:
+        """Forget all requests; return the sequences that waited."""
+        waiting = [*chain.from_iterable(self._waiting.values())]
+        for request in [*self._waiting]:
+            self._forget(request)
+        return waiting
+
     def next_batch(self, stream: int = 0) -> list[I]:
         """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
         self.drop_cancelled()

@@ -197,6 +197,7 @@ def _local_engine(model: PoolingModel, options: EngineConfig, max_queued: int | 
         threads=options.threads,
         streams=options.streams,
         by_priority=options.scheduling_policy == "priority",
+        forward_timeout=options.forward_timeout,
     )
 
 

@@ -73,6 +73,11 @@ class Application:
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         self._app = Gate(router, config, self.under_way)
 
+    @property
+    def fault(self) -> str:
+        """Reason why a model can run nothing any more, so that the process should end; empty while all can."""
+        return self._serving.fault
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         await self._app(scope, receive, send)

@@ -7,11 +7,12 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from socket import socket
     from types import FrameType
 
@@ -31,18 +32,23 @@ class Server(uvicorn.Server):
     """uvicorn's server, whose end has a bound.
 
     A first signal stops it from accepting connections; requests under way have `timeout` seconds. A second one ends
-    them at once. `LAST_RESORT` seconds later the process is ended with status 1, whatever hangs.
+    them at once. `LAST_RESORT` seconds later the process is ended with status 1, whatever hangs. A fault of an engine
+    ends it, too, with status 1, once the refusals are sent.
 
     Args:
         config: of uvicorn.
         under_way: requests that the application is answering.
         timeout: seconds that they have.
+        fault: returns the reason why nothing can be answered any more; empty while all is well.
     """
 
-    def __init__(self, config: uvicorn.Config, under_way: UnderWay, timeout: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, under_way: UnderWay, timeout: float, fault: Callable[[], str] = str
+    ) -> None:
         super().__init__(config)
         self._under_way = under_way
         self._timeout = timeout
+        self._fault = fault
         self._deadline = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -50,9 +56,27 @@ class Server(uvicorn.Server):
         left = 0.0 if self.should_exit else self._timeout
         if not self.should_exit:
             self._captured_signals.append(sig)
+        self._end_within(left)
+
+    def run(self, sockets: list[socket] | None = None) -> None:
+        """Serve until a signal; return, or end the process if a fault was the reason."""
+        super().run(sockets)
+        if self._fault():
+            _end_with_error()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end: after a signal, or because of a fault."""
+        fault = self._fault()
+        if fault and not self.should_exit:
+            log.critical("%s; the process ends", fault)
+            self._end_within(TO_LEAVE)
+        return await super().on_tick(counter)
+
+    def _end_within(self, seconds: float) -> None:
+        """Begin to end. Requests under way have `seconds`; the process has `LAST_RESORT` more."""
         self.should_exit = True
-        self._deadline = time.monotonic() + left
-        watchdog = threading.Timer(left + LAST_RESORT, _give_up)
+        self._deadline = time.monotonic() + seconds
+        watchdog = threading.Timer(seconds + LAST_RESORT, _give_up)
         watchdog.daemon = True
         watchdog.start()
 
@@ -77,5 +101,10 @@ class Server(uvicorn.Server):
 
 def _give_up() -> None:
     log.critical("the process does not end by itself: something hangs")
+    _end_with_error()
+
+
+def _end_with_error() -> NoReturn:
+    """End the process with status 1, whatever its threads are doing."""
     logging.shutdown()
     os._exit(1)

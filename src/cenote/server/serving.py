@@ -65,6 +65,11 @@ class Serving:
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
+    @property
+    def fault(self) -> str:
+        """The fault of the first engine that has one."""
+        return next(filter(None, (service.engine.fault for service in self.services)), "")
+
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
         """Return the service called `model`; the first one if the request names none.
 

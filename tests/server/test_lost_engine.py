@@ -1,0 +1,102 @@
+"""A server whose device hangs or whose device thread dies: all are answered, and the process ends with an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import requests
+
+from tests import PATIENCE
+from tests.trouble import LONG
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TROUBLE = "word " * (LONG + 10)
+
+
+class Server:
+    """A `cenote serve` whose model has trouble, and its address."""
+
+    def __init__(self, *arguments: str, kind: str) -> None:
+        command = [sys.executable, "-m", "tests.trouble", kind, *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+
+    def until(self, words: str) -> str:
+        """Read the log until a line has these words; return the line."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if words in line:
+                return line
+        raise AssertionError("".join(self.lines))
+
+    def rest(self) -> str:
+        """Wait for the end; return the whole log."""
+        assert self.process.stderr is not None
+        self.lines += self.process.stderr.readlines()
+        self.process.wait(PATIENCE)
+        return "".join(self.lines)
+
+
+def post(url: str, text: Any) -> requests.Response:
+    return requests.post(f"{url}/v1/embeddings", json={"input": text}, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(("kind", "status"), [("hangs", 503), ("dies", 500)])
+def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int) -> None:
+    server = Server("serve", "--port", "0", "--forward-timeout", "2", kind=kind)
+    url = server.until("serving http://").split("serving ")[1].split(",")[0]
+    assert post(url, "well").status_code == 200
+    with ThreadPoolExecutor(4) as pool:
+        lost = pool.submit(post, url, TROUBLE)
+        time.sleep(0.3)
+        answer = lost.result(PATIENCE)
+    assert answer.status_code == status
+    assert ("Retry-After" in answer.headers) == (status == 503)
+    log = server.rest()
+    assert server.process.returncode == 1, log
+    assert ("the device hangs" if kind == "hangs" else "the device thread died") in log
+
+
+def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    engine = Server("engine", "--listen", path, "--forward-timeout", "2", kind="hangs")
+    engine.until("listening on")
+    front = subprocess.Popen(
+        [sys.executable, "-m", "cenote", "serve", "--engine", path, "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    assert front.stderr is not None
+    url = next(line for line in front.stderr if "serving http://" in line).split("serving ")[1].split(",")[0]
+    try:
+        assert post(url, TROUBLE).status_code == 503
+        log = engine.rest()
+        assert engine.process.returncode == 1, log
+        assert post(url, "well").status_code == 503
+        assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 503
+    finally:
+        front.terminate()
+        front.stderr.read()
+        front.wait(PATIENCE)
+
+
+def test_a_text_that_fails_does_not_fail_others_or_show_internals() -> None:
+    server = Server("serve", "--port", "0", kind="raises")
+    url = server.until("serving http://").split("serving ")[1].split(",")[0]
+    texts = [TROUBLE if i % 4 == 0 else f"text number {i}" for i in range(64)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda text: post(url, text), texts))
+    assert [answer.status_code for answer in answers] == [500 if i % 4 == 0 else 200 for i in range(64)]
+    assert "neighbour" not in answers[0].text
+    assert "srv" not in answers[0].text
+    assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+    server.process.terminate()
+    log = server.rest()
+    assert server.process.returncode == 0
+    assert log.count("Traceback") == 1
