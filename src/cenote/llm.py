@@ -280,7 +280,7 @@ class LLM:
             [comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)
         )
         if not queries or not documents:
-            return torch.zeros(len(queries), len(documents))
+            return torch.zeros(len(queries), len(documents), dtype=torch.float32)
         rows = [similarities(query, documents, self.info.similarity) for query in queries]
         return torch.from_numpy(np.stack(rows))
 

@@ -288,7 +288,7 @@ def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
     if not all(0 <= column < whole.out_features for column in columns):
         raise CheckpointError(f"classes are logits of token ids below {whole.out_features}, got {list(columns)}")
     kept = list(columns)
-    cut = nn.Linear(whole.in_features, len(kept), bias=whole.bias is not None, device=whole.weight.device)
+    cut = nn.Linear(whole.in_features, len(kept), bias=whole.bias is not None, device=whole.weight.device, dtype=torch.float32)
     cut.weight = nn.Parameter(whole.weight[kept].float(), requires_grad=False)
     if whole.bias is not None:
         cut.bias = nn.Parameter(whole.bias[kept].float(), requires_grad=False)
@@ -297,7 +297,7 @@ def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """Return a frozen float32 layer with these weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
     layer.weight = nn.Parameter(weight.float(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.float(), requires_grad=False)

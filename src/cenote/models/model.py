@@ -114,7 +114,7 @@ class PoolingModel:
         if len(read) == batch.size:
             return forward(self.layout, batch, place)
         if not read:
-            return torch.empty(batch.tokens, 0, device=batch.ids_T.device)
+            return torch.empty(batch.tokens, 0, dtype=torch.float32, device=batch.ids_T.device)
         part, rows = batch.select(read)
         part_TD = forward(self.layout, part, place)
         return part_TD.new_zeros(batch.tokens, part_TD.shape[-1]).index_copy_(0, rows, part_TD)

@@ -287,7 +287,7 @@ def _of_torch(path: str, num_labels: int, name: str) -> tuple[str, Callable[[Ten
         ) from error
     if getattr(module, "dim", 0) is None:
         module.dim = -1  # type: ignore[assignment] # Softmax and its kin choose the labels themselves, with a warning
-    rows_RC = torch.zeros(2, num_labels)
+    rows_RC = torch.zeros(2, num_labels, dtype=torch.float32)
     try:
         fits = module(rows_RC).shape == rows_RC.shape
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:

@@ -386,7 +386,7 @@ def _with_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> 
 
 def _with_layer_norm(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
     norm = nn.Module()
-    norm.norm = nn.LayerNorm(module.config["dimension"])
+    norm.norm = nn.LayerNorm(module.config["dimension"], dtype=torch.float32)
     _loaded(norm, module.folder, allow_pickle)
     return replace(st, steps=(*st.steps, norm.norm), dimension=module.config["dimension"])
 
@@ -481,12 +481,12 @@ class _Dense(nn.Module):
         self, in_features: int, out_features: int, *, bias: bool, activation: nn.Module, residual: bool
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.linear = nn.Linear(in_features, out_features, bias=bias, dtype=torch.float32)
         self.activation = activation
         self.use_residual = residual
         self.residual: nn.Module = nn.Identity()
         if residual and in_features != out_features:
-            self.residual = nn.Linear(in_features, out_features, bias=False)
+            self.residual = nn.Linear(in_features, out_features, bias=False, dtype=torch.float32)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """`[R, in] -> [R, out]`."""

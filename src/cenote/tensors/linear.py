@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.tensors import native
-from cenote.tensors.native import Chain, Step
+from cenote.tensors.native import Chain, Step, drawn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,7 +192,7 @@ def unsplit(weights: Narrow) -> Tensor:
 
 
 def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
-    vector_N = torch.zeros(outputs) if vector_N is None else vector_N.float()
+    vector_N = torch.zeros(outputs, dtype=torch.float32, device="cpu") if vector_N is None else vector_N.float()
     return F.pad(vector_N, (0, -outputs % WIDE_TILE)).contiguous()
 
 
@@ -249,8 +249,8 @@ class Kernel:
         """Return whether every path computes the same as torch with the same narrowed numbers, in float64."""
         generator = torch.Generator().manual_seed(0)
         for rows, inputs in ((1, 5), (37, 70), (65, 1030), (66, 130)):
-            x = torch.randn(rows, inputs, generator=generator) * 2 + 0.3
-            weight, bias, residual = (torch.randn(n, inputs, generator=generator) for n in (97, 97, rows))
+            x = drawn(generator, rows, inputs) * 2 + 0.3
+            weight, bias, residual = (drawn(generator, n, inputs) for n in (97, 97, rows))
             stored = weight.to([*PARTS][rows % 3]).float()  # in as many parts, if in any
             residual = residual[:, :1].expand(rows, 97).contiguous()
             if not all(self._path_agrees(path, x, stored, bias[:, 0], residual) for path in self.paths):
@@ -258,7 +258,7 @@ class Kernel:
         return True
 
     def _path_agrees(self, path: str, x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, residual_RN: Tensor) -> bool:
-        norm = nn.LayerNorm(len(weight_ND))
+        norm = nn.LayerNorm(len(weight_ND), dtype=torch.float32)
         weights = narrow(weight_ND, bias_N, path)
         expected_RN = emulate(x_RD, weight_ND, bias_N, path)
         pairs = [(self.chain((Step(weights),))(x_RD), expected_RN)]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, g
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cenote.config import Isa
 from cenote.errors import ConfigError
@@ -146,7 +146,7 @@ class Kernels:
             MemoryError: there is no room for the scores of one block of queries.
         """
         _, heads, tokens, size = q_1NTH.shape
-        out_1TNH = torch.empty(1, tokens, heads, size)
+        out_1TNH = torch.empty(1, tokens, heads, size, dtype=torch.float32, device="cpu")
         strided = [x for t in (q_1NTH, k_1NTH, v_1NTH) for x in (t.data_ptr(), t.stride(1), t.stride(2))]
         failed = self._attention(
             *strided,
@@ -192,7 +192,13 @@ class Kernels:
 
     def unpack(self, packed: Packed) -> Tensor:
         """See `Products`: products with the unit vectors are exact."""
-        return self.chain((Step(packed._replace(bias=None)),))(torch.eye(packed.columns)).t().contiguous()
+        return (
+            self.chain((Step(packed._replace(bias=None)),))(
+                torch.eye(packed.columns, dtype=torch.float32, device="cpu")
+            )
+            .t()
+            .contiguous()
+        )
 
     def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
         """See `Products`."""
@@ -217,7 +223,7 @@ class Kernels:
             heads = ((32, 3, 3), (64, 4, 2), (128, 8, 8))
             if not all(self._attention_agrees(*numbers, generator) for numbers in heads):
                 return False
-            x, gamma = torch.randn(3, 5, 97, generator=generator) * 3, torch.randn(97, generator=generator)
+            x, gamma = 3 * drawn(generator, 3, 5, 97), drawn(generator, 97)
             expected = F.rms_norm(x.double(), (97,), gamma.double(), 1e-5)
             if not torch.allclose(self.rms_norm(x, gamma, 1e-5).double(), expected, atol=1e-5, rtol=1e-5):
                 return False
@@ -226,10 +232,7 @@ class Kernels:
     def _attention_agrees(self, size: int, heads: int, kv_heads: int, generator: torch.Generator) -> bool:
         lengths = [1, 2, 7, 16, 17, 33, 70]
         starts = list(accumulate(lengths, initial=0))
-        q, k, v = (
-            torch.randn(1, starts[-1], n, size, generator=generator).transpose(1, 2)
-            for n in (heads, kv_heads, kv_heads)
-        )
+        q, k, v = (drawn(generator, 1, starts[-1], n, size).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
         if not self.can_attend(q, k, v, max(lengths)):
             return False
         for causal, window in ((False, None), (True, None), (False, 9), (True, 20)):
@@ -242,15 +245,13 @@ class Kernels:
         return True
 
     def _chains_agree(self, generator: torch.Generator) -> bool:
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        first, second, norm = torch.nn.Linear(40, 100), torch.nn.Linear(100, 40, bias=False), torch.nn.LayerNorm(40)
+        first, second = nn.Linear(40, 100, dtype=torch.float32), nn.Linear(100, 40, bias=False, dtype=torch.float32)
+        norm = nn.LayerNorm(40, dtype=torch.float32)
         for parameter in (*first.parameters(), *second.parameters(), *norm.parameters()):
-            parameter.copy_(draw(*parameter.shape))
+            parameter.copy_(drawn(generator, *parameter.shape))
         packed = [self.pack(linear.weight, linear.bias) for linear in (first, second)]
         for rows in (1, 5, 300):
-            x, residual = draw(rows, 40), draw(rows, 40)
+            x, residual = drawn(generator, rows, 40), drawn(generator, rows, 40)
             hidden = F.linear(x.double(), first.weight.double(), first.bias.double())
             for name, apply in ACTIVATIONS.items():
                 product = F.linear(apply(hidden), second.weight.double()) + residual
@@ -260,6 +261,11 @@ class Kernels:
                     return False
         unpacked = [self.unpack(weights) for weights in packed]
         return torch.equal(unpacked[0], first.weight) and torch.equal(unpacked[1], second.weight)
+
+
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return random numbers, float32 on the CPU whatever torch's defaults are: another thread may change them."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Tensor:
@@ -325,8 +331,8 @@ class Step(Generic[W]):
 
     weights: W
     activation: str = ""
-    norm: torch.nn.LayerNorm | None = None
-    linear: torch.nn.Linear | None = None
+    norm: nn.LayerNorm | None = None
+    linear: nn.Linear | None = None
 
 
 class Products(Protocol[W]):
@@ -377,7 +383,7 @@ class Chain(Generic[W]):
         """
         if x.dtype != torch.float32 or not x.is_cpu:
             raise TypeError(f"expected float32 on the CPU, got {x.dtype} on {x.device}")
-        out = torch.empty(*x.shape[:-1], self._columns)
+        out = torch.empty(*x.shape[:-1], self._columns, dtype=torch.float32, device="cpu")
         x, stride = _rows(x)
         after, after_stride = None, 0
         if residual is not None:

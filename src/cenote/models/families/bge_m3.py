@@ -89,7 +89,7 @@ class TokenWeights:
             rows = slice(batch.starts[i], batch.starts[i + 1])
             ids_N, places_T = torch.unique(batch.ids_T[rows], return_inverse=True)
             weights_T = self.linear(x_TD[rows].float()).relu().squeeze(-1)
-            largest_N = torch.zeros(len(ids_N), device=x_TD.device).scatter_reduce(0, places_T, weights_T, "amax")
+            largest_N = weights_T.new_zeros(len(ids_N)).scatter_reduce(0, places_T, weights_T, "amax")
             weights.append((largest_N.masked_fill(torch.isin(ids_N, special), 0.0), ids_N))
         return pruned(weights, params.top_k)
 
@@ -136,7 +136,7 @@ def _linear(file: Path, width: int) -> nn.Linear:
     if not isinstance(weights, dict) or set(weights) != {"weight", "bias"}:
         raise CheckpointError(f"{file.name} must hold the tensors weight and bias")
     try:
-        layer = nn.Linear(width, len(weights["bias"]))
+        layer = nn.Linear(width, len(weights["bias"]), dtype=torch.float32)
         layer.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{file.name} does not fit hidden states of size {width}: {error}") from None

@@ -12,6 +12,7 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from cenote.core import Sides
@@ -183,7 +184,7 @@ def _linear(loaded: Loaded, weight: str) -> nn.Linear:
     bias = weight.removesuffix("weight") + "bias"
     tensors = loaded.tensors([name for name in (weight, bias) if name in loaded.files.tensors])
     outputs, inputs = tensors[weight].shape
-    layer = nn.Linear(inputs, outputs, bias=bias in tensors)
+    layer = nn.Linear(inputs, outputs, bias=bias in tensors, dtype=torch.float32)
     layer.load_state_dict({name.rpartition(".")[2]: tensor.float() for name, tensor in tensors.items()})
     return layer
 

@@ -180,4 +180,4 @@ def _in_its_dtype(loaded: Loaded, name: str) -> Callable[[Tensor], Tensor]:
 
 def _blank(loaded: Loaded) -> Tensor:
     """Return a row of zeros, `[1, D]`, to learn the width of results by."""
-    return torch.zeros(1, loaded.files.width, device=loaded.full.device)
+    return torch.zeros(1, loaded.files.width, dtype=torch.float32, device=loaded.full.device)

@@ -226,5 +226,6 @@ class Rewards(Family):
         by_ending = {key: tensors[name] for key, name in self.places.items()}
         module = loaded.placed(self.row.build(by_ending, loaded.files.config))
         with torch.inference_mode():
-            num_labels = module(torch.zeros(1, loaded.files.width, device=loaded.full.device)).shape[-1]
+            row_1D = torch.zeros(1, loaded.files.width, dtype=torch.float32, device=loaded.full.device)
+            num_labels = module(row_1D).shape[-1]
         return classifiers.of_modules(module, num_labels)

@@ -174,7 +174,7 @@ def _narrow_embedding(
         return
     weight, half_VD = table.weight, table.weight.to(dtype)
     # Stays on the CPU, for models tell their device by their first weights; a read of its values gets NaN
-    table.weight = nn.Parameter(torch.full((), torch.nan).expand(weight.shape), requires_grad=False)
+    table.weight = nn.Parameter(torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape), requires_grad=False)
     patches.put(NAME, {table: lambda ids: F.embedding(ids, half_VD).float()})
     if proofs.fault_of(lambda: proofs.finite(run())):
         table.weight = weight
