@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cenote.errors import CheckpointError
+from cenote.errors import BadRequest, CheckpointError
 from cenote.models.layouts import Backbone, Padded
 from cenote.models.probe import fault_of
 from cenote.models.traits import logits_of
@@ -95,7 +96,14 @@ class _Stub(nn.Module):
 
 
 class OwnHead:
-    """The head of a Transformers `...For...` model, over states computed elsewhere. Weights are shared and float32."""
+    """The head of a Transformers `...For...` model, over states computed elsewhere. Weights are shared and float32.
+
+    Attributes:
+        config: of the part for text.
+        pad: id of the padding token.
+        end: id of a token that every input must contain, the same number of times in all that share a call: BART's
+            heads are for the state of the last one. `None` = there is no such token.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         backbone = model.base_model
@@ -105,10 +113,11 @@ class OwnHead:
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, model.base_model_prefix: _Stub(backbone)}
         self._model.config = copy.deepcopy(model.config)
-        text = self._model.config.get_text_config()
+        self.config = text = self._model.config.get_text_config()
         self.pad = text.pad_token_id
         if self.pad is None:  # decoders refuse several sequences without one; states of one token need none
             text.pad_token_id = -1
+        self.end: int | None = None
 
     def __call__(self, states_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return the model's own logits for these last hidden states."""
@@ -133,7 +142,17 @@ class OwnHead:
         return self.rows(x_TD[batch.index([last_row(batch, i, self.pad) for i in members])])
 
     def padded(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Logits of states that are padded again, for heads that depend on all of them."""
+        """Logits of states that are padded again, for heads that depend on all of them.
+
+        Raises:
+            BadRequest: a sequence has no `end` token.
+        """
+        logits: dict[int, Tensor] = {}
+        for group in by_count(batch, members, self.end):
+            logits |= dict(zip(group, self._padded(x_TD, batch, group), strict=True))
+        return torch.stack([logits[i] for i in members])
+
+    def _padded(self, x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         part, rows = batch.select(members)
         mask_BL = np.arange(part.max_length) < np.array(part.lengths)[:, None]
         states_BLD = x_TD.new_zeros(*mask_BL.shape, x_TD.shape[-1])
@@ -164,6 +183,27 @@ class Together:
             logits_BC = logits_of(self._model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **types))
             logits |= dict(zip(group, logits_BC, strict=True))
         return torch.stack([logits[i] for i in range(len(members))]).float()
+
+
+def by_count(batch: Batch, members: list[int], token: int | None) -> list[list[int]]:
+    """Group sequences by the number of times that they contain `token`; all are one group if there is none.
+
+    Raises:
+        BadRequest: a sequence does not contain it.
+    """
+    if token is None:
+        return [members]
+    counts_B = np.add.reduceat(batch.host_ids_T == token, batch.starts[:-1], dtype=np.int64)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in members:
+        groups[int(counts_B[i])].append(i)
+    if 0 in groups:
+        raise BadRequest(
+            f"got an input without the end token (id {token}), whose state this model's head rates; let the tokenizer "
+            "add its special tokens, or end token ids with it",
+            param="input",
+        )
+    return [*groups.values()]
 
 
 def last_row(batch: Batch, member: int, pad: int | None) -> int:
@@ -217,6 +257,7 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
         whole = getattr(head, name)
         fault = fault_of(partial(_head_fault, whole, probe))
         if not fault:
+            head.end = _end_token(head, probe) if name == "padded" else None
             return Classifier(head.rows, whole, name == "last", probe.width, place)
         faults.append(f"{name}: {fault}")
     together = Together(model)
@@ -227,6 +268,26 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
     raise CheckpointError(
         f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
     )
+
+
+def _end_token(head: OwnHead, probe: HeadProbe) -> int | None:
+    """Return the end token, if `head` needs one: it runs over that token alone, and fails with any other."""
+    end = getattr(head.config, "eos_token_id", None)
+    other = next(token for token in range(3) if token not in (end, head.pad))
+    needs = isinstance(end, int) and not _fails(head, probe, end) and _fails(head, probe, other)
+    return end if needs else None
+
+
+@torch.inference_mode()
+def _fails(head: OwnHead, probe: HeadProbe, token: int) -> bool:
+    """Return whether the head fails with a sequence of this one token."""
+    ids_11 = torch.full((1, 1), token, device=probe.rows_TD.device)
+    try:
+        head(probe.rows_TD[:1, None], ids_11, torch.ones_like(ids_11))
+    except Exception as error:  # whatever the head raises
+        log.debug("the head fails with token %d: %s", token, error)
+        return True
+    return False
 
 
 @torch.inference_mode()
