@@ -440,6 +440,8 @@ class ModelInfo:
         name: the model in error messages: its served name, or the last part of its folder.
         dimension: length of a vector before any truncation.
         max_model_len: maximum tokens that the model reads at once.
+        vocab_size: rows of the token embedding: every smaller id can be looked up.
+        type_vocab_size: rows of the table of token types; 0 = there is no such table.
         use_activation: whether vectors are normalised unless a request says otherwise.
         max_embed_len: maximum tokens of an `embed` input; 0 = `max_model_len`. Beyond the latter it is run in blocks.
         matryoshka: allowed `dimensions`: `None` = none, `()` = any up to `dimension`, else the listed ones.
@@ -466,6 +468,7 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     use_activation: bool
+    type_vocab_size: int = 0
     max_embed_len: int = 0
     matryoshka: tuple[int, ...] | None = None
     num_labels: int = 0

@@ -38,6 +38,7 @@ from cenote.engine.wire import (
 from cenote.errors import BadRequest, Closed, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
     from concurrent.futures import Future
 
     from cenote.core import Engine, ModelInfo, Output, Sequence
@@ -234,8 +235,15 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
             raise BadRequest(f"got {len(sequence.ids)} tokens, expected 1 to {limit}")
         if min(sequence.ids) < 0 or max(sequence.ids) >= info.vocab_size:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
-        if sequence.type_ids is not None and len(sequence.type_ids) != len(sequence.ids):
-            raise BadRequest(f"got {len(sequence.type_ids)} type ids for {len(sequence.ids)} tokens")
+        if sequence.type_ids is not None:
+            _check_types(sequence.type_ids, len(sequence.ids), info.type_vocab_size)
+
+
+def _check_types(types: Seq[int], length: int, rows: int) -> None:
+    if len(types) != length:
+        raise BadRequest(f"got {len(types)} type ids for {length} tokens")
+    if rows and (min(types) < 0 or max(types) >= rows):
+        raise BadRequest(f"got a type id out of 0 to {rows - 1}")
 
 
 def check_path(path: str | Path) -> None:

@@ -34,7 +34,7 @@ from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
-from cenote.models.traits import vocabulary
+from cenote.models.traits import token_types, tokens_beyond, vocabulary
 from cenote.tensors import linear, native, process
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     """Return the model to serve, which has run once, with its description."""
     layout, outcomes = subject.layout, subject.outcomes
     linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
-    notes = [*built.notes, _layout_note(subject)]
+    notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(subject.backbone))]
     for outcome in outcomes.values():
         notes += outcome.notes
     running = Report(
@@ -241,6 +241,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         built.length,
         running,
         vocab_size=vocabulary(subject.backbone),
+        type_vocab_size=token_types(subject.backbone),
         adapters=subject.shelf.names if subject.shelf else (),
     )
     model = PoolingModel(info, layout, offer.outputs, subject.shelf)
@@ -257,6 +258,17 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
 def _dtype_of(subject: Subject) -> torch.dtype:
     """Return the dtype of the weights, as they are kept."""
     return subject.settings.narrowing.dtype or subject.backbone.dtype
+
+
+def _tokenizer_note(checkpoint: Checkpoint, rows: int) -> str:
+    """Return a warning of tokens without a row in the token embedding, or an empty string."""
+    beyond = tokens_beyond(checkpoint.tokenizer, rows)
+    if not beyond:
+        return ""
+    return (
+        f"the tokenizer knows {len(beyond)} tokens more than the {rows} rows of the token embedding, the first is "
+        f"{beyond[0]!r}; inputs that contain one are refused"
+    )
 
 
 def _layout_note(subject: Subject) -> str:

@@ -11,7 +11,7 @@ from cenote.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POSITION_TABLES = (".position_embeddings", ".position_embedding", ".embed_positions", ".wpe")
 
@@ -20,6 +20,18 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Rows of the token embedding: every smaller id can be looked up."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
     return rows
+
+
+def token_types(model: PreTrainedModel) -> int:
+    """Rows of the table of token types; 0 = the model has none."""
+    table = _embedding(model, (".token_type_embeddings",))
+    return 0 if table is None else table.weight.shape[0]
+
+
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Return the tokens whose ids are not below `rows`, by id."""
+    beyond = {place: token for token, place in tokenizer.get_vocab().items() if place >= rows}
+    return [beyond[place] for place in sorted(beyond)]
 
 
 def logits_of(output: Any) -> Tensor:

@@ -363,7 +363,7 @@ class Renderer:
         """Cut finished ids on an explicit side, and pad.
 
         Raises:
-            BadRequest: `text` has no tokens.
+            BadRequest: `text` has no tokens, or the model has no embedding for one of them or for its type.
             TooLong: it has more tokens than `options` allow.
         """
         if options.side is not None:
@@ -372,7 +372,28 @@ class Renderer:
             raise BadRequest("The decoder prompt cannot be empty", param="input")
         if len(text.ids) > options.limit:
             raise _too_long(options.limit, str(len(text.ids)))
-        return self._padded(text, options) if options.pad else text
+        if options.pad:
+            text = self._padded(text, options)
+        self._check_tables(text)
+        return text
+
+    def _check_tables(self, text: Text) -> None:
+        """Raise `BadRequest` for ids beyond the model's tables, made by a tokenizer that does not fit it."""
+        info = self.info
+        highest = max(text.ids)
+        if highest >= info.vocab_size:
+            (token,) = self.token_strings([highest])
+            raise BadRequest(
+                f"got the token {token!r} (id {highest}), for which {info.name} has no embedding; its ids go from 0 to "
+                f"{info.vocab_size - 1}, and its tokenizer knows more; leave that token out",
+                param="input",
+            )
+        if text.type_ids is not None and max(text.type_ids) >= (info.type_vocab_size or UNLIMITED):
+            raise BadRequest(
+                f"got tokens of type {max(text.type_ids)}, but {info.name} knows types below {info.type_vocab_size}, "
+                "so it reads no pairs of texts; send single texts, or a pair joined to one",
+                param="input",
+            )
 
     def _padded(self, text: Text, options: TextOptions) -> Text:
         length = options.truncate or options.limit
@@ -441,13 +462,15 @@ class Renderer:
 
 
 def is_ids(prompt: Any) -> bool:
-    """Return whether `prompt` is a list, tuple or array of integers."""
-    return isinstance(prompt, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in prompt)
+    """Return whether `prompt` is a list, tuple or array of integers, which booleans are not."""
+    if not isinstance(prompt, (list, tuple, np.ndarray)):
+        return False
+    return all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, prompt)))
 
 
 def listed(prompts: Any) -> list[Any]:
     """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
-    is_one = isinstance(prompts, (str, bytes)) or hasattr(prompts, "keys")
+    is_one = isinstance(prompts, (str, bytes, bytearray, memoryview)) or hasattr(prompts, "keys")
     if is_one or not hasattr(prompts, "__iter__"):
         return [prompts]
     elements = list(prompts)

@@ -23,6 +23,8 @@ ENCODED_AT_ONCE = 256
 MOST_CUTS = 8
 """Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
 
+UNICODE = "text must be valid Unicode, without lone surrogates"
+
 Ids = list[int]
 
 
@@ -87,7 +89,7 @@ class FastTokenizer:
         try:
             encodings: list[Encoding] = encode(texts, add_special_tokens=special)
         except TypeError:  # of tokenizers, for a str that has no UTF-8
-            raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
+            raise BadRequest(UNICODE, param="input") from None
         return encodings
 
     def text_of(self, encoding: Encoding) -> Text:
@@ -176,12 +178,12 @@ class SlowTokenizer:
         """See `FastTokenizer.tokenize`."""
         if not texts:
             return []
-        outputs = self._call([*map(self._cased, texts)], add_special_tokens=special)
+        outputs = self._call([*map(self._checked, texts)], add_special_tokens=special)
         return [Text(ids) for ids in outputs["input_ids"]]
 
     def cut(self, text: str, limit: int, *, special: bool) -> Text:
         """See `FastTokenizer.cut`."""
-        outputs = self._call(self._cased(text), truncation=True, max_length=limit, add_special_tokens=special)
+        outputs = self._call(self._checked(text), truncation=True, max_length=limit, add_special_tokens=special)
         return Text(outputs["input_ids"][:limit])
 
     def beginning(self, text: str, limit: int) -> str:
@@ -191,8 +193,8 @@ class SlowTokenizer:
 
     def join(self, pairs: list[tuple[str, str]], limit: int, *, special: bool) -> list[Text]:
         """See `FastTokenizer.join`."""
-        queries = [self._cased(query) for query, _ in pairs]
-        documents = [self._cased(document) for _, document in pairs]
+        queries = [self._checked(query) for query, _ in pairs]
+        documents = [self._checked(document) for _, document in pairs]
         outputs = self._call(
             queries, documents, add_special_tokens=special, truncation="longest_first", max_length=limit
         )
@@ -204,6 +206,18 @@ class SlowTokenizer:
     def _call(self, *texts: Any, **options: Any) -> Any:
         with self._lock:
             return self._tokenizer(*texts, **options)
+
+    def _checked(self, text: str) -> str:
+        """Return a text as the tokenizer takes it.
+
+        Raises:
+            BadRequest: it is not valid Unicode, which some tokenizers in Python take for unknown words.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest(UNICODE, param="input") from None
+        return self._cased(text)
 
 
 def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:
