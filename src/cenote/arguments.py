@@ -37,9 +37,10 @@ def comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         BadRequest: it is not an embedding.
     """
     if isinstance(outputs, EmbeddingOutput):
-        return np.asarray(outputs.embedding, dtype=np.float32)
+        return np.asarray(outputs.array, dtype=np.float32)
     if isinstance(outputs, SparseEmbedding):
-        return np.asarray(outputs.indices, dtype=np.int64), np.asarray(outputs.values, dtype=np.float32)
+        indices, values = outputs.arrays
+        return np.asarray(indices, dtype=np.int64), np.asarray(values, dtype=np.float32)
     if isinstance(outputs, PoolingOutput):
         data = outputs.data.numpy()
         return data if outputs.indices is None else (outputs.indices.numpy(), data)
@@ -122,8 +123,8 @@ def pair_options(params: PoolingParams, options: Mapping[str, Any], chat_templat
 def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
     """Return a sparse result as `LLM.embed_sparse` does, with its entries as text."""
     assert output.indices is not None
-    ids = output.indices.tolist()
-    return SparseEmbedding(ids, output.data.tolist(), renderer.token_strings(ids))
+    tokens = renderer.token_strings(output.indices.tolist())
+    return SparseEmbedding(output.indices, output.data, tokens)  # type: ignore[arg-type] # kept as arrays
 
 
 def listed_texts(texts: str | Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ from cenote.arguments import (
 )
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
 from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
+from cenote.engine.waiting import UnderWay
 from cenote.errors import BadRequest
 from cenote.outputs import (
     ClassificationOutput,
@@ -51,10 +52,8 @@ from cenote.tensors.similarity import similarities
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from collections.abc import Sequence as Seq
-    from concurrent.futures import Future
 
     import torch
-    from tqdm import tqdm
 
     from cenote.core import ModelInfo, Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
@@ -170,7 +169,7 @@ class LLM:
         if task == "token_embed":
             return self._tensors(results)
         return [
-            EmbeddingRequestOutput(self._number(), EmbeddingOutput(output.data.tolist()), list(sequence.ids))
+            EmbeddingRequestOutput(self._number(), EmbeddingOutput.of(output.data), list(sequence.ids))
             for sequence, output in results
         ]
 
@@ -624,22 +623,16 @@ class LLM:
         """
         from tqdm import tqdm
 
-        under_way: list[tuple[Job[R], Future[list[Output]]]] = []
-        with tqdm(total=total, desc="Pooling", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            try:
-                for job in jobs:
-                    future = self._service.engine.submit(job.sequences, progress=lambda done: _advance(bar, done))
-                    under_way.append((job, future))
-                return [job.finish(future.result()) for job, future in under_way]
-            except BaseException:
-                for _, future in under_way:
-                    future.cancel()
-                raise
+        bar = tqdm(total=total, desc="Pooling", disable=not use_tqdm, dynamic_ncols=True)
+        with bar, UnderWay() as under_way:
+            submitted: list[Job[R]] = []
+            for job in jobs:
+                under_way.submit(self._service.engine, job.sequences)
+                submitted.append(job)
+                bar.update(under_way.progress())
+            results = under_way.results(bar.update)
+            return [job.finish(outputs) for job, outputs in zip(submitted, results, strict=True)]
 
 
 def _paired(sequences: list[Sequence], results: list[R]) -> list[tuple[Sequence, R]]:
     return list(zip(sequences, results, strict=True))
-
-
-def _advance(bar: tqdm[NoReturn], done: int) -> None:
-    bar.update(done)

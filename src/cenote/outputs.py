@@ -7,7 +7,9 @@ Classes carry the names and fields that vLLM's offline API uses, so that code wr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +17,26 @@ if TYPE_CHECKING:
     from cenote.core import LateChunkingMetadata
 
 T = TypeVar("T")
+
+
+class Numbers:
+    """A field that is kept as an array and read as a list of Python's numbers, made anew at each access.
+
+    A list takes eight times the memory of its array, and most are looked at once, if at all. What is returned is a
+    list, so that every serialiser and library takes it; a change of it changes nothing here.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._slot = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> list[Any]:
+        if instance is None:
+            raise AttributeError("the field has no default")
+        values: list[Any] = getattr(instance, self._slot).tolist()
+        return values
+
+    def __set__(self, instance: Any, values: Any) -> None:
+        setattr(instance, self._slot, np.array(values))  # a copy: an engine's arrays are parts of a whole batch's
 
 
 @dataclass(slots=True)
@@ -38,16 +60,31 @@ class PoolingOutput:
         return values
 
 
-@dataclass(slots=True)
+@dataclass
 class EmbeddingOutput:
-    """Result of `LLM.embed` for one prompt."""
+    """Result of `LLM.embed` for one prompt.
 
-    embedding: list[float] = field(repr=False)
+    Attributes:
+        embedding: the vector, a list that is made at each access.
+    """
+
+    __slots__ = ("_embedding",)
+    embedding: list[float] = Numbers()  # type: ignore[assignment] # a descriptor of lists
+
+    @classmethod
+    def of(cls, vector: np.ndarray) -> EmbeddingOutput:
+        """Return the output of a vector, `[D]`, which is copied."""
+        return cls(vector)  # type: ignore[arg-type] # the field is kept as an array
+
+    @property
+    def array(self) -> np.ndarray:
+        """The vector as it is kept, `[D]`, float32."""
+        return self._embedding  # type: ignore[attr-defined, no-any-return]
 
     @property
     def hidden_size(self) -> int:
         """Length of the vector."""
-        return len(self.embedding)
+        return len(self.array)
 
     def __repr__(self) -> str:
         return f"EmbeddingOutput(hidden_size={self.hidden_size})"
@@ -77,7 +114,7 @@ class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """`PoolingRequestOutput` of `LLM.embed`."""
 
 
-@dataclass(slots=True)
+@dataclass
 class SparseEmbedding:
     """Result of `LLM.embed_sparse` for one prompt.
 
@@ -87,12 +124,18 @@ class SparseEmbedding:
         tokens: the entries as text.
     """
 
-    indices: list[int] = field(repr=False)
-    values: list[float] = field(repr=False)
-    tokens: list[str] = field(repr=False)
+    __slots__ = ("_indices", "_values", "tokens")
+    indices: list[int] = Numbers()  # type: ignore[assignment] # a descriptor of lists
+    values: list[float] = Numbers()  # type: ignore[assignment] # likewise
+    tokens: list[str]  # type: ignore[misc] # the descriptors before it are no defaults
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, int64, and values, float32, as they are kept: `[K]` each."""
+        return self._indices, self._values  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"SparseEmbedding(entries={len(self.indices)})"
+        return f"SparseEmbedding(entries={len(self.tokens)})"
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from cenote.core import PoolingParams
+from cenote.engine.waiting import UnderWay
 from cenote.errors import CenoteError, ConfigError
 from cenote.llm import RENDERED_AT_ONCE
 from cenote.pipeline import operations
@@ -82,13 +83,14 @@ class Local:
     def ask(self, texts: Seq[str]) -> int:
         """See `Target.ask`."""
         at_once = len(texts) if self.task == "score" else RENDERED_AT_ONCE
-        under_way = []
-        for start in range(0, len(texts), at_once):
-            job = self._job(texts[start : start + at_once])
-            under_way.append((job, self.service.engine.submit(job.sequences)))
-        for job, future in under_way:
-            job.finish(future.result())
-        return sum(job.tokens for job, _ in under_way)
+        jobs = []
+        with UnderWay() as under_way:
+            for start in range(0, len(texts), at_once):
+                jobs.append(self._job(texts[start : start + at_once]))
+                under_way.submit(self.service.engine, jobs[-1].sequences)
+            for job, outputs in zip(jobs, under_way.results(), strict=True):
+                job.finish(outputs)
+        return sum(job.tokens for job in jobs)
 
     def count(self, text: str) -> int:
         """See `Target.count`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cenote.core import PoolingParams
+from cenote.engine.waiting import UnderWay
 from cenote.errors import BadRequest, ConfigError
 from cenote.pipeline.rendering import TextOptions
 from cenote.tensors.quantize import Ranges
@@ -53,7 +54,9 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
             sequences = renderer.render(texts[start : start + AT_ONCE], "embed", PoolingParams(), TextOptions(-1))
         except BadRequest as error:
             raise ConfigError(f"a text of {path} cannot be embedded: {error}") from None
-        outputs = engine.submit(sequences).result()
+        with UnderWay() as under_way:
+            under_way.submit(engine, sequences)
+            (outputs,) = under_way.results()
         rows += [output.data for output in outputs]
     return Ranges.calibrated(np.stack(rows))
 

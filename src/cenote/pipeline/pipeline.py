@@ -10,7 +10,7 @@ from cenote import tokenizer
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.remote import PATIENCE, RemoteEngine
-from cenote.errors import CenoteError, ConfigError
+from cenote.errors import ConfigError
 from cenote.pipeline import calibration, plugins
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.late_chunking import late
@@ -140,7 +140,7 @@ class Service:
         local = _local_engine(pooling_model, engine, max_queued)
         try:
             ranges = _ranges(model, renderer, local)
-        except CenoteError:
+        except BaseException:  # also if the user interrupts
             local.close()
             raise
         if ranges is not None:

@@ -35,7 +35,9 @@ Some = Annotated[list[T], Field(fail_fast=True, min_length=1)]
 """The same, of at least one element."""
 Message = dict[str, Any]
 Conversation = Some[Message]
-TextInput = Many[int] | Many[Many[int]] | str | Many[str]
+TokenId = Annotated[int, Field(strict=True)]
+"""An integer: neither a boolean nor a number in quotes."""
+TextInput = Many[TokenId] | Many[Many[TokenId]] | str | Many[str]
 KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 
