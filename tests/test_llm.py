@@ -441,8 +441,9 @@ def test_a_forward_that_raises_fails_its_own_call(llm: LLM, means: np.ndarray, m
 
     with monkeypatch.context() as patch:
         patch.setattr(llm._service.engine._model, "launch", broken)  # type: ignore[attr-defined]
-        with pytest.raises(EngineFailed, match="the forward pass failed: RuntimeError: the device is on fire"):
+        with pytest.raises(EngineFailed, match="the forward pass failed: RuntimeError") as failure:
             llm.embed(SHORT, use_tqdm=False)
+    assert str(failure.value.__cause__) == "the device is on fire"
     close(vectors(llm.embed(SHORT, use_tqdm=False)), means)
 
 

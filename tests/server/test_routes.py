@@ -113,7 +113,7 @@ def test_a_root_path_leaves_the_routes_where_they_are(serve: Serve) -> None:
 def test_requests_are_counted_by_route_and_failures_logged(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = FakeEngine(failures=[EngineFailed("the device is gone")])
+    engine = FakeEngine(INFO, failures=[EngineFailed("the device is gone")])
     client = serve(engine)
     counted = 'cenote_requests_total{route="/v1/embeddings",status="500"}'
 

@@ -15,7 +15,7 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
-from cenote.server.wire.fields import Chat, Conversation, Shared, Some, TokenId
+from cenote.server.wire.fields import Chat, Conversation, Shared, Some
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class RewardRequest(Shared, Chat):
     """Body of `POST /v1/chat/reward`: a conversation whose last message is judged, or token ids."""
 
-    messages: Conversation | Some[TokenId] | None = None
-    prompt_token_ids: Some[TokenId] | None = None
+    messages: Conversation | Some[int] | None = None
+    prompt_token_ids: Some[int] | None = None
     return_token_ids: bool | None = None
     dimensions: int | None = None
     use_activation: bool | None = None

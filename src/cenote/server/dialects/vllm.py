@@ -117,7 +117,7 @@ class DetokenizeRequest(Body):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Many[Annotated[int, Field(strict=True, ge=0, lt=2**63)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**63)]]
 
 
 async def pooling(serving: Serving, request: Request, body: PoolingRequest) -> Response:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
@@ -35,9 +35,19 @@ Some = Annotated[list[T], Field(fail_fast=True, min_length=1)]
 """The same, of at least one element."""
 Message = dict[str, Any]
 Conversation = Some[Message]
-TokenId = Annotated[int, Field(strict=True)]
-"""An integer: neither a boolean nor a number in quotes."""
-TextInput = Many[TokenId] | Many[Many[TokenId]] | str | Many[str]
+
+
+def _no_words(value: Any, read: Callable[[Any], list[int]]) -> list[int]:
+    """Refuse booleans and numbers in quotes, which count as integers elsewhere."""
+    ids = read(value)
+    if not _WORDS.isdisjoint(map(type, value)):
+        raise PydanticCustomError("token_ids", "token ids must be integers, neither strings nor booleans")
+    return ids
+
+
+_WORDS = {str, bool}
+TokenIds = Annotated[list[int], Field(fail_fast=True), WrapValidator(_no_words)]
+TextInput = TokenIds | Many[TokenIds] | str | Many[str]
 KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 
