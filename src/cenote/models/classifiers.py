@@ -349,7 +349,9 @@ def _cut_vocabulary(model: PreTrainedModel, columns: tuple[int, ...]) -> None:
     if not all(0 <= column < whole.out_features for column in columns):
         raise CheckpointError(f"classes are logits of token ids below {whole.out_features}, got {list(columns)}")
     kept = list(columns)
-    cut = nn.Linear(whole.in_features, len(kept), bias=whole.bias is not None, device=whole.weight.device, dtype=torch.float32)
+    cut = nn.Linear(
+        whole.in_features, len(kept), bias=whole.bias is not None, device=whole.weight.device, dtype=torch.float32
+    )
     cut.weight = nn.Parameter(whole.weight[kept].float(), requires_grad=False)
     if whole.bias is not None:
         cut.bias = nn.Parameter(whole.bias[kept].float(), requires_grad=False)
