@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -386,3 +388,31 @@ def test_what_depends_on_no_token_is_computed_once(
         model.table.weight.data.mul_(2)
         with torch.inference_mode():
             assert not torch.allclose(model(x), expected[0]), "another input gets its own answer"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_products_of_few_rows_make_no_new_threads(kernels: Kernels) -> None:
+    """The BLAS uses the threads that there are: in a parallel region of one thread its own would be new every time."""
+    if not kernels.can_chain:
+        pytest.skip("there is no BLAS that multiplies by packed matrices")
+    chain = kernels.chain((Step(kernels.pack(torch.ones(512, 512))),))
+    x, seen, ended = torch.ones(40, 512), set[str](), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            seen.update(os.listdir("/proc/self/task"))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        chain(x)
+        old = set(os.listdir("/proc/self/task"))
+        watching = threading.Thread(target=watch)
+        watching.start()
+        for _ in range(300):
+            chain(x)
+        ended.set()
+        watching.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen - old) <= 1, "the watching thread is the only new one"

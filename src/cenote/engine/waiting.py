@@ -1,4 +1,4 @@
-"""Waiting for requests: the one way in which a thread blocks on an engine, and drops work that it no longer waits for."""
+"""Waiting for requests: how a thread blocks on an engine, and drops the work that it no longer waits for."""
 
 from __future__ import annotations
 

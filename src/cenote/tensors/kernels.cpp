@@ -485,9 +485,7 @@ int linear_chain(Compute compute, const Step* steps, int count, const float* x, 
   for (int i = 0; i + 1 < count; ++i) widest = steps[i].out > widest ? steps[i].out : widest;
   const int64_t blocks = (rows + block - 1) / block;
   int failed = 0;
-  // A single block leaves the threads to the BLAS; several keep one each, without a barrier between steps.
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && blocks > 1)
-  for (int64_t b = 0; b < blocks; ++b) {
+  const auto run = [&](int64_t b) {
     static thread_local Scratch scratch;
     const int64_t begin = rows * b / blocks, n = rows * (b + 1) / blocks - begin;
     const float* from = x + begin * x_stride;
@@ -512,6 +510,14 @@ int linear_chain(Compute compute, const Step* steps, int count, const float* x, 
 #pragma omp atomic write
       failed = 1;
     }
+  };
+  // A single block leaves the threads to the BLAS; several keep one each, without a barrier between steps. A region of
+  // one thread would not do for the former: in it the BLAS's own region is nested, and OpenMP makes new threads for it.
+  if (threads > 1 && blocks > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t b = 0; b < blocks; ++b) run(b);
+  } else {
+    for (int64_t b = 0; b < blocks; ++b) run(b);
   }
   return failed;
 }
