@@ -7,6 +7,8 @@ query; a document's score is its cosine to the mean of the query's vectors, weig
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +74,7 @@ def render(
         BadRequest: an option has no effect here.
         TooLong: a prompt has more tokens than the model takes.
     """
-    unknown = sorted(set(options.kwargs) - {"instruction"})
+    unknown = sorted(options.kwargs.keys() - {"instruction"})
     if options.template or unknown:
         names = ", ".join(unknown) or "a template"
         raise BadRequest(
@@ -131,10 +133,10 @@ def _marked(service: Service, sequence: Sequence, count: int) -> Sequence:
 
 
 def scores(outputs: Seq[Output], owners: Seq[int]) -> Array:
-    """Return the score of each document, float32 `[N]`, by the prompts of each query."""
+    """Return the score of each document, float32 `[N]`, by the prompts of each query, which follow one another."""
     parts = []
-    for number in dict.fromkeys(owners):
-        blocks = [output.data for output, owner in zip(outputs, owners, strict=True) if owner == number]
+    for _, of_query in groupby(zip(owners, outputs, strict=True), key=itemgetter(0)):
+        blocks = [output.data for _, output in of_query]
         weights = [float((1 + _cosines(block[:-1], block[-1]).max()) / 2) for block in blocks]
         query_D = np.average([block[-1] for block in blocks], axis=0, weights=weights)
         parts += [_cosines(block[:-1], query_D) for block in blocks]

@@ -26,6 +26,11 @@ REMEMBERED = 256
 """Prompts whose ends are remembered."""
 
 
+def message(role: str, text: str, *, structured: bool) -> dict[str, Any]:
+    """Return a message with a text as its content, or with a list of one part where the template takes lists."""
+    return {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+
+
 class MessageRenderer:
     """Renders texts for one model.
 
@@ -57,9 +62,10 @@ class MessageRenderer:
         Raises:
             BadRequest: the template refuses it.
         """
-        messages = [{"role": "user", "content": self._content(content)}]
+        structured = self._template.structured
+        messages = [message("user", content, structured=structured)]
         if prompt:
-            messages.insert(0, {"role": "system", "content": self._content(prompt)})
+            messages.insert(0, message("system", prompt, structured=structured))
         variables = dict(self._template.kwargs)
         if task is not None and self._template.takes_task:
             variables.setdefault("task", task)
@@ -71,9 +77,6 @@ class MessageRenderer:
             return text
         end = self._end(applied.text, applied.role)[-len(text.ids) :]
         return Text([*text.ids[: len(text.ids) - len(end)], *end], text.type_ids)
-
-    def _content(self, text: str) -> str | list[dict[str, str]]:
-        return [{"type": "text", "text": text}] if self._template.structured else text
 
     def _measured_end(self, prompt: str, task: str | None) -> Ids:
         """Return the tokens at the end that two renderings have in common; none where they have all in common."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.messages import message
 from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, is_count
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
@@ -99,40 +100,34 @@ class _PairPrompt:
         """Render and tokenise pairs; a text that comes several times is tokenised once."""
         texts = self._texts(pairs)
         distinct = list(dict.fromkeys(chain.from_iterable(texts)))
-        is_whole = not self.template.parts
-        tokenized = self.renderer.tokenize_all(distinct, add_special_tokens=self.special and is_whole)
+        special = self.special and not self.template.parts
+        tokenized = self.renderer.tokenize_all(distinct, add_special_tokens=special)
         ids_of = dict(zip(distinct, tokenized, strict=True))
-        if is_whole:
-            return [ids_of[text] for (text,) in texts]
         first = self._first()
         return [[*first, *chain.from_iterable(ids_of[text] for text in parts)] for parts in texts]
 
     def _texts(self, pairs: Seq[_Pair]) -> list[list[str]]:
         """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
         template = self.template
-        if not template.parts:
-            return [[self._text(pair, template.source)] for pair in pairs]
-        fixed = {part: self._render(_Pair("", ""), part) for part in template.parts if MESSAGES not in part}
+        sources = template.parts or (template.source,)
+        fixed: dict[str | None, str] = {
+            part: self._render(_Pair("", ""), part) for part in template.parts if MESSAGES not in part
+        }
 
-        def parts(pair: _Pair) -> list[str]:
+        def texts(pair: _Pair) -> list[str]:
             if pair.is_rendered:
-                return [self._text(pair, None)]
-            return [fixed.get(part) or self._render(pair, part) for part in template.parts]
+                return [pair.query + pair.document + template.suffix]
+            return [fixed.get(source) or self._render(pair, source) for source in sources]
 
-        return [parts(pair) for pair in pairs]
-
-    def _text(self, pair: _Pair, source: str | None) -> str:
-        """Return the whole text of a pair, by a template unless its client has rendered it."""
-        if pair.is_rendered:
-            return pair.query + pair.document + self.template.suffix
-        return self._render(pair, source)
+        return list(map(texts, pairs))
 
     def _render(self, pair: _Pair, source: str | None) -> str:
         contents = {"query": pair.query, "document": pair.document}
         system = self._system()
         if system:
             contents = {"system": system, **contents}
-        messages = [{"role": role, "content": self._content(text)} for role, text in contents.items()]
+        structured = self.template.structured
+        messages = [message(role, text, structured=structured) for role, text in contents.items()]
         return self.renderer.apply_template(messages, source, {**self.template.kwargs, **self.kwargs})
 
     def _first(self) -> list[int]:
@@ -145,9 +140,6 @@ class _PairPrompt:
         if self.template.system is None:
             return ""
         return self.kwargs.get("instruction") or self.template.system
-
-    def _content(self, text: str) -> str | list[dict[str, str]]:
-        return [{"type": "text", "text": text}] if self.template.structured else text
 
 
 class PairRenderer:
@@ -200,40 +192,29 @@ class PairRenderer:
         special, limit = text_options.add_special_tokens, text_options.content_limit
         skip = 0
         if template is None:
-            short = self._shortened(pairs, text_options, options)
-            prompted = [(prompt.text + query, document) for query, document in short]
+            short = self._shortened([_Pair(*pair) for pair in pairs], text_options, options)
+            prompted = [(prompt.text + pair.query, pair.document) for pair in short]
             texts = self._renderer.backend.join(prompted, limit, special=special)
             skip = self._renderer.skip(prompt.text, text_options)
         else:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
-            marked = self._marked(pairs, template, text_options, options)
-            texts = self._by_template(marked, pair_prompt, limit)
+            marked = [_marked(*pair, template) for pair in pairs]
+            texts = self._by_template(self._shortened(marked, text_options, options), pair_prompt, limit)
         fitted = [self._renderer.fit(text, text_options) for text in texts]
         return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:
         return options.template or self.template
 
-    def _marked(
-        self, pairs: Seq[tuple[str, str]], template: PairTemplate, text_options: TextOptions, options: PairOptions
-    ) -> list[_Pair]:
-        """Return `pairs` shortened, those that a client has rendered without the template's suffix."""
-        are_rendered = [template.is_rendered(*pair) for pair in pairs]
-        ends = [template.suffix if is_rendered else "" for is_rendered in are_rendered]
-        inner = [(query, document.removesuffix(end)) for (query, document), end in zip(pairs, ends, strict=True)]
-        short = self._shortened(inner, text_options, options)
-        return [_Pair(*pair, is_rendered) for pair, is_rendered in zip(short, are_rendered, strict=True)]
-
-    def _shortened(
-        self, pairs: Seq[tuple[str, str]], text_options: TextOptions, options: PairOptions
-    ) -> list[tuple[str, str]]:
+    def _shortened(self, pairs: Seq[_Pair], text_options: TextOptions, options: PairOptions) -> list[_Pair]:
         """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
-        queries = list(dict.fromkeys(query for query, _ in pairs))
+        queries = list(dict.fromkeys(pair.query for pair in pairs))
         short_queries = self._side(queries, options.max_tokens_per_query, text_options)
         short_query = dict(zip(queries, short_queries, strict=True))
-        documents = self._side([document for _, document in pairs], options.max_tokens_per_doc, text_options)
-        return [(short_query[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
+        documents = self._side([pair.document for pair in pairs], options.max_tokens_per_doc, text_options)
+        short = zip(pairs, documents, strict=True)
+        return [_Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
 
     def _side(self, texts: list[str], limit: int, options: TextOptions) -> list[str]:
         """Return one side of the pairs, cut to `limit` tokens each, or without characters far beyond any limit."""
@@ -270,6 +251,13 @@ class PairRenderer:
             "only documents are cut; max_tokens_per_query cuts the query",
             param="truncate_prompt_tokens",
         )
+
+
+def _marked(query: str, document: str, template: PairTemplate) -> _Pair:
+    """Return a pair, without the template's suffix and marked as such if its client has rendered it."""
+    if template.is_rendered(query, document):
+        return _Pair(query, document.removesuffix(template.suffix), True)
+    return _Pair(query, document)
 
 
 def _check_limit(name: str, value: Any, max_model_len: int) -> None:
