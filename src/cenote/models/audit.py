@@ -17,7 +17,7 @@ from cenote.core import Entries
 from cenote.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 SHOWN = 8
 """Most names that a message lists."""
@@ -37,7 +37,18 @@ class Keys:
 
     def reason(self, name: str) -> str:
         """Return why the key `name` changes no answer; empty if that is not known."""
-        return next((reason for pattern, reason in self.idle.items() if fnmatchcase(name, pattern)), "")
+        return reason_in(self.idle, name)
+
+
+def reason_in(reasons: Mapping[str, str], name: str) -> str:
+    """Return the reason of the first pattern that `name` matches; empty if it matches none."""
+    return next((reason for pattern, reason in reasons.items() if fnmatchcase(name, pattern)), "")
+
+
+def shortened(names: Sequence[str], count: int) -> str:
+    """Return the first `count` names as a list for a message, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 class Audit:
@@ -104,12 +115,11 @@ class Audit:
         self.leave(file, [name for name in names if name not in refused], "allowed to go unread")
         if not refused:
             return
-        shown = ", ".join(refused[:SHOWN])
-        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         plural = "s" if len(refused) > 1 else ""
         raise CheckpointError(
-            f"{file} has {noun}{plural} {shown}{more}, which Cenote does not honour, so answers could differ from "
-            f"those that the checkpoint was made for; {remedy}. To go on without: --allow-unread {refused[0]}"
+            f"{file} has {noun}{plural} {shortened(refused, SHOWN)}, which Cenote does not honour, so answers could "
+            f"differ from those that the checkpoint was made for; {remedy}. To go on without: --allow-unread "
+            f"{refused[0]}"
         )
 
     def allows(self, file: str, name: str) -> bool:

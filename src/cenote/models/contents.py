@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
-from cenote.models.transformer_module import read_json
+from cenote.models.transformer_module import load, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -96,11 +97,16 @@ def listing(folder: Path) -> tuple[str, ...]:
     names: list[str] = []
     for place, folders, files in os.walk(folder, followlinks=True):
         relative = Path(place).relative_to(folder)
-        names += [(relative / file).as_posix() for file in files if not file.startswith(SKIPPED)]
-        folders[:] = [name for name in folders if not name.startswith(SKIPPED)]
+        names += [(relative / file).as_posix() for file in _visible(files)]
+        folders[:] = _visible(folders)
         if len(relative.parts) == DEPTH:
             folders.clear()
     return tuple(sorted(names))
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    """Return `names` without those that are passed over."""
+    return [name for name in names if not name.startswith(SKIPPED)]
 
 
 def check(folder: Path, names: Iterable[str], checkpoint: str) -> None:
@@ -175,9 +181,9 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     """
     root, backbone = files.path, files.folder
     modules = _module_folders(root)
-    used = {backbone / name for name in read}
+    used = set(map(backbone.joinpath, read))
     for folder in (backbone, *modules):
-        used.update(folder / name for name in weights.model_files(folder, pickles=pickles))
+        used.update(map(folder.joinpath, weights.model_files(folder, pickles=pickles)))
     unread = []
     for name in listed:
         if Path(name).suffix not in RELEVANT:
@@ -212,8 +218,7 @@ def _reason_in(table: Mapping[str, str], name: str) -> str:
 
 def _is_model(folder: Path) -> bool:
     """Return whether a folder has a `config.json` of Transformers."""
-    file = folder / "config.json"
-    return file.is_file() and "model_type" in read_json(file)
+    return "model_type" in load(folder / "config.json")
 
 
 def _module_folders(root: Path) -> frozenset[Path]:
@@ -228,7 +233,7 @@ def _module_folders(root: Path) -> frozenset[Path]:
 
 def _format(folder: Path) -> str:
     """Return the format of a folder without readable weights; empty if that is not known."""
-    return next(filter(None, (_reason_in(FORMATS, name) for name in listing(folder))), "")
+    return next(filter(None, map(partial(_reason_in, FORMATS), listing(folder))), "")
 
 
 def _is_pointer(file: Path) -> bool:

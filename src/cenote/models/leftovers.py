@@ -7,11 +7,11 @@ the audit here: used, left with the reason, or refused by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cenote.errors import CheckpointError
+from cenote.models.audit import reason_in, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -47,6 +47,9 @@ IDLE: dict[str, str] = {
 # fmt: on
 """Names of tensors of published checkpoints that change no answer, with the reason: buffers that old ones carry, and
 heads beside the backbone."""
+
+SHOWN = 3
+"""Most names that a message lists."""
 
 DECODER = "the encoder runs alone"
 POOLER = "no task pools by it"
@@ -108,7 +111,7 @@ class Names:
             return "" if self.needs_pooler else POOLER
         if plain.startswith("decoder.") and type(self.model).__name__.endswith("EncoderModel"):
             return DECODER
-        return next((reason for pattern, reason in IDLE.items() if fnmatchcase(plain, pattern)), "")
+        return reason_in(IDLE, plain)
 
 
 def check_tensors(
@@ -170,9 +173,8 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
     for verb, found in faults.items():
         faulty = sorted(found)
         if faulty:
-            more = f" and {len(faulty) - 3} more" if len(faulty) > 3 else ""
             raise CheckpointError(
-                f"{files.name} {verb} weights for {type(names.model).__name__}: {', '.join(faulty[:3])}{more}; "
+                f"{files.name} {verb} weights for {type(names.model).__name__}: {shortened(faulty, SHOWN)}; "
                 f"{_cause(names.model, verb, faulty)}"
             )
 

@@ -53,8 +53,8 @@ class Offer:
         """Length of a token's vector: that of the last layer over tokens, if there is one."""
         output = self.outputs.get("token_embed")
         steps = output.pooler.steps if isinstance(output, TokenEmbed) else ()
-        modules = [part for step in steps if isinstance(step, nn.Module) for part in step.modules()]
-        widths = [part.out_features for part in modules if isinstance(part, nn.Linear)]
+        layers = nn.ModuleList(step for step in steps if isinstance(step, nn.Module))
+        widths = [layer.out_features for layer in layers.modules() if isinstance(layer, nn.Linear)]
         return widths[-1] if widths else self.vectors.dimension
 
 
@@ -71,10 +71,8 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
         CheckpointError: a head cannot be run, or the options ask for an output that the checkpoint cannot give.
     """
     pooler = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
-    for step in (*pooler.steps, *checkpoint.st.scoring):
-        if isinstance(step, nn.Module):
-            step.to(full.device)
     loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
+    loaded.place((*pooler.steps, *checkpoint.st.scoring))
     outputs = checkpoint.family.outputs(loaded)
     for task, output in _vectors(pooler, checkpoint).items():
         outputs.setdefault(task, output)

@@ -19,7 +19,7 @@ from torch import nn
 from cenote.core import Similarity
 from cenote.errors import CheckpointError
 from cenote.models import keys, transformer_module
-from cenote.models.transformer_module import TransformerModule, load, read_json
+from cenote.models.transformer_module import TransformerModule, as_tuple, load, read_json
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
@@ -65,6 +65,13 @@ SIMILARITIES: dict[str, frozenset[Kind]] = {
     **dict.fromkeys(TOKEN_SIMILARITIES, frozenset[Kind](("tokens",))),
 }
 """Names of similarities to the kinds of embeddings that they compare."""
+
+COMPARED: dict[Kind, tuple[str, ...]] = {
+    "vectors": ("vectors",),
+    "tokens": ("tokens",),
+    "sparse": ("vectors", "sparse"),
+}
+"""Kinds of embeddings that a model gives to the fields of `Similarity` that its similarity is for."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +200,9 @@ class SentenceTransformer:
         name = "" if written is None else written.lower()  # PyLate writes "MaxSim"
         if written is not None and name not in SIMILARITIES:
             raise CheckpointError(f"similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}")
-        if kind not in SIMILARITIES.get(name, ()):
-            return Similarity(vectors="dot") if kind == "sparse" and self.special else Similarity()
-        if kind == "tokens":
-            return Similarity(tokens=name)
-        return Similarity(name, name) if kind == "sparse" else Similarity(name)
+        if kind in SIMILARITIES.get(name, ()):
+            return Similarity(**dict.fromkeys(COMPARED[kind], name))
+        return Similarity(vectors="dot") if kind == "sparse" and self.special else Similarity()
 
 
 @contextmanager
@@ -462,7 +467,7 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
     named = config.get("pooling_mode")
     if named is None:
         return _flagged_modes(config) or ("mean",)
-    modes = (named,) if isinstance(named, str) else tuple(named)
+    modes = as_tuple(named)
     for mode in modes:
         if mode not in MODES:
             raise CheckpointError(f"unknown pooling mode {mode!r}; known are: {', '.join(MODES)}")

@@ -218,6 +218,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path.name} of {path.parent.name}: {error}") from None
 
 
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return the entries of a list, or the only entry `value`."""
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
 def _renamed(written: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config in the new spelling, without keys whose value says that they are not set."""
     config = dict(written)
@@ -315,7 +320,7 @@ class _Reader:
     def _output(self, modality: Mapping[str, Any], result: str) -> tuple[str | int, ...]:
         """Return the path in the model's output, which has to fit the name of the module's result."""
         written = modality["method_output_name"]
-        path = tuple(written) if isinstance(written, list) else (written,)
+        path = as_tuple(written)
         fitting = RESULTS[self._task][1]
         if self._task != "feature-extraction":
             self._require(path == ("logits",), "method_output_name", written, f"logits, for {self._task}")

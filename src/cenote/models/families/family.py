@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+from torch import nn
+
 from cenote.models import weights
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from cenote.models.poolers import Pooler, TaskOutput
     from cenote.models.probe import HeadProbe
     from cenote.models.sentence_transformers import Kind, Module, SentenceTransformer
+    from cenote.tensors.heads import Step
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ class Loaded:
     def placed(self, module: nn.Module) -> nn.Module:
         """Return `module`, frozen, where the model is."""
         return module.to(self.full.device).eval().requires_grad_(False)
+
+    def place(self, steps: Iterable[Step]) -> None:
+        """Freeze those of `steps` that are modules, where the model is."""
+        for step in steps:
+            if isinstance(step, nn.Module):
+                self.placed(step)
 
 
 class Family:

@@ -52,7 +52,7 @@ class Listwise(Family):
         """
         if files.architecture != ARCHITECTURE or options.convert == "embed":
             return None
-        missing = [name for name in WEIGHTS if name not in files.tensors]
+        missing = sorted(set(WEIGHTS).difference(files.tensors))
         if missing:
             raise CheckpointError(f"{files.name}: {ARCHITECTURE} needs the tensors {', '.join(missing)}")
         return cls()
@@ -63,8 +63,7 @@ class Listwise(Family):
         Raises:
             CheckpointError: the vocabulary lacks a marker.
         """
-        vocabulary = loaded.tokenizer.get_vocab()
-        missing = [marker for marker in LISTWISE_MARKERS if marker not in vocabulary]
+        missing = sorted(set(LISTWISE_MARKERS).difference(loaded.tokenizer.get_vocab()))
         if missing:
             raise CheckpointError(
                 f"{loaded.files.name}: the vocabulary has no {', '.join(missing)}, whose states "

@@ -12,20 +12,19 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
-from cenote.core import Sides
+from cenote.core import Sides, coalesce
 from cenote.errors import CheckpointError
+from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed
 from cenote.models.sentence_transformers import dense, well_formed
-from cenote.models.transformer_module import read_json
+from cenote.models.transformer_module import as_tuple, read_json
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
@@ -52,8 +51,8 @@ EXPANDED_LENGTH = 32
 
 SIDES = ("query", "document")
 
-MARKERS = {"query": "[unused0]", "document": "[unused1]"}
-"""Stanford's markers, where `artifact.metadata` names none."""
+MARKERS = {"query": ("query_token_id", "[unused0]"), "document": ("doc_token_id", "[unused1]")}
+"""The key of `artifact.metadata` that names each side's marker, and Stanford's marker where it names none."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,9 @@ class MultiVector(Family):
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return token vectors, projected."""
         config = loaded.options.pooler_config
-        normalizes = self.normalizes if config.use_activation is None else config.use_activation
+        normalizes = coalesce(config.use_activation, self.normalizes)
         steps = self.steps if self.projection is None else (_linear(loaded, self.projection),)
-        for step in steps:
-            if isinstance(step, nn.Module):
-                loaded.placed(step)
+        loaded.place(steps)
         pooler = Pooler(loaded.pooler.modes, steps, normalizes, config.dimensions)
         return {"token_embed": TokenEmbed(pooler, clustering=self.clustering)}
 
@@ -182,11 +179,8 @@ class MultiVector(Family):
 def _linear(loaded: Loaded, weight: str) -> nn.Linear:
     """Return the layer whose weight is the tensor of that name; its bias, if it has one, is beside it."""
     bias = weight.removesuffix("weight") + "bias"
-    tensors = loaded.tensors([name for name in (weight, bias) if name in loaded.files.tensors])
-    outputs, inputs = tensors[weight].shape
-    layer = nn.Linear(inputs, outputs, bias=bias in tensors, dtype=torch.float32)
-    layer.load_state_dict({name.rpartition(".")[2]: tensor.float() for name, tensor in tensors.items()})
-    return layer
+    tensors = loaded.tensors({weight, bias}.intersection(loaded.files.tensors))
+    return linear(tensors[weight], tensors.get(bias))
 
 
 def _projection(tensors: tuple[str, ...]) -> str:
@@ -195,10 +189,10 @@ def _projection(tensors: tuple[str, ...]) -> str:
     Raises:
         CheckpointError: there is none.
     """
-    for name in PROJECTIONS:
-        if name in tensors:
-            return name
-    raise CheckpointError(f"a ColBERT checkpoint needs one of the tensors {', '.join(PROJECTIONS)}; it has none")
+    name = next(filter(tensors.__contains__, PROJECTIONS), None)
+    if name is None:
+        raise CheckpointError(f"a ColBERT checkpoint needs one of the tensors {', '.join(PROJECTIONS)}; it has none")
+    return name
 
 
 def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
@@ -209,11 +203,7 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
     """
     file = files.folder / "artifact.metadata"
     metadata = read_json(file) if file.is_file() else {}
-    markers = {
-        "query": metadata.get("query_token_id") or MARKERS["query"],
-        "document": metadata.get("doc_token_id") or MARKERS["document"],
-    }
-    prefixes = {side: f"{marker} " for side, marker in markers.items()}
+    prefixes = {side: f"{metadata.get(key) or usual} " for side, (key, usual) in MARKERS.items()}
     length = metadata.get("doc_maxlen")
     attend = bool(metadata.get("attend_to_mask_tokens"))
     return replace(
@@ -317,20 +307,20 @@ def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[st
 
 def _listed(sides: Any) -> tuple[str, ...]:
     """Return the sides that a config names, one as a text or several as a list; none = documents."""
-    if not sides:
-        return ("document",)
-    return (sides,) if isinstance(sides, str) else tuple(sides)
+    return as_tuple(sides or "document")
 
 
-PYLATE_KEYS = (
-    "do_query_expansion",
-    "attend_to_expansion_tokens",
-    "attend_to_mask_tokens",
-    "query_prefix",
-    "document_prefix",
-    "skiplist_words",
-    "query_length",
-    "document_length",
+PYLATE_KEYS = frozenset(
+    {
+        "do_query_expansion",
+        "attend_to_expansion_tokens",
+        "attend_to_mask_tokens",
+        "query_prefix",
+        "document_prefix",
+        "skiplist_words",
+        "query_length",
+        "document_length",
+    }
 )
 """Settings by which a folder shows that PyLate wrote it: its queries are expanded unless it says no."""
 
@@ -353,10 +343,10 @@ def _expansion(st: SentenceTransformer) -> Expansion | None:
 def _any_expansion(st: SentenceTransformer) -> Expansion | None:
     """Return how queries are filled up, in the words of Sentence-Transformers or else of PyLate."""
     settings = st.settings
-    for source in (st.transformer.written, settings):
-        if "query_expansion" in source:
-            return _written_expansion(source["query_expansion"])
-    if settings.get("do_query_expansion") is False or not any(key in settings for key in PYLATE_KEYS):
+    written = {**settings, **st.transformer.written}
+    if "query_expansion" in written:
+        return _written_expansion(written["query_expansion"])
+    if settings.get("do_query_expansion") is False or PYLATE_KEYS.isdisjoint(settings):
         return None
     attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
     return Expansion(int(settings.get("query_length") or EXPANDED_LENGTH), attend=bool(attend))

@@ -202,7 +202,7 @@ class Rewards(Family):
         is_named = is_reward(architecture)
         for row in HEADS:
             places = row.places(files.tensors)
-            if all(key in places for key in row.keys) and (is_named or not row.is_common):
+            if places.keys() >= set(row.keys) and (is_named or not row.is_common):
                 return cls(
                     head=Head("reward", name=f"{architecture}, {row.name}"),
                     row=row,
