@@ -75,7 +75,7 @@ def resolve(path: Path, folder: Path, audit: Audit, locate: Callable[[str, str |
     Raises:
         CheckpointError: a base is not named, is not there, or is an adapter of itself; or see `lora.read`.
     """
-    if path != folder and (path / CONFIG).is_file() and not (folder / CONFIG).is_file():
+    if (path / CONFIG).is_file() and not (folder / CONFIG).is_file():
         remedy = f"the backbone is in {folder.name}, and Transformers reads an adapter there; move it"
         audit.refuse(CONFIG, [CONFIG], remedy, noun="the file")
     root = path

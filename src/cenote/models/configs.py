@@ -11,7 +11,7 @@ from cenote import tokenizer
 from cenote.errors import CheckpointError
 from cenote.models import remote_code
 from cenote.models.audit import Keys
-from cenote.models.transformer_module import read_json
+from cenote.models.transformer_module import read_json, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -134,7 +134,7 @@ def _about_the_file(checkpoint: str) -> Iterator[None]:
 
 def _note(content: dict[str, Any], native: dict[str, Any], audit: Audit) -> tuple[str, ...]:
     """Enter the keys of `content` that made the config `native` into the audit, and return a note about it."""
-    audit.use(CONFIG, *(key for key in content if key not in native))
+    audit.use(CONFIG, *without(content, native))
     audit.leave(CONFIG, ["auto_map"], "Transformers has the model that its code is of")
     code = ", ".join(sorted(set(remote_code.references(content).values())))
     return (f"Transformers' own class for {native['model_type']!r} runs in the place of {code}",)
@@ -216,7 +216,7 @@ def _plain(entries: dict[str, Any]) -> dict[str, Any]:
     for key in DTYPES & entries.keys():
         if isinstance(entries[key], str):
             entries[key] = entries[key].removeprefix("torch.")
-    return {key: value for key, value in entries.items() if key not in LEFT_OUT}
+    return without(entries, LEFT_OUT)
 
 
 def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit) -> None:
@@ -225,7 +225,7 @@ def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit)
     Raises:
         CheckpointError: nothing reads one of them.
     """
-    unknown = {key: value for key, value in content.items() if key not in _keys(config)}
+    unknown = without(content, _keys(config))
     if unknown.get("position_embedding_type", "absolute") != "absolute":
         audit.refuse(
             CONFIG,

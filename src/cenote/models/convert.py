@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from cenote.errors import CheckpointError, ConfigError
@@ -105,9 +106,9 @@ def default_pooling_type(
         >>> register_model(MyEncoder)
     """
     names = [name for name in (pooling_type, seq_pooling_type, tok_pooling_type) if name is not None]
-    unknown = [name for name in names if name not in DECLARED]
-    if unknown or not names:
-        raise ConfigError(f"unknown pooling type {next(iter(unknown), None)!r}; known are: {', '.join(DECLARED)}")
+    unknown = next(filterfalse(DECLARED.__contains__, names), None)
+    if unknown is not None or not names:
+        raise ConfigError(f"unknown pooling type {unknown!r}; known are: {', '.join(DECLARED)}")
 
     def decorate(model: M) -> M:
         for name in names:
@@ -471,7 +472,12 @@ def _heads(model: PreTrainedModel, tensors: Collection[str]) -> set[str]:
     """Return those of `tensors` that are in no layer of the backbone."""
     prefix = f"{model.base_model_prefix}."
     names = {name.removeprefix(prefix) for name in tensors}
-    return {name for name in names if not any(part.isdigit() for part in name.split(".")) or "classif" in name}
+    return {name for name in names if not is_in_layer(name) or "classif" in name}
+
+
+def is_in_layer(name: str) -> bool:
+    """Return whether a tensor is in a numbered layer."""
+    return any(map(str.isdigit, name.split(".")))
 
 
 def is_reward(architecture: str) -> bool:

@@ -10,7 +10,7 @@ from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
 from cenote.models.poolers import Classify, TokenClassify
-from cenote.tasks import TASKS
+from cenote.tasks import KINDS, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +99,7 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
 
 def _vector_task(*names: str | None) -> str:
     """Return the first of `names` that is a task of embeddings, else "embed"."""
-    return next((name for name in names if name in TASKS and TASKS[name].kind), "embed")
+    return next((name for name in names if name in KINDS.values()), "embed")
 
 
 def _ordered(ways: tuple[str, ...], task: str | None) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
     if "classify" in outputs and num_labels == 1:
         score_types, reward = ("cross-encoder", *vectors), "classify"
     if head.kind == "reward" or step:
-        reward = next(task for task in outputs if task in ("classify", "token_classify"))
+        reward = next(filter(CLASSES.__contains__, outputs))
     return {
         "num_labels": num_labels,
         "labels": _labels(checkpoint, num_labels),
@@ -151,6 +151,10 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         "step": step,
         "columns": columns,
     }
+
+
+CLASSES = ("classify", "token_classify")
+"""Tasks that the classification head serves."""
 
 
 def _step_columns(outputs: Mapping[str, TaskOutput]) -> Seq[int]:

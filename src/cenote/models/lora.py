@@ -25,6 +25,7 @@ from torch import nn
 from cenote.errors import CheckpointError, first_line
 from cenote.models import weights
 from cenote.models.audit import Keys
+from cenote.models.transformer_module import without
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -247,7 +248,7 @@ def _audited(file: str, content: Mapping[str, Any], audit: Audit, applies: bool)
     if not applies:
         base = written.keys() & {"base_model_name_or_path", "revision"}
         audit.leave(file, base, "the adapter changes the model beside it")
-        rest = {key: value for key, value in rest.items() if key not in base}
+        rest = without(rest, base)
     audit.read(file, rest, KEYS)
     return written
 
@@ -365,9 +366,7 @@ class _Reader:
             return True
         if entry != "bias" or self._adapter.settings.bias == "none":
             return False
-        path = self._path(named, key)
-        if path is not None:
-            self._parts.setdefault(path, _Parts(named)).bias = tensor
+        self._parts_of(named, key).bias = tensor
         return True
 
     def _is_whole(self, named: str, entry: str) -> bool:
@@ -380,13 +379,15 @@ class _Reader:
         named = match["path"]
         if not self._adapter.settings.targets(named):
             return False
-        path = self._path(named, match.string)
-        if path is None:
-            return True
         part = match["half"] or match["part"] or "magnitude"
         name = f"{part}.bias" if match["kind"] == "bias" else part
-        self._parts.setdefault(path, _Parts(named)).low_rank[name] = tensor
+        self._parts_of(named, match.string).low_rank[name] = tensor
         return True
+
+    def _parts_of(self, named: str, key: str) -> _Parts:
+        """Return the tensors of a module so far; of a head that is not run, some that are not kept."""
+        path = self._path(named, key)
+        return _Parts(named) if path is None else self._parts.setdefault(path, _Parts(named))
 
     def _path(self, named: str, key: str) -> str | None:
         """Return the path in this model of a module of the trained one; `None` if it is part of a head that is not run.

@@ -254,9 +254,9 @@ def _listed(path: Path, audit: Audit) -> list[Module]:
         modules.append(Module(_type(str(entry["type"]), path), path / entry["path"], entry["path"]))
     if [module.kind for module in modules] == ["Router"]:
         modules = _routed(modules[0], audit)
-    first = modules[0].type if modules else "nothing"
-    if not modules or modules[0].kind not in TRANSFORMERS:
-        raise CheckpointError(_refused_first(first))
+    first = next(iter(modules), Module("nothing", path))
+    if first.kind not in TRANSFORMERS:
+        raise CheckpointError(_refused_first(first.type))
     return modules
 
 

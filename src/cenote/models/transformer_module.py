@@ -152,7 +152,7 @@ class TransformerModule:
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's class."""
-        return {name: self.model_kwargs[name] for name in ("add_pooling_layer",) if name in self.model_kwargs}
+        return _only(self.model_kwargs, ("add_pooling_layer",))
 
     @property
     def layer(self) -> int | None:
@@ -265,14 +265,14 @@ class _Reader:
         messages = self._messages(modality)
         sizes = self._sizes(in_messages=messages is not None)
         lengths = {} if "max_length" in sizes else self._lengths()
-        tokenizer_kwargs = _without(self._object(self._config, "processor_kwargs"), keys.LOADING)
+        tokenizer_kwargs = without(self._object(self._config, "processor_kwargs"), keys.LOADING)
         length = tokenizer_kwargs.get("model_max_length", self._config.get("max_seq_length"))
         return TransformerModule(
             folder=self._folder,
             task=self._task,
             output=self._output(modality, result),
             result=result,
-            config_kwargs=_without(self._object(self._config, "config_kwargs"), keys.LOADING),
+            config_kwargs=without(self._object(self._config, "config_kwargs"), keys.LOADING),
             tokenizer_kwargs=tokenizer_kwargs,
             model_kwargs=self._object(self._config, "model_kwargs"),
             max_length=self._count("max_length", coalesce(sizes.get("max_length"), length)),
@@ -343,7 +343,7 @@ class _Reader:
         if not in_messages:
             return self._text_kwargs()
         sizes = self._common | self._text | self._chat
-        return {name: sizes[name] for name in SIZES if name in sizes}
+        return _only(sizes, SIZES)
 
     def _is_cut(self, sizes: Mapping[str, Any]) -> bool:
         """Return whether the tokenizer cuts inputs."""
@@ -374,7 +374,7 @@ class _Reader:
         """Return how texts are rendered; `None` = no template renders them."""
         if "message" not in self._object(self._config, "modality_config"):
             return None
-        variables = _without(self._chat, (*SIZES, "restore_suffix"))
+        variables = without(self._chat, (*SIZES, "restore_suffix"))
         restores = bool(self._chat.get("restore_suffix", True))
         reserved = sorted(RESERVED.intersection(variables))
         self._require(not reserved, "processing_kwargs.chat_template", reserved, "a variable of the template")
@@ -387,6 +387,11 @@ def is_length(value: Any) -> bool:
     return value is None or (type(value) is int and value > 0)
 
 
-def _without(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _only(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the entries of `kwargs` called `names`."""
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def without(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return `kwargs` without the entries called `names`."""
     return {name: value for name, value in kwargs.items() if name not in names}

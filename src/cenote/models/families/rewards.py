@@ -19,7 +19,7 @@ from torch import nn
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.classifiers import linear
-from cenote.models.convert import Head, is_reward
+from cenote.models.convert import Head, is_in_layer, is_reward
 from cenote.models.families.family import Family
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _is_beside(name: str, ending: str) -> bool:
     """Return whether a tensor called `name` has that ending, and is in no numbered layer."""
     before = name.removesuffix(ending)
     is_whole = before == "" or before.endswith(".")
-    return name.endswith(ending) and is_whole and not any(part.isdigit() for part in before.split("."))
+    return name.endswith(ending) and is_whole and not is_in_layer(before)
 
 
 class _Gated(nn.Module):
