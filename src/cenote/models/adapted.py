@@ -11,6 +11,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -58,7 +59,7 @@ class Base:
     def _last_with(self, patterns: tuple[str, ...]) -> Path:
         """Return the folder of the last adapter with a file of one of `patterns`, else of the model."""
         for adapter in reversed(self.adapters):
-            if any(any(adapter.folder.glob(pattern)) for pattern in patterns):
+            if any(chain.from_iterable(map(adapter.folder.glob, patterns))):
                 return adapter.folder
         return self.folder
 

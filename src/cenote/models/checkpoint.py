@@ -235,7 +235,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
         pools=bool(files.st.modes),
-        overrides=() if callable(options.hf_overrides) else tuple(options.hf_overrides or ()),
+        overrides=_overridden(options),
         prompts=options.reranker_prompts,
     )
 
@@ -299,10 +299,7 @@ def _variables(template: Any) -> frozenset[str]:
     from transformers.utils.chat_template_utils import _get_template_variables
 
     templates = template.values() if isinstance(template, dict) else [template]
-    names: frozenset[str] = frozenset()
-    for source in templates:
-        names |= _get_template_variables(source)
-    return names
+    return frozenset[str]().union(*map(_get_template_variables, templates))
 
 
 def _pair_template(
@@ -460,10 +457,9 @@ LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id", "_num_labels"})
 
 def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: ModelConfig) -> int:
     """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
-    overrides = options.hf_overrides
-    if callable(overrides) or checkpoint.head.kind not in ("sequence", "token"):
+    if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
         return 0
-    written = {*read_json(checkpoint.folder / "config.json"), *(overrides or {})}
+    written = {*read_json(checkpoint.folder / "config.json"), *_overridden(options)}
     sizes = {(stored[0], shape[0]) for _, stored, shape in report["mismatched_keys"]}
     if written & LABEL_KEYS or len(sizes) != 1:
         return 0
@@ -605,6 +601,11 @@ def _lengths_of_config(checkpoint: Checkpoint, *, has_positions: bool) -> list[i
     if counts_tokenizer and tokenizer_limit < UNSET_LENGTH and checkpoint.st.transformer.is_cut:
         lengths.append(int(tokenizer_limit))
     return lengths
+
+
+def _overridden(options: ModelConfig) -> tuple[str, ...]:
+    """Return the keys of the config that the user sets; those that a function sets are not known."""
+    return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
 
 
 def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:

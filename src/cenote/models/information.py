@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import checkpoint as checkpoints
+from cenote.models.families.own import CLASSES
 from cenote.models.poolers import Classify, TokenClassify
-from cenote.tasks import KINDS, TASKS
+from cenote.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +100,7 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
 
 def _vector_task(*names: str | None) -> str:
     """Return the first of `names` that is a task of embeddings, else "embed"."""
-    return next((name for name in names if name in KINDS.values()), "embed")
+    return next((name for name in names if name in TASKS and TASKS[name].kind), "embed")
 
 
 def _ordered(ways: tuple[str, ...], task: str | None) -> tuple[str, ...]:
@@ -151,10 +152,6 @@ def _class_info(checkpoint: Checkpoint, outputs: Mapping[str, TaskOutput], activ
         "step": step,
         "columns": columns,
     }
-
-
-CLASSES = ("classify", "token_classify")
-"""Tasks that the classification head serves."""
 
 
 def _step_columns(outputs: Mapping[str, TaskOutput]) -> Seq[int]:

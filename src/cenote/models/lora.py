@@ -25,7 +25,7 @@ from torch import nn
 from cenote.errors import CheckpointError, first_line
 from cenote.models import weights
 from cenote.models.audit import Keys
-from cenote.models.transformer_module import without
+from cenote.models.transformer_module import as_tuple, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -150,18 +150,14 @@ class Settings(msgspec.Struct, frozen=True):
             return True
         if not _names_module(self.target_modules, path) or _names_module(self.exclude_modules, path):
             return False
-        layers = _listed(self.layers_to_transform)
+        layers = as_tuple(self.layers_to_transform)
         return not layers or self._layer_of(path) in layers
 
     def _layer_of(self, path: str) -> int | None:
         """Return the number of the layer that a module is in."""
-        lists = _listed(self.layers_pattern) or [r"[^.]*"]
+        lists = as_tuple(self.layers_pattern) or (r"[^.]*",)
         match = re.match(rf"(?:^|.*?\.)(?:{'|'.join(lists)})\.(\d+)\.", path)
         return None if match is None else int(match[1])
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _names_module(names: Names, path: str) -> bool:

@@ -81,7 +81,7 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
         classes = _class_outputs(checkpoint, options, classifier)
         outputs = outputs | classes if _embeds_first(checkpoint, options) else classes | outputs
     _check_options(checkpoint, options, outputs, has_head=classifier is not None)
-    first = [task for task in checkpoint.family.tasks or declared_tasks(full) if task in outputs]
+    first = filter(outputs.__contains__, checkpoint.family.tasks or declared_tasks(full))
     return Offer({task: outputs[task] for task in (*first, *outputs)}, pooler)
 
 

@@ -7,6 +7,7 @@ all three. In these a query is encoded once for all its documents. A listwise re
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -138,8 +139,8 @@ def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
         pair: index of the pair.
     """
     if len(sequences) <= count and sequences[0].keep is not None:  # listwise: the prompt that has the document
-        ends = accumulate(len(sequence.keep or ()) - 1 for sequence in sequences)
-        return next(list(sequence.ids) for sequence, end in zip(sequences, ends, strict=True) if pair < end)
+        ends = list(accumulate(len(sequence.keep or ()) - 1 for sequence in sequences))
+        return list(sequences[bisect(ends, pair)].ids)
     queries = len(sequences) - count
     document = list(sequences[queries + pair].ids)
     if not queries:
@@ -200,11 +201,9 @@ def reward_task(info: ModelInfo, *, of_tokens: bool = False) -> tuple[str, bool]
     Raises:
         TaskNotOffered: the model gives no reward.
     """
-    if not info.reward and of_tokens and "token_classify" in info.tasks:
+    if info.reward:
+        return info.reward, info.activates_reward
+    if of_tokens and "token_classify" in info.tasks:
         return "token_classify", info.classifies
-    if not info.reward:
-        labels = f"; it has {info.num_labels} labels, and a reward has one" if info.num_labels else ""
-        raise TaskNotOffered(
-            f"{info.name} is not a reward model{labels}. It offers: {', '.join(info.tasks)}", param="task"
-        )
-    return info.reward, info.activates_reward
+    labels = f"; it has {info.num_labels} labels, and a reward has one" if info.num_labels else ""
+    raise TaskNotOffered(f"{info.name} is not a reward model{labels}. It offers: {', '.join(info.tasks)}", param="task")

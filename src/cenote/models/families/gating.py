@@ -143,5 +143,4 @@ class _Score:
         if len(ids_T) < size:
             return -1
         matches = (np.lib.stride_tricks.sliding_window_view(ids_T, size) == np.array(self.end)).all(-1)
-        places = np.flatnonzero(matches)
-        return int(places[-1]) if len(places) else -1
+        return int(np.flatnonzero(matches).max(initial=-1))

@@ -296,10 +296,8 @@ def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[st
         CheckpointError: the mask keeps only some tokens.
     """
     if mask is None:
-        words = settings.get("skiplist_words")
-        if words is None and _is_pylate(settings):
-            words = string.punctuation
-        return tuple(words or ()), ("document",)
+        default = string.punctuation if _is_pylate(settings) else ""
+        return tuple(coalesce(settings.get("skiplist_words"), default)), ("document",)
     if mask.config.get("keep_only_token_ids"):
         raise CheckpointError("MultiVectorMask with keep_only_token_ids is for images, which are not served yet")
     return tuple(mask.config.get("skiplist_words") or ()), _listed(mask.config.get("skiplist_tasks"))

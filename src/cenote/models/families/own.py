@@ -78,8 +78,7 @@ class OwnModel(Family):
         if not isinstance(model, type) or not isinstance(model, ModelForPooling):
             return None
         tasks = tuple(model.tasks)
-        unknown = [task for task in tasks if task not in (*VECTORS, *CLASSES)]
-        if unknown or not tasks:
+        if not tasks or not set(tasks) <= {*VECTORS, *CLASSES}:
             raise CheckpointError(
                 f"{model.__name__}.tasks is {tasks!r}; expected some of {', '.join((*VECTORS, *CLASSES))}, the one of "
                 "requests that name none first"
