@@ -165,7 +165,7 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
             raise adapter.fault(f"has the task {task}, for which Transformers has no {config.model_type} model")
         config.architectures = [architecture]
         labels = {shape[0] for key, shape in shapes.items() if key.endswith(LAST)}
-        if len(labels) == 1 and labels != {config.num_labels}:
+        if len(labels) == 1:
             config.num_labels = labels.pop()
     return architecture
 

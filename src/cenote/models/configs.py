@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -183,7 +184,7 @@ def _has_tokenizer(kind: str) -> bool:
 
     plain = kind.removesuffix("Fast")
     kinds = {"PreTrainedTokenizer", "TokenizersBackend", *TOKENIZER_MAPPING_NAMES.values()}
-    return bool({kind, plain} & kinds) or hasattr(transformers, plain) or hasattr(transformers, kind)
+    return not kinds.isdisjoint((kind, plain)) or any(map(partial(hasattr, transformers), (kind, plain)))
 
 
 def _of_code(folder: Path) -> PretrainedConfig:

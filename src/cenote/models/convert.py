@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+import msgspec
 
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models.families import rerankers
@@ -277,6 +279,9 @@ METHODS = ("from_2_way_softmax", "no_post_processing")
 """Ways to make a classifier of a language model's head, with vLLM's names."""
 
 
+VocabularyEntries = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+
+
 class Tokens(NamedTuple):
     """Vocabulary entries that classify.
 
@@ -416,14 +421,16 @@ def _checked(entries: Any, method: str | None) -> Tokens:
     Raises:
         CheckpointError: they are no list of texts, or the method is unknown or needs another number of them.
     """
-    if isinstance(entries, str) or not entries or not all(isinstance(entry, str) for entry in entries):
-        raise CheckpointError(f"classifier_from_token must be a list of vocabulary entries, got {entries!r}")
+    try:
+        names = msgspec.convert(entries, VocabularyEntries)
+    except msgspec.ValidationError:
+        raise CheckpointError(f"classifier_from_token must be a list of vocabulary entries, got {entries!r}") from None
     if method not in METHODS:
         raise CheckpointError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     difference = method == METHODS[0]
-    if difference and len(entries) != 2:
-        raise CheckpointError(f"method {method} needs two tokens, the negative one first, got {list(entries)}")
-    return Tokens(tuple(entries), difference)
+    if difference and len(names) != 2:
+        raise CheckpointError(f"method {method} needs two tokens, the negative one first, got {list(names)}")
+    return Tokens(names, difference)
 
 
 def _token_id(token: str, facts: Facts) -> int:

@@ -50,15 +50,20 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
         raise ConfigError(f"{path} must have at least 2 texts to calibrate by, better 1,000; got {len(texts)}")
     rows: list[np.ndarray] = []
     for start in range(0, len(texts), AT_ONCE):
-        try:
-            sequences = renderer.render(texts[start : start + AT_ONCE], "embed", PoolingParams(), TextOptions(-1))
-        except BadRequest as error:
-            raise ConfigError(f"a text of {path} cannot be embedded: {error}") from None
-        with UnderWay() as under_way:
-            under_way.submit(engine, sequences)
-            (outputs,) = under_way.results()
-        rows += [output.data for output in outputs]
+        rows += _embeddings(texts[start : start + AT_ONCE], path, renderer, engine)
     return Ranges.calibrated(np.stack(rows))
+
+
+def _embeddings(texts: list[str], path: str, renderer: Renderer, engine: Engine) -> list[np.ndarray]:
+    """Return the embeddings, `[D]` each, of texts of the file `path`."""
+    try:
+        sequences = renderer.render(texts, "embed", PoolingParams(), TextOptions(-1))
+    except BadRequest as error:
+        raise ConfigError(f"a text of {path} cannot be embedded: {error}") from None
+    with UnderWay() as under_way:
+        under_way.submit(engine, sequences)
+        (outputs,) = under_way.results()
+    return [output.data for output in outputs]
 
 
 def read_texts(path: Path) -> list[str]:

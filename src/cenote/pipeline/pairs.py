@@ -226,28 +226,25 @@ class PairRenderer:
 
     def _by_template(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
-        return [
-            Text(ids if len(ids) <= limit else self._with_less(prompt, pair, len(ids) - limit, limit))
-            for ids, pair in zip(prompt.ids(pairs), pairs, strict=True)
-        ]
+        prompts = zip(prompt.ids(pairs), pairs, strict=True)
+        return [Text(self._fitting(prompt, pair, ids, limit)) for ids, pair in prompts]
 
-    def _with_less(self, prompt: _PairPrompt, pair: _Pair, excess: int, limit: int) -> Ids:
-        """Return the ids of a prompt that has `excess` tokens too many, with a shorter document.
+    def _fitting(self, prompt: _PairPrompt, pair: _Pair, ids: Ids, limit: int) -> Ids:
+        """Return the `ids` of a prompt, with a shorter document if they are too many.
 
         Raises:
             TooLong: it has more than `limit` tokens without any document.
         """
-        for _ in range(MOST_CUTS):
-            length = len(self._renderer.tokenize(pair.document, add_special_tokens=False)) - excess
-            pair = pair._replace(document=self._cut(pair.document, length) if length > 0 else "")
-            (ids,) = prompt.ids([pair])
-            excess = len(ids) - limit
-            if excess <= 0:
+        for _ in range(MOST_CUTS + 1):
+            if len(ids) <= limit:
                 return ids
             if not pair.document:
                 break
+            length = len(self._renderer.tokenize(pair.document, add_special_tokens=False)) + limit - len(ids)
+            pair = pair._replace(document=self._cut(pair.document, length) if length > 0 else "")
+            (ids,) = prompt.ids([pair])
         raise TooLong(
-            f"the prompt has {limit + excess} tokens without its document, and is to be cut to {limit}: "
+            f"the prompt has {len(ids)} tokens without its document, and is to be cut to {limit}: "
             "only documents are cut; max_tokens_per_query cuts the query",
             param="truncate_prompt_tokens",
         )

@@ -167,7 +167,5 @@ class Prompts:
 def _by_spelling(names: Iterable[str]) -> dict[str, str]:
     """Return `names` by their plain spelling, and by that of other names of the same task."""
     table = {plain_name(name): name for name in names}
-    for task, other in SAME_TASK.items():
-        if other in table:
-            table.setdefault(task, table[other])
-    return table
+    of_other_names = {SAME_TASK.get(plain, plain): name for plain, name in table.items()}
+    return of_other_names | table

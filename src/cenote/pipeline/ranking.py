@@ -47,7 +47,11 @@ class Sides:
 
     def of(self, task: str) -> Sides:
         """Return the outputs of a further task."""
-        return Sides([o.others[task] for o in self.queries], [o.others[task] for o in self.documents])
+        return Sides(_others(self.queries, task), _others(self.documents, task))
+
+
+def _others(outputs: Iterable[Output], task: str) -> list[Output]:
+    return [output.others[task] for output in outputs]
 
 
 def _data(outputs: Iterable[Output]) -> list[Array]:
