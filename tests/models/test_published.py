@@ -13,12 +13,15 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cenote import LLM
 from tests.checkpoints import SHORT, TEXTS
-from tests.models.published import MODELS, Published, write
+from tests.models.published import Published, write
+from tests.models.published_embedders import EMBEDDERS
+from tests.models.published_heads import HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+MODELS = {**EMBEDDERS, **HEADS}
 QUERY = "quick brown fox"
 DOCUMENTS = [text for text in SHORT if text]
 CUT = {"truncate_prompt_tokens": -1}
