@@ -19,11 +19,28 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-Reference = Literal["sentences", "pairs", "sparse", "tokens", "classes", "entities"]
+Reference = Literal[
+    "sentences",
+    "pairs",
+    "sparse",
+    "tokens",
+    "classes",
+    "entities",
+    "m3",
+    "answers",
+    "rewards",
+    "last",
+    "steps",
+    "gated",
+]
 
 LONGEST = 120
+ROOM = 1024
+"""Tokens of a model that sees a prompt."""
+
 IDENTITY = "torch.nn.modules.linear.Identity"
 LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 VERSIONS = {"__version__": {"sentence_transformers": "2.2.2", "transformers": "4.28.1", "pytorch": "1.13.0+cu117"}}
@@ -146,6 +163,31 @@ QWEN3 = {
     "vocab_size": 151669,
 }
 
+QWEN2 = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151646,
+}
+
 BERT_TOKENIZER = {
     "clean_up_tokenization_spaces": True,
     "do_basic_tokenize": True,
@@ -163,6 +205,25 @@ OPENVINO = ("openvino/openvino_model.bin", "openvino/openvino_model.xml")
 
 
 @dataclass(frozen=True)
+class Native:
+    """The same repository in the words of Transformers and Sentence-Transformers, where its own are those of its code.
+
+    Attributes:
+        config: entries of the config of Transformers' class.
+        tokenizer: key of `tokenizers`; empty = the repository's.
+        modules: of its Sentence-Transformers folder; `None` = the repository's.
+        settings: entries of `config_sentence_transformers.json`.
+        zero: tensors that its code does not have, whose place Transformers' class fills with zeros.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
+    modules: tuple[Module, ...] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Published:
     """A published repository.
 
@@ -177,13 +238,19 @@ class Published:
         settings: content of `config_sentence_transformers.json`; `None` = there is none.
         tokenizer_config: entries of `tokenizer_config.json`.
         new: module types in the spelling of Sentence-Transformers 5.4 and later.
-        types: import paths of modules, by their class, where they are others.
+        listed: entries of modules in `modules.json`, by their class, where they are others.
         files: content of further JSON files, or text.
         beside: names of files beside whose content plays no role.
         prefix: before the names of the tensors of Transformers' class.
-        tensors: shapes of further tensors in `model.safetensors`.
-        pickled: the modules' weights are pickles.
-        reference: library that its answers equal.
+        tensors: further tensors beside the model's, or their shapes.
+        pickled: all weights are pickles.
+        beside_pickles: shapes of tensors in pickles of their own, by file.
+        words: names of sizes in its config, by Transformers' names.
+        tasks: of which it has an adapter each, stacked in its tensors.
+        prompt: parts of a rendered pair, which are tokenised apart.
+        answers: tokens whose logits rate a pair, the first less the second.
+        native: the repository that the reference loads; `None` = this one.
+        reference: library or rule that its answers equal.
     """
 
     family: str
@@ -196,12 +263,18 @@ class Published:
     settings: Mapping[str, Any] | None = None
     tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     new: bool = False
-    types: Mapping[str, str] = field(default_factory=dict)
+    listed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     prefix: str = ""
-    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[int, ...] | Tensor] = field(default_factory=dict)
     pickled: bool = False
+    beside_pickles: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    native: Native | None = None
     reference: Reference = "sentences"
 
 
@@ -213,6 +286,13 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
         special = tuple(part for part in (first, last) if part)
         return checkpoints.byte_level(single, special=special, model_max_length=LONGEST, **options)
 
+    def with_markers(tokenizer: PreTrainedTokenizerBase, *markers: str) -> PreTrainedTokenizerBase:
+        tokenizer.add_tokens([*markers])
+        return tokenizer
+
+    chat = ("<|im_start|>", "<|im_end|>", "<extra_0>")
+    llama = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    modern = {"cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": None}
     return {
         "bert": checkpoints.wordpiece(lowercase=True, model_max_length=LONGEST),
         "cased": checkpoints.wordpiece(model_max_length=LONGEST),
@@ -220,7 +300,15 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
         "xlm-r": checkpoints.sentinels(model_max_length=LONGEST),
         "qwen": checkpoints.byte_level(padding_side="left", model_max_length=LONGEST),
         "gemma": marked("<bos>", "<eos>", bos_token="<bos>", eos_token="<eos>"),
-        "modern": marked("[CLS]", "[SEP]", cls_token="[CLS]", sep_token="[SEP]", eos_token=None),
+        "modern": marked("[CLS]", "[SEP]", **modern),
+        "modern-colbert": with_markers(marked("[CLS]", "[SEP]", mask_token="[MASK]", **modern), "[Q] ", "[D] "),
+        "jina-colbert": with_markers(
+            checkpoints.sentinels(model_max_length=LONGEST), "[QueryMarker]", "[DocumentMarker]"
+        ),
+        "open": checkpoints.byte_level("$A", padding_side="left", model_max_length=LONGEST),
+        "chat": checkpoints.byte_level("$A", special=chat, model_max_length=ROOM),
+        "gemma-chat": checkpoints.byte_level("<bos> $A", special=("<bos>",), bos_token="<bos>", model_max_length=ROOM),
+        "llama-3": checkpoints.byte_level("$A", special=llama, model_max_length=ROOM),
         "t5": marked("", "</s>", eos_token="</s>"),
         "mistral": marked("<s>", "</s>", bos_token="<s>", eos_token="</s>", padding_side="left"),
     }
@@ -259,37 +347,18 @@ MULTILINGUAL_POOLER = {
 
 def write(published: Published, folder: Path) -> Path:
     """Write the files of a repository."""
-    checkpoints.classifier(
-        folder,
-        published.family,
-        published.head,
-        tokenizer=tokenizers()[published.tokenizer],
-        **{"max_position_embeddings": LONGEST + 8, **published.shape},
-    )
-    small = checkpoints.read_json(folder / "config.json")
-    sized = {key: small.get(key) for key in published.config.keys() & SIZES}
-    content = {**published.config, **sized}
-    absent = [key for key, value in sized.items() if value is None]
-    checkpoints.write_json(folder / "config.json", {key: content[key] for key in content if key not in absent})
-    _add_tensors(published, folder / "model.safetensors")
+    _save(published, folder, published.tokenizer)
+    _write_config(published, folder / "config.json")
+    _change_tensors(published, folder)
     if published.tokenizer_config:
         checkpoints.edit_json(folder / "tokenizer_config.json", **published.tokenizer_config)
     if published.modules is not None:
-        checkpoints.write_modules(
-            folder,
-            *published.modules,
-            new=published.new,
-            transformer=published.transformer,
-            settings=published.settings,
-            pickled=published.pickled,
-        )
+        _write_modules(published, folder, published.modules, published.settings)
         listed = checkpoints.read_json(folder / "modules.json")
         for entry in listed:
-            entry["type"] = published.types.get(entry["type"].rpartition(".")[2], entry["type"])
+            entry |= published.listed.get(entry["type"].rpartition(".")[2], {})
         checkpoints.write_json(folder / "modules.json", listed)
-    for name, content in published.files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    _write_files(published, folder)
     for name in (".gitattributes", "README.md", *published.beside):
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -297,11 +366,103 @@ def write(published: Published, folder: Path) -> Path:
     return folder
 
 
-def _add_tensors(published: Published, file: Path) -> None:
-    """Add tensors for which Transformers has no class."""
-    if not published.tensors:
-        return
+def write_native(published: Published, folder: Path, task: str = "") -> Path:
+    """Write the repository that the reference loads, with the adapter of a task in its weights."""
+    native = published.native
+    assert native is not None
+    _save(published, folder, native.tokenizer or published.tokenizer)
+    checkpoints.edit_json(folder / "config.json", **native.config)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    zeros = {name: torch.zeros_like(weights[name]) for name in native.zero}
+    if task:
+        number = published.tasks.index(task)
+        for name, (a, b) in adapters(published, weights).items():
+            delta = a[number] @ b[number] if "embeddings" in name else b[number] @ a[number]
+            weights[name] += delta * published.config["lora_alpha"] / published.config["lora_rank"]
+    beside = _drawn(published.tensors) if published.reference == "tokens" else {}
+    save_file({**weights, **zeros, **beside}, file, metadata={"format": "pt"})
+    modules = published.modules if native.modules is None else native.modules
+    if modules is not None:
+        settings = {**(published.settings or {}), **native.settings}
+        _write_modules(published, folder, modules, settings)
+    _write_files(published, folder)
+    return folder
+
+
+def adapters(published: Published, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the two halves of all tasks' adapters, by the matrix that they change: of a Linear, `B @ A` is added."""
+    if not published.tasks:
+        return {}
+    generator = torch.Generator().manual_seed(3)
+    rank, count, pairs = published.config["lora_rank"], len(published.tasks), {}
+    for name in sorted(name for name, tensor in weights.items() if tensor.dim() == 2):
+        out, into = weights[name].shape
+        shapes = ((out, rank), (rank, into)) if "embeddings" in name else ((rank, into), (out, rank))
+        a, b = (torch.randn(count, *shape, generator=generator) * 0.4 for shape in shapes)
+        pairs[name] = (a, b)
+    return pairs
+
+
+def _save(published: Published, folder: Path, tokenizer: str) -> None:
+    """Write a small model of Transformers' class, and its tokenizer."""
+    shape = {"max_position_embeddings": LONGEST + 8, **published.shape}
+    checkpoints.classifier(folder, published.family, published.head, tokenizer=tokenizers()[tokenizer], **shape)
+
+
+def _write_config(published: Published, file: Path) -> None:
+    """Write the published config, with the sizes of the small model."""
+    small, words = checkpoints.read_json(file), published.words
+    sized = {key: small.get(words.get(key, key)) for key in published.config.keys() & (SIZES | words.keys())}
+    content = {**published.config, **sized}
+    absent = [key for key, value in sized.items() if value is None]
+    checkpoints.write_json(file, {key: content[key] for key in content if key not in absent})
+
+
+def _write_modules(
+    published: Published, folder: Path, modules: tuple[Module, ...], settings: Mapping[str, Any] | None
+) -> None:
+    checkpoints.write_modules(
+        folder,
+        *modules,
+        new=published.new,
+        transformer=published.transformer,
+        settings=settings,
+        pickled=published.pickled,
+    )
+
+
+def _write_files(published: Published, folder: Path) -> None:
+    """Write the further files whose content counts."""
+    for name, content in published.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    for name, shapes in published.beside_pickles.items():
+        torch.save(_drawn(shapes), folder / name)
+
+
+def _change_tensors(published: Published, folder: Path) -> None:
+    """Give the tensors their published names, and add those for which Transformers has no class."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    zero = published.native.zero if published.native else ()
+    named = {published.prefix + name: tensor for name, tensor in weights.items() if name not in zero}
+    for name, (a, b) in adapters(published, weights).items():
+        place = f"{published.prefix}{name.removesuffix('.weight')}.parametrizations.weight"
+        named[f"{place}.original"] = named.pop(published.prefix + name)
+        named |= {f"{place}.0.lora_A": a, f"{place}.0.lora_B": b}
+    named |= _drawn(published.tensors)
+    if published.pickled:
+        file.unlink()
+        torch.save(named, folder / "pytorch_model.bin")
+    else:
+        save_file(named, file, metadata={"format": "pt"})
+
+
+def _drawn(tensors: Mapping[str, tuple[int, ...] | Tensor]) -> dict[str, Tensor]:
+    """Return tensors, drawing those of which the shape is given."""
     generator = torch.Generator().manual_seed(7)
-    added = {name: torch.randn(*shape, generator=generator) for name, shape in published.tensors.items()}
-    weights = {published.prefix + name: tensor for name, tensor in load_file(file).items()}
-    save_file({**weights, **added}, file, metadata={"format": "pt"})
+    return {
+        name: torch.randn(*tensor, generator=generator) if isinstance(tensor, tuple) else tensor
+        for name, tensor in tensors.items()
+    }

@@ -458,9 +458,9 @@ EMBEDDERS: dict[str, Published] = {
             "similarity_fn_name": "dot",
         },
         tokenizer_config=BERT_TOKENIZER,
-        types={
-            "Transformer": "sentence_transformers.sparse_encoder.models.MLMTransformer",
-            "SpladePooling": "sentence_transformers.sparse_encoder.models.SpladePooling",
+        listed={
+            "Transformer": {"type": "sentence_transformers.sparse_encoder.models.MLMTransformer"},
+            "SpladePooling": {"type": "sentence_transformers.sparse_encoder.models.SpladePooling"},
         },
         beside=("pytorch_model.bin",),
         reference="sparse",

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cenote import LLM
 from tests.checkpoints import SHORT, TEXTS
-from tests.models.published import Published, write
+from tests.models.published import Published, write, write_native
+from tests.models.published_code import OF_CODE
 from tests.models.published_embedders import EMBEDDERS
 from tests.models.published_heads import HEADS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-MODELS = {**EMBEDDERS, **HEADS}
+MODELS = {**EMBEDDERS, **HEADS, **OF_CODE}
 QUERY = "quick brown fox"
 DOCUMENTS = [text for text in SHORT if text]
 CUT = {"truncate_prompt_tokens": -1}
@@ -36,6 +37,13 @@ class Loaded:
     folder: Path
     llm: LLM
 
+    def reference(self, task: str = "") -> str:
+        """Path of the folder that the reference loads, with the adapter of a task."""
+        if self.published.native is None:
+            return str(self.folder)
+        folder = self.folder.with_name(f"native-{task}") / self.folder.name
+        return str(folder if folder.exists() else write_native(self.published, folder, task))
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
@@ -47,10 +55,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def sentences(loaded: Loaded) -> tuple[list[Any], list[Any]]:
     """Vectors without a prompt and with each of the model's, by `SentenceTransformer`."""
-    model = SentenceTransformer(str(loaded.folder), device="cpu", model_kwargs=FLOAT32)
     prompts = [None, *(loaded.published.settings or {}).get("prompts", {})]
     mine, expected = [], []
     for name in prompts:
+        task = name if name in loaded.published.tasks else ""
+        model = SentenceTransformer(loaded.reference(task or ""), device="cpu", model_kwargs=FLOAT32)
         outputs = loaded.llm.embed(TEXTS, prompt_name=name, tokenization_kwargs=CUT, use_tqdm=False)
         mine += [output.outputs.embedding for output in outputs]
         expected += list(model.encode(TEXTS, prompt_name=name, show_progress_bar=False))
@@ -59,7 +68,7 @@ def sentences(loaded: Loaded) -> tuple[list[Any], list[Any]]:
 
 def pairs(loaded: Loaded) -> tuple[list[Any], list[Any]]:
     """Scores of pairs, or their classes, by `CrossEncoder`."""
-    model = CrossEncoder(str(loaded.folder), device="cpu", model_kwargs=FLOAT32)
+    model = CrossEncoder(loaded.reference(), device="cpu", model_kwargs=FLOAT32)
     expected = [*model.predict([(QUERY, text) for text in DOCUMENTS], show_progress_bar=False)]
     if loaded.llm.info.num_labels > 1:
         outputs = loaded.llm.classify([(QUERY, text) for text in DOCUMENTS], use_tqdm=False)
@@ -70,7 +79,7 @@ def pairs(loaded: Loaded) -> tuple[list[Any], list[Any]]:
 
 def sparse(loaded: Loaded) -> tuple[list[Any], list[Any]]:
     """Weights of the vocabulary, by `SparseEncoder`."""
-    model = SparseEncoder(str(loaded.folder), device="cpu", model_kwargs=FLOAT32)
+    model = SparseEncoder(loaded.reference(), device="cpu", model_kwargs=FLOAT32)
     expected = model.encode(DOCUMENTS, convert_to_sparse_tensor=False, show_progress_bar=False)
     rows = np.zeros(expected.shape, np.float32)
     for row, output in zip(rows, loaded.llm.embed_sparse(DOCUMENTS, use_tqdm=False), strict=True):
@@ -80,7 +89,7 @@ def sparse(loaded: Loaded) -> tuple[list[Any], list[Any]]:
 
 def tokens(loaded: Loaded) -> tuple[list[Any], list[Any]]:
     """MaxSim of a query and documents, by `MultiVectorEncoder`."""
-    model = MultiVectorEncoder(str(loaded.folder), device="cpu", model_kwargs=FLOAT32)
+    model = MultiVectorEncoder(loaded.reference(), device="cpu", model_kwargs=FLOAT32)
     query, documents = model.encode_query([QUERY]), model.encode_document(DOCUMENTS)
     expected = model.similarity(query, documents)[0]
     scores = loaded.llm.score(QUERY, DOCUMENTS, use_tqdm=False)

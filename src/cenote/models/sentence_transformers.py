@@ -18,7 +18,7 @@ from torch import nn
 
 from cenote.core import Similarity
 from cenote.errors import CheckpointError
-from cenote.models import keys, transformer_module
+from cenote.models import keys, remote_code, transformer_module
 from cenote.models.transformer_module import TransformerModule, load, read_json
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
@@ -52,7 +52,7 @@ PACKAGES = ("sentence_transformers.", "pylate.")
 STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
 
 OWN_MODULES = {("custom_st.Transformer", "XLMRobertaLoRA"): STANDARD}
-"""Modules of a checkpoint's own code, with its architecture, to the known one that gives the same: that of
+"""Modules of a checkpoint's own code, with the class of its model, to the known one that gives the same: that of
 jina-embeddings-v3 only chooses an adapter, as prompts do here."""
 
 Kind = Literal["vectors", "tokens", "sparse"]
@@ -268,8 +268,10 @@ def _refused_first(kind: str) -> str:
 
 def _type(written: str, path: Path) -> str:
     """Return the type of a module, of a known package if its own code is known."""
-    architectures = load(path / "config.json").get("architectures") or [""]
-    return OWN_MODULES.get((written, architectures[0]), written)
+    config = load(path / "config.json")
+    classes = {name.rpartition(".")[2] for name in remote_code.references(config).values()}
+    classes.update(config.get("architectures") or ())
+    return next((known for (own, model), known in OWN_MODULES.items() if own == written and model in classes), written)
 
 
 def _settings(path: Path, modules: list[Module], audit: Audit) -> dict[str, Any]:
