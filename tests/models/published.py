@@ -244,7 +244,8 @@ class Published:
         prefix: before the names of the tensors of Transformers' class.
         tensors: further tensors beside the model's, or their shapes.
         pickled: all weights are pickles.
-        beside_pickles: shapes of tensors in pickles of their own, by file.
+        beside_tensors: tensors in files of their own, or their shapes, by file.
+        tokenizer_at: a further folder with the tokenizer.
         words: names of sizes in its config, by Transformers' names.
         tasks: of which it has an adapter each, stacked in its tensors.
         prompt: parts of a rendered pair, which are tokenised apart.
@@ -269,7 +270,8 @@ class Published:
     prefix: str = ""
     tensors: Mapping[str, tuple[int, ...] | Tensor] = field(default_factory=dict)
     pickled: bool = False
-    beside_pickles: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    beside_tensors: Mapping[str, Mapping[str, tuple[int, ...] | Tensor]] = field(default_factory=dict)
+    tokenizer_at: str = ""
     words: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ()
@@ -437,8 +439,14 @@ def _write_files(published: Published, folder: Path) -> None:
     for name, content in published.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    for name, shapes in published.beside_pickles.items():
-        torch.save(_drawn(shapes), folder / name)
+    for name, tensors in published.beside_tensors.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(_drawn(tensors), folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(_drawn(tensors), folder / name)
+    if published.tokenizer_at:
+        tokenizers()[published.tokenizer].save_pretrained(folder / published.tokenizer_at)
 
 
 def _change_tensors(published: Published, folder: Path) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import string
+from typing import Any
+
+import torch
+
+from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, Module, dense
 from tests.models.published import (
     BERT,
@@ -22,9 +28,47 @@ from tests.models.published import (
     SETTINGS,
     VERSIONS,
     XLM_R,
+    Native,
     Published,
     config,
 )
+
+STATIC = "query_0_SparseStaticEmbedding"
+VOCABULARY = len(checkpoints.wordpiece(lowercase=True))
+
+PYLATE = {
+    "__version__": {"sentence_transformers": "4.1.0", "transformers": "4.48.2", "pytorch": "2.6.0+cu124"},
+    "prompts": {},
+    "default_prompt_name": None,
+    "similarity_fn_name": "MaxSim",
+    "query_prefix": "[Q] ",
+    "document_prefix": "[D] ",
+    "query_length": 32,
+    "document_length": 60,
+    "attend_to_expansion_tokens": False,
+    "skiplist_words": [*string.punctuation],
+}
+"""Settings as PyLate wrote them before Sentence-Transformers 5, whose reference wants the model's type besides."""
+
+PYLATE_DENSE = {"Dense": {"type": "pylate.models.Dense.Dense"}}
+CUT = {"max_seq_length": 59, "do_lower_case": False}
+
+
+def modern_colbert(*layers: Module, **settings: Any) -> Published:
+    """Return a ColBERT over ModernBERT, by PyLate."""
+    return Published(
+        "ModernBert",
+        "Model",
+        "modern-colbert",
+        config(MODERN, "ModernBertModel"),
+        modules=layers,
+        transformer=CUT,
+        settings={**PYLATE, **settings},
+        listed=PYLATE_DENSE,
+        native=Native(settings={"model_type": "ColBERT"}),
+        reference="tokens",
+    )
+
 
 EMBEDDERS: dict[str, Published] = {
     "intfloat/e5-base-v2": Published(
@@ -522,6 +566,104 @@ EMBEDDERS: dict[str, Published] = {
         tensors={"linear.weight": (12, HIDDEN)},
         tokenizer_config=BERT_TOKENIZER,
         reference="tokens",
+    ),
+    "BAAI/bge-m3": Published(
+        "XLMRoberta",
+        "Model",
+        "xlm-r",
+        config(XLM_R, "XLMRobertaModel", _name_or_path="", transformers_version="4.33.0"),
+        shape={"type_vocab_size": 1},
+        modules=(CLS, NORMALIZE),
+        transformer=LENGTH,
+        settings={
+            "__version__": {"sentence_transformers": "2.2.2", "transformers": "4.33.0", "pytorch": "2.1.2+cu121"}
+        },
+        tokenizer_config={"sp_model_kwargs": {}},
+        beside=(
+            "imgs/.DS_Store",
+            "imgs/bm25.jpg",
+            "long.jpg",
+            "onnx/Constant_7_attr__value",
+            "onnx/config.json",
+            "onnx/model.onnx",
+            "onnx/model.onnx_data",
+            "onnx/tokenizer.json",
+            "onnx/tokenizer_config.json",
+        ),
+        pickled=True,
+        beside_tensors={
+            "sparse_linear.pt": {"weight": (1, HIDDEN), "bias": (1,)},
+            "colbert_linear.pt": {"weight": (HIDDEN, HIDDEN), "bias": (HIDDEN,)},
+        },
+        reference="m3",
+    ),
+    "opensearch-project/opensearch-neural-sparse-encoding-doc-v3-distill": Published(
+        "DistilBert",
+        "ForMaskedLM",
+        "bert",
+        {
+            "_name_or_path": "opensearch-project/opensearch-neural-sparse-encoding-doc-v3-distill",
+            "activation": "gelu",
+            "architectures": ["DistilBertForMaskedLM"],
+            "attention_dropout": 0.1,
+            "dim": 768,
+            "dropout": 0.1,
+            "hidden_dim": 3072,
+            "initializer_range": 0.02,
+            "max_position_embeddings": 512,
+            "model_type": "distilbert",
+            "n_heads": 12,
+            "n_layers": 6,
+            "pad_token_id": 0,
+            "qa_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+            "sinusoidal_pos_embds": False,
+            "tie_weights_": True,
+            "torch_dtype": "float32",
+            "transformers_version": "4.44.1",
+            "vocab_size": 30522,
+        },
+        shape={"dim": HIDDEN, "hidden_dim": 48, "n_heads": 4, "n_layers": 2},
+        files={
+            "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}],
+            "router_config.json": {
+                "types": {
+                    STATIC: "sentence_transformers.sparse_encoder.models.SparseStaticEmbedding",
+                    "": "sentence_transformers.sparse_encoder.models.MLMTransformer",
+                    "document_1_SpladePooling": "sentence_transformers.sparse_encoder.models.SpladePooling",
+                },
+                "structure": {"query": [STATIC], "document": ["", "document_1_SpladePooling"]},
+                "parameters": {"default_route": "document", "allow_empty_key": True},
+            },
+            "config_sentence_transformers.json": {
+                "model_type": "SparseEncoder",
+                "__version__": {"sentence_transformers": "5.0.0", "transformers": "4.50.3", "pytorch": "2.6.0+cu124"},
+                "prompts": {"query": "", "document": ""},
+                "default_prompt_name": None,
+                "similarity_fn_name": "dot",
+            },
+            "sentence_bert_config.json": LENGTH,
+            "document_1_SpladePooling/config.json": {
+                "pooling_strategy": "max",
+                "activation_function": "log1p_relu",
+                "word_embedding_dimension": None,
+            },
+            f"{STATIC}/config.json": {"frozen": True},
+        },
+        tokenizer_config=BERT_TOKENIZER,
+        beside=("idf.json", "query_token_weights.txt"),
+        beside_tensors={f"{STATIC}/model.safetensors": {"weight": torch.linspace(0.1, 9.0, VOCABULARY)}},
+        tokenizer_at=STATIC,
+        reference="sparse",
+    ),
+    "lightonai/GTE-ModernColBERT-v1": modern_colbert(dense(HIDDEN, 16, activation=IDENTITY, bias=False)),
+    "lightonai/Reason-ModernColBERT": modern_colbert(
+        dense(HIDDEN, 16, activation=IDENTITY, bias=False), query_length=48, do_query_expansion=True
+    ),
+    "mixedbread-ai/mxbai-edge-colbert-v0-17m": modern_colbert(
+        dense(HIDDEN, 2 * HIDDEN, activation=IDENTITY, bias=False, residual=True),
+        dense(2 * HIDDEN, 12, activation=IDENTITY, bias=False, seed=1, use_residual=False),
+        do_query_expansion=False,
     ),
 }
 """By their names on the hub."""

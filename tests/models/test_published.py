@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cenote import LLM
 from tests.checkpoints import SHORT, TEXTS
+from tests.models import flag_embedding
 from tests.models.published import Published, write, write_native
 from tests.models.published_code import OF_CODE
 from tests.models.published_embedders import EMBEDDERS
@@ -78,13 +79,35 @@ def pairs(loaded: Loaded) -> tuple[list[Any], list[Any]]:
 
 
 def sparse(loaded: Loaded) -> tuple[list[Any], list[Any]]:
-    """Weights of the vocabulary, by `SparseEncoder`."""
+    """Weights of the vocabulary of each side, by `SparseEncoder`."""
     model = SparseEncoder(loaded.reference(), device="cpu", model_kwargs=FLOAT32)
-    expected = model.encode(DOCUMENTS, convert_to_sparse_tensor=False, show_progress_bar=False)
-    rows = np.zeros(expected.shape, np.float32)
-    for row, output in zip(rows, loaded.llm.embed_sparse(DOCUMENTS, use_tqdm=False), strict=True):
-        row[output.outputs.indices] = output.outputs.values
-    return list(rows), list(expected.numpy())
+    mine, expected = [], []
+    for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        outputs = loaded.llm.embed_sparse(DOCUMENTS, input_type=side, use_tqdm=False)
+        expected += list(encode(DOCUMENTS, convert_to_sparse_tensor=False, show_progress_bar=False).numpy())
+        mine += [_dense(output.outputs.indices, output.outputs.values, expected[0].shape) for output in outputs]
+    return mine, expected
+
+
+def m3(loaded: Loaded) -> tuple[list[Any], list[Any]]:
+    """Vectors, weights and token vectors by FlagEmbedding's rules, all filled up to the width of the vocabulary."""
+    tasks = ["embed", "sparse", "token_embed"]
+    vocabulary = len(loaded.llm.get_tokenizer())
+    mine, expected = [], []
+    for text in DOCUMENTS:
+        (output,) = loaded.llm.encode(text, pooling_task=tasks, use_tqdm=False)
+        vector, others, rule = output.outputs, output.outputs.others, flag_embedding.reference(loaded.folder, text)
+        mine += [vector.data, *others["token_embed"].data]
+        mine.append(_dense(others["sparse"].indices, others["sparse"].data, vocabulary))
+        expected += [rule["embed"], *rule["token_embed"]]
+        expected.append(_dense([*rule["sparse"]], [*rule["sparse"].values()], vocabulary))
+    return [np.resize(row, vocabulary) for row in mine], [np.resize(row, vocabulary) for row in expected]
+
+
+def _dense(indices: Any, values: Any, shape: Any) -> np.ndarray:
+    row = np.zeros(shape, np.float32)
+    row[np.asarray(indices)] = values
+    return row
 
 
 def tokens(loaded: Loaded) -> tuple[list[Any], list[Any]]:
@@ -131,6 +154,7 @@ REFERENCES: dict[str, Callable[[Loaded], tuple[list[Any], list[Any]]]] = {
     "sentences": sentences,
     "pairs": pairs,
     "sparse": sparse,
+    "m3": m3,
     "tokens": tokens,
     "classes": classes,
     "entities": entities,
