@@ -382,7 +382,7 @@ def write_native(published: Published, folder: Path, task: str = "") -> Path:
         for name, (a, b) in adapters(published, weights).items():
             delta = a[number] @ b[number] if "embeddings" in name else b[number] @ a[number]
             weights[name] += delta * published.config["lora_alpha"] / published.config["lora_rank"]
-    beside = _drawn(published.tensors) if published.reference == "tokens" else {}
+    beside = drawn(published.tensors) if published.reference == "tokens" else {}
     save_file({**weights, **zeros, **beside}, file, metadata={"format": "pt"})
     modules = published.modules if native.modules is None else native.modules
     if modules is not None:
@@ -442,9 +442,9 @@ def _write_files(published: Published, folder: Path) -> None:
     for name, tensors in published.beside_tensors.items():
         (folder / name).parent.mkdir(exist_ok=True)
         if name.endswith(".safetensors"):
-            save_file(_drawn(tensors), folder / name, metadata={"format": "pt"})
+            save_file(drawn(tensors), folder / name, metadata={"format": "pt"})
         else:
-            torch.save(_drawn(tensors), folder / name)
+            torch.save(drawn(tensors), folder / name)
     if published.tokenizer_at:
         tokenizers()[published.tokenizer].save_pretrained(folder / published.tokenizer_at)
 
@@ -459,7 +459,7 @@ def _change_tensors(published: Published, folder: Path) -> None:
         place = f"{published.prefix}{name.removesuffix('.weight')}.parametrizations.weight"
         named[f"{place}.original"] = named.pop(published.prefix + name)
         named |= {f"{place}.0.lora_A": a, f"{place}.0.lora_B": b}
-    named |= _drawn(published.tensors)
+    named |= drawn(published.tensors)
     if published.pickled:
         file.unlink()
         torch.save(named, folder / "pytorch_model.bin")
@@ -467,7 +467,7 @@ def _change_tensors(published: Published, folder: Path) -> None:
         save_file(named, file, metadata={"format": "pt"})
 
 
-def _drawn(tensors: Mapping[str, tuple[int, ...] | Tensor]) -> dict[str, Tensor]:
+def drawn(tensors: Mapping[str, tuple[int, ...] | Tensor]) -> dict[str, Tensor]:
     """Return tensors, drawing those of which the shape is given."""
     generator = torch.Generator().manual_seed(7)
     return {

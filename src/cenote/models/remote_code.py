@@ -189,6 +189,7 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
 
 HEADS = frozenset(
     {
+        "EurusRewardModel",
         "INFORMForSequenceClassification",
         "JinaForRanking",
         "LlamaForRewardModelWithGating",
