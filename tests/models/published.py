@@ -6,6 +6,7 @@ Only entries that give a size or an id of the vocabulary differ from the publish
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -242,6 +243,8 @@ class Published:
         files: content of further JSON files, or text.
         beside: names of files beside whose content plays no role.
         prefix: before the names of the tensors of Transformers' class.
+        renamed: patterns in the names of tensors of Transformers' class to those of its code.
+        fused: matrices for queries, keys and values, and the name of the one that has the rows of the three.
         tensors: further tensors beside the model's, or their shapes.
         pickled: all weights are pickles.
         beside_tensors: tensors in files of their own, or their shapes, by file.
@@ -268,6 +271,8 @@ class Published:
     files: Mapping[str, Any] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     prefix: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[str, str, str, str] | None = None
     tensors: Mapping[str, tuple[int, ...] | Tensor] = field(default_factory=dict)
     pickled: bool = False
     beside_tensors: Mapping[str, Mapping[str, tuple[int, ...] | Tensor]] = field(default_factory=dict)
@@ -455,6 +460,7 @@ def _change_tensors(published: Published, folder: Path) -> None:
     weights = load_file(file)
     zero = published.native.zero if published.native else ()
     named = {published.prefix + name: tensor for name, tensor in weights.items() if name not in zero}
+    named = _renamed(published, _fused(published, named))
     for name, (a, b) in adapters(published, weights).items():
         place = f"{published.prefix}{name.removesuffix('.weight')}.parametrizations.weight"
         named[f"{place}.original"] = named.pop(published.prefix + name)
@@ -465,6 +471,26 @@ def _change_tensors(published: Published, folder: Path) -> None:
         torch.save(named, folder / "pytorch_model.bin")
     else:
         save_file(named, file, metadata={"format": "pt"})
+
+
+def _renamed(published: Published, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, words in published.renamed.items():
+            name = re.sub(pattern, words, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _fused(published: Published, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` with one matrix, or bias, for queries, keys and values."""
+    if published.fused is None:
+        return weights
+    *parts, fused = published.fused
+    for name in [name for name in weights if parts[0] in name]:
+        rows = [weights.pop(name.replace(parts[0], part)) for part in parts]
+        weights[name.replace(parts[0], fused)] = torch.cat(rows)
+    return weights
 
 
 def drawn(tensors: Mapping[str, tuple[int, ...] | Tensor]) -> dict[str, Tensor]:
