@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cenote.models import weights
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ class Renaming:
         """Return the rows of queries, keys and values of a matrix or bias `[R, ...]`."""
         groups = config.num_key_value_heads if self.is_grouped else 1
         queries = config.num_attention_heads // groups if self.is_grouped else 1
-        rows = tensor.unflatten(0, (groups, queries + 2, -1)).split([queries, 1, 1], dim=1)
-        return tuple(part.flatten(0, 2) for part in rows)
+        grouped = tensor.reshape(groups, queries + 2, -1, *tensor.shape[1:])
+        return tuple(part.flatten(0, 2) for part in torch.split(grouped, [queries, 1, 1], dim=1))
 
     def of(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Return `tensors` under Transformers' names."""
