@@ -26,6 +26,11 @@ def references(config: Config) -> dict[str, str]:
     return {auto_class: str(code) for auto_class, code in auto_map.items() if auto_class.startswith(kinds)}
 
 
+def classes(config: Config) -> set[str]:
+    """Return the names of the classes that a config names, as code or as its architecture."""
+    return {*(config.get("architectures") or ()), *(name.rpartition(".")[2] for name in references(config).values())}
+
+
 def native(config: Config) -> Config | None:
     """Return `config` as Transformers' own class reads it; `None` if there is none for the code that it names."""
     names = {name.rpartition("--")[2] for name in references(config).values()}

@@ -51,8 +51,8 @@ PACKAGES = ("sentence_transformers.", "pylate.")
 
 STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
 
-OWN_MODULES = {("custom_st.Transformer", "XLMRobertaLoRA"): STANDARD}
-"""Modules of a checkpoint's own code, with the class of its model, to the known one that gives the same: that of
+OWN_MODULES = {"custom_st.Transformer": frozenset({"XLMRobertaLoRA"})}
+"""Modules of a checkpoint's own code that are a Transformer to us, with the classes of models that they load: that of
 jina-embeddings-v3 only chooses an adapter, as prompts do here."""
 
 Kind = Literal["vectors", "tokens", "sparse"]
@@ -268,10 +268,8 @@ def _refused_first(kind: str) -> str:
 
 def _type(written: str, path: Path) -> str:
     """Return the type of a module, of a known package if its own code is known."""
-    config = load(path / "config.json")
-    classes = {name.rpartition(".")[2] for name in remote_code.references(config).values()}
-    classes.update(config.get("architectures") or ())
-    return next((known for (own, model), known in OWN_MODULES.items() if own == written and model in classes), written)
+    classes = remote_code.classes(load(path / "config.json"))
+    return STANDARD if classes & OWN_MODULES.get(written, frozenset()) else written
 
 
 def _settings(path: Path, modules: list[Module], audit: Audit) -> dict[str, Any]:
