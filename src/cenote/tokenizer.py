@@ -78,10 +78,8 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
         OSError: there are no files.
         ValueError: they are not understood; also `KeyError` and `ImportError`, as Transformers raises them.
     """
-    from transformers import AutoTokenizer
-
     ends = _ends(Path(source.path))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+    tokenizer: PreTrainedTokenizerBase = _kind(Path(source.path)).from_pretrained(
         source.path,
         trust_remote_code=source.trust_remote_code and not ends,
         config=_config(Path(source.path)),
@@ -98,8 +96,54 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-NATIVE = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})
-"""Code of tokenizers (gte-Qwen2) that differ from Transformers' own only in the first and last token of a text."""
+QWEN2 = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})
+"""gte-Qwen2's code, which differs from Transformers' own only in the first and last token of a text."""
+
+INTERNLM2 = frozenset(
+    {"tokenization_internlm2.InternLM2Tokenizer", "tokenization_internlm2_fast.InternLM2TokenizerFast"}
+)
+"""InternLM2's code, which is Llama's but for what `_internlm2` says."""
+
+NATIVE = QWEN2 | INTERNLM2
+"""Code of tokenizers that Transformers' own do the same as."""
+
+
+def _kind(folder: Path) -> Any:
+    """Return the class that loads the tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    has_model_alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    return _internlm2() if has_model_alone and references(config(folder)) & INTERNLM2 else AutoTokenizer
+
+
+def _internlm2() -> Any:
+    """Return a class that makes a tokenizer of InternLM2's sentencepiece model.
+
+    Llama's puts a space before every text, and InternLM2's only if the model says so, then also behind special tokens.
+    `added_tokens_decoder` gives other texts to unused entries of the vocabulary; Llama's would add them behind it,
+    where there is no embedding.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers.normalizers import Prepend, Replace, Sequence
+    from transformers import LlamaTokenizer
+
+    class InternLM2Tokenizer(LlamaTokenizer):
+        def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> None:
+            texts = {number: str(token) for number, token in options.get("added_tokens_decoder", {}).items()}
+            vocab = {texts.get(number, piece): number for piece, number in vocab.items()}
+            merges = [merge for merge in merges if vocab.keys() >= {*merge, "".join(merge)}]
+            super().__init__(vocab=vocab, merges=merges, **options)
+            model = SentencePieceProcessor(model_file=options["vocab_file"])
+            has_prefix = model.encode("a", out_type=str)[0].startswith(SPACE)
+            spaces = [Replace(" ", SPACE)]
+            self.backend_tokenizer.normalizer = Sequence([Prepend(SPACE), *spaces] if has_prefix else spaces)
+            self.backend_tokenizer.pre_tokenizer = None
+
+    return InternLM2Tokenizer
+
+
+SPACE = "\u2581"
+"""A space in the pieces of sentencepiece."""
 
 
 CODE = re.compile(r'"(?:[^"]*--)?([^"]+\.[^"]+)"')
@@ -137,7 +181,11 @@ def _ends(folder: Path) -> dict[str, bool]:
     content = config(folder)
     if not references(content) & NATIVE:
         return {}
-    return {"add_bos_token": bool(content.get("add_bos_token")), "add_eos_token": bool(content.get("add_eos_token"))}
+    begins = bool(references(content) & INTERNLM2)
+    return {
+        "add_bos_token": bool(content.get("add_bos_token", begins)),
+        "add_eos_token": bool(content.get("add_eos_token")),
+    }
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""bge-m3: three kinds of embeddings of one forward, against FlagEmbedding's rules written out here.
-
-Dense: the first token's row, normalised. Sparse: `relu(sparse_linear(row))` of every token, for each token id the
-largest, without cls, eos, pad and unk. Token vectors: `colbert_linear` of all rows but the first, normalised.
-"""
+"""bge-m3: three kinds of embeddings of one forward, against FlagEmbedding's rules (`tests.models.flag_embedding`)."""
 
 from __future__ import annotations
 
@@ -22,13 +18,14 @@ from cenote.errors import BadRequest, CheckpointError
 from cenote.models.layouts import Packed
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, pooling
+from tests.models.flag_embedding import reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TEXTS = [text for text in SHORT if len(text) < 45]
 WIDTH = 24
-FILES = {"sparse_linear.pt": 1, "colbert_linear.pt": WIDTH}
+WIDTHS = {"sparse_linear.pt": 1, "colbert_linear.pt": WIDTH}
 TASKS = ["embed", "sparse", "token_embed", "token_classify"]
 
 
@@ -52,7 +49,7 @@ def m3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, pooling("cls"), NORMALIZE, transformer={"max_seq_length": POSITIONS, "do_lower_case": False}
     )
     generator = torch.Generator().manual_seed(2)
-    for name, width in FILES.items():
+    for name, width in WIDTHS.items():
         weight = torch.randn(width, HIDDEN, generator=generator)
         bias = (
             torch.randn(width, generator=generator) if width > 1 else torch.tensor([-3.0])
@@ -71,28 +68,6 @@ def llm(m3: Path) -> Iterator[LLM]:
 def folder(m3: Path, tmp_path: Path) -> Path:
     """A copy to change."""
     return shutil.copytree(m3, tmp_path / "model")
-
-
-def reference(folder: Path, text: str) -> dict[str, Any]:
-    """What FlagEmbedding gives for one text."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
-    layers = [torch.load(folder / name, weights_only=True) for name in FILES]
-    inputs = tokenizer(text, return_tensors="pt")
-    with torch.inference_mode():
-        rows = model(**inputs).last_hidden_state[0]
-        weights, vectors = (torch.nn.functional.linear(rows, layer["weight"], layer["bias"]) for layer in layers)
-    ids, values = inputs["input_ids"][0].tolist(), weights.relu()[:, 0].tolist()
-    unused = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    lexical: dict[int, float] = {}
-    for token, value in zip(ids, values, strict=True):
-        if token not in unused and value > lexical.get(token, 0.0):
-            lexical[token] = value
-    return {
-        "embed": torch.nn.functional.normalize(rows[0], dim=0).numpy(),
-        "sparse": lexical,
-        "token_embed": torch.nn.functional.normalize(vectors[1:], dim=-1).numpy(),
-        "token_classify": values[1:-1],
-    }
 
 
 def assert_same(output: Any, task: str, expected: Any) -> None:
@@ -291,7 +266,7 @@ def published(folder: Path) -> Path:
 
 def test_the_published_files(m3: Path, published: Path) -> None:
     names = {file.name for file in published.iterdir()}
-    assert names >= {"pytorch_model.bin", *FILES, "1_Pooling", "modules.json", "sentence_bert_config.json"}
+    assert names >= {"pytorch_model.bin", *WIDTHS, "1_Pooling", "modules.json", "sentence_bert_config.json"}
     assert not any(name.endswith(".safetensors") for name in names)
     with pytest.raises(CheckpointError, match="has pickled weights only, and --safetensors-only refuses them"):
         LLM(model=str(published), safetensors_only=True)
@@ -381,10 +356,10 @@ def test_a_token_has_one_weight(folder: Path) -> None:
 
 def test_half_precision_files(folder: Path) -> None:
     """The published ones are float16; the layers run in float32."""
-    for name in FILES:
+    for name in WIDTHS:
         layer = torch.load(folder / name, weights_only=True)
         torch.save({key: tensor.half() for key, tensor in layer.items()}, folder / name)
-    halves = {name: torch.load(folder / name, weights_only=True) for name in FILES}
+    halves = {name: torch.load(folder / name, weights_only=True) for name in WIDTHS}
     for name, layer in halves.items():
         torch.save({key: tensor.float() for key, tensor in layer.items()}, folder / name)
     expected = reference(folder, TEXTS[0])

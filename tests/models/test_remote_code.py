@@ -212,11 +212,11 @@ def test_jina_colbert_v2(tmp_path: Path) -> None:
         np.testing.assert_allclose(output.outputs.data, expected, rtol=0, atol=2e-5)
 
 
-def test_absolute_positions_of_the_same_code_are_refused(tmp_path: Path) -> None:
-    """jina-reranker-v2 has the same code over another layout; no class of Transformers has it."""
+def test_other_positions_of_the_same_code_are_refused(tmp_path: Path) -> None:
+    """It has rotary and absolute positions, which Transformers has in two classes."""
     folder = tmp_path / "model"
     flash(folder, "modeling_xlm_roberta.XLMRobertaModel")
-    edit_json(folder / "config.json", position_embedding_type="absolute")
+    edit_json(folder / "config.json", position_embedding_type="relative_key")
     with pytest.raises(CheckpointError, match=r"modeling_xlm_roberta\.XLMRobertaModel as its AutoModel.*--trust"):
         LLM(model=str(folder))
 

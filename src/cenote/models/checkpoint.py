@@ -27,6 +27,7 @@ from cenote.models import (
     leftovers,
     lora,
     remote_code,
+    renamed,
     sentence_transformers,
     stacked_lora,
 )
@@ -410,9 +411,15 @@ def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) ->
     from safetensors import SafetensorError
 
     try:
+        tensors = renamed.tensors(checkpoint.folder, checkpoint.config, pickles=options.reads_pickles)
         with _quiet(), adapted.without_adapter(checkpoint.folder) as shown:
-            model, report = _auto_class(checkpoint, transformers).from_pretrained(
-                shown,
+            kind = _auto_class(checkpoint, transformers)
+            if tensors is not None:
+                with torch.device("meta"):
+                    kind = type(kind.from_config(checkpoint.config))
+            model, report = kind.from_pretrained(
+                shown if tensors is None else None,
+                state_dict=tensors,
                 config=checkpoint.config,
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,

@@ -26,6 +26,11 @@ def references(config: Config) -> dict[str, str]:
     return {auto_class: str(code) for auto_class, code in auto_map.items() if auto_class.startswith(kinds)}
 
 
+def classes(config: Config) -> set[str]:
+    """Return the names of the classes that a config names, as code or as its architecture."""
+    return {*(config.get("architectures") or ()), *(name.rpartition(".")[2] for name in references(config).values())}
+
+
 def native(config: Config) -> Config | None:
     """Return `config` as Transformers' own class reads it; `None` if there is none for the code that it names."""
     names = {name.rpartition("--")[2] for name in references(config).values()}
@@ -68,10 +73,15 @@ FLASH_IDLE = (
 
 
 def _jina_flash(config: Config) -> Config | None:
-    """Return the config of jinaai/xlm-roberta-flash-implementation, if its positions are rotary.
+    """Return the config of jinaai/xlm-roberta-flash-implementation; with absolute positions it is XLM-RoBERTa.
 
     Defaults are those of its `XLMRobertaFlashConfig`.
     """
+    if config.get("position_embedding_type") == "absolute" and config.get("truncate_dim") is None:
+        return {
+            **_without(config, *FLASH_IDLE, "rotary_emb_base", "truncate_dim"),
+            "renamed_tensors": "xlm-roberta-flash",
+        }
     if not _agrees(config, FLASH):
         return None
     rope = {"rope_type": "default", "rope_theta": float(config.get("rotary_emb_base", 10000.0))}
@@ -171,6 +181,13 @@ def _nomic(config: Config) -> Config | None:
     return renamed
 
 
+def _internlm2(config: Config) -> Config:
+    """Return the config of InternLM2, which is Llama by other names, in one of its biases and none elsewhere."""
+    bias = bool(config.get("bias", False))
+    changes = {"model_type": "llama", "attention_bias": bias, "mlp_bias": False, "renamed_tensors": "internlm2"}
+    return {**_without(config, "bias"), **changes}
+
+
 def _two_way_qwen(config: Config) -> Config | None:
     """Return the config of gte-Qwen2's code, which attends both ways if its config says so."""
     return config if config.get("is_causal") is False else None
@@ -182,6 +199,7 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
     "modeling.NewModel": _gte,
     "modeling_hf_alibaba_nlp_gte.GteModel": _gte,
     "modeling_hf_nomic_bert.NomicBertModel": _nomic,
+    "modeling_internlm2.InternLM2ForRewardModel": _internlm2,
     "modeling_qwen.Qwen2Model": _two_way_qwen,
     "modeling_eurobert.EuroBertModel": _same,
 }
@@ -189,6 +207,7 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
 
 HEADS = frozenset(
     {
+        "EurusRewardModel",
         "INFORMForSequenceClassification",
         "JinaForRanking",
         "LlamaForRewardModelWithGating",

@@ -18,7 +18,7 @@ from torch import nn
 
 from cenote.core import Similarity
 from cenote.errors import CheckpointError
-from cenote.models import keys, transformer_module
+from cenote.models import keys, remote_code, transformer_module
 from cenote.models.transformer_module import TransformerModule, as_tuple, load, read_json
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
@@ -51,8 +51,8 @@ PACKAGES = ("sentence_transformers.", "pylate.")
 
 STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
 
-OWN_MODULES = {("custom_st.Transformer", "XLMRobertaLoRA"): STANDARD}
-"""Modules of a checkpoint's own code, with its architecture, to the known one that gives the same: that of
+OWN_MODULES = {"custom_st.Transformer": frozenset({"XLMRobertaLoRA"})}
+"""Modules of a checkpoint's own code that are a Transformer to us, with the classes of models that they load: that of
 jina-embeddings-v3 only chooses an adapter, as prompts do here."""
 
 Kind = Literal["vectors", "tokens", "sparse"]
@@ -273,8 +273,8 @@ def _refused_first(kind: str) -> str:
 
 def _type(written: str, path: Path) -> str:
     """Return the type of a module, of a known package if its own code is known."""
-    architectures = load(path / "config.json").get("architectures") or [""]
-    return OWN_MODULES.get((written, architectures[0]), written)
+    classes = remote_code.classes(load(path / "config.json"))
+    return STANDARD if classes & OWN_MODULES.get(written, frozenset()) else written
 
 
 def _settings(path: Path, modules: list[Module], audit: Audit) -> dict[str, Any]:
