@@ -27,7 +27,7 @@ INNER = {
         (
             "files",
             "audit facts keys weights transformer_module sentence_transformers configs contents remote_code "
-            "stacked_lora lora adapted leftovers",
+            "stacked_lora renamed lora adapted leftovers",
         ),
         ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),

@@ -96,5 +96,7 @@ def tensors(folder: Path, config: Any, *, pickles: bool) -> dict[str, Tensor] | 
     name = getattr(config, "renamed_tensors", None)
     if name is None:
         return None
-    stored = weights.tensors(folder, weights.tensor_files(folder, pickles=pickles), pickles=pickles)
+    stored: dict[str, Tensor] = {}
+    for file in weights.model_files(folder, pickles=pickles):
+        stored |= weights.read(folder / file)
     return RENAMINGS[name].of(stored, config)
