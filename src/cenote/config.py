@@ -88,7 +88,7 @@ class PoolerConfig(BaseModel):
 
     task: str | None = None
     """Default task of `LLM.encode` and `/pooling`."""
-    pooling_type: SequencePooling | TokenPooling | None = None
+    pooling_type: Literal["CLS", "LAST", "MEAN", "ALL", "STEP"] | None = None
     """Short for `seq_pooling_type` (CLS, LAST, MEAN) or `tok_pooling_type` (ALL); not to be combined with them."""
     seq_pooling_type: SequencePooling | None = None
     tok_pooling_type: TokenPooling | None = None

@@ -241,7 +241,7 @@ def test_a_tokenizer_of_a_newer_library(folder: Path) -> None:
 UNREAD = {
     "pooling_type": "mean",
     "head_hidden_size": 16,
-    "score_bias": True,
+    "score_scale": 2.0,
     "projection_dim_of_text": 8,
     "prompt_prefix": "query: ",
     "use_bidirectional_attention": True,

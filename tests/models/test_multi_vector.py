@@ -304,7 +304,7 @@ def pooled(bert: Path, path: Path, *, skipped: list[str] | None = None, **option
     [
         ({"pool_factor": 0.5}, "at least 1 token into one and protects at least 0"),
         ({"num_protected_tokens": -1}, "at least 1 token into one and protects at least 0"),
-        ({"linkage": "single"}, r"settings that are not honoured: \['linkage'\]"),
+        ({"linkage": "single"}, r"4_HierarchicalTokenPooling/config\.json has the key linkage"),
     ],
 )
 def test_token_poolings_that_are_not_understood(

@@ -140,12 +140,13 @@ def test_dense_key_order_and_default_activation(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickled"])
-def test_modules_with_pickled_weights_need_a_permission(folder: Path, pickled: bool) -> None:
+def test_modules_with_pickled_weights(folder: Path, pickled: bool) -> None:
+    """They are read where there are no safetensors, unless the user wants these only."""
     checkpoints.write_modules(folder, pooling("mean"), dense(HIDDEN, 20), pickled=pickled)
     if pickled:
-        with pytest.raises(CheckpointError, match=r"2_Dense has no model\.safetensors .*--allow-pickle would read it"):
-            ours(folder)
-    agree(folder, allow_pickle=True)
+        with pytest.raises(CheckpointError, match=r"2_Dense has no model\.safetensors"):
+            ours(folder, safetensors_only=True)
+    agree(folder)
 
 
 def test_folder_saved_by_the_installed_release(bert: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.core import LateChunkingParams, MessageTemplate, PairTemplate, PoolingParams, Sequence, Sides
+from cenote.core import LateChunkingParams, LoraModule, MessageTemplate, PairTemplate, PoolingParams, Sequence, Sides
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
@@ -178,6 +178,7 @@ FULL = Facts(
     lowercase=True,
     include_prompt=False,
     auto_truncate=True,
+    lora_modules=(LoraModule("mine", "/adapters/mine"),),
     ranges=((-0.5, 1e-40), (0.25, 1.0)),
 )
 

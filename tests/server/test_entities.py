@@ -271,11 +271,11 @@ def test_unknown_model_and_failing_engine(serve: Serve) -> None:
 
 
 def test_labels_and_scores_are_those_of_the_largest_probability(serve: Serve) -> None:
-    """Whatever the server's default of `use_activation`."""
+    """They are the softmax of the logits, whatever the server's default of `use_activation`."""
     engine = FakeEngine(replace(CLASSIFIER, classifies=False))
     (got,) = found(serve(engine), "hello world", ignore_labels=[])
     values = [classes([token]) for token in (HELLO, WORLD)]
     assert [(e["entity"], floats(e["score"]), e["index"]) for e in got] == [
         (CLASSIFIER.labels[int(np.argmax(own))], max(own), i) for i, own in enumerate(values, 1)
     ]
-    assert [sequence.params.use_activation for sequence in engine.submitted] == [True]
+    assert [sequence.params.use_activation for sequence in engine.submitted] == [False]

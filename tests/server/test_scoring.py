@@ -87,6 +87,9 @@ def scores(client: TestClient, queries: Any, documents: Any, **fields: Any) -> l
 # --- score -------------------------------------------------------------------------------------------------------
 
 
+UNKNOWN_WAY = "score_type must be one of cross-encoder, bi-encoder, late-interaction, sparse, hybrid, listwise"
+
+
 @pytest.mark.parametrize("path", SCORE)
 @pytest.mark.parametrize("names", SPELLINGS, ids=" and ".join)
 def test_spellings_of_the_two_sides(cross: TestClient, pairs: Pairs, names: tuple[str, str], path: str) -> None:
@@ -252,12 +255,12 @@ NO_TEMPLATE = "fake joins query and document without a template, so {} would hav
         ),
         (
             {"score_type": "dot"},
-            "score_type must be one of cross-encoder, bi-encoder, late-interaction, sparse, hybrid, got 'dot'",
+            f"{UNKNOWN_WAY}, got 'dot'",
             "score_type",
         ),
         (
             {"score_type": ""},
-            "score_type must be one of cross-encoder, bi-encoder, late-interaction, sparse, hybrid, got ''",
+            f"{UNKNOWN_WAY}, got ''",
             "score_type",
         ),
         ({"instruction": "find"}, NO_TEMPLATE.format("instruction"), "instruction"),

@@ -106,10 +106,11 @@ class Checkpoint(Files):
         """How queries and documents are encoded, if the model does so differently."""
         sides = self.family.sides(self.tokenizer)
         module = self.st.transformer
-        if sides is None and not module.lengths:
+        named = module.lengths if self.family.keeps_lengths else {}
+        if sides is None and not named:
             return None
         sides = coalesce(sides, Sides())
-        lengths = {**module.lengths, **sides.lengths}
+        lengths = {**named, **sides.lengths}
         limit = coalesce(module.max_length, self.tokenizer.model_max_length)
         if self.st.model_type and max(lengths.values(), default=0) > limit:
             lengths[""] = limit  # a side may be longer than other inputs
@@ -377,7 +378,9 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     """
     leftovers.check_names(checkpoint.name, checkpoint.tensors)
     model, report = _loaded(checkpoint, options, dtype)
-    num_labels = _labels_of_head(checkpoint, report, options)
+    adapters = checkpoint.base.adapters
+    heads = set().union(*map(lora.trained_heads, adapters))
+    num_labels = 0 if heads else _labels_of_head(checkpoint, report, options)
     if num_labels:
         checkpoint.config.num_labels = num_labels
         model, report = _loaded(checkpoint, options, dtype)
@@ -388,8 +391,6 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
     report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
     _fill_absent(checkpoint, model, report)
-    adapters = checkpoint.base.adapters
-    heads = set().union(*map(lora.trained_heads, adapters))
     report["missing_keys"] = set(report["missing_keys"]) - heads
     report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
     leftovers.check_tensors(

@@ -27,11 +27,14 @@ MASKED = "its masked-language-model head predicts tokens; hidden states are take
 PRETRAINING = "a head of the training alone"
 
 # fmt: off
+BUFFERS: dict[str, str] = dict.fromkeys((
+    "*position_ids", "*token_type_ids", "*inv_freq", "*.attn.bias", "*.attn.masked_bias", "*attention.bias",
+    "*attention.masked_bias", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached",
+), BUFFER)
+"""Names of buffers that old checkpoints carry, with the reason: a model may lack them, too."""
+
 IDLE: dict[str, str] = {
-    **dict.fromkeys((
-        "*position_ids", "*token_type_ids", "*inv_freq", "*.attn.bias", "*.attn.masked_bias", "*attention.bias",
-        "*attention.masked_bias", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached",
-    ), BUFFER),
+    **BUFFERS,
     **dict.fromkeys(("*lm_head.*", "lm_head", "embed_out.*", "lm_loss.*", "*output_layer.*"), LANGUAGE_MODEL),
     **dict.fromkeys((
         "cls.predictions.*", "predictions.*", "generator_predictions.*", "generator_lm_head.*", "vocab_transform.*",
@@ -100,8 +103,14 @@ class Names:
         parents = (self.model, self.model.base_model)
         return frozenset(name for parent in parents for name, _ in parent.named_children())
 
-    def is_required(self, name: str) -> bool:
-        """Return whether a tensor belongs to a module of the model and changes its results."""
+    def is_needed(self, name: str) -> bool:
+        """Return whether the model cannot do without a tensor of its own: a head that runs is no leftover."""
+        if "pooler." in name and not self.needs_pooler:
+            return False
+        return self.module(name) in self.modules and not reason_in(BUFFERS, self.plain(name))
+
+    def is_foreign(self, name: str) -> bool:
+        """Return whether a tensor that the model lacks would belong to one of its modules and change its results."""
         return self.module(name) in self.modules and not self.reason(name)
 
     def reason(self, name: str) -> str:
@@ -166,8 +175,8 @@ def _reason_to_leave(names: Names, plain: str, unexpected: Mapping[str, str]) ->
 def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
     """Refuse weights that are missing, unknown or of another shape in the modules of the model."""
     faults = {
-        "lacks": filter(names.is_required, report["missing_keys"]),
-        "has unknown": filter(names.is_required, report["unexpected_keys"]),
+        "lacks": filter(names.is_needed, report["missing_keys"]),
+        "has unknown": filter(names.is_foreign, report["unexpected_keys"]),
         "has misshapen": (str(entry[0]) for entry in report["mismatched_keys"]),
     }
     for verb, found in faults.items():

@@ -439,8 +439,7 @@ def _routed(router: Module, audit: Audit) -> list[Module]:
     default = settings.get("default_route") or next(iter(routes))
     if settings.get("route_mappings") or default != "document":
         raise CheckpointError(
-            f"modules.json names a Router whose default route is `{default}`, or that maps tasks to other routes; "
-            "honoured is the default route `document` without mappings"
+            "modules.json names a Router whose default route is not `document`, or that maps tasks to other routes"
         )
     modules = []
     for side, route in (("", "document"), ("query", "query")):

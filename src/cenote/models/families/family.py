@@ -77,6 +77,7 @@ class Family:
         prefixes: text before a "query" or "document".
         markers: prefixes that a tokenizer must not take apart.
         title: its name in reports; empty = none but its architecture's.
+        keeps_lengths: lengths per side that its Sentence-Transformers files name count.
         tasks: served before all others, the one of requests that name none first.
         tensors: names of the checkpoint's tensors that it reads besides the model's.
         step_tag: vocabulary entry that closes a step, if the head rates steps.
@@ -92,6 +93,7 @@ class Family:
     head: Head | None = None
     prefixes: Mapping[str, str] = MappingProxyType({})
     markers: tuple[str, ...] = ()
+    keeps_lengths: bool = True
     tasks: tuple[str, ...] = ()
     tensors: Collection[str] = ()
     step_tag: str | None = None

@@ -107,6 +107,7 @@ class MultiVector(Family):
     steps: tuple[Step, ...] = ()
     projection: str | None = None
     tensors: tuple[str, ...] = ()
+    keeps_lengths: bool = True
     normalizes: bool = True
 
     @classmethod
@@ -118,7 +119,9 @@ class MultiVector(Family):
         if _is_one(files.st):
             with well_formed(files.path):
                 plain = _plain(files.st, options.reads_pickles)
-                return plain if options.plain_late_interaction else _of_modules(files.st, plain)
+                if options.plain_late_interaction:
+                    return replace(plain, keeps_lengths=False)
+                return _of_modules(files.st, plain)
         if files.architecture not in ARCHITECTURES and OWN_PROJECTION not in files.tensors:
             return None
         weight = _projection(files.tensors)
