@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROUTE = "/v1/embeddings"
 POISON = 666
-OPEN = {"/health", "/ping"}
+OPEN = {"/health", "/livez", "/readyz", "/ping"}
 
 
 @dataclass

@@ -176,7 +176,7 @@ class LocalEngine:
         self._narrow = [_Stream(number, share, self._lock) for number, share in enumerate(shares)]
         self._wide = _Stream(len(shares), sum(filter(None, shares)), self._lock) if len(shares) > 1 else None
         self._streams = [*self._narrow, *filter(None, [self._wide])]
-        self.info = model.info.reported(streams=len(self._narrow))
+        self.info = model.info.reported(streams=len(self._narrow), batch_tokens=self.max_batch_tokens)
         self._scheduler: Scheduler[_Entry] = Scheduler(
             self.max_batch_tokens, max_batch_sequences, streams=self.info.report.streams
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from socket import socket
     from types import FrameType
 
-    from cenote.server.gate import UnderWay
+    from cenote.server.app import Application
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class Server(uvicorn.Server):
 
     Args:
         config: of uvicorn.
-        under_way: requests that the application is answering.
-        timeout: seconds that they have.
+        app: the application.
+        timeout: seconds that requests under way have.
     """
 
-    def __init__(self, config: uvicorn.Config, under_way: UnderWay, timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, timeout: float) -> None:
         super().__init__(config)
-        self._under_way = under_way
+        self._app = app
         self._timeout = timeout
         self._deadline = float("inf")
 
@@ -51,6 +51,7 @@ class Server(uvicorn.Server):
         if not self.should_exit:
             self._captured_signals.append(sig)
         self.should_exit = True
+        self._app.begin_end()
         self._deadline = time.monotonic() + left
         watchdog = threading.Timer(left + LAST_RESORT, _give_up)
         watchdog.daemon = True
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
     async def _end_requests(self) -> None:
         while time.monotonic() < self._deadline:
             await asyncio.sleep(TICK)
-        count = self._under_way.end()
+        count = self._app.under_way.end()
         log.warning("%d requests were not done in time and are answered 503", count)
         await asyncio.sleep(TO_LEAVE)
         for connection in [*self.server_state.connections]:
