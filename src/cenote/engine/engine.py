@@ -15,8 +15,9 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
 from cenote.core import ModelInfo, Output, Sequence
@@ -87,10 +88,6 @@ class _Request(Promise[list[Output]]):
         self.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
-
-    def cancelled(self) -> bool:
-        """Return whether the caller gave up or a part failed: sequences that still wait need not run."""
-        return self.future.done()
 
     def put(self, place: int, output: Output) -> None:
         """Store one output; the last one resolves the future."""
@@ -230,6 +227,7 @@ class LocalEngine:
             self._make_room(len(entries))
             self._scheduler.add(request, entries)
             self._wake()
+        request.future.add_done_callback(partial(_leave, self._scheduler, weakref.ref(request)))
         if not entries:
             request.resolve([])
         return request.future
@@ -438,6 +436,13 @@ class LocalEngine:
             self._wake()
         for entry in lost:
             entry.request.fail(failure)
+
+
+def _leave(scheduler: Scheduler[_Entry], request: weakref.ref[_Request], future: Future[Any]) -> None:
+    """Let the scheduler drop the rest of a request whose caller gave up, or of which a part failed."""
+    settled = request()  # a reference of its own would be a cycle, which keeps outputs until the garbage is collected
+    if settled is not None and (future.cancelled() or future.exception() is not None):
+        scheduler.cancel(settled)
 
 
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:
