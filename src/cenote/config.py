@@ -288,6 +288,14 @@ class ServerConfig(BaseModel):
         description="seconds that a new request may have to wait for its forward, as estimated; beyond them 429",
     )
     max_client_batch_size: int = Field(2048, ge=1, description="maximum inputs of one request")
+    max_request_tokens: int = Field(
+        1 << 22, ge=1, description="maximum tokens that one request may run, prompts and padding included"
+    )
+    max_text_characters: int = Field(
+        1 << 22,
+        ge=1,
+        description="maximum characters of a text that are tokenised at once, where it cannot be cut before",
+    )
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )

@@ -86,7 +86,6 @@ class _Waiting(Generic[I]):
         self.turn = 0
         self.served = served
 
-
     def replace(self, size: int, items: list[I]) -> None:
         """Replace the first `size` sequences by `items`, some of them in the same order."""
         if len(items) == size:

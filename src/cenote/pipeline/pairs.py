@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, is_count
+from cenote.pipeline.rendering import Budget, is_count
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
@@ -146,8 +146,9 @@ class PairRenderer:
         self.check(options)
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
-        pairs = self._shortened(pairs, text_options, options)
         template = self._template(options)
+        cut = text_options if template is None else text_options._replace(side="right")  # as `_with_less` cuts
+        pairs = self._shortened(pairs, cut, options)
         prompt = self._renderer.prompts.choose()
         special, limit = text_options.add_special_tokens, text_options.content_limit
         if template is None:
@@ -157,7 +158,7 @@ class PairRenderer:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
             texts = self._by_template(pairs, pair_prompt, limit)
-        fitted = [self._renderer.fit(text, text_options) for text in texts]
+        fitted = self._renderer.fit_all(texts, text_options, Budget(self._renderer.bounds.tokens))
         return [Sequence(text.ids, task, params, text.type_ids, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:
@@ -168,18 +169,27 @@ class PairRenderer:
     ) -> list[tuple[str, str]]:
         """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
         queries = list(dict.fromkeys(query for query, _ in pairs))
-        short_queries = self._side(queries, options.max_tokens_per_query, text_options)
-        short_query = dict(zip(queries, short_queries, strict=True))
-        documents = self._side([document for _, document in pairs], options.max_tokens_per_doc, text_options)
-        return [(short_query[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
+        short_query = dict(zip(queries, self.cut(queries, options.max_tokens_per_query), strict=True))
+        documents = self.cut([document for _, document in pairs], options.max_tokens_per_doc)
+        shortened = [(short_query[query], document) for (query, _), document in zip(pairs, documents, strict=True)]
+        return [self._bounded(query, document, text_options) for query, document in shortened]
 
-    def _side(self, texts: list[str], limit: int, options: TextOptions) -> list[str]:
-        """Return one side of the pairs, cut to `limit` tokens each, or without characters far beyond any limit."""
-        return self.cut(texts, limit) if limit else self._renderer.bounded(texts, options)
+    def _bounded(self, query: str, document: str, options: TextOptions) -> tuple[str, str]:
+        """Return a pair, of a long side only a part that has all tokens that count.
+
+        "Longest first" compares the two sides, so that one loses characters only if the other is surely the shorter.
+        """
+        limit = options.limit if options.truncate is None else options.truncate
+        if len(query) <= len(document):
+            return query, self._part(document, query, limit, options)
+        return self._part(query, document, limit, options), document
+
+    def _part(self, text: str, other: str, limit: int, options: TextOptions) -> str:
+        is_shorter = len(other.encode(errors="replace")) < limit
+        return self._renderer.bounded([text], options)[0] if is_shorter else self._renderer.whole(text)
 
     def _cut(self, text: str, limit: int) -> str:
-        longest = self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN  # the rest could never be kept
-        return self._renderer.backend.beginning(text[:longest], limit)
+        return self._renderer.backend.beginning(self._renderer.enough(text, limit, "right"), limit)
 
     def _by_template(self, pairs: list[tuple[str, str]], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""

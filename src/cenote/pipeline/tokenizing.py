@@ -23,6 +23,11 @@ ENCODED_AT_ONCE = 256
 MOST_CUTS = 8
 """Cutting a text at a token's end may give other tokens; it is repeated at most this often."""
 
+FIRST_LOOK = 8
+"""Characters per token that `FastTokenizer.enough` looks at first; most text has 3 to 5."""
+MARGIN = 2
+"""Words at a cut that do not count: the last one is incomplete, and the one beside it may depend on it."""
+
 Ids = list[int]
 
 
@@ -89,6 +94,30 @@ class FastTokenizer:
         except TypeError:  # of tokenizers, for a str that has no UTF-8
             raise BadRequest("text must be valid Unicode, without lone surrogates", param="input") from None
         return encodings
+
+    def enough(self, text: str, count: int, *, from_end: bool) -> str:
+        """Return a part of `text` whose first `count` tokens, special tokens aside, are those of the whole text.
+
+        Words are tokenised one by one, so that the tokens before the last words of a beginning are those of the text.
+        That is compared on beginnings of several lengths, as a tokenizer may look farther (digits grouped from the
+        end). Where a text has no such words, it is returned whole.
+
+        Args:
+            text: of any length.
+            count: at least 1.
+            from_end: return an end of the text, and compare the last tokens.
+        """
+        length = FIRST_LOOK * count
+        while 4 * length < len(text):
+            part = _part(text, length, from_end)
+            (encoding,) = self.encodings([part], special=False)
+            if _is_settled(encoding, count, from_end):
+                longer = [_part(text, size, from_end) for size in (length + 1, length + length // 2)]
+                others = self.encodings(longer, special=False, offsets=False)
+                if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
+                    return part
+            length *= 4
+        return text
 
     def text_of(self, encoding: Encoding) -> Text:
         """Return the ids of `encoding`, and its type ids where the model takes any."""
@@ -179,6 +208,10 @@ class SlowTokenizer:
         outputs = self._call([*map(self._cased, texts)], add_special_tokens=special)
         return [Text(ids) for ids in outputs["input_ids"]]
 
+    def enough(self, text: str, count: int, *, from_end: bool) -> str:
+        """See `FastTokenizer.enough`: nothing is known of words here, so the text is returned whole."""
+        return text
+
     def cut(self, text: str, limit: int, *, special: bool) -> Text:
         """See `FastTokenizer.cut`."""
         outputs = self._call(self._cased(text), truncation=True, max_length=limit, add_special_tokens=special)
@@ -204,6 +237,25 @@ class SlowTokenizer:
     def _call(self, *texts: Any, **options: Any) -> Any:
         with self._lock:
             return self._tokenizer(*texts, **options)
+
+
+def _part(text: str, length: int, from_end: bool) -> str:
+    return text[-length:] if from_end else text[:length]
+
+
+def _ids(encoding: Encoding, count: int, from_end: bool) -> tuple[int, ...]:
+    """Return the first or the last `count` ids."""
+    ids = encoding.ids
+    return tuple(ids[-count:] if from_end else ids[:count])
+
+
+def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
+    """Return whether the first or the last `count` tokens are more than `MARGIN` words away from the cut."""
+    words = encoding.word_ids
+    if len(words) <= count:
+        return False
+    kept, cut = (words[-count], words[0]) if from_end else (words[count - 1], words[-1])
+    return kept is not None and cut is not None and abs(kept - cut) >= MARGIN
 
 
 def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:

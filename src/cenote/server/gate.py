@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 UNCOUNTED = OPEN_PATHS | {"/metrics", "/load", "/version"}
+JSON_TYPES = frozenset({"application/json", ""})
+"""Types of bodies that are read; some clients name none."""
 LINGER = 2.0
 """Seconds in which a client may go on sending the body of a request that is refused already."""
 
@@ -189,7 +191,7 @@ class Gate:
             self._check_key(headers.get("authorization", ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if kind not in JSON_TYPES:
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
             self.admission.check()
 

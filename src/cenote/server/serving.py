@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest, ModelNotFound
+from cenote.pipeline.rendering import Bounds
 from cenote.server.admission import Admission, Place
 from cenote.tensors.process import release_threads
 
@@ -71,6 +72,8 @@ class Serving:
         self.running = 0
         self.is_ending = False
         self.admission = Admission(services, config)
+        for service in services:
+            service.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
         self._by_name = {name: service for service in services for name in service.names}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
