@@ -109,10 +109,10 @@ class FastTokenizer:
         """
         length = FIRST_LOOK * count
         while 4 * length < len(text):
-            part = _part(text, length, from_end)
+            part = text[_kept(length, from_end)]
             (encoding,) = self.encodings([part], special=False)
             if _is_settled(encoding, count, from_end):
-                longer = [_part(text, size, from_end) for size in (length + 1, length + length // 2)]
+                longer = [text[_kept(size, from_end)] for size in (length + 1, length + length // 2)]
                 others = self.encodings(longer, special=False, offsets=False)
                 if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
                     return part
@@ -239,23 +239,22 @@ class SlowTokenizer:
             return self._tokenizer(*texts, **options)
 
 
-def _part(text: str, length: int, from_end: bool) -> str:
-    return text[-length:] if from_end else text[:length]
+def _kept(count: int, from_end: bool) -> slice:
+    """Return the places of the first or the last `count`."""
+    return slice(-count, None) if from_end else slice(count)
 
 
 def _ids(encoding: Encoding, count: int, from_end: bool) -> tuple[int, ...]:
     """Return the first or the last `count` ids."""
-    ids = encoding.ids
-    return tuple(ids[-count:] if from_end else ids[:count])
+    return tuple(encoding.ids[_kept(count, from_end)])
 
 
 def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
     """Return whether the first or the last `count` tokens are more than `MARGIN` words away from the cut."""
-    words = encoding.word_ids
-    if len(words) <= count:
-        return False
-    kept, cut = (words[-count], words[0]) if from_end else (words[count - 1], words[-1])
-    return kept is not None and cut is not None and abs(kept - cut) >= MARGIN
+    words = [word for word in encoding.word_ids if word is not None]
+    if from_end:
+        words.reverse()
+    return len(words) > count and abs(words[count - 1] - words[-1]) >= MARGIN
 
 
 def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:
