@@ -27,7 +27,7 @@ INNER = {
         (
             "files",
             "audit facts keys weights transformer_module sentence_transformers configs contents remote_code "
-            "stacked_lora lora adapted leftovers",
+            "stacked_lora lora adapted leftovers renamed",
         ),
         ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
@@ -36,9 +36,9 @@ INNER = {
         ("load", "load"),
     ),
     "server": (
-        ("shared by dialects", "errors serving wire"),
+        ("shared by dialects", "errors admission serving wire"),
         ("dialects", "routes dialects"),
-        ("application", "describe gate reading ending app"),
+        ("application", "describe gate reading app ending beside"),
     ),
 }
 """Layers of folders, lowest first, by the names of their modules and folders."""
