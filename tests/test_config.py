@@ -452,7 +452,7 @@ def test_limits_that_are_told_at_start(options: dict[str, Any], warns: bool) -> 
     server = ServerConfig(max_client_batch_size=3, max_body_bytes=1000, **options)
     warning = "warning: 0.0.0.0 may be reached by others, and no --api-key is set"
     assert limits(EngineConfig(max_queued_seqs=7), server) == [
-        "limits: 3 inputs and 1000 bytes a request, 7 inputs waiting",
+        "limits: 3 inputs and 1000 bytes a request, 10 s of waiting, 7 inputs waiting",
         *[warning] * warns,
     ]
 
@@ -497,7 +497,7 @@ def test_an_empty_key_among_the_flags_does_not_open_the_server(capsys: Any) -> N
 
 
 def test_limits_of_an_engine_elsewhere_are_its_own() -> None:
-    assert limits(None, ServerConfig()) == ["limits: 2048 inputs and 67108864 bytes a request"]
+    assert limits(None, ServerConfig()) == ["limits: 2048 inputs and 67108864 bytes a request, 10 s of waiting"]
 
 
 def test_configs_are_frozen() -> None:

@@ -36,9 +36,9 @@ INNER = {
         ("load", "load"),
     ),
     "server": (
-        ("shared by dialects", "errors serving wire"),
+        ("shared by dialects", "errors admission serving wire"),
         ("dialects", "routes dialects"),
-        ("application", "describe gate reading ending app"),
+        ("application", "describe gate reading app ending beside"),
     ),
 }
 """Layers of folders, lowest first, by the names of their modules and folders."""

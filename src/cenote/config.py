@@ -367,7 +367,23 @@ class ServerConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
     api_key: Several = Field((), description="key that requests must bring; may be given several times")
     max_body_bytes: int = Field(64 << 20, ge=1, description="largest request body")
+    max_pending_bytes: int = Field(
+        256 << 20, ge=1, description="bytes of all bodies that are received and not yet answered; beyond them 429"
+    )
+    max_waiting_time: float = Field(
+        10,
+        gt=0,
+        description="seconds that a new request may have to wait for its forward, as estimated; beyond them 429",
+    )
     max_client_batch_size: int = Field(2048, ge=1, description="maximum inputs of one request")
+    max_request_tokens: int = Field(
+        1 << 22, ge=1, description="maximum tokens that one request may run, prompts and padding included"
+    )
+    max_text_characters: int = Field(
+        1 << 22,
+        ge=1,
+        description="maximum characters of a text that are tokenised at once, where it cannot be cut before",
+    )
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )
@@ -377,6 +393,12 @@ class ServerConfig(BaseModel):
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="second port, served by a thread of its own: /health, /livez, /readyz, /metrics",
+    )
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
     engine: Several = Field((), description="sockets of engines in other processes (`cenote engine`), instead of MODEL")
@@ -531,7 +553,6 @@ EXPLAINED = {
     "swap_space": "there is no key-value cache",
     "enable_prefix_caching": "there is no key-value cache; see prefix_sharing for what a batch has in common",
     "enable_chunked_prefill": "sequences are never split",
-    "metrics_port": "metrics are on the main port, at /metrics",
     "engine_worker_queue_port": "the engine lives in the server's process, or listens on a socket; see --engine",
     "disable_log_stats": "statistics are at /metrics",
     "max_loras": "a batch runs once per adapter in it, however many there are",

@@ -409,6 +409,7 @@ class Report:
         linears: how the Linear layers run if not simply in `dtype`.
         shares_prefixes: whether common beginnings of a batch's sequences run once.
         streams: batches that run at a time, each on its part of the CPU's threads.
+        batch_tokens: maximum tokens of a batch.
         warnings: for the user, a sentence each.
         used: entries of the checkpoint's files that were honoured.
         left: entries that were left, with the reason.
@@ -427,6 +428,7 @@ class Report:
     linears: str = ""
     shares_prefixes: bool = False
     streams: int = 1
+    batch_tokens: int = 768
     warnings: tuple[str, ...] = ()
     used: tuple[Entries, ...] = ()
     left: tuple[Entries, ...] = ()

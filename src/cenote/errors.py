@@ -91,18 +91,20 @@ class Unauthorized(CenoteError):
 
 
 class Overloaded(CenoteError):
-    """The queue is full.
+    """The queue is full, or a request would wait too long.
 
     Attributes:
         retry_after: seconds after which a retry has a fair chance.
+        reason: the bound, a label of the metrics: queue, waiting, bytes.
     """
 
     status = 429
     type = "RateLimitError"
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after: int = 1, reason: str = "queue") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class Closed(CenoteError):

@@ -34,6 +34,15 @@ stage_seconds = Histogram(
 running_requests = Gauge("cenote_running_requests", "Requests accepted and not yet answered", registry=REGISTRY)
 queued_sequences = Gauge("cenote_queued_sequences", "Sequences that wait for a batch", registry=REGISTRY)
 queued_tokens = Gauge("cenote_queued_tokens", "Tokens that wait for a batch", registry=REGISTRY)
+pending_bytes = Gauge(
+    "cenote_pending_bytes", "Bytes of request bodies that are received and not yet answered", registry=REGISTRY
+)
+waiting_seconds = Gauge(
+    "cenote_waiting_seconds", "Estimated seconds that a new request would wait for its forward", registry=REGISTRY
+)
+refusals = Counter(
+    "cenote_refusals", "Requests refused for load: queue, waiting, bytes, connections", ("reason",), registry=REGISTRY
+)
 batch_sequences = Histogram("cenote_batch_sequences", "Sequences per batch", buckets=_POWERS[:12], registry=REGISTRY)
 batch_tokens = Histogram("cenote_batch_tokens", "Tokens per batch", buckets=_POWERS, registry=REGISTRY)
 tokens = Counter("cenote_tokens", "Tokens run", registry=REGISTRY)
@@ -68,6 +77,12 @@ def seconds_of(route: str) -> Histogram:
 def sequences_of(outcome: str) -> Counter:
     """Return `sequences` of an outcome."""
     return sequences.labels(outcome)
+
+
+@cache
+def refusals_of(reason: str) -> Counter:
+    """Return `refusals` of a reason."""
+    return refusals.labels(reason)
 
 
 class Rate:

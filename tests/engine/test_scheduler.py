@@ -12,12 +12,8 @@ from cenote.engine.scheduler import MOST_PASSED, Scheduler
 
 @dataclass(eq=False)
 class Request:
-    gone: bool = False
     shared: int = 0
     priority: int = 0
-
-    def cancelled(self) -> bool:
-        return self.gone
 
 
 @dataclass(eq=False)
@@ -192,9 +188,12 @@ def test_cancelled_requests_cost_nothing(lengths: list[list[int]], cancelled: in
     requests = [Request() for _ in lengths]
     for request, one in zip(requests, lengths, strict=True):
         scheduler.add(request, pieces(request, one))
-    requests[cancelled % len(requests)].gone = True
+    gone = requests[cancelled % len(requests)]
+    scheduler.cancel(gone)
     ran = [item for batch in drain(scheduler) for item in batch]
-    assert not any(item.request.gone for item in ran)
+    assert not any(item.request is gone for item in ran)
+    scheduler.cancel(gone)
+    assert scheduler.drop_cancelled() == 0, "it waits no more"
     assert len(ran) == sum(map(len, lengths)) - len(lengths[cancelled % len(requests)])
     assert scheduler.depth == scheduler.tokens == 0
 
@@ -310,3 +309,55 @@ def test_priorities_lose_nothing_and_keep_the_budgets(
     for batch in batches:
         assert len(batch) <= max_sequences
         assert sum(map(len, batch)) <= max_tokens or len(batch) == 1
+
+
+class Counted(Piece):
+    """A sequence that counts how often it is looked at."""
+
+    looks = 0
+
+    def __len__(self) -> int:
+        Counted.looks += 1
+        return self.length
+
+
+def looks_of_a_batch(waiting: int, *, priorities: int = 1, bulk: bool = False) -> int:
+    """How often sequences are looked at for one batch while so many requests wait."""
+    scheduler: Scheduler[Counted] = Scheduler(max_tokens=768)
+    for number in range(waiting):
+        request = Request(priority=number % priorities)
+        lengths = [100] * 100 if bulk and number % 50 == 0 else [30]
+        scheduler.add(request, [Counted(request, length) for length in lengths])
+    Counted.looks = 0
+    for _ in range(4):
+        assert scheduler.next_batch()
+        scheduler.cancel(Request())
+        scheduler.drop_cancelled()
+    return Counted.looks
+
+
+def test_the_work_for_a_batch_does_not_grow_with_what_waits() -> None:
+    for options in ({}, {"priorities": 5}, {"bulk": True}, {"priorities": 3, "bulk": True}):
+        few, many = looks_of_a_batch(2_000, **options), looks_of_a_batch(40_000, **options)  # type: ignore[arg-type]
+        assert many <= 1.1 * few + 100, options
+
+
+def test_a_request_that_is_cancelled_twice_and_one_that_is_unknown_are_nothing() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(100)
+    request, other = Request(), Request()
+    scheduler.add(request, pieces(request, [5, 6]))
+    for gone in (request, request, other):
+        scheduler.cancel(gone)
+    assert scheduler.drop_cancelled() == 2
+    assert scheduler.depth == scheduler.tokens == 0
+    assert scheduler.next_batch() == []
+
+
+def test_all_that_waits_can_be_taken_at_once() -> None:
+    scheduler: Scheduler[Piece] = Scheduler(10)
+    small, bulk = Request(), Request()
+    waiting = [*pieces(small, [3, 4]), *pieces(bulk, [5] * 40)]
+    scheduler.add(small, waiting[:2])
+    scheduler.add(bulk, waiting[2:])
+    assert scheduler.drain() == waiting
+    assert (scheduler.depth, scheduler.tokens, scheduler.next_batch()) == (0, 0, [])

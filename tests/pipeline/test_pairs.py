@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 from cenote.core import ModelInfo, PairTemplate, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.pipeline.pairs import PairOptions, PairRenderer
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, Renderer, TextOptions
+from cenote.pipeline.rendering import COUNTED, Renderer, TextOptions
 from cenote.pipeline.tokenizing import FastTokenizer, shares
 from tests.checkpoints import TEXTS, byte_level, sentinels, wordpiece
 
@@ -194,14 +194,28 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("which", ["query", "document"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_texts_far_too_long_are_cut_before_they_are_tokenised(tokenised: list[int], side: str, which: str) -> None:
-    long = "one two three " + "four five " * (8 * CHARACTERS_PER_TOKEN) + " six seven eight"
+    long = "one two three " + "four five " * (8 * COUNTED) + " six seven eight"
     pair = ("a", long) if which == "document" else (long, "a")
     with pytest.raises(TooLong, match="contains at least 9 input tokens"):
         rendered(pairs(wordpiece(), limit=8), [pair])
     found = rendered(pairs(wordpiece(truncation_side=side), limit=8), [pair], truncate=8)
     expected = reference(wordpiece(truncation_side=side), [pair], truncation="longest_first", max_length=8)
     assert flat(found) == expected
-    assert max(tokenised) == 8 * CHARACTERS_PER_TOKEN
+    assert max(tokenised) <= 12 * 9
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("limit", [3, 4, 8, 9])
+def test_two_long_texts_cost_as_much_as_their_tokens(monkeypatch: pytest.MonkeyPatch, side: str, limit: int) -> None:
+    """What is cut off is kept in pieces, and each piece of one text would be joined to each piece of the other."""
+    pieces: list[int] = []
+    own = FastTokenizer.text_of
+    monkeypatch.setattr(FastTokenizer, "text_of", lambda self, e: pieces.append(len(e.overflowing)) or own(self, e))
+    long = [("one two three " * 400, "four five six " * 300), ("a " * 20, "b " * 300), ("a " * 300, "b")]
+    found = rendered(pairs(wordpiece(truncation_side=side), limit=limit), long, truncate=limit)
+    expected = reference(wordpiece(truncation_side=side), long, truncation="longest_first", max_length=limit)
+    assert flat(found) == expected
+    assert max(pieces) <= 8
 
 
 def test_padding_pads_types_with_zeros() -> None:
@@ -277,11 +291,11 @@ def test_max_tokens_of_query_and_document() -> None:
 
 
 def test_max_tokens_spare_texts_that_are_far_too_long(tokenised: list[int]) -> None:
-    long = "one two " * (LIMIT * CHARACTERS_PER_TOKEN)
+    long = "one two " * (LIMIT * COUNTED)
     found = rendered(pairs(wordpiece()), [("a", long)], PairOptions(max_tokens_per_doc=2))
     found += rendered(pairs(wordpiece()), [(long, "a")], PairOptions(max_tokens_per_query=2))
     assert flat(found) == reference(wordpiece(), [("a", "one two"), ("one two", "a")])
-    assert max(tokenised) == LIMIT * CHARACTERS_PER_TOKEN
+    assert max(tokenised) <= 12 * 3
 
 
 @pytest.mark.parametrize("name", ["max_tokens_per_query", "max_tokens_per_doc"])

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, CanineTokenizer
 from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.pipeline.prompts import Prompts
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, ChatOptions, Renderer, TextOptions
+from cenote.pipeline.rendering import COUNTED, ChatOptions, Renderer, TextOptions
 from tests.checkpoints import TEXTS, byte_level, wordpiece
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def test_very_long_text_is_cut_before_it_is_tokenised(name: str, side: Any) -> N
     """Megabytes are not tokenised for a few tokens, and the end that is kept is the right one."""
     tokenizer = TOKENIZERS[name]
     made = renderer(tokenizer, limit=8)
-    text = "one two three " + "four five " * (8 * CHARACTERS_PER_TOKEN) + " six seven eight"
+    text = "one two three " + "four five " * (8 * COUNTED) + " six seven eight"
     with pytest.raises(TooLong, match="contains at least 9 input tokens"):
         ids(made, [text])
     (found,) = ids(made, [text], truncate=8, side=side)

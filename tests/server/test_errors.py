@@ -189,10 +189,27 @@ def test_json_nested_too_deeply(client: TestClient) -> None:
     assert (found["code"], found["type"], found["param"]) == (400, "Bad Request", "body")
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", None])
-def test_wrong_content_type(client: TestClient, kind: str | None) -> None:
-    headers = {} if kind is None else {"Content-Type": kind}
+@pytest.mark.parametrize(
+    "field",
+    ["encoding_format", "embed_dtype", "endianness", "priority", "add_generation_prompt", "continue_final_message",
+     "return_tokens"],
+)  # fmt: skip
+def test_null_is_a_field_that_is_not_given(client: TestClient, field: str) -> None:
+    answer = client.post(ROUTE, json={"input": "a", field: None})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == client.post(ROUTE, json={"input": "a"}).json()["data"]
+    assert client.post(ROUTE, json={"input": "a", field: {}}).status_code == 400
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": ""}])
+def test_json_may_come_without_a_content_type(client: TestClient, headers: dict[str, str]) -> None:
     answer = client.post(ROUTE, content=b'{"input": "a"}', headers=headers)
+    assert answer.json()["data"] == client.post(ROUTE, json={"input": "a"}).json()["data"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_wrong_content_type(client: TestClient, kind: str) -> None:
+    answer = client.post(ROUTE, content=b'{"input": "a"}', headers={"Content-Type": kind})
     assert answer.status_code == 400
     assert answer.json()["error"] == {
         "message": "Unsupported Media Type: Only 'application/json' is allowed",

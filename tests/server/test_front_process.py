@@ -287,7 +287,7 @@ def test_metrics_and_the_report(front: Front) -> None:
     for line in (
         "runs: float32 on cpu, packed; 256 tokens an input",
         "tasks: embed, token_embed; default embed",
-        "limits: 2048 inputs and 67108864 bytes a request\n",
+        "limits: 2048 inputs and 67108864 bytes a request, 10 s of waiting\n",
     ):
         assert f"INFO cenote: {line}" in front.log
     assert "PyTorch was not found" not in front.log

@@ -138,7 +138,7 @@ def test_start_says_what_was_resolved(server: Process) -> None:
         "tasks: embed, token_embed; default embed",
         "pooling: mean, normalised, dimension 384",
         "scores pairs as: bi-encoder, late-interaction",
-        "limits: 2048 inputs and 67108864 bytes a request, 16384 inputs waiting",
+        "limits: 2048 inputs and 67108864 bytes a request, 10 s of waiting, 16384 inputs waiting",
     ):
         assert f"INFO cenote: {line}\n" in server.log
     assert "warning" not in server.log
@@ -339,6 +339,28 @@ def test_a_second_signal_ends_requests_at_once(ending: Callable[..., Process]) -
     works.close()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert "Traceback" not in process.log
+
+
+def test_a_second_port_tells_how_the_server_does(ending: Callable[..., Process]) -> None:
+    """It answers while the first port ends, too, and says then that the server is not ready."""
+    process = ending("--metrics-port", "0", "--shutdown-timeout", "3600")
+    (port,) = re.findall(r"health and metrics on http://127\.0\.0\.1:(\d+)", process.log)
+    url = f"http://127.0.0.1:{port}"
+
+    def statuses() -> list[int]:
+        return [requests.get(url + path, timeout=PATIENCE).status_code for path in ("/livez", "/readyz", "/health")]
+
+    assert statuses() == [200, 200, 200]
+    assert "cenote_waiting_seconds 0.0" in requests.get(f"{url}/metrics", timeout=PATIENCE).text
+    assert requests.post(f"{url}/v1/embeddings", json={"input": "a"}, timeout=PATIENCE).status_code == 404
+    body = json.dumps(LARGE).encode()
+    works = connected(process, head(body) + body)
+    process.wait_until(lambda: process.metric("cenote_batch_sequences_count") > 0)
+    process.process.send_signal(signal.SIGTERM)
+    process.wait_until(lambda: "Waiting for connections to close" in process.log)
+    assert statuses() == [200, 503, 200]
+    assert process.stop() == 0
+    works.close()
 
 
 def test_two_models(tmp_path: Path) -> None:

@@ -62,11 +62,12 @@ def _serve(arguments: dict[str, Any]) -> None:
         import uvicorn
 
         from cenote.server.app import build
+        from cenote.server.beside import listen_beside
         from cenote.server.ending import Server
 
         services: list[Service] = []
         with ExitStack() as opened:
-            listener = opened.enter_context(_bind(server))
+            listener, *beside = map(opened.enter_context, _bind(server))
             for source in plan.sources:
                 service = source()
                 opened.callback(service.engine.close)
@@ -82,12 +83,14 @@ def _serve(arguments: dict[str, Any]) -> None:
             access_log=server.log_level == "debug",
             timeout_keep_alive=75,
         )
+    for second in beside:
+        listen_beside(app.operations(), second)
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     port = listener.getsockname()[1]
     log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
     # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Server(config, app.under_way, server.shutdown_timeout, lambda: app.fault).run(sockets=[listener])
+    Server(config, app, server.shutdown_timeout).run(sockets=[listener])
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:
@@ -235,15 +238,26 @@ def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerC
     return model, engine, server
 
 
-def _bind(server: ServerConfig) -> socket.socket:
-    """Take the server's address, before the model is loaded, so that a port in use is told at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+def _bind(server: ServerConfig) -> list[socket.socket]:
+    """Take the server's addresses, before the model is loaded, so that a port in use is told at once."""
+    listener = _bound(server.host, server.port)
+    if server.metrics_port is None:
+        return [listener]
+    try:
+        return [listener, _bound(server.host, server.metrics_port)]
+    except ConfigError:
+        listener.close()
+        raise
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((server.host, server.port))
+        listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {server.host}:{server.port}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return listener
 
 
@@ -348,6 +362,7 @@ def limits(engine: EngineConfig | None, server: ServerConfig) -> list[str]:
         server: options of the server.
     """
     line = f"limits: {server.max_client_batch_size} inputs and {server.max_body_bytes} bytes a request"
+    line += f", {server.max_waiting_time:g} s of waiting"
     lines = [line if engine is None else f"{line}, {engine.max_queued_seqs} inputs waiting"]
     if server.host not in ("127.0.0.1", "localhost", "::1") and not server.api_key:
         lines.append(f"warning: {server.host} may be reached by others, and no --api-key is set")

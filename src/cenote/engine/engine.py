@@ -15,8 +15,9 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
 from cenote.core import ModelInfo, Output, Sequence
@@ -204,7 +205,7 @@ class LocalEngine:
         self._narrow = [_Stream(number, share, self._lock) for number, share in enumerate(shares)]
         self._wide = _Stream(len(shares), sum(filter(None, shares)), self._lock) if len(shares) > 1 else None
         self._streams = [*self._narrow, *filter(None, [self._wide])]
-        self.info = model.info.reported(streams=len(self._narrow))
+        self.info = model.info.reported(streams=len(self._narrow), batch_tokens=self.max_batch_tokens)
         self._scheduler: Scheduler[_Entry] = Scheduler(
             self.max_batch_tokens, max_batch_sequences, streams=self.info.report.streams
         )
@@ -265,6 +266,7 @@ class LocalEngine:
             self._make_room(len(entries))
             self._scheduler.add(request, entries)
             self._wake()
+        request.future.add_done_callback(partial(_leave, self._scheduler, weakref.ref(request)))
         if not entries:
             request.resolve([])
         return request.future
@@ -541,6 +543,13 @@ class LocalEngine:
             request.fail(failure)
         for request in _requests(waiting):
             request.fail(EngineGone(self.fault))
+
+
+def _leave(scheduler: Scheduler[_Entry], request: weakref.ref[_Request], future: Future[Any]) -> None:
+    """Let the scheduler drop the rest of a request whose caller gave up, or of which a part failed."""
+    settled = request()  # a reference of its own would be a cycle, which keeps outputs until the garbage is collected
+    if settled is not None and (future.cancelled() or future.exception() is not None):
+        scheduler.cancel(settled)
 
 
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:

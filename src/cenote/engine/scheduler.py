@@ -14,17 +14,20 @@ are sequences before it and requests beside it.
 
 Requests of a lower priority number have their turn first; one that `MOST_PASSED` batches in a row have left out has it
 before all others, whatever its number.
+
+A batch is made of a bounded number of requests, the first in turn: its cost does not depend on how many wait.
 """
 
 from __future__ import annotations
 
-import math
+import heapq
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 BULK = 8
 """Batches that a bulk request fills at least: about half a second of work for a small model on a CPU."""
@@ -49,9 +52,6 @@ class Request(Protocol):
     shared: int
     priority: int
 
-    def cancelled(self) -> bool:
-        """Return whether its sequences need not run."""
-
 
 class Item(Protocol):
     """A sequence of a request, as far as the scheduler is concerned."""
@@ -67,16 +67,87 @@ class Item(Protocol):
 I = TypeVar("I", bound=Item)  # noqa: E741
 
 
-class _Admission(NamedTuple):
+class _Waiting(Generic[I]):
+    """A request that waits.
+
+    Attributes:
+        items: its sequences that wait.
+        left: their tokens, without common beginnings.
+        turn: requests of smaller numbers are before it.
+        served: the scheduler's batches at the time when it was last served.
+    """
+
+    __slots__ = ("items", "left", "request", "served", "turn")
+
+    def __init__(self, request: Request, served: int) -> None:
+        self.request = request
+        self.items: deque[I] = deque()
+        self.left = 0
+        self.turn = 0
+        self.served = served
+
+    def replace(self, size: int, items: list[I]) -> None:
+        """Replace the first `size` sequences by `items`, some of them in the same order."""
+        if len(items) == size:
+            return
+        for _ in range(size):
+            self.items.popleft()
+        self.items.extendleft(reversed(items))
+
+
+class _Lane(Generic[I]):
+    """Requests of one kind by priority, those of each priority in turn.
+
+    Attributes:
+        priorities: those that there are, in ascending order.
+        tokens: of a batch of all its requests, which has each common beginning once.
+    """
+
+    def __init__(self) -> None:
+        self.priorities: list[int] = []
+        self.tokens = 0
+        self._rows: dict[int, OrderedDict[_Waiting[I], None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.priorities)
+
+    def row(self, priority: int) -> Iterable[_Waiting[I]]:
+        """Return the requests of one priority, in turn."""
+        return self._rows.get(priority, ())
+
+    def add(self, waiting: _Waiting[I]) -> None:
+        """Put a request behind all others of its priority."""
+        priority = waiting.request.priority
+        if priority not in self._rows:
+            self._rows[priority] = OrderedDict()
+            insort(self.priorities, priority)
+        self._rows[priority][waiting] = None
+        self.tokens += waiting.left + waiting.request.shared
+
+    def remove(self, waiting: _Waiting[I]) -> None:
+        """Take a request out."""
+        priority = waiting.request.priority
+        row = self._rows[priority]
+        del row[waiting]
+        if not row:
+            del self._rows[priority]
+            del self.priorities[bisect_left(self.priorities, priority)]
+        self.tokens -= waiting.left + waiting.request.shared
+
+    def __iter__(self) -> Iterator[_Waiting[I]]:
+        return chain.from_iterable(map(self.row, self.priorities))
+
+
+class _Admission(NamedTuple, Generic[I]):
     """Limits of a batch.
 
     Attributes:
-        requests: the requests that it may take from, in turn.
+        lanes: with the requests that it may take from.
         max_tokens: maximum tokens.
         is_long_bulk: it may have as many tokens of bulk as any batch.
     """
 
-    requests: list[Request]
+    lanes: list[_Lane[I]]
     max_tokens: int
     is_long_bulk: bool = False
 
@@ -87,7 +158,7 @@ class Scheduler(Generic[I]):
     Args:
         max_tokens: maximum tokens per batch. A single longer sequence runs alone.
         max_sequences: maximum sequences per batch.
-        look_ahead: number of waiting sequences that are compared by length for each batch.
+        look_ahead: number of waiting sequences that are compared by length for each batch, and of requests.
         streams: batches that run at a time.
     """
 
@@ -97,9 +168,13 @@ class Scheduler(Generic[I]):
         self.look_ahead = look_ahead
         self.streams = streams
         self._under_way: dict[int, bool] = {}  # streams with a batch, and whether it is a long one of bulk
-        self._waiting: OrderedDict[Request, deque[I]] = OrderedDict()
-        self._left: Counter[Request] = Counter()  # tokens, without common beginnings
-        self._passed: Counter[Request] = Counter()  # batches in a row that left it out
+        self._waiting: OrderedDict[Request, _Waiting[I]] = OrderedDict()  # the one served longest ago first
+        self._bulk: _Lane[I] = _Lane()
+        self._others: _Lane[I] = _Lane()
+        self._turns = count()
+        self._cancelled: deque[Request] = deque()
+        self._batches = 0  # while priorities differed
+        self._alike_until = 0  # number of those batches when priorities last did not differ
         self._wary = 0
         self._passed_over = False
         self.depth = 0
@@ -107,122 +182,173 @@ class Scheduler(Generic[I]):
 
     def add(self, request: Request, items: list[I]) -> None:
         """Queue all sequences of a request."""
-        if items:
-            self._waiting.setdefault(request, deque()).extend(items)
-            self.depth += len(items)
-            tokens = sum(map(len, items))
-            self._left[request] += tokens - request.shared * len(items)
-            self.tokens += tokens
+        if not items:
+            return
+        waiting = self._waiting.get(request)
+        if waiting is None:
+            waiting = self._waiting[request] = _Waiting(request, self._batches)
+        else:
+            self._lane(waiting).remove(waiting)
+        tokens = sum(map(len, items))
+        waiting.items.extend(items)
+        waiting.left += tokens - request.shared * len(items)
+        self._put_behind(waiting)
+        self.depth += len(items)
+        self.tokens += tokens
+
+    def cancel(self, request: Request) -> None:
+        """Note that the sequences of a request need not run. Any thread may call it, without a lock."""
+        self._cancelled.append(request)
 
     def drop_cancelled(self) -> int:
         """Forget cancelled requests; return the number of sequences that need not run."""
-        gone = [request for request in self._waiting if request.cancelled()]
-        return sum(self._forget(request) for request in gone)
+        dropped = 0
+        while self._cancelled:
+            waiting = self._waiting.get(self._cancelled.popleft())
+            if waiting is not None:
+                dropped += self._forget(waiting)
+        return dropped
 
     def drain(self) -> list[I]:
         """Forget all requests; return the sequences that waited."""
-        waiting = [*chain.from_iterable(self._waiting.values())]
-        for request in [*self._waiting]:
-            self._forget(request)
-        return waiting
+        drained: list[I] = []
+        for waiting in [*self._waiting.values()]:
+            drained += waiting.items
+            self._forget(waiting)
+        return drained
 
     def next_batch(self, stream: int = 0) -> list[I]:
         """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
         self.drop_cancelled()
         self.done(stream)
-        requests, room, is_long_bulk = self._admitted()
+        lanes, room, is_long_bulk = self._admitted()
+        is_mixed = self._is_mixed()
         batch: list[I] = []
-        for rank in self._ranks(requests):
+        for rank in self._ranks(lanes):
             room = self._fill(batch, room, rank)
-        for item in batch:
-            self._left[item.request] -= len(item) - item.request.shared
+            if room <= 0 or len(batch) == self.max_sequences:
+                break
         if batch:
             self._under_way[stream] = is_long_bulk
-        self._count_passed(batch)
-        for request in {item.request for item in batch}:
-            if not self._waiting[request]:
-                self._forget(request)
-        self.depth -= len(batch)
-        self.tokens -= sum(map(len, batch))
+            self._batches += is_mixed
+        if not is_mixed:
+            self._alike_until = self._batches
+        self._note_served(batch)
         return batch
 
     def done(self, stream: int) -> None:
         """Note that the batch of `stream` is over."""
         self._under_way.pop(stream, None)
 
-    def _admitted(self) -> _Admission:
-        """Return the requests that the next batch may take from, with its limits."""
-        bulk: list[Request] = []
-        others: list[Request] = []
-        for request in self._waiting:
-            kind = bulk if self._left[request] > BULK * self.max_tokens else others
-            kind.append(request)
-        if bulk and others:
-            self._wary = WARY
-        if bulk and self._wary:
-            return self._beside_bulk(bulk, others)
-        requests = [*self._waiting]
-        return _Admission(requests, self._even(requests), is_long_bulk=bool(bulk))
+    def _note_served(self, batch: list[I]) -> None:
+        """Take the sequences of `batch` off the figures of their requests."""
+        sizes: Counter[Request] = Counter()
+        for item in batch:
+            sizes[item.request] += len(item) - item.request.shared
+            self.tokens -= len(item)
+        self.depth -= len(batch)
+        for request, size in sizes.items():
+            waiting = self._waiting[request]
+            self._lane(waiting).remove(waiting)
+            waiting.left -= size
+            waiting.served = self._batches
+            if waiting.items:
+                self._waiting.move_to_end(request)
+                self._put_behind(waiting)
+            else:
+                del self._waiting[request]
 
-    def _beside_bulk(self, bulk: list[Request], others: list[Request]) -> _Admission:
+    def _put_behind(self, waiting: _Waiting[I]) -> None:
+        """Put a request behind all others of its kind and priority."""
+        waiting.turn = next(self._turns)
+        self._lane(waiting).add(waiting)
+
+    def _lane(self, waiting: _Waiting[I]) -> _Lane[I]:
+        """Return the lane of a request."""
+        return self._bulk if waiting.left > BULK * self.max_tokens else self._others
+
+    def _admitted(self) -> _Admission[I]:
+        """Return the requests that the next batch may take from, with its limits."""
+        if self._bulk and self._others:
+            self._wary = WARY
+        if self._bulk and self._wary:
+            return self._beside_bulk()
+        lane = self._bulk or self._others
+        return _Admission([lane], self._even(lane), is_long_bulk=bool(self._bulk))
+
+    def _beside_bulk(self) -> _Admission[I]:
         """Return the next batch's admission where other requests are waiting beside bulk, or expected to come."""
         long = sum(self._under_way.values())
-        self._passed_over = bool(others) and (long > 0 or not self._passed_over)
+        self._passed_over = bool(self._others) and (long > 0 or not self._passed_over)
         if self._passed_over:
-            return _Admission(others, self._even(others))
+            return _Admission([self._others], self._even(self._others))
         free = self.streams - long
         if long and free == 1 and self._wary > WARY - RESERVED:
             return _Admission([], 0)
         self._wary -= 1
         if free > 1:
-            return _Admission(bulk, self.max_tokens, is_long_bulk=True)
-        short = max(self.max_tokens // SHORT, _worth(bulk))
-        return _Admission([*self._waiting], min(self.max_tokens, short))
+            return _Admission([self._bulk], self.max_tokens, is_long_bulk=True)
+        short = max(self.max_tokens // SHORT, self._worth(self._bulk))
+        return _Admission([self._bulk, self._others], min(self.max_tokens, short))
 
-    def _fill(self, batch: list[I], room: int, requests: list[Request]) -> int:
+    def _fill(self, batch: list[I], room: int, rank: list[_Waiting[I]]) -> int:
         """Add to `batch` the oldest sequence of each request, then those nearest in length; return the room left."""
-        for request in requests:
-            head = self._waiting[request][0]
+        for waiting in rank:
+            head = waiting.items[0]
             if batch and (len(head) > room or len(batch) == self.max_sequences):
                 break
-            batch.append(self._waiting[request].popleft())
+            batch.append(waiting.items.popleft())
             room -= len(head)
-            self._waiting.move_to_end(request)
         if room > 0 and len(batch) < self.max_sequences:
-            return self._take_nearest(batch, room, requests)
+            return self._take_nearest(batch, room, rank)
         return room
 
-    def _ranks(self, requests: list[Request]) -> list[list[Request]]:
+    def _ranks(self, lanes: list[_Lane[I]]) -> Iterator[list[_Waiting[I]]]:
         """Group requests by priority, lowest number first; requests that were left out too often come before all."""
-        if not _differ(requests):
-            return [requests]
-        ranks: dict[float, list[Request]] = {}
-        for request in requests:
-            is_overdue = self._passed[request] >= MOST_PASSED
-            rank = -math.inf if is_overdue else request.priority
-            ranks.setdefault(rank, []).append(request)
-        return [ranks[rank] for rank in sorted(ranks)]
+        overdue = self._overdue(lanes)
+        if overdue:
+            yield [*overdue]
+        room = self.look_ahead
+        for priority in sorted({priority for lane in lanes for priority in lane.priorities}):
+            rows = heapq.merge(*(lane.row(priority) for lane in lanes), key=lambda waiting: waiting.turn)
+            rank = [waiting for waiting in islice(rows, room) if waiting not in overdue]
+            if rank:
+                yield rank
+            room -= len(rank)
+            if room <= 0:
+                break
 
-    def _count_passed(self, batch: list[I]) -> None:
-        """Count the batches that leave a waiting request out, where priorities let others pass it."""
-        if not batch or not _differ(self._waiting):
-            self._passed.clear()
-            return
-        left_out = self._waiting.keys() - {item.request for item in batch}
-        self._passed = Counter({request: self._passed[request] + 1 for request in left_out})
+    def _overdue(self, lanes: list[_Lane[I]]) -> dict[_Waiting[I], None]:
+        """Return requests that too many batches in a row have left out for the sake of others' priorities."""
+        overdue: dict[_Waiting[I], None] = {}
+        for waiting in islice(self._waiting.values(), self.max_sequences):
+            if self._batches - max(waiting.served, self._alike_until) < MOST_PASSED:
+                break
+            if self._lane(waiting) in lanes:
+                overdue[waiting] = None
+        return overdue
 
-    def _even(self, requests: list[Request]) -> int:
-        """Return the tokens of a batch of `requests` that leaves as many for each other free stream."""
+    def _is_mixed(self) -> bool:
+        """Return whether some waiting requests have another priority than others."""
+        return len({*self._bulk.priorities[:2], *self._others.priorities[:2]}) > 1
+
+    def _even(self, lane: _Lane[I]) -> int:
+        """Return the tokens of a batch of a lane's requests that leaves as many for each other free stream."""
         free = max(1, self.streams - len(self._under_way))
-        waiting = sum(self._left[request] + request.shared for request in requests)
-        return min(self.max_tokens, max(-(-waiting // free), _worth(requests)))
+        return min(self.max_tokens, max(-(-lane.tokens // free), self._worth(lane)))
 
-    def _take_nearest(self, batch: list[I], room: int, requests: list[Request]) -> int:
-        """Add to `batch` the sequences of `requests` that fit, nearest in length to the first; return the room left."""
-        share = max(1, self.look_ahead // max(1, len(requests)))
-        window = chain.from_iterable(islice(self._waiting[request], share) for request in requests)
+    def _worth(self, lane: _Lane[I]) -> int:
+        """Return the minimum tokens of a batch of a lane's requests: their common beginnings run once per batch."""
+        first = islice(lane, self.max_sequences)
+        return 4 * max((waiting.request.shared for waiting in first), default=0)
+
+    def _take_nearest(self, batch: list[I], room: int, rank: list[_Waiting[I]]) -> int:
+        """Add to `batch` the sequences of `rank` that fit, nearest in length to the first; return the room left."""
+        share = max(1, self.look_ahead // max(1, len(rank)))
+        windows = [(waiting, [*islice(waiting.items, share)]) for waiting in rank]
         in_batch = {item.request: item.request.shared for item in batch}
         taken: dict[int, I] = {}
+        window = chain.from_iterable(items for _, items in windows)
         for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
             adds = len(item) - in_batch.get(item.request, 0)
             if adds <= room and len(batch) + len(taken) < self.max_sequences:
@@ -230,24 +356,15 @@ class Scheduler(Generic[I]):
                 in_batch[item.request] = item.request.shared
                 room -= adds
         batch += taken.values()
-        for request in {item.request for item in taken.values()}:
-            self._waiting[request] = deque(item for item in self._waiting[request] if id(item) not in taken)
+        for waiting, items in windows:
+            kept = [item for item in items if id(item) not in taken]
+            waiting.replace(len(items), kept)
         return room
 
-    def _forget(self, request: Request) -> int:
+    def _forget(self, waiting: _Waiting[I]) -> int:
         """Remove a request; return the number of its sequences that were waiting."""
-        items = self._waiting.pop(request)
-        del self._left[request], self._passed[request]
-        self.depth -= len(items)
-        self.tokens -= sum(map(len, items))
-        return len(items)
-
-
-def _differ(requests: Iterable[Request]) -> bool:
-    """Return whether some of `requests` have another priority than others."""
-    return len({request.priority for request in requests}) > 1
-
-
-def _worth(requests: Iterable[Request]) -> int:
-    """Return the minimum tokens of a batch of `requests`, because their common beginnings run once per batch."""
-    return 4 * max((request.shared for request in requests), default=0)
+        self._lane(waiting).remove(waiting)
+        del self._waiting[waiting.request]
+        self.depth -= len(waiting.items)
+        self.tokens -= sum(map(len, waiting.items))
+        return len(waiting.items)

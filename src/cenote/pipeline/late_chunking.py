@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import LateChunk, LateChunkingMetadata, Sequence
 from cenote.errors import BadRequest
-from cenote.pipeline.rendering import PLAIN, is_ids
+from cenote.pipeline.rendering import PLAIN, Budget, is_ids
 from cenote.pipeline.tokenizing import FastTokenizer
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def late(
     options = options._replace(limit=renderer.info.limit(task))
     encodings = tokenizer.encodings(renderer.bounded(texts, options), special=options.add_special_tokens)
     sequences = []
+    budget = Budget(renderer.bounds.tokens)
     for encoding in encodings:
         text = renderer.fit(tokenizer.text_of(encoding), options)
+        budget.spend(len(text.ids))
         chunks = late_chunks(encoding.offsets, size, len(prompt.text))
         metadata = LateChunkingMetadata(size, len(text.ids), chunks)
         sequences.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.messages import message
-from cenote.pipeline.rendering import CHARACTERS_PER_TOKEN, is_count
+from cenote.pipeline.rendering import Budget, is_count
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
@@ -200,8 +200,9 @@ class PairRenderer:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
             marked = [_marked(*pair, template) for pair in pairs]
-            texts = self._by_template(self._shortened(marked, text_options, options), pair_prompt, limit)
-        fitted = [self._renderer.fit(text, text_options) for text in texts]
+            cut = text_options._replace(side="right")  # as `_fitting` cuts
+            texts = self._by_template(self._shortened(marked, cut, options), pair_prompt, limit)
+        fitted = self._renderer.fit_all(texts, text_options, Budget(self._renderer.bounds.tokens))
         return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:
@@ -210,19 +211,28 @@ class PairRenderer:
     def _shortened(self, pairs: Seq[_Pair], text_options: TextOptions, options: PairOptions) -> list[_Pair]:
         """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
         queries = list(dict.fromkeys(pair.query for pair in pairs))
-        short_queries = self._side(queries, options.max_tokens_per_query, text_options)
-        short_query = dict(zip(queries, short_queries, strict=True))
-        documents = self._side([pair.document for pair in pairs], options.max_tokens_per_doc, text_options)
+        short_query = dict(zip(queries, self.cut(queries, options.max_tokens_per_query), strict=True))
+        documents = self.cut([pair.document for pair in pairs], options.max_tokens_per_doc)
         short = zip(pairs, documents, strict=True)
-        return [_Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
+        shortened = [_Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
+        return [self._bounded(pair, text_options) for pair in shortened]
 
-    def _side(self, texts: list[str], limit: int, options: TextOptions) -> list[str]:
-        """Return one side of the pairs, cut to `limit` tokens each, or without characters far beyond any limit."""
-        return self.cut(texts, limit) if limit else self._renderer.bounded(texts, options)
+    def _bounded(self, pair: _Pair, options: TextOptions) -> _Pair:
+        """Return a pair, of a long side only a part that has all tokens that count.
+
+        "Longest first" compares the two sides, so that one loses characters only if the other is surely the shorter.
+        """
+        limit = options.limit if options.truncate is None else options.truncate
+        if len(pair.query) <= len(pair.document):
+            return pair._replace(document=self._part(pair.document, pair.query, limit, options))
+        return pair._replace(query=self._part(pair.query, pair.document, limit, options))
+
+    def _part(self, text: str, other: str, limit: int, options: TextOptions) -> str:
+        is_shorter = len(other.encode(errors="replace")) < limit
+        return self._renderer.bounded([text], options)[0] if is_shorter else self._renderer.whole(text)
 
     def _cut(self, text: str, limit: int) -> str:
-        longest = self._renderer.info.max_model_len * CHARACTERS_PER_TOKEN  # the rest could never be kept
-        return self._renderer.backend.beginning(text[:longest], limit)
+        return self._renderer.backend.beginning(self._renderer.enough(text, limit, "right"), limit)
 
     def _by_template(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,10 +19,11 @@ from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.prompts import Prompts
-from cenote.pipeline.tokenizing import FastTokenizer, Ids, Text, fast_or_slow
+from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 from cenote.tasks import check_params, check_task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from collections.abc import Sequence as Seq
 
     from tokenizers import Encoding
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
     from cenote.core import MessageTemplate, ModelInfo, Pair, Role, Sides
     from cenote.pipeline.prompts import Applied
 
-CHARACTERS_PER_TOKEN = 250
-"""Text of more characters per allowed token is not tokenised at all."""
-REMEMBERED = 128
-"""Parameters that are remembered as checked, and prompts whose lengths are: most requests send the same."""
+COUNTED = 250
+"""Characters per allowed token up to which a text that is refused for its tokens is told how many it has."""
+REMEMBERED, LONGEST_REMEMBERED = 128, 4096
+"""Parameters that are remembered as checked, and characters of prompts whose lengths are: most requests repeat them."""
 
 Prompt = str | Ids | Mapping[str, Any]
 
@@ -73,6 +75,41 @@ PLAIN = TextOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits of one request's work, whatever its inputs are.
+
+    Attributes:
+        tokens: maximum tokens to run, pad tokens included.
+        characters: maximum characters of a text that has to be tokenised whole.
+    """
+
+    tokens: int = UNLIMITED
+    characters: int = UNLIMITED
+
+
+class Budget:
+    """Tokens that a request may still run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._spent = 0
+
+    def spend(self, tokens: int) -> None:
+        """Take `tokens` off.
+
+        Raises:
+            BadRequest: so many are not left.
+        """
+        self._spent += tokens
+        if self._spent > self._limit:
+            raise BadRequest(
+                f"the request has at least {self._spent} tokens to run, prompts and padding included; at most "
+                f"{self._limit} are allowed (--max-request-tokens). Send it in parts",
+                param="input",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ChatOptions:
     """How messages become text.
 
@@ -100,6 +137,9 @@ class Renderer:
         messages: the template that renders every text; `None` = texts are taken as they are.
         special_tokens: the tokenizer's special tokens belong to the model's inputs.
         auto_truncate: cut inputs that are too long unless the request says otherwise.
+
+    Attributes:
+        bounds: of one request's work; a server sets them.
     """
 
     def __init__(
@@ -125,6 +165,7 @@ class Renderer:
             self._messages = MessageRenderer(messages, self.apply_template, self._rendered_ids)
         self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
+        self.bounds = Bounds()
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
         self._allowed = lru_cache(REMEMBERED)(self._check)
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
@@ -152,34 +193,35 @@ class Renderer:
         applied = options.prompt or self.prompts.choose()
         contents = [_content(prompt) for prompt in prompts]
         text_options = self._of_side(options, applied.role)
-        texts = [content for content in contents if isinstance(content, str)]
-        prompted, skip = self._prompted(texts, applied, text_options)
-        tokenised = iter(prompted)
+        budget = Budget(self.bounds.tokens)
+        texts = (content for content in contents if isinstance(content, str))
+        tokenised, skip = self._prompted(texts, applied, text_options)
         sequences: list[Sequence] = []
         for content in contents:
             if isinstance(content, str):
-                text = self.fit(next(tokenised), text_options)
+                (text,) = self.fit_all([next(tokenised)], text_options, budget)
                 sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
                 sequence = self._sides.of_text(sequence, applied.role)
             else:
-                text = self.fit(self._text_of_ids(content, options), options)
+                (text,) = self.fit_all([self._text_of_ids(content, options)], options, budget)
                 sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
                 sequence = self._sides.of_ids(sequence, applied.role)
             sequences.append(sequence)
         return sequences
 
-    def _prompted(self, texts: list[str], applied: Applied, options: TextOptions) -> tuple[list[Text], int]:
+    def _prompted(self, texts: Iterable[str], applied: Applied, options: TextOptions) -> tuple[Iterator[Text], int]:
         """Return `texts` behind their prompt, and the number of its tokens that pooling leaves out.
 
         Tokens of a prompt that is a message are never left out, as in sentence-transformers.
         """
         messages = self._messages
         if messages is None or options.rendered or not self._sides.takes_special_tokens(applied.role):
-            return self._tokenize([applied.text + text for text in texts], options), self.skip(applied.text, options)
-        rendered = [messages.text(text, applied.text, applied.role) for text in texts]
+            prompted = (applied.text + text for text in texts)
+            return self._tokenize(prompted, options), self.skip(applied.text, options)
+        rendered = (messages.text(text, applied.text, applied.role) for text in texts)
         tokenised = self._tokenize(rendered, options._replace(add_special_tokens=False))
         limit = options.content_limit
-        return [messages.restored(text, limit, applied) for text in tokenised], 0
+        return (messages.restored(text, limit, applied) for text in tokenised), 0
 
     def _rendered_ids(self, text: str) -> Ids:
         return self.tokenize(text, add_special_tokens=False)
@@ -197,7 +239,8 @@ class Renderer:
         """Return the number of tokens of `prompt` that pooling leaves out."""
         if self._include_prompt or not prompt:
             return 0
-        return self._length(prompt, options.content_limit, options.add_special_tokens)
+        count = self._length if len(prompt) <= LONGEST_REMEMBERED else self._prompt_length
+        return count(prompt, options.content_limit, options.add_special_tokens)
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
         """Return `params` with the task filled in.
@@ -294,26 +337,66 @@ class Renderer:
         special = options.add_special_tokens and self._special_tokens
         return options._replace(limit=limit, truncate=truncate, add_special_tokens=special)
 
-    def _tokenize(self, texts: list[str], options: TextOptions) -> list[Text]:
-        """Tokenise `texts`. Those that are too long are cut here, or cut or refused by `fit`."""
-        texts = self.bounded(texts, options)
+    def _tokenize(self, texts: Iterable[str], options: TextOptions) -> Iterator[Text]:
+        """Tokenise `texts`, some at a time. Those that are too long are cut here, or cut or refused by `fit`."""
         special, limit = options.add_special_tokens, options.content_limit
-        tokenised = self.backend.tokenize(texts, special=special)
-        return [
-            whole if len(whole.ids) <= limit else self.backend.cut(text, limit, special=special)
-            for text, whole in zip(texts, tokenised, strict=True)
-        ]
+        rest = iter(texts)
+        while part := self.bounded(islice(rest, ENCODED_AT_ONCE), options):
+            tokenised = self.backend.tokenize(part, special=special)
+            for text, whole in zip(part, tokenised, strict=True):
+                yield whole if len(whole.ids) <= limit else self.backend.cut(text, limit, special=special)
 
-    def bounded(self, texts: Seq[str], options: TextOptions) -> list[str]:
-        """Return `texts` without characters far beyond the limit, which need not be tokenised.
+    def fit_all(self, texts: Iterable[Text], options: TextOptions, budget: Budget) -> list[Text]:
+        """Fit each of `texts`, as far as the budget goes."""
+        fitted = []
+        for text in texts:
+            fitted.append(self.fit(text, options))
+            budget.spend(len(fitted[-1].ids))
+        return fitted
+
+    def bounded(self, texts: Iterable[str], options: TextOptions) -> list[str]:
+        """Return `texts`, of long ones only a part that has all tokens that count.
 
         Raises:
-            TooLong: a text is far too long, and `options` do not cut it.
+            TooLong: a text is too long, and `options` do not cut it.
+            BadRequest: a text cannot be tokenised in part, and has too many characters.
         """
-        longest = options.limit * CHARACTERS_PER_TOKEN
-        if options.truncate is None and max(map(len, texts), default=0) > longest:
+        return [self._bounded(text, options) for text in texts]
+
+    def _bounded(self, text: str, options: TextOptions) -> str:
+        if options.truncate is not None:
+            return self.enough(text, options.truncate, options.side)
+        if len(text) > COUNTED * options.limit and len(self.enough(text, options.limit)) < len(text):
             raise _too_long(options.limit, f"at least {options.limit + 1}")
-        return [text[self._kept(len(text), longest, options)] for text in texts]
+        return self.whole(text)
+
+    def enough(self, text: str, limit: int, side: Literal["left", "right"] | None = None) -> str:
+        """Return a part of `text` that has more than `limit` tokens, those that are kept where it is cut.
+
+        Args:
+            text: returned whole where it is short, or where no part of it has these tokens for sure.
+            limit: maximum tokens.
+            side: end that is cut; `None` = the tokenizer's.
+
+        Raises:
+            BadRequest: it has to be tokenised whole, and has too many characters.
+        """
+        from_end = (side or self.tokenizer.truncation_side) == "left"
+        return self.whole(self.backend.enough(text, limit + 1, from_end=from_end))
+
+    def whole(self, text: str) -> str:
+        """Return `text`, which is to be tokenised whole.
+
+        Raises:
+            BadRequest: it has too many characters.
+        """
+        if len(text) > self.bounds.characters:
+            raise BadRequest(
+                f"{len(text)} characters of a text have to be tokenised, because too few words of it can be cut off "
+                f"before; at most {self.bounds.characters} may (--max-text-characters). Send it in parts",
+                param="input",
+            )
+        return text
 
     def _kept(self, length: int, limit: int, options: TextOptions) -> slice:
         """Return the places of the `limit` characters or ids, of `length`, that are kept."""
@@ -345,6 +428,7 @@ class Renderer:
         if not isinstance(self.backend, FastTokenizer):
             raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
         texts = self.bounded(texts, options)
+        budget = Budget(self.bounds.tokens)
         special, limit = options.add_special_tokens, options.content_limit
         adapter = self.prompts.choose().adapter
         annotated: list[tuple[Sequence, Encoding]] = []
@@ -352,6 +436,7 @@ class Renderer:
             if len(encoding) > limit:
                 encoding = self.backend.cut_encoding(text, limit, special=special)
             fitted = self.fit(self.backend.text_of(encoding), options)
+            budget.spend(len(fitted.ids))
             annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
         return annotated
 
@@ -399,6 +484,7 @@ class Renderer:
         length = options.truncate or options.limit
         if length == UNLIMITED:
             length = self.info.max_model_len
+        Budget(self.bounds.tokens).spend(length)  # before so many are made
         pad = self.tokenizer.pad_token_id or 0
         return text.extended([pad] * (length - len(text.ids)))
 
@@ -454,6 +540,8 @@ class Renderer:
 
     def _prompt_length(self, prompt: str, limit: int, special: bool) -> int:
         """Count the tokens of a prompt as sentence-transformers: cut like a text, without a closing special one."""
+        most = min(limit, self.info.limit("embed"))
+        prompt = self.backend.enough(prompt, most + 1, from_end=False)
         (text,) = self.backend.tokenize([prompt], special=special)
         if len(text.ids) > limit:
             text = self.backend.cut(prompt, limit, special=special)

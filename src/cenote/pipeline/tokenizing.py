@@ -25,6 +25,11 @@ MOST_CUTS = 8
 
 UNICODE = "text must be valid Unicode, without lone surrogates"
 
+FIRST_LOOK = 8
+"""Characters per token that `FastTokenizer.enough` looks at first; most text has 3 to 5."""
+MARGIN = 2
+"""Words at a cut that do not count: the last one is incomplete, and the one beside it may depend on it."""
+
 Ids = list[int]
 
 
@@ -46,6 +51,13 @@ class Text(NamedTuple):
         if self.type_ids is None:
             return Text(extended)
         return Text(extended, [*self.type_ids, *[0] * len(ids)])
+
+
+class _Side(NamedTuple):
+    """A text of pairs: its tokens, as far as a pair may keep them, and the number of all."""
+
+    kept: Encoding
+    length: int
 
 
 class FastTokenizer:
@@ -92,6 +104,30 @@ class FastTokenizer:
             raise BadRequest(UNICODE, param="input") from None
         return encodings
 
+    def enough(self, text: str, count: int, *, from_end: bool) -> str:
+        """Return a part of `text` whose first `count` tokens, special tokens aside, are those of the whole text.
+
+        Words are tokenised one by one, so that the tokens before the last words of a beginning are those of the text.
+        That is compared on beginnings of several lengths, as a tokenizer may look farther (digits grouped from the
+        end). Where a text has no such words, it is returned whole.
+
+        Args:
+            text: of any length.
+            count: at least 1.
+            from_end: return an end of the text, and compare the last tokens.
+        """
+        length = FIRST_LOOK * count
+        while 4 * length < len(text):
+            part = text[_kept(length, from_end)]
+            (encoding,) = self.encodings([part], special=False)
+            if _is_settled(encoding, count, from_end):
+                longer = [text[_kept(size, from_end)] for size in (length + 1, length + length // 2)]
+                others = self.encodings(longer, special=False, offsets=False)
+                if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
+                    return part
+            length *= 4
+        return text
+
     def text_of(self, encoding: Encoding) -> Text:
         """Return the ids of `encoding`, and its type ids where the model takes any."""
         ids = encoding.ids
@@ -128,25 +164,36 @@ class FastTokenizer:
         """Join each pair to one text of at most `limit` tokens, cut "longest first"; a text is tokenised once."""
         texts = list(dict.fromkeys(chain.from_iterable(pairs)))
         encodings = self.encodings(texts, special=False)
-        encoding_of = dict(zip(texts, encodings, strict=True))
-        return [self._join(encoding_of[query], encoding_of[document], limit, special) for query, document in pairs]
-
-    def _join(self, query: Encoding, document: Encoding, limit: int, special: bool) -> Text:
         room = max(0, limit - self._added(special, pair=True))
-        for_query, for_document = shares(len(query), len(document), room)
-        query, document = self._shortened(query, for_query), self._shortened(document, for_document)
-        joined = self._backend.post_process(query, document, special)
+        sides = [_Side(self._shortened(encoding, room), len(encoding)) for encoding in encodings]
+        side_of = dict(zip(texts, sides, strict=True))
+        return [self._join(side_of[query], side_of[document], limit, special) for query, document in pairs]
+
+    def _join(self, query: _Side, document: _Side, limit: int, special: bool) -> Text:
+        room = max(0, limit - self._added(special, pair=True))
+        for_query, for_document = shares(query.length, document.length, room)
+        shortened = self._shortened(query.kept, for_query), self._shortened(document.kept, for_document)
+        joined = self._backend.post_process(*shortened, special)
         joined.truncate(limit)  # where not even the special tokens fit
         return self.text_of(joined)
 
     def _shortened(self, encoding: Encoding, length: int) -> Encoding:
-        """Return `encoding`, or a copy that is cut to `length` tokens, on the tokenizer's side."""
+        """Return `encoding`, or a copy that is cut to `length` tokens, on the tokenizer's side.
+
+        An encoding keeps what is cut off, in pieces of the length of the rest, and joining two makes a pair of every
+        piece of one and every piece of the other. So what is kept of a long one is taken as such a piece.
+        """
         from tokenizers import Encoding
 
         if len(encoding) <= length:
             return encoding
+        side = self._tokenizer.truncation_side
         copy = Encoding.merge([encoding])
-        copy.truncate(length, direction=self._tokenizer.truncation_side)
+        if 0 < 2 * length <= len(encoding):
+            copy.truncate(len(encoding) - length, direction="right" if side == "left" else "left")
+            (piece,) = copy.overflowing
+            return piece
+        copy.truncate(length, direction=side)
         return copy
 
     def _added(self, special: bool, *, pair: bool) -> int:
@@ -180,6 +227,10 @@ class SlowTokenizer:
             return []
         outputs = self._call([*map(self._checked, texts)], add_special_tokens=special)
         return [Text(ids) for ids in outputs["input_ids"]]
+
+    def enough(self, text: str, count: int, *, from_end: bool) -> str:
+        """See `FastTokenizer.enough`: nothing is known of words here, so the text is returned whole."""
+        return text
 
     def cut(self, text: str, limit: int, *, special: bool) -> Text:
         """See `FastTokenizer.cut`."""
@@ -218,6 +269,24 @@ class SlowTokenizer:
         except UnicodeEncodeError:
             raise BadRequest(UNICODE, param="input") from None
         return self._cased(text)
+
+
+def _kept(count: int, from_end: bool) -> slice:
+    """Return the places of the first or the last `count`."""
+    return slice(-count, None) if from_end else slice(count)
+
+
+def _ids(encoding: Encoding, count: int, from_end: bool) -> tuple[int, ...]:
+    """Return the first or the last `count` ids."""
+    return tuple(encoding.ids[_kept(count, from_end)])
+
+
+def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
+    """Return whether the first or the last `count` tokens are more than `MARGIN` words away from the cut."""
+    words = [word for word in encoding.word_ids if word is not None]
+    if from_end:
+        words.reverse()
+    return len(words) > count and abs(words[count - 1] - words[-1]) >= MARGIN
 
 
 def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.routing import Router
 
 from cenote.server import errors
+from cenote.server.admission import Admission
 from cenote.server.describe import described
 from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm
 from cenote.server.gate import Gate, UnderWay
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ServerConfig
     from cenote.pipeline.pipeline import Service
+    from cenote.server.gate import ErrorBody
     from cenote.server.routes import Dialect, Route
 
 log = logging.getLogger(__name__)
@@ -53,14 +55,21 @@ class Application:
         services: the models.
         config: of the server.
         dialects: whose routes it has.
+        serving: the models, if another application serves them too and owns them.
 
     Attributes:
         routes: the rows of the table by method and path.
         under_way: requests that are being answered.
     """
 
-    def __init__(self, services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> None:
-        self._serving = Serving(services, config)
+    def __init__(
+        self,
+        services: list[Service],
+        config: ServerConfig,
+        dialects: Sequence[Dialect] = DIALECTS,
+        serving: Serving | None = None,
+    ) -> None:
+        self._serving = serving or Serving(services, config)
         self._config = config
         self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
@@ -71,7 +80,17 @@ class Application:
                 self._add(dialect, route)
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
-        self._app = Gate(router, config, self.under_way)
+        admission = self._serving.admission if serving is None else Admission([], config)
+        self._app = Gate(router, config, self.under_way, admission, self._error_body)
+
+    def operations(self) -> Application:
+        """Return an application that only tells how this one does, for a listener on another thread."""
+        config = self._config.model_copy(update={"disable_fastapi_docs": True})
+        return Application([], config, [operations.DIALECT], self._serving)
+
+    def begin_end(self) -> None:
+        """Tell that the server is shutting down, so that it is not ready for requests."""
+        self._serving.is_ending = True
 
     @property
     def fault(self) -> str:
@@ -100,17 +119,22 @@ class Application:
             await send({"type": "websocket.close", "code": 1000})
             return
         key = scope["method"], self._path(scope)
-        dialect = self._dialects.get(key)
-        scope["route_path"] = key[1] if dialect else "other"
+        scope["route_path"] = key[1] if key in self._dialects else "other"
+        error_body = self._error_body(scope)
         request = Request(scope, receive, send)
         try:
             response = await self._answer(key, request)
         except errors.Failures as error:
-            response = errors.respond(error, dialect.error if dialect else errors.openai_error)
+            response = errors.respond(error, error_body)
         except Exception as error:
             log.exception("%s %s failed", *key)
             response = errors.respond(error)
         await response(scope, receive, send)
+
+    def _error_body(self, scope: Scope) -> ErrorBody:
+        """Return the function that makes the body of an error in the dialect of a request."""
+        dialect = self._dialects.get((scope["method"], self._path(scope)))
+        return dialect.error if dialect else errors.openai_error
 
     def _path(self, scope: Scope) -> str:
         """The path without the prefix of a proxy and without a closing slash."""

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, NoReturn
 import uvicorn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from socket import socket
     from types import FrameType
 
-    from cenote.server.gate import UnderWay
+    from cenote.server.app import Application
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +36,14 @@ class Server(uvicorn.Server):
 
     Args:
         config: of uvicorn.
-        under_way: requests that the application is answering.
-        timeout: seconds that they have.
-        fault: returns the reason why nothing can be answered any more; empty while all is well.
+        app: the application.
+        timeout: seconds that requests under way have.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, under_way: UnderWay, timeout: float, fault: Callable[[], str] = str
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, timeout: float) -> None:
         super().__init__(config)
-        self._under_way = under_way
+        self._app = app
         self._timeout = timeout
-        self._fault = fault
         self._deadline = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -61,12 +56,12 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket] | None = None) -> None:
         """Serve until a signal; return, or end the process if a fault was the reason."""
         super().run(sockets)
-        if self._fault():
+        if self._app.fault:
             _end_with_error()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end: after a signal, or because of a fault."""
-        fault = self._fault()
+        fault = self._app.fault
         if fault and not self.should_exit:
             log.critical("%s; the process ends", fault)
             self._end_within(TO_LEAVE)
@@ -75,6 +70,7 @@ class Server(uvicorn.Server):
     def _end_within(self, seconds: float) -> None:
         """Begin to end. Requests under way have `seconds`; the process has `LAST_RESORT` more."""
         self.should_exit = True
+        self._app.begin_end()
         self._deadline = time.monotonic() + seconds
         watchdog = threading.Timer(seconds + LAST_RESORT, _give_up)
         watchdog.daemon = True
@@ -91,7 +87,7 @@ class Server(uvicorn.Server):
     async def _end_requests(self) -> None:
         while time.monotonic() < self._deadline:
             await asyncio.sleep(TICK)
-        count = self._under_way.end()
+        count = self._app.under_way.end()
         log.warning("%d requests were not done in time and are answered 503", count)
         await asyncio.sleep(TO_LEAVE)
         for connection in [*self.server_state.connections]:

@@ -19,6 +19,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from cenote import metrics
 from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MOST_ENTRIES, LONGEST_ENTRY, LONGEST_INPUT = 10, 1000, 200
 LONGEST_MESSAGE = 16_384
-"""Characters of a message, which may repeat what the request sent."""
+"""Characters of a message, which may repeat parts of the request."""
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = LONGEST_INPUT
 _SHORTENED.maxlist = _SHORTENED.maxdict = 8
@@ -103,6 +104,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault(500, "Internal server error", "InternalServerError", None, error)
     if error.status >= 500:
         log.error("%s: %s", type(error).__name__, error.message)
+    if isinstance(error, Overloaded):
+        metrics.refusals_of(error.reason).inc()
     return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
 
 

@@ -1,4 +1,5 @@
-"""The gate that every request passes before its route: request id, API key, content type, body limit, metrics.
+"""The gate that every request passes before its route: request id, API key, content type, admission, body limit,
+metrics.
 
 Plain ASGI, so that a handler can still see the client leave. The body is read here, bounded, and replayed.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,17 +17,27 @@ from starlette.datastructures import Headers, MutableHeaders
 from cenote import metrics
 from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unauthorized
 from cenote.server import errors
+from cenote.server.admission import Held
 from cenote.server.serving import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from cenote.config import ServerConfig
+    from cenote.server.admission import Admission
+    from cenote.server.errors import Fault
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
-UNCOUNTED = frozenset({"/health", "/ping", "/metrics", "/load", "/version"})
+    ErrorBody = Callable[[Fault], dict[str, Any]]
+    """Makes the body of an error in the shape of a dialect."""
+
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
+UNCOUNTED = OPEN_PATHS | {"/metrics", "/load", "/version"}
+JSON_TYPES = frozenset({"application/json", ""})
+"""Types of bodies that are read; some clients name none."""
+LINGER = 2.0
+"""Seconds in which a client may go on sending the body of a request that is refused already."""
 
 
 class UnderWay:
@@ -86,16 +98,29 @@ class _Reply:
 
 
 class Gate:
-    """ASGI middleware. Answers requests that it refuses by itself, in the error shape of the API.
+    """ASGI middleware. Answers requests that it refuses by itself, in the error shape of their dialect.
+
+    Args:
+        error_body: of a request's dialect.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
+        admission: decides which requests may wait.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, under_way: UnderWay) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        under_way: UnderWay,
+        admission: Admission,
+        error_body: Callable[[Scope], ErrorBody],
+    ) -> None:
         self.app = app
         self.config = config
         self.under_way = under_way
+        self.admission = admission
+        self._error_body = error_body
         self._keys = [key.encode() for key in config.api_key]
         self._names_requests = config.enable_request_id_headers
 
@@ -125,27 +150,50 @@ class Gate:
         """Answer a request, also where shutting down cuts its answer short before it has begun."""
         is_answered = await self.under_way.run(self._answer(scope, headers, receive, reply))
         if not is_answered and not reply.is_started:
-            await errors.respond(Closed("the server is shutting down"))(scope, receive, reply)
+            await self._refuse(Closed("the server is shutting down"), scope, receive, reply)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        held = Held(self.admission)
         try:
             self._check(scope, headers)
-            replayed = await self._body(scope, headers, receive) if scope["method"] == "POST" else receive
+            if scope["method"] == "POST":
+                receive = await self._body(scope, headers, receive, held)
         except CenoteError as error:
-            await errors.respond(error)(scope, receive, send)
+            held.release()
+            await self._refuse(error, scope, receive, send)
             return
-        await self.app(scope, replayed, send)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            held.release()
+
+    async def _refuse(self, error: CenoteError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with `error`, and let a client that is still sending its body finish: else it sees a reset."""
+        response = errors.respond(error, self._error_body(scope))
+
+        async def begin(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await response(scope, receive, begin)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `CenoteError` for a request without a key, or with a body that is not JSON."""
+        """Raise `CenoteError` for a request without a key, with a body that is not JSON, or at a bad time."""
         if scope["path"] in OPEN_PATHS:
             return
         if self._keys and scope["method"] != "OPTIONS":
             self._check_key(headers.get("authorization", ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if kind not in JSON_TYPES:
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
+            self.admission.check()
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, token = authorization.partition(" ")
@@ -153,22 +201,22 @@ class Gate:
         if not any(hmac.compare_digest(key, valid) for valid in self._keys):
             raise Unauthorized("missing or wrong API key")
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+    async def _body(self, scope: Scope, headers: Headers, receive: Receive, held: Held) -> Receive:
         """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""
         limit = self.config.max_body_bytes
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise BodyTooLarge(f"the request body has {declared} bytes; at most {limit} are allowed")
         chunks: list[bytes] = []
-        size, is_open = 0, True
+        is_open = True
         while is_open:
             message = await receive()
             chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
-            size += len(chunks[-1])
+            held.add(len(chunks[-1]))
             is_open = message.get("more_body", False)
-            if size > limit:
+            if held.size > limit:
                 raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
-        scope["state"]["body_bytes"] = size
+        scope["state"]["body_bytes"] = held.size
         pending: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
         async def replay() -> Message:

@@ -21,6 +21,8 @@ from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest, ConfigError, ModelNotFound
+from cenote.pipeline.rendering import Bounds
+from cenote.server.admission import Admission, Place
 from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from cenote.core import Engine, Output, Sequence
     from cenote.pipeline.job import Job
     from cenote.pipeline.pipeline import Service
+    from cenote.server.admission import EngineLine
     from cenote.server.wire.fields import Queued
 
 RENDER_THREADS = 2
@@ -48,12 +51,20 @@ MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
 NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
+LONG = 64
+"""Sequences of a request from which on the pace of its engine is told of its parts, and not when all are done."""
 T = TypeVar("T")
 _ids = random.Random()
 
 
 class Serving:
-    """The models of one server, and the way to them."""
+    """The models of one server, and the way to them.
+
+    Attributes:
+        running: requests being computed.
+        is_ending: whether the server is shutting down.
+        admission: decides which requests may wait.
+    """
 
     def __init__(self, services: list[Service], config: ServerConfig) -> None:
         self.services = services
@@ -61,6 +72,10 @@ class Serving:
         self.started = int(time.time())
         self.running = 0
         self.views = list(chain.from_iterable(service.views for service in services))
+        self.is_ending = False
+        self.admission = Admission(services, config)
+        for view in self.views:
+            view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
         self._by_name = _by_name(self.views)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
@@ -136,17 +151,22 @@ class Serving:
             CenoteError: the operation or the engine refuses the request, or fails.
             HTTPException: the client left.
         """
+        self.admission.check_model(service)
+        line = self.admission.line(service)
+        size = request.state.body_bytes
         self.running += 1
         try:
-            if is_plain and request.state.body_bytes <= SHORT and service.renderer.is_fast:
-                began = time.monotonic()
-                job = make()
-                metrics.stage("render").observe(time.monotonic() - began)
-            else:
-                job = await self.in_pool("render", make)
-            job = job.queued(priority=body.priority, salt=body.cache_salt)
-            job = job.adapted([service.adapter] * len(job.sequences))
-            outputs = await self._outputs(request, service, job)
+            with line.enter(size) as place:
+                if is_plain and size <= SHORT and service.renderer.is_fast:
+                    began = time.monotonic()
+                    job = make()
+                    metrics.stage("render").observe(time.monotonic() - began)
+                else:
+                    job = await self._rendered(make, size)
+                job = job.queued(priority=body.priority, salt=body.cache_salt)
+                job = job.adapted([service.adapter] * len(job.sequences))
+                place.resize(min(line.most, job.tokens))
+                outputs = await self._outputs(request, service, job, line)
         finally:
             self.running -= 1
         if job.is_slow or _numbers(outputs) > LARGE:
@@ -154,23 +174,52 @@ class Serving:
         with metrics.stage("encode").time():
             return job.finish(outputs)
 
-    async def _outputs(self, request: Request, service: Service, job: Job[Response]) -> list[Output]:
+    async def _rendered(self, make: Callable[[], T], size: int) -> T:
+        """Call `make` on a render thread, for a body of `size` bytes."""
+        line = self.admission.rendering
+        with Place(line, size):
+            made = await self.in_pool("render", make)
+            line.finish(size)
+        return made
+
+    async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""
         loop = asyncio.get_running_loop()
         if self._desk is None or self._desk.loop is not loop:
             self._desk = Desk(loop)
-        answer = self._desk.submit(service.engine, job.sequences)
+        count, tokens = len(job.sequences), job.tokens
+        parts = _Parts(line, tokens, count) if count >= LONG else None
+        answer = self._desk.submit(service.engine, job.sequences, parts)
         watch = loop.call_later(NOTICE, _watch, request, answer)
         try:
-            return await answer
+            outputs = await answer
         finally:
             watch.cancel()
+        line.finish(tokens if parts is None else 0)
+        return outputs
 
     def close(self) -> None:
         """Finish the accepted work and stop."""
         for service in self.services:
             service.engine.close()
         self._pool.shutdown()
+
+
+class _Parts:
+    """Tells a line of the parts of a long request that are finished.
+
+    Args:
+        tokens: of the request.
+        count: its sequences.
+    """
+
+    def __init__(self, line: EngineLine, tokens: int, count: int) -> None:
+        self._line = line
+        self._mean = tokens / count
+
+    def __call__(self, count: int) -> None:
+        """Note that `count` more sequences are finished."""
+        self._line.finish(round(count * self._mean))
 
 
 class Desk:
@@ -182,15 +231,17 @@ class Desk:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._held: deque[tuple[Engine, list[Sequence], asyncio.Future[list[Output]]]] = deque()
+        self._held: deque[tuple[Callable[[], Future[list[Output]]], asyncio.Future[list[Output]]]] = deque()
         self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken = False
 
-    def submit(self, engine: Engine, sequences: list[Sequence]) -> asyncio.Future[list[Output]]:
+    def submit(
+        self, engine: Engine, sequences: list[Sequence], progress: Callable[[int], None] | None = None
+    ) -> asyncio.Future[list[Output]]:
         """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work."""
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
-        self._held.append((engine, sequences, answer))
+        self._held.append((partial(engine.submit, sequences, progress=progress), answer))
         if len(self._held) == 1:
             self._held_since = time.monotonic()
             self.loop.call_soon(self._hold, 1, 0)
@@ -214,11 +265,11 @@ class Desk:
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
-            engine, sequences, answer = self._held.popleft()
+            submit, answer = self._held.popleft()
             if answer.done():  # cancelled
                 continue
             try:
-                future = engine.submit(sequences)
+                future = submit()
             except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue

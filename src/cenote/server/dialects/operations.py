@@ -27,6 +27,18 @@ async def health(serving: Serving, request: Request, body: None) -> Response:
     return Response(serving.fault or "the last forward failed, and a new one does", 503, media_type="text/plain")
 
 
+async def live(serving: Serving, request: Request, body: None) -> Response:
+    """200 as long as the process answers at all."""
+    return Response(status_code=200)
+
+
+async def ready(serving: Serving, request: Request, body: None) -> Response:
+    """As `/health`, and 503 from the moment on at which the server begins to shut down."""
+    if serving.is_ending:
+        return Response(status_code=503)
+    return await health(serving, request, body)
+
+
 async def version(serving: Serving, request: Request, body: None) -> Response:
     """Version of Cenote."""
     return json_response({"version": cenote.__version__})
@@ -47,6 +59,8 @@ DIALECT = Dialect(
     (
         Route("/health", health, method="GET", aliases=("/ping",)),
         Route("/ping", health, is_described=False),
+        Route("/livez", live, method="GET"),
+        Route("/readyz", ready, method="GET"),
         Route("/version", version, method="GET"),
         Route("/load", load, method="GET"),
         Route("/metrics", prometheus, method="GET"),

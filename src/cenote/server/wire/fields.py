@@ -83,6 +83,17 @@ class Body(BaseModel):
     uncounted: ClassVar[frozenset[str]] = frozenset()
     """Fields whose lists may have any length."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        """Leave out fields that are null and have another default: some clients name every field."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        nulls = [name for name, value in values.items() if value is None and name in fields]
+        absent = {name for name in nulls if fields[name].get_default(call_default_factory=True) is not None}
+        return {name: value for name, value in values.items() if name not in absent} if absent else values
+
     @classmethod
     def check_lengths(cls, values: Any, limits: Limits) -> None:
         """Count the lists of a parsed body before their elements are validated.

@@ -1,0 +1,230 @@
+"""Admission: a request that would wait too long is refused before its body is parsed.
+
+Two lines form in a server: bodies that wait for a render thread, counted in bytes, and sequences that wait for an
+engine, counted in tokens. Each knows the pace at which it was worked off of late, so the wait that a new request has
+before it is a division. Nothing here looks at the requests that wait.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from cenote import metrics
+from cenote.engine.scheduler import BULK
+from cenote.errors import Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import Self
+
+    from cenote.config import ServerConfig
+    from cenote.core import ModelInfo
+    from cenote.pipeline.pipeline import Service
+
+KNOWN_AFTER = 0.5
+"""Seconds of full work after which a pace is believed."""
+MEMORY = 10.0
+"""Seconds of full work that a pace remembers; older work counts ever less."""
+FULL_RENDERING = 262_144
+"""Bytes of bodies from which on the render threads are never idle."""
+BYTES_PER_TOKEN = 4
+"""A guess for bodies that are not tokenised yet."""
+SMALL_BODY = 65_536
+"""Bytes up to which a body is never refused for the memory of others: the number of connections bounds these."""
+
+_OPEN: weakref.WeakSet[Admission] = weakref.WeakSet()
+metrics.waiting_seconds.set_function(lambda: max((admission.seconds for admission in [*_OPEN]), default=0.0))
+metrics.pending_bytes.set_function(lambda: sum(admission.pending for admission in [*_OPEN]))
+
+
+class Line:
+    """Work that is accepted and not finished, and its pace. Any thread may change it.
+
+    Args:
+        full: amount of work from which on nothing idles; only then is the pace measured.
+        clock: seconds of a monotonic clock.
+
+    Attributes:
+        amount: accepted and not finished.
+    """
+
+    def __init__(self, full: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.amount = 0
+        self._full = full
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._was_full = False
+        self._since = 0.0
+        self._seconds = 0.0
+        self._finished = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until all of it is finished; 0 while the pace is not known."""
+        if self._seconds < KNOWN_AFTER or not self._finished:
+            return 0.0
+        return self.amount * self._seconds / self._finished
+
+    def change(self, amount: int) -> None:
+        """Add work, or take it away."""
+        with self._lock:
+            self.amount += amount
+            self._was_full = self._was_full and self.amount >= self._full
+
+    def finish(self, amount: int) -> None:
+        """Note that so much was finished. It stays in the line until `change` takes it away."""
+        now = self._clock()
+        with self._lock:
+            if self._was_full:
+                self._seconds += now - self._since
+                self._finished += amount
+                kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
+                self._seconds *= kept
+                self._finished *= kept
+            self._since = now
+            self._was_full = self.amount >= self._full
+
+
+class Place:
+    """A request's place in a line, left at the end of the block.
+
+    Args:
+        line: where it waits.
+        amount: its work.
+    """
+
+    def __init__(self, line: Line, amount: int) -> None:
+        self._line = line
+        self._amount = 0
+        self.resize(amount)
+
+    def resize(self, amount: int) -> None:
+        """Change the amount of work."""
+        self._line.change(amount - self._amount)
+        self._amount = amount
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.resize(0)
+
+
+class EngineLine(Line):
+    """The line before an engine, in tokens.
+
+    A request counts with the tokens that others may have to wait for. The scheduler lets others pass a bulk request, so
+    that its tokens beyond the first `BULK` batches are in nobody's way.
+    """
+
+    def __init__(self, info: ModelInfo, clock: Callable[[], float] = time.monotonic) -> None:
+        batch = info.report.batch_tokens
+        super().__init__((info.report.streams + 1) * batch, clock)
+        self.most = BULK * batch
+
+    def enter(self, body_bytes: int) -> Place:
+        """Return the place of a request that is not tokenised yet."""
+        return Place(self, min(self.most, body_bytes // BYTES_PER_TOKEN))
+
+
+class Held:
+    """Bytes of one request's body, which stay in memory until `release`.
+
+    Attributes:
+        size: bytes.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Take more bytes.
+
+        Raises:
+            Overloaded: all bodies together have too many.
+        """
+        self.size += size
+        self._admission.pending += size
+        others = self._admission.pending - self.size
+        if self.size > SMALL_BODY and others and self._admission.pending > self._admission.max_bytes:
+            raise Overloaded(
+                f"the bodies of other requests take {others} bytes, and all together may take "
+                f"{self._admission.max_bytes} (--max-pending-bytes); try again later",
+                retry_after=self._admission.retry_after(),
+                reason="bytes",
+            )
+
+    def release(self) -> None:
+        """Give the bytes back; may be called twice."""
+        self._admission.pending -= self.size
+        self.size = 0
+
+
+class Admission:
+    """Decides which requests may wait, in constant time.
+
+    Args:
+        services: the models.
+        config: of the server.
+        clock: seconds of a monotonic clock.
+
+    Attributes:
+        rendering: line before the render threads, in bytes.
+        pending: bytes of bodies that are received and not answered.
+        max_bytes: maximum of `pending`.
+    """
+
+    def __init__(
+        self, services: Iterable[Service], config: ServerConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.rendering = Line(FULL_RENDERING, clock)
+        self.pending: int = 0
+        self.max_bytes = config.max_pending_bytes
+        self._longest = config.max_waiting_time
+        self._lines: dict[tuple[str, ...], EngineLine] = {}
+        for service in services:
+            line = EngineLine(service.info, clock)
+            self._lines |= dict.fromkeys([view.names for view in service.views], line)
+        _OPEN.add(self)
+
+    def line(self, service: Service) -> EngineLine:
+        """Return the line before the engine of `service`."""
+        return self._lines[service.names]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that a new request would wait for the model with the shortest line."""
+        return self.rendering.seconds + min((line.seconds for line in self._lines.values()), default=0.0)
+
+    def check(self) -> None:
+        """Raise `Overloaded` if a new request would wait too long for any model."""
+        self._check(self.seconds)
+
+    def check_model(self, service: Service) -> None:
+        """Raise `Overloaded` if a new request would wait too long for this one of several models."""
+        if len(self._lines) > 1:
+            self._check(self.rendering.seconds + self.line(service).seconds)
+
+    def _check(self, seconds: float) -> None:
+        if seconds > self._longest:
+            raise Overloaded(
+                f"the server is overloaded: a new request would wait some {seconds:.0f} s, and at most "
+                f"{self._longest:g} s are allowed (--max-waiting-time); try again later",
+                retry_after=self.retry_after(seconds),
+                reason="waiting",
+            )
+
+    def retry_after(self, seconds: float | None = None) -> int:
+        """Return the seconds after which half of the longest wait is left, at least 1.
+
+        Args:
+            seconds: wait of a new request; default: the shortest one.
+        """
+        seconds = self.seconds if seconds is None else seconds
+        return max(1, math.ceil(seconds - self._longest / 2))

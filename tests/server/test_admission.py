@@ -1,0 +1,280 @@
+"""Admission: what would wait too long is refused before it is read, by estimated time and by bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cenote import metrics
+from cenote.config import ServerConfig
+from cenote.engine.fake import FakeEngine
+from cenote.errors import Overloaded
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.rendering import Renderer
+from cenote.server import app, gate
+from cenote.server.admission import KNOWN_AFTER, Admission, EngineLine, Held, Line
+from cenote.server.serving import LONG
+from tests import PATIENCE
+from tests.conftest import INFO, JSON
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+    from starlette.types import Message
+    from transformers import PreTrainedTokenizerBase
+
+    from tests.conftest import Serve
+
+ROUTE = "/v1/embeddings"
+
+
+@dataclass
+class Clock:
+    """A clock that stands until it is moved."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def worked(line: Line, clock: Clock, pace: float, seconds: float = 1.0) -> None:
+    """Let `line`, which is full, be worked off for some time; it stays as long as it is."""
+    line.finish(0)
+    clock.now += seconds
+    line.finish(int(pace * seconds))
+
+
+def test_a_line_knows_its_wait_by_the_pace_of_late() -> None:
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(500)
+    assert line.seconds == 0, "nothing is known yet"
+    worked(line, clock, 50)
+    assert line.seconds == pytest.approx(10)
+    line.change(-300)
+    assert line.seconds == pytest.approx(4)
+    for _ in range(100):
+        worked(line, clock, 200)
+    assert line.seconds == pytest.approx(1, rel=0.01), "what was long ago counts no longer"
+
+
+def test_a_pace_is_measured_only_while_enough_waits() -> None:
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(99)
+    for _ in range(10):
+        worked(line, clock, 1)
+    line.change(900)
+    assert line.seconds == 0, "a line that is not full says nothing of its pace"
+    worked(line, clock, 500)
+    line.change(-990)
+    clock.now += 1000
+    line.finish(1)
+    line.change(1000)
+    worked(line, clock, 500)
+    assert line.seconds == pytest.approx(1009 / 500), "the pause in between does not count"
+    assert KNOWN_AFTER <= 1
+
+
+def test_a_bulk_request_counts_with_what_others_wait_for() -> None:
+    line = EngineLine(INFO)
+    with line.enter(1 << 30) as place:
+        assert line.amount == line.most == 8 * INFO.report.batch_tokens
+        place.resize(7)
+        assert line.amount == 7
+    assert line.amount == 0
+
+
+def admission(clock: Clock, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[Admission, list[Service]]:
+    services = [Service(FakeEngine(INFO), Renderer(tokenizer, INFO), (name,)) for name in ("a", "b")]
+    return Admission(services, ServerConfig(**options), clock), services
+
+
+def test_a_request_is_refused_when_it_would_wait_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
+    clock = Clock()
+    own, (first, second) = admission(clock, tokenizer, max_waiting_time=10)
+    for service, amount in ((first, 110_000), (second, 40_000)):
+        line = own.line(service)
+        line.change(amount)
+        worked(line, clock, 10_000)
+    own.check()
+    own.check_model(second)
+    with pytest.raises(Overloaded, match="would wait some 11 s, and at most 10 s are allowed") as refusal:
+        own.check_model(first)
+    assert refusal.value.retry_after == 6, "then half of the longest wait is left"
+    own.line(second).change(70_000)
+    with pytest.raises(Overloaded, match="some 11 s"):
+        own.check()
+    own.line(second).change(-70_000)
+    own.rendering.change(1_000_000)
+    worked(own.rendering, clock, 100_000)
+    with pytest.raises(Overloaded, match="some 14 s") as refusal:
+        own.check()
+    assert refusal.value.retry_after == 9
+
+
+def test_bytes_of_bodies_are_bounded_but_one_alone_and_small_ones_go(tokenizer: PreTrainedTokenizerBase) -> None:
+    own, _ = admission(Clock(), tokenizer, max_pending_bytes=200_000)
+    large, small, other = Held(own), Held(own), Held(own)
+    large.add(300_000)
+    small.add(60_000)
+    with pytest.raises(Overloaded, match="the bodies of other requests take 360000 bytes"):
+        other.add(70_000)
+    other.release()
+    large.release()
+    other.add(70_000)
+    for held in (other, other, small):
+        held.release()
+    assert own.pending == 0
+
+
+def gauges() -> tuple[float, float]:
+    return metrics.pending_bytes.collect()[0].samples[0].value, metrics.running_requests._value.get()
+
+
+def refusals(reason: str) -> float:
+    return float(metrics.refusals_of(reason)._value.get())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (ROUTE, {"input": "a"}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+        ("/v2/embed", {"texts": ["a"]}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/pooling", {"input": [5]}),
+    ],
+)
+def test_an_overloaded_server_refuses_before_it_parses(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    engine = FakeEngine(INFO)
+    client = serve(engine, max_waiting_time=2)
+    parsed: list[bytes] = []
+    monkeypatch.setattr(app, "read", lambda content, *_: parsed.append(content))
+    own = client.app._serving.admission  # type: ignore[attr-defined]
+    clock = Clock()
+    (line,) = own._lines.values()
+    line._clock = clock
+    line.change(30_000)
+    worked(line, clock, 10_000)
+    before = refusals("waiting")
+    for _ in range(3):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 429
+        assert answer.headers["Retry-After"] == "2"
+        message = answer.json()["error"]["message"]
+        assert message.startswith("the server is overloaded: a new request would wait some 3 s, and at most 2 s")
+    assert parsed == []
+    assert engine.submitted == []
+    assert refusals("waiting") == before + 3
+    for path in ("/health", "/livez", "/readyz", "/metrics", "/load", "/version", "/v1/models"):
+        assert client.get(path).status_code == 200, path
+    line.change(-30_000)
+    assert gauges() == (0, 0)
+
+
+def post(client: TestClient, given: Any) -> int:
+    return client.post(ROUTE, json={"input": given}).status_code
+
+
+def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Serve) -> None:
+    """Of three times as many requests as may wait, with an engine that answers only when it is let."""
+    engine = FakeEngine(INFO, held=True)
+    client = serve(engine, max_waiting_time=1, max_client_batch_size=LONG)
+    (line,) = client.app._serving.admission._lines.values()  # type: ignore[attr-defined]
+    line.change(10_000)
+    clock = Clock()
+    line._clock = clock
+    worked(line, clock, 10_300)
+    line.change(-10_000)
+    stop = threading.Event()
+
+    def release() -> None:
+        while not stop.wait(0.05):
+            engine.release()
+
+    releasing = threading.Thread(target=release)
+    with ThreadPoolExecutor(32) as pool:
+        waiting = [pool.submit(post, client, [[5] * 60] * LONG) for _ in range(32)]
+        releasing.start()
+        statuses = [future.result(PATIENCE) for future in waiting]
+    stop.set()
+    releasing.join()
+    assert {*statuses} == {200, 429}
+    assert line.amount == 0
+    assert gauges() == (0, 0)
+    assert client.app._serving.running == 0  # type: ignore[attr-defined]
+
+
+def test_a_client_that_still_sends_is_let_finish_before_its_refusal_ends() -> None:
+    """The refusal is there at once; the connection is not closed on what the client has under way."""
+    sent: list[Message] = []
+    coming: list[Message] = [{"type": "http.request", "body": b"x" * 9, "more_body": more} for more in (1, 1, 1, 0)]
+    seen: list[int] = []
+
+    async def receive() -> Message:
+        seen.append(len(sent))
+        return coming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    server = app.build([], ServerConfig(max_body_bytes=10))
+    scope = {
+        "type": "http", "method": "POST", "path": "/v2/embed", "headers": [(b"content-type", b"application/json")],
+        "query_string": b"",
+    }  # fmt: skip
+    asyncio.run(server(scope, receive, send))
+    assert [message["type"] for message in sent] == ["http.response.start", *["http.response.body"] * 2]
+    assert sent[0]["status"] == 413
+    assert json.loads(sent[1]["body"])["error"]["message"].startswith("the request body has more than the 10 bytes")
+    assert [message["more_body"] for message in sent[1:2]] == [True]
+    assert seen == [0, 0, 2, 2]
+    assert coming == []
+
+
+def test_a_client_that_never_finishes_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "LINGER", 0.01)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    server = app.build([], ServerConfig())
+    scope = {"type": "http", "method": "POST", "path": ROUTE, "headers": [(b"content-type", b"text/html")]}
+    asyncio.run(server({**scope, "query_string": b""}, receive, send))
+    assert sent[0]["status"] == 400
+    assert sent[-1] == {"type": "http.response.body", "body": b""}
+
+
+def test_a_server_that_shuts_down_is_alive_and_not_ready(serve: Serve) -> None:
+    client = serve()
+    assert [client.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]
+    client.app.begin_end()  # type: ignore[attr-defined]
+    assert [client.get(path).status_code for path in ("/livez", "/readyz", "/health")] == [200, 503, 200]
+
+
+def test_a_model_that_fails_is_alive_and_not_ready(serve: Serve) -> None:
+    client = serve(FakeEngine(INFO, is_healthy=False))
+    assert [client.get(path).status_code for path in ("/livez", "/readyz", "/health")] == [200, 503, 503]
+
+
+def test_the_second_listener_tells_of_the_first_and_nothing_else(serve: Serve) -> None:
+    client = serve()
+    beside = client.app.operations()  # type: ignore[attr-defined]
+    assert {path for _, path in beside.routes} == {
+        "/health", "/ping", "/livez", "/readyz", "/version", "/load", "/metrics",
+    }  # fmt: skip
+    assert beside._serving is client.app._serving  # type: ignore[attr-defined]
+    assert client.post(ROUTE, content=b"{}", headers=JSON).status_code == 400
