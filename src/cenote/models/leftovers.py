@@ -105,9 +105,8 @@ class Names:
 
     def is_needed(self, name: str) -> bool:
         """Return whether the model cannot do without a tensor of its own: a head that runs is no leftover."""
-        if "pooler." in name and not self.needs_pooler:
-            return False
-        return self.module(name) in self.modules and not reason_in(BUFFERS, self.plain(name))
+        idle = BUFFERS if self.needs_pooler else {**BUFFERS, "*pooler.*": POOLER}
+        return self.module(name) in self.modules and not reason_in(idle, self.plain(name))
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a tensor that the model lacks would belong to one of its modules and change its results."""

@@ -180,8 +180,8 @@ class FastTokenizer:
     def _shortened(self, encoding: Encoding, length: int) -> Encoding:
         """Return `encoding`, or a copy that is cut to `length` tokens, on the tokenizer's side.
 
-        An encoding keeps what is cut off, in pieces of the length of the rest, and joining two makes a pair of every
-        piece of one and every piece of the other. So what is kept of a long one is taken as such a piece.
+        An encoding keeps its cut parts, in pieces of the length of the rest, and joining two makes a pair of every
+        piece of one and every piece of the other. So the kept part of a long one is taken as such a piece.
         """
         from tokenizers import Encoding
 
