@@ -90,11 +90,11 @@ def test_text_that_is_no_unicode_is_refused_alike(tmp_path: Path, kind: str) -> 
     [
         b"x",
         bytearray(b"x"),
-        memoryview(b"x"),
+        pytest.param(memoryview(b"x"), id="memoryview"),
         [True],
         [5, True],
         [[False, 5]],
-        np.array([True]),
+        pytest.param(np.array([True]), id="array of bool"),
         5,
         [None],
         [1.5],
