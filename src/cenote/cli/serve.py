@@ -62,12 +62,12 @@ def _serve(arguments: dict[str, Any]) -> None:
         import uvicorn
 
         from cenote.server.app import build
-        from cenote.server.beside import listen_beside
+        from cenote.server.beside import beside
         from cenote.server.ending import Server
 
         services: list[Service] = []
         with ExitStack() as opened:
-            listener, *beside = map(opened.enter_context, _bind(server))
+            listener, *others = map(opened.enter_context, _bind(server))
             for source in plan.sources:
                 service = source()
                 opened.callback(service.engine.close)
@@ -83,14 +83,14 @@ def _serve(arguments: dict[str, Any]) -> None:
             access_log=server.log_level == "debug",
             timeout_keep_alive=75,
         )
-    for second in beside:
-        listen_beside(app.operations(), second)
     listener.listen(config.backlog)  # a reader of the line below may connect at once
-    port = listener.getsockname()[1]
-    log.info("serving http://%s:%s, %.1f s after start", server.host, port, time.monotonic() - began)
-    # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Server(config, app, server.shutdown_timeout).run(sockets=[listener])
+    with ExitStack() as running:
+        for other in others:
+            running.enter_context(beside(app.operations(), other))
+        log.info("serving http://%s:%s, %.1f s after start", *listener.getsockname()[:2], time.monotonic() - began)
+        # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        Server(config, app, server.shutdown_timeout).run(sockets=[listener])
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from socket import socket
 
     from cenote.server.app import Application
@@ -16,8 +18,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def listen_beside(app: Application, listener: socket) -> None:
-    """Serve `app` on a thread of its own, as long as the process lives.
+END = 5.0
+"""Seconds that the thread has to end."""
+
+
+@contextmanager
+def beside(app: Application, listener: socket) -> Iterator[None]:
+    """Serve `app` on a thread of its own during the block.
+
+    The thread ends before the interpreter does, which an event loop written in C would not survive.
 
     Args:
         app: see `Application.operations`.
@@ -27,4 +36,10 @@ def listen_beside(app: Application, listener: socket) -> None:
     server = uvicorn.Server(config)
     listener.listen(config.backlog)
     log.info("health and metrics on http://%s:%s", *listener.getsockname()[:2])
-    threading.Thread(target=server.run, args=([listener],), name="cenote-beside", daemon=True).start()
+    thread = threading.Thread(target=server.run, args=([listener],), name="cenote-beside", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(END)
