@@ -288,7 +288,7 @@ def test_max_embed_len(folder: Path, reference: Reference) -> None:
         with pytest.raises(TooLong, match="maximum context length is 40 tokens.*contains 41 input tokens"):
             llm.embed([[7] * 41], use_tqdm=False)
         with pytest.raises(TooLong, match="maximum context length is 40 tokens.*contains at least 41 input tokens"):
-            llm.embed("a" * 10_001, use_tqdm=False)
+            llm.embed("a " * 10_001, use_tqdm=False)
         cut = reference.ids(LONG, truncation=True, max_length=40)
         (output,) = llm.embed(LONG, tokenization_kwargs={"truncate_prompt_tokens": -1}, use_tqdm=False)
         assert output.prompt_token_ids == cut
@@ -618,7 +618,7 @@ def test_too_long_documents_are_refused_also_where_others_are_cut(folder: Path) 
         with pytest.raises(TooLong, match="maximum context length is 16 tokens.*contains 17 input tokens"):
             late(llm, " ".join(["stone"] * 15), 4)
         with pytest.raises(TooLong, match="at least 17"):
-            late(llm, "stone" * 5000, 4)
+            late(llm, "stone " * 5000, 4)
 
 
 @pytest.mark.parametrize("task", ["embed", "classify", "token_classify"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -167,16 +168,17 @@ def test_both_faces_refuse_in_the_same_words(
     assert not engine.submitted
 
 
-class Interrupted:
+class Interrupted(Future[list[Output]]):
     """A future that is interrupted while somebody waits for it."""
 
-    cancelled = False
+    was_cancelled = False
 
-    def result(self) -> list[Output]:
+    def done(self) -> bool:
         raise KeyboardInterrupt
 
-    def cancel(self) -> None:
-        self.cancelled = True
+    def cancel(self) -> bool:
+        self.was_cancelled = True
+        return True
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_an_interrupted_request_is_cancelled(
     monkeypatch.setattr(engine, "submit", lambda *_, **__: future)
     with pytest.raises(KeyboardInterrupt):
         ask(face(CROSS_ENCODER, engine))
-    assert future.cancelled
+    assert future.was_cancelled
 
 
 def test_a_job_is_finished_step_by_step() -> None:

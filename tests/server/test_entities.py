@@ -247,7 +247,7 @@ def test_refused_by_meaning(serve: Serve, body: dict[str, Any], message: str, pa
         ({"input": [5, 6]}, "string_type", "body.input"),
         ({"input": [["a"]]}, "string_type", "body.input"),
         ({"input": "a", "ignore_labels": "O"}, "list_type", "body.ignore_labels"),
-        ({"input": "a", "aggregation_strategy": None}, "string_type", "body.aggregation_strategy"),
+        ({"input": "a", "aggregation_strategy": 5}, "string_type", "body.aggregation_strategy"),
     ],
     ids=str,
 )

@@ -234,7 +234,19 @@ BODIES: dict[str, list[dict[str, Any]]] = {
 }
 """Bodies of every route with the method POST; the first one is answered with 200."""
 
-GETS = ("/health", "/ping", "/models", "/v1/models", "/load", "/version", "/openapi.json", "/docs", "/redoc")
+GETS = (
+    "/health",
+    "/livez",
+    "/readyz",
+    "/ping",
+    "/models",
+    "/v1/models",
+    "/load",
+    "/version",
+    "/openapi.json",
+    "/docs",
+    "/redoc",
+)
 OF_A_PROCESS = ("id", "created", "created_at", "uptime", "request_id")
 """Fields that differ from answer to answer."""
 

@@ -127,7 +127,7 @@ def test_requests_are_counted_by_route_and_failures_logged(
     assert count() == before + 1
     assert "the device is gone" in caplog.text
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(engine, "submit", broken)

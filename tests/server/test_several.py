@@ -24,7 +24,7 @@ NAMES = ("embedder", "classifier", "reranker")
 @pytest.fixture
 def engines() -> dict[str, FakeEngine]:
     """An embedder of short inputs, a classifier and a reranker."""
-    infos = (replace(ENCODER, max_model_len=8), CLASSIFIER, replace(CROSS_ENCODER, vocab_size=100))
+    infos = (replace(ENCODER, max_model_len=8), CLASSIFIER, replace(CROSS_ENCODER, vocab_size=10_000))
     named = {f"lab/{name}": info for name, info in zip(NAMES, infos, strict=True)}
     engines = [FakeEngine(replace(info, name=source).reported(source=source)) for source, info in named.items()]
     return dict(zip(NAMES, engines, strict=True))
@@ -116,8 +116,8 @@ def test_refusals_are_the_named_models_own(client: TestClient) -> None:
     answer = client.post("/score", json={"model": "classifier", "queries": "a", "documents": "b"})
     assert (answer.status_code, answer.json()["detail"]) == (404, "Not Found")
     assert "lab/classifier has 3 labels" in answer.json()["error"]["message"]
-    found = error(client, {"model": "reranker", "input": [100]}, "/classify")
-    assert found["message"] == "Token id 100 is out of vocabulary; lab/reranker takes ids from 0 to 99"
+    found = error(client, {"model": "reranker", "input": [10_000]}, "/classify")
+    assert found["message"] == "Token id 10000 is out of vocabulary; lab/reranker takes ids from 0 to 9999"
     for name, limit in (("embedder", 8), ("classifier", 64)):
         found = error(client, {"model": name, "input": [5] * 65})
         assert found["message"].startswith(f"This model's maximum context length is {limit} tokens.")
