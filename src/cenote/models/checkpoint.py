@@ -6,7 +6,6 @@ A tensor that is missing or left over inside the backbone is an error.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from cenote.models.convert import Head
     from cenote.models.facts import Location
     from cenote.models.families.family import Family
-
-log = logging.getLogger(__name__)
 
 DTYPES = {
     "half": torch.float16,

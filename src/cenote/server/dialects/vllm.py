@@ -18,7 +18,6 @@ from cenote.server.serving import request_id
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import entries, foreign_response, json_response, vectors_response, with_data
 from cenote.server.wire.fields import (
-    KINDS_OF_TASKS,
     Body,
     Chat,
     Conversation,
@@ -29,7 +28,7 @@ from cenote.server.wire.fields import (
     TextInput,
     first_of,
 )
-from cenote.tasks import PLUGIN
+from cenote.tasks import PLUGIN, TASKS
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -323,7 +322,7 @@ def _several(
     columns: dict[str, list[Any]] = {}
     for task in tasks:
         of_task = outputs if task == tasks[0] else [output.others[task] for output in outputs]
-        columns[KINDS_OF_TASKS[task]] = [
+        columns[TASKS[task].kind] = [
             answers.value(output, service, return_tokens=body.return_tokens) for output in of_task
         ]
     if form is not None:

@@ -16,7 +16,6 @@ from cenote.errors import BadRequest
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.pipeline.rendering import ChatOptions, TextOptions
 from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
-from cenote.tasks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +47,6 @@ def _no_words(value: Any, read: Callable[[Any], list[int]]) -> list[int]:
 _WORDS = {str, bool}
 TokenIds = Annotated[list[int], Field(fail_fast=True), WrapValidator(_no_words)]
 TextInput = TokenIds | Many[TokenIds] | str | Many[str]
-KINDS_OF_TASKS = {task: kind for kind, task in KINDS.items()}
 _SALT = re.compile(r"[@/\\\0]")
 
 
