@@ -26,13 +26,13 @@ INNER = {
     "models": (
         (
             "files",
-            "audit facts keys weights transformer_module sentence_transformers configs contents remote_code "
+            "audit card facts keys weights transformer_module sentence_transformers configs contents remote_code "
             "stacked_lora renamed lora adapted leftovers",
         ),
         ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
         ("changes of a model", "passes costs"),
-        ("a model to serve", "checkpoint offers model information"),
+        ("a model to serve", "checkpoint resolve offers model information"),
         ("load", "load"),
     ),
     "server": (

@@ -21,7 +21,7 @@ from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
-from cenote.models import hub
+from cenote.models import hub, resolve
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
@@ -319,7 +319,7 @@ def test_dtype_on_a_gpu(
     option: str, stored: torch.dtype | None, capable: bool, found: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or capable)
-    dtype, warning = module.resolve_dtype(option, stored, torch.device("cuda"))
+    dtype, warning = resolve.dtype(option, stored, torch.device("cuda"))
     assert dtype is found
     assert ("--dtype float32 keeps it" in warning) == (option == "auto" and stored in (None, torch.float32))
 

@@ -20,8 +20,7 @@ from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig
 from cenote.core import Sequence
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models import checkpoint as checkpoints_module
-from cenote.models import probe
+from cenote.models import probe, resolve
 from cenote.models.layouts import Layout, forward
 from cenote.models.load import load
 from cenote.models.passes import narrow
@@ -351,7 +350,7 @@ def test_report() -> None:
 
 
 def test_quantization_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints_module, "resolve_device", lambda _: torch.device("cuda", 1))
+    monkeypatch.setattr(resolve, "device", lambda _: torch.device("cuda", 1))
     with pytest.raises(
         ConfigError, match="quantization int8 is for CPUs, and the device is cuda:1; leave it out or set"
     ):

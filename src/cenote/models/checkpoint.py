@@ -20,6 +20,7 @@ from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, template
 from cenote.errors import CheckpointError, first_line
 from cenote.models import (
     adapted,
+    card,
     configs,
     contents,
     hub,
@@ -35,7 +36,6 @@ from cenote.models.convert import Facts, choose_head, conversion, register_insta
 from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
-from cenote.models.traits import position_rows
 from cenote.models.transformer_module import TransformerModule, read_json
 from cenote.models.weights import tensor_files, tensors
 from cenote.tokenizer import TokenizerSource
@@ -50,31 +50,6 @@ if TYPE_CHECKING:
     from cenote.models.convert import Head
     from cenote.models.facts import Location
     from cenote.models.families.family import Family
-
-DTYPES = {
-    "half": torch.float16,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float": torch.float32,
-    "float32": torch.float32,
-}
-
-LENGTH_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_length",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-    "n_ctx",
-)
-"""Keys under which configs keep the trained length; the smallest counts."""
-
-FALLBACK_LENGTH = 2048
-
-UNSET_LENGTH = 1 << 30
-"""Tokenizers whose maximum length is at least this have none."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +201,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         architecture=files.architecture,
         convert=options.convert,
         config=files.config,
-        names=(Path(files.name).name, *_folder_names(files.path), *card_title(files.path)),
+        names=(Path(files.name).name, *_folder_names(files.path), *card.title(files.path)),
         tensors=files.tensors,
         logit_score=files.st.logit_score,
         scored_by_modules=files.st.is_scored_by_modules,
@@ -324,35 +299,6 @@ def _folder_names(path: Path) -> list[str]:
     if real.parent.name == "snapshots":
         return [real.name, real.parent.parent.name]
     return [real.name]
-
-
-def card_title(path: Path) -> list[str]:
-    """Return the first heading of the model card, if there is one."""
-    headings = [line for line in _card(path).splitlines() if line.startswith("# ")]
-    return [line.lstrip("# ").strip() for line in headings[:1]]
-
-
-def card_tags(path: Path) -> list[str]:
-    """Return the tags of the model card, if it has any; a damaged card has none."""
-    import yaml
-
-    text = _card(path)
-    if not text.startswith("---"):
-        return []
-    try:
-        head = yaml.safe_load(text.split("---")[1])
-    except yaml.YAMLError:
-        return []
-    match head:
-        case {"tags": [*tags]}:
-            return [str(tag) for tag in tags]
-    return []
-
-
-def _card(path: Path) -> str:
-    """Return the text of the model card, empty if there is none."""
-    card = path / "README.md"
-    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def locate_adapter(name: str, options: ModelConfig) -> Path:
@@ -517,95 +463,6 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
             "without --trust-remote-code Transformers' own class is asked for"
         )
     return getattr(transformers, AUTO_CLASSES[kind])
-
-
-def resolve_device(device: str | None) -> torch.device:
-    """Return the device that the user chose, else CUDA if there is one, else the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise CheckpointError(f"unknown device {device!r}: {first_line(error)}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"device {device!r} was asked for, but torch sees no CUDA device")
-    return chosen
-
-
-def resolve_dtype(option: str, stored: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype to run in, and a warning or an empty string.
-
-    On a CPU it is float32: half types are how weights are kept there (`cenote.models.passes.narrow`). On a GPU "auto"
-    is the checkpoint's half type; a float32 checkpoint becomes bfloat16 where the GPU has it, else float16.
-    """
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    if device.type == "cpu":
-        return torch.float32, ""
-    if option != "auto":
-        return DTYPES[option], ""
-    if stored in (torch.float16, torch.bfloat16):
-        return stored, ""
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return half, f"the checkpoint is float32 and runs in {str(half).removeprefix('torch.')}; --dtype float32 keeps it"
-
-
-def resolve_length(checkpoint: Checkpoint, model: PreTrainedModel, limit: int | None) -> tuple[int, str]:
-    """Return the maximum tokens per input, and a warning or an empty string.
-
-    Args:
-        checkpoint: as it was read.
-        model: its backbone.
-        limit: the user's; `None` = the checkpoint's.
-
-    Raises:
-        CheckpointError: the user's is more than the model has positions.
-    """
-    positions = position_rows(model)
-    trained = _trained_lengths(checkpoint, positions)
-    length = _longest_side(checkpoint, min(trained, default=FALLBACK_LENGTH), positions)
-    if limit is None:
-        note = f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
-        return length, "" if trained else note
-    if positions is not None and limit > positions:
-        raise CheckpointError(f"max_model_len is {limit}, but {checkpoint.name} has only {positions} positions")
-    return limit, f"max_model_len {limit} exceeds the {length} of the checkpoint" if limit > length else ""
-
-
-def _longest_side(checkpoint: Checkpoint, length: int, positions: int | None) -> int:
-    """Return `length`, or that of a side of a Sentence-Transformers folder which is longer, if positions allow it."""
-    sides = checkpoint.sides
-    if sides is None or not checkpoint.st.model_type:
-        return length
-    return max(length, min(positions or UNSET_LENGTH, max(sides.fill_to, *sides.lengths.values(), 0)))
-
-
-def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]:
-    """Return the lengths that the files name, the one of Sentence-Transformers in place of all others.
-
-    The tokenizer's counts in folders of Sentence-Transformers, where positions are a table, whose size it follows, and
-    where the config names no length.
-    """
-    module = checkpoint.st.transformer
-    if module.max_length is not None and module.is_cut:
-        lengths = [module.max_length]
-    else:
-        lengths = _lengths_of_config(checkpoint, has_positions=positions is not None)
-    if positions is not None:
-        lengths.append(positions)
-    return lengths
-
-
-def _lengths_of_config(checkpoint: Checkpoint, *, has_positions: bool) -> list[int]:
-    """Return the lengths that the config and the tokenizer name."""
-    config = checkpoint.config.get_text_config()
-    values = [getattr(config, key, None) for key in LENGTH_KEYS]
-    lengths = [value for value in values if isinstance(value, int) and value > 0]
-    tokenizer_limit = checkpoint.tokenizer.model_max_length
-    counts_tokenizer = has_positions or not lengths or bool(checkpoint.st.model_type)
-    if counts_tokenizer and tokenizer_limit < UNSET_LENGTH and checkpoint.st.transformer.is_cut:
-        lengths.append(int(tokenizer_limit))
-    return lengths
 
 
 def _overridden(options: ModelConfig) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
 from cenote.errors import CheckpointError
-from cenote.models import checkpoint as checkpoints
+from cenote.models import card
 from cenote.models.families.own import CLASSES
 from cenote.models.poolers import Classify, TokenClassify
 from cenote.tasks import TASKS
@@ -178,5 +178,5 @@ def _matryoshka(checkpoint: Checkpoint) -> tuple[int, ...] | None:
         return tuple(map(int, listed))
     is_declared = getattr(checkpoint.config, "is_matryoshka", None)
     if is_declared is None:
-        is_declared = "matryoshka" in " ".join(checkpoints.card_tags(checkpoint.path)).lower()
+        is_declared = "matryoshka" in " ".join(card.tags(checkpoint.path)).lower()
     return () if is_declared else None

@@ -24,7 +24,7 @@ from torch import nn
 from cenote.core import Report, Sequence, coalesce
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
-from cenote.models import hub, offers, stacked_lora
+from cenote.models import hub, offers, resolve, stacked_lora
 from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
@@ -91,18 +91,18 @@ class Built:
 
 def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     """Build Transformers' model, with its weights, on its device."""
-    device = checkpoints.resolve_device(options.device)
+    device = resolve.device(options.device)
     if options.quantization == "int8" and device.type != "cpu":
         raise ConfigError(
             f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
         )
     isa = _isa(options, device)
     stored = getattr(checkpoint.config, "dtype", None)
-    dtype, dtype_note = checkpoints.resolve_dtype(options.dtype, stored, device)
+    dtype, dtype_note = resolve.dtype(options.dtype, stored, device)
     full = checkpoints.build(checkpoint, options, device, dtype)
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     _choose_output(checkpoint, model)
-    length, length_note = checkpoints.resolve_length(checkpoint, model, options.max_model_len)
+    length, length_note = resolve.max_length(checkpoint, model, options.max_model_len)
     widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
     return Built(full, length, isa, (*checkpoint.notes, dtype_note, length_note))
@@ -180,7 +180,7 @@ def _narrowing(built: Built, options: ModelConfig) -> Narrowing:
     """Return how weights are narrowed, if they are."""
     if built.full.device.type != "cpu":
         return Narrowing()
-    dtype = checkpoints.DTYPES.get(options.dtype, torch.float32)
+    dtype = resolve.DTYPES.get(options.dtype, torch.float32)
     return narrow.choose(
         int8=options.quantization == "int8",
         dtype=None if dtype is torch.float32 else dtype,
