@@ -41,7 +41,7 @@ from cenote.models.hub import embedded
 from cenote.models.layouts import Packed, forward
 from cenote.models.passes.subject import Settings
 from cenote.models.passes.table import prepared
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from cenote.tensors.graphs import MOST_SEQUENCES, rounded
 from cenote.tensors.packing import pack
 from material.corpus import docstrings

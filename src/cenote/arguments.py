@@ -10,8 +10,8 @@ from cenote.config import unknown_name
 from cenote.core import LoRARequest, PairTemplate, PoolingParams, template_text
 from cenote.errors import BadRequest
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
+from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
-from cenote.pipeline.rendering import TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

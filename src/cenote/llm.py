@@ -43,9 +43,9 @@ from cenote.outputs import (
     SparseEmbedding,
 )
 from cenote.pipeline import operations
+from cenote.pipeline.inputs import listed
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
-from cenote.pipeline.rendering import listed
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 
@@ -57,9 +57,10 @@ if TYPE_CHECKING:
 
     from cenote.core import ModelInfo, Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
+    from cenote.pipeline.inputs import Prompt
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
-    from cenote.pipeline.rendering import Prompt, TextOptions
+    from cenote.pipeline.options import TextOptions
 
     LoraRequests = LoRARequest | Seq[LoRARequest | None] | None
     """An adapter for all prompts, or for each its own or none."""

@@ -29,8 +29,9 @@ from cenote.errors import CenoteError, EngineFailed
 from cenote.models import costs
 from cenote.models import load as loading
 from cenote.models.passes.fuse import Remembered
+from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pipeline import Service
-from cenote.pipeline.rendering import Renderer, TextOptions
+from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 from tests import PATIENCE, checkpoints
 from tests.conftest import CROSS_ENCODER, INFO

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 
 from cenote import LLM, PoolingParams
 from cenote.errors import BadRequest, CheckpointError, ConfigError, NotScored, TaskNotOffered
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from tests import checkpoints
 from tests.checkpoints import POSITIONS, TEXTS, byte_level, sentinels, wordpiece
 

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from cenote import LLM
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, CheckpointError
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, Module, dense, pooling
 

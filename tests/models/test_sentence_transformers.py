@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 
 from cenote import LLM, PoolingParams
 from cenote.errors import CheckpointError
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from material import corpus
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, NORMALIZE, TEXTS, Module, dense, flagged_pooling, layer_norm, pooling

@@ -23,7 +23,7 @@ from cenote.cli.serve import report
 from cenote.errors import BadRequest, CheckpointError
 from cenote.models.families import splade
 from cenote.models.layouts import Packed
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from material import corpus
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, Module

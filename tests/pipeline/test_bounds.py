@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from cenote.core import UNLIMITED, PoolingParams
 from cenote.engine.fake import FAKE_INFO
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.options import Bounds, TextOptions
 from cenote.pipeline.pairs import PairRenderer
 from cenote.pipeline.prompts import Applied
-from cenote.pipeline.rendering import Bounds, Renderer, TextOptions
+from cenote.pipeline.rendering import Renderer
 from cenote.pipeline.tokenizing import FastTokenizer
 from tests import checkpoints
 

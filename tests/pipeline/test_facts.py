@@ -19,10 +19,10 @@ from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
 from cenote.models.hub import embedded
 from cenote.pipeline.facts import Facts
+from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
-from cenote.pipeline.rendering import TextOptions
 from cenote.tokenizer import TokenizerSource
 from tests import PATIENCE, checkpoints
 from tests.conftest import INFO

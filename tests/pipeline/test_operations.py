@@ -16,8 +16,9 @@ from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError
 from cenote.pipeline import operations
 from cenote.pipeline.job import Job
+from cenote.pipeline.options import PLAIN
 from cenote.pipeline.pipeline import Service
-from cenote.pipeline.rendering import PLAIN, Renderer
+from cenote.pipeline.rendering import Renderer
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO
 
 if TYPE_CHECKING:

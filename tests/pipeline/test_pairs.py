@@ -11,8 +11,9 @@ from transformers import ByT5Tokenizer
 
 from cenote.core import ModelInfo, PairTemplate, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
+from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions, PairRenderer
-from cenote.pipeline.rendering import COUNTED, Renderer, TextOptions
+from cenote.pipeline.rendering import COUNTED, Renderer
 from cenote.pipeline.tokenizing import FastTokenizer, shares
 from tests.checkpoints import TEXTS, byte_level, sentinels, wordpiece
 

@@ -14,8 +14,9 @@ from transformers import ByT5Tokenizer, CanineTokenizer
 
 from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
+from cenote.pipeline.options import ChatOptions, TextOptions
 from cenote.pipeline.prompts import Prompts
-from cenote.pipeline.rendering import COUNTED, ChatOptions, Renderer, TextOptions
+from cenote.pipeline.rendering import COUNTED, Renderer
 from tests.checkpoints import TEXTS, byte_level, wordpiece
 
 if TYPE_CHECKING:

@@ -264,7 +264,7 @@ def load(folder: Path, calibration: Path, **options: Any) -> Service:
 
 def rows_of(service: Service) -> np.ndarray:
     from cenote.core import PoolingParams
-    from cenote.pipeline.rendering import TextOptions
+    from cenote.pipeline.options import TextOptions
 
     made = service.render(SENTENCES, "embed", PoolingParams(), TextOptions(-1))
     return np.stack([output.data for output in service.engine.submit(made).result()])

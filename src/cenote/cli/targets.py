@@ -15,8 +15,8 @@ from cenote.engine.waiting import UnderWay
 from cenote.errors import CenoteError, ConfigError
 from cenote.llm import RENDERED_AT_ONCE
 from cenote.pipeline import operations
+from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
-from cenote.pipeline.rendering import TextOptions
 from cenote.tasks import check_task
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from cenote.core import PoolingParams
 from cenote.engine.waiting import UnderWay
 from cenote.errors import BadRequest, ConfigError
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from cenote.tensors.quantize import Ranges
 
 if TYPE_CHECKING:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import LateChunk, LateChunkingMetadata, Sequence
 from cenote.errors import BadRequest
-from cenote.pipeline.rendering import PLAIN, Budget, is_ids
+from cenote.pipeline.inputs import is_ids
+from cenote.pipeline.options import PLAIN, Budget
 from cenote.pipeline.tokenizing import FastTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.core import PoolingParams
-    from cenote.pipeline.rendering import Renderer, TextOptions
+    from cenote.pipeline.options import TextOptions
+    from cenote.pipeline.rendering import Renderer
 
 REFUSED = {"truncate_prompt_tokens": "truncate", "truncation_side": "side", "padding": "pad"}
 """Parameters that late chunking does not take, with their fields of `TextOptions`."""

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.core import Output, PoolingParams
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service
-    from cenote.pipeline.rendering import TextOptions
     from cenote.tensors.similarity import Array
 
 TASK = "token_embed"

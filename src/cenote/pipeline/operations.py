@@ -12,9 +12,9 @@ from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import listwise
 from cenote.pipeline.entities import check_aggregation, check_labels, entities, softmax
+from cenote.pipeline.inputs import is_count
 from cenote.pipeline.job import Job
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
-from cenote.pipeline.rendering import is_count
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.similarity import ranking
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from cenote.core import Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
+    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.plugins import Plugin
-    from cenote.pipeline.rendering import Prompt, TextOptions
     from cenote.tensors.similarity import Array
 
     Params = PoolingParams | Seq[PoolingParams]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.inputs import is_count
 from cenote.pipeline.messages import message
-from cenote.pipeline.rendering import Budget, is_count
+from cenote.pipeline.options import Budget
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.core import PairTemplate, PoolingParams
-    from cenote.pipeline.rendering import Renderer, TextOptions
+    from cenote.pipeline.options import TextOptions
+    from cenote.pipeline.rendering import Renderer
     from cenote.pipeline.tokenizing import Ids
 
 RESERVED = frozenset(("chat_template", "tools", "tokenize"))

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
+    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.plugins import Plugin
-    from cenote.pipeline.rendering import Prompt, Renderer, TextOptions
+    from cenote.pipeline.rendering import Renderer
     from cenote.tensors.quantize import Ranges
 
 

@@ -23,7 +23,7 @@ from uuid import uuid4
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, CenoteError, ConfigError, PluginFailed
 from cenote.outputs import PoolingOutput, PoolingRequestOutput
-from cenote.pipeline.rendering import listed
+from cenote.pipeline.inputs import listed
 from cenote.tasks import PLUGIN, check_task
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo, Output
     from cenote.core import Sequence as Rendered
     from cenote.models.checkpoint import Checkpoint
-    from cenote.pipeline.rendering import Prompt, Renderer
+    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.rendering import Renderer
 
 GROUPS = ("cenote.io_processor_plugins", "vllm.io_processor_plugins")
 """Entry-point groups; where both have a name, the first one's plugin is taken."""

@@ -7,121 +7,37 @@ Cutting follows Hugging Face by default (content is cut, special tokens stay); w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.pipeline.inputs import content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
+from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 from cenote.tasks import check_params, check_task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from collections.abc import Sequence as Seq
 
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
     from cenote.core import MessageTemplate, ModelInfo, Pair, Role, Sides
+    from cenote.pipeline.inputs import Prompt
     from cenote.pipeline.prompts import Applied
 
 COUNTED = 250
 """Characters per allowed token up to which a text that is refused for its tokens is told how many it has."""
 REMEMBERED, LONGEST_REMEMBERED = 128, 4096
 """Parameters that are remembered as checked, and characters of prompts whose lengths are: most requests repeat them."""
-
-Prompt = str | Ids | Mapping[str, Any]
-
-
-class TextOptions(NamedTuple):
-    """How text becomes ids.
-
-    Attributes:
-        truncate: maximum tokens kept; -1 = the model's maximum; `None` = nothing is cut.
-        side: end that is cut; `None` = the tokenizer's, keeping special tokens.
-        pad: fill up with pad tokens to the maximum allowed.
-        add_special_tokens: let the tokenizer add its special tokens.
-        prompt: prompt before every text; `None` = the model's default.
-        rendered: the text was made of messages, so that no template renders it once more.
-        whole: with `truncate` unset, refuse inputs that are too long also where the server cuts by default.
-        limit: maximum tokens per input, filled in by `Renderer.resolve`.
-    """
-
-    truncate: int | None = None
-    side: Literal["left", "right"] | None = None
-    pad: bool = False
-    add_special_tokens: bool = True
-    prompt: Applied | None = None
-    rendered: bool = False
-    whole: bool = False
-    limit: int = 0
-
-    @property
-    def content_limit(self) -> int:
-        """Maximum tokens where content is cut and special tokens stay, else `UNLIMITED`."""
-        if self.side is not None or self.truncate is None:
-            return UNLIMITED
-        return self.truncate
-
-
-PLAIN = TextOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Limits of one request's work, whatever its inputs are.
-
-    Attributes:
-        tokens: maximum tokens to run, pad tokens included.
-        characters: maximum characters of a text that has to be tokenised whole.
-    """
-
-    tokens: int = UNLIMITED
-    characters: int = UNLIMITED
-
-
-class Budget:
-    """Tokens that a request may still run."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._spent = 0
-
-    def spend(self, tokens: int) -> None:
-        """Take `tokens` off.
-
-        Raises:
-            BadRequest: so many are not left.
-        """
-        self._spent += tokens
-        if self._spent > self._limit:
-            raise BadRequest(
-                f"the request has at least {self._spent} tokens to run, prompts and padding included; at most "
-                f"{self._limit} are allowed (--max-request-tokens). Send it in parts",
-                param="input",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """How messages become text.
-
-    Attributes:
-        template: a Jinja template instead of the model's own.
-        kwargs: further variables of the template.
-    """
-
-    add_generation_prompt: bool = False
-    continue_final_message: bool = False
-    template: str | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Renderer:
@@ -191,7 +107,7 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        contents = [_content(prompt) for prompt in prompts]
+        contents = [content_of(prompt) for prompt in prompts]
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
@@ -257,7 +173,7 @@ class Renderer:
         self._check_step(params)
         return replace(params, task=task, extra_kwargs=None)
 
-    def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = ChatOptions()) -> str:
+    def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
         """Return the text of one conversation, by the request's or the model's chat template.
 
         Raises:
@@ -278,7 +194,7 @@ class Renderer:
             "continue_final_message": options.continue_final_message,
             **options.kwargs,
         }
-        return self.apply_template(list(map(_flattened, messages)), options.template, kwargs)
+        return self.apply_template(list(map(flattened, messages)), options.template, kwargs)
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
         """Render `messages` by `template` (default: the tokenizer's).
@@ -549,27 +465,6 @@ class Renderer:
         return len(text.ids) - len(closing)
 
 
-def is_ids(prompt: Any) -> bool:
-    """Return whether `prompt` is a list, tuple or array of integers, which booleans are not."""
-    if not isinstance(prompt, (list, tuple, np.ndarray)):
-        return False
-    return all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, prompt)))
-
-
-def listed(prompts: Any) -> list[Any]:
-    """Return prompts as a list: one text, mapping or list of ids is a single prompt."""
-    is_one = isinstance(prompts, (str, bytes, bytearray, memoryview)) or hasattr(prompts, "keys")
-    if is_one or not hasattr(prompts, "__iter__"):
-        return [prompts]
-    elements = list(prompts)
-    return [elements] if elements and is_ids(elements) else elements
-
-
-def is_count(value: Any) -> bool:
-    """Return whether `value` is a non-negative integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _range(ids: Seq[int], param: str) -> tuple[int, int]:
     """Return the lowest and the highest of some ids."""
     try:
@@ -588,39 +483,3 @@ def _too_long(limit: int, count: str) -> TooLong:
         "of the input prompt.",
         param="input_tokens",
     )
-
-
-def _content(prompt: Prompt | Pair) -> str | Ids:
-    """Return the text or the ids of a prompt; a pair has neither."""
-    if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown:
-            raise BadRequest(f"a prompt has keys that are not supported: {sorted(unknown)}", param="input")
-        if len(prompt) != 1:
-            raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
-        (prompt,) = prompt.values()
-    if isinstance(prompt, str):
-        return prompt
-    if is_ids(prompt):
-        return list(prompt)  # type: ignore[arg-type]
-    raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
-
-
-def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with its content parts joined into one text, as templates of text models expect."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return dict(message)
-    return {**message, "content": "\n".join(map(_text_of_part, content))}
-
-
-def _text_of_part(part: Any) -> str:
-    """Return the text of a content part: a str, or a mapping of type "text"."""
-    if isinstance(part, str):
-        return part
-    fields = part if isinstance(part, Mapping) else {"type": type(part).__name__}
-    text = fields.get("text")
-    if fields.get("type", "text") == "text" and isinstance(text, str):
-        return text
-    kind = fields.get("type", "?")
-    raise BadRequest(f"content parts of type {kind!r} are not supported by this model, only text", param="messages")

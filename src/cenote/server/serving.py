@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest, ConfigError, ModelNotFound
-from cenote.pipeline.rendering import Bounds
+from cenote.pipeline.options import Bounds
 from cenote.server.admission import Admission, Place
 from cenote.tensors.process import release_threads
 

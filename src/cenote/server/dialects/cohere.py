@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
-from cenote.pipeline.rendering import TextOptions
+from cenote.pipeline.options import TextOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire.encoding import VectorType, json_response, typed

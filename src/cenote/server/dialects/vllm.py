@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, PluginFailed
 from cenote.pipeline import operations
-from cenote.pipeline.rendering import ChatOptions
+from cenote.pipeline.options import ChatOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import answers

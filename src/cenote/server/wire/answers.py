@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from cenote.core import Output, Sequence
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Applied
-    from cenote.pipeline.rendering import TextOptions
     from cenote.server.serving import Serving
     from cenote.server.wire.fields import Inputs, Shared
 

@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 from cenote.config import RENAMED_PARAMS
 from cenote.core import LateChunkingParams
 from cenote.errors import BadRequest
+from cenote.pipeline.options import ChatOptions, TextOptions
 from cenote.pipeline.prompts import Applied, Prompts
-from cenote.pipeline.rendering import ChatOptions, TextOptions
 from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
 
 if TYPE_CHECKING:

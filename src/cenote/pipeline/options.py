@@ -1,0 +1,101 @@
+"""Options of rendering: how text and messages become ids, and how much work one request may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cenote.core import UNLIMITED
+from cenote.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cenote.pipeline.prompts import Applied
+
+
+class TextOptions(NamedTuple):
+    """How text becomes ids.
+
+    Attributes:
+        truncate: maximum tokens kept; -1 = the model's maximum; `None` = nothing is cut.
+        side: end that is cut; `None` = the tokenizer's, keeping special tokens.
+        pad: fill up with pad tokens to the maximum allowed.
+        add_special_tokens: let the tokenizer add its special tokens.
+        prompt: prompt before every text; `None` = the model's default.
+        rendered: the text was made of messages, so that no template renders it once more.
+        whole: with `truncate` unset, refuse inputs that are too long also where the server cuts by default.
+        limit: maximum tokens per input, filled in by `Renderer.resolve`.
+    """
+
+    truncate: int | None = None
+    side: Literal["left", "right"] | None = None
+    pad: bool = False
+    add_special_tokens: bool = True
+    prompt: Applied | None = None
+    rendered: bool = False
+    whole: bool = False
+    limit: int = 0
+
+    @property
+    def content_limit(self) -> int:
+        """Maximum tokens where content is cut and special tokens stay, else `UNLIMITED`."""
+        if self.side is not None or self.truncate is None:
+            return UNLIMITED
+        return self.truncate
+
+
+PLAIN = TextOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits of one request's work, whatever its inputs are.
+
+    Attributes:
+        tokens: maximum tokens to run, pad tokens included.
+        characters: maximum characters of a text that has to be tokenised whole.
+    """
+
+    tokens: int = UNLIMITED
+    characters: int = UNLIMITED
+
+
+class Budget:
+    """Tokens that a request may still run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._spent = 0
+
+    def spend(self, tokens: int) -> None:
+        """Take `tokens` off.
+
+        Raises:
+            BadRequest: so many are not left.
+        """
+        self._spent += tokens
+        if self._spent > self._limit:
+            raise BadRequest(
+                f"the request has at least {self._spent} tokens to run, prompts and padding included; at most "
+                f"{self._limit} are allowed (--max-request-tokens). Send it in parts",
+                param="input",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How messages become text.
+
+    Attributes:
+        template: a Jinja template instead of the model's own.
+        kwargs: further variables of the template.
+    """
+
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    template: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLAIN_CHAT = ChatOptions()
