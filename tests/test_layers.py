@@ -19,7 +19,7 @@ LAYERS = (
     ("models", ("models",)),
     ("engine", ("engine",)),
     ("pipeline", ("pipeline",)),
-    ("faces", ("arguments", "llm", "server")),
+    ("faces", ("arguments", "calls", "llm", "server")),
     ("command line", ("cli", "__main__")),
 )
 INNER = {

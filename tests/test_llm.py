@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
+import cenote.calls
 import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
@@ -136,7 +137,7 @@ def test_encode_vectors(llm: LLM, means: np.ndarray, task: str | None) -> None:
 
 
 def test_more_prompts_than_are_rendered_at_once(llm: LLM, means: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cenote.llm, "RENDERED_AT_ONCE", 3)
+    monkeypatch.setattr(cenote.calls, "RENDERED_AT_ONCE", 3)
     close(vectors(llm.embed(SHORT * 3, use_tqdm=False)), np.concatenate([means] * 3))
     params = [PoolingParams(use_activation=i % 2 == 0) for i in range(len(SHORT))]
     norms = np.linalg.norm(vectors(llm.embed(SHORT, pooling_params=params, use_tqdm=False)), axis=-1)
@@ -417,7 +418,7 @@ class _Gate:
 
 
 def test_an_exception_cancels_the_rest(llm: LLM, means: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cenote.llm, "RENDERED_AT_ONCE", 2)
+    monkeypatch.setattr(cenote.calls, "RENDERED_AT_ONCE", 2)
     engine = llm._service.engine
     submit = engine.submit
     futures: list[Future[Any]] = []

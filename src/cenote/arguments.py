@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,8 @@ def comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         return data if outputs.indices is None else (outputs.indices.numpy(), data)
     raise BadRequest(f"embeddings are compared, got {type(outputs).__name__}")
 
+
+T = TypeVar("T")
 
 TOKENIZATION = (
     "truncate_prompt_tokens",
@@ -162,3 +164,27 @@ def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
     if len(listed) != count:
         raise BadRequest(f"The lengths of prompts ({count}) and pooling_params ({len(listed)}) must be the same.")
     return listed
+
+
+def plugin_data(prompts: Any) -> Any:
+    """Return the data for a plugin in `{"data": ...}`.
+
+    Raises:
+        BadRequest: it has another form.
+    """
+    if not hasattr(prompts, "keys") or set(prompts) != {"data"}:
+        raise BadRequest(
+            f"the 'plugin' task takes {{'data': ...}} and nothing else, got {prompts!r:.100}", param="data"
+        )
+    return prompts["data"]
+
+
+def single(value: Any, kind: type[T], name: str) -> T | None:
+    """Return the argument `name` of a call that takes one for all prompts, not a list.
+
+    Raises:
+        BadRequest: it is not of that kind.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    raise BadRequest(f"the 'plugin' task takes one `{kind.__name__}`, not a list", param=name)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import threading
 import warnings
 import weakref
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -20,16 +18,15 @@ from cenote.arguments import (
     as_tensors,
     comparable,
     listed_texts,
-    lora_per_prompt,
     pair_options,
-    per_prompt,
+    plugin_data,
+    single,
     sparse_embedding,
     text_options,
 )
+from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
 from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
-from cenote.engine.waiting import UnderWay
-from cenote.errors import BadRequest
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -43,32 +40,24 @@ from cenote.outputs import (
     SparseEmbedding,
 )
 from cenote.pipeline import operations
-from cenote.pipeline.inputs import listed
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
 
     import torch
 
+    from cenote.calls import LoraRequests
     from cenote.core import ModelInfo, Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
     from cenote.pipeline.inputs import Prompt
-    from cenote.pipeline.job import Job
-    from cenote.pipeline.operations import Params
     from cenote.pipeline.options import TextOptions
 
-    LoraRequests = LoRARequest | Seq[LoRARequest | None] | None
-    """An adapter for all prompts, or for each its own or none."""
-
 log = logging.getLogger(__name__)
-
-RENDERED_AT_ONCE = 1024
-R = TypeVar("R")
 
 
 class LLM:
@@ -120,8 +109,7 @@ class LLM:
         # Also at exit: a device thread that outlives the interpreter aborts the process.
         weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()
-        self._adapters = {module.name: module.path for module in model_config.lora_modules}
-        self._lock = threading.Lock()
+        self._calls = Calls(self._service, model_config.lora_modules)
 
     @property
     def info(self) -> ModelInfo:
@@ -160,7 +148,7 @@ class LLM:
         """
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         task = self._vector_task(pooling_params)
-        results = self._run(
+        results = self._calls.run(
             prompts,
             pooling_params,
             use_tqdm,
@@ -214,7 +202,7 @@ class LLM:
             return self._run_plugin(prompts, task, pooling_params, use_tqdm, lora_request, tokenization_kwargs)
         task, *also = tasks or [self.info.default_task]
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
-        results = self._run(
+        results = self._calls.run(
             prompts,
             pooling_params,
             use_tqdm,
@@ -252,7 +240,7 @@ class LLM:
         """
         renderer = self._service.renderer
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
-        results = self._run(
+        results = self._calls.run(
             prompts,
             PoolingParams(top_k=top_k),
             use_tqdm,
@@ -307,7 +295,7 @@ class LLM:
             BadRequest: the model has no classification head, or as `embed`.
         """
         options = text_options(tokenization_kwargs)
-        results = self._run(
+        results = self._calls.run(
             prompts,
             pooling_params,
             use_tqdm,
@@ -354,7 +342,7 @@ class LLM:
             aggregation=aggregation_strategy,
             ignore_labels=ignore_labels,
         )
-        (of_texts,) = self._answers([self._adapted(job, lora_request)], len(texts), use_tqdm)
+        of_texts = self._calls.answer(job, lora_request, use_tqdm)
         return [
             PoolingRequestOutput(request_id=self._number(), outputs=entities, prompt_token_ids=list(sequence.ids))
             for sequence, entities in zip(job.sequences, of_texts, strict=True)
@@ -401,7 +389,7 @@ class LLM:
             pair_options(params, options, chat_template),
             score_type,
         )
-        (scores,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
+        scores = self._calls.answer(job, lora_request, use_tqdm)
         return [
             ScoringRequestOutput(
                 self._number(), ScoringOutput(float(score)), pair_ids(job.sequences, len(scores), pair)
@@ -452,7 +440,7 @@ class LLM:
             pair_options(params, options, chat_template),
             score_type,
         )
-        (ranked,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
+        ranked = self._calls.answer(job, lora_request, use_tqdm)
         return [RankedDocument(rank.index, rank.score, documents[rank.index]) for rank in ranked]
 
     def reward(
@@ -480,7 +468,7 @@ class LLM:
             BadRequest: the model is not a reward model.
         """
         options = text_options(tokenization_kwargs)
-        results = self._run(
+        results = self._calls.run(
             prompts,
             pooling_params,
             use_tqdm,
@@ -531,18 +519,13 @@ class LLM:
     ) -> list[PoolingRequestOutput[Any]]:
         """Return the IO-processor plugin's answer to `{"data": ...}`."""
         operations.check_plugin(self._service, task)
-        if not hasattr(prompt, "keys") or set(prompt) != {"data"}:
-            raise BadRequest(
-                f"the 'plugin' task takes {{'data': ...}} and nothing else, got {prompt!r:.100}", param="data"
-            )
-        if pooling_params is not None and not isinstance(pooling_params, PoolingParams):
-            raise BadRequest("the 'plugin' task takes one `PoolingParams`, not a list", param="pooling_params")
-        if lora_request is not None and not isinstance(lora_request, LoRARequest):
-            raise BadRequest("the 'plugin' task takes one `LoRARequest`, not a list", param="lora_request")
+        data = plugin_data(prompt)
+        params = single(pooling_params, PoolingParams, "pooling_params")
+        adapter = single(lora_request, LoRARequest, "lora_request")
         number = self._number()
         options = text_options(tokenization_kwargs)
-        job = operations.plugin(self._service, prompt["data"], number, options, params=pooling_params)
-        (answer,) = self._answers([self._adapted(job, lora_request)], len(job.sequences), use_tqdm)
+        job = operations.plugin(self._service, data, number, options, params=params)
+        answer = self._calls.answer(job, adapter, use_tqdm)
         return [PoolingRequestOutput(request_id=number, outputs=answer, prompt_token_ids=[])]
 
     def _number(self) -> str:
@@ -565,75 +548,3 @@ class LLM:
             )
             for sequence, output in results
         ]
-
-    def _run(
-        self,
-        prompts: Prompt | Pair | Seq[Prompt | Pair],
-        pooling_params: PoolingParams | Seq[PoolingParams] | None,
-        use_tqdm: bool,
-        lora_request: LoraRequests,
-        make: Callable[[list[Any], Params], Job[list[R]]],
-    ) -> list[tuple[Sequence, R]]:
-        """Run an operation over prompts, some at a time, and return the result of each with its sequence."""
-        inputs = listed(prompts)
-        params = per_prompt(pooling_params, len(inputs))
-        names = [self._adapter(choice) for choice in lora_per_prompt(lora_request, len(inputs))]
-
-        def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
-            for start in range(0, max(1, len(inputs)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
-                part = slice(start, start + RENDERED_AT_ONCE)
-                of_part = params if isinstance(params, PoolingParams) else params[part]
-                job = make(inputs[part], of_part).adapted(names[part])
-                yield job.then(partial(_paired, job.sequences))
-
-        parts = self._answers(jobs(), len(inputs), use_tqdm)
-        return [result for part in parts for result in part]
-
-    def _adapted(self, job: Job[R], lora_request: LoRARequest | None) -> Job[R]:
-        """Return `job` with all its sequences run with one adapter."""
-        if isinstance(lora_request, (list, tuple)):
-            raise BadRequest("one `LoRARequest` is for the whole call here, got a list", param="lora_request")
-        return job.adapted([self._adapter(lora_request)] * len(job.sequences))
-
-    def _adapter(self, choice: LoRARequest | None) -> str | None:
-        """Return the name of the adapter that is chosen, which is loaded if it is not yet.
-
-        Raises:
-            BadRequest: it has the name of another one, or the model has no room for more.
-            CheckpointError: it cannot be honoured.
-        """
-        if choice is None:
-            return None
-        with self._lock:
-            path = self._adapters.get(choice.lora_name, choice.lora_path)
-            if path != choice.lora_path:
-                raise BadRequest(
-                    f"the adapter {choice.lora_name!r} is that of {path}; {choice.lora_path} needs another name",
-                    param="lora_request",
-                )
-            if choice.lora_name not in self._adapters:
-                assert self._service.add_adapter is not None
-                self._service.add_adapter(choice.lora_name, choice.lora_path)
-                self._adapters[choice.lora_name] = choice.lora_path
-        return choice.lora_name
-
-    def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:
-        """Submit each job as soon as it is made, and finish them in order.
-
-        An error, or the user who interrupts, cancels the jobs under way.
-        """
-        from tqdm import tqdm
-
-        bar = tqdm(total=total, desc="Pooling", disable=not use_tqdm, dynamic_ncols=True)
-        with bar, UnderWay() as under_way:
-            submitted: list[Job[R]] = []
-            for job in jobs:
-                under_way.submit(self._service.engine, job.sequences)
-                submitted.append(job)
-                bar.update(under_way.progress())
-            results = under_way.results(bar.update)
-            return [job.finish(outputs) for job, outputs in zip(submitted, results, strict=True)]
-
-
-def _paired(sequences: list[Sequence], results: list[R]) -> list[tuple[Sequence, R]]:
-    return list(zip(sequences, results, strict=True))

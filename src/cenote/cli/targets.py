@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from cenote.calls import RENDERED_AT_ONCE
 from cenote.core import PoolingParams
 from cenote.engine.waiting import UnderWay
 from cenote.errors import CenoteError, ConfigError
-from cenote.llm import RENDERED_AT_ONCE
 from cenote.pipeline import operations
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions

@@ -49,8 +49,7 @@ def late(
     sequences = []
     budget = Budget(renderer.bounds.tokens)
     for encoding in encodings:
-        text = renderer.fit(tokenizer.text_of(encoding), options)
-        budget.spend(len(text.ids))
+        text = renderer.fit(tokenizer.text_of(encoding), options, budget)
         chunks = late_chunks(encoding.offsets, size, len(prompt.text))
         metadata = LateChunkingMetadata(size, len(text.ids), chunks)
         sequences.append(

@@ -14,7 +14,6 @@ from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.inputs import is_count
 from cenote.pipeline.messages import message
-from cenote.pipeline.options import Budget
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ class PairRenderer:
             marked = [_marked(*pair, template) for pair in pairs]
             cut = text_options._replace(side="right")  # as `_fitting` cuts
             texts = self._by_template(self._shortened(marked, cut, options), pair_prompt, limit)
-        fitted = self._renderer.fit_all(texts, text_options, Budget(self._renderer.bounds.tokens))
+        fitted = self._renderer.fit_all(texts, text_options)
         return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
     def _template(self, options: PairOptions) -> PairTemplate | None:

@@ -7,21 +7,18 @@ Cutting follows Hugging Face by default (content is cut, special tokens stay); w
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
-from cenote.errors import BadRequest, TooLong
+from cenote.errors import BadRequest
+from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
-from cenote.tasks import check_params, check_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -83,7 +80,7 @@ class Renderer:
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
-        self._allowed = lru_cache(REMEMBERED)(self._check)
+        self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
 
     def prompting(self, prompts: Prompts) -> Renderer:
@@ -112,18 +109,19 @@ class Renderer:
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
         tokenised, skip = self._prompted(texts, applied, text_options)
-        sequences: list[Sequence] = []
-        for content in contents:
-            if isinstance(content, str):
-                (text,) = self.fit_all([next(tokenised)], text_options, budget)
-                sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-                sequence = self._sides.of_text(sequence, applied.role)
-            else:
-                (text,) = self.fit_all([self._text_of_ids(content, options)], options, budget)
-                sequence = Sequence(text.ids, task, params, text.type_ids, adapter=applied.adapter)
-                sequence = self._sides.of_ids(sequence, applied.role)
-            sequences.append(sequence)
-        return sequences
+
+        def of_text(text: Text) -> Sequence:
+            text = self.fit(text, text_options, budget)
+            sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
+            return self._sides.of_text(sequence, applied.role)
+
+        def of_ids(ids: Ids) -> Sequence:
+            check_vocabulary(self.info, ids)
+            text = self.fit(self._sliced(Text(ids), options), options, budget)
+            sequence = Sequence(text.ids, task, params, adapter=applied.adapter)
+            return self._sides.of_ids(sequence, applied.role)
+
+        return [of_text(next(tokenised)) if isinstance(content, str) else of_ids(content) for content in contents]
 
     def _prompted(self, texts: Iterable[str], applied: Applied, options: TextOptions) -> tuple[Iterator[Text], int]:
         """Return `texts` behind their prompt, and the number of its tokens that pooling leaves out.
@@ -165,13 +163,6 @@ class Renderer:
             BadRequest: the model does not offer the task or a parameter.
         """
         return self._allowed(task, params)
-
-    def _check(self, task: str, params: PoolingParams) -> PoolingParams:
-        check_params(check_task(task, self.info.tasks), params)
-        if params.dimensions is not None:
-            self._check_dimensions(params.dimensions)
-        self._check_step(params)
-        return replace(params, task=task, extra_kwargs=None)
 
     def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
         """Return the text of one conversation, by the request's or the model's chat template.
@@ -230,7 +221,7 @@ class Renderer:
 
     def detokenize(self, ids: Seq[int]) -> str:
         """Return the text of `ids`."""
-        self._check_vocabulary(ids, param="tokens")
+        check_vocabulary(self.info, ids, param="tokens")
         return str(self.tokenizer.decode(list(ids)))
 
     def resolve(self, options: TextOptions, task: str = "") -> TextOptions:
@@ -262,13 +253,10 @@ class Renderer:
             for text, whole in zip(part, tokenised, strict=True):
                 yield whole if len(whole.ids) <= limit else self.backend.cut(text, limit, special=special)
 
-    def fit_all(self, texts: Iterable[Text], options: TextOptions, budget: Budget) -> list[Text]:
-        """Fit each of `texts`, as far as the budget goes."""
-        fitted = []
-        for text in texts:
-            fitted.append(self.fit(text, options))
-            budget.spend(len(fitted[-1].ids))
-        return fitted
+    def fit_all(self, texts: Iterable[Text], options: TextOptions) -> list[Text]:
+        """Fit each text of one request."""
+        budget = Budget(self.bounds.tokens)
+        return [self.fit(text, options, budget) for text in texts]
 
     def bounded(self, texts: Iterable[str], options: TextOptions) -> list[str]:
         """Return `texts`, of long ones only a part that has all tokens that count.
@@ -283,7 +271,7 @@ class Renderer:
         if options.truncate is not None:
             return self.enough(text, options.truncate, options.side)
         if len(text) > COUNTED * options.limit and len(self.enough(text, options.limit)) < len(text):
-            raise _too_long(options.limit, f"at least {options.limit + 1}")
+            raise too_long(options.limit, f"at least {options.limit + 1}")
         return self.whole(text)
 
     def enough(self, text: str, limit: int, side: Literal["left", "right"] | None = None) -> str:
@@ -297,8 +285,7 @@ class Renderer:
         Raises:
             BadRequest: it has to be tokenised whole, and has too many characters.
         """
-        from_end = (side or self.tokenizer.truncation_side) == "left"
-        return self.whole(self.backend.enough(text, limit + 1, from_end=from_end))
+        return self.whole(self.backend.enough(text, limit + 1, from_end=self._cuts_beginnings(side)))
 
     def whole(self, text: str) -> str:
         """Return `text`, which is to be tokenised whole.
@@ -313,13 +300,6 @@ class Renderer:
                 param="input",
             )
         return text
-
-    def _kept(self, length: int, limit: int, options: TextOptions) -> slice:
-        """Return the places of the `limit` characters or ids, of `length`, that are kept."""
-        side = options.side or self.tokenizer.truncation_side
-        if side == "left":
-            return slice(max(0, length - limit), None)
-        return slice(limit)
 
     def annotated(
         self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -351,20 +331,16 @@ class Renderer:
         for text, encoding in zip(texts, self.backend.encodings(texts, special=special), strict=True):
             if len(encoding) > limit:
                 encoding = self.backend.cut_encoding(text, limit, special=special)
-            fitted = self.fit(self.backend.text_of(encoding), options)
-            budget.spend(len(fitted.ids))
+            fitted = self.fit(self.backend.text_of(encoding), options, budget)
             annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
         return annotated
 
-    def _text_of_ids(self, ids: Ids, options: TextOptions) -> Text:
-        self._check_vocabulary(ids)
-        return self._sliced(Text(ids), options)
-
-    def fit(self, text: Text, options: TextOptions) -> Text:
-        """Cut finished ids on an explicit side, and pad.
+    def fit(self, text: Text, options: TextOptions, budget: Budget) -> Text:
+        """Cut finished ids on an explicit side, pad, and take the tokens off the request's budget.
 
         Raises:
-            BadRequest: `text` has no tokens, or the model has no embedding for one of them or for its type.
+            BadRequest: `text` has no tokens, or the model has no embedding for one of them or for its type; or the
+                budget is spent.
             TooLong: it has more tokens than `options` allow.
         """
         if options.side is not None:
@@ -372,29 +348,16 @@ class Renderer:
         if not len(text.ids):
             raise BadRequest("The decoder prompt cannot be empty", param="input")
         if len(text.ids) > options.limit:
-            raise _too_long(options.limit, str(len(text.ids)))
+            raise too_long(options.limit, str(len(text.ids)))
         if options.pad:
             text = self._padded(text, options)
-        self._check_tables(text)
-        return text
-
-    def _check_tables(self, text: Text) -> None:
-        """Raise `BadRequest` for ids beyond the model's tables, made by a tokenizer that does not fit it."""
-        info = self.info
         highest = max(text.ids)
-        if highest >= info.vocab_size:
+        if highest >= self.info.vocab_size:
             (token,) = self.token_strings([highest])
-            raise BadRequest(
-                f"got the token {token!r} (id {highest}), for which {info.name} has no embedding; its ids go from 0 to "
-                f"{info.vocab_size - 1}, and its tokenizer knows more; leave that token out",
-                param="input",
-            )
-        if text.type_ids is not None and max(text.type_ids) >= (info.type_vocab_size or UNLIMITED):
-            raise BadRequest(
-                f"got tokens of type {max(text.type_ids)}, but {info.name} knows types below {info.type_vocab_size}, "
-                "so it reads no pairs of texts; send single texts, or a pair joined to one",
-                param="input",
-            )
+            raise unknown_token(self.info, token, highest)
+        check_types(self.info, text)
+        budget.spend(len(text.ids))
+        return text
 
     def _padded(self, text: Text, options: TextOptions) -> Text:
         length = options.truncate or options.limit
@@ -406,53 +369,16 @@ class Renderer:
 
     def _sliced(self, text: Text, options: TextOptions) -> Text:
         """Return `text` without finished ids beyond `options.truncate`."""
-        if options.truncate is None or len(text.ids) <= options.truncate:
+        limit = options.truncate
+        if limit is None or len(text.ids) <= limit:
             return text
-        return text.part(self._kept(len(text.ids), options.truncate, options))
+        if self._cuts_beginnings(options.side):
+            return text.part(slice(len(text.ids) - limit, None))
+        return text.part(slice(limit))
 
-    def _check_vocabulary(self, ids: Seq[int], *, param: str = "input") -> None:
-        if not len(ids):
-            return
-        low, high = _range(ids, param)
-        size = self.info.vocab_size
-        farthest = low if low < 0 else high
-        if farthest not in range(size):
-            raise BadRequest(
-                f"Token id {farthest} is out of vocabulary; {self.info.name} takes ids from 0 to {size - 1}",
-                param=param,
-            )
-
-    def _check_dimensions(self, dimensions: int) -> None:
-        """Raise `BadRequest` in the words of vLLM, which clients match on, if `dimensions` is not allowed."""
-        name, allowed, width = self.info.name, self.info.matryoshka, self.info.dimension
-        if allowed is None:
-            fault = (
-                f"Model '{name}' does not support Matryoshka embeddings; "
-                f"dimensions must be unset (received dimensions={dimensions})."
-            )
-        elif allowed and dimensions not in allowed:
-            fault = f"Model '{name}' only supports Matryoshka dimensions {list(allowed)}, got {dimensions}."
-        elif not 1 <= dimensions <= width:
-            fault = f"Model '{name}' only supports dimensions in range [1, {width}], got {dimensions}."
-        else:
-            return
-        raise BadRequest(fault, param="dimensions")
-
-    def _check_step(self, params: PoolingParams) -> None:
-        for name in ("step_tag_id", "returned_token_ids"):
-            if getattr(params, name) is not None and not self.info.step:
-                raise BadRequest(
-                    f"{name} is for process reward models (pooling type STEP); {self.info.name} is not one",
-                    param=name,
-                )
-        if params.step_tag_id is not None:
-            self._check_vocabulary([params.step_tag_id], param="step_tag_id")
-        for column in params.returned_token_ids or ():
-            if column not in self.info.columns:
-                raise BadRequest(
-                    f"returned_token_ids: {column} is no column of {self.info.name}'s head",
-                    param="returned_token_ids",
-                )
+    def _cuts_beginnings(self, side: Literal["left", "right"] | None) -> bool:
+        """Return whether texts lose their beginning where they are cut; by default as the tokenizer has it."""
+        return (side or self.tokenizer.truncation_side) == "left"
 
     def _prompt_length(self, prompt: str, limit: int, special: bool) -> int:
         """Count the tokens of a prompt as sentence-transformers: cut like a text, without a closing special one."""
@@ -463,23 +389,3 @@ class Renderer:
             text = self.backend.cut(prompt, limit, special=special)
         closing = set(self.tokenizer.all_special_ids).intersection(text.ids[-1:])
         return len(text.ids) - len(closing)
-
-
-def _range(ids: Seq[int], param: str) -> tuple[int, int]:
-    """Return the lowest and the highest of some ids."""
-    try:
-        values = np.asarray(ids, dtype=np.int64)
-    except OverflowError:
-        return min(ids), max(ids)
-    except (ValueError, TypeError) as error:
-        raise BadRequest(f"token ids must be integers: {error}", param=param) from None
-    return int(values.min()), int(values.max())
-
-
-def _too_long(limit: int, count: str) -> TooLong:
-    return TooLong(
-        f"This model's maximum context length is {limit} tokens. However, your prompt contains "
-        f"{count} input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
-        "of the input prompt.",
-        param="input_tokens",
-    )
