@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import cenote
-from cenote import LLM, config
+from cenote import LLM, config, settings
 from cenote.cli import flags, main
 from cenote.cli.serve import engines_of, limits, models_of
-from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig, resolve
+from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig
 from cenote.errors import CenoteError, ConfigError
+from cenote.settings import resolve
 from tests import PATIENCE
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment without `CENOTE_*`; what a test puts in is seen by the command line."""
     variables: dict[str, str] = {}
-    read = config.from_environment
+    read = settings.from_environment
     monkeypatch.setattr(flags, "from_environment", lambda: read(variables))
     return variables
 
@@ -115,7 +116,7 @@ def test_flags_of_engine_and_server() -> None:
 
 def test_every_option_has_a_flag_with_its_help() -> None:
     text = flags.parser()._subparsers._group_actions[0].choices["serve"].format_help()  # type: ignore[union-attr, index]
-    for name, layer in config.known_options().items():
+    for name, layer in settings.known_options().items():
         assert f"--{name.replace('_', '-')}" in text
         assert layer.model_fields[name].description
     assert "default: 127.0.0.1" in text
@@ -129,9 +130,9 @@ def test_every_option_has_a_flag_with_its_help() -> None:
 
 
 def test_choices_of_options() -> None:
-    assert config.choices(ServerConfig, "log_level") == ("debug", "info", "warning", "error")
-    assert config.choices(config.BenchConfig, "measure") == ("throughput", "latency", "batches", "load")
-    assert config.choices(ServerConfig, "port") == ()
+    assert settings.choices(ServerConfig, "log_level") == ("debug", "info", "warning", "error")
+    assert settings.choices(config.BenchConfig, "measure") == ("throughput", "latency", "batches", "load")
+    assert settings.choices(ServerConfig, "port") == ()
 
 
 FLAG_FAULTS: dict[str, tuple[list[str], str]] = {
@@ -165,7 +166,7 @@ def test_faults_of_flags(argv: list[str], sentence: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["--{} 1", "--{}=1", "--{}"])
-@pytest.mark.parametrize("name", config.EXPLAINED)
+@pytest.mark.parametrize("name", settings.EXPLAINED)
 def test_options_without_effect_say_why(name: str, form: str) -> None:
     argv = form.format(name.replace("_", "-")).split()
     if name == "tensor_parallel_size" and "1" not in form:
@@ -174,11 +175,11 @@ def test_options_without_effect_say_why(name: str, form: str) -> None:
         return
     model, _, server = parsed(*argv, "--port", "1")
     # A switch takes no value, so what follows it is the model.
-    assert model.model == ("1" if name in config.SWITCHES and form == "--{} 1" else None)
+    assert model.model == ("1" if name in settings.SWITCHES and form == "--{} 1" else None)
     assert server.port == 1
     found = flags.parse(["serve", *argv])
     del found["command"]
-    assert resolve(found)[1] == [f"{name} has no effect: {config.EXPLAINED[name]}"]
+    assert resolve(found)[1] == [f"{name} has no effect: {settings.EXPLAINED[name]}"]
 
 
 @pytest.mark.parametrize(
@@ -438,7 +439,7 @@ def test_faults_of_keywords(keywords: Mapping[str, Any], sentence: str) -> None:
 def test_notes_of_options_without_effect() -> None:
     _, notes = resolve({"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1, "seed": 0, "port": 9})
     assert notes == [
-        f"{name} has no effect: {config.EXPLAINED[name]}"
+        f"{name} has no effect: {settings.EXPLAINED[name]}"
         for name in ("gpu_memory_utilization", "tensor_parallel_size", "seed")
     ]
 
@@ -501,17 +502,17 @@ def test_limits_of_an_engine_elsewhere_are_its_own() -> None:
 
 
 def test_configs_are_frozen() -> None:
-    for layer in (*config.LAYERS, PoolerConfig):
+    for layer in (*settings.LAYERS, PoolerConfig):
         made = layer()
         with pytest.raises(ValueError, match="frozen"):
             setattr(made, next(iter(layer.model_fields)), None)
 
 
 def test_no_name_means_two_things() -> None:
-    names = [name for layer in config.LAYERS for name in layer.model_fields]
+    names = [name for layer in settings.LAYERS for name in layer.model_fields]
     assert len(names) == len(set(names))
-    assert not {*config.ALIASES, *config.EXPLAINED} & set(names)
-    assert set(config.ALIASES.values()) <= set(names)
+    assert not {*settings.ALIASES, *settings.EXPLAINED} & set(names)
+    assert set(settings.ALIASES.values()) <= set(names)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from starlette.testclient import TestClient
 from cenote.cli import flags
 from cenote.cli.options import page
 from cenote.cli.serve import engines_of, models_of
-from cenote.config import LAYERS, BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
+from cenote.settings import LAYERS, resolve
 from tests.checkpoints import classifier
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cenote.config import unknown_name
 from cenote.core import LoRARequest, PairTemplate, PoolingParams, template_text
-from cenote.errors import BadRequest
+from cenote.errors import BadRequest, unknown_name
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions

@@ -19,7 +19,11 @@ CenoteError
 
 from __future__ import annotations
 
-from typing import ClassVar
+import difflib
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class CenoteError(Exception):
@@ -140,3 +144,11 @@ class PluginFailed(CenoteError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, for a message that quotes it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return a sentence for a name that does not exist: the nearest of `known` if any is near, else all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {hint}"

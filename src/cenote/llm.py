@@ -25,7 +25,7 @@ from cenote.arguments import (
     text_options,
 )
 from cenote.calls import Calls
-from cenote.config import EngineConfig, ModelConfig, PoolerConfig, resolve
+from cenote.config import EngineConfig, ModelConfig, PoolerConfig
 from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
 from cenote.outputs import (
     ClassificationOutput,
@@ -42,6 +42,7 @@ from cenote.outputs import (
 from cenote.pipeline import operations
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
+from cenote.settings import resolve
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 

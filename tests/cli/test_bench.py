@@ -22,7 +22,7 @@ from cenote.cli import flags, main
 from cenote.cli import load as load_module
 from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, Throughput, table
 from cenote.cli.load import Sample, closed, opened
-from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig
 from cenote.core import PoolingParams
 from cenote.engine.fake import FakeEngine
 from cenote.errors import CenoteError, EngineFailed
@@ -33,6 +33,7 @@ from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
+from cenote.settings import resolve
 from tests import PATIENCE, checkpoints
 from tests.conftest import CROSS_ENCODER, INFO
 

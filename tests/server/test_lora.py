@@ -17,13 +17,14 @@ from starlette.testclient import TestClient
 from cenote import LLM, LoRARequest
 from cenote.cli.flags import parse
 from cenote.cli.serve import models_of, report
-from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import LoraModule
 from cenote.engine.host import Host
 from cenote.errors import BadRequest, ConfigError
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.server.serving import Serving
+from cenote.settings import resolve
 from tests import checkpoints
 from tests.checkpoints import write_json
 

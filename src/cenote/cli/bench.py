@@ -27,11 +27,12 @@ from tqdm import tqdm
 import cenote
 from cenote.cli.load import MOST_UNDER_WAY, Sample, closed, opened
 from cenote.cli.targets import Local, Remote
-from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig
 from cenote.core import UNLIMITED
 from cenote.engine.engine import DEFAULT_BATCH_TOKENS
 from cenote.errors import CenoteError, ConfigError
 from cenote.pipeline.calibration import read_texts
+from cenote.settings import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -10,25 +10,20 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cenote.config import (
+from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, PoolerConfig
+from cenote.errors import ConfigError, unknown_name
+from cenote.settings import (
     ALIASES,
     BENCH_ALIASES,
     EXPLAINED,
     LAYERS,
     SWITCHES,
-    BenchConfig,
-    EngineConfig,
-    HostConfig,
-    ModelConfig,
-    PoolerConfig,
     choices,
     from_environment,
     from_file,
     known_options,
     shown_default,
-    unknown_name,
 )
-from cenote.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

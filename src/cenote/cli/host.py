@@ -10,8 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cenote.cli.serve import log_to_stderr, no_full_collections, report, share_cores
-from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig
 from cenote.errors import ConfigError
+from cenote.settings import resolve
 
 if TYPE_CHECKING:
     from cenote.engine.host import Host

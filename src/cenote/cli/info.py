@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cenote.cli.serve import log_to_stderr, report, share_cores
-from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.settings import resolve
 
 if TYPE_CHECKING:
     from cenote.pipeline.pipeline import Service

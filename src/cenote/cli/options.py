@@ -5,17 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from cenote.config import (
-    ALIASES,
-    BENCH_ALIASES,
-    ENV_PREFIX,
-    EXPLAINED,
-    LAYERS,
-    BenchConfig,
-    HostConfig,
-    choices,
-    shown_default,
-)
+from cenote.config import BenchConfig, HostConfig
+from cenote.settings import ALIASES, BENCH_ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, choices, shown_default
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
-from cenote.config import EngineConfig, ModelConfig, ServerConfig, resolve
+from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
 from cenote.errors import ConfigError
+from cenote.settings import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
