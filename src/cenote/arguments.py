@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cenote.core import LoRARequest, PairTemplate, PoolingParams, template_text
+from cenote.core import LoRARequest, PairTemplate, PoolingParams, optional, template_text
 from cenote.errors import BadRequest, unknown_name
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.options import TextOptions
@@ -24,7 +24,7 @@ def as_tensors(output: Output) -> PoolingOutput:
     """Return a result as `LLM.encode` does: CPU tensors that share its memory."""
     import torch
 
-    indices = None if output.indices is None else torch.from_numpy(output.indices)
+    indices = optional(torch.from_numpy, output.indices)
     others = {task: as_tensors(other) for task, other in output.others.items()}
     return PoolingOutput(torch.from_numpy(output.data), indices, others)
 
@@ -117,8 +117,8 @@ def pair_options(params: PoolingParams, options: Mapping[str, Any], chat_templat
     """
     options = {**(params.extra_kwargs or {}), **options}
     _check_names("scoring option", options, PAIRS)
-    template = None if chat_template is None else PairTemplate(template_text(chat_template))
-    return PairOptions.of(template=template, **options)
+    source = optional(template_text, chat_template)
+    return PairOptions.of(template=optional(PairTemplate, source), **options)
 
 
 def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from cenote.core import LoraModule
+from cenote.core import LoraModule, coalesce
 from cenote.errors import unknown_name
 from cenote.tasks import REMOVED, TASKS
 
@@ -266,7 +266,7 @@ class ModelConfig(BaseModel):
     @field_validator("quantization", mode="before")
     @classmethod
     def _none_as_in_vllm(cls, value: Any) -> Any:
-        return "none" if value is None else value
+        return coalesce(value, "none")
 
     @field_validator("task")
     @classmethod

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 Role = Literal["query", "document"]
 """A side of a search."""
@@ -124,7 +125,7 @@ class PoolingParams:
 
     def activates(self, default: bool) -> bool:
         """Return whether the task's activation is applied, by `default` unless the parameter says."""
-        return default if self.use_activation is None else self.use_activation
+        return coalesce(self.use_activation, default)
 
     def given(self) -> list[str]:
         """Return the names of the task parameters that are set."""
@@ -134,6 +135,11 @@ class PoolingParams:
 def coalesce(value: T | None, default: T) -> T:
     """Return `value`, or `default` if it is `None`, as in SQL."""
     return default if value is None else value
+
+
+def optional(function: Callable[[T], U], value: T | None) -> U | None:
+    """Return `function(value)`, or `None` for `None`."""
+    return None if value is None else function(value)
 
 
 def _is_integer(value: Any) -> bool:

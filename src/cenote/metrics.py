@@ -11,6 +11,8 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cenote.core import coalesce
+
 REGISTRY = CollectorRegistry()
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -94,13 +96,13 @@ class Rate:
 
     def add(self, amount: int, now: float | None = None) -> None:
         """Count `amount` at time `now` (default: this moment)."""
-        now = time.monotonic() if now is None else now
+        now = coalesce(now, time.monotonic())
         self._events.append((now, amount))
         self._forget(now)
 
     def value(self, now: float | None = None) -> float:
         """Return the amount per second over the window."""
-        now = time.monotonic() if now is None else now
+        now = coalesce(now, time.monotonic())
         return sum(amount for at, amount in [*self._events] if at > now - self._window) / self._window
 
     def _forget(self, now: float) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 
 from cenote.cli import flags
+from cenote.core import coalesce
 from cenote.errors import CenoteError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `cenote`, and return the exit status. Errors of the user are one line, not a traceback."""
     try:
-        argv = sys.argv[1:] if argv is None else argv
+        argv = coalesce(argv, sys.argv[1:])
         arguments = flags.parse(argv)
         if arguments["command"] == "bench":
             from cenote.cli import bench

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cenote.core import coalesce
 from cenote.errors import CenoteError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class _Run:
 
     def send(self, request: Request, since: float | None = None) -> None:
         """Send a request and note its answer."""
-        since = time.perf_counter() if since is None else since
+        since = coalesce(since, time.perf_counter())
         try:
             tokens, error = self._ask(request), ""
         except CenoteError as failure:

@@ -20,7 +20,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
-from cenote.core import ModelInfo, Output, Sequence
+from cenote.core import ModelInfo, Output, Sequence, coalesce
 from cenote.engine.cache import copied
 from cenote.engine.equal import distinct
 from cenote.engine.failures import Failures, answer, is_fatal, release
@@ -239,7 +239,7 @@ class LocalEngine:
         """Return the number of forwards that run at a time."""
         if device != "cpu" or not getattr(self._model, "is_reentrant", False):
             return 1
-        return DEFAULT_STREAMS[device] if streams is None else streams
+        return coalesce(streams, DEFAULT_STREAMS[device])
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None

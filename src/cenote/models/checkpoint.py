@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote import tokenizer as tokenizers
-from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, template_text
+from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, optional, template_text
 from cenote.errors import CheckpointError, first_line
 from cenote.models import (
     adapted,
@@ -217,7 +217,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
 def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
     """Return the tokenizer, and how it is made once more."""
     name, folder = files.location.name, files.location.tokenizer or files.base.tokenizer
-    template = None if options.chat_template is None else template_text(options.chat_template)
+    template = optional(template_text, options.chat_template)
     module = files.st.transformer
     source = TokenizerSource(
         str(folder.absolute()),

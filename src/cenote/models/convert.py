@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from cenote.core import coalesce
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models.families import rerankers
 
@@ -407,7 +408,7 @@ def _tokens(facts: Facts) -> Tokens:
     """Return the tokens that classify: by the config, else by the known reranker."""
     entries = getattr(facts.config, "classifier_from_token", None)
     if facts.is_original:
-        return _checked(("no", "yes") if entries is None else entries, METHODS[0])
+        return _checked(coalesce(entries, ("no", "yes")), METHODS[0])
     if entries is not None:
         return _checked(entries, getattr(facts.config, "method", None))
     if facts.reranker is not None:

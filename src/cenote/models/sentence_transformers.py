@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from cenote.core import Similarity
+from cenote.core import Similarity, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import keys, remote_code, transformer_module
 from cenote.models.transformer_module import TransformerModule, as_tuple, load, read_json
@@ -197,7 +197,7 @@ class SentenceTransformer:
             CheckpointError: there is no such similarity.
         """
         written = self.settings.get("similarity_fn_name")
-        name = "" if written is None else written.lower()  # PyLate writes "MaxSim"
+        name = coalesce(written, "").lower()  # PyLate writes "MaxSim"
         if written is not None and name not in SIMILARITIES:
             raise CheckpointError(f"similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}")
         if kind in SIMILARITIES.get(name, ()):

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.core import coalesce
+from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
 from cenote.models import keys
 
@@ -299,7 +299,7 @@ class _Reader:
     def _count(self, name: str, value: Any) -> int | None:
         """Return `value`, which has to be a positive integer or nothing."""
         self._require(is_length(value), name, value, "a positive integer")
-        return None if value is None else int(value)
+        return optional(int, value)
 
     def _modality(self) -> tuple[dict[str, Any], str]:
         """Return the entry of `modality_config` that texts take, and the name of the module's result."""

@@ -234,7 +234,7 @@ def reward(
         task = "classify"
 
     def filled(params: PoolingParams) -> PoolingParams:
-        return replace(params, use_activation=activates) if params.use_activation is None else params
+        return replace(params, use_activation=params.activates(activates))
 
     if isinstance(params, PoolingParams):
         return encode(service, prompts, task, filled(params), options)

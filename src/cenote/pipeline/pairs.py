@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cenote.core import Sequence
+from cenote.core import Sequence, coalesce
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.inputs import is_count
 from cenote.pipeline.messages import message
@@ -223,7 +223,7 @@ class PairRenderer:
 
         "Longest first" compares the two sides, so that one loses characters only if the other is surely the shorter.
         """
-        limit = options.limit if options.truncate is None else options.truncate
+        limit = coalesce(options.truncate, options.limit)
         if len(pair.query) <= len(pair.document):
             return pair._replace(document=self._part(pair.document, pair.query, limit, options))
         return pair._replace(query=self._part(pair.query, pair.document, limit, options))

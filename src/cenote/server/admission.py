@@ -14,6 +14,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from cenote import metrics
+from cenote.core import coalesce
 from cenote.engine.scheduler import BULK
 from cenote.errors import Overloaded
 
@@ -226,5 +227,5 @@ class Admission:
         Args:
             seconds: wait of a new request; default: the shortest one.
         """
-        seconds = self.seconds if seconds is None else seconds
+        seconds = coalesce(seconds, self.seconds)
         return max(1, math.ceil(seconds - self._longest / 2))

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cenote.config import Isa
+from cenote.core import optional
 from cenote.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -406,7 +407,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 def address_of(tensor: Tensor | None) -> int | None:
     """Return the address of a tensor's memory."""
-    return None if tensor is None else tensor.data_ptr()
+    return optional(torch.Tensor.data_ptr, tensor)
 
 
 def numbers_of(step: Step[Any]) -> tuple[int | None, int | None, float, int]:

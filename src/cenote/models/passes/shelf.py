@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.core import optional
 from cenote.errors import BadRequest
 from cenote.models import lora
 
@@ -126,8 +127,8 @@ def _ready(module: nn.Module, change: Change) -> Change:
     low, factor, shift = change
     return lora.Change(
         None if low is None else lora.LowRank(*map(ready, low)),
-        None if factor is None else ready(factor),
-        None if shift is None else ready(shift),
+        optional(ready, factor),
+        optional(ready, shift),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import PoolingParams
+from cenote.core import PoolingParams, coalesce, optional
 from cenote.errors import BadRequest, PluginFailed
 from cenote.pipeline import operations
 from cenote.pipeline.options import ChatOptions
@@ -130,7 +130,7 @@ async def pooling(serving: Serving, request: Request, body: PoolingRequest) -> R
         use_activation=body.use_activation,
         top_k=body.top_k,
         step_tag_id=body.step_tag_id,
-        returned_token_ids=None if body.returned_token_ids is None else tuple(body.returned_token_ids),
+        returned_token_ids=optional(tuple, body.returned_token_ids),
         late_chunking_params=body.late(),
     )
     return await answer_vectors(serving, request, body, task, params, prefix="pooling", kind="pooling", field="data")
@@ -193,7 +193,7 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
     special, limit = body.add_special_tokens, serving.config.max_tokenize_bytes
     if body.messages is None:
         param, text = "prompt", body.prompt or ""
-        special = True if special is None else special
+        special = coalesce(special, True)
     else:
         chat = body.tokenized_chat(trust_template=serving.config.trust_request_chat_template)
         param, text = "messages", service.renderer.chat_text(body.messages, chat)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validato
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
-from cenote.core import LateChunkingParams
+from cenote.core import LateChunkingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.options import ChatOptions, TextOptions
 from cenote.pipeline.prompts import Applied, Prompts
@@ -247,7 +247,7 @@ class Inputs(Shared, Chat):
 
     def conversations(self) -> list[Conversation] | None:
         """Return the conversations under `messages` or `input`; `None` if the request has text or ids."""
-        source: Any = self.input if self.messages is None else self.messages
+        source: Any = coalesce(self.messages, self.input)
         first = first_of(source)
         if isinstance(first, dict):
             return [source]
@@ -262,8 +262,7 @@ class Inputs(Shared, Chat):
 
     def options(self, *, is_chat: bool) -> TextOptions:
         """Return how text becomes ids."""
-        special = not is_chat if self.add_special_tokens is None else self.add_special_tokens
-        return self.text_options(add_special_tokens=special)
+        return self.text_options(add_special_tokens=coalesce(self.add_special_tokens, not is_chat))
 
 
 def first_of(value: Any) -> Any:
