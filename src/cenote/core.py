@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 U = TypeVar("U")
+K = TypeVar("K")
 
 Role = Literal["query", "document"]
 """A side of a search."""
@@ -142,6 +144,14 @@ def optional(function: Callable[[T], U], value: T | None) -> U | None:
     return None if value is None else function(value)
 
 
+def places_by(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Return the places of each of `keys`, by its first one."""
+    places: dict[K, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return places
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -233,7 +243,7 @@ class Sides:
         length = self.lengths.get(role or "")
         if role == "query" and self.fill_to and self.fixed:
             length = self.fill_to
-        return None if length is None else min(most, length)
+        return optional(partial(min, most), length)
 
     def takes_special_tokens(self, role: Role | None) -> bool:
         """Return whether the tokenizer's special tokens belong to an input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -91,7 +92,7 @@ def resolve(
     """
     owners = known_options(layers)
     notes: list[str] = []
-    split: dict[type[BaseModel], dict[str, Any]] = {layer: {} for layer in layers}
+    split: defaultdict[type[BaseModel], dict[str, Any]] = defaultdict(dict)
     if values.get("task") is not None and owners.get("task") is ModelConfig:
         notes.append(
             f"task={values['task']!r} is the spelling of older releases of vLLM; tasks follow from the model, and "

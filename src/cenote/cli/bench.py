@@ -548,7 +548,7 @@ def machine() -> Figures:
     processor, flags = _processor()
     return {
         "processor": processor or platform.processor() or platform.machine(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "instructions": list(filter(flags.__contains__, INSTRUCTIONS)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),

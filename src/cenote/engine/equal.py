@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from cenote.core import places_by
 from cenote.engine.cache import key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
     from collections.abc import Sequence as Seq
 
     from cenote.core import Sequence
@@ -21,14 +22,7 @@ def distinct(sequences: Seq[Sequence]) -> list[list[int]]:
     """
     if len(sequences) < 2:
         return [[place] for place in range(len(sequences))]
-    by_ids: dict[Hashable, list[int]] = {}
-    for place, sequence in enumerate(sequences):
-        by_ids.setdefault(key_of(sequence.ids), []).append(place)
-    if len(by_ids) == len(sequences):
-        return [*by_ids.values()]
-    by_key: dict[Hashable, list[int]] = {}
-    for places in by_ids.values():
-        for place in places:
-            key = key_of(sequences[place]) if len(places) > 1 else place
-            by_key.setdefault(key, []).append(place)
-    return sorted(by_key.values())
+    ids = [key_of(sequence.ids) for sequence in sequences]
+    counts = Counter(ids)
+    keys = (key_of(sequence) if counts[key] > 1 else key for sequence, key in zip(sequences, ids, strict=True))
+    return [*places_by(keys).values()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from cenote.core import Entries
 from cenote.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 SHOWN = 8
 """Most names that a message lists."""
@@ -88,16 +89,39 @@ class Audit:
         Raises:
             CheckpointError: a key is neither honoured nor known to be without effect, nor allowed to go unread.
         """
+        reasons = {name: keys.reason(name) for name in content} | dict.fromkeys(keys.honoured.intersection(content))
+        self.enter(file, reasons, f"honoured are {', '.join(sorted(keys.honoured))}")
+
+    def enter(
+        self,
+        file: str,
+        reasons: Mapping[str, str | None],
+        remedy: str,
+        *,
+        noun: str = "the key",
+        listed: Callable[[str], str] = str,
+    ) -> None:
+        """Enter entries of `file`.
+
+        Args:
+            file: their file, relative to the checkpoint's folder.
+            reasons: why each changes no answer; empty = nobody knows, `None` = it is honoured.
+            remedy: see `refuse`.
+            noun: see `refuse`.
+            listed: the name under which an entry that is read or left is listed, maybe with others.
+
+        Raises:
+            CheckpointError: see `refuse`.
+        """
         unread = []
-        for name in content:
-            reason = keys.reason(name)
-            if name in keys.honoured:
-                self.use(file, name)
+        for name, reason in reasons.items():
+            if reason is None:
+                self.use(file, listed(name))
             elif reason:
-                self.leave(file, [name], reason)
+                self.leave(file, [listed(name)], reason)
             else:
                 unread.append(name)
-        self.refuse(file, unread, f"honoured are {', '.join(sorted(keys.honoured))}")
+        self.refuse(file, unread, remedy, noun=noun)
 
     def refuse(self, file: str, names: Collection[str], remedy: str, *, noun: str = "the key") -> None:
         """Refuse entries of `file` that nothing reads, but for those that the user lets go unread.
@@ -111,8 +135,9 @@ class Audit:
         Raises:
             CheckpointError: the user has not allowed one of them.
         """
-        refused = [name for name in names if not self.allows(file, name)]
-        self.leave(file, [name for name in names if name not in refused], "allowed to go unread")
+        allowed = list(filter(partial(self.allows, file), names))
+        self.leave(file, allowed, "allowed to go unread")
+        refused = [name for name in names if name not in allowed]
         if not refused:
             return
         plural = "s" if len(refused) > 1 else ""

@@ -184,18 +184,9 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     used = set(map(backbone.joinpath, read))
     for folder in (backbone, *modules):
         used.update(map(folder.joinpath, weights.model_files(folder, pickles=pickles)))
-    unread = []
-    for name in listed:
-        if Path(name).suffix not in RELEVANT:
-            continue
-        reason = _reason(root, name, modules)
-        if root / name in used:
-            files.audit.use(FOLDER, name)
-        elif reason:
-            files.audit.leave(FOLDER, [name], reason)
-        else:
-            unread.append(name)
-    files.audit.refuse(FOLDER, unread, "if it belongs to another tool, take it away", noun="the file")
+    relevant = [name for name in listed if Path(name).suffix in RELEVANT]
+    reasons = {name: None if root / name in used else _reason(root, name, modules) for name in relevant}
+    files.audit.enter(FOLDER, reasons, "if it belongs to another tool, take it away", noun="the file")
 
 
 def _reason(root: Path, name: str, modules: frozenset[Path]) -> str:

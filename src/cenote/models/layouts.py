@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cenote.core import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
@@ -140,7 +141,7 @@ class Packed:
         """Group the numbers of sequences that may share a forward."""
         if self.backbone.rope_class is None:
             return [list(range(len(lengths)))]
-        return list(_classes(lengths, self.backbone.rope_class).values())
+        return list(places_by(map(self.backbone.rope_class, lengths)).values())
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
         """Run one forward; `[T, D]`, NaN but for the rows at `place`, if that is one of `places`."""
@@ -219,12 +220,9 @@ class Padded:
             hides: some have hidden tokens, whose rows padding changes in models that let masked tokens see nothing
                 (DeBERTa).
         """
-        if self.equal or hides:
-            classes = _classes(lengths, lambda n: n)
-        else:
-            classes = _classes(lengths, self.backbone.length_class)
+        length_class: Callable[[int], int] = int if self.equal or hides else self.backbone.length_class
         groups: list[list[int]] = []
-        for members in classes.values():
+        for members in places_by(map(length_class, lengths)).values():
             members.sort(key=lambda i: -lengths[i])
             groups += [members[i : i + self.size] for i in range(0, len(members), self.size)]
         return groups
@@ -295,13 +293,6 @@ def _bound_bias(module: nn.Module) -> None:
         return original(min(query_length, longest), min(key_length, longest), **kwargs)
 
     module.compute_bias = compute_bias  # type: ignore[assignment]
-
-
-def _classes(lengths: tuple[int, ...], key: Callable[[int], int]) -> dict[int, list[int]]:
-    classes: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        classes.setdefault(key(length), []).append(i)
-    return classes
 
 
 def _skipping(padding_idx: int, positions_T: Ids, batch: Batch) -> Ids:

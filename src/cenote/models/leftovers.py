@@ -6,8 +6,10 @@ the audit here: used, left with the reason, or refused by name.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cenote.errors import CheckpointError
@@ -70,8 +72,9 @@ def check_names(name: str, tensors: Collection[str]) -> None:
     Raises:
         CheckpointError: the names of all tensors begin with a prefix of `TWINS`.
     """
+    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 (of dotted names, not of paths)
     for prefix, remedy in TWINS.items():
-        if tensors and all(tensor.startswith(prefix) for tensor in tensors):
+        if common.startswith(prefix):
             raise CheckpointError(
                 f"{name}: the names of all weights begin with {prefix!r}, expected those of the model; {remedy}"
             )
@@ -100,8 +103,8 @@ class Names:
     @cached_property
     def modules(self) -> frozenset[str]:
         """Names of the modules of the model and of its backbone."""
-        parents = (self.model, self.model.base_model)
-        return frozenset(name for parent in parents for name, _ in parent.named_children())
+        children = chain(self.model.named_children(), self.model.base_model.named_children())
+        return frozenset(dict(children))
 
     def is_needed(self, name: str) -> bool:
         """Return whether the model cannot do without a tensor of its own: a head that runs is no leftover."""
@@ -138,35 +141,28 @@ def check_tensors(
         CheckpointError: the model lacks tensors, or the checkpoint has some that nothing reads.
     """
     _check_fit(files, names, report)
-    label, read_plain = label_of(files.folder), {names.plain(name) for name in read}
     default = _reason_of_all(files, only_embeds=only_embeds)
-    unexpected = {names.plain(name): names.reason(name) or default for name in report["unexpected_keys"]}
-    unread = []
-    for name in files.tensors:
-        plain = names.plain(name)
-        reason = _reason_to_leave(names, plain, unexpected)
-        if plain in read_plain or reason is None:
-            files.audit.use(label, names.module(name))
-        elif reason:
-            files.audit.leave(label, [names.module(name)], reason)
-        else:
-            unread.append(name)
-    files.audit.refuse(
-        label,
-        unread,
+    reasons: dict[str, str | None] = {
+        names.plain(name): names.reason(name) or default for name in report["unexpected_keys"]
+    }
+    reasons |= dict.fromkeys(map(names.plain, read))
+    files.audit.enter(
+        label_of(files.folder),
+        {name: _reason_to_leave(names, names.plain(name), reasons) for name in files.tensors},
         f"the class that runs has no such weights; architectures in config.json is {files.architecture!r}. "
         "--convert embed leaves them out and serves the hidden states",
         noun="the tensor",
+        listed=names.module,
     )
 
 
-def _reason_to_leave(names: Names, plain: str, unexpected: Mapping[str, str]) -> str | None:
-    """Return why a tensor is left, empty if nobody knows; `None` = the model has it.
+def _reason_to_leave(names: Names, plain: str, reasons: Mapping[str, str | None]) -> str | None:
+    """Return why a tensor is left, empty if nobody knows; `None` = it is read, by the model or a family.
 
-    Transformers passes over some tensors without a word: those are not among the unexpected ones.
+    Transformers passes over some tensors without a word: those are not among `reasons`, its own and the family's.
     """
-    if plain in unexpected:
-        return unexpected[plain]
+    if plain in reasons:
+        return reasons[plain]
     is_elsewhere = "pooler." in plain or names.module(plain) not in names.modules
     return (names.reason(plain) or None) if is_elsewhere else None
 
@@ -189,8 +185,8 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
 
 def _cause(model: PreTrainedModel, verb: str, faulty: list[str]) -> str:
     """Return the likely cause of weights that do not fit."""
-    beside = {name for name, module in model.named_children() if module is not model.base_model}
-    is_headless = model.base_model is not model and all(name.partition(".")[0] in beside for name in faulty)
+    beside = dict(model.named_children()).keys() - {model.base_model_prefix}
+    is_headless = model.base_model is not model and beside >= {name.partition(".")[0] for name in faulty}
     if verb == "lacks" and is_headless:
         return (
             "the checkpoint was saved without its head, or with one of another name; "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cenote.core import ModelInfo, Output, Sequence
+from cenote.core import ModelInfo, Output, Sequence, optional, places_by
 from cenote.errors import BadRequest, CenoteError, EngineFailed
 from cenote.models import lora
 from cenote.models.audit import Audit
@@ -79,11 +79,8 @@ class PoolingModel:
 
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""
-        by_adapter: dict[str | None, list[int]] = defaultdict(list)
-        for i, sequence in enumerate(sequences):
-            by_adapter[sequence.adapter].append(i)
         parts: list[Part] = []
-        for adapter, members in by_adapter.items():
+        for adapter, members in places_by(sequence.adapter for sequence in sequences).items():
             with shelf.active(adapter, self.info.adapters):
                 parts += self._run(sequences, members)
         return Pending(sequences, parts, self.layout.backbone.device)
@@ -104,9 +101,8 @@ class PoolingModel:
             hidden_TD = self._forward(batch, read, self._place(batch, groups))
             for (task, params), members in groups.items():
                 values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
-                there = values.to("cpu", non_blocking=True)  # into pinned memory
-                indices = None if indices is None else indices.to("cpu", non_blocking=True)
-                parts.append(Part(task, [order[row] for row in members], there, lengths, indices))
+                places = [order[row] for row in members]
+                parts.append(Part(task, places, _on_host(values), lengths, optional(_on_host, indices)))
         return parts
 
     def _forward(self, batch: Batch, read: list[int], place: Place | None) -> Tensor:
@@ -133,6 +129,11 @@ class PoolingModel:
             return True
         tasks = (sequence.task, *sequence.also)
         return not all(getattr(self.outputs[task], "looks_up", False) for task in tasks)
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """Begin to copy `values` to the host, into pinned memory."""
+    return values.to("cpu", non_blocking=True)
 
 
 class Part(NamedTuple):

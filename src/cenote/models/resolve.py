@@ -8,6 +8,7 @@ import torch
 
 from cenote.errors import CheckpointError, first_line
 from cenote.models.traits import position_rows
+from cenote.models.transformer_module import is_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,8 +121,8 @@ def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]
 def _lengths_of_config(checkpoint: Checkpoint, *, has_positions: bool) -> list[int]:
     """Return the lengths that the config and the tokenizer name."""
     config = checkpoint.config.get_text_config()
-    values = [getattr(config, key, None) for key in LENGTH_KEYS]
-    lengths = [value for value in values if isinstance(value, int) and value > 0]
+    values = (getattr(config, key, None) for key in LENGTH_KEYS)
+    lengths = list(filter(None, filter(is_length, values)))
     tokenizer_limit = checkpoint.tokenizer.model_max_length
     counts_tokenizer = has_positions or not lengths or bool(checkpoint.st.model_type)
     if counts_tokenizer and tokenizer_limit < UNSET_LENGTH and checkpoint.st.transformer.is_cut:

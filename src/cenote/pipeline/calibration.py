@@ -73,7 +73,7 @@ def read_texts(path: Path) -> list[str]:
         ConfigError: the file cannot be read, or a line has no text.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = list(filter(str.strip, path.read_text(encoding="utf-8").split("\n")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the texts of {path}: {error}") from None
     return lines if path.suffix == ".txt" else [_text(line, path) for line in lines]

@@ -91,11 +91,11 @@ def _check_dimensions(info: ModelInfo, dimensions: int) -> None:
 
 
 def _check_step(info: ModelInfo, params: PoolingParams) -> None:
-    sent = [name for name in OF_STEPS if getattr(params, name) is not None]
-    if sent and not info.step:
-        raise BadRequest(
-            f"{sent[0]} is for process reward models (pooling type STEP); {info.name} is not one", param=sent[0]
-        )
+    for name in OF_STEPS:
+        if getattr(params, name) is not None and not info.step:
+            raise BadRequest(
+                f"{name} is for process reward models (pooling type STEP); {info.name} is not one", param=name
+            )
     if params.step_tag_id is not None:
         check_vocabulary(info, [params.step_tag_id], param="step_tag_id")
     for column in params.returned_token_ids or ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
@@ -87,10 +88,7 @@ class Body(BaseModel):
         """Leave out fields that are null and have another default: some clients name every field."""
         if not isinstance(values, dict):
             return values
-        fields = cls.model_fields
-        nulls = [name for name, value in values.items() if value is None and name in fields]
-        absent = {name for name in nulls if fields[name].get_default(call_default_factory=True) is not None}
-        return {name: value for name, value in values.items() if name not in absent} if absent else values
+        return {name: value for name, value in values.items() if value is not None or name not in _defaulted(cls)}
 
     @classmethod
     def check_lengths(cls, values: Any, limits: Limits) -> None:
@@ -327,3 +325,10 @@ class PoolingFields(Inputs):
     def form(self, service: Service, tasks: Iterable[str], params: PoolingParams) -> Form | None:
         """Return the function that makes the small forms of the request; `None` if it asks for none."""
         return None
+
+
+@cache
+def _defaulted(body: type[BaseModel]) -> frozenset[str]:
+    """Return the names of the fields of `body` whose default is not null."""
+    fields = body.model_fields.items()
+    return frozenset(name for name, field in fields if field.get_default(call_default_factory=True) is not None)
