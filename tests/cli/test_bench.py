@@ -20,8 +20,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from cenote.cli import flags, main
 from cenote.cli import load as load_module
-from cenote.cli.bench import LENGTHS, MIXED, WORDS, Fit, Measurement, Texts, Throughput, table
+from cenote.cli.bench import LENGTHS, MIXED
 from cenote.cli.load import Sample, closed, opened
+from cenote.cli.measurements import Measurement, Throughput
+from cenote.cli.record import table
+from cenote.cli.texts import WORDS, Fit, Texts
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig
 from cenote.core import PoolingParams
 from cenote.engine.fake import FakeEngine
