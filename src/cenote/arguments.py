@@ -29,12 +29,18 @@ def as_tensors(output: Output) -> PoolingOutput:
     return PoolingOutput(torch.from_numpy(output.data), indices, others)
 
 
-def comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Return a result as `similarities` takes it: a vector, a matrix, or rising indices with their values.
+def comparable(results: Iterable[Any]) -> list[np.ndarray | tuple[np.ndarray, np.ndarray]]:
+    """Return results, or their `outputs`, as `similarities` takes them.
+
+    Each is a vector, a matrix, or rising indices with their values.
 
     Raises:
-        BadRequest: it is not an embedding.
+        BadRequest: one is not an embedding.
     """
+    return [_comparable(getattr(result, "outputs", result)) for result in results]
+
+
+def _comparable(outputs: Any) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     if isinstance(outputs, EmbeddingOutput):
         return np.asarray(outputs.array, dtype=np.float32)
     if isinstance(outputs, SparseEmbedding):
@@ -141,9 +147,7 @@ def lora_per_prompt(requests: LoRARequest | Seq[LoRARequest | None] | None, coun
     """
     if requests is None or isinstance(requests, LoRARequest):
         return [requests] * count
-    listed = list(requests)
-    if len(listed) != count:
-        raise BadRequest(f"The lengths of prompts ({count}) and lora_request ({len(listed)}) must be the same.")
+    listed = _as_many(requests, count, "lora_request")
     if not all(isinstance(request, LoRARequest | None) for request in listed):
         raise BadRequest(f"got {listed!r:.200}, expected a LoRARequest or None for each prompt", param="lora_request")
     return listed
@@ -159,9 +163,14 @@ def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
         return PoolingParams()
     if isinstance(params, PoolingParams):
         return params
-    listed: list[PoolingParams] = list(params)
+    return _as_many(params, count, "pooling_params")
+
+
+def _as_many(values: Iterable[T], count: int, name: str) -> list[T]:
+    """Return the values of an argument, of which there is one for each prompt."""
+    listed = list(values)
     if len(listed) != count:
-        raise BadRequest(f"The lengths of prompts ({count}) and pooling_params ({len(listed)}) must be the same.")
+        raise BadRequest(f"The lengths of prompts ({count}) and {name} ({len(listed)}) must be the same.")
     return listed
 
 

@@ -46,7 +46,12 @@ JSON = ("{", "[")
 """Beginnings of JSON of a mapping or a list."""
 
 
-def _parse_json(value: Any) -> Any:
+def parse_json(value: Any) -> Any:
+    """Return the content of JSON, or a value that is none as it is.
+
+    Raises:
+        ValueError: a text is not valid JSON.
+    """
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
@@ -67,7 +72,7 @@ def _lora_modules(entry: Any) -> list[Any]:
     if not isinstance(entry, str):
         return [entry]
     if entry.lstrip().startswith(JSON):
-        content = _parse_json(entry)
+        content = parse_json(entry)
         return content if isinstance(content, list) else [content]
     name, _, path = entry.partition("=")
     return [{"name": name, "path": path}]
@@ -160,7 +165,7 @@ def _one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Overrides = Annotated[dict[str, Any], BeforeValidator(_parse_json)]
+Overrides = Annotated[dict[str, Any], BeforeValidator(parse_json)]
 Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 """Texts; a single one may be given by itself."""
 
@@ -194,7 +199,7 @@ class ModelConfig(BaseModel):
     hf_overrides: Overrides | Callable[[Any], Any] | None = Field(
         None, description="JSON merged into config.json (from Python also a function config -> config)"
     )
-    pooler_config: Annotated[PoolerConfig, BeforeValidator(_parse_json)] = Field(
+    pooler_config: Annotated[PoolerConfig, BeforeValidator(parse_json)] = Field(
         default_factory=PoolerConfig, description="JSON; or one field: --pooler-config.pooling_type MEAN"
     )
     trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
@@ -222,7 +227,7 @@ class ModelConfig(BaseModel):
     reranker_prompts: bool = Field(
         True, description="put the prompt of a known LLM reranker around its pairs; off = pairs are joined as they are"
     )
-    prompts: Annotated[dict[str, str], BeforeValidator(_parse_json)] | None = Field(
+    prompts: Annotated[dict[str, str], BeforeValidator(parse_json)] | None = Field(
         None, description="JSON of prompts by name, beside the checkpoint's own"
     )
     default_prompt_name: str | None = Field(None, description="prompt of inputs that ask for none")

@@ -146,6 +146,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def plural(noun: str, count: int) -> str:
+    """Return `noun` as it stands behind the number `count`."""
+    return noun if count == 1 else f"{noun}s"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return a sentence for a name that does not exist: the nearest of `known` if any is near, else all of them."""
     names = sorted(known)

@@ -199,8 +199,9 @@ class LLM:
         if not tasks and isinstance(pooling_params, PoolingParams) and pooling_params.task is not None:
             tasks = [pooling_params.task]
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
-            task = tasks[0] if tasks else None
-            return self._run_plugin(prompts, task, pooling_params, use_tqdm, lora_request, tokenization_kwargs)
+            return self._run_plugin(
+                prompts, next(iter(tasks), None), pooling_params, use_tqdm, lora_request, tokenization_kwargs
+            )
         task, *also = tasks or [self.info.default_task]
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
         results = self._calls.run(
@@ -265,9 +266,7 @@ class LLM:
         """
         import torch
 
-        queries, documents = (
-            [comparable(getattr(output, "outputs", output)) for output in side] for side in (first, second)
-        )
+        queries, documents = comparable(first), comparable(second)
         if not queries or not documents:
             return torch.zeros(len(queries), len(documents), dtype=torch.float32)
         rows = [similarities(query, documents, self.info.similarity) for query in queries]

@@ -32,7 +32,7 @@ def import_without_torch() -> None:
     Raises:
         RuntimeError: torch or Transformers is imported already.
     """
-    imported = [name for name in ("torch", "transformers") if name in sys.modules]
+    imported = list(filter(sys.modules.__contains__, ("torch", "transformers")))
     if imported:
         raise RuntimeError(f"{' and '.join(imported)} is imported already, and torch cannot be left out any more")
     before = os.environ.get(QUIET)
@@ -205,7 +205,7 @@ def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None
     split = []
     for text in texts:
         spellings = (text, *text.split(None, 1)[:1])
-        token = next((spelling for spelling in spellings if spelling in vocabulary), None)
+        token = next(filter(vocabulary.__contains__, spellings), None)
         if token is not None and tokenizer.tokenize(token) != [token]:
             split.append(AddedToken(token, normalized=False, special=True))
     if split:

@@ -10,7 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, PoolerConfig
+from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, PoolerConfig, parse_json
 from cenote.errors import ConfigError, unknown_name
 from cenote.settings import (
     ALIASES,
@@ -229,9 +229,9 @@ def _split_dotted(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _object(value: Any) -> dict[str, Any]:
     try:
-        content = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--pooler-config is not valid JSON: {error}") from None
+        content = parse_json(value)
+    except ValueError as error:
+        raise ConfigError(f"--pooler-config is {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--pooler-config must be a JSON object, got {value!r}")
     return content

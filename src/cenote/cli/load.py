@@ -41,6 +41,16 @@ class Sample:
     latencies: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
+    @property
+    def texts_per_second(self) -> float:
+        """Rate of texts that were answered."""
+        return self.texts / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of their tokens."""
+        return self.tokens / self.seconds
+
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Sample:
         """Return `samples` taken together."""

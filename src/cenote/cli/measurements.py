@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,9 @@ WARM_UP = 8
 """Requests that each measurement sends beforehand."""
 
 PERCENTILES = (50, 95, 99)
+
+RATES = ("texts_per_second", "tokens_per_second")
+"""Properties of a `Sample`, whose medians are figures."""
 
 
 @dataclass
@@ -161,20 +165,17 @@ class Throughput(Measurement):
 
 
 def _rates(samples: Seq[Sample]) -> Figures:
-    if not any(sample.latencies for sample in samples):
-        return {"texts_per_second": None, "tokens_per_second": None}
-    return {
-        "texts_per_second": statistics.median(sample.texts / sample.seconds for sample in samples),
-        "tokens_per_second": statistics.median(sample.tokens / sample.seconds for sample in samples),
-    }
+    if not Sample.of(samples).latencies:
+        return dict.fromkeys(RATES)
+    return {name: statistics.median(map(attrgetter(name), samples)) for name in RATES}
 
 
 def _percentiles(latencies: Seq[float]) -> Figures:
     names = [f"p{part}_ms" for part in PERCENTILES]
     if not latencies:
         return dict.fromkeys(names)
-    seconds: list[float] = np.percentile(latencies, PERCENTILES).tolist()
-    return {name: 1000 * value for name, value in zip(names, seconds, strict=True)}
+    milliseconds = 1000 * np.percentile(latencies, PERCENTILES)
+    return dict(zip(names, milliseconds.tolist(), strict=True))
 
 
 class Gemm:

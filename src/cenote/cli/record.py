@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cenote
+from cenote.errors import plural
 
 if TYPE_CHECKING:
     from cenote.cli.measurements import Figures
@@ -114,4 +115,4 @@ def _remarks(row: Figures) -> list[str]:
 
 
 def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' if count > 1 else ''}"
+    return f"{count} {plural(noun, count)}"

@@ -21,7 +21,7 @@ import cenote
 from cenote import tokenizer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
-from cenote.errors import ConfigError
+from cenote.errors import ConfigError, plural
 from cenote.settings import resolve
 
 if TYPE_CHECKING:
@@ -207,12 +207,12 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
     repeated = Counter(names) - Counter(set(names))
     if repeated:
         raise ConfigError(f"two models cannot both be served as {min(repeated)!r}; see --served-model-name")
-    resolved = [
-        resolve({**arguments, "model": model, "served_model_name": (name,)})
-        for model, name in zip(models, names, strict=True)
-    ]
-    configs = [_layers(layers) for layers, _ in resolved]
-    return [(_with_own_adapters(model, names), engine, server) for model, engine, server in configs], resolved[0][1]
+    configs = []
+    for folder, name in zip(models, names, strict=True):
+        layers, notes = resolve({**arguments, "model": folder, "served_model_name": (name,)})
+        model, engine, server = _layers(layers)
+        configs.append((_with_own_adapters(model, names), engine, server))
+    return configs, notes
 
 
 def _with_own_adapters(model: ModelConfig, names: Sequence[str]) -> ModelConfig:
@@ -330,7 +330,7 @@ def _head(info: ModelInfo) -> str:
     line = f"head: {info.report.head}"
     if not info.num_labels:
         return line
-    labels = f"{info.num_labels} label{'s' if info.num_labels != 1 else ''}"
+    labels = f"{info.num_labels} {plural('label', info.num_labels)}"
     activation = info.activation if info.classifies else f"raw ({info.activation} on request)"
     steps = ", one row per step" if info.step else ""
     return f"{line}; {labels}, {activation}{steps}"

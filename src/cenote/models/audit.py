@@ -11,11 +11,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import filterfalse, product, starmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cenote.core import Entries
-from cenote.errors import CheckpointError
+from cenote.errors import CheckpointError, plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -137,16 +138,15 @@ class Audit:
         """
         allowed = list(filter(partial(self.allows, file), names))
         self.leave(file, allowed, "allowed to go unread")
-        refused = [name for name in names if name not in allowed]
+        refused = list(filterfalse(allowed.__contains__, names))
         if not refused:
             return
-        plural = "s" if len(refused) > 1 else ""
         raise CheckpointError(
-            f"{file} has {noun}{plural} {shortened(refused, SHOWN)}, which Cenote does not honour, so answers could "
-            f"differ from those that the checkpoint was made for; {remedy}. To go on without: --allow-unread "
-            f"{refused[0]}"
+            f"{file} has {plural(noun, len(refused))} {shortened(refused, SHOWN)}, which Cenote does not honour, so "
+            f"answers could differ from those that the checkpoint was made for; {remedy}. To go on without: "
+            f"--allow-unread {refused[0]}"
         )
 
     def allows(self, file: str, name: str) -> bool:
         """Return whether the user lets `name` of `file` go unread."""
-        return any(fnmatchcase(name, entry) or fnmatchcase(f"{file}:{name}", entry) for entry in self._allowed)
+        return any(starmap(fnmatchcase, product((name, f"{file}:{name}"), self._allowed)))

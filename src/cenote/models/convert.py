@@ -108,7 +108,7 @@ def default_pooling_type(
         ... class MyEncoder(PreTrainedModel): ...
         >>> register_model(MyEncoder)
     """
-    names = [name for name in (pooling_type, seq_pooling_type, tok_pooling_type) if name is not None]
+    names = list(filter(None, (pooling_type, seq_pooling_type, tok_pooling_type)))
     unknown = next(filterfalse(DECLARED.__contains__, names), None)
     if unknown is not None or not names:
         raise ConfigError(f"unknown pooling type {unknown!r}; known are: {', '.join(DECLARED)}")
@@ -306,17 +306,14 @@ def choose_head(facts: Facts) -> Head:
     if facts.architecture.endswith("ForTokenClassification") and not facts.scored_by_modules:
         return Head("token", name=facts.architecture)
     tokens = _tokens(facts)
-    for choose in CHOICES:
-        head = choose(facts, tokens)
-        if head is not None:
-            return head
-    if facts.convert == "classify":
+    head = next(filter(None, (choose(facts, tokens) for choose in CHOICES)), None)
+    if head is None and facts.convert == "classify":
         raise CheckpointError(
             f"convert 'classify' needs a head: {facts.architecture} has no score.weight. Name the vocabulary entries "
             'whose logits classify, as in hf_overrides {"classifier_from_token": ["no", "yes"], "method": '
             '"from_2_way_softmax"}, or set pooler_config {"pooling_type": "STEP", "returned_token_ids": [...]}'
         )
-    return Head()
+    return coalesce(head, Head())
 
 
 def _modular_head(facts: Facts, tokens: Tokens) -> Head | None:

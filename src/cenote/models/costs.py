@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import timeit
 from collections import Counter
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from cenote.models.passes.fuse import Remembered
+from cenote.models.traits import noting, of_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def products(model: nn.Module, work: Callable[[], object]) -> Counter[Shape]:
 
     Linear layers that are run as part of a fused block count as often as their block.
     """
-    linears = [x for x in model.modules() if isinstance(x, nn.Linear)]
+    linears = of_kind(model, nn.Linear)
     parents = {child: module for module in model.modules() for child in module.children()}
     rows = _rows_of({*linears, *parents.values()}, work)
     counts: Counter[Shape] = Counter()
@@ -45,14 +45,12 @@ def _rows_of(modules: set[nn.Module], work: Callable[[], object]) -> Counter[nn.
     """Count the rows of the first tensor that each of `modules` gets while `work` runs."""
     rows: Counter[nn.Module] = Counter()
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         if tensors:
             rows[module] += tensors[0].shape[:-1].numel()
 
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+    with noting(modules, note):
         work()
     return rows
 

@@ -34,7 +34,7 @@ from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
-from cenote.models.traits import token_types, tokens_beyond, vocabulary
+from cenote.models.traits import of_kind, token_types, tokens_beyond, vocabulary
 from cenote.tensors import linear, native, process
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     model: PreTrainedModel = full.base_model  # type: ignore[assignment]
     _choose_output(checkpoint, model)
     length, length_note = resolve.max_length(checkpoint, model, options.max_model_len)
-    widest = max((x.out_features for x in model.modules() if type(x) is nn.Linear), default=0)
+    widest = max((linear.out_features for linear in of_kind(model, nn.Linear)), default=0)
     process.keep_freed_memory(4 * widest * max(length, LARGE_BATCH))
     return Built(full, length, isa, (*checkpoint.notes, dtype_note, length_note))
 

@@ -22,6 +22,7 @@ import msgspec
 import torch
 from torch import nn
 
+from cenote.core import coalesce
 from cenote.errors import CheckpointError, first_line
 from cenote.models import weights
 from cenote.models.audit import Keys
@@ -523,7 +524,7 @@ def _merge_bias(module: nn.Module, change: Change) -> None:
     if change.shift is None:
         return
     current = getattr(module, "bias", None)
-    bias = torch.zeros_like(change.shift) if current is None else current.float()
+    bias = coalesce(current, torch.zeros_like(change.shift)).float()
     if change.factor is not None:
         bias = bias * change.factor
     _set(module, "bias", bias + change.shift)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models.probe import EQUAL, Draw, distance
 
@@ -64,14 +65,15 @@ class OwnPooler(nn.Module):
         if not isinstance(pooler, nn.Module):
             raise CheckpointError(f"method_output_name is pooler_output, but {type(model).__name__} has no pooler")
         self.pooler = pooler
-        self.activation = getattr(model, "pooler_activation", None)  # ALBERT's is beside its pooler
+        # ALBERT's is beside its pooler
+        self.activation = coalesce(getattr(model, "pooler_activation", None), nn.Identity())
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """`[R, D] -> [R, D]`."""
         dtype = next(self.pooler.parameters()).dtype
         if isinstance(self.pooler, nn.Linear):
-            y_RD: Tensor = self.pooler(x_RD.to(dtype))
-            return y_RD if self.activation is None else self.activation(y_RD)
+            y_RD: Tensor = self.activation(self.pooler(x_RD.to(dtype)))
+            return y_RD
         pooled_RD: Tensor = self.pooler(x_RD[:, None].to(dtype))
         return pooled_RD
 

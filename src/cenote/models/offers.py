@@ -15,6 +15,7 @@ from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_t
 from cenote.models.families.family import Loaded, Vectors
 from cenote.models.model_outputs import OwnPooler
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
+from cenote.models.traits import of_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ class Offer:
         output = self.outputs.get("token_embed")
         steps = output.pooler.steps if isinstance(output, TokenEmbed) else ()
         layers = nn.ModuleList(step for step in steps if isinstance(step, nn.Module))
-        widths = [layer.out_features for layer in layers.modules() if isinstance(layer, nn.Linear)]
+        widths = [layer.out_features for layer in of_kind(layers, nn.Linear)]
         return widths[-1] if widths else self.vectors.dimension
 
 

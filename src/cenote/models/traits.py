@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from cenote.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+M = TypeVar("M", bound=nn.Module)
+
 POSITION_TABLES = (".position_embeddings", ".position_embedding", ".embed_positions", ".wpe")
+
+
+def of_kind(model: nn.Module, kind: type[M]) -> list[M]:
+    """Return the modules of `model` of that class, in order."""
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@contextmanager
+def noting(
+    modules: Iterable[nn.Module], note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call `note(module, args, kwargs)` before each forward of `modules` meanwhile."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+        yield
 
 
 def vocabulary(model: PreTrainedModel) -> int:

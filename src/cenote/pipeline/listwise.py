@@ -15,6 +15,7 @@ import numpy as np
 
 from cenote.core import LISTWISE_MARKERS, Sequence
 from cenote.errors import BadRequest
+from cenote.pipeline.pairs import check_no_template
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,13 +75,7 @@ def render(
         BadRequest: an option has no effect here.
         TooLong: a prompt has more tokens than the model takes.
     """
-    unknown = sorted(options.kwargs.keys() - {"instruction"})
-    if options.template or unknown:
-        names = ", ".join(unknown) or "a template"
-        raise BadRequest(
-            f"{service.info.name} scores as a listwise reranker by a prompt of its own: {names} would have no effect",
-            param=min(unknown, default="chat_template"),
-        )
+    check_no_template(service.info.name, "listwise reranker by a prompt of its own", options, read=("instruction",))
     service.pairs.check(replace(options, kwargs={}))
     params = service.renderer.check(TASK, params)
     instruction = options.kwargs.get("instruction")

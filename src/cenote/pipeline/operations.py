@@ -14,6 +14,7 @@ from cenote.pipeline import listwise
 from cenote.pipeline.entities import check_aggregation, check_labels, entities, softmax
 from cenote.pipeline.inputs import is_count
 from cenote.pipeline.job import Job
+from cenote.pipeline.pairs import check_no_template
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.similarity import ranking
@@ -308,12 +309,7 @@ def _rendered_sides(
     options: PairOptions,
 ) -> list[Sequence]:
     """Render queries, then documents, each with the prompt of its side."""
-    if options.kwargs or options.template:
-        variables = ", ".join(sorted(options.kwargs)) or "a template"
-        raise BadRequest(
-            f"{service.info.name} scores as a {way.name}, which renders no pairs: {variables} would have no effect",
-            param=min(options.kwargs, default="chat_template"),
-        )
+    check_no_template(service.info.name, f"{way.name}, which renders no pairs", options)
     service.pairs.check(options)
     prompts = service.renderer.prompts
     sides = (

@@ -17,7 +17,7 @@ from cenote.pipeline.messages import message
 from cenote.pipeline.tokenizing import MOST_CUTS, Text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from collections.abc import Sequence as Seq
 
     from cenote.core import PairTemplate, PoolingParams
@@ -266,6 +266,16 @@ def _marked(query: str, document: str, template: PairTemplate) -> _Pair:
     if template.is_rendered(query, document):
         return _Pair(query, document.removesuffix(template.suffix), True)
     return _Pair(query, document)
+
+
+def check_no_template(model: str, way: str, options: PairOptions, read: Collection[str] = ()) -> None:
+    """Raise `BadRequest` for a template or variables of one, but for those `read`, where a way to score has none."""
+    idle = sorted(options.kwargs.keys() - set(read))
+    if idle or options.template:
+        names = ", ".join(idle) or "a template"
+        raise BadRequest(
+            f"{model} scores as a {way}: {names} would have no effect", param=min(idle, default="chat_template")
+        )
 
 
 def _check_limit(name: str, value: Any, max_model_len: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress, filterfalse
+from operator import not_
 from typing import TYPE_CHECKING
 
 from cenote import tokenizer
@@ -107,7 +109,7 @@ class Service:
         joined = self.pairs.render(list(filter(None, pairs)), task, params, options)
         if all(pairs):
             return joined
-        others = [prompt for prompt, pair in zip(prompts, pairs, strict=True) if pair is None]
+        others = list(compress(prompts, map(not_, pairs)))
         of_pairs, of_others = iter(joined), iter(self.renderer.render(others, task, params, options))
         return [next(of_pairs if pair else of_others) for pair in pairs]
 
@@ -238,7 +240,7 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
     same = sorted(modules.keys() & set(names))
     if same:
         raise ConfigError(f"lora_modules has the name {same[0]!r}, under which the model itself is served")
-    adapters = tuple(name for name in adapters if name not in modules)
+    adapters = tuple(filterfalse(modules.__contains__, adapters))
     return Facts(
         names=names,
         tokenizer=checkpoint.tokenizer_source,

@@ -70,12 +70,10 @@ class Prompts:
         sent = [key for key, value in parameters.items() if value]
         if len(sent) > 1:
             raise BadRequest(f"only one of {' and '.join(sent)} can be given", param=sent[0])
-        if prompt is not None:
-            return Applied(prompt, adapter=self._default.adapter)
-        if name is not None:
-            return self._by_name(name)
-        if input_type is not None:
-            return self._by_type(input_type)
+        choices = {"prompt": self._by_text, "prompt_name": self._by_name, "input_type": self._by_type}
+        for key, value in parameters.items():
+            if value is not None:
+                return choices[key](value)
         return self._default
 
     def of(self, role: Role) -> Applied:
@@ -92,6 +90,9 @@ class Prompts:
         if not self.default:
             return Applied()
         return replace(self._by_name(self.default), role=None)
+
+    def _by_text(self, text: str) -> Applied:
+        return Applied(text, adapter=self._default.adapter)
 
     def _by_name(self, name: str) -> Applied:
         prompt = self._find(name)

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote import metrics
-from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized
+from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,8 +135,7 @@ def validation(errors: Sequence[Any]) -> tuple[str, str | None]:
     if first["type"] == "json_invalid":
         return f"JSON decode error: {context.get('error', 'the body is not JSON')}", _where(first["loc"])
     entries = "".join(f"\n  {_entry(error)}" for error in errors[:MOST_ENTRIES])
-    plural = "s" if len(errors) != 1 else ""
-    return f"{len(errors)} validation error{plural}:{entries}", _where(first["loc"])
+    return f"{len(errors)} validation {plural('error', len(errors))}:{entries}", _where(first["loc"])
 
 
 def _entry(error: Any) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.core import coalesce
 from cenote.tensors import native
 from cenote.tensors.native import Chain, Step, drawn
 
@@ -192,8 +193,8 @@ def unsplit(weights: Narrow) -> Tensor:
 
 
 def _padded(vector_N: Tensor | None, outputs: int) -> Tensor:
-    vector_N = torch.zeros(outputs, dtype=torch.float32, device="cpu") if vector_N is None else vector_N.float()
-    return F.pad(vector_N, (0, -outputs % WIDE_TILE)).contiguous()
+    vector_N = coalesce(vector_N, torch.zeros(outputs, dtype=torch.float32, device="cpu"))
+    return F.pad(vector_N.float(), (0, -outputs % WIDE_TILE)).contiguous()
 
 
 class _Step(ctypes.Structure):
@@ -234,7 +235,7 @@ class Kernel:
 
     def path(self, kind: Kind) -> str | None:
         """Return the fastest path for weights of this kind, if there is any."""
-        return next((path for path in FASTEST[kind] if path in self.paths), None)
+        return next(filter(self.paths.__contains__, FASTEST[kind]), None)
 
     def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
         """Return a chain of layers whose weights were all made for the same path; only the last may normalise."""

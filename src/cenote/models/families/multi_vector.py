@@ -18,7 +18,7 @@ from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed
 from cenote.models.sentence_transformers import dense, well_formed
-from cenote.models.transformer_module import as_tuple, read_json
+from cenote.models.transformer_module import as_tuple, load
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
@@ -204,8 +204,7 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
     Raises:
         CheckpointError: the metadata is damaged.
     """
-    file = files.folder / "artifact.metadata"
-    metadata = read_json(file) if file.is_file() else {}
+    metadata = load(files.folder / "artifact.metadata")
     prefixes = {side: f"{metadata.get(key) or usual} " for side, (key, usual) in MARKERS.items()}
     length = metadata.get("doc_maxlen")
     attend = bool(metadata.get("attend_to_mask_tokens"))

@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, product
+from itertools import chain, filterfalse, product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ from cenote.models.layouts import forward
 from cenote.models.passes.patches import Patches
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, unchanged
+from cenote.models.traits import noting, of_kind
 from cenote.tensors import linear as multiplying
 from cenote.tensors.linear import Narrow
 from cenote.tensors.native import Chain, Step
@@ -127,7 +128,7 @@ def packed(patches: Patches) -> dict[nn.Linear, Any]:
 
 def count(model: nn.Module) -> int:
     """Return the number of layers that multiply by a matrix."""
-    return sum(isinstance(x, (nn.Linear, Conv1D)) for x in model.modules())
+    return len(of_kind(model, nn.Linear)) + len(of_kind(model, Conv1D))
 
 
 def uses(model: nn.Module) -> Counter[int]:
@@ -499,12 +500,10 @@ def _linear_inputs(linears: Iterable[nn.Linear], run: Callable[[], Tensor]) -> d
     """Return the inputs that each Linear gets in a forward."""
     inputs: defaultdict[nn.Linear, list[Tensor]] = defaultdict(list)
 
-    def before(module: nn.Linear, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Linear, args: tuple[Any, ...], _: dict[str, Any]) -> None:
         inputs[module].append(args[0])
 
-    with ExitStack() as hooks:
-        for linear in linears:
-            hooks.enter_context(linear.register_forward_pre_hook(before))
+    with noting(linears, note):
         run()
     return inputs
 
@@ -547,8 +546,8 @@ def _is_plain(module: nn.Module) -> bool:
 def _packable(model: nn.Module, seen: Seen, patches: Patches) -> list[nn.Linear]:
     """Return the Linears whose matrix nothing but their own, original `forward` reads."""
     times = uses(model)
-    linears = [x for x in seen.linears if _is_plain(x) and not patches.replaces(x)]
-    return [x for x in linears if times[id(x.weight)] == 1]
+    plain = filterfalse(patches.replaces, filter(_is_plain, seen.linears))
+    return [linear for linear in plain if times[id(linear.weight)] == 1]
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from cenote.models.layouts import Packed
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows
+from cenote.models.traits import of_kind
 from cenote.tensors import attention
 from cenote.tensors.packing import PLACES
 
@@ -65,10 +66,7 @@ def undo(subject: Subject) -> None:
 def find(model: PreTrainedModel) -> nn.Module | None:
     """Return the last layer of a backbone, if its layers are a list of as many as its config says."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module[-1]
-    return None
+    return next((layers[-1] for layers in of_kind(model, nn.ModuleList) if len(layers) == count), None)
 
 
 class LastLayer:

@@ -112,7 +112,7 @@ class TypedFields(PoolingFields):
         for field in self._fields():
             value = getattr(self, field)
             names += [value] if isinstance(value, str) else value
-        return tuple(dict.fromkeys(name for name in names if name in VECTOR_TYPES))
+        return tuple(dict.fromkeys(filter(VECTOR_TYPES.__contains__, names)))
 
 
 def ranges_for(
