@@ -38,8 +38,7 @@
 
 namespace {
 
-// As in linear.py.
-enum Path { kAvx2, kAvxVnni, kAvx512Vnni, kAmxInt8, kAmxBf16, kAmxFloat32, kAmxFloat16, kFloat16, kBfloat16 };
+enum Layout { kPanels, kTiles, kBlocks };  // of weights: multiplied as they are, widened, or split
 
 constexpr int kColumns = 32, kWideColumns = 64;    // of a tile; of a tile of widened weights
 constexpr int kRows = 64;                          // of both
@@ -50,9 +49,6 @@ constexpr int64_t kSplitInputs = 1024, kSplitGroups = 3 * kSplitInputs / 2;  // 
 constexpr int kAhead = 8192;                       // bytes of weights that are fetched before they are split
 constexpr int kChunk = 64;                         // inputs whose weights are widened at once
 
-inline bool is_split(Path path) { return path == kAmxFloat32 || path == kAmxFloat16; }
-inline bool is_widened(Path path) { return path == kFloat16 || path == kBfloat16; }
-inline int tile_columns(Path path) { return is_widened(path) ? kWideColumns : kColumns; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 inline vf from_int(const int32_t* p) {
 #if defined(__AVX512F__)
@@ -71,7 +67,7 @@ inline void store_bytes(uint8_t* p, vf x) {  // of values in [0, 255.5)
 #endif
 }
 
-// ---- one row, narrowed -----------------------------------------------------------------------------------------
+// ---- one row, narrowed; returns the bytes of q -------------------------------------------------------------------
 
 // Rows come from beyond L2, a few at a time: fetch 3 KiB ahead, the next rows too.
 inline void prefetch(const float* x) {
@@ -80,7 +76,7 @@ inline void prefetch(const float* x) {
 
 // q = round((x - low) / step), low and step so that q spans 0 .. 255.  A row with a value that is not finite gets a
 // low that is NaN, and so does its output.
-void narrow_int8(const float* x, int64_t size, uint8_t* q, float* low, float* step) {
+int64_t narrow_int8(const float* x, int64_t size, uint8_t* q, float* low, float* step) {
   vf lo0 = splat(x[0]), lo1 = lo0, hi0 = lo0, hi1 = lo0, bad0 = splat(0.0f), bad1 = bad0;
   const vf zero = splat(0.0f);
   int64_t i = 0;
@@ -115,6 +111,12 @@ void narrow_int8(const float* x, int64_t size, uint8_t* q, float* low, float* st
     store_bytes(bytes, (load(rest) - lows) * scale);
     std::memcpy(q + i, bytes, size - i);
   }
+  return size;
+}
+
+int64_t keep_float32(const float* x, int64_t size, uint8_t* q, float*, float*) {
+  std::memcpy(q, x, 4 * size);
+  return 4 * size;
 }
 
 #if defined(CENOTE_AMX)
@@ -130,7 +132,8 @@ inline __m512i halves(__m512i a, __m512i b) {
 }
 
 // 32 inputs become three lines of bfloat16, whose sum they are, each of the pairs (i, i + 16).
-void split_float32(const float* x, int64_t size, uint8_t* q) {
+int64_t split_float32(const float* x, int64_t size, uint8_t* q, float*, float*) {
+  const uint8_t* begin = q;
   float rest[2 * W];
   for (int64_t i = 0; i < size; i += 2 * W, q += 192) {
     const float* at = x + i;
@@ -149,6 +152,7 @@ void split_float32(const float* x, int64_t size, uint8_t* q) {
     }
     _mm512_storeu_si512(q + 128, halves((__m512i)a, (__m512i)b));
   }
+  return q - begin;
 }
 
 // Lines [from, to) of a block of weights become lines of its two or three parts, which have 2 KiB each, the lowest first.
@@ -176,7 +180,7 @@ inline void split_weights(const uint8_t* w, int from, int to, uint8_t* into) {
   }
 }
 
-void narrow_bf16(const float* x, int64_t size, uint8_t* q) {
+int64_t narrow_bf16(const float* x, int64_t size, uint8_t* q, float*, float*) {
   int64_t i = 0;
   for (; i + W <= size; i += W) {
     prefetch(x + i);
@@ -188,6 +192,7 @@ void narrow_bf16(const float* x, int64_t size, uint8_t* q) {
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh(load(rest));
     std::memcpy(q + 2 * i, &halves, 2 * (size - i));
   }
+  return 2 * size;
 }
 #endif
 
@@ -279,7 +284,7 @@ inline void multiply_rows(const Product& p) {
 }
 
 template <class Isa>
-void multiply(const Product& p, int rows) {
+void multiply(const Product& p, int rows, bool) {
   int r = 0;
   for (; r + Isa::kAtOnce <= rows; r += Isa::kAtOnce) multiply_rows<Isa, Isa::kAtOnce>(p.from(r));
   if (Isa::kAtOnce > 4)
@@ -296,7 +301,7 @@ struct alignas(64) TileConfig {
 };
 
 template <bool kInt8>
-void multiply_tiles(const Product& p, int rows) {
+void multiply_tiles(const Product& p, int rows, bool) {
 #define DOT(c, a, b)          \
   if constexpr (kInt8)        \
     _tile_dpbusd(c, a, b);    \
@@ -401,39 +406,24 @@ void multiply_split(const Product& p, int rows, bool begins) {
   for (; r + 16 < rows; r += 32) multiply_split_rows<parts, true, false>(p, r);
   if (r < rows) multiply_split_rows<parts, false, false>(p, r);
 }
-#endif
 
-void multiply(Path path, const Product& p, int rows, bool begins) {
-  switch (path) {
-    case kAvx2: return multiply<Avx2>(p, rows);
-#if defined(CENOTE_VNNI)
-    case kAvxVnni: return multiply<AvxVnni>(p, rows);
-#endif
-#if defined(__AVX512VNNI__)
-    case kAvx512Vnni: return multiply<Avx512Vnni>(p, rows);
-#endif
-#if defined(CENOTE_AMX)
-    case kAmxInt8: return multiply_tiles<true>(p, rows);
-    case kAmxBf16: return multiply_tiles<false>(p, rows);
-    case kAmxFloat32:
-    case kAmxFloat16:
-      if (p.parts == 3) return multiply_split<3>(p, rows, begins);
-      return p.parts == 2 ? multiply_split<2>(p, rows, begins) : multiply_split<1>(p, rows, begins);
-#endif
-    default: return;
-  }
+void multiply_parts(const Product& p, int rows, bool begins) {
+  if (p.parts == 3) return multiply_split<3>(p, rows, begins);
+  return p.parts == 2 ? multiply_split<2>(p, rows, begins) : multiply_split<1>(p, rows, begins);
 }
+#endif
 
 // ---- halves: tile[row][64] = x[row] . w -----------------------------------------------------------------------------
 
-inline vf widen(Path path, const uint16_t* w) {
+template <bool kFloat16>
+inline vf widen(const uint16_t* w) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  if (path == kFloat16) return _mm512_cvtph_ps(halves);
+  if constexpr (kFloat16) return _mm512_cvtph_ps(halves);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #else
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
-  if (path == kFloat16) return _mm256_cvtph_ps(halves);
+  if constexpr (kFloat16) return _mm256_cvtph_ps(halves);
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
 #endif
 }
@@ -463,13 +453,18 @@ inline void multiply_wide_rows(Rows x, const float (*w)[kWideColumns], int count
     for (int v = 0; v < V; ++v) store(tile + r * kWideColumns + v * W, sums[r][v]);
 }
 
-void multiply_halves(Path path, Rows x, int64_t size, const uint16_t* w, float* tile, int rows) {
+template <bool kFloat16>
+void multiply_halves(const Product& p, int rows, bool) {
   constexpr int V = kWide ? 4 : 2;  // 6 rows by 4 vectors need 29 registers, by 2 vectors 15
+  const Rows x{reinterpret_cast<const float*>(p.q), p.stride / 4};
+  const uint16_t* w = reinterpret_cast<const uint16_t*>(p.w);
+  float* tile = reinterpret_cast<float*>(p.tile);
+  const int64_t size = p.groups;  // a group is an input here
   alignas(64) float wide[kChunk][kWideColumns];
   for (int64_t first = 0; first < size; first += kChunk) {
     const int count = static_cast<int>(size - first < kChunk ? size - first : kChunk);
     for (int i = 0; i < count; ++i)
-      for (int c = 0; c < kWideColumns; c += W) store(wide[i] + c, widen(path, w + (first + i) * kWideColumns + c));
+      for (int c = 0; c < kWideColumns; c += W) store(wide[i] + c, widen<kFloat16>(w + (first + i) * kWideColumns + c));
     for (int c = 0; c < kWideColumns; c += V * W) {
       auto chunk = reinterpret_cast<const float(*)[kWideColumns]>(wide[0] + c);
       int r = 0;
@@ -486,6 +481,48 @@ void multiply_halves(Path path, Rows x, int64_t size, const uint16_t* w, float* 
   }
 }
 
+// ---- paths -----------------------------------------------------------------------------------------------------------
+
+// Products by one set of instructions, under its name in linear.py.
+struct Path {
+  const char* name;
+  Layout layout;
+  bool amx;
+  // Narrows a row of x into q; of int8 with its range.  Returns the bytes of q.
+  int64_t (*narrow)(const float* x, int64_t size, uint8_t* q, float* low, float* step);
+  // `begins`: these are the first rows that meet the tile's weights.
+  void (*multiply)(const Product& p, int rows, bool begins);
+
+  bool splits() const { return layout == kBlocks; }
+  int columns() const { return layout == kTiles ? kWideColumns : kColumns; }
+  int64_t inputs_at_once(int64_t in) const { return splits() ? kSplitInputs : in; }
+  // Bytes of a tile of weights up to a number of groups; `parts` as in `NarrowStep`.
+  int64_t weights(int64_t groups, int parts) const {
+    const int64_t bytes = splits() ? groups / 3 * (parts == 3 ? 8 : 4) : layout == kTiles ? groups * 2 : groups * 4;
+    return bytes * columns();
+  }
+};
+
+// A new path is a row here and one of `PATHS` in linear.py.
+const Path kPaths[] = {
+    {"AVX2", kPanels, false, narrow_int8, multiply<Avx2>},
+    {"float16", kTiles, false, keep_float32, multiply_halves<true>},
+    {"bfloat16", kTiles, false, keep_float32, multiply_halves<false>},
+#if defined(CENOTE_VNNI)
+    {"AVX-VNNI", kPanels, false, narrow_int8, multiply<AvxVnni>},
+#endif
+#if defined(__AVX512VNNI__)
+    {"AVX512-VNNI", kPanels, false, narrow_int8, multiply<Avx512Vnni>},
+#endif
+#if defined(CENOTE_AMX)
+    {"AMX", kPanels, true, narrow_int8, multiply_tiles<true>},
+    {"AMX-BF16", kPanels, true, narrow_bf16, multiply_tiles<false>},
+    {"AMX-FLOAT32", kBlocks, true, split_float32, multiply_parts},
+    {"AMX-FLOAT16", kBlocks, true, split_float32, multiply_parts},
+#endif
+};
+constexpr int kPathCount = sizeof kPaths / sizeof kPaths[0];
+
 // ---- a chain of layers -----------------------------------------------------------------------------------------------
 
 struct NarrowStep {
@@ -499,15 +536,8 @@ struct NarrowStep {
   int64_t groups;  // of 4 bytes of a padded row of x, as it is multiplied
   float epsilon;
   int32_t activation;
-  int32_t path;   // the same in all steps
+  int32_t path;   // its number, the same in all steps
   int32_t parts;  // of what is split: the bfloat16 that each weight is a sum of, which tells float32 from halves
-
-  // Bytes of a tile of weights up to a number of those groups.
-  int64_t weights(int64_t before) const {
-    const Path own = static_cast<Path>(path);
-    const int64_t bytes = is_split(own) ? before / 3 * (parts == 3 ? 8 : 4) : is_widened(own) ? before * 2 : before * 4;
-    return bytes * tile_columns(own);
-  }
 };
 
 // What one thread needs for a block.
@@ -557,49 +587,32 @@ void finish(const NarrowStep& s, const Share& share, const Work& work, int colum
 }
 
 // Rows of x, as the path multiplies them, into work.q.
-void narrow_rows(Path path, Rows x, int rows, const Share& share, Work& work) {
+void narrow_rows(const Path& path, Rows x, int rows, const Share& share, Work& work) {
   for (int r = 0; r < rows; ++r) {
-    const float* from = x.base + r * x.stride + share.begin;
     uint8_t* row = work.q + r * work.stride;
-    int64_t used = share.size;
-    if (is_widened(path)) {
-      std::memcpy(row, from, used *= 4);
-#if defined(CENOTE_AMX)
-    } else if (path == kAmxBf16) {
-      narrow_bf16(from, share.size, row);
-      used *= 2;
-    } else if (is_split(path)) {
-      split_float32(from, share.size, row);
-      used = 4 * share.groups;
-#endif
-    } else {
-      narrow_int8(from, share.size, row, work.low + r, work.step + r);
-    }
+    const float* from = x.base + r * x.stride + share.begin;
+    const int64_t used = path.narrow(from, share.size, row, work.low + r, work.step + r);
     std::memset(row + used, 0, 4 * share.groups - used);
   }
 }
 
 // Columns of the tiles [from, to) of a step over a block of rows, into y, whose rows are contiguous.
-void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, int64_t to, Work& work, float* y) {
-  const int columns = tile_columns(path);
+void run_step(const Path& path, const NarrowStep& s, Rows x, int rows, int64_t from, int64_t to, Work& work, float* y) {
+  const int columns = path.columns();
   const uint8_t* w = static_cast<const uint8_t*>(s.weight);
-  const int64_t at_once = is_split(path) ? kSplitInputs : s.in;
+  const int64_t at_once = path.inputs_at_once(s.in);
   for (int64_t begin = 0, groups = 0; begin < s.in; begin += at_once) {
     const bool last = begin + at_once >= s.in;
     const Share share{begin, last ? s.in - begin : at_once, last ? s.groups - groups : kSplitGroups, begin == 0, last};
     narrow_rows(path, x, rows, share, work);
     for (int64_t t = from; t < to; ++t) {
-      const uint8_t* at = w + t * s.weights(s.groups) + s.weights(groups);
+      const uint8_t* at = w + t * path.weights(s.groups, s.parts) + path.weights(groups, s.parts);
       for (int first = 0; first < rows; first += kRows) {
         const int n = rows - first < kRows ? rows - first : kRows;
         for (int r = 0; r < n; ++r)  // or each row's stores would wait for memory in turn
           for (int c = 0; c < columns; c += 16) __builtin_prefetch(y + (first + r) * s.out + t * columns + c, 1);
         const uint8_t* q = work.q + first * work.stride;
-        if (is_widened(path))
-          multiply_halves(path, {reinterpret_cast<const float*>(q), work.stride / 4}, s.in,
-                          reinterpret_cast<const uint16_t*>(at), reinterpret_cast<float*>(work.tile), n);
-        else
-          multiply(path, {q, work.stride, share.groups, at, work.tile, s.parts, work.parts, rows <= 32}, n, first == 0);
+        path.multiply({q, work.stride, share.groups, at, work.tile, s.parts, work.parts, rows <= 32}, n, first == 0);
         finish(s, share, work, columns, first, n, t * columns, y);
       }
     }
@@ -608,7 +621,7 @@ void run_step(Path path, const NarrowStep& s, Rows x, int rows, int64_t from, in
 }
 
 struct Chain {
-  Path path;
+  const Path& path;
   const NarrowStep* steps;
   int count;
   Rows x, residual;
@@ -625,7 +638,7 @@ struct Chain {
   int64_t stride() const {
     int64_t groups = 0;
     for (int i = 0; i < count; ++i) groups = steps[i].groups > groups ? steps[i].groups : groups;
-    if (is_split(path) && groups > kSplitGroups) groups = kSplitGroups;
+    if (path.splits() && groups > kSplitGroups) groups = kSplitGroups;
     return 4 * groups + 64;  // rows at a power-of-two distance would evict each other from L1
   }
   int64_t between() const {
@@ -643,7 +656,7 @@ struct Chain {
     for (int i = 0; i < count; ++i) {
       const NarrowStep& s = steps[i];
       float* to = i + 1 == count ? out + first * s.out : halves + i % 2 * between();
-      const int64_t columns = tile_columns(path), tiles = (s.out + columns - 1) / columns;
+      const int64_t columns = path.columns(), tiles = (s.out + columns - 1) / columns;
       run_step(path, s, from, n, tiles * part / parts, tiles * (part + 1) / parts, work, to);
       wait();
       if (s.gamma)
@@ -669,27 +682,20 @@ bool may_use_amx() {
 
 extern "C" {
 
-// Bit p is set where `narrow_chain` can run on path p.
-int linear_paths() {
-  int found = 1 << kAvx2 | 1 << kFloat16 | 1 << kBfloat16;
-#if defined(CENOTE_VNNI)
-  found |= 1 << kAvxVnni;
-#endif
-#if defined(__AVX512VNNI__)
-  found |= 1 << kAvx512Vnni;
-#endif
-  if (may_use_amx()) found |= 1 << kAmxInt8 | 1 << kAmxBf16 | 1 << kAmxFloat32 | 1 << kAmxFloat16;
-  return found;
+// The name of path `number`: empty where the system does not allow it, null where there is no such number.
+const char* linear_path(int number) {
+  if (number >= kPathCount) return nullptr;
+  return kPaths[number].amx && !may_use_amx() ? "" : kPaths[number].name;
 }
 
 // A chain of Linear layers: rows of x pass every step.  A step multiplies, adds its bias, activates (0 = not), or adds
 // the rows of the residual and normalises (if gamma).  Returns 0, or 1 when memory ran out.
 int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_stride, const float* residual,
                  int64_t residual_stride, float* out, int64_t rows, int threads) {
-  const Path path = static_cast<Path>(steps[0].path);
-  int64_t block = is_split(path) ? kSplitRows : kRows;
+  const Path& path = kPaths[steps[0].path];
+  int64_t block = path.splits() ? kSplitRows : kRows;
   for (int i = 0; i < count; ++i)
-    if (path < kAmxFloat32 && 4 * steps[i].groups * steps[i].out > kLargeWeights) block = kMostRows;
+    if (path.layout == kPanels && 4 * steps[i].groups * steps[i].out > kLargeWeights) block = kMostRows;
 #if defined(_OPENMP)
   // Too few rows to give every thread some of its own: all run each block together.
   const bool together = threads > 1 && rows < kFewestRows * threads;
@@ -712,13 +718,12 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
   {
     static thread_local Scratch scratch;
 #if defined(CENOTE_AMX)
-    const bool amx = path >= kAmxInt8 && path <= kAmxFloat16;
     const TileConfig config;
-    if (amx) _tile_loadconfig(&config);
+    if (path.amx) _tile_loadconfig(&config);
 #endif
     Work work;
     work.stride = chain.stride();
-    const int64_t parts = is_split(path) ? 6144 / 32 * kSplitInputs : 0;  // bytes
+    const int64_t parts = path.splits() ? 6144 / 32 * kSplitInputs : 0;  // bytes
     float* own = nullptr;
     try {
       own = scratch.get(between + (chain.longest() * work.stride + parts) / 4);
@@ -742,7 +747,7 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
         for (int64_t b = 0; b < chain.blocks; ++b) chain.run(b, own, work, 0, 1, [] {});
     }
 #if defined(CENOTE_AMX)
-    if (amx) _tile_release();
+    if (path.amx) _tile_release();
 #endif
   }
   return failed;
@@ -752,7 +757,7 @@ int narrow_chain(const NarrowStep* steps, int count, const float* x, int64_t x_s
 #else  // no vector instructions that this file is written for
 
 extern "C" {
-int linear_paths() { return 0; }
+const char* linear_path(int) { return nullptr; }
 int narrow_chain(const void*, int, const float*, int64_t, const float*, int64_t, float*, int64_t, int) { return 1; }
 }
 #endif

@@ -15,6 +15,7 @@ import functools
 import pathlib
 import subprocess
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ PATHS: dict[str, Path] = {
     "float16": Path("float16", "avx2", "tiles", "float16, widened to float32 as they are read"),
     "bfloat16": Path("bfloat16", "avx2", "tiles", "bfloat16, widened to float32 as they are read"),
 }
-"""In the order of the kernel's numbers."""
+"""By the names that they have in `linear.cpp`."""
 ISAS: tuple[Isa, ...] = ("avx2", "avx512", "amx", "auto")
 """Each allows the instructions of those before it."""
 FASTEST: dict[Kind, tuple[str, ...]] = {
@@ -227,11 +228,11 @@ class Kernel:
         self._chain = library.narrow_chain
         self._chain.argtypes = [pointer, integer, pointer, long, pointer, long, pointer, long, integer]
         self._chain.restype = integer
-        bits: int = library.linear_paths()
+        library.linear_path.restype = ctypes.c_char_p
+        names = takewhile(lambda name: name is not None, map(library.linear_path, count()))
+        self._numbers = {name.decode(): number for number, name in enumerate(names)}
         allowed = ISAS[: ISAS.index(isa) + 1]
-        self.paths = tuple(
-            name for i, (name, path) in enumerate(PATHS.items()) if bits >> i & 1 and path.isa in allowed
-        )
+        self.paths = tuple(name for name, path in PATHS.items() if name in self._numbers and path.isa in allowed)
 
     def path(self, kind: Kind) -> str | None:
         """Return the fastest path for weights of this kind, if there is any."""
@@ -239,7 +240,8 @@ class Kernel:
 
     def chain(self, steps: tuple[Step[Narrow], ...]) -> Chain[Narrow]:
         """Return a chain of layers whose weights were all made for the same path; only the last may normalise."""
-        return Chain(self._run_chain, (_Step * len(steps))(*map(_plain, steps)), steps)
+        layers = (_Step * len(steps))(*(_plain(step, self._numbers[step.weights.path]) for step in steps))
+        return Chain(self._run_chain, layers, steps)
 
     def _run_chain(self, layers: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
         """See `Chain`."""
@@ -289,7 +291,7 @@ class Exact(NamedTuple):
         return self.kernel.chain(steps)
 
 
-def _plain(step: Step[Narrow]) -> _Step:
+def _plain(step: Step[Narrow], path: int) -> _Step:
     weights = step.weights
     gamma, beta, epsilon, activation = native.numbers_of(step)
     return _Step(
@@ -304,7 +306,7 @@ def _plain(step: Step[Narrow]) -> _Step:
         weights.groups,
         epsilon,
         activation,
-        [*PATHS].index(weights.path),
+        path,
         weights.parts,
     )
 
