@@ -26,7 +26,7 @@ from cenote.arguments import (
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
+from cenote.core import UNLIMITED, LoRARequest, PoolingParams
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -106,7 +106,7 @@ class LLM:
             log.info(note)
         if model_config.task is not None:
             warnings.warn(notes[0], FutureWarning, stacklevel=2)
-        self._service = Service.open(model_config, engine_config, max_queued=UNLIMITED)
+        self._service = Service.open(model_config, engine_config, max_queued=UNLIMITED, adds_adapters=True)
         # Also at exit: a device thread that outlives the interpreter aborts the process.
         weakref.finalize(self, self._service.engine.close)
         self._numbers = itertools.count()
@@ -195,9 +195,7 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        tasks = listed_texts(coalesce(pooling_task, ()))
-        if not tasks and isinstance(pooling_params, PoolingParams) and pooling_params.task is not None:
-            tasks = [pooling_params.task]
+        tasks = listed_texts(pooling_task or getattr(pooling_params, "task", None) or ())
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
             return self._run_plugin(
                 prompts, next(iter(tasks), None), pooling_params, use_tqdm, lora_request, tokenization_kwargs

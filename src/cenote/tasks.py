@@ -6,6 +6,7 @@ A new task is a row here. Validation of parameters, the routes' checks and the s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Literal
 
 from cenote.errors import BadRequest, TaskNotOffered
@@ -119,4 +120,4 @@ def only_of(task: Task, params: PoolingParams) -> PoolingParams:
 
 
 def _foreign(task: Task, params: PoolingParams) -> list[str]:
-    return [name for name in params.given() if name not in task.params]
+    return list(filterfalse(task.params.__contains__, params.given()))

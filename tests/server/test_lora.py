@@ -350,3 +350,21 @@ def test_names(root: Path) -> None:
         opened(lora_modules=f"a={root / 'base'}")
     with pytest.raises(ValueError, match="there is no folder '/nowhere/x'"):
         opened(lora_modules="a=/nowhere/x")
+
+
+def test_room_for_adapters_that_no_request_brings(root: Path) -> None:
+    """A server fuses layers in spite of `enable_lora`, and says so; a caller that adds adapters finds them unfused."""
+    options = ModelConfig(model=str(root / "base"), enable_lora=True)
+    served, kept = Service.open(options, EngineConfig()), Service.open(options, EngineConfig(), adds_adapters=True)
+    try:
+        warning = "enable_lora has no effect without lora_modules: no request brings an adapter here"
+        assert warning in served.info.report.warnings
+        assert warning not in kept.info.report.warnings
+        assert served.add_adapter is not None
+        assert kept.add_adapter is not None
+        with pytest.raises(BadRequest, match="without enable_lora"):
+            served.add_adapter("law", str(root / "law"))
+        kept.add_adapter("law", str(root / "law"))
+    finally:
+        served.engine.close()
+        kept.engine.close()

@@ -11,7 +11,7 @@ from cenote.errors import CheckpointError
 from cenote.models import card
 from cenote.models.families.own import CLASSES
 from cenote.models.poolers import Classify, TokenClassify
-from cenote.tasks import TASKS
+from cenote.tasks import KINDS, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,7 @@ def _default_task(checkpoint: Checkpoint, offer: Offer, options: ModelConfig, re
 
 def _vector_task(*names: str | None) -> str:
     """Return the first of `names` that is a task of embeddings, else "embed"."""
-    return next((name for name in names if name in TASKS and TASKS[name].kind), "embed")
+    return next(filter(frozenset(KINDS.values()).__contains__, names), None) or "embed"
 
 
 def _ordered(ways: tuple[str, ...], task: str | None) -> tuple[str, ...]:

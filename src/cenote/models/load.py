@@ -12,10 +12,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +37,7 @@ from cenote.tensors import linear, native, process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -64,9 +63,8 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
     options = with_defaults(options, files.config)
     checkpoint = checkpoints.choose(files, options)
     built = build(checkpoint, options)
-    with tempfile.TemporaryDirectory(prefix="cenote-adapters-") as unstacked:
-        stacked_lora.unstack(checkpoint, Path(unstacked), pickles=options.reads_pickles)
-        subject, offer = prove(checkpoint, built, options, Path(unstacked))
+    with stacked_lora.unstacked(checkpoint, pickles=options.reads_pickles) as unstacked:
+        subject, offer = prove(checkpoint, built, options, unstacked)
         prepare(subject, options)
     model = report(checkpoint, built, subject, offer, options)
     return model, checkpoint

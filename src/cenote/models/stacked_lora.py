@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -43,15 +45,24 @@ def parts(names: Iterable[str]) -> list[str]:
     return [name for name in names if PART.fullmatch(name)]
 
 
-def unstack(files: Files, target: Path, *, pickles: bool) -> None:
-    """Write an adapter of each task into a folder below `target`; nothing if there are none.
+@contextmanager
+def unstacked(files: Files, *, pickles: bool) -> Iterator[Path | None]:
+    """Yield a folder that holds an adapter of each task meanwhile; `None` if the checkpoint has none.
 
     Raises:
         CheckpointError: the tensors are not those of the tasks that the config names.
     """
     names = parts(files.tensors)
     if not names:
+        yield None
         return
+    with TemporaryDirectory(prefix="cenote-adapters-") as target:
+        _unstack(files, names, Path(target), pickles=pickles)
+        yield Path(target)
+
+
+def _unstack(files: Files, names: list[str], target: Path, *, pickles: bool) -> None:
+    """Write an adapter of each task into a folder below `target`, out of the tensors called `names`."""
     tasks = list(getattr(files.config, "lora_adaptations", ()))
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights.tensors(files.folder, names, pickles=pickles).items():

@@ -114,8 +114,16 @@ class Service:
         return [next(of_pairs if pair else of_others) for pair in pairs]
 
     @classmethod
-    def open(cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None) -> Service:
+    def open(
+        cls, model: ModelConfig, engine: EngineConfig, *, max_queued: int | None = None, adds_adapters: bool = False
+    ) -> Service:
         """Load the checkpoint and start its engine, in this process.
+
+        Args:
+            model: the checkpoint.
+            engine: how its work is batched.
+            max_queued: maximum sequences that wait; `None` = the engine's option.
+            adds_adapters: the caller calls `add_adapter`. Else `enable_lora` alone leaves no layer unfused.
 
         Raises:
             CheckpointError: the checkpoint cannot be honoured.
@@ -123,7 +131,12 @@ class Service:
         """
         from cenote.models.load import load
 
-        return cls.around(*load(model), model, engine, max_queued=max_queued)
+        is_idle = model.enable_lora and not (model.lora_modules or adds_adapters)
+        options = model.model_copy(update={"enable_lora": False}) if is_idle else model
+        pooling_model, checkpoint = load(options)
+        if is_idle:
+            pooling_model.warn("enable_lora has no effect without lora_modules: no request brings an adapter here")
+        return cls.around(pooling_model, checkpoint, options, engine, max_queued=max_queued)
 
     @classmethod
     def around(
