@@ -1,4 +1,4 @@
-"""Calls of `LLM`: operations over prompts, some at a time, for a caller who waits and may see a progress bar."""
+"""Calls of `LLM`: operations over prompts, some at a time, for a caller that waits and may see a progress bar."""
 
 from __future__ import annotations
 
