@@ -26,7 +26,7 @@ from cenote.arguments import (
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams
+from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -195,7 +195,8 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        tasks = listed_texts(pooling_task or getattr(pooling_params, "task", None) or ())
+        tasks = listed_texts(coalesce(pooling_task, ()))
+        tasks = tasks or listed_texts(coalesce(getattr(pooling_params, "task", None), ()))
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
             return self._run_plugin(
                 prompts, next(iter(tasks), None), pooling_params, use_tqdm, lora_request, tokenization_kwargs

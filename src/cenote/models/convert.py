@@ -108,7 +108,7 @@ def default_pooling_type(
         ... class MyEncoder(PreTrainedModel): ...
         >>> register_model(MyEncoder)
     """
-    names = list(filter(None, (pooling_type, seq_pooling_type, tok_pooling_type)))
+    names = [name for name in (pooling_type, seq_pooling_type, tok_pooling_type) if name is not None]
     unknown = next(filterfalse(DECLARED.__contains__, names), None)
     if unknown is not None or not names:
         raise ConfigError(f"unknown pooling type {unknown!r}; known are: {', '.join(DECLARED)}")

@@ -28,15 +28,16 @@ def products(model: nn.Module, work: Callable[[], object]) -> Counter[Shape]:
     Linear layers that are run as part of a fused block count as often as their block.
     """
     linears = of_kind(model, nn.Linear)
-    parents = {child: module for module in model.modules() for child in module.children()}
-    rows = _rows_of({*linears, *parents.values()}, work)
+    patched = [x for x in model.modules() if "forward" in vars(x)]
+    blocks = {child: x for x in patched for child in x.children()}
+    rows = _rows_of({*linears, *blocks.values()}, work)
     counts: Counter[Shape] = Counter()
     for linear in linears:
         if isinstance(vars(linear).get("forward"), Remembered):
             continue
         passed = rows[linear]
         if not passed and linear.weight.is_meta:
-            passed = rows[parents.get(linear, linear)]  # its block has the matrix
+            passed = rows[blocks.get(linear, linear)]  # its block has the matrix
         counts[linear.out_features, linear.in_features] += passed
     return +counts  # without zeros
 

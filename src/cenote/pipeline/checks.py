@@ -110,7 +110,7 @@ def _ends(ids: Seq[int], param: str) -> tuple[int, int]:
     try:
         values = np.asarray(ids, dtype=np.int64)
     except OverflowError:
-        return min(ids), max(ids)
+        return min(0, *ids), max(0, *ids)
     except (ValueError, TypeError) as error:
         raise BadRequest(f"token ids must be integers: {error}", param=param) from None
     return int(values.min(initial=0)), int(values.max(initial=0))
