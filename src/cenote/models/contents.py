@@ -184,8 +184,11 @@ def audit(files: Files, listed: Iterable[str], read: Collection[str], *, pickles
     used = set(map(backbone.joinpath, read))
     for folder in (backbone, *modules):
         used.update(map(folder.joinpath, weights.model_files(folder, pickles=pickles)))
-    relevant = [name for name in listed if Path(name).suffix in RELEVANT]
-    reasons = {name: None if root / name in used else _reason(root, name, modules) for name in relevant}
+    reasons = {
+        name: None if root / name in used else _reason(root, name, modules)
+        for name in listed
+        if Path(name).suffix in RELEVANT
+    }
     files.audit.enter(FOLDER, reasons, "if it belongs to another tool, take it away", noun="the file")
 
 

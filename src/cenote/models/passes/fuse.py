@@ -438,22 +438,32 @@ class _Watch:
 
     def seen(self, free: set[nn.Module]) -> Seen:
         """Return the observations; `free` are the modules without patches and hooks."""
-        seen = Seen(list(self._calls))
+        return Seen(
+            linears=list(self._calls),
+            activations=self._only_activated(free),
+            next=self._only_next(free),
+            norms={block: pairs[0] for block, pairs in _complete(self._norms).items() if pairs[0][0] in free},
+            scales={module: factors[0] for module, factors in _complete(self._scales).items() if module in free},
+        )
+
+    def _only_activated(self, free: set[nn.Module]) -> dict[nn.Module, list[nn.Linear]]:
+        """Return the activations of Linears whose every output is activated, with those Linears."""
         fusible = free & {x for x, calls in self._calls.items() if self._activations[x] == calls}
+        activations = {}
         for activation, linears in _complete(self._sources).items():
             if activation in free and fusible.issuperset(linears):
-                seen.activations[activation] = list(dict.fromkeys(linears))
+                activations[activation] = list(dict.fromkeys(linears))
+        return activations
+
+    def _only_next(self, free: set[nn.Module]) -> dict[nn.Linear, nn.Linear]:
+        """Return the Linears whose every activated output goes to one other, which gets no other input."""
+        pairs = {}
         for first, seconds in self._targets.items():
             second = seconds[0]
             is_pair = seconds.count(second) == len(seconds) == self._calls[first] == self._calls[second]
             if is_pair and second in free:
-                seen.next[first] = second
-        for block, pairs in _complete(self._norms).items():
-            linear, norm = pairs[0]
-            if linear in free:
-                seen.norms[block] = (linear, norm)
-        seen.scales = {module: factors[0] for module, factors in _complete(self._scales).items() if module in free}
-        return seen
+                pairs[first] = second
+        return pairs
 
 
 def _complete(calls: Mapping[nn.Module, list[T | None]]) -> dict[nn.Module, list[T]]:
