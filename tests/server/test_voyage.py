@@ -84,7 +84,7 @@ def test_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:
 
 def test_a_wrong_key_has_a_detail(serve: Serve) -> None:
     answer = serve(api_key=["secret"]).post("/v1/embeddings", json=EMBED)
-    assert (answer.status_code, answer.json()["detail"]) == (401, "Unauthorized")
+    assert (answer.status_code, answer.json()["detail"]) == (401, "missing or wrong API key")
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(None, 3), (2, 2), (9, 3)])

@@ -38,6 +38,10 @@ LONG = 300
 """Most characters of a line about a checkpoint's files."""
 OF_FRONTS = {"served_model_name", "trust_remote_code"}
 """Options of a model that a server in front of engines takes, too."""
+ANY_NAME = "*"
+"""As a served name: `any_model_name`."""
+OF_FASTDEPLOY = {"engine_worker_queue_port", "graph_optimization_config", "load_choices"}
+"""Options of FastDeploy alone, whose servers answer to any name."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -52,6 +56,7 @@ def run(arguments: dict[str, Any]) -> int:
 
 def _serve(arguments: dict[str, Any]) -> None:
     began = time.monotonic()
+    arguments = _with_any_name(arguments)
     plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
     server = plan.server
     log_to_stderr(server.log_level, plan.notes)
@@ -91,6 +96,16 @@ def _serve(arguments: dict[str, Any]) -> None:
         # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         Server(config, app, server.shutdown_timeout).run(sockets=[listener])
+
+
+def _with_any_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the name that stands for all as an option of its own."""
+    names = arguments.get("served_model_name") or ()
+    names = names.split(",") if isinstance(names, str) else names
+    if ANY_NAME not in names and OF_FASTDEPLOY.isdisjoint(arguments):
+        return arguments
+    real = tuple(name for name in names if name != ANY_NAME)
+    return {"any_model_name": True, **arguments, "served_model_name": real}
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:

@@ -35,8 +35,11 @@ class Route:
         handler: its docstring describes the route.
         body: model of the JSON body; `None` = the route takes none.
         method: see `METHODS`.
-        aliases: further paths.
+        aliases: further paths. A part `{model}` of a path stands for the name of a model.
         is_described: whether the API's description has it.
+        marks: keys of a body that tell this route from those of other dialects with the same path; one suffices.
+        is_open: whether it needs no key.
+        purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
     """
 
     path: str
@@ -45,6 +48,9 @@ class Route:
     method: Literal["GET", "POST"] = "POST"
     aliases: tuple[str, ...] = ()
     is_described: bool = True
+    is_open: bool = False
+    marks: frozenset[str] = frozenset()
+    purpose: str = ""
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:
@@ -60,8 +66,10 @@ class Dialect:
         name: in the API's description.
         routes: rows of the table.
         error: makes the JSON body of an error.
+        prefix: first part of paths that ask for this dialect, also where others have the rest of the path.
     """
 
     name: str
     routes: tuple[Route, ...] = field(default=())
     error: Callable[[Fault], dict[str, Any]] = openai_error
+    prefix: str = ""

@@ -199,7 +199,7 @@ def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
 DIALECT = Dialect(
     "Cohere",
     (
-        Route("/v2/embed", embed, EmbedRequest),
-        Route("/v1/embed", embed_v1, EmbedRequest, is_described=False),
+        Route("/v2/embed", embed, EmbedRequest, purpose="embed"),
+        Route("/v1/embed", embed_v1, EmbedRequest, is_described=False, purpose="embed"),
     ),
 )

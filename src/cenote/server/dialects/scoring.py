@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
-from cenote.errors import BadRequest, NotScored
+from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
-from cenote.server.errors import Fault, openai_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, short_usage, with_data
@@ -188,19 +187,10 @@ def _text(item: Text, service: Service) -> str:
     return "\n".join(lines)
 
 
-def scoring_error(fault: Fault) -> dict[str, Any]:
-    """Return OpenAI's body; of a model without a score, which has no such routes in vLLM, with a 404's `detail`."""
-    body = openai_error(fault)
-    if isinstance(fault.error, NotScored):
-        body["detail"] = "Not Found"
-    return body
-
-
 DIALECT = Dialect(
     "Scoring",
     (
-        Route("/score", score, ScoreRequest, aliases=("/v1/score",)),
-        Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank", "/v2/rerank")),
+        Route("/score", score, ScoreRequest, aliases=("/v1/score",), purpose="score"),
+        Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank", "/v2/rerank"), purpose="score"),
     ),
-    scoring_error,
 )
