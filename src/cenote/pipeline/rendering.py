@@ -251,6 +251,8 @@ class Renderer:
         return self._allowed(task, params)
 
     def _check(self, task: str, params: PoolingParams) -> PoolingParams:
+        if params.dimensions in (0, self.info.dimension):  # some clients always send a size
+            params = replace(params, dimensions=None)
         check_params(check_task(task, self.info.tasks), params)
         if params.dimensions is not None:
             self._check_dimensions(params.dimensions)

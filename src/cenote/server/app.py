@@ -14,7 +14,7 @@ from starlette.routing import Router
 from cenote.server import errors
 from cenote.server.admission import Admission
 from cenote.server.describe import described
-from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm
+from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm, voyage
 from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
@@ -41,6 +41,7 @@ DIALECTS: tuple[Dialect, ...] = (
     cohere.DIALECT,
     vllm.DIALECT,
     scoring.DIALECT,
+    voyage.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,

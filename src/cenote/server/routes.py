@@ -39,6 +39,7 @@ class Route:
         is_described: whether the API's description has it.
         marks: keys of a body that tell this route from those of other dialects with the same path; one suffices.
         is_open: whether it needs no key.
+        foreign: keys that no body for this route has, whatever its marks say.
         purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
     """
 
@@ -50,7 +51,12 @@ class Route:
     is_described: bool = True
     is_open: bool = False
     marks: frozenset[str] = frozenset()
+    foreign: frozenset[str] = frozenset()
     purpose: str = ""
+
+    def is_marked(self, keys: Iterable[str]) -> bool:
+        """Return whether a body with `keys` is told to be for this route."""
+        return not self.marks.isdisjoint(keys) and self.foreign.isdisjoint(keys)
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:
