@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo
     from cenote.pipeline.pipeline import Service
 
-BEST_SCORES = ("cross-encoder", "listwise", "late-interaction", "bi-encoder")
-"""Ways to rate pairs, that of models which are made for it first."""
+SCORES = {"cross-encoder": 0, "listwise": 0, "late-interaction": 1, "bi-encoder": 2}
+"""How well models suit the rating of pairs, by the way in which they do it; one of a plugin's suits best."""
 
 
 UNSUITED = 9
@@ -22,7 +22,7 @@ UNSUITED = 9
 
 
 def _rank_of_scores(info: ModelInfo) -> int:
-    return BEST_SCORES.index(info.score_types[0]) if info.score_types else UNSUITED
+    return SCORES.get(info.score_types[0], 0) if info.score_types else UNSUITED
 
 
 def _rank_of_tasks(*tasks: str) -> Callable[[ModelInfo], int]:

@@ -11,6 +11,7 @@ from cenote.server.errors import Fault, openai_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
 
     from pydantic import BaseModel
     from starlette.requests import Request
@@ -37,7 +38,7 @@ class Route:
         method: see `METHODS`.
         aliases: further paths. A part `{model}` of a path stands for the name of a model.
         is_described: whether the API's description has it.
-        marks: keys of a body that tell this route from those of other dialects with the same path; one suffices.
+        marks: keys that tell a body for this route from those of other dialects with the same path; it has all.
         is_open: whether it needs no key.
         foreign: keys that no body for this route has, whatever its marks say.
         purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
@@ -54,9 +55,9 @@ class Route:
     foreign: frozenset[str] = frozenset()
     purpose: str = ""
 
-    def is_marked(self, keys: Iterable[str]) -> bool:
+    def is_marked(self, keys: AbstractSet[str]) -> bool:
         """Return whether a body with `keys` is told to be for this route."""
-        return not self.marks.isdisjoint(keys) and self.foreign.isdisjoint(keys)
+        return bool(self.marks) and self.marks <= keys and self.foreign.isdisjoint(keys)
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:

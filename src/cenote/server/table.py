@@ -46,7 +46,7 @@ class Match:
 
     def entry(self, body: Any = None) -> Entry:
         """Return the route for a parsed body."""
-        keys = body.keys() if isinstance(body, dict) else ()
+        keys = body.keys() if isinstance(body, dict) else frozenset()
         by_keys = [entry for entry in self.entries if entry.route.is_marked(keys)]
         others = [entry for entry in self.entries if not entry.route.marks]
         return (*by_keys, *others, *self.entries)[0]

@@ -232,8 +232,8 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
 
 
 TEXT = ("text",)
-OF_V1 = frozenset({"rank_fields", "max_chunks_per_doc"})
-"""Keys of a body for the first version, which shares its path with Jina and vLLM."""
+OF_V1 = frozenset({"rank_fields"})
+"""Key of a body for the first version, which shares its path with Jina and vLLM."""
 
 DIALECT = Dialect(
     "Cohere",

@@ -103,7 +103,7 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
             "meta": meta(head, documents),
             "results": results,
         }
-        return answer if body.top_n or body.top_k else answer | {"data": results}
+        return answer if body.top_n else answer | {"data": results}
 
     return await rank(serving, request, body, (body.query, body.documents), body.top_n or body.top_k, form)
 
