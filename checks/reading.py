@@ -1,7 +1,7 @@
 """How much a reader of the package must hold in mind: `python checks/reading.py`, part of `make check`.
 
-Four numbers a folder, each with a limit in `limits.json` that may only fall. A number above its limit fails the check;
-one below it asks for the limit to be lowered (`--update`). A rewrite that lowers a number and reads worse is wrong.
+Four numbers a folder. Each has a goal, and above the goal a limit in `limits.json` that may only fall (by `--update`);
+below its goal a number is free. A rewrite that lowers a number and reads worse is wrong.
 
 - decisions per 100 statements: if, elif, conditional expression, loop, handler, case, comprehension and each of its
   conditions, each `and` and `or`. Docstrings are no statements; formatting does not matter.
@@ -26,6 +26,9 @@ LIMITS = Path(__file__).with_name("limits.json")
 PARTS = (".", "cli", "engine", "models", "pipeline", "server", "tensors")
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case)
 VAGUE = re.compile(r"\b(?:what|who|those which)\b", re.IGNORECASE)
+GOALS = {"density": 25.0, "branches": 15, "lines": 50, "vague": 2.0}
+DENSE = {"models": 28.0, "engine": 28.0}
+"""Goals of density where reading and proving checkpoints, or several threads, need more decisions."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -92,6 +95,15 @@ def largest(folder: Path, count: int) -> list[str]:
     return [f"{branches:3} decisions {size:3} lines  {place}" for branches, size, place in sorted(rows)[::-1][:count]]
 
 
+def goal(part: str, name: str) -> float:
+    """Return the number that a folder may always have."""
+    return DENSE.get(part, GOALS[name]) if name == "density" else GOALS[name]
+
+
+def _advice(value: float, limit: float, aim: float) -> str:
+    return "lower the limit: --update" if max(value, aim) < limit else ""
+
+
 def main() -> int:
     """Compare each folder with its limits; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +118,7 @@ def main() -> int:
     numbers = {part: asdict(read(PACKAGE / part)) for part in PARTS}
     if arguments.update:
         numbers = {
-            part: {name: min(value, limits.get(part, {}).get(name, value)) for name, value in row.items()}
+            part: {name: max(goal(part, name), min(value, limits[part][name])) for name, value in row.items()}
             for part, row in numbers.items()
         }
         LIMITS.write_text(json.dumps(numbers, indent=2) + "\n")
@@ -114,9 +126,9 @@ def main() -> int:
     above = 0
     for part, row in numbers.items():
         for name, value in row.items():
-            limit = limits[part][name]
+            limit = max(goal(part, name), limits[part][name])
             above += value > limit
-            mark = "above the limit" if value > limit else "lower the limit: --update" if value < limit else ""
+            mark = "above the limit" if value > limit else _advice(value, limits[part][name], goal(part, name))
             print(f"{part:9} {name:9} {value:6} (limit {limit}) {mark}")
     return 1 if above else 0
 

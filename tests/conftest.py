@@ -91,13 +91,13 @@ def classes(ids: list[int], info: ModelInfo = CLASSIFIER, **params: Any) -> list
 def error(client: TestClient, body: Any, path: str = "/v1/embeddings") -> dict[str, Any]:
     """The error of a refused request, after checking that its body is nothing but an error and repeats the status.
 
-    Its message stands a second time as `detail`.
+    Its message stands again as `detail` and as `message`.
     """
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = client.post(path, content=content, headers=JSON)
-    assert list(answer.json()) == ["error", "detail"], answer.text
+    assert list(answer.json()) == ["error", "detail", "message"], answer.text
     found: dict[str, Any] = answer.json()["error"]
-    assert answer.json()["detail"] == found["message"]
+    assert answer.json()["detail"] == answer.json()["message"] == found["message"]
     assert list(found) == ["message", "type", "param", "code"]
     assert found["code"] == answer.status_code
     return found

@@ -12,7 +12,7 @@ import pytest
 
 import cenote
 from cenote import LLM, config, settings
-from cenote.cli import flags, main
+from cenote.cli import flags, main, serve
 from cenote.cli.serve import engines_of, limits, models_of
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig
 from cenote.errors import CenoteError, ConfigError
@@ -601,3 +601,20 @@ NEAREST: list[tuple[Callable[[], object], str]] = [
 def test_config_models_refuse_unknown_fields(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "any_name"),
+    [
+        ({"served_model_name": ["x", "*"]}, ("x",), True),
+        ({"served_model_name": "x,*"}, ("x",), True),
+        ({"served_model_name": "*"}, (), True),
+        ({"served_model_name": ["x"]}, ["x"], None),
+        ({"engine_worker_queue_port": 8002}, (), True),
+        ({"engine_worker_queue_port": 8002, "any_model_name": False}, (), False),
+    ],
+    ids=str,
+)
+def test_a_star_among_the_served_names_stands_for_all(arguments: dict[str, Any], names: Any, any_name: Any) -> None:
+    options = serve._with_any_name(arguments)
+    assert (options["served_model_name"], options.get("any_model_name")) == (names, any_name)

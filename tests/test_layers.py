@@ -36,8 +36,8 @@ INNER = {
         ("load", "load"),
     ),
     "server": (
-        ("shared by dialects", "errors admission serving wire"),
-        ("dialects", "routes dialects"),
+        ("shared by dialects", "errors admission asked serving wire"),
+        ("dialects", "routes table dialects"),
         ("application", "describe gate reading app ending beside"),
     ),
 }

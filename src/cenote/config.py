@@ -393,6 +393,9 @@ class ServerConfig(BaseModel):
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
+    any_model_name: bool = Field(
+        False, description="the first model answers to names that none has; as `*` among the served names"
+    )
     metrics_port: int | None = Field(
         None,
         ge=0,

@@ -131,9 +131,9 @@ BAD: dict[str, tuple[ModelInfo, Callable[[LLM], Any], str, dict[str, Any]]] = {
     ),
     "a limit of a side": (
         CROSS_ENCODER,
-        lambda m: m.rerank("a", TEXTS, max_tokens_per_doc=64),
-        "/rerank",
-        {"query": "a", "documents": TEXTS, "max_tokens_per_doc": 64},
+        lambda m: m.score("a", TEXTS, max_tokens_per_doc=64),
+        "/score",
+        {"queries": "a", "documents": TEXTS, "max_tokens_per_doc": 64},
     ),
     "no documents": (ENCODER, lambda m: m.rerank("a", []), "/rerank", {"query": "a", "documents": []}),
     "no reward": (ENCODER, lambda m: m.reward([5]), "/v1/reward", {"prompt_token_ids": [5]}),

@@ -158,7 +158,7 @@ def test_an_overloaded_server_refuses_before_it_parses(
     engine = FakeEngine(INFO)
     client = serve(engine, max_waiting_time=2)
     parsed: list[bytes] = []
-    monkeypatch.setattr(app, "read", lambda content, *_: parsed.append(content))
+    monkeypatch.setattr(app, "parse", lambda content, *_: parsed.append(content))
     own = client.app._serving.admission  # type: ignore[attr-defined]
     clock = Clock()
     (line,) = own._lines.values()
@@ -273,7 +273,7 @@ def test_a_model_that_fails_is_alive_and_not_ready(serve: Serve) -> None:
 def test_the_second_listener_tells_of_the_first_and_nothing_else(serve: Serve) -> None:
     client = serve()
     beside = client.app.operations()  # type: ignore[attr-defined]
-    assert {path for _, path in beside.routes} == {
+    assert {path for _, path in beside.table.routes} == {
         "/health", "/ping", "/livez", "/readyz", "/version", "/load", "/metrics",
     }  # fmt: skip
     assert beside._serving is client.app._serving  # type: ignore[attr-defined]

@@ -230,8 +230,8 @@ def test_the_default_prompt(prompted: Prompted) -> None:
     ],
 )
 def test_unknown_input_type(prompted: Prompted, prompts: dict[str, str], known: str) -> None:
-    assert error(prompted(prompts), {"texts": ["hello"], "input_type": "image"}, ROUTE) == {
-        "message": f"Unsupported input_type 'image'. {known}",
+    assert error(prompted(prompts), {"texts": ["hello"], "input_type": "poem"}, ROUTE) == {
+        "message": f"Unsupported input_type 'poem'. {known}",
         "type": "BadRequestError",
         "param": "input_type",
         "code": 400,
@@ -473,8 +473,8 @@ def test_client_v2_inputs(sdk: cohere.ClientV2, reference: SentenceTransformer) 
 
 
 def test_client_v2_errors(sdk: cohere.ClientV2) -> None:
-    with pytest.raises(cohere.BadRequestError, match="Unsupported input_type 'clustering'. Supported values: docu"):
-        sdk.embed(model="minilm", input_type="clustering", texts=["a"])
+    with pytest.raises(cohere.BadRequestError, match="Unsupported input_type 'poem'. Supported values: docu"):
+        sdk.embed(model="minilm", input_type="poem", texts=["a"])
     with pytest.raises(cohere.NotFoundError, match="The model `embed-v4.0` does not exist"):
         sdk.embed(model="embed-v4.0", input_type="search_query", texts=["a"])
 

@@ -246,7 +246,7 @@ def test_messages_show_no_path_and_no_broken_text(client: TestClient) -> None:
 def test_wrong_method(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path)
     assert answer.status_code == 405
-    assert answer.json() == {"detail": "Method Not Allowed"}
+    assert answer.json()["error"]["message"] == answer.json()["detail"] == "Method Not Allowed"
     assert answer.headers["allow"] == "POST"
 
 
@@ -255,7 +255,7 @@ def test_wrong_method(client: TestClient, method: str, path: str) -> None:
 def test_unknown_path(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path, headers=JSON)
     assert answer.status_code == 404
-    assert answer.json() == {"detail": "Not Found"}
+    assert answer.json()["error"]["message"] == answer.json()["detail"] == "Not Found"
 
 
 def test_body_too_large_as_declared(serve: Serve) -> None:

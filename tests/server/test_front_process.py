@@ -263,7 +263,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_every_route_is_asked(here: TestClient) -> None:
-    known = set(here.app.routes)  # type: ignore[attr-defined]
+    known = set(here.app.table.routes)  # type: ignore[attr-defined]
     assert {path for method, path in known if method == "POST"} == {*BODIES}
     told = {path for method, path in known if method == "GET"}
     assert told == {*GETS, "/metrics"}

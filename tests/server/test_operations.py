@@ -305,7 +305,7 @@ def test_docs_can_be_switched_off(serve: Serve) -> None:
     check(post(client, [5]), [5])
 
 
-ROUTES = sorted(build([], ServerConfig()).routes)
+ROUTES = sorted(build([], ServerConfig()).table.routes)
 
 
 def test_the_list_of_routes_is_whole() -> None:
@@ -316,7 +316,7 @@ def test_the_list_of_routes_is_whole() -> None:
 
 
 @pytest.mark.parametrize("sent", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "},
-                                  {"Authorization": "Basic secret"}, {"X-Api-Key": "secret"}], ids=str)  # fmt: skip
+                                  {"Authorization": "Basic secret"}, {"X-Api-Key": "wrong"}], ids=str)  # fmt: skip
 def test_every_route_but_health_needs_the_key(serve: Serve, sent: dict[str, str]) -> None:
     engine = FakeEngine(INFO)
     client = serve(engine, api_key=("secret",))
@@ -327,7 +327,7 @@ def test_every_route_but_health_needs_the_key(serve: Serve, sent: dict[str, str]
         else:
             assert answer.status_code == 401, (method, path)
             assert answer.headers["www-authenticate"] == "Bearer"
-            assert method == "HEAD" or answer.json() == {"error": "Unauthorized", "detail": "Unauthorized"}
+            assert method == "HEAD" or "missing or wrong API key" in answer.text
     assert not engine.submitted
 
 

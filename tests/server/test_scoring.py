@@ -190,12 +190,12 @@ def test_forms_of_a_text(cross: TestClient, pairs: Pairs, path: str, document: A
     query = "query" if path == "/rerank" else "queries"
     for one, several in ((document, [document]), ({"content": [{"type": "text", "text": "one two"}]}, [document] * 2)):
         answer = post(cross, path, {query: one, "documents": several})
-        values = [e["score"] for e in answer["data"]] if "data" in answer else answer["results"]
-        values = [value["relevance_score"] if isinstance(value, dict) else value for value in values]
+        values = [entry.get("score", entry.get("relevance_score")) for entry in answer["data"]]
         assert floats(values) == [pairs.cross("one two", "one two")] * len(several)
 
 
 MEDIA = "MultiModalParam is not supported for FakeModel: only parts of type 'text' are"
+NO_TEXT = "got an object with the keys {}; expected a text, or an object with text that are texts"
 
 
 @pytest.mark.parametrize("path", [SCORE[0], RERANK[0]])
@@ -218,12 +218,10 @@ MEDIA = "MultiModalParam is not supported for FakeModel: only parts of type 'tex
 def test_what_is_no_text_is_refused(cross: TestClient, path: str, item: Any) -> None:
     query = "query" if path == "/rerank" else "queries"
     for body in ({query: item, "documents": "one"}, {query: "one", "documents": ["two", item]}):
-        assert error(cross, body, path) == {
-            "message": MEDIA,
-            "type": "BadRequestError",
-            "param": "content",
-            "code": 400,
-        }
+        found = error(cross, body, path)
+        assert found["message"].startswith(MEDIA if "content" in item else NO_TEXT.format(sorted(item)))
+        assert (found["type"], found["code"]) == ("BadRequestError", 400)
+        assert found["param"] == ("content" if "content" in item else "documents")
 
 
 UNEQUAL = ("Input lengths must be either 1:1, 1:N or N:N", "documents")
@@ -544,13 +542,16 @@ def test_a_template_is_for_cross_encoders(serve: Serve, kind: str, name: str) ->
 # --- rerank ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", RERANK)
+@pytest.mark.parametrize("path", RERANK[:2])
 def test_rerank(cross: TestClient, pairs: Pairs, path: str) -> None:
     answer = post(cross, path, {"query": QUERY, "documents": DOCUMENTS})
     rated = sorted(((pairs.cross(QUERY, d), i) for i, d in enumerate(DOCUMENTS)), reverse=True)
     tokens = sum(len(pairs.ids(QUERY, document)) for document in DOCUMENTS)
     assert answer["id"].startswith("score-")
-    assert list(answer) == ["id", "model", "usage", "results"]
+    assert list(answer) == ["id", "object", "model", "usage", "meta", "results", "data"]
+    assert answer["data"] == answer["results"], "for clients of Voyage and Pinecone"
+    assert answer["meta"]["tokens"] == {"input_tokens": tokens, "output_tokens": 0}
+    assert answer["meta"]["billed_units"] == {"search_units": 1}
     assert answer["model"] == "fake"
     assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
     assert [entry["index"] for entry in answer["results"]] == [i for _, i in rated] != [0, 1, 2, 3]
@@ -646,10 +647,8 @@ def test_a_model_that_does_not_score_answers_like_a_missing_route(
 ) -> None:
     answer = serve(info=info).post(path, json={"queries": "a", "query": "a", "documents": ["b"]})
     assert answer.status_code == 404
-    assert answer.json() == {
-        "detail": "Not Found",
-        "error": {"message": message, "type": "NotFoundError", "param": None, "code": 404},
-    }
+    assert answer.json()["error"] == {"message": message, "type": "NotFoundError", "param": None, "code": 404}
+    assert answer.json()["detail"] == message
 
 
 @pytest.mark.parametrize("path", [*SCORE, *RERANK])
@@ -717,7 +716,7 @@ def test_logits(client: TestClient, reference: dict[str, list[float]]) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_ranks_are_those_of_llm(client: TestClient, llm: LLM, reference: dict[str, list[float]], kind: str) -> None:
-    answer = post(client, "/v2/rerank", {"query": QUERY, "documents": TEXTS, "top_n": 3, "score_type": kind})
+    answer = post(client, "/v1/rerank", {"query": QUERY, "documents": TEXTS, "top_n": 3, "score_type": kind})
     own = llm.rerank(QUERY, TEXTS, top_n=3, score_type=kind, use_tqdm=False)
     got = [(entry["index"], entry["document"]["text"]) for entry in answer["results"]]
     assert got == [(one.index, one.document) for one in own]

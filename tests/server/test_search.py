@@ -98,11 +98,11 @@ def test_no_prompt_no_details(client: TestClient) -> None:
     ("model", "asked", "message", "param"),
     [
         ("prompted", {"prompt_name": "topic"}, "unknown prompt_name 'topic'. Supported values: passage, query", None),
-        ("prompted", {"input_type": "image"}, "Unsupported input_type 'image'. Supported values: passage, query", None),
+        ("prompted", {"input_type": "poem"}, "Unsupported input_type 'poem'. Supported values: passage, query", None),
         (
             "bare",
-            {"input_type": "query"},
-            "Unsupported input_type 'query'. This model does not define any input_type task instructions.",
+            {"input_type": "poem"},
+            "Unsupported input_type 'poem'. This model does not define any input_type task instructions.",
             None,
         ),
         (

@@ -62,11 +62,12 @@ def test_a_request_reaches_the_model_that_it_names(
 
 @pytest.mark.parametrize(("path", "body"), BODIES, ids=[path for path, _ in BODIES])
 @pytest.mark.parametrize("name", [None, ""])
-def test_the_first_model_is_the_default(
+def test_a_model_that_is_made_for_the_route_is_the_default(
     client: TestClient, engines: dict[str, FakeEngine], name: str | None, path: str, body: dict[str, Any]
 ) -> None:
-    assert post(client, path, model=name, **body)["model"] == "embedder"
-    assert [own for own, engine in engines.items() if engine.submitted] == ["embedder"]
+    default = "reranker" if "score_type" in body else "embedder"
+    assert post(client, path, model=name, **body)["model"] == default
+    assert [own for own, engine in engines.items() if engine.submitted] == [default]
 
 
 @pytest.mark.parametrize(
@@ -111,11 +112,11 @@ def test_every_model_does_what_it_can(client: TestClient) -> None:
 
 
 def test_refusals_are_the_named_models_own(client: TestClient) -> None:
-    found = error(client, {"input": [5]}, "/classify")
+    found = error(client, {"model": NAMES[0], "input": [5]}, "/classify")
     assert found["message"].startswith("Unsupported task: 'classify' Supported tasks: ('embed', 'token_embed')")
     answer = client.post("/score", json={"model": "classifier", "queries": "a", "documents": "b"})
-    assert (answer.status_code, answer.json()["detail"]) == (404, "Not Found")
-    assert "lab/classifier has 3 labels" in answer.json()["error"]["message"]
+    assert (answer.status_code, answer.json()["detail"]) == (404, answer.json()["error"]["message"])
+    assert "lab/classifier has 3 labels" in answer.json()["detail"]
     found = error(client, {"model": "reranker", "input": [10_000]}, "/classify")
     assert found["message"] == "Token id 10000 is out of vocabulary; lab/reranker takes ids from 0 to 9999"
     for name, limit in (("embedder", 8), ("classifier", 64)):

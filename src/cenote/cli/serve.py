@@ -39,6 +39,10 @@ LONG = 300
 """Most characters of a line about a checkpoint's files."""
 OF_FRONTS = {"served_model_name", "trust_remote_code"}
 """Options of a model that a server in front of engines takes, too."""
+ANY_NAME = "*"
+"""As a served name: `any_model_name`."""
+OF_FASTDEPLOY = {"engine_worker_queue_port", "graph_optimization_config", "load_choices"}
+"""Options of FastDeploy alone, whose servers answer to any name."""
 
 
 def run(arguments: dict[str, Any]) -> int:
@@ -47,7 +51,7 @@ def run(arguments: dict[str, Any]) -> int:
     if command == "version":
         print(cenote.__version__)
     elif command == "serve":
-        _serve(arguments)
+        _serve(_with_any_name(arguments))
     return 0
 
 
@@ -92,6 +96,20 @@ def _serve(arguments: dict[str, Any]) -> None:
         # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         Server(config, app, server.shutdown_timeout).run(sockets=[listener])
+
+
+def _with_any_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the name that stands for all as an option of its own."""
+    names = _names(arguments.get("served_model_name"))
+    if ANY_NAME not in names and OF_FASTDEPLOY.isdisjoint(arguments):
+        return arguments
+    real = tuple(name for name in names if name != ANY_NAME)
+    return {"any_model_name": True, **arguments, "served_model_name": real}
+
+
+def _names(names: Sequence[str] | None) -> Sequence[str]:
+    """Return the served names of the command line, or of an environment variable with commas between them."""
+    return names.split(",") if isinstance(names, str) else names or ()
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:
@@ -199,9 +217,7 @@ def models_of(arguments: dict[str, Any]) -> tuple[list[tuple[ModelConfig, Engine
     if models is None:
         layers, notes = resolve(arguments)
         return [_layers(layers)], notes
-    names = arguments.pop("served_model_name", None) or models
-    if isinstance(names, str):
-        names = names.split(",")
+    names = _names(arguments.pop("served_model_name", None)) or models
     if len(names) != len(models):
         raise ConfigError(f"{len(models)} models need as many names: --served-model-name gives {len(names)}")
     repeated = Counter(names) - Counter(set(names))

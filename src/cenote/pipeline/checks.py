@@ -28,10 +28,8 @@ def checked(info: ModelInfo, task: str, params: PoolingParams) -> PoolingParams:
         BadRequest: the model does not offer the task or a parameter.
     """
     check_params(check_task(task, info.tasks), params)
-    if params.dimensions is not None:
-        _check_dimensions(info, params.dimensions)
     _check_step(info, params)
-    return replace(params, task=task, extra_kwargs=None)
+    return replace(params, task=task, extra_kwargs=None, dimensions=_dimensions(info, params.dimensions))
 
 
 def check_vocabulary(info: ModelInfo, ids: Seq[int], *, param: str = "input") -> None:
@@ -73,8 +71,14 @@ def too_long(limit: int, count: str) -> TooLong:
     )
 
 
-def _check_dimensions(info: ModelInfo, dimensions: int) -> None:
-    """Raise `BadRequest` in the words of vLLM, which clients match on, if `dimensions` is not allowed."""
+def _dimensions(info: ModelInfo, dimensions: int | None) -> int | None:
+    """Return the length to which vectors are cut; `None` = not. Some clients always send the full length, or 0.
+
+    Raises:
+        BadRequest: the model does not allow it, in the words of vLLM, which clients match on.
+    """
+    if dimensions in (None, 0, info.dimension):
+        return None
     name, allowed, width = info.name, info.matryoshka, info.dimension
     if allowed is None:
         fault = (
@@ -86,7 +90,7 @@ def _check_dimensions(info: ModelInfo, dimensions: int) -> None:
     elif not 1 <= dimensions <= width:
         fault = f"Model '{name}' only supports dimensions in range [1, {width}], got {dimensions}."
     else:
-        return
+        return dimensions
     raise BadRequest(fault, param="dimensions")
 
 

@@ -21,6 +21,18 @@ SPELLINGS: dict[Role, tuple[str, ...]] = {
 
 ROLES: dict[str, Role] = {name: role for role, names in SPELLINGS.items() for name in names}
 
+VOCABULARY = frozenset({
+    *ROLES, "image", "classification", "clustering", "semantic_similarity", "text-matching", "separation", "retrieval",
+    "code", "code.query", "code.passage", "nl2code.query", "nl2code.passage", "qa.query", "qa.passage",
+    "code2code.query", "code2code.passage", "code2nl.query", "code2nl.passage", "code2completion.query",
+    "code2completion.passage",
+})  # fmt: skip
+"""Values of `input_type` and `task` that Cohere, Voyage, Jina, NVIDIA and Google define.
+
+Their clients must send one, so a model without a prompt for it takes the input as if none had been sent. Not so a
+model with adapters, whose tasks are its own.
+"""
+
 BOTH_SIDES = "retrieval"
 """Name of an adapter for queries and documents alike."""
 SAME_TASK = {"clustering": "separation", "separation": "clustering"}
@@ -105,14 +117,16 @@ class Prompts:
         if prompt is not None:
             return prompt
         role = ROLES.get(input_type)
-        if role is None or not self._has_side(role):
+        if role is not None and self._has_side(role):
+            return self._side(role)
+        if input_type not in VOCABULARY or self.adapters:
             raise BadRequest(f"Unsupported input_type {input_type!r}. {self._supported()}", param="input_type")
-        return self._side(role)
+        return self._default
 
     def _has_side(self, role: Role) -> bool:
         """Return whether the model encodes queries and documents differently, or has an adapter for this side."""
         has_prompts_of_sides = not ROLES.keys().isdisjoint(self.named)
-        return self.two_sided or has_prompts_of_sides or self._adapter_of(role) is not None
+        return any((self.two_sided, has_prompts_of_sides, self._adapter_of(role)))
 
     def _side(self, role: Role) -> Applied:
         """Return the prompt and the adapter of one side, without regard to defaults."""

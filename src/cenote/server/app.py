@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
@@ -14,14 +15,15 @@ from starlette.routing import Router
 from cenote.server import errors
 from cenote.server.admission import Admission
 from cenote.server.describe import described
-from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm
+from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm, voyage
 from cenote.server.gate import Gate, UnderWay
-from cenote.server.reading import read
+from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
+from cenote.server.table import Table
 from cenote.server.wire.fields import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.pipeline.pipeline import Service
     from cenote.server.gate import ErrorBody
-    from cenote.server.routes import Dialect, Route
+    from cenote.server.routes import Dialect
+    from cenote.server.table import Match
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ DIALECTS: tuple[Dialect, ...] = (
     cohere.DIALECT,
     vllm.DIALECT,
     scoring.DIALECT,
+    voyage.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,
@@ -58,7 +62,7 @@ class Application:
         serving: the models, if another application serves them too and owns them.
 
     Attributes:
-        routes: the rows of the table by method and path.
+        table: of the routes.
         under_way: requests that are being answered.
     """
 
@@ -73,15 +77,11 @@ class Application:
         self._config = config
         self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
-        self.routes: dict[tuple[str, str], Route] = {}
-        self._dialects: dict[tuple[str, str], Dialect] = {}
-        for dialect in dialects:
-            for route in dialect.routes:
-                self._add(dialect, route)
+        self.table = Table(dialects, self._serving.models.names)
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         admission = self._serving.admission if serving is None else Admission([], config)
-        self._app = Gate(router, config, self.under_way, admission, self._error_body)
+        self._app = Gate(router, config, self.under_way, admission, self._error_body, self._is_open)
 
     def operations(self) -> Application:
         """Return an application that only tells how this one does, for a listener on another thread."""
@@ -101,13 +101,6 @@ class Application:
         """Serve one connection."""
         await self._app(scope, receive, send)
 
-    def _add(self, dialect: Dialect, route: Route) -> None:
-        for key in route.keys:
-            if key in self.routes:
-                raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {dialect.name}")
-            self.routes[key] = route
-            self._dialects[key] = dialect
-
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncIterator[None]:
         yield
@@ -118,50 +111,80 @@ class Application:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
-        key = scope["method"], self._path(scope)
-        scope["route_path"] = key[1] if key in self._dialects else "other"
-        error_body = self._error_body(scope)
+        match = self._match(scope)
+        scope["route_path"] = match.path if match else "other"
         request = Request(scope, receive, send)
+        value = None
         try:
-            response = await self._answer(key, request)
+            if match is None:
+                raise self._unknown(scope)
+            value = await self._value(match, request)
+            response = await self._answer(match, value, request)
         except errors.Failures as error:
-            response = errors.respond(error, error_body)
+            response = errors.respond(error, self._error_body(scope, value))
         except Exception as error:
-            log.exception("%s %s failed", *key)
-            response = errors.respond(error)
+            log.exception("%s %s failed", scope["method"], scope["route_path"])
+            response = errors.respond(error, self._error_body(scope, value))
         await response(scope, receive, send)
 
-    def _error_body(self, scope: Scope) -> ErrorBody:
-        """Return the function that makes the body of an error in the dialect of a request."""
-        dialect = self._dialects.get((scope["method"], self._path(scope)))
-        return dialect.error if dialect else errors.openai_error
+    def _match(self, scope: Scope) -> Match | None:
+        return self.table.match(scope["method"], self._path(scope))
+
+    def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
+        """Return the function that makes the body of an error in the dialect of a request with the body `value`."""
+        match = self._match(scope)
+        dialect = match.dialect(value) if match else self.table.forced(self._path(scope))
+        return dialect.error
+
+    def _is_open(self, scope: Scope) -> bool:
+        """Return whether a request needs no key."""
+        match = self._match(scope)
+        return match is not None and match.entry().route.is_open
 
     def _path(self, scope: Scope) -> str:
-        """The path without the prefix of a proxy and without a closing slash."""
+        """Return the path without the prefix of a proxy and without a closing slash."""
         path: str = scope["path"]
         prefix = self._config.root_path
         if path.startswith(f"{prefix}/"):
             path = path.removeprefix(prefix)
         return path.rstrip("/") or "/"
 
-    async def _answer(self, key: tuple[str, str], request: Request) -> Response:
-        route = self.routes.get(key)
-        if route is None:
-            allowed = sorted(method for method, path in self.routes if path == key[1])
-            if not allowed:
-                raise HTTPException(404, "Not Found")
-            raise HTTPException(405, "Method Not Allowed", {"Allow": ", ".join(allowed)})
-        return await route.handler(self._serving, request, await self._body(route, request))
+    def _unknown(self, scope: Scope) -> HTTPException:
+        """Return the error of a path that the table does not have, or not for the method."""
+        allowed = self.table.methods(self._path(scope))
+        if not allowed:
+            return HTTPException(404, "Not Found")
+        return HTTPException(405, "Method Not Allowed", {"Allow": ", ".join(allowed)})
 
-    async def _body(self, route: Route, request: Request) -> Any:
-        """The body that `route` takes; `None` if it takes none."""
-        kind = route.body
-        if kind is None:
+    async def _value(self, match: Match, request: Request) -> Any:
+        """Return the parsed body of a request; `None` if its route takes none."""
+        if all(entry.route.body is None for entry in match.entries):
             return None
         content = await request.body()
-        if len(content) <= LARGE:
-            return read(content, kind, self._limits)
-        return await self._serving.in_pool("parse", lambda: read(content, kind, self._limits))
+        return await self._parsed(request, lambda: parse(content))
+
+    async def _parsed(self, request: Request, work: Callable[[], Any]) -> Any:
+        """Return the result of work on a body, off the event loop if the body is large."""
+        if request.state.body_bytes <= LARGE:
+            return work()
+        return await self._serving.in_pool("parse", work)
+
+    async def _answer(self, match: Match, value: Any, request: Request) -> Response:
+        route = match.entry(value).route
+        request.state.model = match.model
+        body = None
+        if route.body is not None:
+            body = await self._parsed(request, partial(validate, value, route.body, self._limits))
+            self._name_model(body, match.model, route.purpose)
+        return await route.handler(self._serving, request, body)
+
+    def _name_model(self, body: Any, of_path: str | None, purpose: str) -> None:
+        """Let a body name the model of its path, else the one that it names, else one that is made for the route."""
+        named = of_path or getattr(body, "model", None)
+        if not named and purpose:
+            named = self._serving.models.made_for(purpose)
+        if "model" in type(body).model_fields:
+            body.model = named
 
 
 def build(services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> Application:

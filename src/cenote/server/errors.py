@@ -73,22 +73,21 @@ Failures = (CenoteError, BadBody, HTTPException)
 
 
 def openai_error(fault: Fault) -> dict[str, Any]:
-    """Return the body of OpenAI and vLLM, with the message once more as `detail`."""
-    if isinstance(fault.error, Unauthorized):
-        return {"error": "Unauthorized", "detail": "Unauthorized"}
+    """Return the body of OpenAI and vLLM, with the message once more where clients of other services read it.
+
+    `detail` is read by those of Voyage and Jina, `message` by Cohere's.
+    """
     fields = {"message": fault.message, "type": fault.type, "param": fault.param, "code": fault.status}
-    return {"error": fields, "detail": fault.message}
+    return {"error": fields, "detail": fault.message, "message": fault.message}
 
 
 def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_error) -> Response:
-    """Return the response for an exception. Unknown paths and methods have `{"detail": ...}` in every dialect.
+    """Return the response for an exception.
 
     Args:
         error: any exception.
         body: makes the dialect's error body.
     """
-    if isinstance(error, HTTPException) and error.status_code != 400:
-        return _json({"detail": error.detail}, error.status_code, error.headers)
     fault = fault_of(error)
     return _json(body(fault), fault.status, fault.headers)
 
@@ -98,8 +97,9 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, BadBody):
         message, param = validation(error.errors)
         return Fault(400, _presentable(message), "Bad Request", param, error)
-    if isinstance(error, HTTPException):  # a body that could not be read at all, as one nested too deeply
-        return Fault(error.status_code, str(error.detail), "Bad Request", "body", error)
+    if isinstance(error, HTTPException):
+        kind, param = HTTP_ERRORS.get(error.status_code, ("HTTPError", None))
+        return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
     if error.status >= 500:
@@ -107,6 +107,14 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, Overloaded):
         metrics.refusals_of(error.reason).inc()
     return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
+
+
+HTTP_ERRORS = {
+    400: ("Bad Request", "body"),  # a body that could not be read at all, as one nested too deeply
+    404: ("NotFoundError", None),
+    405: ("MethodNotAllowedError", None),
+}
+"""Type and parameter of errors by status, of the web framework's exceptions."""
 
 
 def _headers(error: CenoteError) -> dict[str, str]:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     ErrorBody = Callable[[Fault], dict[str, Any]]
     """Makes the body of an error in the shape of a dialect."""
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
-UNCOUNTED = OPEN_PATHS | {"/metrics", "/load", "/version"}
+UNCOUNTED = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics", "/load", "/version"})
+"""Paths whose requests are not in the metrics."""
+KEY_HEADERS = ("authorization", "api-key", "x-api-key")
+"""Headers that may bring the key; the last two are those of Azure's clients and of gateways."""
 JSON_TYPES = frozenset({"application/json", ""})
 """Types of bodies that are read; some clients name none."""
 LINGER = 2.0
@@ -102,6 +104,7 @@ class Gate:
 
     Args:
         error_body: of a request's dialect.
+        is_open: whether a request needs no key.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
@@ -115,12 +118,14 @@ class Gate:
         under_way: UnderWay,
         admission: Admission,
         error_body: Callable[[Scope], ErrorBody],
+        is_open: Callable[[Scope], bool],
     ) -> None:
         self.app = app
         self.config = config
         self.under_way = under_way
         self.admission = admission
         self._error_body = error_body
+        self._is_open = is_open
         self._keys = [key.encode() for key in config.api_key]
         self._names_requests = config.enable_request_id_headers
 
@@ -185,10 +190,10 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raise `CenoteError` for a request without a key, with a body that is not JSON, or at a bad time."""
-        if scope["path"] in OPEN_PATHS:
+        if self._is_open(scope):
             return
         if self._keys and scope["method"] != "OPTIONS":
-            self._check_key(headers.get("authorization", ""))
+            self._check_key(next(filter(None, map(headers.get, KEY_HEADERS)), ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in JSON_TYPES:

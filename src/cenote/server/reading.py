@@ -21,17 +21,25 @@ if TYPE_CHECKING:
 MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 
 
-def read(content: bytes, kind: type[BaseModel], limits: Limits) -> Any:
-    """Parse and validate a body.
+def parse(content: bytes) -> Any:
+    """Return the JSON value of a body.
 
     Raises:
-        BadBody: it is not JSON, or does not fit `kind`.
-        BadRequest: a list in it is longer than `limits` allow.
+        BadBody: it is not JSON.
         HTTPException: it cannot be read at all.
     """
     if not content:
         raise BadBody([MISSING])
-    value = _parsed(content)
+    return _parsed(content)
+
+
+def validate(value: Any, kind: type[BaseModel], limits: Limits) -> Any:
+    """Return a parsed body as `kind`.
+
+    Raises:
+        BadBody: it does not fit `kind`.
+        BadRequest: a list in it is longer than `limits` allow.
+    """
     if issubclass(kind, Body):
         kind.check_lengths(value, limits)
     try:

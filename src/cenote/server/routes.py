@@ -11,6 +11,7 @@ from cenote.server.errors import Fault, openai_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
 
     from pydantic import BaseModel
     from starlette.requests import Request
@@ -35,8 +36,12 @@ class Route:
         handler: its docstring describes the route.
         body: model of the JSON body; `None` = the route takes none.
         method: see `METHODS`.
-        aliases: further paths.
+        aliases: further paths. A part `{model}` of a path stands for the name of a model.
         is_described: whether the API's description has it.
+        marks: keys that tell a body for this route from those of other dialects with the same path; it has all.
+        is_open: whether it needs no key.
+        foreign: keys that no body for this route has, whatever its marks say.
+        purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
     """
 
     path: str
@@ -45,6 +50,16 @@ class Route:
     method: Literal["GET", "POST"] = "POST"
     aliases: tuple[str, ...] = ()
     is_described: bool = True
+    is_open: bool = False
+    marks: frozenset[str] = frozenset()
+    foreign: frozenset[str] = frozenset()
+    purpose: str = ""
+
+    def distance(self, keys: AbstractSet[str]) -> int:
+        """Return 0 if `keys` tell that a body is for this route, 1 if the route needs no marks, and else 2."""
+        if not self.marks:
+            return 1
+        return 0 if self.marks <= keys and self.foreign.isdisjoint(keys) else 2
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:
@@ -60,8 +75,10 @@ class Dialect:
         name: in the API's description.
         routes: rows of the table.
         error: makes the JSON body of an error.
+        prefix: first part of paths that ask for this dialect, also where others have the rest of the path.
     """
 
     name: str
     routes: tuple[Route, ...] = field(default=())
     error: Callable[[Fault], dict[str, Any]] = openai_error
+    prefix: str = ""

@@ -14,15 +14,15 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
-from cenote.errors import BadRequest, ConfigError, ModelNotFound
+from cenote.errors import BadRequest
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import Admission, Place
+from cenote.server.asked import Models
 from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
@@ -61,22 +61,22 @@ class Serving:
     """The models of one server, and the way to them.
 
     Attributes:
+        models: the models by their names.
         running: requests being computed.
         is_ending: whether the server is shutting down.
         admission: decides which requests may wait.
     """
 
     def __init__(self, services: list[Service], config: ServerConfig) -> None:
+        self.models = Models(services, any_name=config.any_model_name)
         self.services = services
         self.config = config
         self.started = int(time.time())
         self.running = 0
-        self.views = list(chain.from_iterable(service.views for service in services))
         self.is_ending = False
         self.admission = Admission(services, config)
-        for view in self.views:
+        for view in self.models.views:
             view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
-        self._by_name = _by_name(self.views)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
@@ -86,22 +86,8 @@ class Serving:
         return next(filter(None, (service.engine.fault for service in self.services)), "")
 
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
-        """Return the service called `model`; the first one if the request names none.
-
-        Args:
-            model: name in the request.
-            any_name: a server of one model answers to every name, as FastDeploy's do.
-
-        Raises:
-            ModelNotFound: no model has that name.
-        """
-        if not model:
-            return self.services[0]
-        if model not in self._by_name:
-            if any_name and len(self.services) == 1:
-                return self.services[0]
-            raise ModelNotFound(f"The model `{model}` does not exist.")
-        return self._by_name[model]
+        """See `Models.find`."""
+        return self.models.find(model, any_name=any_name)
 
     def name(self, model: str | None) -> str:
         """Return the model's name in an answer: that of the request, else the first."""
@@ -292,21 +278,6 @@ class Desk:
             if answer.done():
                 continue
             _resolve(answer, future)
-
-
-def _by_name(views: list[Service]) -> dict[str, Service]:
-    """Return models, and models with adapters, by the names in requests.
-
-    Raises:
-        ConfigError: two have one name.
-    """
-    pairs = [(name, view) for view in views for name in view.names]
-    by_name = dict(pairs)
-    if len(by_name) < len(pairs):
-        raise ConfigError(
-            f"two models or adapters have one name: {', '.join(sorted(by_name))}; see --served-model-name"
-        )
-    return by_name
 
 
 def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:

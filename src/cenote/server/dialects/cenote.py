@@ -68,5 +68,9 @@ def wire(entity: Entity) -> dict[str, Any]:
 
 DIALECT = Dialect(
     "Entities",
-    (Route("/v1/token_classify", token_classify, EntityRequest, aliases=("/token_classify",)),),
+    (
+        Route(
+            "/v1/token_classify", token_classify, EntityRequest, aliases=("/token_classify",), purpose="token_classify"
+        ),
+    ),
 )

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import PoolingParams
+from cenote.core import UNLIMITED, PoolingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.options import TextOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
-from cenote.server.wire.encoding import VectorType, json_response, typed
+from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
 from cenote.server.wire.fields import Many, Queued, Some
+from cenote.server.wire.pairs import RankingFields, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from cenote.core import Output
     from cenote.pipeline.job import Job
+    from cenote.pipeline.operations import Ranked
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Applied
     from cenote.server.serving import Serving
@@ -162,7 +164,7 @@ def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[li
 
 
 def _text_options(service: Service, body: EmbedRequest) -> TextOptions:
-    length = -1 if body.max_tokens is None else min(body.max_tokens, service.info.limit("embed"))
+    length = min(coalesce(body.max_tokens, UNLIMITED), service.info.limit("embed"))
     return {
         "NONE": TextOptions(whole=True),
         "START": TextOptions(length, "left"),  # as in vLLM the ids are cut, the special token at their start too
@@ -196,10 +198,50 @@ def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
     return [{"role": "system", "content": applied.text}, user] if applied.text else [user]
 
 
+class CohereRerankRequest(RankingFields):
+    """Body of `POST /v2/rerank`, and of `/v1/rerank` with fields that only Cohere has."""
+
+    query: str
+    documents: Many[str | dict[str, Any]]
+    top_n: int | None = Field(None, ge=1, description="number of results")
+    return_documents: bool = False
+    rank_fields: Some[str] | None = Field(None, description="keys of documents that are objects; default: text")
+
+
+async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) -> Response:
+    """The documents by falling relevance to the query; `document` stands in the results on request."""
+    version = "1" if body.rank_fields or body.return_documents else "2"
+
+    def result(rank: Ranked) -> dict[str, Any]:
+        entry = {"index": rank.index, "relevance_score": rank.score}
+        if not body.return_documents:
+            return entry
+        document = body.documents[rank.index]
+        return entry | {"document": {"text": document} if isinstance(document, str) else document}
+
+    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
+        return {
+            "id": head["id"],
+            "results": [result(rank) for rank in ranked],
+            "meta": meta(head, documents, version),
+            "model": head["model"],
+            "usage": short_usage(head),
+        }
+
+    return await rank(serving, request, body, (body.query, body.documents), body.top_n, form, body.rank_fields or TEXT)
+
+
+TEXT = ("text",)
+OF_V1 = frozenset({"rank_fields"})
+"""Key of a body for the first version, which shares its path with Jina and vLLM."""
+
 DIALECT = Dialect(
     "Cohere",
     (
-        Route("/v2/embed", embed, EmbedRequest),
-        Route("/v1/embed", embed_v1, EmbedRequest, is_described=False),
+        Route("/v2/embed", embed, EmbedRequest, purpose="embed"),
+        Route("/v1/embed", embed_v1, EmbedRequest, is_described=False, purpose="embed"),
+        Route("/v2/rerank", rerank, CohereRerankRequest, purpose="score"),
+        Route("/v1/rerank", rerank, CohereRerankRequest, is_described=False, marks=OF_V1, purpose="score"),
     ),
+    prefix="cohere",
 )

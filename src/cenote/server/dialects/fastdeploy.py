@@ -110,7 +110,7 @@ def _scores(service: Service, output: Output) -> list[float]:
 DIALECT = Dialect(
     "FastDeploy",
     (
-        Route("/v1/chat/reward", reward, RewardRequest),
-        Route("/v1/reward", reward, RewardRequest),
+        Route("/v1/chat/reward", reward, RewardRequest, purpose="reward"),
+        Route("/v1/reward", reward, RewardRequest, purpose="reward"),
     ),
 )

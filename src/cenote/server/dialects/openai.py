@@ -76,7 +76,7 @@ async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest)
 
 async def models(serving: Serving, request: Request, body: None) -> Response:
     """One card per name under which a model is served, and per adapter that requests choose by name."""
-    cards = [_card(serving, view, name) for view in serving.views for name in view.names]
+    cards = [_card(serving, view, name) for view in serving.models.views for name in view.names]
     return json_response({"object": "list", "data": cards})
 
 
@@ -110,7 +110,7 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
 DIALECT = Dialect(
     "OpenAI",
     (
-        Route("/v1/embeddings", embeddings, EmbeddingRequest, aliases=("/embeddings",)),
+        Route("/v1/embeddings", embeddings, EmbeddingRequest, aliases=("/embeddings",), purpose="vectors"),
         Route("/v1/models", models, method="GET", aliases=("/models",)),
     ),
 )

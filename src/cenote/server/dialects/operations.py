@@ -57,10 +57,10 @@ async def prometheus(serving: Serving, request: Request, body: None) -> Response
 DIALECT = Dialect(
     "Operations",
     (
-        Route("/health", health, method="GET", aliases=("/ping",)),
-        Route("/ping", health, is_described=False),
-        Route("/livez", live, method="GET"),
-        Route("/readyz", ready, method="GET"),
+        Route("/health", health, method="GET", aliases=("/ping",), is_open=True),
+        Route("/ping", health, is_described=False, is_open=True),
+        Route("/livez", live, method="GET", is_open=True),
+        Route("/readyz", ready, method="GET", is_open=True),
         Route("/version", version, method="GET"),
         Route("/load", load, method="GET"),
         Route("/metrics", prometheus, method="GET"),

@@ -1,4 +1,4 @@
-"""Score and rerank, as vLLM, Jina, Cohere v2 and Voyage spell them: `/score`, `/rerank` and their versioned paths."""
+"""Score and rerank, as vLLM and Jina spell them: `/score`, `/rerank` and their versioned paths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
-from cenote.errors import BadRequest, NotScored
 from cenote.pipeline import operations
-from cenote.pipeline.pairs import PairOptions
-from cenote.server.errors import Fault, openai_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, short_usage, with_data
-from cenote.server.wire.fields import Many, Shared
+from cenote.server.wire.fields import Many
+from cenote.server.wire.pairs import RankingFields, ScoringFields, Text, meta, rank, texts
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -23,39 +21,11 @@ if TYPE_CHECKING:
 
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
-    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
     from cenote.tensors.similarity import Array
 
-Text = str | dict[str, Any]
-"""A text, or `{"content": [parts]}` of texts, or `{"text": ...}`."""
-
 SPELLINGS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
 """The names of the two sides of `/score`; the first pair that is complete counts."""
-
-
-class ScoringFields(Shared):
-    """Fields of `/score` and `/rerank`."""
-
-    use_activation: bool | None = None
-    max_tokens_per_query: int = Field(0, description="tokens to which queries are cut; 0 = not")
-    max_tokens_per_doc: int = Field(0, description="tokens to which documents are cut; 0 = not")
-    instruction: str | None = Field(None, description="variable of the model's template")
-    chat_template_kwargs: dict[str, Any] | None = None
-    score_type: str | None = Field(None, description="cross-encoder, bi-encoder or late-interaction")
-
-    def pair_options(self) -> PairOptions:
-        """Return how two texts become one input.
-
-        Raises:
-            BadRequest: a variable of the template is one that requests may not set.
-        """
-        return PairOptions.of(
-            max_tokens_per_query=self.max_tokens_per_query,
-            max_tokens_per_doc=self.max_tokens_per_doc,
-            instruction=self.instruction,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
 
 
 class ScoreRequest(ScoringFields):
@@ -85,19 +55,14 @@ class ScoreRequest(ScoringFields):
         return None
 
 
-class RerankRequest(ScoringFields):
+class RerankRequest(RankingFields):
     """Body of `POST /rerank`."""
 
     query: Text
     documents: Text | Many[Text]
     top_n: int | None = Field(0, ge=0, description="number of results; 0 = all")
-    top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, whose results are under `data`)")
+    top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage)")
     return_documents: bool | None = Field(None, description="false leaves the documents out")
-
-    @property
-    def is_voyage(self) -> bool:
-        """Whether the request is in Voyage's form, whose clients always send `top_k`."""
-        return "top_k" in self.model_fields_set and "top_n" not in self.model_fields_set
 
 
 async def score(serving: Serving, request: Request, body: ScoreRequest) -> Response:
@@ -126,81 +91,34 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
 
 async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Response:
     """The documents by falling relevance to the query."""
-    service = serving.find(body.model)
-    documents = texts(body.documents, service)
-    (query,) = texts(body.query, service)
-    body.refuse_media()
-    serving.check_count(len(documents))
-    top_n = body.top_k if body.is_voyage else body.top_n
-    params = PoolingParams(use_activation=body.use_activation)
 
-    def make() -> Job[Response]:
-        job = operations.rerank(
-            service, query, documents, top_n, params, body.text_options(), body.pair_options(), body.score_type
-        )
+    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
+        """Return the keys that clients of Jina, Cohere and vLLM read, and `data` for those of Voyage and Pinecone."""
+        results = [_result(body, rank, documents[rank.index]) for rank in ranked]
+        answer = {
+            "id": head["id"],
+            "object": "list",
+            "model": head["model"],
+            "usage": short_usage(head),
+            "meta": meta(head, documents),
+            "results": results,
+        }
+        return answer if body.top_n else answer | {"data": results}
 
-        def encode(ranked: list[Ranked]) -> Response:
-            results = [_result(body, rank, documents[rank.index]) for rank in ranked]
-            head = answers.head(serving, request, body, "score", job.sequences)
-            entries = {"object": "list", "data": results} if body.is_voyage else {"results": results}
-            return json_response({"id": head["id"], "model": head["model"], "usage": short_usage(head), **entries})
-
-        return job.then(encode)
-
-    return await serving.answer(request, service, body, make)
+    return await rank(serving, request, body, (body.query, body.documents), body.top_n or body.top_k, form)
 
 
 def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
-    """Return an entry of the answer, in vLLM's form or in Voyage's, which has documents only on request."""
     result: dict[str, Any] = {"index": rank.index}
-    if body.is_voyage:
-        if body.return_documents:
-            result["document"] = document
-    elif body.return_documents is not False:
+    if body.return_documents is not False:
         result["document"] = {"text": document, "multi_modal": None}
-    result["relevance_score"] = rank.score
-    return result
-
-
-def texts(side: Text | list[Text], service: Service) -> list[str]:
-    """Return one side of the pairs as texts.
-
-    Raises:
-        BadRequest: a part is not a text.
-    """
-    items = side if isinstance(side, list) else [side]
-    return [_text(item, service) for item in items]
-
-
-def _text(item: Text, service: Service) -> str:
-    if isinstance(item, str):
-        return item
-    content = item.get("content", [item])
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    lines = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if not parts or len(lines) < len(parts):
-        raise BadRequest(
-            f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are",
-            param="content",
-        )
-    return "\n".join(lines)
-
-
-def scoring_error(fault: Fault) -> dict[str, Any]:
-    """Return OpenAI's body; of a model without a score, which has no such routes in vLLM, with a 404's `detail`."""
-    body = openai_error(fault)
-    if isinstance(fault.error, NotScored):
-        body["detail"] = "Not Found"
-    return body
+    return result | {"relevance_score": rank.score}
 
 
 DIALECT = Dialect(
     "Scoring",
     (
-        Route("/score", score, ScoreRequest, aliases=("/v1/score",)),
-        Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank", "/v2/rerank")),
+        Route("/score", score, ScoreRequest, aliases=("/v1/score",), purpose="score"),
+        Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank",), purpose="score"),
     ),
-    scoring_error,
 )

@@ -336,7 +336,7 @@ DIALECT = Dialect(
     "vLLM",
     (
         Route("/pooling", pooling, PoolingRequest),
-        Route("/classify", classify, ClassifyRequest, aliases=("/v1/classify",)),
+        Route("/classify", classify, ClassifyRequest, aliases=("/v1/classify",), purpose="classify"),
         Route("/tokenize", tokenize, TokenizeRequest, aliases=("/v1/tokenize",)),
         Route("/detokenize", detokenize, DetokenizeRequest, aliases=("/v1/detokenize",)),
     ),

@@ -133,8 +133,15 @@ class Queued(Body):
         return self
 
 
+CUT_SIDES: dict[Any, Literal["left"]] = {"START": "left"}
+"""Sides of truncation by the end that `truncate` names; a cut at the end is the default, which keeps special tokens."""
+
+
 class Shared(Queued):
     """Fields of every pooling request."""
+
+    cuts_unasked: ClassVar[bool | None] = None
+    """Whether an input that is too long is cut where the request says nothing; `None` = as the server does."""
 
     model: str | None = None
     user: str | None = None
@@ -142,6 +149,9 @@ class Shared(Queued):
     truncation_side: Literal["left", "right"] | None = None
     truncation: bool | None = Field(
         None, description="true: as truncate_prompt_tokens -1; false: refuse what is too long (Voyage)"
+    )
+    truncate: bool | Literal["NONE", "START", "END"] | None = Field(
+        None, description="as `truncation`, or the end that is cut (Jina, NVIDIA)"
     )
     padding: Literal["max_length", "do_not_pad"] | None = None
     request_id: str | None = None
@@ -163,21 +173,30 @@ class Shared(Queued):
 
     @model_validator(mode="after")
     def _one_truncation(self) -> Shared:
-        if self.truncation is False and self.truncate_prompt_tokens is not None:
+        field = "truncation" if self.truncate is None else "truncate"
+        if self.cuts is False and self.truncate_prompt_tokens is not None:
             raise PydanticCustomError(
                 "exclusive",
-                "`truncate_prompt_tokens` cuts what is too long, which `truncation: false` refuses; give one of them.",
-                {"param": "truncation"},
+                f"`truncate_prompt_tokens` cuts what is too long, which `{field}` refuses; give one of them.",
+                {"param": field},
             )
         return self
 
+    @property
+    def cuts(self) -> bool | None:
+        """Whether an input that is too long is cut; `None` = as the server does."""
+        choice = coalesce(self.truncate, self.truncation)
+        if choice is None:
+            return self.cuts_unasked
+        return choice not in (False, "NONE")
+
     def text_options(self, *, add_special_tokens: bool = True) -> TextOptions:
         """Return how text becomes ids."""
-        length = self.truncate_prompt_tokens
-        if length is None and self.truncation:
+        length, cuts = self.truncate_prompt_tokens, self.cuts
+        if length is None and cuts:
             length = -1
-        pads = self.padding == "max_length"
-        return TextOptions(length, self.truncation_side, pads, add_special_tokens, whole=self.truncation is False)
+        side = self.truncation_side or CUT_SIDES.get(self.truncate)
+        return TextOptions(length, side, self.padding == "max_length", add_special_tokens, whole=cuts is False)
 
     def refuse_media(self) -> None:
         """Raise `BadRequest` for processor arguments: none are trusted, and no flag of the server changes that yet."""

@@ -155,7 +155,7 @@ def _check_calibrated(ranges: Ranges, service: Service, params: PoolingParams) -
             f"({str(is_normalised).lower()}), so it cannot be changed",
             param="use_activation",
         )
-    if params.dimensions not in (None, ranges.dimension):
+    if params.dimensions not in (None, 0, ranges.dimension):
         raise BadRequest(
             f"int8 and uint8 embeddings are calibrated for {ranges.dimension} dimensions on this server, so they "
             f"cannot be shortened to {params.dimensions}; ask for float, binary or ubinary",

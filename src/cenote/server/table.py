@@ -1,0 +1,138 @@
+"""The table of routes: from a method and a path to the routes that may answer, and the model that the path names.
+
+Several dialects may have one path. The prefix of a dialect (`/tei/rerank`) decides between them, else the keys of the
+body do (`Route.marks`), else the first route that needs none of them answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cenote.server.routes import Dialect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from cenote.server.routes import Route
+
+MODEL = "{model}"
+"""Part of a path that stands for the name of a model."""
+OF_MODEL = "/models/"
+"""Before the name of a model, every path may follow it."""
+
+
+COMMON = Dialect("Common")
+"""The dialect of paths that no dialect has."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A route and the dialect that has it."""
+
+    dialect: Dialect
+    route: Route
+
+
+@dataclass(frozen=True)
+class Match:
+    """The routes of a path.
+
+    Attributes:
+        path: as the table has it, without the names of models.
+        entries: in the order of the dialects; at least one.
+        forced: the dialect whose prefix the path has.
+        model: name of the model in the path.
+    """
+
+    path: str
+    entries: tuple[Entry, ...]
+    forced: Dialect | None = None
+    model: str | None = None
+
+    def entry(self, body: Any = None) -> Entry:
+        """Return the route for a parsed body."""
+        keys = body.keys() if isinstance(body, dict) else frozenset()
+        return min(self.entries, key=lambda entry: entry.route.distance(keys))
+
+    def dialect(self, body: Any = None) -> Dialect:
+        """Return the dialect of errors for a parsed body."""
+        return self.forced or self.entry(body).dialect
+
+
+class Table:
+    """The routes of `dialects` on a server of models with `names`.
+
+    Attributes:
+        routes: all entries by method and path.
+    """
+
+    def __init__(self, dialects: Sequence[Dialect], names: Iterable[str]) -> None:
+        self.routes: dict[tuple[str, str], tuple[Entry, ...]] = {}
+        for dialect in dialects:
+            for route in dialect.routes:
+                self._add(Entry(dialect, route))
+        self._names = sorted(names, key=len, reverse=True)
+        self._prefixed = {dialect.prefix: dialect for dialect in dialects if dialect.prefix}
+        patterns = [key for key in self.routes if MODEL in key[1]]
+        self._patterns = sorted(patterns, key=lambda key: len(key[1]), reverse=True)
+
+    def _add(self, entry: Entry) -> None:
+        for key in entry.route.keys:
+            others = self.routes.get(key, ())
+            marks = {other.route.marks for other in others}
+            if entry.route.marks in marks:
+                raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {entry.dialect.name}")
+            self.routes[key] = (*others, entry)
+
+    def match(self, method: str, path: str) -> Match | None:
+        """Return the routes of a path without a closing slash, `None` if it has none."""
+        entries = self.routes.get((method, path))
+        if entries:
+            return Match(path, entries)
+        return self._of_dialect(method, path) or self._of_model(method, path) or self._by_pattern(method, path)
+
+    def methods(self, path: str) -> list[str]:
+        """Return the methods of a path, sorted."""
+        methods = {method for method, _ in self.routes}
+        return sorted(method for method in methods if self.match(method, path))
+
+    def forced(self, path: str) -> Dialect:
+        """Return the dialect whose prefix a path has, else the one that all clients read in part."""
+        return self._prefixed.get(path[1:].partition("/")[0], COMMON)
+
+    def _of_dialect(self, method: str, path: str) -> Match | None:
+        """Return the routes of a path that begins with a dialect: its own, else those that all dialects share."""
+        dialect = self.forced(path)
+        if dialect is COMMON:
+            return None
+        found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/")
+        if found is None:
+            return None
+        own = tuple(entry for entry in found.entries if entry.dialect is dialect)
+        return replace(found, entries=own or found.entries, forced=found.forced or dialect)
+
+    def _of_model(self, method: str, path: str) -> Match | None:
+        """Return the routes of a path that follows the name of a model, the longest of them."""
+        if not path.startswith(OF_MODEL):
+            return None
+        after = f"{path.removeprefix(OF_MODEL)}/"
+        for name in self._names:
+            if after.startswith(f"{name}/"):
+                found = self.match(method, after.removeprefix(name).rstrip("/") or "/")
+                return found and replace(found, model=found.model or name)
+        return None
+
+    def _by_pattern(self, method: str, path: str) -> Match | None:
+        """Return the routes of a path with the name of a model within it."""
+        for key in self._patterns:
+            head, _, tail = key[1].partition(MODEL)
+            name = path[len(head) : len(path) - len(tail)]
+            if key[0] == method and name and path == f"{head}{name}{tail}":
+                return Match(key[1], self.routes[key], None, name)
+        return None
+
+
+def collisions(routes: Mapping[tuple[str, str], tuple[Entry, ...]]) -> dict[tuple[str, str], tuple[Entry, ...]]:
+    """Return the routes that several dialects have, by method and path."""
+    return {key: entries for key, entries in routes.items() if len(entries) > 1}

@@ -1,0 +1,176 @@
+"""Pairs of texts on the wire: fields and the trip of requests that score or rank them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cenote.core import PoolingParams
+from cenote.errors import BadRequest
+from cenote.pipeline import operations
+from cenote.pipeline.pairs import PairOptions
+from cenote.server.wire import answers
+from cenote.server.wire.encoding import json_response
+from cenote.server.wire.fields import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from cenote.pipeline.job import Job
+    from cenote.pipeline.operations import Ranked
+    from cenote.pipeline.pipeline import Service
+    from cenote.server.serving import Serving
+
+Text = str | dict[str, Any]
+"""A text, or `{"content": [parts]}` of texts, or `{"text": ...}`."""
+
+
+class ScoringFields(Shared):
+    """Fields of `/score` and `/rerank`."""
+
+    use_activation: bool | None = None
+    max_tokens_per_query: int = Field(0, description="tokens to which queries are cut; 0 = not")
+    max_tokens_per_doc: int = Field(0, description="tokens to which documents are cut; 0 = not")
+    instruction: str | None = Field(None, description="variable of the model's template")
+    chat_template_kwargs: dict[str, Any] | None = None
+    score_type: str | None = Field(None, description="cross-encoder, bi-encoder or late-interaction")
+
+    def pair_options(self) -> PairOptions:
+        """Return how two texts become one input.
+
+        Raises:
+            BadRequest: a variable of the template is one that requests may not set.
+        """
+        return PairOptions.of(
+            max_tokens_per_query=self.max_tokens_per_query,
+            max_tokens_per_doc=self.max_tokens_per_doc,
+            instruction=self.instruction,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+class RankingFields(ScoringFields):
+    """Fields of requests for an order. Clients send the lengths of their vendor's models, so documents are cut."""
+
+    cuts_unasked = True
+
+    def clamped(self, max_model_len: int) -> PairOptions:
+        """Return how two texts become one input, without limits that the model's own makes needless."""
+        options = self.pair_options()
+        return replace(
+            options,
+            max_tokens_per_query=_clamped(options.max_tokens_per_query, max_model_len),
+            max_tokens_per_doc=_clamped(options.max_tokens_per_doc, max_model_len),
+        )
+
+
+def _clamped(tokens: int, max_model_len: int) -> int:
+    return tokens if tokens < max_model_len else 0
+
+
+async def rank(
+    serving: Serving,
+    request: Request,
+    body: RankingFields,
+    sides: tuple[Text, Text | Seq[Text]],
+    top_n: int | None,
+    form: Callable[[dict[str, Any], list[Ranked], list[str]], Any],
+    fields: Seq[str] = ("text",),
+) -> Response:
+    """Answer a request for the order of documents by their relevance to a query.
+
+    Args:
+        serving: the models.
+        request: the request.
+        body: its body.
+        sides: the query, and the documents.
+        top_n: number of results; `None` or 0 = all.
+        form: makes the dialect's answer out of `id`, `model` and `usage`, the results, and the texts of all documents.
+        fields: see `texts`.
+
+    Raises:
+        BadRequest: the documents are too many, or no texts.
+    """
+    service = serving.find(body.model)
+    query, texts_of_documents = sides
+    documents = texts(texts_of_documents, service, fields)
+    (query_text,) = texts(query, service)
+    body.refuse_media()
+    serving.check_count(len(documents))
+    params = PoolingParams(use_activation=body.use_activation)
+    pair_options = body.clamped(service.info.max_model_len)
+
+    def make() -> Job[Response]:
+        job = operations.rerank(
+            service, query_text, documents, top_n, params, body.text_options(), pair_options, body.score_type
+        )
+
+        def encode(ranked: list[Ranked]) -> Response:
+            head = answers.head(serving, request, body, "score", job.sequences)
+            return json_response(form(head, ranked, documents))
+
+        return job.then(encode)
+
+    return await serving.answer(request, service, body, make)
+
+
+def meta(head: dict[str, Any], documents: list[str], version: str = "1") -> dict[str, Any]:
+    """Return the part of an answer that Cohere's clients read. A search unit is up to 100 documents."""
+    return {
+        "api_version": {"version": version},
+        "billed_units": {"search_units": ceil(len(documents) / 100)},
+        "tokens": {"input_tokens": head["usage"]["prompt_tokens"], "output_tokens": 0},
+    }
+
+
+def texts(side: Text | Seq[Text], service: Service, fields: Seq[str] = ("text",)) -> list[str]:
+    """Return one side of the pairs as texts.
+
+    Args:
+        side: texts, or objects with them.
+        service: the model.
+        fields: keys of objects whose values are read, a line each.
+
+    Raises:
+        BadRequest: a part is not a text, or an object has none of the fields.
+    """
+    items = [side] if isinstance(side, (str, dict)) else side
+    return [_text(item, service, fields) for item in items]
+
+
+def _text(item: Text, service: Service, fields: Seq[str]) -> str:
+    if isinstance(item, str):
+        return item
+    content = item.get("content", [item])
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    lines = [line for part in parts for line in _lines(part, fields)]
+    if not parts or len(lines) < len(parts):
+        raise _no_text(item, service, fields)
+    return "\n".join(lines)
+
+
+def _lines(part: Any, fields: Seq[str]) -> list[str]:
+    values = [part.get(field) for field in fields] if isinstance(part, dict) else []
+    return [value for value in values if isinstance(value, str)]
+
+
+def _no_text(item: dict[str, Any], service: Service, fields: Seq[str]) -> BadRequest:
+    if "content" in item:
+        return BadRequest(
+            f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are",
+            param="content",
+        )
+    return BadRequest(
+        f"got an object with the keys {sorted(item)}; expected a text, or an object with {' or '.join(fields)} "
+        "that are texts (Cohere's `rank_fields` names others)",
+        param="documents",
+    )
