@@ -226,6 +226,7 @@ class Sides:
         skipped_of: sides from which they are left out; an input without a side counts as a document.
         pooled_of: sides whose token vectors are joined into fewer; likewise.
         by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
+        inserted: ids of the markers that stand behind the first token of a side.
     """
 
     lengths: Mapping[str, int] = field(default_factory=dict)
@@ -237,6 +238,7 @@ class Sides:
     skipped_of: tuple[str, ...] = ("document",)
     pooled_of: tuple[str, ...] = ()
     by_table: bool = False
+    inserted: Mapping[str, int] = field(default_factory=dict)
 
     def limit(self, role: Role | None, most: int) -> int | None:
         """Return the tokens to which an input is cut, at most `most`; `None` = the model names no length."""
@@ -249,13 +251,19 @@ class Sides:
         """Return whether the tokenizer's special tokens belong to an input."""
         return not self._by_table(role)
 
+    def _marked(self, ids: list[int], role: Role | None) -> list[int]:
+        """Return `ids`, which begin with the marker of their side, with the marker in its place."""
+        if len(ids) > 1 and ids[0] == self.inserted.get(role or ""):
+            ids[:2] = ids[1], ids[0]
+        return ids
+
     def of_ids(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, whose caller gave its ids, as the model takes its side."""
         return replace(sequence, looked_up=True) if self._by_table(role) else sequence
 
     def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, made of a text, as the model takes its side: queries filled up, skipped tokens marked."""
-        ids, types = list(sequence.ids), sequence.type_ids
+        ids, types = self._marked(list(sequence.ids), role), sequence.type_ids
         added = max(0, self.fill_to - len(ids)) if role == "query" else 0
         ids += [self.fill_id] * added
         return replace(

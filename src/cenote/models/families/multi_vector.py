@@ -88,6 +88,8 @@ class MultiVector(Family):
         steps: modules over token vectors.
         projection: name of the tensor that projects token vectors, where no module does.
         normalizes: whether token vectors have length 1.
+        inserts: markers stand behind the first token, whatever it is, rather than before the text.
+        assumed: markers that the files do not name, but that PyLate puts there.
     """
 
     title: ClassVar[str] = "late interaction (ColBERT)"
@@ -109,6 +111,8 @@ class MultiVector(Family):
     tensors: tuple[str, ...] = ()
     keeps_lengths: bool = True
     normalizes: bool = True
+    inserts: bool = False
+    assumed: tuple[str, ...] = ()
 
     @classmethod
     def recognise(cls, files: Files, options: ModelConfig) -> MultiVector | None:
@@ -149,14 +153,21 @@ class MultiVector(Family):
         """Return how queries and documents are encoded, in token ids; entries that are not there are not skipped.
 
         Raises:
-            CheckpointError: the vocabulary has no entry to expand queries with.
+            CheckpointError: the vocabulary has no entry to expand queries with, or lacks a marker.
         """
         vocabulary, fill = tokenizer.get_vocab(), self.expansion
+        for marker in self.assumed:
+            if marker not in vocabulary:
+                raise CheckpointError(
+                    f"config_sentence_transformers.json has no query_prefix or document_prefix, for which PyLate takes "
+                    f"{marker!r}, and the vocabulary does not have it; write the prefix there, '' for none"
+                )
         sides = Sides(
             lengths=self.lengths,
             skipped=frozenset(vocabulary[word] for word in self.skipped if word in vocabulary),
             skipped_of=self.skipped_of,
             pooled_of=self.pooled_of,
+            inserted=self._inserted(tokenizer),
         )
         if fill is None:
             return sides
@@ -164,6 +175,16 @@ class MultiVector(Family):
         if token not in vocabulary:
             raise CheckpointError(f"queries are to be expanded with {token!r}, which the vocabulary does not have")
         return replace(sides, fill_to=fill.length, fill_id=int(vocabulary[token]), fixed=fill.fixed, attend=fill.attend)
+
+    def _inserted(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        """Return the ids of markers that are behind the first token, where no special token begins a text."""
+        (first, *_) = tokenizer("a")["input_ids"]
+        if not self.inserts or first in tokenizer.all_special_ids:
+            return {}
+        ids = tokenizer.get_vocab()
+        named = {side: self.prefixes.get(side, "") for side in SIDES}
+        marked = {side: marker for side, text in named.items() for marker in self.markers if text.startswith(marker)}
+        return {side: ids[marker] for side, marker in marked.items() if marker in ids}
 
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return token vectors, projected."""
@@ -245,6 +266,8 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         CheckpointError: one of them is not understood.
     """
     modules = {module.kind: module for module in st.special}
+    defaults = _defaults(st)
+    st = replace(st, settings={**st.settings, **defaults})
     prefixes, markers = _prefixes(st.settings)
     lengths = _lengths(st)
     expansion = _expansion(st)
@@ -262,7 +285,16 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         clustering=clustering,
         pooled_of=pooled_of,
         markers=markers,
+        inserts=_is_pylate(st.settings),
+        assumed=tuple(value for name, value in defaults.items() if name.endswith("_prefix")),
     )
+
+
+def _defaults(st: SentenceTransformer) -> dict[str, Any]:
+    """Return PyLate's defaults for the settings that a folder of PyLate leaves out, or has as null."""
+    if not _is_pylate(st.settings) or "query_expansion" in {**st.settings, **st.transformer.written}:
+        return {}
+    return {name: value for name, value in PYLATE_DEFAULTS.items() if st.settings.get(name) is None}
 
 
 def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -298,8 +330,7 @@ def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[st
         CheckpointError: the mask keeps only some tokens.
     """
     if mask is None:
-        default = string.punctuation if _is_pylate(settings) else ""
-        return tuple(coalesce(settings.get("skiplist_words"), default)), ("document",)
+        return tuple(settings.get("skiplist_words") or ()), ("document",)
     if mask.config.get("keep_only_token_ids"):
         raise CheckpointError("MultiVectorMask with keep_only_token_ids is for images, which are not served yet")
     return tuple(mask.config.get("skiplist_words") or ()), _listed(mask.config.get("skiplist_tasks"))
@@ -309,6 +340,15 @@ def _listed(sides: Any) -> tuple[str, ...]:
     """Return the sides that a config names, one as a text or several as a list; none = documents."""
     return as_tuple(sides or "document")
 
+
+PYLATE_DEFAULTS: dict[str, Any] = {
+    "query_prefix": "[Q] ",
+    "document_prefix": "[D] ",
+    "query_length": EXPANDED_LENGTH,
+    "document_length": 180,
+    "skiplist_words": list(string.punctuation),
+}
+"""Settings of PyLate's `models.ColBERT` where a folder says nothing."""
 
 PYLATE_KEYS = frozenset(
     {
