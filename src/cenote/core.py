@@ -224,6 +224,7 @@ class Sides:
         attend: other tokens attend to the added ones.
         skipped: ids whose rows are left out.
         skipped_of: sides from which they are left out; an input without a side counts as a document.
+        kept: ids of the only rows of inputs that are not queries; empty = all.
         pooled_of: sides whose token vectors are joined into fewer; likewise.
         by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
         inserted: ids of the markers that stand behind the first token of a side.
@@ -239,6 +240,7 @@ class Sides:
     pooled_of: tuple[str, ...] = ()
     by_table: bool = False
     inserted: Mapping[str, int] = field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
 
     def limit(self, role: Role | None, most: int) -> int | None:
         """Return the tokens to which an input is cut, at most `most`; `None` = the model names no length."""
@@ -281,9 +283,12 @@ class Sides:
 
     def _kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
         """Return which tokens' rows are kept; `None` = all."""
-        if (role or "document") not in self.skipped_of or self.skipped.isdisjoint(ids):
-            return None
-        return tuple(i for i, token in enumerate(ids) if token not in self.skipped)
+        left_out: set[int] = set()
+        if (role or "document") in self.skipped_of:
+            left_out.update(self.skipped.intersection(ids))
+        if self.kept and role != "query":
+            left_out.update(set(ids) - self.kept)
+        return tuple(i for i, token in enumerate(ids) if token not in left_out) if left_out else None
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,10 @@ class Alike(Sides):
     def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence` as it is."""
         return sequence
+
+
+Cuts = Literal["longest_first", "only_first", "only_second"]
+"""Text of a pair that is cut where both are too long together, in the words of Transformers."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Outputs of a model other than its last hidden states: an earlier layer's, and its own pooler's."""
+"""Outputs of a model other than its last hidden states: an earlier layer's, its own pooler's, and through modules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from torch import nn
 from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models.probe import EQUAL, Draw, distance
+from cenote.tensors import heads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from cenote.tensors.heads import Step
 
 PROBED = (7, 3)
 """Tokens of the sequences by which a pooler is proved."""
@@ -47,6 +52,23 @@ def read_layer(model: PreTrainedModel, number: int) -> None:
         raise CheckpointError(
             f"method_output_name asks for hidden_states {number}, which {type(model).__name__} does not give: {error}"
         ) from error
+
+
+def take_through(model: PreTrainedModel, steps: Sequence[Step]) -> None:
+    """Make the model give its hidden states behind `steps`, by a hook after its forward.
+
+    Args:
+        model: the backbone.
+        steps: modules of Sentence-Transformers over the states of all tokens.
+    """
+    placed = [step.to(model.device) if isinstance(step, nn.Module) else step for step in steps]
+
+    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        states = output.last_hidden_state
+        output.last_hidden_state = heads.apply(placed, states, dimensions=None, activate=False).to(states.dtype)
+        return output
+
+    model.register_forward_hook(take)
 
 
 class OwnPooler(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import string
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cenote.core import Sides, coalesce
 from cenote.errors import CheckpointError
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from cenote.models.poolers import TaskOutput
     from cenote.models.sentence_transformers import Module, SentenceTransformer
     from cenote.tensors.heads import Step
+
+T = TypeVar("T")
 
 STANFORD = "HF_ColBERT"
 """Architecture name of checkpoints in ColBERT's own layout."""
@@ -82,13 +84,14 @@ class MultiVector(Family):
         expansion: of queries; `None` = they are not expanded.
         skipped: vocabulary entries whose vectors are left out.
         skipped_of: sides from which they are left out.
+        kept: ids of the only tokens of documents whose vectors are kept; empty = all.
         clustering: joins token vectors into fewer; `None` = they stay.
         pooled_of: sides whose token vectors are joined.
         markers: prefixes that a tokenizer must not take apart.
         steps: modules over token vectors.
         projection: name of the tensor that projects token vectors, where no module does.
         normalizes: whether token vectors have length 1.
-        inserts: markers stand behind the first token, whatever it is, rather than before the text.
+        inserts: markers of sides that stand behind the first token, whatever it is, rather than before the text.
         assumed: markers that the files do not name, but that PyLate puts there.
     """
 
@@ -103,6 +106,7 @@ class MultiVector(Family):
     expansion: Expansion | None = None
     skipped: tuple[str, ...] = ()
     skipped_of: tuple[str, ...] = ("document",)
+    kept: frozenset[int] = frozenset()
     clustering: Clustering | None = None
     pooled_of: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
@@ -111,7 +115,7 @@ class MultiVector(Family):
     tensors: tuple[str, ...] = ()
     keeps_lengths: bool = True
     normalizes: bool = True
-    inserts: bool = False
+    inserts: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
 
     @classmethod
@@ -156,18 +160,19 @@ class MultiVector(Family):
             CheckpointError: the vocabulary has no entry to expand queries with, or lacks a marker.
         """
         vocabulary, fill = tokenizer.get_vocab(), self.expansion
-        for marker in self.assumed:
-            if marker not in vocabulary:
-                raise CheckpointError(
-                    f"config_sentence_transformers.json has no query_prefix or document_prefix, for which PyLate takes "
-                    f"{marker!r}, and the vocabulary does not have it; write the prefix there, '' for none"
-                )
+        missing = sorted(set(self.assumed).difference(vocabulary))
+        if missing:
+            raise CheckpointError(
+                "config_sentence_transformers.json has no query_prefix or document_prefix, for which PyLate takes "
+                f"{missing[0]!r}, and the vocabulary does not have it; write the prefix there, '' for none"
+            )
         sides = Sides(
             lengths=self.lengths,
             skipped=frozenset(vocabulary[word] for word in self.skipped if word in vocabulary),
             skipped_of=self.skipped_of,
             pooled_of=self.pooled_of,
             inserted=self._inserted(tokenizer),
+            kept=self.kept,
         )
         if fill is None:
             return sides
@@ -179,12 +184,10 @@ class MultiVector(Family):
     def _inserted(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         """Return the ids of markers that are behind the first token, where no special token begins a text."""
         (first, *_) = tokenizer("a")["input_ids"]
-        if not self.inserts or first in tokenizer.all_special_ids:
+        if first in tokenizer.all_special_ids:
             return {}
         ids = tokenizer.get_vocab()
-        named = {side: self.prefixes.get(side, "") for side in SIDES}
-        marked = {side: marker for side, text in named.items() for marker in self.markers if text.startswith(marker)}
-        return {side: ids[marker] for side, marker in marked.items() if marker in ids}
+        return {side: ids[marker] for side, marker in self.inserts.items() if marker in ids}
 
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return token vectors, projected."""
@@ -273,7 +276,8 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
     expansion = _expansion(st)
     if expansion is not None:
         lengths = _beside(expansion, lengths)
-    skipped, skipped_of = _skipped(st.settings, modules.get("MultiVectorMask"))
+    mask = modules.get("MultiVectorMask")
+    skipped, skipped_of = _skipped(st.settings, mask)
     clustering, pooled_of = _clustering(modules.get("HierarchicalTokenPooling"))
     return replace(
         plain,
@@ -282,10 +286,11 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         expansion=expansion,
         skipped=skipped,
         skipped_of=skipped_of,
+        kept=_kept(mask),
         clustering=clustering,
         pooled_of=pooled_of,
-        markers=markers,
-        inserts=_is_pylate(st.settings),
+        markers=tuple(markers.values()),
+        inserts=markers if _is_pylate(st.settings) else {},
         assumed=tuple(value for name, value in defaults.items() if name.endswith("_prefix")),
     )
 
@@ -297,21 +302,25 @@ def _defaults(st: SentenceTransformer) -> dict[str, Any]:
     return {name: value for name, value in PYLATE_DEFAULTS.items() if st.settings.get(name) is None}
 
 
-def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return text before each side, which begins with its marker, and the markers."""
+def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the text before each side, which begins with its marker, and the markers of sides."""
     prompts = settings.get("prompts") or {}
     markers = {side: settings.get(f"{side}_prefix") or "" for side in SIDES}
     texts = {side: markers[side] + str(prompts.get(side) or "").removeprefix(markers[side]) for side in SIDES}
-    return {side: text for side, text in texts.items() if text}, tuple(filter(None, markers.values()))
+    return _filled(texts), _filled(markers)
+
+
+def _filled(values: Mapping[str, T]) -> dict[str, T]:
+    """Return the values of sides that are not empty or zero."""
+    return {side: value for side, value in values.items() if value}
 
 
 def _lengths(st: SentenceTransformer) -> dict[str, int]:
     """Return the tokens to which each side is cut: the Transformer's config comes before PyLate's settings."""
     if st.transformer.is_one_length:
         return {}
-    lengths = {side: st.settings.get(f"{side}_length") for side in SIDES}
-    lengths |= st.transformer.lengths
-    return {side: int(length) for side, length in lengths.items() if length}
+    lengths = {side: int(st.settings.get(f"{side}_length") or 0) for side in SIDES}
+    return _filled({**lengths, **st.transformer.lengths})
 
 
 def _beside(expansion: Expansion, lengths: Mapping[str, int]) -> dict[str, int]:
@@ -331,9 +340,12 @@ def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[st
     """
     if mask is None:
         return tuple(settings.get("skiplist_words") or ()), ("document",)
-    if mask.config.get("keep_only_token_ids"):
-        raise CheckpointError("MultiVectorMask with keep_only_token_ids is for images, which are not served yet")
     return tuple(mask.config.get("skiplist_words") or ()), _listed(mask.config.get("skiplist_tasks"))
+
+
+def _kept(mask: Module | None) -> frozenset[int]:
+    """Return the ids of the only tokens of documents whose vectors are kept; empty = all are."""
+    return frozenset(() if mask is None else mask.config.get("keep_only_token_ids") or ())
 
 
 def _listed(sides: Any) -> tuple[str, ...]:
