@@ -321,6 +321,8 @@ class PairTemplate:
         prefix: text before the query.
         suffix: text after the document. A pair whose query begins with `prefix` and whose document ends with `suffix`
             is rendered already, and stays as it is; both empty = that is not looked for.
+        cuts_whole: a prompt that is too long is cut like a text, not its document alone.
+        restores: the end of the template is put back where a prompt was cut like a text.
     """
 
     source: str | None
@@ -332,6 +334,8 @@ class PairTemplate:
     bos: bool = False
     prefix: str = ""
     suffix: str = ""
+    cuts_whole: bool = False
+    restores: bool = True
 
     def is_rendered(self, query: str, document: str) -> bool:
         """Return whether a client has rendered the pair already."""

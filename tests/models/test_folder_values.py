@@ -152,6 +152,31 @@ def test_a_text_that_cannot_be_cut_enough(tmp_path: Path) -> None:
         scored(folder, [pair])
 
 
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<end>"
+
+
+@pytest.mark.parametrize("length", [100, 60, 40])
+@pytest.mark.parametrize("restores", [True, False], ids=["end put back", "end cut off"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_pair_of_messages_is_cut_like_a_text(tmp_path: Path, side: str, restores: bool, length: int) -> None:
+    """Its template and its query too, as far as the length asks."""
+    tokenizer = checkpoints.byte_level(chat_template=TEMPLATE)
+    options = {"num_labels": 1, "pad_token_id": 0, "max_position_embeddings": 256}
+    folder = checkpoints.classifier(tmp_path / "model", "Qwen3", tokenizer=tokenizer, **options)
+    entry = {"method": "forward", "method_output_name": "logits"}
+    transformer = {
+        **CLASSES,
+        "modality_config": {"text": entry, "message": {**entry, "format": "flat"}},
+        "max_seq_length": length,
+        "processor_kwargs": {"truncation_side": side},
+        "processing_kwargs": {"chat_template": {"restore_suffix": restores}},
+    }
+    checkpoints.write_modules(folder, transformer=transformer, settings={"model_type": "CrossEncoder"})
+    pairs = [(TEXTS[2], TEXTS[3] + TEXTS[0]), (TEXTS[1], TEXTS[0]), (TEXTS[3], TEXTS[0] + TEXTS[3] * 2)]
+    expected = CrossEncoder(str(folder), device="cpu").predict(pairs, show_progress_bar=False)
+    assert scored(folder, pairs) == pytest.approx(expected, abs=2e-5)
+
+
 # Tokens that alone are compared
 
 

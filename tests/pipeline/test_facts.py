@@ -184,7 +184,9 @@ FULL = Facts(
         {"query": 5},
         frozenset({8}),
     ),
-    pair_template=PairTemplate("{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief", ("a", "b"), True, "<", ">"),
+    pair_template=PairTemplate(
+        "{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief", ("a", "b"), True, "<", ">", True, False
+    ),
     messages=MessageTemplate("{{ x }}", {"a": [1]}, True, True, False),
     special_tokens=False,
     lowercase=True,

@@ -297,6 +297,8 @@ def _pair_template(
             structured=messages.structured,
             add_special_tokens=False,
             system=st.default_prompt,
+            cuts_whole=True,
+            restores=messages.restores,
         )
     return head.prompt
 

@@ -33,7 +33,8 @@ DTYPES = frozenset({"dtype", "torch_dtype"})
 
 # fmt: off
 PICKING = frozenset({
-    "pool", "pooled", "pooler", "pooling", "head", "heads", "label", "labels", "classifier", "classification", "score", "scores",
+    "pool", "pooled", "pooler", "pooling", "head", "heads", "label", "labels", "classifier", "classification", "score",
+    "scores",
     "reward", "regression", "proj", "projection", "projector", "prompt", "prompts", "instruction", "instructions",
     "template", "tokenizer", "tokenization", "normalize", "normalized", "normalization", "matryoshka", "causal",
     "bidirectional", "unidirectional", "lora", "adapter", "adapters", "adaptations", "similarity", "prefix", "prefixes",

@@ -125,10 +125,10 @@ class FastTokenizer:
         """
         length = FIRST_LOOK * count
         while 4 * length < len(text):
-            part = text[_kept(length, from_end)]
+            part = text[kept_places(length, from_end)]
             (encoding,) = self.encodings([part], special=False)
             if _is_settled(encoding, count, from_end):
-                longer = [text[_kept(size, from_end)] for size in (length + 1, length + length // 2)]
+                longer = [text[kept_places(size, from_end)] for size in (length + 1, length + length // 2)]
                 others = self.encodings(longer, special=False, offsets=False)
                 if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
                     return part
@@ -284,14 +284,14 @@ class SlowTokenizer:
         return self._cased(text)
 
 
-def _kept(count: int, from_end: bool) -> slice:
+def kept_places(count: int, from_end: bool) -> slice:
     """Return the places of the first or the last `count`."""
     return slice(-count, None) if from_end else slice(count)
 
 
 def _ids(encoding: Encoding, count: int, from_end: bool) -> tuple[int, ...]:
     """Return the first or the last `count` ids."""
-    return tuple(encoding.ids[_kept(count, from_end)])
+    return tuple(encoding.ids[kept_places(count, from_end)])
 
 
 def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
