@@ -238,10 +238,8 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
 
 def _tokenizer_folder(files: Files, options: ModelConfig) -> Path:
     """Return the folder of the tokenizer: the one that the user names, else the checkpoint's files, else its own."""
-    named = files.st.transformer.tokenizer
-    if files.location.tokenizer is None and named is not None:
-        return _locate_base(options, named, None)
-    return files.location.tokenizer or files.base.tokenizer
+    locate = partial(_locate_base, options, revision=None)
+    return files.location.tokenizer or optional(locate, files.st.transformer.tokenizer) or files.base.tokenizer
 
 
 def _missing(folder: Path) -> str:

@@ -10,15 +10,12 @@ from torch import nn
 from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models.probe import EQUAL, Draw, distance
-from cenote.tensors import heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from cenote.tensors.heads import Step
 
 PROBED = (7, 3)
 """Tokens of the sequences by which a pooler is proved."""
@@ -54,18 +51,18 @@ def read_layer(model: PreTrainedModel, number: int) -> None:
         ) from error
 
 
-def take_through(model: PreTrainedModel, steps: Sequence[Step]) -> None:
+def take_through(model: PreTrainedModel, steps: Sequence[nn.Module]) -> None:
     """Make the model give its hidden states behind `steps`, by a hook after its forward.
 
     Args:
         model: the backbone.
         steps: modules of Sentence-Transformers over the states of all tokens.
     """
-    placed = [step.to(model.device) if isinstance(step, nn.Module) else step for step in steps]
+    layers = nn.Sequential(*steps).to(model.device)
 
     def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = output.last_hidden_state
-        output.last_hidden_state = heads.apply(placed, states, dimensions=None, activate=False).to(states.dtype)
+        output.last_hidden_state = layers(states.float()).to(states.dtype)
         return output
 
     model.register_forward_hook(take)

@@ -135,7 +135,7 @@ class SentenceTransformer:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     logit_score: tuple[int, int | None] | None = None
-    over_tokens: tuple[Step, ...] = ()
+    over_tokens: tuple[nn.Module, ...] = ()
     token_width: int | None = None
     special: tuple[Module, ...] = ()
 
@@ -353,7 +353,7 @@ Reader = Callable[["SentenceTransformer", Module, bool], "SentenceTransformer"]
 def _reader(st: SentenceTransformer, module: Module) -> Reader | None:
     """Return the reader of a module; `None` = a family has to read it, as all over tokens that are compared."""
     names = (st.result, module.config.get("module_input_name"))
-    before_pooling = names == TOKENS_OF_TOKENS and OVER_TOKENS.get((st.model_type, module.kind))
+    before_pooling = OVER_TOKENS.get((st.model_type, *names, module.kind))
     return before_pooling or READERS.get((st.result, module.kind))
 
 
@@ -403,7 +403,7 @@ def _with_token_dense(st: SentenceTransformer, module: Module, allow_pickle: boo
 
 def _with_token_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
     _check_names(module, ("token_embeddings",))
-    return replace(st, over_tokens=(*st.over_tokens, normalize))
+    return replace(st, over_tokens=(*st.over_tokens, Normalized()))
 
 
 def _with_logit_score(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
@@ -438,13 +438,13 @@ def _with_dropout(st: SentenceTransformer, module: Module, allow_pickle: bool) -
 TOKENS_OF_TOKENS = ("token_embeddings", "token_embeddings")
 """The value that modules give so far, and the one that a module over the states of all tokens reads."""
 
-OVER_TOKENS: dict[tuple[str, str], Reader] = {
-    ("SentenceTransformer", "Dense"): _with_token_dense,
-    ("SentenceTransformer", "Normalize"): _with_token_normalize,
-    ("CrossEncoder", "Dense"): _with_token_dense,
-    ("CrossEncoder", "Normalize"): _with_token_normalize,
+OVER_TOKENS: dict[tuple[str | None, ...], Reader] = {
+    ("SentenceTransformer", *TOKENS_OF_TOKENS, "Dense"): _with_token_dense,
+    ("SentenceTransformer", *TOKENS_OF_TOKENS, "Normalize"): _with_token_normalize,
+    ("CrossEncoder", *TOKENS_OF_TOKENS, "Dense"): _with_token_dense,
+    ("CrossEncoder", *TOKENS_OF_TOKENS, "Normalize"): _with_token_normalize,
 }
-"""The type of a model that pools, and the class of a module before its pooling, to the module's reader."""
+"""The type of a model that pools, both values, and the class of a module before its pooling, to the module's reader."""
 
 READERS: dict[tuple[str, str], Reader] = {
     ("token_embeddings", "Pooling"): _with_pooling,
@@ -519,6 +519,14 @@ def _flagged_modes(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
 
 
+class Normalized(nn.Module):
+    """`normalize` as a module."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """`[R, D] -> [R, D]`."""
+        return normalize(x_RD)
+
+
 class _Dense(nn.Module):
     """Linear, activation, and an optional residual around both."""
 
@@ -544,7 +552,7 @@ def dense(
     allow_pickle: bool,
     over: str = "sentence_embedding",
     outputs: Collection[str] = (),
-) -> tuple[Step, int]:
+) -> tuple[nn.Module, int]:
     """Return the layer of a Dense module over vectors of the name `over`, and its output size.
 
     Args:

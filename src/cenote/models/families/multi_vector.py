@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PYLATE = "ColBERT"
+"""Type of PyLate's models."""
+
 STANFORD = "HF_ColBERT"
 """Architecture name of checkpoints in ColBERT's own layout."""
 
@@ -243,7 +246,7 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
 
 
 def _is_one(st: SentenceTransformer) -> bool:
-    return st.model_type in ("MultiVectorEncoder", "ColBERT")
+    return st.model_type in ("MultiVectorEncoder", PYLATE)
 
 
 def _plain(st: SentenceTransformer, allow_pickle: bool) -> MultiVector:
@@ -259,7 +262,7 @@ def _normalizes_tokens(module: Module) -> bool:
 
 
 def _is_pylate(settings: Mapping[str, Any]) -> bool:
-    return settings.get("model_type") == "ColBERT"
+    return settings.get("model_type") == PYLATE
 
 
 def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
@@ -290,7 +293,7 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         clustering=clustering,
         pooled_of=pooled_of,
         markers=tuple(markers.values()),
-        inserts=markers if _is_pylate(st.settings) else {},
+        inserts={PYLATE: markers}.get(st.model_type, {}),
         assumed=tuple(value for name, value in defaults.items() if name.endswith("_prefix")),
     )
 
