@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-rest test-all check bench bench-peers clean
+.PHONY: serve test test-rest test-pylate test-all check bench bench-peers clean
 
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,14 +24,23 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 
 # Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
 test: $(VENV)/.dev
-	$(PYTEST) -m "not full" $(ARGS)
+	$(PYTEST) -m "not full and not pylate" $(ARGS)
 
 # The rest: the other kernel paths that this processor has, and figures over more text.
 test-rest: $(VENV)/.dev
 	$(PYTEST) -m full $(ARGS)
 
+# PyLate pins older releases of what .venv has; its packages lie over .venv's in the process that runs it.
+.pylate/.installed: .ci/pylate.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --upgrade --target .pylate --no-deps --requirement .ci/pylate.txt
+	touch $@
+
+# ColBERT folders as PyLate itself runs them.
+test-pylate: .pylate/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pylate tests/models/test_pylate.py $(ARGS)
+
 # The whole test suite.
-test-all: test test-rest
+test-all: test test-rest test-pylate
 
 # Lint, formatting, types, and how much a reader must hold in mind.
 check: $(VENV)/.dev
@@ -55,4 +64,4 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench .pylate .pytest_cache .mypy_cache .ruff_cache

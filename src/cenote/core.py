@@ -224,8 +224,10 @@ class Sides:
         attend: other tokens attend to the added ones.
         skipped: ids whose rows are left out.
         skipped_of: sides from which they are left out; an input without a side counts as a document.
+        kept: ids of the only rows of inputs that are not queries; empty = all.
         pooled_of: sides whose token vectors are joined into fewer; likewise.
         by_table: sparse embeddings of queries come from a table of weights; their tokens are only those of the text.
+        inserted: ids of the markers that stand behind the first token of a side.
     """
 
     lengths: Mapping[str, int] = field(default_factory=dict)
@@ -237,6 +239,8 @@ class Sides:
     skipped_of: tuple[str, ...] = ("document",)
     pooled_of: tuple[str, ...] = ()
     by_table: bool = False
+    inserted: Mapping[str, int] = field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
 
     def limit(self, role: Role | None, most: int) -> int | None:
         """Return the tokens to which an input is cut, at most `most`; `None` = the model names no length."""
@@ -249,13 +253,19 @@ class Sides:
         """Return whether the tokenizer's special tokens belong to an input."""
         return not self._by_table(role)
 
+    def _marked(self, ids: list[int], role: Role | None) -> list[int]:
+        """Return `ids`, which begin with the marker of their side, with the marker in its place."""
+        if len(ids) > 1 and ids[0] == self.inserted.get(role or ""):
+            ids[:2] = ids[1], ids[0]
+        return ids
+
     def of_ids(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, whose caller gave its ids, as the model takes its side."""
         return replace(sequence, looked_up=True) if self._by_table(role) else sequence
 
     def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, made of a text, as the model takes its side: queries filled up, skipped tokens marked."""
-        ids, types = list(sequence.ids), sequence.type_ids
+        ids, types = self._marked(list(sequence.ids), role), sequence.type_ids
         added = max(0, self.fill_to - len(ids)) if role == "query" else 0
         ids += [self.fill_id] * added
         return replace(
@@ -273,9 +283,12 @@ class Sides:
 
     def _kept(self, ids: Seq[int], role: Role | None) -> tuple[int, ...] | None:
         """Return which tokens' rows are kept; `None` = all."""
-        if (role or "document") not in self.skipped_of or self.skipped.isdisjoint(ids):
-            return None
-        return tuple(i for i, token in enumerate(ids) if token not in self.skipped)
+        left_out: set[int] = set()
+        if (role or "document") in self.skipped_of:
+            left_out.update(self.skipped.intersection(ids))
+        if self.kept and role != "query":
+            left_out.update(set(ids) - self.kept)
+        return tuple(i for i, token in enumerate(ids) if token not in left_out) if left_out else None
 
 
 @dataclass(frozen=True)
@@ -285,6 +298,10 @@ class Alike(Sides):
     def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence` as it is."""
         return sequence
+
+
+Cuts = Literal["longest_first", "only_first", "only_second"]
+"""Text of a pair that is cut where both are too long together, in the words of Transformers."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +321,8 @@ class PairTemplate:
         prefix: text before the query.
         suffix: text after the document. A pair whose query begins with `prefix` and whose document ends with `suffix`
             is rendered already, and stays as it is; both empty = that is not looked for.
+        cuts_whole: a prompt that is too long is cut like a text, not its document alone.
+        restores: the end of the template is put back where a prompt was cut like a text.
     """
 
     source: str | None
@@ -315,6 +334,8 @@ class PairTemplate:
     bos: bool = False
     prefix: str = ""
     suffix: str = ""
+    cuts_whole: bool = False
+    restores: bool = True
 
     def is_rendered(self, query: str, document: str) -> bool:
         """Return whether a client has rendered the pair already."""

@@ -632,7 +632,7 @@ PYLATE: dict[str, dict[str, Any]] = {
     "own skip-list": {"skiplist_words": ["fox", ","]},
     "lengths by default": {"query_length": "absent", "document_length": "absent"},
     "prompts behind the prefixes": {"prompts": {"query": "hello ", "document": "[D] represent "}},
-    "no prefixes": {"query_prefix": "", "document_prefix": None},
+    "no prefixes": {"query_prefix": "", "document_prefix": ""},
 }
 
 

@@ -113,8 +113,9 @@ def test_max_sim_takes_slices_and_leaves_its_input() -> None:
 def test_max_sim_without_documents_or_tokens() -> None:
     (query,) = matrices(2)
     assert max_sim(query, []).shape == (0,)
-    with pytest.raises(ValueError, match="document 1 has no tokens"):
-        max_sim(query, matrices(3, 0, 2))
+    first, empty, last = matrices(3, 0, 2)
+    assert max_sim(query, [first, empty, last]).tolist() == [*max_sim(query, [first]), -1e9, *max_sim(query, [last])]
+    assert max_sim(query, [empty]).tolist() == [-1e9]
 
 
 @pytest.mark.parametrize(

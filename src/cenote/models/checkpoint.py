@@ -216,7 +216,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
 
 def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerBase, TokenizerSource]:
     """Return the tokenizer, and how it is made once more."""
-    name, folder = files.location.name, files.location.tokenizer or files.base.tokenizer
+    name, folder = files.location.name, _tokenizer_folder(files, options)
     template = optional(template_text, options.chat_template)
     module = files.st.transformer
     source = TokenizerSource(
@@ -234,6 +234,12 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
         raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
     return tokenizer, source
+
+
+def _tokenizer_folder(files: Files, options: ModelConfig) -> Path:
+    """Return the folder of the tokenizer: the one that the user names, else the checkpoint's files, else its own."""
+    locate = partial(_locate_base, options, revision=None)
+    return files.location.tokenizer or optional(locate, files.st.transformer.tokenizer) or files.base.tokenizer
 
 
 def _missing(folder: Path) -> str:
@@ -289,6 +295,8 @@ def _pair_template(
             structured=messages.structured,
             add_special_tokens=False,
             system=st.default_prompt,
+            cuts_whole=True,
+            restores=messages.restores,
         )
     return head.prompt
 

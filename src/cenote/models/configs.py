@@ -33,10 +33,12 @@ DTYPES = frozenset({"dtype", "torch_dtype"})
 
 # fmt: off
 PICKING = frozenset({
-    "pool", "pooler", "pooling", "head", "heads", "label", "labels", "classifier", "classification", "score", "scores",
+    "pool", "pooled", "pooler", "pooling", "head", "heads", "label", "labels", "classifier", "classification", "score",
+    "scores",
     "reward", "regression", "proj", "projection", "projector", "prompt", "prompts", "instruction", "instructions",
-    "template", "tokenizer", "tokenization", "normalize", "normalization", "matryoshka", "causal", "bidirectional",
-    "lora", "adapter", "adapters", "adaptations", "similarity",
+    "template", "tokenizer", "tokenization", "normalize", "normalized", "normalization", "matryoshka", "causal",
+    "bidirectional", "unidirectional", "lora", "adapter", "adapters", "adaptations", "similarity", "prefix", "prefixes",
+    "suffix", "instruct", "maxlen", "punctuation", "skiplist", "colbert", "rerank", "reranker", "crf",
 })
 """Words of keys that pick heads, pooling, labels, tokenisation or code."""
 
@@ -49,6 +51,8 @@ READ = frozenset({
 # fmt: on
 
 OF_TRAINING = "for training alone"
+GENERATING = "for generating text"
+OF_TOKENIZER = "tokenizer_config.json says it"
 OLD_HEADS = "of heads that Transformers no longer has"
 
 KEYS = Keys(
@@ -65,8 +69,11 @@ KEYS = Keys(
         "classifier_bias": "the tensors say it",
         "summary_*": OLD_HEADS,
         "head_type": OLD_HEADS,
-        "task_specific_params": "for generating text",
-        "tokenizer_class": "tokenizer_config.json says it",
+        "task_specific_params": GENERATING,
+        "output_scores": GENERATING,
+        "prefix": GENERATING,
+        "tokenizer_class": OF_TOKENIZER,
+        "add_prefix_space": OF_TOKENIZER,
         "lora_main_params_trainable": OF_TRAINING,
         "label_smoothing*": OF_TRAINING,
         "*_loss*": OF_TRAINING,
@@ -238,7 +245,14 @@ def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit)
 
 def _picks(key: str, value: Any) -> bool:
     """Return whether an entry picks heads, pooling, labels, tokenisation or code."""
-    return value is not None and not PICKING.isdisjoint(key.strip("_").split("_"))
+    return _says_something(value) and not PICKING.isdisjoint(key.strip("_").split("_"))
+
+
+def _says_something(value: Any) -> bool:
+    """Return whether a value is not null, empty, or an object all of whose values are."""
+    if isinstance(value, dict):
+        return any(map(_says_something, value.values()))
+    return value not in (None, "", [])
 
 
 def _keys(config: PretrainedConfig) -> set[str]:

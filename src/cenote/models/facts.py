@@ -79,5 +79,5 @@ class Files:
 
     @property
     def width(self) -> int:
-        """Size of a hidden state."""
-        return int(self.config.get_text_config().hidden_size)
+        """Size of a token's state, behind the modules over all of them."""
+        return self.st.token_width or int(self.config.get_text_config().hidden_size)

@@ -54,6 +54,7 @@ TRANSFORMER = Keys(
             "query_length",
             "document_length",
             "query_expansion",
+            "tokenizer_name_or_path",
             "config_kwargs",
             "processor_kwargs",
             "model_kwargs.dtype",

@@ -27,7 +27,7 @@ from cenote.models.convert import with_defaults
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
-from cenote.models.model_outputs import prove_pooler, read_layer
+from cenote.models.model_outputs import prove_pooler, read_layer, take_through
 from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
@@ -113,6 +113,8 @@ def _choose_output(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         read_layer(model, layer)
     if checkpoint.st.has_own_pooler:
         prove_pooler(model)
+    if checkpoint.st.over_tokens:
+        take_through(model, checkpoint.st.over_tokens)
 
 
 def prove(

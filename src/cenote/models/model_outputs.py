@@ -1,4 +1,4 @@
-"""Outputs of a model other than its last hidden states: an earlier layer's, and its own pooler's."""
+"""Outputs of a model other than its last hidden states: an earlier layer's, its own pooler's, and through modules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cenote.errors import CheckpointError
 from cenote.models.probe import EQUAL, Draw, distance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -47,6 +49,23 @@ def read_layer(model: PreTrainedModel, number: int) -> None:
         raise CheckpointError(
             f"method_output_name asks for hidden_states {number}, which {type(model).__name__} does not give: {error}"
         ) from error
+
+
+def take_through(model: PreTrainedModel, steps: Sequence[nn.Module]) -> None:
+    """Make the model give its hidden states behind `steps`, by a hook after its forward.
+
+    Args:
+        model: the backbone.
+        steps: modules of Sentence-Transformers over the states of all tokens.
+    """
+    layers = nn.Sequential(*steps).to(model.device)
+
+    def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        states = output.last_hidden_state
+        output.last_hidden_state = layers(states.float()).to(states.dtype)
+        return output
+
+    model.register_forward_hook(take)
 
 
 class OwnPooler(nn.Module):

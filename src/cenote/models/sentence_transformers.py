@@ -7,6 +7,7 @@ Cenote does not honour is an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -117,6 +118,8 @@ class SentenceTransformer:
         dimension: length of the vector or number of scores, if a module fixes it.
         prompts: name to text.
         logit_score: token ids (true, false) of a `LogitScore` module: the language model's logits are the score.
+        over_tokens: modules over the states of all tokens, before pooling.
+        token_width: size of a state behind them; `None` = the model's.
         special: modules that need a family to read them, in order, then those of queries alone.
     """
 
@@ -132,6 +135,8 @@ class SentenceTransformer:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     logit_score: tuple[int, int | None] | None = None
+    over_tokens: tuple[nn.Module, ...] = ()
+    token_width: int | None = None
     special: tuple[Module, ...] = ()
 
     @property
@@ -336,18 +341,33 @@ def _with(st: SentenceTransformer, module: Module, audit: Audit, allow_pickle: b
     known = keys.MODULES.get(module.kind)
     if known is not None:
         audit.read(f"{module.path}/config.json", module.config, known)
-    reader = READERS.get((st.result, module.kind))
+    reader = _reader(st, module)
     if reader is None or module.side:
         return replace(st, special=(*st.special, module))
     return reader(st, module, allow_pickle)
+
+
+Reader = Callable[["SentenceTransformer", Module, bool], "SentenceTransformer"]
+
+
+def _reader(st: SentenceTransformer, module: Module) -> Reader | None:
+    """Return the reader of a module; `None` = a family has to read it, as all over tokens that are compared."""
+    names = (st.result, module.config.get("module_input_name"))
+    before_pooling = OVER_TOKENS.get((st.model_type, *names, module.kind))
+    return before_pooling or READERS.get((st.result, module.kind))
 
 
 def _closed(st: SentenceTransformer) -> SentenceTransformer:
     """Return `st` after its last module: a closing Normalize is an activation, which requests can leave out.
 
     Raises:
-        CheckpointError: a CrossEncoder's modules give no scores.
+        CheckpointError: a CrossEncoder's modules give no scores, layers over tokens have no pooling behind them, or
+            inputs without a second text are to lose tokens of it.
     """
+    if st.over_tokens and not st.modes:
+        raise CheckpointError("modules.json has modules over token embeddings, and no Pooling behind them")
+    if st.transformer.cuts == "only_second" and not st.is_cross_encoder:
+        raise CheckpointError("truncation is 'only_second', which is for pairs, and no CrossEncoder reads this folder")
     if st.is_cross_encoder != (st.result == "scores"):
         raise CheckpointError(
             f"the modules of this {st.model_type} give {st.result}; a CrossEncoder gives scores, and no other model"
@@ -357,7 +377,7 @@ def _closed(st: SentenceTransformer) -> SentenceTransformer:
     length = st.truncate_dim
     if length is not None:
         return replace(st, steps=(*st.steps, Cut(length)), dimension=min(st.dimension or length, length))
-    if st.steps and st.steps[-1] is normalize:
+    if st.steps[-1:] == (normalize,):
         return replace(st, steps=st.steps[:-1], normalizes=True)
     return st
 
@@ -374,6 +394,16 @@ def _with_pooling(st: SentenceTransformer, module: Module, allow_pickle: bool) -
         dimension=width * len(modes) if width else None,
         result="sentence_embedding",
     )
+
+
+def _with_token_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    step, width = dense(module, allow_pickle, over="token_embeddings")
+    return replace(st, over_tokens=(*st.over_tokens, step), token_width=width)
+
+
+def _with_token_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
+    _check_names(module, ("token_embeddings",))
+    return replace(st, over_tokens=(*st.over_tokens, Normalized()))
 
 
 def _with_logit_score(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
@@ -405,7 +435,18 @@ def _with_dropout(st: SentenceTransformer, module: Module, allow_pickle: bool) -
     return st
 
 
-READERS: dict[tuple[str, str], Callable[[SentenceTransformer, Module, bool], SentenceTransformer]] = {
+TOKENS_OF_TOKENS = ("token_embeddings", "token_embeddings")
+"""The value that modules give so far, and the one that a module over the states of all tokens reads."""
+
+OVER_TOKENS: dict[tuple[str | None, ...], Reader] = {
+    ("SentenceTransformer", *TOKENS_OF_TOKENS, "Dense"): _with_token_dense,
+    ("SentenceTransformer", *TOKENS_OF_TOKENS, "Normalize"): _with_token_normalize,
+    ("CrossEncoder", *TOKENS_OF_TOKENS, "Dense"): _with_token_dense,
+    ("CrossEncoder", *TOKENS_OF_TOKENS, "Normalize"): _with_token_normalize,
+}
+"""The type of a model that pools, both values, and the class of a module before its pooling, to the module's reader."""
+
+READERS: dict[tuple[str, str], Reader] = {
     ("token_embeddings", "Pooling"): _with_pooling,
     ("causal_logits", "LogitScore"): _with_logit_score,
     ("sentence_embedding", "Dense"): _with_dense,
@@ -478,6 +519,14 @@ def _flagged_modes(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
 
 
+class Normalized(nn.Module):
+    """`normalize` as a module."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """`[R, D] -> [R, D]`."""
+        return normalize(x_RD)
+
+
 class _Dense(nn.Module):
     """Linear, activation, and an optional residual around both."""
 
@@ -503,7 +552,7 @@ def dense(
     allow_pickle: bool,
     over: str = "sentence_embedding",
     outputs: Collection[str] = (),
-) -> tuple[Step, int]:
+) -> tuple[nn.Module, int]:
     """Return the layer of a Dense module over vectors of the name `over`, and its output size.
 
     Args:

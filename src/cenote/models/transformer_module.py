@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
+    from cenote.core import Cuts
     from cenote.models.audit import Audit
 
 CONFIGS = (
@@ -47,8 +48,15 @@ MODALITIES = frozenset({"text", "message", "image", "audio", "video"})
 
 SIDES = ("query", "document")
 
-IS_CUT = {True: True, "longest_first": True, False: False, "do_not_truncate": False}
-"""Values of the tokenizer's `truncation` that are honoured, and whether inputs are cut."""
+CUTS: dict[Any, Cuts | None] = {
+    True: "longest_first",
+    "longest_first": "longest_first",
+    "only_first": "only_first",
+    "only_second": "only_second",
+    False: None,
+    "do_not_truncate": None,
+}
+"""Values of the tokenizer's `truncation` and the text of a pair that they cut; `None` = inputs are not cut."""
 
 RESERVED = frozenset(
     {
@@ -117,12 +125,14 @@ class TransformerModule:
         model_kwargs: arguments with which the model is made.
         max_length: tokens to which an input is cut; `None` = the tokenizer's limit.
         is_cut: whether inputs are cut at all.
+        cuts: the text of a pair that is cut.
         lengths: tokens to which inputs of a side are cut, by "query" and "document".
         is_one_length: arguments of the tokenizer set the length of both sides.
         special_tokens: the tokenizer adds its special tokens.
         type_ids: the model gets token type ids; `None` = as the tokenizer says.
         lowercase: text is lower-cased before it is tokenised.
         messages: the chat template renders every text; `None` = it does not.
+        tokenizer: folder or hub id of another checkpoint's tokenizer; `None` = its own.
         written: the config itself.
     """
 
@@ -135,12 +145,14 @@ class TransformerModule:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     is_cut: bool = True
+    cuts: Cuts = "longest_first"
     lengths: Mapping[str, int] = field(default_factory=dict)
     is_one_length: bool = False
     special_tokens: bool = True
     type_ids: bool | None = None
     lowercase: bool = False
     messages: Messages | None = None
+    tokenizer: str | None = None
     written: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -224,13 +236,11 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _renamed(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config in the new spelling, without keys whose value says that they are not set."""
+    """Return the config in the new spelling."""
     config = dict(written)
     for old, new in keys.RENAMED.items():
         if old in config:
             config[new] = config.pop(old)
-    if config.get("tokenizer_name_or_path", "") is None:
-        del config["tokenizer_name_or_path"]
     return config
 
 
@@ -265,6 +275,8 @@ class _Reader:
         messages = self._messages(modality)
         sizes = self._sizes(in_messages=messages is not None)
         lengths = {} if "max_length" in sizes else self._lengths()
+        cuts = self._cuts(sizes)
+        self._require(messages is None or cuts != "only_second", "truncation", cuts, "another one for rendered texts")
         tokenizer_kwargs = without(self._object(self._config, "processor_kwargs"), keys.LOADING)
         length = tokenizer_kwargs.get("model_max_length", self._config.get("max_seq_length"))
         return TransformerModule(
@@ -276,13 +288,15 @@ class _Reader:
             tokenizer_kwargs=tokenizer_kwargs,
             model_kwargs=self._object(self._config, "model_kwargs"),
             max_length=self._count("max_length", coalesce(sizes.get("max_length"), length)),
-            is_cut=self._is_cut(sizes),
+            is_cut=cuts is not None,
+            cuts=cuts or "longest_first",
             lengths=lengths,
             is_one_length="max_length" in sizes,
             special_tokens=self._special_tokens(in_messages=messages is not None),
             type_ids=self._text_kwargs().get("return_token_type_ids"),
             lowercase=bool(self._config.get("do_lower_case", False)),
             messages=messages,
+            tokenizer=self._config.get("tokenizer_name_or_path"),
             written=self._config,
         )
 
@@ -345,13 +359,11 @@ class _Reader:
         sizes = self._common | self._text | self._chat
         return _only(sizes, SIZES)
 
-    def _is_cut(self, sizes: Mapping[str, Any]) -> bool:
-        """Return whether the tokenizer cuts inputs."""
-        truncation = sizes.get("truncation", True)
-        if truncation is None:
-            return "max_length" in sizes
-        self._require(truncation in IS_CUT, "truncation", truncation, "true, false, longest_first or do_not_truncate")
-        return IS_CUT[truncation]
+    def _cuts(self, sizes: Mapping[str, Any]) -> Cuts | None:
+        """Return the text of a pair that the tokenizer cuts; `None` = it cuts no inputs."""
+        truncation = coalesce(sizes.get("truncation", True), "max_length" in sizes)
+        self._require(truncation in CUTS, "truncation", truncation, "true, false, or a strategy of Transformers")
+        return CUTS[truncation]
 
     def _lengths(self) -> dict[str, int]:
         """Return the lengths by side."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.core import LoraModule, MessageTemplate, ModelInfo, PairTemplate, Sides
+from cenote.core import Cuts, LoraModule, MessageTemplate, ModelInfo, PairTemplate, Sides
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
@@ -33,6 +33,7 @@ class Facts:
         lowercase: text is lower-cased before it is tokenised.
         include_prompt: whether pooling includes the tokens of the prompt.
         auto_truncate: inputs that are too long are cut unless the request says otherwise.
+        cuts: text of a pair that is cut.
         lora_modules: adapters that requests choose by name.
         ranges: low and high ends of int8 and uint8 embeddings, one of each per dimension; `None` = those of unit
             vectors.
@@ -48,6 +49,7 @@ class Facts:
     lowercase: bool = False
     include_prompt: bool = True
     auto_truncate: bool = False
+    cuts: Cuts = "longest_first"
     lora_modules: tuple[LoraModule, ...] = ()
     ranges: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
@@ -84,6 +86,7 @@ class Facts:
             include_prompt=self.include_prompt,
             sides=self.sides,
             auto_truncate=self.auto_truncate,
+            cuts=self.cuts,
         )
 
     def quantisation(self) -> Ranges | None:

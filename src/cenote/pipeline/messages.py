@@ -31,6 +31,15 @@ def message(role: str, text: str, *, structured: bool) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
 
 
+def common_end(first: Ids, second: Ids) -> Ids:
+    """Return the tokens at the end that two renderings have in common; none where they have all in common."""
+    backwards = zip(reversed(first), reversed(second), strict=False)
+    count = len(list(takewhile(lambda pair: pair[0] == pair[1], backwards)))
+    if count == min(len(first), len(second)):
+        return []
+    return first[len(first) - count :]
+
+
 class MessageRenderer:
     """Renders texts for one model.
 
@@ -81,8 +90,4 @@ class MessageRenderer:
     def _measured_end(self, prompt: str, task: str | None) -> Ids:
         """Return the tokens at the end that two renderings have in common; none where they have all in common."""
         first, second = (self._tokenize(self.text(filler, prompt, task)) for filler in FILLERS)
-        backwards = zip(reversed(first), reversed(second), strict=False)
-        count = len(list(takewhile(lambda pair: pair[0] == pair[1], backwards)))
-        if count == min(len(first), len(second)):
-            return []
-        return first[len(first) - count :]
+        return common_end(first, second)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cenote.core import Sequence, coalesce
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.inputs import is_count
-from cenote.pipeline.messages import message
-from cenote.pipeline.tokenizing import MOST_CUTS, Text
+from cenote.pipeline.messages import FILLERS, common_end, message
+from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -106,6 +106,11 @@ class _PairPrompt:
         ids_of = dict(zip(distinct, tokenized, strict=True))
         first = self._first()
         return [[*first, *chain.from_iterable(ids_of[text] for text in parts)] for parts in texts]
+
+    def end(self) -> Ids:
+        """Return the tokens that the template puts at the end of every prompt."""
+        first, second = self.ids([_Pair(text, text) for text in FILLERS])
+        return common_end(first, second)
 
     def _texts(self, pairs: Seq[_Pair]) -> list[list[str]]:
         """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
@@ -201,8 +206,11 @@ class PairRenderer:
             special = special and template.add_special_tokens
             pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
             marked = [_marked(*pair, template) for pair in pairs]
-            cut = text_options._replace(side="right")  # as `_fitting` cuts
-            texts = self._by_template(self._shortened(marked, cut, options), pair_prompt, limit)
+            if template.cuts_whole:
+                texts = self._cut_whole(self._shortened(marked, text_options, options), pair_prompt, limit)
+            else:
+                cut = text_options._replace(side="right")  # as `_fitting` cuts
+                texts = self._by_template(self._shortened(marked, cut, options), pair_prompt, limit)
         fitted = self._renderer.fit_all(texts, text_options)
         return [Sequence(text.ids, task, params, text.type_ids, skip, adapter=prompt.adapter) for text in fitted]
 
@@ -235,6 +243,15 @@ class PairRenderer:
     def _cut(self, text: str, limit: int) -> str:
         return self._renderer.backend.beginning(self._renderer.enough(text, limit, "right"), limit)
 
+    def _cut_whole(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
+        """Render prompts. One that is too long is cut like a text, and gets the end of the template back."""
+        prompts = prompt.ids(pairs)
+        if max(map(len, prompts), default=0) <= limit:
+            return list(map(Text, prompts))
+        kept = kept_places(limit, self._renderer.tokenizer.truncation_side == "left")
+        end = prompt.end()[-limit:] if prompt.template.restores else []
+        return [Text(_ending(ids[kept], end) if len(ids) > limit else ids) for ids in prompts]
+
     def _by_template(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
         prompts = zip(prompt.ids(pairs), pairs, strict=True)
@@ -259,6 +276,11 @@ class PairRenderer:
             "only documents are cut; max_tokens_per_query cuts the query",
             param="truncate_prompt_tokens",
         )
+
+
+def _ending(ids: Ids, end: Ids) -> Ids:
+    """Return `ids` with `end` in place of the last ones."""
+    return [*ids[: len(ids) - len(end)], *end]
 
 
 def _marked(query: str, document: str, template: PairTemplate) -> _Pair:

@@ -265,6 +265,7 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         special_tokens=st.transformer.special_tokens,
         include_prompt=st.include_prompt,
         auto_truncate=options.auto_truncate,
+        cuts=st.transformer.cuts,
         lora_modules=options.lora_modules,
     )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import MessageTemplate, ModelInfo, Pair, Role, Sides
+    from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Role, Sides
     from cenote.pipeline.inputs import Prompt
     from cenote.pipeline.prompts import Applied
 
@@ -50,6 +50,7 @@ class Renderer:
         messages: the template that renders every text; `None` = texts are taken as they are.
         special_tokens: the tokenizer's special tokens belong to the model's inputs.
         auto_truncate: cut inputs that are too long unless the request says otherwise.
+        cuts: text of a pair that is cut.
 
     Attributes:
         bounds: of one request's work; a server sets them.
@@ -67,6 +68,7 @@ class Renderer:
         messages: MessageTemplate | None = None,
         special_tokens: bool = True,
         auto_truncate: bool = False,
+        cuts: Cuts = "longest_first",
     ) -> None:
         self.tokenizer = tokenizer
         self.info = info
@@ -79,7 +81,7 @@ class Renderer:
         self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
-        self.backend = fast_or_slow(tokenizer, lowercase=lowercase)
+        self.backend = fast_or_slow(tokenizer, lowercase=lowercase, cuts=cuts)
         self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
 

@@ -9,13 +9,16 @@ import threading
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cenote.errors import BadRequest
+from cenote.errors import BadRequest, TooLong
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as Seq
 
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+    from cenote.core import Cuts
 
 ENCODED_AT_ONCE = 256
 """Texts whose encodings are held at once: a token of an encoding takes some hundred bytes."""
@@ -66,10 +69,14 @@ class FastTokenizer:
     Args:
         tokenizer: Transformers' wrapper of it.
         lowercase: lower-case text before tokenising, as Sentence-Transformers' `do_lower_case`.
+        cuts: text of a pair that is cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False, cuts: Cuts = "longest_first"
+    ) -> None:
         self._tokenizer = tokenizer
+        self._cuts = cuts
         self._backend = tokenizer.backend_tokenizer
         self._wants_type_ids = "token_type_ids" in tokenizer.model_input_names
         self._backend.no_truncation()
@@ -118,10 +125,10 @@ class FastTokenizer:
         """
         length = FIRST_LOOK * count
         while 4 * length < len(text):
-            part = text[_kept(length, from_end)]
+            part = text[kept_places(length, from_end)]
             (encoding,) = self.encodings([part], special=False)
             if _is_settled(encoding, count, from_end):
-                longer = [text[_kept(size, from_end)] for size in (length + 1, length + length // 2)]
+                longer = [text[kept_places(size, from_end)] for size in (length + 1, length + length // 2)]
                 others = self.encodings(longer, special=False, offsets=False)
                 if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
                     return part
@@ -161,7 +168,11 @@ class FastTokenizer:
         return text
 
     def join(self, pairs: list[tuple[str, str]], limit: int, *, special: bool) -> list[Text]:
-        """Join each pair to one text of at most `limit` tokens, cut "longest first"; a text is tokenised once."""
+        """Join each pair to one text of at most `limit` tokens; a text is tokenised once.
+
+        Raises:
+            TooLong: the only text that may be cut has too few tokens.
+        """
         texts = list(dict.fromkeys(chain.from_iterable(pairs)))
         encodings = self.encodings(texts, special=False)
         room = max(0, limit - self._added(special, pair=True))
@@ -171,7 +182,7 @@ class FastTokenizer:
 
     def _join(self, query: _Side, document: _Side, limit: int, special: bool) -> Text:
         room = max(0, limit - self._added(special, pair=True))
-        for_query, for_document = shares(query.length, document.length, room)
+        for_query, for_document = SHARES[self._cuts](query.length, document.length, room)
         shortened = self._shortened(query.kept, for_query), self._shortened(document.kept, for_document)
         joined = self._backend.post_process(*shortened, special)
         joined.truncate(limit)  # where not even the special tokens fit
@@ -214,10 +225,14 @@ class SlowTokenizer:
     Args:
         tokenizer: of Transformers.
         lowercase: as `FastTokenizer`.
+        cuts: likewise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = False, cuts: Cuts = "longest_first"
+    ) -> None:
         self._tokenizer = tokenizer
+        self._cuts = cuts
         self._lock = threading.Lock()
         self._cased = str.lower if lowercase else str
 
@@ -246,9 +261,7 @@ class SlowTokenizer:
         """See `FastTokenizer.join`."""
         queries = [self._checked(query) for query, _ in pairs]
         documents = [self._checked(document) for _, document in pairs]
-        outputs = self._call(
-            queries, documents, add_special_tokens=special, truncation="longest_first", max_length=limit
-        )
+        outputs = self._call(queries, documents, add_special_tokens=special, truncation=self._cuts, max_length=limit)
         ids: list[Ids] = outputs["input_ids"]
         types = outputs.get("token_type_ids", [None] * len(ids))
         kept = slice(limit)  # also where not even the special tokens fit
@@ -271,14 +284,14 @@ class SlowTokenizer:
         return self._cased(text)
 
 
-def _kept(count: int, from_end: bool) -> slice:
+def kept_places(count: int, from_end: bool) -> slice:
     """Return the places of the first or the last `count`."""
     return slice(-count, None) if from_end else slice(count)
 
 
 def _ids(encoding: Encoding, count: int, from_end: bool) -> tuple[int, ...]:
     """Return the first or the last `count` ids."""
-    return tuple(encoding.ids[_kept(count, from_end)])
+    return tuple(encoding.ids[kept_places(count, from_end)])
 
 
 def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
@@ -289,11 +302,13 @@ def _is_settled(encoding: Encoding, count: int, from_end: bool) -> bool:
     return len(words) > count and abs(words[count - 1] - words[-1]) >= MARGIN
 
 
-def fast_or_slow(tokenizer: PreTrainedTokenizerBase, *, lowercase: bool) -> FastTokenizer | SlowTokenizer:
+def fast_or_slow(
+    tokenizer: PreTrainedTokenizerBase, *, lowercase: bool, cuts: Cuts = "longest_first"
+) -> FastTokenizer | SlowTokenizer:
     """Return `tokenizer` behind the interface of its kind."""
     is_fast = tokenizer.is_fast and getattr(tokenizer, "backend_tokenizer", None) is not None
     kind = FastTokenizer if is_fast else SlowTokenizer
-    return kind(tokenizer, lowercase=lowercase)
+    return kind(tokenizer, lowercase=lowercase, cuts=cuts)
 
 
 def shares(first: int, second: int, room: int) -> tuple[int, int]:
@@ -306,3 +321,31 @@ def shares(first: int, second: int, room: int) -> tuple[int, int]:
         shorter = room // 2
         longer = shorter + room % 2
     return (shorter, longer) if first <= second else (longer, shorter)
+
+
+def _first_cut(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return the tokens that two texts keep when the first is cut.
+
+    Raises:
+        TooLong: none of its tokens would be left.
+    """
+    kept = min(first, room - second)
+    if kept < 1 and first + second > room:
+        raise TooLong(
+            f"a pair of {first} and {second} tokens is to be cut to {room}, and the checkpoint asks to cut one "
+            "of its texts alone, of which nothing would be left; shorten the other one",
+            param="truncate_prompt_tokens",
+        )
+    return kept, second
+
+
+def _second_cut(first: int, second: int, room: int) -> tuple[int, int]:
+    return _first_cut(second, first, room)[::-1]
+
+
+SHARES: Mapping[Cuts, Callable[[int, int, int], tuple[int, int]]] = {
+    "longest_first": shares,
+    "only_first": _first_cut,
+    "only_second": _second_cut,
+}
+"""The tokens that two texts keep, by the text that is cut."""

@@ -112,14 +112,15 @@ class Kernels:
     def can_attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, longest: int) -> bool:
         """Return whether `attend` takes these tensors: float32 on the CPU, with a head size in whole vectors."""
         traits = {(x.dtype, x.is_cpu, x.stride(-1)) for x in (q_1NTH, k_1NTH, v_1NTH)}
-        return (
-            longest <= LONGEST
-            and q_1NTH.shape[-1] % self.width == 0
-            and k_1NTH.shape == v_1NTH.shape
-            and q_1NTH.shape[-1] == k_1NTH.shape[-1]
-            and not torch.is_grad_enabled()
-            and traits == {(torch.float32, True, 1)}
+        conditions = (
+            longest <= LONGEST,
+            q_1NTH.shape[-1] % self.width == 0,
+            k_1NTH.shape == v_1NTH.shape,
+            q_1NTH.shape[-1] == k_1NTH.shape[-1],
+            not torch.is_grad_enabled(),
+            traits == {(torch.float32, True, 1)},
         )
+        return all(conditions)
 
     def attend(
         self,

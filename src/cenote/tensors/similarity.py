@@ -40,6 +40,9 @@ PAIRWISE: dict[str, Callable[[Floats, Floats], Floats]] = {
 """Similarities of two vectors, `[N, D], [N, D] -> [N]`, by the names that sentence-transformers gives them; distances
 are negative, so that more is more alike."""
 
+OF_NOTHING = -1e9
+"""Score of a document all of whose tokens are left out, as in sentence-transformers: below every other."""
+
 CHUNK = 128
 """Document tokens that `max_sim` multiplies at once, more only where one document has more.
 
@@ -73,17 +76,17 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
 
     Args:
         query_QD: vectors of the query's tokens, `[Q, D]` float32.
-        documents: N matrices `[T, D]`, float32, each with its own T of at least 1. They are never padded.
+        documents: N matrices `[T, D]`, float32, each with its own T. They are never padded.
 
     Returns:
-        `[N]` float32.
-
-    Raises:
-        ValueError: a document has no tokens.
+        `[N]` float32; documents without tokens get `OF_NOTHING`.
     """
-    lengths = [len(document) for document in documents]
-    if 0 in lengths:
-        raise ValueError(f"document {lengths.index(0)} has no tokens")
+    lengths_N = np.fromiter(map(len, documents), int)
+    if not lengths_N.all():
+        scores_N = np.full(len(documents), OF_NOTHING, np.float32)
+        scores_N[lengths_N > 0] = max_sim(query_QD, [document for document in documents if len(document)])
+        return scores_N
+    lengths = lengths_N.tolist()
     query_DQ = np.ascontiguousarray(query_QD.T)
     largest_NQ = np.empty((len(documents), len(query_QD)), np.float32)
     for first, end in _chunks(lengths):
@@ -93,8 +96,8 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
         products_TQ = np.concatenate(documents[first:end]) @ query_DQ
         starts = np.cumsum([0, *lengths[first : end - 1]])
         np.maximum.reduceat(products_TQ, starts, axis=0, out=largest_NQ[first:end])
-    scores_N: Array = largest_NQ.sum(1)
-    return scores_N
+    sums_N: Array = largest_NQ.sum(1)
+    return sums_N
 
 
 def late_interaction(query_QD: Array, documents: Sequence[Array], name: str = "maxsim") -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import string
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cenote.core import Sides, coalesce
 from cenote.errors import CheckpointError
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from cenote.models.poolers import TaskOutput
     from cenote.models.sentence_transformers import Module, SentenceTransformer
     from cenote.tensors.heads import Step
+
+T = TypeVar("T")
+
+PYLATE = "ColBERT"
+"""Type of PyLate's models."""
 
 STANFORD = "HF_ColBERT"
 """Architecture name of checkpoints in ColBERT's own layout."""
@@ -82,12 +87,15 @@ class MultiVector(Family):
         expansion: of queries; `None` = they are not expanded.
         skipped: vocabulary entries whose vectors are left out.
         skipped_of: sides from which they are left out.
+        kept: ids of the only tokens of documents whose vectors are kept; empty = all.
         clustering: joins token vectors into fewer; `None` = they stay.
         pooled_of: sides whose token vectors are joined.
         markers: prefixes that a tokenizer must not take apart.
         steps: modules over token vectors.
         projection: name of the tensor that projects token vectors, where no module does.
         normalizes: whether token vectors have length 1.
+        inserts: markers of sides that stand behind the first token, whatever it is, rather than before the text.
+        assumed: markers that the files do not name, but that PyLate puts there.
     """
 
     title: ClassVar[str] = "late interaction (ColBERT)"
@@ -101,6 +109,7 @@ class MultiVector(Family):
     expansion: Expansion | None = None
     skipped: tuple[str, ...] = ()
     skipped_of: tuple[str, ...] = ("document",)
+    kept: frozenset[int] = frozenset()
     clustering: Clustering | None = None
     pooled_of: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
@@ -109,6 +118,8 @@ class MultiVector(Family):
     tensors: tuple[str, ...] = ()
     keeps_lengths: bool = True
     normalizes: bool = True
+    inserts: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @classmethod
     def recognise(cls, files: Files, options: ModelConfig) -> MultiVector | None:
@@ -149,14 +160,22 @@ class MultiVector(Family):
         """Return how queries and documents are encoded, in token ids; entries that are not there are not skipped.
 
         Raises:
-            CheckpointError: the vocabulary has no entry to expand queries with.
+            CheckpointError: the vocabulary has no entry to expand queries with, or lacks a marker.
         """
         vocabulary, fill = tokenizer.get_vocab(), self.expansion
+        missing = sorted(set(self.assumed).difference(vocabulary))
+        if missing:
+            raise CheckpointError(
+                "config_sentence_transformers.json has no query_prefix or document_prefix, for which PyLate takes "
+                f"{missing[0]!r}, and the vocabulary does not have it; write the prefix there, '' for none"
+            )
         sides = Sides(
             lengths=self.lengths,
             skipped=frozenset(vocabulary[word] for word in self.skipped if word in vocabulary),
             skipped_of=self.skipped_of,
             pooled_of=self.pooled_of,
+            inserted=self._inserted(tokenizer),
+            kept=self.kept,
         )
         if fill is None:
             return sides
@@ -164,6 +183,14 @@ class MultiVector(Family):
         if token not in vocabulary:
             raise CheckpointError(f"queries are to be expanded with {token!r}, which the vocabulary does not have")
         return replace(sides, fill_to=fill.length, fill_id=int(vocabulary[token]), fixed=fill.fixed, attend=fill.attend)
+
+    def _inserted(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        """Return the ids of markers that are behind the first token, where no special token begins a text."""
+        (first, *_) = tokenizer("a")["input_ids"]
+        if first in tokenizer.all_special_ids:
+            return {}
+        ids = tokenizer.get_vocab()
+        return {side: ids[marker] for side, marker in self.inserts.items() if marker in ids}
 
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return token vectors, projected."""
@@ -219,7 +246,7 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
 
 
 def _is_one(st: SentenceTransformer) -> bool:
-    return st.model_type in ("MultiVectorEncoder", "ColBERT")
+    return st.model_type in ("MultiVectorEncoder", PYLATE)
 
 
 def _plain(st: SentenceTransformer, allow_pickle: bool) -> MultiVector:
@@ -235,7 +262,7 @@ def _normalizes_tokens(module: Module) -> bool:
 
 
 def _is_pylate(settings: Mapping[str, Any]) -> bool:
-    return settings.get("model_type") == "ColBERT"
+    return settings.get("model_type") == PYLATE
 
 
 def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
@@ -245,12 +272,15 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         CheckpointError: one of them is not understood.
     """
     modules = {module.kind: module for module in st.special}
+    defaults = _defaults(st)
+    st = replace(st, settings={**st.settings, **defaults})
     prefixes, markers = _prefixes(st.settings)
     lengths = _lengths(st)
     expansion = _expansion(st)
     if expansion is not None:
         lengths = _beside(expansion, lengths)
-    skipped, skipped_of = _skipped(st.settings, modules.get("MultiVectorMask"))
+    mask = modules.get("MultiVectorMask")
+    skipped, skipped_of = _skipped(st.settings, mask)
     clustering, pooled_of = _clustering(modules.get("HierarchicalTokenPooling"))
     return replace(
         plain,
@@ -259,27 +289,41 @@ def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
         expansion=expansion,
         skipped=skipped,
         skipped_of=skipped_of,
+        kept=_kept(mask),
         clustering=clustering,
         pooled_of=pooled_of,
-        markers=markers,
+        markers=tuple(markers.values()),
+        inserts={PYLATE: markers}.get(st.model_type, {}),
+        assumed=tuple(value for name, value in defaults.items() if name.endswith("_prefix")),
     )
 
 
-def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return text before each side, which begins with its marker, and the markers."""
+def _defaults(st: SentenceTransformer) -> dict[str, Any]:
+    """Return PyLate's defaults for the settings that a folder of PyLate leaves out, or has as null."""
+    if not _is_pylate(st.settings) or "query_expansion" in {**st.settings, **st.transformer.written}:
+        return {}
+    return {name: value for name, value in PYLATE_DEFAULTS.items() if st.settings.get(name) is None}
+
+
+def _prefixes(settings: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the text before each side, which begins with its marker, and the markers of sides."""
     prompts = settings.get("prompts") or {}
     markers = {side: settings.get(f"{side}_prefix") or "" for side in SIDES}
     texts = {side: markers[side] + str(prompts.get(side) or "").removeprefix(markers[side]) for side in SIDES}
-    return {side: text for side, text in texts.items() if text}, tuple(filter(None, markers.values()))
+    return _filled(texts), _filled(markers)
+
+
+def _filled(values: Mapping[str, T]) -> dict[str, T]:
+    """Return the values of sides that are not empty or zero."""
+    return {side: value for side, value in values.items() if value}
 
 
 def _lengths(st: SentenceTransformer) -> dict[str, int]:
     """Return the tokens to which each side is cut: the Transformer's config comes before PyLate's settings."""
     if st.transformer.is_one_length:
         return {}
-    lengths = {side: st.settings.get(f"{side}_length") for side in SIDES}
-    lengths |= st.transformer.lengths
-    return {side: int(length) for side, length in lengths.items() if length}
+    lengths = {side: int(st.settings.get(f"{side}_length") or 0) for side in SIDES}
+    return _filled({**lengths, **st.transformer.lengths})
 
 
 def _beside(expansion: Expansion, lengths: Mapping[str, int]) -> dict[str, int]:
@@ -298,17 +342,28 @@ def _skipped(settings: Mapping[str, Any], mask: Module | None) -> tuple[tuple[st
         CheckpointError: the mask keeps only some tokens.
     """
     if mask is None:
-        default = string.punctuation if _is_pylate(settings) else ""
-        return tuple(coalesce(settings.get("skiplist_words"), default)), ("document",)
-    if mask.config.get("keep_only_token_ids"):
-        raise CheckpointError("MultiVectorMask with keep_only_token_ids is for images, which are not served yet")
+        return tuple(settings.get("skiplist_words") or ()), ("document",)
     return tuple(mask.config.get("skiplist_words") or ()), _listed(mask.config.get("skiplist_tasks"))
+
+
+def _kept(mask: Module | None) -> frozenset[int]:
+    """Return the ids of the only tokens of documents whose vectors are kept; empty = all are."""
+    return frozenset(() if mask is None else mask.config.get("keep_only_token_ids") or ())
 
 
 def _listed(sides: Any) -> tuple[str, ...]:
     """Return the sides that a config names, one as a text or several as a list; none = documents."""
     return as_tuple(sides or "document")
 
+
+PYLATE_DEFAULTS: dict[str, Any] = {
+    "query_prefix": "[Q] ",
+    "document_prefix": "[D] ",
+    "query_length": EXPANDED_LENGTH,
+    "document_length": 180,
+    "skiplist_words": list(string.punctuation),
+}
+"""Settings of PyLate's `models.ColBERT` where a folder says nothing."""
 
 PYLATE_KEYS = frozenset(
     {

@@ -1,0 +1,68 @@
+"""Keys of `config.json` that the config's class does not have: without effect, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cenote.config import ModelConfig
+from cenote.errors import CheckpointError
+from cenote.models import configs
+from cenote.models.audit import Audit
+from tests.checkpoints import write_json
+
+BARE = {"adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {}}
+"""What adapter-transformers wrote of a model without adapters."""
+
+OF_OLD_RELEASES: dict[str, Any] = {
+    "pruned_heads": {},
+    "output_scores": False,
+    "prefix": " ",
+    "adapters": BARE,
+    "task_specific_params": {"summarization": {"prefix": "summarize: "}},
+    "pooler_fc_size": 768,
+    "pooler_type": "first_token_transform",
+    "summary_use_proj": True,
+    "_num_labels": 3,
+    "normalize_before": False,
+    "position_embedding_type": "absolute",
+    "head_dim": None,
+    "add_prefix_space": True,
+}
+"""Keys of published configs whose classes have lost them, and that change no answer."""
+
+PICKING: dict[str, Any] = {
+    "pruned_heads": {"0": [1, 2]},
+    "adapters": {**BARE, "adapters": {"sst-2": "text_task"}},
+    "pooling_type": "mean",
+    "use_mean_pooling": False,
+    "query_prefix": "query: ",
+    "query_maxlen": 32,
+    "is_unidirectional": True,
+    "output_normalized": True,
+    "use_crf": True,
+    "classifier_activation": "relu",
+    "position_embedding_type": "relative_key_query",
+}
+"""Keys that nothing reads, and that could change every answer."""
+
+
+def read(folder: Path, key: str, value: Any) -> Audit:
+    write_json(folder / "config.json", {"model_type": "bert", "architectures": ["BertModel"], key: value})
+    audit = Audit()
+    configs.read(folder, "tiny", ModelConfig(), audit)
+    return audit
+
+
+@pytest.mark.parametrize("key", OF_OLD_RELEASES)
+def test_keys_of_old_releases_change_nothing(tmp_path: Path, key: str) -> None:
+    audit = read(tmp_path, key, OF_OLD_RELEASES[key])
+    assert all(entries.reason for entries in audit.left)
+
+
+@pytest.mark.parametrize("key", PICKING)
+def test_a_key_that_picks_something_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json has the key {key}, which Cenote does not honour"):
+        read(tmp_path, key, PICKING[key])
