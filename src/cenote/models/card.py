@@ -26,8 +26,8 @@ HEADING = re.compile(r"^# (.*)$", re.MULTILINE)
 
 def title(path: Path) -> list[str]:
     """Return the first heading of the model card, if there is one."""
-    heading = HEADING.search(_card(path))
-    return [] if heading is None else [heading[1].lstrip("# ").strip()]
+    headings = HEADING.findall(_card(path))[:1]
+    return [heading.lstrip("# ").strip() for heading in headings]
 
 
 def tags(path: Path) -> list[str]:
