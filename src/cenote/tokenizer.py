@@ -96,6 +96,17 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenise a text and a pair, because a damaged tokenizer may read well and fail at the first text.
+
+    Raises:
+        BaseException: whatever the tokenizer raises; a panic of the tokenizers package is no `Exception`.
+    """
+    tokenizer("a")
+    if tokenizer.is_fast:
+        tokenizer("a", "a")
+
+
 QWEN2 = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})
 """gte-Qwen2's code, which differs from Transformers' own only in the first and last token of a text."""
 

@@ -228,7 +228,7 @@ def test_values_of_another_type(folder: Path, file: str, changes: dict[str, Any]
 
 def test_a_config_that_is_no_object(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
-    assert "is not a JSON object, but list" in refusal(folder)
+    assert "is list, expected a JSON object" in refusal(folder)
 
 
 def test_a_tokenizer_of_a_newer_library(folder: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_model_of_ones_own(bert: Path, tmp_path: Path, pooling_type: str | Non
     folder = shutil.copytree(bert, tmp_path / "own")
     checkpoints.edit_json(folder / "config.json", model_type=kind, architectures=["OwnModel"])
     if pooling_type is None:
-        with pytest.raises(CheckpointError, match=r"cannot read the config of .*own-none"):
+        with pytest.raises(CheckpointError, match=r"cannot read config\.json of .*own-none"):
             LLM(model=str(folder))
     else:
         assert default_pooling_type(pooling_type)(OwnModel) is OwnModel

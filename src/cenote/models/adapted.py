@@ -6,7 +6,6 @@ the base, which may be an adapter of another in turn.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from cenote.errors import CheckpointError, first_line
 from cenote.models import lora
 from cenote.models.lora import CONFIG, SUFFIXES
+from cenote.models.reading import about, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,11 +119,10 @@ def _backbone(path: Path) -> Path:
     file = path / "modules.json"
     if not file.is_file():
         return path
-    try:
-        first = min(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: int(entry["idx"]))
+    entries = read_json(file)
+    with about(file):
+        first = min(entries, key=lambda entry: int(entry["idx"]))
         return path / str(first["path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read modules.json of {path.name}: {first_line(error)}") from error
 
 
 def _has_weights(folder: Path) -> bool:

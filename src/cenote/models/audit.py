@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.core import Entries
 from cenote.errors import CheckpointError, plural
+from cenote.models import value_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -32,10 +33,12 @@ class Keys:
     Attributes:
         honoured: names of the keys that are read.
         idle: names, or patterns of names, of keys that change no answer, each with the reason.
+        types: of values, by keys (`cenote.models.value_types`).
     """
 
     honoured: frozenset[str]
     idle: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    types: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def reason(self, name: str) -> str:
         """Return why the key `name` changes no answer; empty if that is not known."""
@@ -88,8 +91,10 @@ class Audit:
         """Enter all keys of a JSON file.
 
         Raises:
-            CheckpointError: a key is neither honoured nor known to be without effect, nor allowed to go unread.
+            CheckpointError: a key is neither honoured nor known to be without effect, nor allowed to go unread; or its
+                value is of another type than it has.
         """
+        value_types.check(file, content, keys.types)
         reasons = {name: keys.reason(name) for name in content} | dict.fromkeys(keys.honoured.intersection(content))
         self.enter(file, reasons, f"honoured are {', '.join(sorted(keys.honoured))}")
 

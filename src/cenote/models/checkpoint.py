@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cenote import tokenizer as tokenizers
 from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, optional, template_text
-from cenote.errors import CheckpointError, first_line
+from cenote.errors import CheckpointError
 from cenote.models import (
     adapted,
     card,
@@ -29,15 +28,17 @@ from cenote.models import (
     remote_code,
     renamed,
     sentence_transformers,
+    sizes,
     stacked_lora,
+    weights,
 )
 from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
+from cenote.models.reading import REMEDY, about, load
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
-from cenote.models.transformer_module import TransformerModule, read_json
-from cenote.models.weights import tensor_files, tensors
+from cenote.models.transformer_module import TransformerModule
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -104,9 +105,12 @@ def read(location: Location, options: ModelConfig) -> Files:
     if st is None and base.path != location.path:
         st = sentence_transformers.read(base.path, audit, allow_pickle=options.reads_pickles)
     contents.check_config(base.config, location.name)
-    config, notes = configs.read(base.config, location.name, options, audit)
+    contents.check_weights(base.folder, location.name, pickles=options.reads_pickles)
+    stored = weights.stored(base.folder, pickles=options.reads_pickles)
+    config, notes = configs.read(base.config, location.name, options, audit, stored)
     if st is None:
         st = _bare(base.folder, config)
+    sizes.check_counts("sentence_bert_config.json", {"config_kwargs": st.transformer.config_kwargs}, stored)
     config = _override(config, _known(config, st))
     architecture = _architecture(config, st)
     config = _override(config, options.hf_overrides)
@@ -117,12 +121,10 @@ def read(location: Location, options: ModelConfig) -> Files:
         architecture = adapted.adapt_config(config, architecture, base.adapters)
     st = _with_instructions(st, config, audit)
     _check_padding(location.name, config)
-    contents.check_weights(base.folder, location.name, pickles=options.reads_pickles)
-    tensors = tensor_files(base.folder, pickles=options.reads_pickles)
     if not config.architectures:
-        architecture = unnamed(config, tensors)
+        architecture = unnamed(config, stored)
     notes += contents.pickled_note(base.folder, pickles=options.reads_pickles)
-    return Files(location, st, config, architecture, tuple(tensors), audit, notes, base)
+    return Files(location, st, config, architecture, stored, audit, notes, base)
 
 
 def _locate_base(options: ModelConfig, name: str, revision: str | None) -> Path:
@@ -227,12 +229,13 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
         type_ids=module.type_ids,
     )
     configs.check_tokenizer(folder, options, files.audit)
-    try:
+    contents.check_kinds(folder)
+    place = f"the tokenizer of {name} ({_files_of(folder)})"
+    with about(place, _remedy(folder)):
         tokenizer = tokenizers.load(source)
-    except Exception as error:  # whatever a tokenizer raises is about its files
-        raise CheckpointError(f"cannot read the tokenizer of {name}: {first_line(error)}{_missing(folder)}") from error
+        tokenizers.try_out(tokenizer)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
-        raise CheckpointError(f"cannot read the tokenizer of {name}: {folder} has no tokenizer files")
+        raise CheckpointError(f"cannot read {place}: it has no vocabulary; {REMEDY}")
     return tokenizer, source
 
 
@@ -242,11 +245,17 @@ def _tokenizer_folder(files: Files, options: ModelConfig) -> Path:
     return files.location.tokenizer or optional(locate, files.st.transformer.tokenizer) or files.base.tokenizer
 
 
-def _missing(folder: Path) -> str:
-    """Return a hint at the package that a tokenizer of sentencepiece needs, if it is not installed; else nothing."""
+def _files_of(folder: Path) -> str:
+    """Return the names of the files of a tokenizer."""
+    names = {file.name for pattern in adapted.TOKENIZERS for file in folder.glob(pattern)}
+    return ", ".join(sorted(names)) or "no files"
+
+
+def _remedy(folder: Path) -> str:
+    """Return the way to go on with a tokenizer that cannot be read."""
     if importlib.util.find_spec("sentencepiece") is None and any(folder.glob("*.model")):
-        return "; its vocabulary is a sentencepiece model: pip install sentencepiece protobuf"
-    return ""
+        return "its vocabulary is a sentencepiece model: pip install sentencepiece protobuf"
+    return REMEDY
 
 
 def _message_template(st: SentenceTransformer, config: PretrainedConfig, tokenizer: Any) -> MessageTemplate | None:
@@ -338,21 +347,20 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     kind = checkpoint.head.kind
     if kind == "sequence" and "score.bias" in report["unexpected_keys"]:
         report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
-        bias = tensors(checkpoint.folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
+        bias = weights.tensors(checkpoint.folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
         model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
     report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
     _fill_absent(checkpoint, model, report)
     report["missing_keys"] = set(report["missing_keys"]) - heads
     report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
+    names = leftovers.Names(model, needs_pooler=kind == "sequence" or checkpoint.st.has_own_pooler)
     leftovers.check_tensors(
-        checkpoint,
-        leftovers.Names(model, needs_pooler=kind == "sequence" or checkpoint.st.has_own_pooler),
-        report,
-        read=checkpoint.family.tensors,
-        only_embeds=options.convert == "embed",
+        checkpoint, names, report, read=checkpoint.family.tensors, only_embeds=options.convert == "embed"
     )
+    leftovers.check_dtypes(checkpoint, names)
     for adapter in adapters:
         lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
+    _check_values(checkpoint, model)
     on_device: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return on_device
 
@@ -360,11 +368,12 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
 def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Return Transformers' model of `checkpoint`, and its report on tensors that did not fit."""
     import transformers
-    from safetensors import SafetensorError
 
-    try:
+    place = leftovers.label_of(checkpoint.folder)
+    with about(f"{place} of {checkpoint.name} as config.json describes it", content=checkpoint.config.to_dict):
         tensors = renamed.tensors(checkpoint.folder, checkpoint.config, pickles=options.reads_pickles)
-        with _quiet(), adapted.without_adapter(checkpoint.folder) as shown:
+        bounded = sizes.Bounded(configs.CONFIG, checkpoint.config.to_dict(), checkpoint.stored)
+        with _quiet(), bounded, adapted.without_adapter(checkpoint.folder) as shown:
             kind = _auto_class(checkpoint, transformers)
             if tensors is not None:
                 with torch.device("meta"):
@@ -382,9 +391,21 @@ def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) ->
                 **checkpoint.st.transformer.init_kwargs,
                 ignore_mismatched_sizes=True,  # `leftovers` refuses them by name; Transformers' error has no names
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
-        raise CheckpointError(f"cannot load the weights of {checkpoint.name}: {first_line(error)}") from error
     return model, report
+
+
+def _check_values(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse weights with values that are not finite, but for those that the user lets go unread.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    label = leftovers.label_of(checkpoint.folder)
+    plain = leftovers.Names(model, needs_pooler=True).plain
+    files = {plain(name): tensor.file.name for name, tensor in checkpoint.stored.items()}
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not checkpoint.audit.allows(label, name):
+            weights.check_values(f"{files.get(plain(name), label)} of {checkpoint.name}", {name: weight})
 
 
 def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
@@ -418,12 +439,12 @@ def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: Mod
     """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
     if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
         return 0
-    written = {*read_json(checkpoint.folder / "config.json"), *_overridden(options)}
-    sizes = {(stored[0], shape[0]) for _, stored, shape in report["mismatched_keys"]}
+    written = {*load(checkpoint.folder / "config.json"), *_overridden(options)}
+    sizes = {(*stored[:1], *shape[:1]) for _, stored, shape in report["mismatched_keys"]}
     if written & LABEL_KEYS or len(sizes) != 1:
         return 0
-    stored, built = sizes.pop()
-    return int(stored) if built == checkpoint.config.num_labels else 0
+    labels, *built = sizes.pop()
+    return int(labels) if built == [checkpoint.config.num_labels] else 0
 
 
 @contextmanager

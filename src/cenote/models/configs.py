@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote import tokenizer
-from cenote.errors import CheckpointError
-from cenote.models import remote_code
+from cenote.models import remote_code, sizes, value_types
 from cenote.models.audit import Keys
-from cenote.models.transformer_module import read_json, without
+from cenote.models.reading import about, as_object, load, read_json
+from cenote.models.transformer_module import without
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig
 
     from cenote.config import ModelConfig
     from cenote.models.audit import Audit
+    from cenote.models.weights import Stored
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
@@ -97,7 +97,7 @@ class Read(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> Read:
+def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit, stored: Mapping[str, Stored]) -> Read:
     """Read `config.json` of the backbone in `folder`.
 
     Args:
@@ -105,15 +105,16 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
         checkpoint: its name, for messages.
         options: the user's.
         audit: receives its keys.
+        stored: the weights, whose sizes bound its counts.
 
     Raises:
         CheckpointError: it is damaged, names code that may not run, or has a key that cannot be honoured.
     """
-    content = read_json(folder / CONFIG)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{CONFIG} of {checkpoint} is not a JSON object, but {type(content).__name__}")
-    code, native = remote_code.references(content), remote_code.native(content)
-    with _about_the_file(checkpoint):
+    content = as_object(folder / CONFIG, read_json(folder / CONFIG))
+    value_types.check(CONFIG, content, value_types.CONFIG)
+    sizes.check_counts(CONFIG, content, stored)
+    with about(f"{CONFIG} of {checkpoint}", content=lambda: content):
+        code, native = remote_code.references(content), remote_code.native(content)
         if native is not None:
             notes = _note(content, native, audit)
             return Read(_of_transformers(folder, native, audit), notes)
@@ -123,21 +124,6 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit) -> R
         if code:
             _refuse_code(audit, CONFIG, code)
         return Read(_of_transformers(folder, content, audit), ())
-
-
-@contextmanager
-def _about_the_file(checkpoint: str) -> Iterator[None]:
-    """Refuse the checkpoint for whatever the class of a config raises.
-
-    Raises:
-        CheckpointError: instead of any other error.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"cannot read the config of {checkpoint}: {_in_one_line(error)}") from error
 
 
 def _note(content: dict[str, Any], native: dict[str, Any], audit: Audit) -> tuple[str, ...]:
@@ -169,7 +155,8 @@ def check_tokenizer(folder: Path, options: ModelConfig, audit: Audit) -> None:
     Raises:
         CheckpointError: it names code that may not run, or a class that Transformers does not have.
     """
-    content = tokenizer.config(folder)
+    content = load(folder / TOKENIZER_CONFIG)
+    value_types.check(TOKENIZER_CONFIG, content, value_types.TOKENIZER)
     code = tokenizer.references(content)
     runs = options.trust_remote_code or code & tokenizer.NATIVE
     if code and not runs:
@@ -259,8 +246,3 @@ def _keys(config: PretrainedConfig) -> set[str]:
     """Return the keys that the config's class has."""
     kind = type(config)
     return {*dir(kind), *signature(kind).parameters, *config.attribute_map}
-
-
-def _in_one_line(error: Exception) -> str:
-    """Return the text of an error without line breaks, or the name of its class."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

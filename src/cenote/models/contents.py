@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
-from cenote.models.transformer_module import load, read_json
+from cenote.models.reading import about, check_kind, load, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -120,14 +120,32 @@ def check(folder: Path, names: Iterable[str], checkpoint: str) -> None:
     Raises:
         CheckpointError: it is of a kind that is not served, or a file is a pointer of Git LFS.
     """
+    check_kinds(folder)
     if (folder / GLINER).is_file():
         raise CheckpointError(f"{checkpoint} {FORMATS[GLINER]}")
     for name in names:
-        if _is_pointer(folder / name) and not _reason_in(IDLE, name):
+        if not _reason_in(IDLE, name) and _is_pointer(folder / name):
             raise CheckpointError(
                 f"{name} of {checkpoint} is a pointer of Git LFS and not the file itself; run `git lfs pull` there, or "
                 "download it again"
             )
+
+
+def check_kinds(folder: Path) -> None:
+    """Refuse a folder with something else than a file under the name of one.
+
+    Raises:
+        CheckpointError: there is a folder, a pipe, or a link to nothing.
+    """
+    with about(folder):
+        paths = sorted(folder.iterdir())
+    for path in paths:
+        if path.suffix in NAMED and not path.name.startswith(SKIPPED):
+            check_kind(path)
+
+
+NAMED = frozenset({".json", ".jsonl", ".safetensors", ".bin", ".pt", ".txt", ".model", ".tiktoken", ".jinja", ".md"})
+"""Endings of the files that readers open, Transformers among them."""
 
 
 def check_config(folder: Path, checkpoint: str) -> None:
@@ -232,6 +250,10 @@ def _format(folder: Path) -> str:
 
 def _is_pointer(file: Path) -> bool:
     """Return whether `file` is a pointer of Git LFS."""
-    if not file.is_file() or file.stat().st_size > POINTER_SIZE:
+    if file.suffix not in NAMED | RELEVANT:
         return False
-    return file.read_bytes().startswith(LFS)
+    with about(file):
+        if not file.is_file() or file.stat().st_size > POINTER_SIZE:
+            return False
+        with file.open("rb") as opened:
+            return opened.read(len(LFS)) == LFS

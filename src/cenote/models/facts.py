@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from cenote.models.adapted import Base
     from cenote.models.audit import Audit
     from cenote.models.sentence_transformers import SentenceTransformer
+    from cenote.models.weights import Stored
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Files:
         location: where they are.
         st: the Sentence-Transformers part; without modules, if the checkpoint has none.
         architecture: first entry of the config's `architectures`.
-        tensors: names of all weights.
+        stored: all weights as their headers describe them, by name.
         audit: the entries of the files that were honoured, and those that were left.
         notes: for the report at start.
         base: the model that it runs, and the adapters that are part of it.
@@ -52,7 +54,7 @@ class Files:
     st: SentenceTransformer
     config: PretrainedConfig
     architecture: str
-    tensors: tuple[str, ...]
+    stored: Mapping[str, Stored]
     audit: Audit
     notes: tuple[str, ...]
     base: Base
@@ -61,6 +63,11 @@ class Files:
     def name(self) -> str:
         """The checkpoint, as the user named it."""
         return self.location.name
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all weights."""
+        return tuple(self.stored)
 
     @property
     def path(self) -> Path:

@@ -165,6 +165,11 @@ def _labels(checkpoint: Checkpoint, num_labels: int) -> tuple[str, ...]:
     names = getattr(checkpoint.config, "id2label", None) or {}
     if checkpoint.head.kind not in ("sequence", "token") or len(names) != num_labels:
         return ()
+    if set(names) != set(range(num_labels)):
+        raise CheckpointError(
+            f"config.json: id2label names the classes {sorted(names)}, expected 0 to {num_labels - 1}, one a row "
+            "of the head; correct it"
+        )
     return tuple(str(names[i]) for i in range(num_labels))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cenote.models import value_types
 from cenote.models.audit import Keys
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ MODULE_ENTRY = Keys(
         "name": "only names the module",
         "kwargs": "names arguments of `encode`, which no request carries",
     },
+    value_types.MODULE_ENTRY,
 )
 """Keys of an entry of `modules.json`."""
 
@@ -78,6 +80,7 @@ TRANSFORMER = Keys(
         },
         **{f"processing_kwargs.{part}": OTHER_INPUTS for part in ("audio", "image", "video")},
     },
+    value_types.TRANSFORMER,
 )
 """Keys of `sentence_bert_config.json` and its older names, in their new spelling."""
 
@@ -121,7 +124,7 @@ def settings_keys(model_type: str) -> Keys:
     for owner, names in SETTINGS_OF.items():
         for name in names - honoured:
             idle.setdefault(name, f"is read of {owner} folders alone")
-    return Keys(honoured, idle)
+    return Keys(honoured, idle, value_types.SETTINGS)
 
 
 _WIDTH = "follows from the model"
@@ -185,7 +188,8 @@ ROUTER = Keys(
             "parameters.allow_empty_key",
             "parameters.route_mappings",
         }
-    )
+    ),
+    types=value_types.ROUTER,
 )
 """Keys of `router_config.json`."""
 

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cenote.errors import CheckpointError
+from cenote.models import sizes
 from cenote.models.audit import reason_in, shortened
 
 if TYPE_CHECKING:
@@ -177,9 +178,34 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
     for verb, found in faults.items():
         faulty = sorted(found)
         if faulty:
+            label = label_of(files.folder)
+            shape = _shape(files, report) if verb == "has misshapen" else ""
+            shown = shortened(faulty, SHOWN)
             raise CheckpointError(
-                f"{files.name} {verb} weights for {type(names.model).__name__}: {shortened(faulty, SHOWN)}; "
-                f"{_cause(names.model, verb, faulty)}"
+                f"{files.name} {verb} weights for {type(names.model).__name__}: {shown}, in {label}; "
+                f"{shape}{_cause(names.model, verb, faulty)}"
+            )
+
+
+def _shape(files: Files, report: Mapping[str, Any]) -> str:
+    """Return how the first tensor of another shape differs, and the keys of the config that may say so."""
+    name, stored, built = sorted(report["mismatched_keys"], key=lambda entry: str(entry[0]))[0]
+    by = sizes.keys_of(files.config.to_dict(), {*built} - {*stored})
+    return f"{name} is {list(stored)}, and {list(built)} by config.json{by}; "
+
+
+def check_dtypes(files: Files, names: Names) -> None:
+    """Refuse weights that are stored as integers or truth values where the model computes with floating-point numbers.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    floating = {names.plain(name) for name, weight in names.model.named_parameters() if weight.is_floating_point()}
+    for name, tensor in files.stored.items():
+        if names.plain(name) in floating and not tensor.is_floating:
+            raise CheckpointError(
+                f"{tensor.file.name} of {files.name}: {name} is {tensor.dtype}, expected floating-point numbers; "
+                "download it again, or save it from a model"
             )
 
 
@@ -192,7 +218,7 @@ def _cause(model: PreTrainedModel, verb: str, faulty: list[str]) -> str:
             "the checkpoint was saved without its head, or with one of another name; "
             "--convert embed serves its hidden states"
         )
-    return "the config names another architecture than the weights are of"
+    return "config.json names another architecture or other sizes than the weights have"
 
 
 def _reason_of_all(files: Files, *, only_embeds: bool) -> str:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
 from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
+from cenote.models.reading import about
 from cenote.models.traits import of_kind, token_types, tokens_beyond, vocabulary
 from cenote.tensors import linear, native, process
 
@@ -58,13 +60,16 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
         CheckpointError: it cannot be honoured, or its values are not finite.
         ConfigError: options contradict each other.
     """
-    location = hub.find(options)
-    files = checkpoints.read(location, options)
-    options = with_defaults(options, files.config)
-    checkpoint = checkpoints.choose(files, options)
-    built = build(checkpoint, options)
-    with stacked_lora.unstacked(checkpoint, pickles=options.reads_pickles) as unstacked:
-        subject, offer = prove(checkpoint, built, options, unstacked)
+    with about(options.model or hub.EMBEDDED_NAME):
+        location = hub.find(options)
+        files = checkpoints.read(location, options)
+        options = with_defaults(options, files.config)
+        checkpoint = checkpoints.choose(files, options)
+        built = build(checkpoint, options)
+    with ExitStack() as stack:
+        with about(checkpoint.name):
+            unstacked = stack.enter_context(stacked_lora.unstacked(checkpoint, pickles=options.reads_pickles))
+            subject, offer = prove(checkpoint, built, options, unstacked)
         prepare(subject, options)
     model = report(checkpoint, built, subject, offer, options)
     return model, checkpoint

@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
+import regex
 import torch
 from torch import nn
 
 from cenote.core import coalesce
-from cenote.errors import CheckpointError, first_line
+from cenote.errors import CheckpointError
 from cenote.models import weights
 from cenote.models.audit import Keys
+from cenote.models.reading import about, load
 from cenote.models.transformer_module import as_tuple, without
 
 if TYPE_CHECKING:
@@ -132,24 +134,40 @@ class Settings(msgspec.Struct, frozen=True):
     ensure_weight_tying: bool = False
 
     @property
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """The regular expressions among the settings, by their keys."""
+        return {
+            "rank_pattern": tuple(self.rank_pattern),
+            "alpha_pattern": tuple(self.alpha_pattern),
+            "target_modules": _expressions(self.target_modules),
+            "exclude_modules": _expressions(self.exclude_modules),
+            "layers_pattern": as_tuple(self.layers_pattern),
+            "modules_to_save": tuple(self.modules_to_save),
+        }
+
+    @property
     def whole(self) -> list[str]:
         """Names of the modules that were trained whole, with the head that the type of the task has."""
         return [*self.modules_to_save, *HEADS.get(self.task_type, ())]
 
     def rank(self, path: str) -> int:
         """Return the rank of the change of the module at `path`."""
-        return int(_of_pattern(self.rank_pattern, path, self.r))
+        return int(_of_pattern("rank_pattern", self.rank_pattern, path, self.r))
 
     def scale(self, path: str) -> float:
         """Return the factor on the change of the module at `path`."""
         rank = self.rank(path)
-        return _of_pattern(self.alpha_pattern, path, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        return _of_pattern("alpha_pattern", self.alpha_pattern, path, self.lora_alpha) / (
+            rank**0.5 if self.use_rslora else rank
+        )
 
     def targets(self, path: str) -> bool:
         """Return whether PEFT gives the module at `path` of the trained model a low-rank change."""
         if self.target_modules == "all-linear":
             return True
-        if not _names_module(self.target_modules, path) or _names_module(self.exclude_modules, path):
+        if not _names_module("target_modules", self.target_modules, path):
+            return False
+        if _names_module("exclude_modules", self.exclude_modules, path):
             return False
         layers = as_tuple(self.layers_to_transform)
         return not layers or self._layer_of(path) in layers
@@ -157,20 +175,50 @@ class Settings(msgspec.Struct, frozen=True):
     def _layer_of(self, path: str) -> int | None:
         """Return the number of the layer that a module is in."""
         lists = as_tuple(self.layers_pattern) or (r"[^.]*",)
-        match = re.match(rf"(?:^|.*?\.)(?:{'|'.join(lists)})\.(\d+)\.", path)
+        match = _match("layers_pattern", rf"(?:^|.*?\.)(?:{'|'.join(lists)})\.(\d+)\.", path)
         return None if match is None else int(match[1])
 
 
-def _names_module(names: Names, path: str) -> bool:
+def _expressions(names: Names) -> tuple[str, ...]:
+    """Return the regular expression that names modules, if one does."""
+    return (names,) if isinstance(names, str) else ()
+
+
+def _names_module(key: str, names: Names, path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return _match(key, rf"(?:{names})\Z", path) is not None
     return f".{path}".endswith(tuple(f".{name}" for name in names))
 
 
-def _of_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
+MATCHING = 0.1
+"""Seconds that one match of a regular expression may take; an ordinary one takes microseconds."""
+
+
+def _match(key: str, pattern: str, path: str) -> regex.Match[str] | None:
+    """Match a regular expression of a checkpoint against a module's path, in bounded time.
+
+    Args:
+        key: of the expression, for messages.
+        pattern: the expression.
+        path: of the module.
+
+    Raises:
+        CheckpointError: it backtracks without end.
+    """
+    try:
+        return regex.match(pattern, path, timeout=MATCHING)
+    except TimeoutError:
+        shown = pattern[:100]
+        raise CheckpointError(
+            f"{CONFIG}: matching the regular expression {shown!r} of {key} against {path} takes longer than "
+            f"{MATCHING} s; name the modules instead"
+        ) from None
+
+
+def _of_pattern(key: str, pattern: Mapping[str, float], path: str, default: float) -> float:
     """Return the entry of `pattern` for a module; its keys are regular expressions of the ends of paths."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+    for expression, value in pattern.items():
+        if _match(key, rf"(.*\.)?({expression})$", path):
             return value
     return default
 
@@ -214,19 +262,24 @@ def read(name: str, folder: Path, audit: Audit, *, place: str = "", applies: boo
     Raises:
         CheckpointError: the settings cannot be read, or one of them is not honoured.
     """
-    try:
-        content = msgspec.json.decode((folder / CONFIG).read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"cannot read {CONFIG} of adapter {name!r}: {first_line(error)}") from error
+    with about(folder / CONFIG):
+        return Adapter(name, folder, place, _settings(name, folder, audit, place, applies))
+
+
+def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) -> Settings:
+    """Return the settings of the adapter in `folder`; see `read`."""
+    content = load(folder / CONFIG)
     kind = content.get("peft_type")
     if kind != "LORA":
         hint = f"; to go on without it: --allow-unread {name}" if place else ""
-        raise CheckpointError(f"adapter {name!r} is of the type {kind}; only LORA is supported{hint}")
+        raise CheckpointError(f"adapter {name!r} is of the peft_type {kind!r}; only LORA is supported{hint}")
     content = _audited(place + CONFIG, content, audit, applies)
-    try:
-        return Adapter(name, folder, place, msgspec.convert(content, Settings))
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{CONFIG} of adapter {name!r} is not well-formed: {first_line(error)}") from error
+    settings = msgspec.convert(content, Settings)
+    for key, patterns in settings.patterns.items():
+        with about(f"the regular expressions of {key} in {CONFIG}"):
+            for pattern in patterns:
+                regex.compile(pattern)
+    return settings
 
 
 def _audited(file: str, content: Mapping[str, Any], audit: Audit, applies: bool) -> dict[str, Any]:
@@ -316,7 +369,8 @@ def changes(model: PreTrainedModel, adapter: Adapter, audit: Audit, *, spares_he
     Raises:
         CheckpointError: the tensors cannot be read, do not fit, or are not honoured.
     """
-    return _Reader(model, adapter, audit, spares_head).changes()
+    with about(adapter.file):
+        return _Reader(model, adapter, audit, spares_head).changes()
 
 
 class _Reader:
@@ -336,9 +390,11 @@ class _Reader:
         file = self._adapter.file
         if not file.is_file():
             raise self._adapter.fault(f"has no {WEIGHTS}")
-        unread = [key for key, tensor in weights.read(file).items() if not self._sort(key, tensor)]
+        tensors = weights.read(file)
         place = self._adapter.place + file.name
-        remedy = "its target_modules name no such layers, nor does its modules_to_save, so PEFT does not read it"
+        weights.check_values(place, tensors)
+        unread = [key for key, tensor in tensors.items() if not self._sort(key, tensor)]
+        remedy = f"the target_modules and modules_to_save in {CONFIG} name no such layers, so PEFT does not read it"
         self._audit.refuse(place, unread, remedy, noun="the tensor")
         outputs = {path: self._change(path, parts) for path, parts in self._parts.items()}
         if not outputs and not self._whole:
@@ -370,7 +426,9 @@ class _Reader:
         """Return whether a tensor takes the place of the model's own."""
         if entry == "weight" and named.rpartition(".")[2] in EMBEDDINGS:
             return True
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", named) for name in self._adapter.settings.whole)
+        return any(
+            _match("modules_to_save", rf"(^|.*\.){name}($|\..*)", named) for name in self._adapter.settings.whole
+        )
 
     def _sort_low_rank(self, match: re.Match[str], tensor: Tensor) -> bool:
         named = match["path"]
@@ -451,7 +509,10 @@ class _Reader:
             expected["magnitude"] = (out,)
         shapes = {name: tuple(tensor.shape) for name, tensor in sorted(parts.low_rank.items())}
         if shapes != expected:
-            raise self._adapter.fault(f"does not fit {path}: its shapes are {shapes}, expected {expected}")
+            raise self._adapter.fault(
+                f"does not fit {path}: its shapes in {self._adapter.file.name} are {shapes}, expected {expected} by "
+                f"the r of {CONFIG}"
+            )
 
     def _check_ties(self, paths: Iterable[str]) -> None:
         """Refuse a change of weights that were tied in training and are tied here."""

@@ -267,7 +267,7 @@ def activation_of(checkpoint: Files, num_labels: int) -> tuple[str, Callable[[Te
     }
     if problem not in by_problem:
         expected = ", ".join(filter(None, by_problem))
-        raise CheckpointError(f"problem_type must be one of {expected}, got {problem!r}")
+        raise CheckpointError(f"config.json: problem_type must be one of {expected}, got {problem!r}")
     name = by_problem[problem]
     return name, ACTIVATIONS[name]
 

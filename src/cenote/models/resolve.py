@@ -87,11 +87,52 @@ def max_length(checkpoint: Checkpoint, model: PreTrainedModel, limit: int | None
     trained = _trained_lengths(checkpoint, positions)
     length = _longest_side(checkpoint, min(trained, default=FALLBACK_LENGTH), positions)
     if limit is None:
+        _check_room(checkpoint, length)
+        _check_filled(checkpoint, length)
         note = f"the checkpoint names no maximum length; {FALLBACK_LENGTH} tokens are allowed"
         return length, "" if trained else note
     if positions is not None and limit > positions:
         raise CheckpointError(f"max_model_len is {limit}, but {checkpoint.name} has only {positions} positions")
     return limit, f"max_model_len {limit} exceeds the {length} of the checkpoint" if limit > length else ""
+
+
+MOST_FILLED = 1 << 16
+"""Maximum length to which queries are filled up; published models fill up to 32."""
+
+
+def _check_filled(checkpoint: Checkpoint, length: int) -> None:
+    """Refuse a length to which queries are filled up that the model cannot read.
+
+    Raises:
+        CheckpointError: it is longer than `length`, or than any query.
+    """
+    filled = 0 if checkpoint.sides is None else checkpoint.sides.fill_to
+    most = min(length, MOST_FILLED)
+    if filled > most:
+        raise CheckpointError(
+            f"{checkpoint.name}: queries are filled up to {filled} tokens, expected at most {most}; correct "
+            "query_length or query_expansion in config_sentence_transformers.json, or query_maxlen in artifact.metadata"
+        )
+
+
+def _check_room(checkpoint: Checkpoint, length: int) -> None:
+    """Refuse a length that leaves no room for a text.
+
+    Raises:
+        CheckpointError: special tokens take all of it.
+    """
+    special = checkpoint.tokenizer.num_special_tokens_to_add()
+    if length > special:
+        return
+    sources = {
+        checkpoint.tokenizer.model_max_length: "model_max_length in tokenizer_config.json",
+        checkpoint.st.transformer.max_length: "max_seq_length in sentence_bert_config.json",
+    }
+    source = sources.get(length, "the lengths in config.json")
+    raise CheckpointError(
+        f"{checkpoint.name} reads {length} tokens by {source}, and the special tokens around a text are {special}; "
+        "correct it, or set --max-model-len"
+    )
 
 
 def _longest_side(checkpoint: Checkpoint, length: int, positions: int | None) -> int:

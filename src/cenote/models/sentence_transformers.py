@@ -8,25 +8,27 @@ Cenote does not honour is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import torch
 from torch import nn
 
 from cenote.core import Similarity, coalesce
 from cenote.errors import CheckpointError
-from cenote.models import keys, remote_code, transformer_module
-from cenote.models.transformer_module import TransformerModule, as_tuple, load, read_json
+from cenote.models import keys, remote_code, transformer_module, value_types
+from cenote.models.reading import about, check_kind, load, read_json
+from cenote.models.transformer_module import TransformerModule, as_tuple
+from cenote.models.weights import PICKLE, SAFETENSORS, floats
+from cenote.models.weights import read as read_tensors
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -55,6 +57,8 @@ STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
 OWN_MODULES = {"custom_st.Transformer": frozenset({"XLMRobertaLoRA"})}
 """Modules of a checkpoint's own code that are a Transformer to us, with the classes of models that they load: that of
 jina-embeddings-v3 only chooses an adapter, as prompts do here."""
+
+MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 
 Kind = Literal["vectors", "tokens", "sparse"]
 """Kinds of embeddings, by which they are compared."""
@@ -185,7 +189,7 @@ class SentenceTransformer:
             return None
         length: int | None = self.settings.get("truncate_dim")
         if not transformer_module.is_length(length):
-            raise CheckpointError(f"truncate_dim is {length!r}; honoured is a positive integer")
+            raise CheckpointError(f"{SETTINGS}: truncate_dim is {length!r}; honoured is a positive integer")
         return length
 
     @property
@@ -204,23 +208,12 @@ class SentenceTransformer:
         written = self.settings.get("similarity_fn_name")
         name = coalesce(written, "").lower()  # PyLate writes "MaxSim"
         if written is not None and name not in SIMILARITIES:
-            raise CheckpointError(f"similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}")
+            raise CheckpointError(
+                f"{SETTINGS}: similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}"
+            )
         if kind in SIMILARITIES.get(name, ()):
             return Similarity(**dict.fromkeys(COMPARED[kind], name))
         return Similarity(vectors="dot") if kind == "sparse" and self.special else Similarity()
-
-
-@contextmanager
-def well_formed(path: Path) -> Iterator[None]:
-    """Refuse the folder `path` if code in the `with` block finds values of other types or names than it expects.
-
-    Raises:
-        CheckpointError: instead of the error that reading such a value raises.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a well-formed Sentence-Transformers folder: {error!r}") from error
 
 
 def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTransformer | None:
@@ -229,14 +222,15 @@ def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTra
     Raises:
         CheckpointError: a module, a key or a value is not honoured, or weights of a module are missing.
     """
-    if not (path / "modules.json").is_file():
+    if not (path / MODULES).is_file():
         return None
-    with well_formed(path):
+    with about(path):
         modules = _listed(path, audit)
         settings = _settings(path, modules, audit)
         first = modules[0]
         transformer = transformer_module.read(first.folder, first.path, audit, task=TRANSFORMERS[first.kind])
-        prompts, default = _prompts(settings)
+        with about(path / SETTINGS):
+            prompts, default = _prompts(settings)
         st = SentenceTransformer(
             transformer, settings, transformer.result, prompts=prompts, default_prompt_name=default
         )
@@ -253,16 +247,23 @@ def _listed(path: Path, audit: Audit) -> list[Module]:
     Raises:
         CheckpointError: the first one is no Transformer.
     """
-    modules = []
-    for entry in read_json(path / "modules.json"):
-        audit.read("modules.json", entry, keys.MODULE_ENTRY)
-        modules.append(Module(_type(str(entry["type"]), path), path / entry["path"], entry["path"]))
+    file = path / MODULES
+    entries = read_json(file)
+    with about(file):
+        entries = msgspec.convert(entries, value_types.MODULE_ENTRIES)
+        modules = [_entry(path, entry, audit) for entry in entries]
     if [module.kind for module in modules] == ["Router"]:
         modules = _routed(modules[0], audit)
     first = next(iter(modules), Module("nothing", path))
     if first.kind not in TRANSFORMERS:
         raise CheckpointError(_refused_first(first.type))
     return modules
+
+
+def _entry(path: Path, entry: dict[str, Any], audit: Audit) -> Module:
+    """Return one entry of `modules.json`."""
+    audit.read(MODULES, entry, keys.MODULE_ENTRY)
+    return Module(_type(entry["type"], path), path / entry["path"], entry["path"])
 
 
 def _refused_first(kind: str) -> str:
@@ -288,7 +289,7 @@ def _settings(path: Path, modules: list[Module], audit: Audit) -> dict[str, Any]
     Raises:
         CheckpointError: the type is not known, or a key is not honoured.
     """
-    file = "config_sentence_transformers.json"
+    file = SETTINGS
     settings = load(path / file)
     model_type = settings.get("model_type") or _model_type(settings, modules)
     if model_type not in keys.SETTINGS_OF:
@@ -339,12 +340,13 @@ def _prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
 def _with(st: SentenceTransformer, module: Module, audit: Audit, allow_pickle: bool) -> SentenceTransformer:
     """Return `st` with one more module."""
     known = keys.MODULES.get(module.kind)
-    if known is not None:
-        audit.read(f"{module.path}/config.json", module.config, known)
-    reader = _reader(st, module)
-    if reader is None or module.side:
-        return replace(st, special=(*st.special, module))
-    return reader(st, module, allow_pickle)
+    with about(module.folder / "config.json"):
+        if known is not None:
+            audit.read(f"{module.path}/config.json", module.config, replace(known, types=value_types.MODULE))
+        reader = _reader(st, module)
+        if reader is None or module.side:
+            return replace(st, special=(*st.special, module))
+        return reader(st, module, allow_pickle)
 
 
 Reader = Callable[["SentenceTransformer", Module, bool], "SentenceTransformer"]
@@ -421,8 +423,8 @@ def _with_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> 
 
 def _with_layer_norm(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
     norm = nn.Module()
-    norm.norm = nn.LayerNorm(module.config["dimension"], dtype=torch.float32)
-    _loaded(norm, module.folder, allow_pickle)
+    norm.norm = nn.LayerNorm(module.config["dimension"], dtype=torch.float32, device="meta")
+    _loaded(norm, module.folder, allow_pickle, ("dimension",))
     return replace(st, steps=(*st.steps, norm.norm), dimension=module.config["dimension"])
 
 
@@ -510,7 +512,7 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
     modes = as_tuple(named)
     for mode in modes:
         if mode not in MODES:
-            raise CheckpointError(f"unknown pooling mode {mode!r}; known are: {', '.join(MODES)}")
+            raise CheckpointError(f"pooling_mode is {mode!r}; known are: {', '.join(MODES)}")
     return modes or ("mean",)
 
 
@@ -566,58 +568,84 @@ def dense(
     """
     config = module.config
     _check_names(module, (over,), outputs)
-    layer = _Dense(
-        config["in_features"],
-        config["out_features"],
-        bias=config.get("bias", True),
-        activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
-        residual=bool(config.get("use_residual", False)),
-    )
-    return _loaded(layer, module.folder, allow_pickle), config["out_features"]
+    with torch.device("meta"):
+        layer = _Dense(
+            config["in_features"],
+            config["out_features"],
+            bias=config.get("bias", True),
+            activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+            residual=bool(config.get("use_residual", False)),
+        )
+    return _loaded(layer, module.folder, allow_pickle, ("out_features", "in_features")), config["out_features"]
 
 
-def activation(name: str) -> nn.Module:
+def activation(name: str, key: str = "activation_function") -> nn.Module:
     """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported.
+
+    Args:
+        name: the path.
+        key: its key, for messages.
 
     Raises:
         CheckpointError: it is none of them, or needs arguments.
     """
     kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise CheckpointError(f"activation function {name!r} is not a module of torch.nn")
+        raise CheckpointError(f"{key} is {name!r}, expected a module of torch.nn")
     try:
         return kind()
     except TypeError as error:
-        raise CheckpointError(f"activation function {name!r} cannot be made without arguments: {error}") from None
+        raise CheckpointError(f"{key} is {name!r}, which cannot be made without arguments: {error}") from None
 
 
-def _loaded(module: nn.Module, folder: Path, allow_pickle: bool) -> nn.Module:
-    """Load a module's weights, all of them, and freeze it in float32."""
-    try:
-        module.load_state_dict(weights(folder, allow_pickle))
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit: {error}") from None
-    return module.float().eval().requires_grad_(False)
+def _loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[str]) -> nn.Module:
+    """Give a module, which is on the meta device, its weights, all of them, and freeze it in float32.
+
+    A module without storage cannot ask for more memory than its file has.
+    """
+    file = _file(folder, allow_pickle)
+    tensors = floats(f"{file.name} of {folder.name}", read_tensors(file))
+    return fitted(module, tensors, f"{file.name} of {folder.name}, of the {' and '.join(sizes)} in config.json")
+
+
+def fitted(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Give a module on the meta device its tensors, all of them, and freeze it.
+
+    Args:
+        module: its shape alone.
+        tensors: float32, by their names in it.
+        source: of both, for messages.
+
+    Raises:
+        CheckpointError: they are not the module's, or of other shapes.
+    """
+    with about(source, "correct the sizes, or take the weights that belong to them"):
+        module.load_state_dict(tensors, assign=True)
+        return module.eval().requires_grad_(False)
 
 
 def weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """Return the tensors of a module's folder by name.
+    """Return the tensors of a module's folder by name, float32.
 
     Raises:
         CheckpointError: there are none, or they are damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    file = _file(folder, allow_pickle)
+    return floats(f"{file.name} of {folder.name}", read_tensors(file))
 
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    has_pickle = pickled.is_file()
-    try:
-        if safe.is_file():
-            return load_file(safe)
-        if has_pickle and allow_pickle:
-            tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-            return tensors
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
-    hint = " (there is a pytorch_model.bin, which --safetensors-only leaves unread)" if has_pickle else ""
+
+def _file(folder: Path, allow_pickle: bool) -> Path:
+    """Return the file of weights in a module's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    safe, pickled = folder / SAFETENSORS, folder / PICKLE
+    for file in (safe, pickled):
+        check_kind(file)
+    if safe.is_file():
+        return safe
+    if pickled.is_file() and allow_pickle:
+        return pickled
+    hint = " (there is a pytorch_model.bin, which --safetensors-only leaves unread)" if pickled.is_file() else ""
     raise CheckpointError(f"{folder} has no model.safetensors{hint}")

@@ -6,13 +6,13 @@ the same one counts here and there.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
 from cenote.models import keys
+from cenote.models.reading import load
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -202,32 +202,6 @@ def _first(folder: Path) -> tuple[str, dict[str, Any]]:
         if content:
             return name, content
     return CONFIGS[0], {}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file `path`, empty if there is no file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no object.
-    """
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {path.parent.name} is no JSON object, but {type(content).__name__}")
-    return content
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path.name} of {path.parent.name}: {error}") from None
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

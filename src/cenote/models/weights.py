@@ -6,24 +6,44 @@ read by torch's restricted unpickler, which takes tensors out of them and runs n
 
 from __future__ import annotations
 
-import json
 import zipfile
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cenote.errors import CheckpointError, first_line
+from cenote.errors import CheckpointError
+from cenote.models.reading import about, check_kind, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 INDEX = ".index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        file: that file.
+        shape: of the tensor.
+        dtype: its name in safetensors ("F32", "BF16", "I64", "BOOL") or, of a pickle, in torch ("float32").
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether its values are floating-point numbers."""
+        return self.dtype.lower().startswith(("f", "bf"))
 
 
 def model_files(folder: Path, *, pickles: bool) -> tuple[str, ...]:
@@ -44,31 +64,39 @@ def model_files(folder: Path, *, pickles: bool) -> tuple[str, ...]:
     return ()
 
 
-def tensor_files(folder: Path, *, pickles: bool) -> dict[str, Path]:
-    """Return the file of each tensor of a checkpoint, by the tensor's name.
+def stored(folder: Path, *, pickles: bool) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint by name, without their values.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or two of them have the same tensor.
     """
-    files: dict[str, Path] = {}
+    tensors: dict[str, Stored] = {}
     for name in model_files(folder, pickles=pickles):
-        file = folder / name
-        files |= dict.fromkeys(_names(file) if file.suffix == ".safetensors" else _pickled(file), file)
-    return files
+        of_file = header(folder / name)
+        twice = sorted(tensors.keys() & of_file.keys())
+        if twice:
+            raise CheckpointError(
+                f"{name} of {folder.name} has the tensor {twice[0]}, which {tensors[twice[0]].file.name} has too, and "
+                "model.safetensors.index.json can mean only one of them; take one away, or download both again"
+            )
+        tensors |= of_file
+    return tensors
 
 
 def tensors(folder: Path, names: Collection[str], *, pickles: bool) -> dict[str, Tensor]:
-    """Return the tensors called `names`."""
+    """Return the tensors called `names`, whose values are finite."""
     from safetensors import safe_open
 
-    files = tensor_files(folder, pickles=pickles)
+    found = stored(folder, pickles=pickles)
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if files[name].suffix == ".safetensors":
-            with safe_open(files[name], framework="pt") as opened:
+        file = found[name].file
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
                 tensors[name] = opened.get_tensor(name)
         else:
-            tensors[name] = _pickled(files[name])[name]
+            tensors[name] = _pickled(file)[name]
+        check_values(f"{file.name} of {folder.name}", {name: tensors[name]})
     return tensors
 
 
@@ -78,14 +106,21 @@ def _indexed(index: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: it is damaged, or one of them is not there.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {index.name} of {index.parent.name}: {first_line(error)}") from error
+    content = read_json(index)
+    suffix = Path(index.name.removesuffix(INDEX)).suffix
+    with about(index):
+        names = sorted({_file_name(name, suffix) for name in content["weight_map"].values()})
     for name in names:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent.name} lacks {name}, which {index.name} names; download it again")
     return tuple(names)
+
+
+def _file_name(name: object, suffix: str) -> str:
+    """Return an entry of an index, which has to be the name of a file of weights."""
+    if not isinstance(name, str) or not name.endswith(suffix):
+        raise ValueError(f"weight_map has {name!r}, expected the name of a file that ends in {suffix}")
+    return name
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -94,37 +129,99 @@ def read(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_kind(file)
     if file.suffix != ".safetensors":
         return _pickled(file)
-    try:
+    with about(file):
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file.name} of {file.parent.name}: {first_line(error)}") from error
 
 
-def _names(file: Path) -> list[str]:
-    """Return the names of the tensors of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
+def header(file: Path) -> dict[str, Stored]:
+    """Return the tensors of a file of weights by name, without their values.
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file.name} of {file.parent.name}: {first_line(error)}") from error
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from safetensors import safe_open
+
+    check_kind(file)
+    if file.suffix != ".safetensors":
+        return {name: _described(file, tensor) for name, tensor in _pickled(file).items()}
+    with about(file), safe_open(file, framework="pt") as opened:
+        return {name: _sliced(file, name, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+
+
+def _sliced(file: Path, name: str, part: Any) -> Stored:
+    """Return the header of a tensor in a safetensors file.
+
+    Complex numbers are refused, which no model has, and of which a cast would drop a half.
+    """
+    dtype = part.get_dtype()
+    if dtype.startswith("C"):
+        raise ValueError(f"{name} is {dtype}, expected real numbers")
+    return Stored(file, tuple(part.get_shape()), dtype)
+
+
+def _described(file: Path, tensor: Tensor) -> Stored:
+    """Return the header that a tensor would have."""
+    return Stored(file, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a pickle, without running code in it; read when they are used, if its format allows."""
-    try:
-        weights: dict[str, Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(
-            f"cannot read {file.name} of {file.parent.name}: torch's restricted unpickler, which runs no code, refuses "
-            f"it: {first_line(error)}"
-        ) from error
+    remedy = "torch's restricted unpickler, which runs no code, refuses it; save the weights as safetensors"
+    with about(file, remedy):
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    with about(file):
+        if not isinstance(weights, dict):
+            raise ValueError(f"it holds {type(weights).__name__}, expected tensors by name")
+        for name, tensor in weights.items():
+            _check_pickled(name, tensor)
     return weights
+
+
+def _check_pickled(name: object, tensor: object) -> None:
+    """Refuse an entry of a pickle that is no tensor, or one that shows more values than the pickle has."""
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"its entry {name!r} is {type(tensor).__name__}, expected tensors by name")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{name} is no plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} of the shape {tuple(tensor.shape)} has fewer values than that")
+
+
+def floats(place: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return float32 copies of tensors, which are checked; see `check_values`."""
+    check_values(place, tensors)
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+
+
+def check_values(place: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with values that are not finite, and some that are no floating-point numbers.
+
+    Args:
+        place: their file, for the message.
+        tensors: by name.
+
+    Raises:
+        CheckpointError: one of them is NaN, infinite, or of another kind of dtype.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{place}: {name} is {kind}, expected floating-point numbers; download it again")
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{place}: {name} has values that are not finite (NaN or infinity); download it again, or save it "
+                "in a dtype that holds its values"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no value of a floating-point tensor is NaN or infinite, without a copy of it."""
+    if not tensor.numel() or tensor.element_size() == 1:
+        return True  # the 8-bit floating-point types have no such function; forwards show their values
+    extremes = torch.stack(torch.aminmax(tensor.detach()))
+    return bool(torch.isfinite(extremes).all())

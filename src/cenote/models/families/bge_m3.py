@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from cenote.errors import CheckpointError
+from cenote.models import weights
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned
 from cenote.models.poolers import Embed, Pooler, Rows, TokenEmbed
+from cenote.models.sentence_transformers import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -123,21 +125,14 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted(ids - {None}))
 
 
-def _linear(file: Path, width: int) -> nn.Linear:
+def _linear(file: Path, width: int) -> nn.Module:
     """Return the layer over hidden states of size `width` that `file` holds, float32.
 
     Raises:
         CheckpointError: it is damaged, or has other tensors.
     """
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise errors of any kind
-        raise CheckpointError(f"cannot read {file.name}: {error}") from None
-    if not isinstance(weights, dict) or set(weights) != {"weight", "bias"}:
-        raise CheckpointError(f"{file.name} must hold the tensors weight and bias")
-    try:
-        layer = nn.Linear(width, len(weights["bias"]), dtype=torch.float32)
-        layer.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{file.name} does not fit hidden states of size {width}: {error}") from None
-    return layer.float().eval().requires_grad_(False)
+    tensors = weights.floats(file.name, weights.read(file))
+    if set(tensors) != {"weight", "bias"}:
+        raise CheckpointError(f"{file.name} has the tensors {sorted(tensors)}, expected weight and bias")
+    layer = nn.Linear(width, tensors["bias"].numel(), dtype=torch.float32, device="meta")
+    return fitted(layer, tensors, f"{file.name}, for hidden states of {width}")

@@ -17,8 +17,9 @@ from cenote.errors import CheckpointError
 from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed
-from cenote.models.sentence_transformers import dense, well_formed
-from cenote.models.transformer_module import as_tuple, load
+from cenote.models.reading import about, load
+from cenote.models.sentence_transformers import dense
+from cenote.models.transformer_module import as_tuple
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class MultiVector(Family):
         With `plain_late_interaction` both sides get a projection and normalisation alone, as vLLM serves ColBERT.
         """
         if _is_one(files.st):
-            with well_formed(files.path):
+            with about(files.path):
                 plain = _plain(files.st, options.reads_pickles)
                 if options.plain_late_interaction:
                     return replace(plain, keeps_lengths=False)

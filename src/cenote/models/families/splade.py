@@ -20,7 +20,8 @@ from cenote.models.convert import Head
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned
 from cenote.models.poolers import Rows
-from cenote.models.sentence_transformers import weights, well_formed
+from cenote.models.reading import about
+from cenote.models.sentence_transformers import weights
 from cenote.tensors.heads import normalize
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def _table(module: Module, allow_pickle: bool) -> Tensor:
     Raises:
         CheckpointError: they are not there.
     """
-    with well_formed(module.folder):
-        return weights(module.folder, allow_pickle)["weight"].float()
+    with about(module.folder):
+        return weights(module.folder, allow_pickle)["weight"]
 
 
 def _fitting(table: Tensor, entries: int, width: int, name: str) -> Tensor:
