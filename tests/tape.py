@@ -80,19 +80,23 @@ def varlen(
     assert q.shape[-1] % 8 == 0
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], q.shape[0]), torch.nan)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    left, right = (reach if reach >= 0 else 1 << 30 for reach in window_size)
+    starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     bounds = zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True)
     for (a, b), (c, d) in bounds:
         assert 0 <= b - a <= max_q
         assert 0 <= d - c <= max_k
-        if b == a:
-            continue
-        distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
-        left, right = (reach if reach >= 0 else 1 << 30 for reach in window_size)
+        if b > a:
+            starts.setdefault((b - a, d - c), []).append((a, c))
+    for (queries, keys), places in starts.items():  # sequences of equal lengths together
+        of_q, of_k = (torch.tensor(x)[:, None] for x in zip(*places, strict=True))
+        of_q, of_k = of_q + torch.arange(queries), of_k + torch.arange(keys)
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
         hidden = (distance > left) | (-distance > right)
-        scores = torch.einsum("qnh,knh->nqk", q[a:b], k[c:d]) * scale
+        scores = (q[of_q].transpose(1, 2) @ k[of_k].permute(0, 2, 3, 1)) * scale  # [sequences, heads, queries, keys]
         scores = scores.masked_fill(hidden, float("-inf"))
-        out[a:b] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), v[c:d])
-        lse[:, a:b] = scores.logsumexp(-1)
+        out[of_q] = (scores.softmax(-1) @ v[of_k].transpose(1, 2)).transpose(1, 2)
+        lse[:, of_q] = scores.logsumexp(-1).transpose(0, 1)
     return out, lse
 
 

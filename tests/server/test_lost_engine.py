@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from tests import PATIENCE
+from tests.forked import Forked
 from tests.trouble import LONG
 
 if TYPE_CHECKING:
@@ -24,13 +25,11 @@ class Server:
     """A `cenote serve` whose model has trouble, and its address."""
 
     def __init__(self, *arguments: str, kind: str) -> None:
-        command = [sys.executable, "-m", "tests.trouble", kind, *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = Forked("tests.trouble", kind, *arguments)
         self.lines: list[str] = []
 
     def until(self, words: str) -> str:
         """Read the log until a line has these words; return the line."""
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
             if words in line:
@@ -39,7 +38,6 @@ class Server:
 
     def rest(self) -> str:
         """Wait for the end; return the whole log."""
-        assert self.process.stderr is not None
         self.lines += self.process.stderr.readlines()
         self.process.wait(PATIENCE)
         return "".join(self.lines)

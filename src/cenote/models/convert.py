@@ -5,8 +5,11 @@ The suffix table and the defaults are vLLM's, so that the same checkpoint pools 
 
 from __future__ import annotations
 
+import functools
+import sys
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import entry_points
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -18,6 +21,7 @@ from cenote.models.families import rerankers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from importlib.metadata import EntryPoint
 
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -154,13 +158,16 @@ def register_model(model: type[PreTrainedModel]) -> None:
 
 def register_installed() -> list[str]:
     """Register the classes of the entry-point group `cenote.models`, and return their names."""
-    from importlib.metadata import entry_points
-
-    names = []
-    for entry in entry_points(group="cenote.models"):
+    entries = _installed(tuple(sys.path))
+    for entry in entries:
         register_model(entry.load())
-        names.append(entry.name)
-    return names
+    return [entry.name for entry in entries]
+
+
+@functools.cache
+def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Return the entry points of the group; `path`, where packages are found, is that of the process."""
+    return tuple(entry_points(group="cenote.models"))
 
 
 def conversion(architecture: str, convert: str, *, pools: bool) -> str:

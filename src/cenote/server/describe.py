@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from cenote.server.wire.encoding import json_response
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pydantic import BaseModel
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -28,8 +30,7 @@ REFERENCE = "#/components/schemas/{model}"
 def openapi(dialects: Sequence[Dialect], config: ServerConfig) -> dict[str, Any]:
     """Return the OpenAPI description of the routes of `dialects`."""
     routes = [(dialect, route) for dialect in dialects for route in dialect.routes if route.is_described]
-    models = [(route.body, "validation") for _, route in routes if route.body is not None]
-    _, schemas = models_json_schema(models, ref_template=REFERENCE)  # type: ignore[arg-type]
+    schemas = _schemas(tuple(route.body for _, route in routes if route.body is not None))
     paths: dict[str, dict[str, Any]] = {}
     for dialect, route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(dialect, route)
@@ -42,8 +43,16 @@ def openapi(dialects: Sequence[Dialect], config: ServerConfig) -> dict[str, Any]
         },
         **({"servers": [{"url": config.root_path}]} if config.root_path else {}),
         "paths": paths,
-        "components": {"schemas": schemas.get("$defs", {})},
+        "components": {"schemas": schemas},
     }
+
+
+@functools.cache
+def _schemas(bodies: tuple[type[BaseModel], ...]) -> dict[str, Any]:
+    """Return the JSON schemas of the classes of bodies, and of those within them, by name."""
+    _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=REFERENCE)
+    definitions: dict[str, Any] = schemas.get("$defs", {})
+    return definitions
 
 
 def _operation(dialect: Dialect, route: Route) -> dict[str, Any]:

@@ -8,11 +8,19 @@ import mmap
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-WEIGHTS = re.compile(r" r[-w][-x]p .*\.safetensors$", re.MULTILINE)
+if TYPE_CHECKING:
+    from io import RawIOBase
+
+WEIGHTS = re.compile(r"\S+ r[-w][-x]p .*\.safetensors$")
 """Lines of /proc/self/maps of weights."""
-LIBRARIES = re.compile(r" r-[-x]p .*\.so[.\d]*$", re.MULTILINE)
+LIBRARIES = re.compile(r"\S+ r-[-x]p .*\.so[.\d]*$")
 """Lines of /proc/self/maps of the read-only parts of libraries."""
+ENTRY = 8
+"""Bytes of /proc/self/pagemap for a page, a number of 64 bits."""
+IN_MEMORY, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61
+"""Bits of it."""
 SOFT = 1
 """`omp_pause_soft`: variables of threads are kept."""
 
@@ -84,13 +92,35 @@ def _leave_libraries() -> None:
 def _leave(kind: re.Pattern[str]) -> None:
     """Give the pages of mappings back to the system, if nothing was written in them."""
     try:
-        if not kind.search(Path("/proc/self/maps").read_text()):
-            return  # the kernel takes much longer for the details of all mappings
-        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if kind.match(line)]
+        if not mappings:
+            return
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
+            for mapping in mappings:
+                begin, end = (int(x, 16) for x in mapping.split()[0].split("-"))
+                if not _is_written(pages, begin, end):
+                    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
     except OSError:
         return
-    for mapping in mappings:
-        head = mapping.partition("\n")[0]
-        if kind.search(head) and re.search(r"^Anonymous: +0 kB$", mapping, re.MULTILINE):
-            begin, end = (int(x, 16) for x in head.split()[0].split("-"))
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _is_written(pages: RawIOBase, begin: int, end: int) -> bool:
+    """Return whether a page of a private mapping of a file has become this process's own.
+
+    /proc/self/smaps says so, too, but the kernel goes through all pages of the process for it.
+
+    Args:
+        pages: /proc/self/pagemap, 8 bytes a page.
+        begin: first address of the mapping.
+        end: first address behind it.
+    """
+    import numpy as np
+
+    size = (end - begin) // mmap.PAGESIZE * ENTRY
+    pages.seek(begin // mmap.PAGESIZE * ENTRY)
+    read = pages.read(size) or b""
+    if len(read) < size:
+        return True  # it may be
+    entries = np.frombuffer(read, np.uint64)
+    exists = (entries & np.uint64(IN_MEMORY | SWAPPED)) != 0
+    return bool((exists & ((entries & np.uint64(OF_FILE)) == 0)).any())

@@ -1,0 +1,168 @@
+"""Processes that are forked from one that has imported Cenote, and has run nothing yet.
+
+Importing takes several seconds of the processor, of which a process of a test is the same afterwards: it has its own
+interpreter, arguments, environment, signals, threads and end. Where a test is about importing, or about a variable that
+is read by it, it takes `subprocess`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+IMPORTED = (
+    "cenote.cli.host",
+    "cenote.cli.serve",
+    "cenote.models.load",
+    "cenote.pipeline.pipeline",
+    "cenote.server.app",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+    "uvicorn.protocols.http.httptools_impl",
+)
+READ_BY_IMPORTING = ("HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "TORCH", "TRANSFORMERS_")
+"""Beginnings of the variables that take effect before a process is forked."""
+LONGEST_REQUEST = 1 << 20
+
+
+class Forked:
+    """`python -m module arguments`, with as much of `subprocess.Popen` as tests use.
+
+    Args:
+        module: run as `__main__`.
+        arguments: of the command line.
+        environment: variables, by default those of this process.
+
+    Attributes:
+        pid: of the process.
+        stderr: text that it writes there.
+        returncode: exit status, negative for a signal; `None` while it runs.
+    """
+
+    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        wanted = dict(os.environ if environment is None else environment)
+        changed = dict(wanted.items() ^ os.environ.items())
+        early = [name for name in changed if name.startswith(READ_BY_IMPORTING)]
+        assert not early, f"{early} are read before a process is forked; use subprocess"
+        request = {
+            "module": module,
+            "arguments": arguments,
+            "environment": wanted,
+            "path": sys.path,
+            "folder": os.getcwd(),
+        }
+        reader, writer = os.pipe()
+        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.stderr: IO[str] = os.fdopen(reader, encoding="utf-8")
+        with theirs:
+            socket.send_fds(_origin(), [json.dumps(request).encode()], [1, writer, theirs.fileno()])
+        os.close(writer)
+        self.pid = int(self._answers.recv(64))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, or `None` if it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end, and return the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs longer than `timeout` seconds.
+        """
+        if self.returncode is None:
+            self._answers.settimeout(timeout)
+            try:
+                self.returncode = int(self._answers.recv(64))
+            except (BlockingIOError, TimeoutError):
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
+            self._answers.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+@functools.cache
+def _origin() -> socket.socket:
+    """Return the end of a socket at whose other end a process waits that has imported Cenote."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs, env=environment)
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+def _fork(requests: socket.socket) -> tuple[str, list[str]]:
+    """Fork for each request; return in the processes that run its module, with the arguments of that."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        content, received, *_ = socket.recv_fds(requests, LONGEST_REQUEST, 3)
+        if not content:
+            os._exit(0)
+        if os.fork() == 0:
+            break
+        for own in received:
+            os.close(own)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    out, errors, answers = received
+    child = os.fork()
+    if child:
+        os.close(errors)
+        os.write(answers, str(child).encode())
+        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(answers, str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    requests.close()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, own in enumerate((nothing, out, errors)):
+        os.dup2(own, number)
+    for own in (nothing, *received):
+        os.close(own)
+    request = json.loads(content)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.path[:] = request["path"]
+    return request["module"], request["arguments"]
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
+    module, arguments = _fork(socket.socket(fileno=os.dup(0)))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
