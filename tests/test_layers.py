@@ -26,8 +26,8 @@ INNER = {
     "models": (
         (
             "files",
-            "audit card facts keys weights transformer_module sentence_transformers configs contents remote_code "
-            "stacked_lora renamed lora adapted leftovers",
+            "audit card facts inside keys weights transformer_module sentence_transformers configs contents "
+            "remote_code stacked_lora renamed lora adapted leftovers",
         ),
         ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),

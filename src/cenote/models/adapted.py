@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError, first_line
 from cenote.models import lora
+from cenote.models.inside import inside
 from cenote.models.lora import CONFIG, SUFFIXES
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _backbone(path: Path) -> Path:
         return path
     try:
         first = min(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: int(entry["idx"]))
-        return path / str(first["path"])
+        return inside(path, str(first["path"]), file.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read modules.json of {path.name}: {first_line(error)}") from error
 

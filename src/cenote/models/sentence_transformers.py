@@ -20,6 +20,7 @@ from torch import nn
 from cenote.core import Similarity, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import keys, remote_code, transformer_module
+from cenote.models.inside import inside
 from cenote.models.transformer_module import TransformerModule, as_tuple, load, read_json
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
@@ -256,7 +257,8 @@ def _listed(path: Path, audit: Audit) -> list[Module]:
     modules = []
     for entry in read_json(path / "modules.json"):
         audit.read("modules.json", entry, keys.MODULE_ENTRY)
-        modules.append(Module(_type(str(entry["type"]), path), path / entry["path"], entry["path"]))
+        folder = inside(path, entry["path"], "modules.json")
+        modules.append(Module(_type(str(entry["type"]), path), folder, entry["path"]))
     if [module.kind for module in modules] == ["Router"]:
         modules = _routed(modules[0], audit)
     first = next(iter(modules), Module("nothing", path))
@@ -486,7 +488,7 @@ def _routed(router: Module, audit: Audit) -> list[Module]:
     for side, route in (("", "document"), ("query", "query")):
         for name in routes[route]:
             kind = str(config["types"][name])
-            modules.append(Module(kind, router.folder / name, _below(router.path, name), side))
+            modules.append(Module(kind, inside(router.folder, name, file), _below(router.path, name), side))
     return modules
 
 

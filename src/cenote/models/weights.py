@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cenote.errors import CheckpointError, first_line
+from cenote.models.inside import inside
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -83,7 +84,7 @@ def _indexed(index: Path) -> tuple[str, ...]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {index.name} of {index.parent.name}: {first_line(error)}") from error
     for name in names:
-        if not (index.parent / name).is_file():
+        if not inside(index.parent, name, index.name).is_file():
             raise CheckpointError(f"{index.parent.name} lacks {name}, which {index.name} names; download it again")
     return tuple(names)
 
