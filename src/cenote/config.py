@@ -387,6 +387,9 @@ class ServerConfig(BaseModel):
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )
+    max_response_bytes: int = Field(
+        256 << 20, ge=1, description="largest answer of vectors, as estimated before they are computed; beyond it 400"
+    )
     shutdown_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the server is ended"
     )

@@ -19,6 +19,7 @@ from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unautho
 from cenote.server import errors
 from cenote.server.admission import Held
 from cenote.server.serving import new_id
+from cenote.server.wire.sizes import echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -137,7 +138,7 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id")
         scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
-        reply = _Reply(send, {"X-Request-Id": request_id or new_id()} if self._names_requests else {})
+        reply = _Reply(send, {"X-Request-Id": echo(request_id) or new_id()} if self._names_requests else {})
         if scope["path"] in UNCOUNTED:
             await self._run(scope, headers, receive, reply)
             return
