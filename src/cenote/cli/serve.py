@@ -66,6 +66,7 @@ def _serve(arguments: dict[str, Any]) -> None:
             tokenizer.import_without_torch()
         import uvicorn
 
+        from cenote.server import connections
         from cenote.server.app import build
         from cenote.server.beside import beside
         from cenote.server.ending import Server
@@ -81,17 +82,25 @@ def _serve(arguments: dict[str, Any]) -> None:
             opened.pop_all()  # all of them serve from now on
         _log_all(limits(plan.engine, server))
         app = build(services, server)
+        allowed = connections.Limits.of(server, connections.descriptors())
+        if allowed.connections < server.max_connections:
+            log.warning(
+                "max_connections is %d, and not %d: the system allows this process too few open files (ulimit -n)",
+                allowed.connections,
+                server.max_connections,
+            )
         config = uvicorn.Config(
             app,
+            http=connections.limited(allowed),
             log_config=None,
             log_level=server.log_level,
             access_log=server.log_level == "debug",
-            timeout_keep_alive=75,
+            timeout_keep_alive=round(allowed.idle_seconds),
         )
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
         for other in others:
-            running.enter_context(beside(app.operations(), other))
+            running.enter_context(beside(app.operations(), other, allowed))
         log.info("serving http://%s:%s, %.1f s after start", *listener.getsockname()[:2], time.monotonic() - began)
         # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -9,11 +9,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-import uvicorn
+from cenote.server import connections
 
 if TYPE_CHECKING:
     from socket import socket
     from types import FrameType
+
+    import uvicorn
 
     from cenote.server.app import Application
 
@@ -27,8 +29,8 @@ LAST_RESORT = 10.0
 """Seconds after which a process that has not ended by itself is ended."""
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, whose end has a bound.
+class Server(connections.Server):
+    """A server whose end has a bound.
 
     A first signal stops it from accepting connections; requests under way have `timeout` seconds. A second one ends
     them at once. `LAST_RESORT` seconds later the process is ended with status 1, whatever hangs. A fault of an engine

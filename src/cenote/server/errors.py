@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote import metrics
-from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized, plural
+from cenote.errors import CenoteError, EngineGone, Overloaded, TooManyConnections, Unauthorized, plural
 from cenote.server.wire.encoding import to_json
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def fault_of(error: Exception) -> Fault:
         return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
-    if error.status >= 500:
+    if error.status >= 500 and not isinstance(error, Overloaded):
         log.error("%s: %s", type(error).__name__, error.message)
     if isinstance(error, Overloaded):
         metrics.refusals_of(error.reason).inc()
@@ -118,6 +118,8 @@ HTTP_ERRORS = {
 
 
 def _headers(error: CenoteError) -> dict[str, str]:
+    if isinstance(error, TooManyConnections):
+        return {"Retry-After": str(error.retry_after), "Connection": "close"}
     if isinstance(error, (Overloaded, EngineGone)):
         return {"Retry-After": str(error.retry_after)}
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}

@@ -190,9 +190,12 @@ class Gate:
         await send({"type": "http.response.body", "body": b""})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `CenoteError` for a request without a key, with a body that is not JSON, or at a bad time."""
+        """Raise `CenoteError` for a request that its connection refuses, without a key, or at a bad time."""
         if self._is_open(scope):
             return
+        refusal = scope["state"].get("refusal")
+        if refusal is not None:
+            raise refusal
         if self._keys and scope["method"] != "OPTIONS":
             self._check_key(next(filter(None, map(headers.get, KEY_HEADERS)), ""))
         if scope["method"] == "POST":
@@ -217,6 +220,8 @@ class Gate:
         is_open = True
         while is_open:
             message = await receive()
+            if "refusal" in scope["state"]:  # it is sent too slowly
+                raise scope["state"]["refusal"]
             chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
             held.add(len(chunks[-1]))
             is_open = message.get("more_body", False)
