@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import socket
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
+from cenote.cli.logs import Writer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
 from cenote.errors import ConfigError, plural
@@ -51,11 +50,12 @@ def run(arguments: dict[str, Any]) -> int:
     if command == "version":
         print(cenote.__version__)
     elif command == "serve":
-        _serve(_with_any_name(arguments))
+        return _serve(_with_any_name(arguments))
     return 0
 
 
-def _serve(arguments: dict[str, Any]) -> None:
+def _serve(arguments: dict[str, Any]) -> int:
+    """Serve until a signal, and return the exit status."""
     began = time.monotonic()
     plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
     server = plan.server
@@ -69,7 +69,7 @@ def _serve(arguments: dict[str, Any]) -> None:
         from cenote.server import connections
         from cenote.server.app import build
         from cenote.server.beside import beside
-        from cenote.server.ending import Server
+        from cenote.server.ending import Server, ignore_signals
 
         services: list[Service] = []
         with ExitStack() as opened:
@@ -101,10 +101,12 @@ def _serve(arguments: dict[str, Any]) -> None:
     with ExitStack() as running:
         for other in others:
             running.enter_context(beside(app.operations(), other, allowed))
+        running.callback(ignore_signals)  # so that a late one does not change the exit status
+        web = Server(config, app, server.shutdown_timeout)
+        web.take_signals()
         log.info("serving http://%s:%s, %.1f s after start", *listener.getsockname()[:2], time.monotonic() - began)
-        # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        Server(config, app, server.shutdown_timeout).run(sockets=[listener])
+        web.run(sockets=[listener])
+    return web.status
 
 
 def _with_any_name(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _names(names: Sequence[str] | None) -> Sequence[str]:
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:
     """Log from now on, beginning with `notes`."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level.upper(), handlers=[Writer()])
     for name in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _log_all(notes)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from cenote.server import connections
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from socket import socket
     from types import FrameType
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end a server; a terminal sends the last one when it is closed."""
+INTERRUPTED = 130
+"""Exit status of a command that was ended by an interrupt, as shells have it."""
 TICK = 0.1
 """Seconds between looks at the clock."""
 TO_LEAVE = 1.0
@@ -47,6 +54,22 @@ class Server(connections.Server):
         self._app = app
         self._timeout = timeout
         self._deadline = float("inf")
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals as they are: `take_signals` has taken them."""
+        yield
+
+    def take_signals(self) -> None:
+        """Let the signals that end a process end the server, but for those that its parent ignores, as `nohup` does."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.handle_exit)
+
+    @property
+    def status(self) -> int:
+        """Exit status of the process: 0, or that of an interrupted command."""
+        return INTERRUPTED if signal.SIGINT in self._captured_signals else 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, or, the second time, do it at once."""
@@ -95,6 +118,12 @@ class Server(connections.Server):
         for connection in [*self.server_state.connections]:
             if connection.transport is not None:
                 connection.transport.abort()
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that have ended the server from now on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _give_up() -> None:
