@@ -387,6 +387,14 @@ class ServerConfig(BaseModel):
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )
+    max_template_steps: int = Field(
+        1 << 20,
+        ge=1,
+        description="steps of a chat template: blocks that it runs, and 256 characters each that it makes",
+    )
+    max_template_seconds: float = Field(
+        5, gt=0, allow_inf_nan=False, description="seconds of CPU time of a chat template for one conversation"
+    )
     max_response_bytes: int = Field(
         256 << 20, ge=1, description="largest answer of vectors, as estimated before they are computed; beyond it 400"
     )

@@ -77,7 +77,12 @@ class Serving:
         self.is_ending = False
         self.admission = Admission(services, config)
         for view in self.models.views:
-            view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
+            view.renderer.bounds = Bounds(
+                config.max_request_tokens,
+                config.max_text_characters,
+                config.max_template_steps,
+                config.max_template_seconds,
+            )
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
