@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo, Report
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Prompts
+    from cenote.server.connections import Limits
 
 log = logging.getLogger("cenote")
 
@@ -64,11 +65,9 @@ def _serve(arguments: dict[str, Any]) -> int:
     with no_full_collections():
         if plan.engine is None:
             tokenizer.import_without_torch()
-        import uvicorn
-
-        from cenote.server import connections
         from cenote.server.app import build
         from cenote.server.beside import beside
+        from cenote.server.connections import configured
         from cenote.server.ending import Server, ignore_signals
 
         services: list[Service] = []
@@ -82,21 +81,8 @@ def _serve(arguments: dict[str, Any]) -> int:
             opened.pop_all()  # all of them serve from now on
         _log_all(limits(plan.engine, server))
         app = build(services, server)
-        allowed = connections.Limits.of(server, connections.descriptors())
-        if allowed.connections < server.max_connections:
-            log.warning(
-                "max_connections is %d, and not %d: the system allows this process too few open files (ulimit -n)",
-                allowed.connections,
-                server.max_connections,
-            )
-        config = uvicorn.Config(
-            app,
-            http=connections.limited(allowed),
-            log_config=None,
-            log_level=server.log_level,
-            access_log=server.log_level == "debug",
-            timeout_keep_alive=round(allowed.idle_seconds),
-        )
+        allowed = _connections(server)
+        config = configured(app, allowed, log_level=server.log_level, access_log=server.log_level == "debug")
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
         for other in others:
@@ -121,6 +107,20 @@ def _with_any_name(arguments: dict[str, Any]) -> dict[str, Any]:
 def _names(names: Sequence[str] | None) -> Sequence[str]:
     """Return the served names of the command line, or of an environment variable with commas between them."""
     return names.split(",") if isinstance(names, str) else names or ()
+
+
+def _connections(server: ServerConfig) -> Limits:
+    """Return the limits of connections, and warn of a system that allows fewer."""
+    from cenote.server.connections import Limits, descriptors
+
+    limits = Limits.of(server, descriptors())
+    if limits.connections < server.max_connections:
+        log.warning(
+            "max_connections is %d, and not %d: the system allows this process too few open files (ulimit -n)",
+            limits.connections,
+            server.max_connections,
+        )
+    return limits
 
 
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:

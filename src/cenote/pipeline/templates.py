@@ -255,7 +255,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.weighed = _weighed
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
-        """Charge what loops go through, and what texts are joined of."""
+        """Charge the elements of loops, and the parts of joined texts."""
         for loop in list(source.find_all(nodes.For)):
             loop.iter = _through("counted", loop.iter)
         for joined in list(source.find_all(nodes.Concat)):

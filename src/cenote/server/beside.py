@@ -7,8 +7,6 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 from cenote.server import connections
 
 if TYPE_CHECKING:
@@ -36,14 +34,7 @@ def beside(app: Application, listener: socket, limits: Limits) -> Iterator[None]
         listener: bound to its address.
         limits: of its connections.
     """
-    config = uvicorn.Config(
-        app,
-        http=connections.limited(limits),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=round(limits.idle_seconds),
-    )
+    config = connections.configured(app, limits, access_log=False, lifespan="off")
     server = connections.Server(config)
     listener.listen(config.backlog)
     log.info("health and metrics on http://%s:%s", *listener.getsockname()[:2])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from cenote.config import ServerConfig
+    from cenote.server.app import Application
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +79,11 @@ class Limits:
 
 def descriptors() -> int:
     """Raise the limit of open files as far as this process may, and return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard or soft == resource.RLIM_INFINITY:
-        return soft if soft != resource.RLIM_INFINITY else 1 << 30
-    try:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        return soft
-    return hard if hard != resource.RLIM_INFINITY else 1 << 30
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Connection(HttpToolsProtocol):
@@ -139,24 +139,25 @@ class Connection(HttpToolsProtocol):
             Connection._said, Connection._closed = now, 0
 
     def data_received(self, data: bytes) -> None:
-        """Read what a client sends, its heads only up to their limit."""
-        if self._is_refused:
-            return
+        """Read the bytes of a client, of a head only up to its limit."""
         if self._is_idle:
             self._await_head()
-        while data and not self.transport.is_closing():
+        while data and not self._is_refused and not self.transport.is_closing():
             part = data
             if self._awaits_head:
                 part = data[: self.limits.header_bytes - self._head_bytes]
                 self._head_bytes += len(part)
             super().data_received(part)
             data = data[len(part) :]
-            if self._awaits_head and self._head_bytes >= self.limits.header_bytes:
-                limit = self.limits.header_bytes
-                self._refuse(
-                    HeadTooLarge(f"the request line and the headers have more than {limit} bytes (--max-header-bytes)")
-                )
-                return
+            self._check_head()
+
+    def _check_head(self) -> None:
+        """Refuse a request whose head has reached the limit."""
+        limit = self.limits.header_bytes
+        if self._awaits_head and self._head_bytes >= limit:
+            self._refuse(
+                HeadTooLarge(f"the request line and the headers have more than {limit} bytes (--max-header-bytes)")
+            )
 
     def _await_head(self) -> None:
         self._awaits_head = True
@@ -210,13 +211,15 @@ class Connection(HttpToolsProtocol):
         if self._is_unread(now):
             self.transport.abort()
             return
-        if self._is_refused:
-            return
-        is_answered = self.cycle is None or self.cycle.response_complete
-        if self._awaits_head and is_answered:
-            self._look_at_head(now - self._since)
-        elif not self._awaits_head and not is_answered:
+        if self._is_answering:
             self._look_at_body(now - self._since)
+        elif self._awaits_head and not self._is_refused:
+            self._look_at_head(now - self._since)
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a request is with the application."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _look_at_head(self, seconds: float) -> None:
         limit = self.limits.header_seconds
@@ -230,7 +233,12 @@ class Connection(HttpToolsProtocol):
     def _look_at_body(self, seconds: float) -> None:
         """Let the application refuse a request whose body comes too slowly, which wakes it."""
         cycle, limit = self.cycle, self.limits.body_seconds
-        if not cycle.more_body or self.flow.read_paused or seconds < limit + self._body_bytes / SLOWEST:
+        if (
+            self._awaits_head
+            or not cycle.more_body
+            or self.flow.read_paused
+            or seconds < limit + self._body_bytes / SLOWEST
+        ):
             return
         refusal = TooSlow(
             f"of the body, {self._body_bytes} bytes came in {seconds:.0f} s; {limit:g} s are allowed, and one more for "
@@ -250,7 +258,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: CenoteError) -> None:
         """Answer a request that has no head yet, and end the connection."""
         self._is_refused = True
-        if self.cycle is not None and not self.cycle.response_complete:  # an answer is on its way
+        if self._is_answering:
             self.transport.abort()
             return
         self._unset_keepalive_if_required()
@@ -264,6 +272,12 @@ class Connection(HttpToolsProtocol):
 def limited(limits: Limits) -> type[Connection]:
     """Return the protocol of connections with these limits."""
     return type("Connection", (Connection,), {"limits": limits})
+
+
+def configured(app: Application, limits: Limits, **options: Any) -> uvicorn.Config:
+    """Return uvicorn's settings for an application and the limits of its connections."""
+    idle = round(limits.idle_seconds)
+    return uvicorn.Config(app, http=limited(limits), log_config=None, timeout_keep_alive=idle, **options)
 
 
 class Server(uvicorn.Server):

@@ -155,11 +155,9 @@ def _farthest(errors: Sequence[Any]) -> list[Any]:
     A field of several forms is read as each of them. The form that was meant is the one that was read farthest, and its
     error names the element at fault; the others fail at the first.
     """
-    farthest: dict[tuple[str, ...], list[int]] = {}
-    for error in errors:
-        field, place = _place(error)
-        farthest[field] = max(place, farthest.get(field, place))
-    return [error for error in errors if (_place(error)[0], farthest[_place(error)[0]]) == _place(error)]
+    places = [*map(_place, errors)]
+    farthest = dict(sorted(places))  # the last one of each field stays
+    return [error for error, (field, place) in zip(errors, places, strict=True) if farthest[field] == place]
 
 
 def _place(error: Any) -> tuple[tuple[str, ...], list[int]]:
@@ -170,7 +168,7 @@ def _place(error: Any) -> tuple[tuple[str, ...], list[int]]:
 
 def _loc(error: Any) -> tuple[Any, ...]:
     """Return the location of an error; one about a list as a whole may know the element."""
-    index = (error.get("ctx") or {}).get("index")
+    index = error.get("ctx", {}).get("index")
     return tuple(error["loc"]) if index is None else (*error["loc"], index)
 
 

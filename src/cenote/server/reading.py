@@ -15,12 +15,14 @@ from cenote.server.errors import BadBody
 from cenote.server.wire.fields import Body
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import BaseModel
 
     from cenote.server.wire.fields import Limits
 
 DEEPEST = 200
-"""Levels of lists and objects, pydantic's own limit: what walks through a body must not run out of stack."""
+"""Levels of lists and objects, pydantic's own limit: no walk through a body may run out of stack."""
 MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 
 
@@ -80,15 +82,14 @@ def _is_deep(value: Any) -> bool:
     """Return whether a value is nested more than `DEEPEST` levels deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
-        containers = [entry for entry in level if isinstance(entry, (list, dict))]
-        if not containers:
-            return False
-        level = [*chain.from_iterable(map(_entries, containers))]
-    return True
+        level = [*chain.from_iterable(map(_entries, level))]
+    return bool(level)
 
 
-def _entries(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _invalid(message: str, position: int) -> BadBody:

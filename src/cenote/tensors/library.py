@@ -1,6 +1,6 @@
 """Compiled libraries: built with the system's C++ compiler, and kept where no other user can plant one.
 
-What is loaded runs as this user. So the folder of the cache and all its parents must belong to this user or to root,
+A library runs as this user. So the folder of the cache and all its parents must belong to this user or to root,
 and nobody else may write to them, except to a parent that keeps its entries apart (sticky, as `/tmp`). Anything else
 means that libraries are compiled into a private folder, anew for each process.
 """

@@ -123,7 +123,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
         prompts, options = _prompts(serving, service, body)
         job = operations.encode(service, prompts, "embed", params, options)
         _check_uncut(body, max(map(len, job.sequences)))
-        number = sum(sizes.FORMS[name] for name in {*types})
+        number = sum(map(sizes.FORMS.__getitem__, {*types}))
         sizes.check(serving.config.max_response_bytes, service.info, job.sequences, number)
         ranges = ranges_for(service, types, params, "embedding_types")
 

@@ -144,9 +144,9 @@ def _valid(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, dict):
-        return {_valid(key): _valid(entry) for key, entry in value.items()}
+        return dict(map(_valid, value.items()))
     if isinstance(value, (list, tuple)):
-        return [_valid(entry) for entry in value]
+        return [*map(_valid, value)]
     return value
 
 

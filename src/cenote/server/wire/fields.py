@@ -318,10 +318,8 @@ class PoolingFields(Inputs):
     @property
     def number_bytes(self) -> float:
         """Bytes of a number in the answer, about."""
-        if self.encoding_format == "float":
-            return sizes.JSON_NUMBER
         size = itemsize(self.embed_dtype)
-        return size * sizes.BASE64 if self.encoding_format == "base64" else size
+        return {"float": sizes.JSON_NUMBER, "base64": size * sizes.BASE64}.get(self.encoding_format, size)
 
     def check_answer(self, limit: int, info: ModelInfo, sequences: Sequence[Input]) -> None:
         """Refuse an answer that would be too large, before it is computed.
@@ -335,11 +333,10 @@ class PoolingFields(Inputs):
             BadRequest: it has too many bytes, or metadata that no header takes.
         """
         sizes.check(limit, info, sequences, self.number_bytes)
-        if self.encoding_format == "bytes" and len(sequences) > 1:
-            rows = [sizes.numbers(info, [sequence]) for sequence in sequences]
-            lengths = [itemsize(self.embed_dtype) * count for count in rows]
-            shapes = [(len(sequence), count) for sequence, count in zip(sequences, rows, strict=True)]
-            sizes.check_header(byte_parts(lengths, shapes, self.embed_dtype, self.endianness))
+        if self.encoding_format == "bytes":
+            count = len(sequences)
+            mean = sizes.numbers(info, sequences) * itemsize(self.embed_dtype) // count
+            sizes.check_header(byte_parts([mean] * count, [(mean,)] * count, self.embed_dtype, self.endianness))
 
     def late(self) -> LateChunkingParams | None:
         """Return the late chunking of the request.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from cenote.core import coalesce
 from cenote.errors import BadRequest
 from cenote.tasks import TASKS
 
@@ -36,17 +37,21 @@ def numbers(info: ModelInfo, sequences: Seq[Sequence]) -> int:
 
 
 def _numbers(info: ModelInfo, sequence: Sequence, task: str) -> int:
-    params = sequence.params
     if task == "sparse":
-        return 2 * (params.top_k or len(sequence))
-    if TASKS[task].granularity == "sequence":
-        return info.num_labels if task == "classify" else params.dimensions or info.dimension
-    rows = len(sequence) if sequence.keep is None else len(sequence.keep)
-    if params.late_chunking_params is not None:
-        rows = -(-rows // params.late_chunking_params.chunk_size)
-    if task == "token_classify":
-        return rows * info.num_labels
-    return rows * (params.dimensions or info.report.token_dimension or info.dimension)
+        return 2 * coalesce(sequence.params.top_k, len(sequence))
+    widths = {
+        "embed": coalesce(sequence.params.dimensions, info.dimension),
+        "token_embed": coalesce(sequence.params.dimensions, info.report.token_dimension or info.dimension),
+    }
+    rows = _rows(sequence) if TASKS[task].granularity == "token" else 1
+    return rows * widths.get(task, info.num_labels)
+
+
+def _rows(sequence: Sequence) -> int:
+    """Return the rows of a task of tokens."""
+    count = len(coalesce(sequence.keep, sequence.ids))
+    chunks = sequence.params.late_chunking_params
+    return count if chunks is None else -(-count // chunks.chunk_size)
 
 
 def check(limit: int, info: ModelInfo, sequences: Seq[Sequence], number: float) -> None:

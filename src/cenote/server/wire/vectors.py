@@ -83,7 +83,7 @@ class TypedFields(PoolingFields):
     def number_bytes(self) -> float:
         """See `PoolingFields.number_bytes`."""
         types = self.vector_types()
-        return sum(sizes.FORMS[name] for name in types) if types else super().number_bytes
+        return sum(map(sizes.FORMS.__getitem__, types)) if types else super().number_bytes
 
     def vector_types(self) -> tuple[VectorType, ...]:
         """Return the small forms of the request, each once; none if `encoding_format` alone is the form."""
