@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
     from transformers import PreTrainedTokenizerBase
 
-LARGEST = 1 << 28
-"""Characters up to which a value is measured."""
 MADE_IN_A_STEP = 256
 """Characters or elements that are made at the cost of a step."""
 LONGEST_SOURCE = 1 << 16
@@ -103,19 +101,25 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, Sized) else 1
 
 
-def _whole(value: Any) -> int:
-    """Return the length of the text of a value, all that is in it counted as often as it is there."""
-    total, seen, waiting = 0, 0, [value]
-    while waiting and total < LARGEST:
+def _entries(value: Any) -> Iterator[Any]:
+    """Yield a value and all that is in it, as often as it is there."""
+    waiting = [value]
+    while waiting:
         entry = waiting.pop()
-        total += _length(entry) + 1
-        seen += 1
-        if seen % LOOKS == 0:
-            spend()
+        yield entry
         if isinstance(entry, dict):
             waiting += [*entry, *entry.values()]
         elif isinstance(entry, (list, tuple, set)):
             waiting += entry
+
+
+def _whole(value: Any) -> int:
+    """Return the length of the text of a value."""
+    total = 0
+    for number, entry in enumerate(_entries(value), start=1):
+        total += _length(entry) + 1
+        if number % LOOKS == 0:
+            spend()
     return total
 
 
@@ -128,18 +132,8 @@ def _formatted(text: str, *values: Any) -> int:
     fields = text.count("%") + text.count("{")
     widths = sum(map(int, (number[:18] for number in _NUMBER.findall(text))))
     if _WIDTH_BY_VALUE.search(text):
-        widths += sum(abs(value) for value in _flat(values) if isinstance(value, int)) * fields
+        widths += sum(abs(value) for value in _entries(values) if isinstance(value, int)) * fields
     return len(text) + widths + fields * _whole(values)
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from value
-        elif isinstance(value, dict):
-            yield from value.values()
-        else:
-            yield value
 
 
 def _joined(separator: str, values: Any = (), *_: Any) -> int:

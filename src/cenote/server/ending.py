@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from itertools import filterfalse
 from typing import TYPE_CHECKING, NoReturn
 
 from cenote.server import connections
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that end a server; a terminal sends the last one when it is closed."""
-INTERRUPTED = 130
-"""Exit status of a command that was ended by an interrupt, as shells have it."""
+STATUSES: dict[int, int] = {signal.SIGINT: 130}
+"""Exit statuses of the process by the signal that ended it, as shells have them, where they are not 0."""
 TICK = 0.1
 """Seconds between looks at the clock."""
 TO_LEAVE = 1.0
@@ -47,12 +48,16 @@ class Server(connections.Server):
         config: of uvicorn.
         app: the application.
         timeout: seconds that requests under way have.
+
+    Attributes:
+        status: exit status of the process.
     """
 
     def __init__(self, config: uvicorn.Config, app: Application, timeout: float) -> None:
         super().__init__(config)
         self._app = app
         self._timeout = timeout
+        self.status = 0
         self._deadline = float("inf")
 
     @contextmanager
@@ -62,20 +67,14 @@ class Server(connections.Server):
 
     def take_signals(self) -> None:
         """Let the signals that end a process end the server, but for those that its parent ignores, as `nohup` does."""
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.handle_exit)
-
-    @property
-    def status(self) -> int:
-        """Exit status of the process: 0, or that of an interrupted command."""
-        return INTERRUPTED if signal.SIGINT in self._captured_signals else 0
+        for number in filterfalse(_is_ignored, SIGNALS):
+            signal.signal(number, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, or, the second time, do it at once."""
         left = 0.0 if self.should_exit else self._timeout
         if not self.should_exit:
-            self._captured_signals.append(sig)
+            self.status = STATUSES.get(sig, 0)
         self._end_within(left)
 
     def run(self, sockets: list[socket] | None = None) -> None:
@@ -118,6 +117,10 @@ class Server(connections.Server):
         for connection in [*self.server_state.connections]:
             if connection.transport is not None:
                 connection.transport.abort()
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def ignore_signals() -> None:

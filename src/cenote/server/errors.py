@@ -163,13 +163,16 @@ def _farthest(errors: Sequence[Any]) -> list[Any]:
 def _place(error: Any) -> tuple[tuple[str, ...], list[int]]:
     """Return the field of an error, and the indices in it."""
     loc = _loc(error)
-    return tuple(map(str, loc[:2])), [part for part in loc[2:] if isinstance(part, int)]
+    return tuple(map(str, loc[:2])), [*filter(_is_index, loc[2:])]
+
+
+def _is_index(part: Any) -> bool:
+    return isinstance(part, int)
 
 
 def _loc(error: Any) -> tuple[Any, ...]:
     """Return the location of an error; one about a list as a whole may know the element."""
-    index = error.get("ctx", {}).get("index")
-    return tuple(error["loc"]) if index is None else (*error["loc"], index)
+    return (*error["loc"], *error.get("ctx", {}).get("place", ()))
 
 
 def _entry(error: Any) -> str:

@@ -43,9 +43,9 @@ def _no_words(value: Any, read: Callable[[Any], list[int]]) -> list[int]:
     """Refuse booleans and numbers in quotes, which count as integers elsewhere."""
     ids = read(value)
     if not _WORDS.isdisjoint(map(type, value)):
-        index = next(i for i, entry in enumerate(value) if type(entry) in _WORDS)
+        index = [*map(_WORDS.__contains__, map(type, value))].index(True)
         raise PydanticCustomError(
-            "token_ids", "token ids must be integers, neither strings nor booleans", {"index": index}
+            "token_ids", "token ids must be integers, neither strings nor booleans", {"place": (index,)}
         )
     return ids
 
