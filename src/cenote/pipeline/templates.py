@@ -115,6 +115,8 @@ def _entries(value: Any) -> Iterator[Any]:
 
 def _whole(value: Any) -> int:
     """Return the length of the text of a value."""
+    if isinstance(value, str):
+        return len(value)
     total = 0
     for number, entry in enumerate(_entries(value), start=1):
         total += _length(entry) + 1

@@ -124,7 +124,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
         job = operations.encode(service, prompts, "embed", params, options)
         _check_uncut(body, max(map(len, job.sequences)))
         number = sum(map(sizes.FORMS.__getitem__, {*types}))
-        sizes.check(serving.config.max_response_bytes, service.info, job.sequences, number)
+        sizes.check(serving.config.max_response_bytes, sizes.numbers(service.info, job.sequences), number)
         ranges = ranges_for(service, types, params, "embedding_types")
 
         def encode(outputs: list[Output]) -> Response:

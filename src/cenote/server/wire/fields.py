@@ -332,10 +332,12 @@ class PoolingFields(Inputs):
         Raises:
             BadRequest: it has too many bytes, or metadata that no header takes.
         """
-        sizes.check(limit, info, sequences, self.number_bytes)
+        numbers = sizes.numbers(info, sequences)
+        if numbers * sizes.LARGEST_NUMBER > limit:
+            sizes.check(limit, numbers, self.number_bytes)
         if self.encoding_format == "bytes":
             count = len(sequences)
-            mean = sizes.numbers(info, sequences) * itemsize(self.embed_dtype) // count
+            mean = numbers * itemsize(self.embed_dtype) // count
             sizes.check_header(byte_parts([mean] * count, [(mean,)] * count, self.embed_dtype, self.endianness))
 
     def late(self) -> LateChunkingParams | None:

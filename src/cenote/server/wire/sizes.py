@@ -20,6 +20,8 @@ BASE64 = 4 / 3
 """Bytes of base64 for a byte."""
 FORMS = {"float": JSON_NUMBER, "base64": 4 * BASE64, "int8": 4, "uint8": 4, "binary": 0.5, "ubinary": 0.5}
 """Bytes of a number of a vector in each of its small forms; eight numbers of a vector are one of binary forms."""
+LARGEST_NUMBER = sum(FORMS.values())
+"""Bytes of a number in all of its forms at once."""
 LARGEST_HEADER = 60_000
 """Bytes of a header: clients of Python's refuse a line of 65,536."""
 LONGEST_ECHO = 256
@@ -32,19 +34,26 @@ def echo(text: str | None) -> str:
 
 
 def numbers(info: ModelInfo, sequences: Seq[Sequence]) -> int:
-    """Return how many numbers the outputs of `sequences` have; of sparse weights a guess, one for each token."""
-    return sum(_numbers(info, sequence, task) for sequence in sequences for task in (sequence.task, *sequence.also))
+    """Return how many numbers the outputs of `sequences` have, which share tasks and parameters.
+
+    Of sparse weights it is a guess: one for each token.
+    """
+    first = sequences[0]
+    count = _numbers(info, sequences, first.task)
+    for task in first.also:
+        count += _numbers(info, sequences, task)
+    return count
 
 
-def _numbers(info: ModelInfo, sequence: Sequence, task: str) -> int:
+def _numbers(info: ModelInfo, sequences: Seq[Sequence], task: str) -> int:
+    params = sequences[0].params
     if task == "sparse":
-        return 2 * coalesce(sequence.params.top_k, len(sequence))
-    widths = {
-        "embed": coalesce(sequence.params.dimensions, info.dimension),
-        "token_embed": coalesce(sequence.params.dimensions, info.report.token_dimension or info.dimension),
-    }
-    rows = _rows(sequence) if TASKS[task].granularity == "token" else 1
-    return rows * widths.get(task, info.num_labels)
+        return 2 * coalesce(params.top_k, max(map(len, sequences))) * len(sequences)
+    rows = sum(map(_rows, sequences)) if TASKS[task].granularity == "token" else len(sequences)
+    if "classify" in task:
+        return rows * info.num_labels
+    dimension = info.report.token_dimension if task == "token_embed" else 0
+    return rows * coalesce(params.dimensions, dimension or info.dimension)
 
 
 def _rows(sequence: Sequence) -> int:
@@ -54,19 +63,18 @@ def _rows(sequence: Sequence) -> int:
     return count if chunks is None else -(-count // chunks.chunk_size)
 
 
-def check(limit: int, info: ModelInfo, sequences: Seq[Sequence], number: float) -> None:
+def check(limit: int, count: int, number: float) -> None:
     """Refuse a request whose answer would be too large.
 
     Args:
         limit: maximum bytes of an answer.
-        info: of the model.
-        sequences: of the request.
-        number: bytes of a number in the answer.
+        count: numbers in it.
+        number: bytes of each.
 
     Raises:
         BadRequest: it would have more bytes than an answer may have.
     """
-    size = round(numbers(info, sequences) * number)
+    size = round(count * number)
     if size > limit:
         raise BadRequest(
             f"the answer would have some {size} bytes, and at most {limit} are allowed (--max-response-bytes); send "
