@@ -26,8 +26,8 @@ INNER = {
     "models": (
         (
             "files",
-            "audit card facts keys reading sizes value_types weights transformer_module sentence_transformers configs "
-            "contents remote_code stacked_lora renamed lora adapted leftovers",
+            "audit card facts inside keys reading sizes value_types weights transformer_module sentence_transformers "
+            "configs contents remote_code stacked_lora renamed lora adapted leftovers",
         ),
         ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
@@ -38,7 +38,7 @@ INNER = {
     "server": (
         ("shared by dialects", "errors admission asked serving wire"),
         ("dialects", "routes table dialects"),
-        ("application", "describe gate reading app ending beside"),
+        ("application", "connections describe gate reading app ending beside"),
     ),
 }
 """Layers of folders, lowest first, by the names of their modules and folders."""

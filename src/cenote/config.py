@@ -387,6 +387,40 @@ class ServerConfig(BaseModel):
     max_tokenize_bytes: int = Field(
         1 << 20, ge=1, description="largest text of /tokenize in bytes, and maximum token ids of an input"
     )
+    max_template_steps: int = Field(
+        1 << 20,
+        ge=1,
+        description="steps of a chat template: blocks that it runs, and 256 characters each that it makes",
+    )
+    max_template_seconds: float = Field(
+        5, gt=0, allow_inf_nan=False, description="seconds of CPU time of a chat template for one conversation"
+    )
+    max_response_bytes: int = Field(
+        256 << 20, ge=1, description="largest answer of vectors, as estimated before they are computed; beyond it 400"
+    )
+    max_connections: int = Field(4096, ge=1, description="connections that are served; beyond them 503")
+    max_header_bytes: int = Field(
+        1 << 16, ge=1024, description="bytes of a request line and its headers; beyond them 431"
+    )
+    max_header_count: int = Field(256, ge=16, description="headers of a request; beyond them 431")
+    header_timeout: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds in which a request line and its headers have to arrive; then 408",
+    )
+    body_timeout: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds in which a body has to arrive, and one more for each 16 KiB of it; then 408",
+    )
+    idle_timeout: float = Field(
+        75,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a connection may wait for its next request, or for its client to read an answer",
+    )
     shutdown_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the server is ended"
     )

@@ -7,10 +7,13 @@ CenoteError
 │   ├── TooLong
 │   ├── TaskNotOffered
 │   │   └── NotScored 404
-│   └── BodyTooLarge  413
+│   ├── BodyTooLarge  413
+│   ├── HeadTooLarge  431
+│   └── TooSlow       408
 ├── ModelNotFound     404
 ├── Unauthorized      401
 ├── Overloaded        429  carries `retry_after`
+│   └── TooManyConnections 503
 ├── Closed            503  the engine is shutting down
 ├── EngineGone        503  carries `retry_after`; its process does not answer
 ├── EngineFailed      500
@@ -80,6 +83,18 @@ class BodyTooLarge(BadRequest):
     status = 413
 
 
+class HeadTooLarge(BadRequest):
+    """The request line and the headers exceed the server's limits."""
+
+    status = 431
+
+
+class TooSlow(BadRequest):
+    """The client sends its request too slowly."""
+
+    status = 408
+
+
 class ModelNotFound(CenoteError):
     """The request names a model that is not served here."""
 
@@ -99,7 +114,7 @@ class Overloaded(CenoteError):
 
     Attributes:
         retry_after: seconds after which a retry has a fair chance.
-        reason: the bound, a label of the metrics: queue, waiting, bytes.
+        reason: the bound, a label of the metrics: queue, waiting, bytes, connections.
     """
 
     status = 429
@@ -109,6 +124,16 @@ class Overloaded(CenoteError):
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason
+
+
+class TooManyConnections(Overloaded):
+    """The server has as many connections as it serves."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="connections")
 
 
 class Closed(CenoteError):

@@ -20,7 +20,12 @@ C = TypeVar("C", bound=BaseModel)
 
 LAYERS: tuple[type[BaseModel], ...] = (ModelConfig, EngineConfig, ServerConfig)
 
-ALIASES = {"override_pooler_config": "pooler_config", "hostname": "host"}
+ALIASES = {
+    "override_pooler_config": "pooler_config",
+    "hostname": "host",
+    "h11_max_incomplete_event_size": "max_header_bytes",
+    "h11_max_header_count": "max_header_count",
+}
 """Older spellings of an option."""
 
 BENCH_ALIASES = {

@@ -89,7 +89,7 @@ def test_or_refused_on_request(client: TestClient, refusal: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("limit", "keys"),
     [({}, {"results", "data"}), ({"top_n": 1}, {"results"}), ({"top_k": 1}, {"results", "data"})],
-    ids=str,
+    ids=["neither", "top_n", "top_k"],
 )
 def test_results_stand_twice_where_no_number_is_named(
     client: TestClient, limit: dict[str, int], keys: set[str]

@@ -266,7 +266,7 @@ def test_refused_by_meaning(client: TestClient, path: str, body: dict[str, Any],
     [
         ({"messages": []}, "too_short", "body.messages"),
         ({"messages": "hello"}, "list_type", "body.messages"),
-        ({"messages": ["hello"]}, "dict_type", "body.messages"),
+        ({"messages": ["hello"]}, "dict_type", "body.messages.0"),
         ({"prompt_token_ids": []}, "too_short", "body.prompt_token_ids"),
         ({"prompt_token_ids": [[5]]}, "int_type", "body.prompt_token_ids.0"),
         ({"prompt_token_ids": [5], "truncate_prompt_tokens": -2}, "greater_than_equal", "body.truncate_prompt_tokens"),

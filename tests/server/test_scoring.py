@@ -302,7 +302,7 @@ def test_refused_by_meaning(cross: TestClient, fields: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("path", "fields", "kind", "param"),
     [
-        ("/score", {"documents": [5]}, "string_type", "body.documents"),
+        ("/score", {"documents": [5]}, "string_type", "body.documents.0"),
         ("/score", {"documents": 5}, "string_type", "body.documents"),
         ("/score", {"max_tokens_per_query": []}, "int_type", "body.max_tokens_per_query"),
         ("/score", {"max_tokens_per_doc": "x"}, "int_parsing", "body.max_tokens_per_doc"),

@@ -17,7 +17,7 @@ from cenote import LLM
 from cenote.config import Isa, ModelConfig
 from cenote.errors import ConfigError
 from cenote.models.load import load
-from cenote.tensors import linear, native
+from cenote.tensors import library, linear, native
 from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
 from cenote.tensors.native import Step, Target
 from tests import checkpoints
@@ -38,7 +38,7 @@ def kernel() -> Kernel:
 @pytest.fixture(scope="module")
 def narrowest(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     """As built for a processor with nothing but AVX2."""
-    return Kernel(native.build(tmp_path_factory.mktemp("library"), linear.SOURCE, "haswell"))
+    return Kernel(library.build(tmp_path_factory.mktemp("library"), linear.SOURCE, "haswell"))
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def test_isa_leaves_out_wider_instructions(isa: Isa) -> None:
         assert str(error).startswith(f"CPU kernels with isa {isa} cannot be had here: the processor")
         assert str(error).endswith("; leave isa out for the widest that can")
         pytest.skip(str(error))
-    widest = Kernel(native.build(native.cache(), linear.SOURCE))
+    widest = Kernel(library.build(library.cache(), linear.SOURCE))
     assert set(linear.load(isa).paths) == {*paths[isa]} & {*widest.paths}
     kernels = native.load(isa)
     assert kernels is not None
@@ -328,7 +328,8 @@ def test_no_isa_is_plain_torch() -> None:
 
 
 def test_builds_of_two_isas_do_not_mix() -> None:
-    assert native.build(native.cache()) != native.build(native.cache(), march=native.TARGETS["avx2"].march)
+    march = native.TARGETS["avx2"].march
+    assert library.build(library.cache(), native.SOURCE) != library.build(library.cache(), native.SOURCE, march)
 
 
 @pytest.mark.parametrize(

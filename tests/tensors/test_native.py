@@ -203,13 +203,6 @@ def test_kernels_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     assert native._load.__wrapped__("auto") is None
 
 
-def test_the_build_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = native.build(tmp_path)
-    monkeypatch.setattr(native.os, "replace", lambda *_: pytest.fail("built again"))
-    assert native.build(tmp_path) == first
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
-
-
 @pytest.fixture(params=["BLAS", "AMX"])
 def products(kernels: Kernels, request: pytest.FixtureRequest) -> Products[Any]:
     found = linear.float32(kernels) if request.param == "AMX" else kernels

@@ -38,7 +38,7 @@ def run(arguments: dict[str, Any]) -> int:
     with no_full_collections():
         host = _start(model, engine, options)
     ended = threading.Event()
-    defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in _signals()}
     log.info("listening on %s, %.1f s after start", options.listen, time.monotonic() - began)
     host.wait(ended)
     for number, default in defaults.items():  # a second signal ends the process at once
@@ -47,6 +47,12 @@ def run(arguments: dict[str, Any]) -> int:
         logging.shutdown()
         os._exit(1)
     return 0
+
+
+def _signals() -> list[int]:
+    """Return the signals that end an engine: those that end a process and that its parent does not ignore."""
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _start(model: ModelConfig, engine: EngineConfig, options: HostConfig) -> Host:

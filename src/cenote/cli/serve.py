@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import socket
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
+from cenote.cli.logs import Writer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
 from cenote.errors import ConfigError, plural
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo, Report
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Prompts
+    from cenote.server.connections import Limits
 
 log = logging.getLogger("cenote")
 
@@ -51,11 +51,12 @@ def run(arguments: dict[str, Any]) -> int:
     if command == "version":
         print(cenote.__version__)
     elif command == "serve":
-        _serve(_with_any_name(arguments))
+        return _serve(_with_any_name(arguments))
     return 0
 
 
-def _serve(arguments: dict[str, Any]) -> None:
+def _serve(arguments: dict[str, Any]) -> int:
+    """Serve until a signal, and return the exit status."""
     began = time.monotonic()
     plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
     server = plan.server
@@ -64,11 +65,10 @@ def _serve(arguments: dict[str, Any]) -> None:
     with no_full_collections():
         if plan.engine is None:
             tokenizer.import_without_torch()
-        import uvicorn
-
         from cenote.server.app import build
         from cenote.server.beside import beside
-        from cenote.server.ending import Server
+        from cenote.server.connections import configured
+        from cenote.server.ending import Server, ignore_signals
 
         services: list[Service] = []
         with ExitStack() as opened:
@@ -81,21 +81,18 @@ def _serve(arguments: dict[str, Any]) -> None:
             opened.pop_all()  # all of them serve from now on
         _log_all(limits(plan.engine, server))
         app = build(services, server)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level=server.log_level,
-            access_log=server.log_level == "debug",
-            timeout_keep_alive=75,
-        )
+        allowed = _connections(server)
+        config = configured(app, allowed, log_level=server.log_level, access_log=server.log_level == "debug")
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
         for other in others:
-            running.enter_context(beside(app.operations(), other))
+            running.enter_context(beside(app.operations(), other, allowed))
+        running.callback(ignore_signals)  # so that a late one does not change the exit status
+        web = Server(config, app, server.shutdown_timeout)
+        web.take_signals()
         log.info("serving http://%s:%s, %.1f s after start", *listener.getsockname()[:2], time.monotonic() - began)
-        # uvicorn shuts down in order and then raises the signal again; by default that would be the exit status.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        Server(config, app, server.shutdown_timeout).run(sockets=[listener])
+        web.run(sockets=[listener])
+    return web.status
 
 
 def _with_any_name(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -112,9 +109,23 @@ def _names(names: Sequence[str] | None) -> Sequence[str]:
     return names.split(",") if isinstance(names, str) else names or ()
 
 
+def _connections(server: ServerConfig) -> Limits:
+    """Return the limits of connections, and warn of a system that allows fewer."""
+    from cenote.server.connections import Limits, descriptors
+
+    limits = Limits.of(server, descriptors())
+    if limits.connections < server.max_connections:
+        log.warning(
+            "max_connections is %d, and not %d: the system allows this process too few open files (ulimit -n)",
+            limits.connections,
+            server.max_connections,
+        )
+    return limits
+
+
 def log_to_stderr(level: str, notes: Iterable[str]) -> None:
     """Log from now on, beginning with `notes`."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level.upper(), handlers=[Writer()])
     for name in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _log_all(notes)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError, first_line
 from cenote.models import lora
+from cenote.models.inside import inside
 from cenote.models.lora import CONFIG, SUFFIXES
 from cenote.models.reading import about, read_json
 
@@ -122,7 +123,7 @@ def _backbone(path: Path) -> Path:
     entries = read_json(file)
     with about(file):
         first = min(entries, key=lambda entry: int(entry["idx"]))
-        return path / str(first["path"])
+        return inside(path, str(first["path"]), file.name)
 
 
 def _has_weights(folder: Path) -> bool:

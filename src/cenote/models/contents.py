@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models import weights
+from cenote.models.inside import DEPTH, inside
 from cenote.models.reading import about, check_kind, load, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from cenote.models.facts import Files
-
-DEPTH = 3
-"""Levels of folders that are looked into."""
 
 SKIPPED = (".", "__", "checkpoint-")
 """Beginnings of names that are passed over."""
@@ -237,9 +235,9 @@ def _module_folders(root: Path) -> frozenset[Path]:
     """Return the folders of the modules that `modules.json` and Routers name, but for the checkpoint's own."""
     file = root / "modules.json"
     entries = read_json(file) if file.is_file() else []
-    folders = {root / entry["path"] for entry in entries}
+    folders = {inside(root, entry["path"], file.name) for entry in entries}
     for router in (*root.glob(ROUTER), *root.glob(f"*/{ROUTER}")):
-        folders.update(router.parent / name for name in read_json(router)["types"])
+        folders.update(inside(router.parent, name, ROUTER) for name in read_json(router)["types"])
     return frozenset(folders - {root})
 
 

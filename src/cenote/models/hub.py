@@ -15,6 +15,7 @@ from cenote.errors import CheckpointError, first_line
 from cenote.models import contents
 from cenote.models.facts import Location
 from cenote.models.families import table
+from cenote.models.inside import check_links, check_snapshot
 from cenote.models.weights import INDEX, SAFETENSORS
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        check_links(path)
         return path, None, contents.listing(path)
     if path.is_file():
         raise CheckpointError(f"{name!r} is a file, and single files, as of GGUF, are not read; {contents.REMEDY}")
@@ -82,6 +84,8 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str
         raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
     listed = _listed(name, options.revision)
     folder = _downloaded(name, options, listed)
+    check_snapshot(folder, name)
+    check_links(folder)
     return folder, folder.name, listed or contents.listing(folder)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from cenote.core import Similarity, coalesce
 from cenote.errors import CheckpointError
 from cenote.models import keys, remote_code, transformer_module, value_types
+from cenote.models.inside import inside
 from cenote.models.reading import about, check_kind, load, read_json
 from cenote.models.transformer_module import TransformerModule, as_tuple
 from cenote.models.weights import PICKLE, SAFETENSORS, floats
@@ -263,7 +264,7 @@ def _listed(path: Path, audit: Audit) -> list[Module]:
 def _entry(path: Path, entry: dict[str, Any], audit: Audit) -> Module:
     """Return one entry of `modules.json`."""
     audit.read(MODULES, entry, keys.MODULE_ENTRY)
-    return Module(_type(entry["type"], path), path / entry["path"], entry["path"])
+    return Module(_type(entry["type"], path), inside(path, entry["path"], MODULES), entry["path"])
 
 
 def _refused_first(kind: str) -> str:
@@ -488,7 +489,7 @@ def _routed(router: Module, audit: Audit) -> list[Module]:
     for side, route in (("", "document"), ("query", "query")):
         for name in routes[route]:
             kind = str(config["types"][name])
-            modules.append(Module(kind, router.folder / name, _below(router.path, name), side))
+            modules.append(Module(kind, inside(router.folder, name, file), _below(router.path, name), side))
     return modules
 
 

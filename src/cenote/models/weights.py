@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote.errors import CheckpointError
+from cenote.models.inside import inside
 from cenote.models.reading import about, check_kind, read_json
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _indexed(index: Path) -> tuple[str, ...]:
     with about(index):
         names = sorted({_file_name(name, suffix) for name in content["weight_map"].values()})
     for name in names:
-        if not (index.parent / name).is_file():
+        if not inside(index.parent, name, index.name).is_file():
             raise CheckpointError(f"{index.parent.name} lacks {name}, which {index.name} names; download it again")
     return tuple(names)
 

@@ -55,10 +55,14 @@ class Bounds:
     Attributes:
         tokens: maximum tokens to run, pad tokens included.
         characters: maximum characters of a text that has to be tokenised whole.
+        template_steps: steps of a chat template, see `cenote.pipeline.templates`.
+        template_seconds: its CPU time.
     """
 
     tokens: int = UNLIMITED
     characters: int = UNLIMITED
+    template_steps: int = 1 << 20
+    template_seconds: float = 5
 
 
 class Budget:

@@ -195,13 +195,14 @@ class Renderer:
         Raises:
             BadRequest: the template refuses them.
         """
-        import jinja2
+        from cenote.pipeline import templates
 
+        meter = templates.Meter(self.bounds.template_steps, self.bounds.template_seconds)
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **kwargs)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
-        return str(text)
+            return templates.apply(self.tokenizer, messages, template, kwargs, meter)
+        except Exception as error:  # anything: a template is a program
+            reason = str(error) or type(error).__name__
+            raise BadRequest(f"the chat template refuses these messages: {reason}", param="messages") from error
 
     def tokenize_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[Ids]:
         """Return the token ids of each of `texts`, of any length."""

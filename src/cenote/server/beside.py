@@ -7,13 +7,14 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import uvicorn
+from cenote.server import connections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from socket import socket
 
     from cenote.server.app import Application
+    from cenote.server.connections import Limits
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ END = 5.0
 
 
 @contextmanager
-def beside(app: Application, listener: socket) -> Iterator[None]:
+def beside(app: Application, listener: socket, limits: Limits) -> Iterator[None]:
     """Serve `app` on a thread of its own during the block.
 
     The thread ends before the interpreter does, which an event loop written in C would not survive.
@@ -31,9 +32,10 @@ def beside(app: Application, listener: socket) -> Iterator[None]:
     Args:
         app: see `Application.operations`.
         listener: bound to its address.
+        limits: of its connections.
     """
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
-    server = uvicorn.Server(config)
+    config = connections.configured(app, limits, access_log=False, lifespan="off")
+    server = connections.Server(config)
     listener.listen(config.backlog)
     log.info("health and metrics on http://%s:%s", *listener.getsockname()[:2])
     thread = threading.Thread(target=server.run, args=([listener],), name="cenote-beside", daemon=True)

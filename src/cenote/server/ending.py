@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import threading
 import time
+from contextlib import contextmanager
+from itertools import filterfalse
 from typing import TYPE_CHECKING, NoReturn
 
-import uvicorn
+from cenote.server import connections
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from socket import socket
     from types import FrameType
+
+    import uvicorn
 
     from cenote.server.app import Application
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end a server; a terminal sends the last one when it is closed."""
+STATUSES: dict[int, int] = {signal.SIGINT: 130}
+"""Exit statuses of the process by the signal that ended it, as shells have them, where they are not 0."""
 TICK = 0.1
 """Seconds between looks at the clock."""
 TO_LEAVE = 1.0
@@ -27,8 +37,8 @@ LAST_RESORT = 10.0
 """Seconds after which a process that has not ended by itself is ended."""
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, whose end has a bound.
+class Server(connections.Server):
+    """A server whose end has a bound.
 
     A first signal stops it from accepting connections; requests under way have `timeout` seconds. A second one ends
     them at once. `LAST_RESORT` seconds later the process is ended with status 1, whatever hangs. A fault of an engine
@@ -38,19 +48,33 @@ class Server(uvicorn.Server):
         config: of uvicorn.
         app: the application.
         timeout: seconds that requests under way have.
+
+    Attributes:
+        status: exit status of the process.
     """
 
     def __init__(self, config: uvicorn.Config, app: Application, timeout: float) -> None:
         super().__init__(config)
         self._app = app
         self._timeout = timeout
+        self.status = 0
         self._deadline = float("inf")
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals as they are: `take_signals` has taken them."""
+        yield
+
+    def take_signals(self) -> None:
+        """Let the signals that end a process end the server, but for those that its parent ignores, as `nohup` does."""
+        for number in filterfalse(_is_ignored, SIGNALS):
+            signal.signal(number, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, or, the second time, do it at once."""
         left = 0.0 if self.should_exit else self._timeout
         if not self.should_exit:
-            self._captured_signals.append(sig)
+            self.status = STATUSES.get(sig, 0)
         self._end_within(left)
 
     def run(self, sockets: list[socket] | None = None) -> None:
@@ -93,6 +117,16 @@ class Server(uvicorn.Server):
         for connection in [*self.server_state.connections]:
             if connection.transport is not None:
                 connection.transport.abort()
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that have ended the server from now on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _give_up() -> None:

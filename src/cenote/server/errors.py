@@ -12,15 +12,14 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote import metrics
-from cenote.errors import CenoteError, EngineGone, Overloaded, Unauthorized, plural
+from cenote.errors import CenoteError, EngineGone, Overloaded, TooManyConnections, Unauthorized, plural
+from cenote.server.wire.encoding import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +32,8 @@ LONGEST_MESSAGE = 16_384
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = LONGEST_INPUT
 _SHORTENED.maxlist = _SHORTENED.maxdict = 8
-_BRANCH = re.compile(r"^(list\[|dict\[|str$|int$|bool$|none|function-|constrained-)")
+_BRANCH = re.compile(r"^(list\[|dict\[|literal\[|union\[|str$|int$|bool$|none|function-|constrained-|[A-Z])")
+"""Names of the forms that a field may have."""
 _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
 
@@ -102,7 +102,7 @@ def fault_of(error: Exception) -> Fault:
         return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
-    if error.status >= 500:
+    if error.status >= 500 and not isinstance(error, Overloaded):
         log.error("%s: %s", type(error).__name__, error.message)
     if isinstance(error, Overloaded):
         metrics.refusals_of(error.reason).inc()
@@ -118,6 +118,8 @@ HTTP_ERRORS = {
 
 
 def _headers(error: CenoteError) -> dict[str, str]:
+    if isinstance(error, TooManyConnections):
+        return {"Retry-After": str(error.retry_after), "Connection": "close"}
     if isinstance(error, (Overloaded, EngineGone)):
         return {"Retry-After": str(error.retry_after)}
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
@@ -131,23 +133,50 @@ def _presentable(message: str) -> str:
 
 
 def _json(content: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    return Response(to_json(content), status, headers, media_type="application/json")
 
 
 def validation(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Return the message and the parameter for a body that does not fit its model."""
+    errors = _farthest(errors)
     first = errors[0]
     context = first.get("ctx") or {}
     if context.get("param"):
         return first["msg"], context["param"]
     if first["type"] == "json_invalid":
-        return f"JSON decode error: {context.get('error', 'the body is not JSON')}", _where(first["loc"])
+        return f"JSON decode error: {context.get('error', 'the body is not JSON')}", _where(_loc(first))
     entries = "".join(f"\n  {_entry(error)}" for error in errors[:MOST_ENTRIES])
-    return f"{len(errors)} validation {plural('error', len(errors))}:{entries}", _where(first["loc"])
+    return f"{len(errors)} validation {plural('error', len(errors))}:{entries}", _where(_loc(first))
+
+
+def _farthest(errors: Sequence[Any]) -> list[Any]:
+    """Return the errors of each field that lie farthest in it.
+
+    A field of several forms is read as each of them. The form that was meant is the one that was read farthest, and its
+    error names the element at fault; the others fail at the first.
+    """
+    places = [*map(_place, errors)]
+    farthest = dict(sorted(places))  # the last one of each field stays
+    return [error for error, (field, place) in zip(errors, places, strict=True) if farthest[field] == place]
+
+
+def _place(error: Any) -> tuple[tuple[str, ...], list[int]]:
+    """Return the field of an error, and the indices in it."""
+    loc = _loc(error)
+    return tuple(map(str, loc[:2])), [*filter(_is_index, loc[2:])]
+
+
+def _is_index(part: Any) -> bool:
+    return isinstance(part, int)
+
+
+def _loc(error: Any) -> tuple[Any, ...]:
+    """Return the location of an error; one about a list as a whole may know the element."""
+    return (*error["loc"], *error.get("ctx", {}).get("place", ()))
 
 
 def _entry(error: Any) -> str:
-    shown = {key: error[key] for key in ("type", "loc", "msg", "input") if key in error}
+    shown = {key: error[key] for key in ("type", "loc", "msg", "input") if key in error} | {"loc": _loc(error)}
     if "input" in shown:
         shown["input"] = _shortened(shown["input"])
     return str(shown)[:LONGEST_ENTRY]
@@ -161,5 +190,5 @@ def _shortened(value: Any) -> str:
 
 
 def _where(loc: Sequence[Any]) -> str:
-    """`("body", "input", "list[str]", 0)` as `body.input`."""
-    return ".".join(takewhile(lambda part: not _BRANCH.match(part), map(str, loc)))
+    """`("body", "input", "list[str]", 0)` as `body.input.0`."""
+    return ".".join(part for part in map(str, loc) if not _BRANCH.match(part))

@@ -19,6 +19,7 @@ from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unautho
 from cenote.server import errors
 from cenote.server.admission import Held
 from cenote.server.serving import new_id
+from cenote.server.wire.sizes import echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -137,7 +138,7 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id")
         scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
-        reply = _Reply(send, {"X-Request-Id": request_id or new_id()} if self._names_requests else {})
+        reply = _Reply(send, {"X-Request-Id": echo(request_id) or new_id()} if self._names_requests else {})
         if scope["path"] in UNCOUNTED:
             await self._run(scope, headers, receive, reply)
             return
@@ -189,9 +190,12 @@ class Gate:
         await send({"type": "http.response.body", "body": b""})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `CenoteError` for a request without a key, with a body that is not JSON, or at a bad time."""
+        """Raise `CenoteError` for a request that its connection refuses, without a key, or at a bad time."""
         if self._is_open(scope):
             return
+        refusal = scope["state"].get("refusal")
+        if refusal is not None:
+            raise refusal
         if self._keys and scope["method"] != "OPTIONS":
             self._check_key(next(filter(None, map(headers.get, KEY_HEADERS)), ""))
         if scope["method"] == "POST":
@@ -216,6 +220,8 @@ class Gate:
         is_open = True
         while is_open:
             message = await receive()
+            if "refusal" in scope["state"]:  # it is sent too slowly
+                raise scope["state"]["refusal"]
             chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
             held.add(len(chunks[-1]))
             is_open = message.get("more_body", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,10 +15,14 @@ from cenote.server.errors import BadBody
 from cenote.server.wire.fields import Body
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import BaseModel
 
     from cenote.server.wire.fields import Limits
 
+DEEPEST = 200
+"""Levels of lists and objects, pydantic's own limit: no walk through a body may run out of stack."""
 MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 
 
@@ -61,13 +66,30 @@ def _parsed(content: bytes) -> Any:
     except ValueError:
         pass
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (RecursionError, UnicodeDecodeError) as error:
         raise HTTPException(400, "There was an error parsing the body") from error
     except json.JSONDecodeError as error:
         raise _invalid(error.msg, error.pos) from error
     except ValueError as error:
         raise _invalid(str(error).partition(";")[0], 0) from error
+    if _is_deep(value):
+        raise _invalid(f"lists and objects are nested more than {DEEPEST} levels deep", 0)
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a value is nested more than `DEEPEST` levels deep."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [*chain.from_iterable(map(_entries, level))]
+    return bool(level)
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _invalid(message: str, position: int) -> BadBody:

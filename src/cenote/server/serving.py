@@ -23,6 +23,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import Admission, Place
 from cenote.server.asked import Models
+from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
 
 if TYPE_CHECKING:
@@ -76,7 +77,12 @@ class Serving:
         self.is_ending = False
         self.admission = Admission(services, config)
         for view in self.models.views:
-            view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
+            view.renderer.bounds = Bounds(
+                config.max_request_tokens,
+                config.max_text_characters,
+                config.max_template_steps,
+                config.max_template_seconds,
+            )
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
@@ -91,7 +97,7 @@ class Serving:
 
     def name(self, model: str | None) -> str:
         """Return the model's name in an answer: that of the request, else the first."""
-        return model or self.services[0].names[0]
+        return echo(model) or self.services[0].names[0]
 
     def check_count(self, count: int) -> None:
         """Refuse requests with too many inputs."""
@@ -317,7 +323,7 @@ def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
 def request_id(request: Request, of_body: str | None) -> str:
     """Return the header `X-Request-Id`, else the body's `request_id`, else a new one."""
     header: Any = request.state.request_id
-    return header or (of_body or "").encode(errors="replace").decode() or new_id()
+    return echo(header or of_body) or new_id()
 
 
 def new_id() -> str:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.core import coalesce
-from cenote.tensors import native
+from cenote.tensors import library, native
 from cenote.tensors.native import Chain, Step, drawn
 
 if TYPE_CHECKING:
@@ -223,13 +223,13 @@ class Kernel:
     """
 
     def __init__(self, file: pathlib.Path, isa: Isa = "auto") -> None:
-        library = ctypes.CDLL(str(file))
+        compiled = ctypes.CDLL(str(file))
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._chain = library.narrow_chain
+        self._chain = compiled.narrow_chain
         self._chain.argtypes = [pointer, integer, pointer, long, pointer, long, pointer, long, integer]
         self._chain.restype = integer
-        library.linear_path.restype = ctypes.c_char_p
-        names = takewhile(lambda name: name is not None, map(library.linear_path, count()))
+        compiled.linear_path.restype = ctypes.c_char_p
+        names = takewhile(lambda name: name is not None, map(compiled.linear_path, count()))
         self._numbers = {name.decode(): number for number, name in enumerate(names)}
         allowed = ISAS[: ISAS.index(isa) + 1]
         self.paths = tuple(name for name, path in PATHS.items() if name in self._numbers and path.isa in allowed)
@@ -355,7 +355,8 @@ def _load(isa: Isa) -> Kernel:
     if isa == "none":
         raise RuntimeError("native kernels are switched off")
     try:
-        kernel = Kernel(native.build(native.cache(), SOURCE, native.TARGETS[isa].march), isa)
+        with library.compiled(SOURCE, native.TARGETS[isa].march) as file:
+            kernel = Kernel(file, isa)
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(str(error)) from error
     if not kernel.paths:

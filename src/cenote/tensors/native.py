@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import mmap
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -30,6 +26,7 @@ from torch import Tensor, nn
 from cenote.config import Isa
 from cenote.core import optional
 from cenote.errors import ConfigError
+from cenote.tensors import library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,17 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# Without -ffast-math: infinities and NaN keep their meaning.
-FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-shared",
-    "-fPIC",
-)
-COMPILERS = ("c++", "g++", "clang++")
 VARIABLE = "CENOTE_ISA"
 LONGEST = 2048
 """Sequences beyond this length are as fast with torch's own kernel."""
@@ -94,20 +80,20 @@ class Kernels:
 
     def __init__(self, path: Path, isa: Isa = "auto") -> None:
         self.isa = isa
-        library = ctypes.CDLL(str(path))
+        compiled = ctypes.CDLL(str(path))
         pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-        self._attention = library.packed_attention
+        self._attention = compiled.packed_attention
         strided = (pointer, long, long)
         self._attention.argtypes = [*strided * 3, pointer, pointer, *[long] * 4, real, integer, long, integer]
         self._attention.restype = integer
-        self._rms_norm = library.rms_norm
+        self._rms_norm = compiled.rms_norm
         self._rms_norm.argtypes = [pointer, pointer, real, pointer, long, long, integer]
         self._rms_norm.restype = None
-        self._chain = library.linear_chain
+        self._chain = compiled.linear_chain
         self._chain.argtypes = [pointer, pointer, integer, pointer, long, pointer, long, pointer, long, long, integer]
         self._chain.restype = integer
         self._blas = _Blas.find()
-        self.width: int = library.vector_width()
+        self.width: int = compiled.vector_width()
 
     def can_attend(self, q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, longest: int) -> bool:
         """Return whether `attend` takes these tensors: float32 on the CPU, with a head size in whole vectors."""
@@ -503,7 +489,7 @@ def _load(isa: Isa) -> Kernels | None:
     except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
         if isa != "auto":
             raise unavailable(isa, error) from error
-        log.info("native kernels are not used: %s", error)
+        log.warning("native kernels are not used: %s", error)
         return None
 
 
@@ -536,58 +522,10 @@ def _checked(isa: Isa) -> Kernels:
     target = TARGETS[isa]
     if isa == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
         raise RuntimeError("the processor has no AVX2")
-    kernels = Kernels(build(cache(), march=target.march), isa)
+    with library.compiled(SOURCE, target.march) as file:
+        kernels = Kernels(file, isa)
     if kernels.width < target.lanes:
         raise RuntimeError(f"the processor's vectors have {kernels.width} lanes, expected {target.lanes}")
     if not kernels.agree_with_torch():
         raise RuntimeError("they do not agree with torch")
     return kernels
-
-
-def cache() -> Path:
-    """Return the folder of compiled libraries."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cenote"
-
-
-def build(folder: Path, source: Path = SOURCE, march: str = "native") -> Path:
-    """Compile `source` for the processor `march` into `folder`, unless that has been done already; returns the library.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-        OSError: `folder` cannot be written, or belongs to somebody else.
-    """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if not compiler:
-        raise RuntimeError("there is no C++ compiler")
-    flags = (*FLAGS, f"-march={march}")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    sources = [file.read_bytes() for file in sorted(source.parent.glob("*.cpp"))]  # one may include another
-    parts = [*sources, version, " ".join(flags).encode(), _processor().encode()]
-    target = folder / f"{source.stem}-{hashlib.sha256(bytes(0).join(parts)).hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    problem = ""
-    for openmp in (["-fopenmp"], []):  # one thread rather than nothing where OpenMP is missing
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        command = [compiler, *flags, *openmp, str(source), "-o", name]
-        done = subprocess.run(command, capture_output=True, timeout=120)
-        if done.returncode == 0:
-            os.replace(name, target)  # atomic: another process may build at the same time
-            return target
-        os.unlink(name)
-        problem = done.stderr.decode(errors="replace")[-500:]
-    raise RuntimeError(f"the compiler failed: {problem}")
-
-
-def _processor() -> str:
-    """Return the properties on which -march=native depends: a cache on a shared disk may meet another processor."""
-    kept = {"vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part"}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(line for line in lines if line.partition(":")[0].strip() in kept)

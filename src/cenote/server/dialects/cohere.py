@@ -18,6 +18,7 @@ from cenote.pipeline import operations
 from cenote.pipeline.options import TextOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
+from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
 from cenote.server.wire.fields import Many, Queued, Some
 from cenote.server.wire.pairs import RankingFields, meta, rank
@@ -122,6 +123,8 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
         prompts, options = _prompts(serving, service, body)
         job = operations.encode(service, prompts, "embed", params, options)
         _check_uncut(body, max(map(len, job.sequences)))
+        number = sum(map(sizes.FORMS.__getitem__, {*types}))
+        sizes.check(serving.config.max_response_bytes, sizes.numbers(service.info, job.sequences), number)
         ranges = ranges_for(service, types, params, "embedding_types")
 
         def encode(outputs: list[Output]) -> Response:

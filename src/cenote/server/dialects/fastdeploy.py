@@ -16,6 +16,7 @@ from cenote.server.serving import request_id
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Chat, Conversation, Shared, Some
+from cenote.server.wire.sizes import echo
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -69,7 +70,7 @@ async def reward(serving: Serving, request: Request, body: RewardRequest) -> Res
                 "prompt_token_ids": ids,
                 "prompt_tokens": service.renderer.detokenize(ids) if ids else None,
             }
-            user = f"{body.user}-" if body.user else ""
+            user = f"{echo(body.user)}-" if body.user else ""
             return json_response(
                 {
                     "id": f"reward-{user}{request_id(request, body.request_id)}",

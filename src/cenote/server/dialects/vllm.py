@@ -265,6 +265,7 @@ async def answer_vectors(
     def make() -> Job[Response]:
         prompts, options = answers.prompts_of(serving, service, body, applied)
         job = operations.encode(service, prompts, task, params, options, also=also)
+        body.check_answer(serving.config.max_response_bytes, service.info, job.sequences)
         form = body.form(service, tasks, params)
         if only_float:
             _check_float(body)

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from cenote.tensors.quantize import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from cenote.tensors.quantize import Ranges
 
@@ -41,6 +41,11 @@ _DTYPES: dict[EmbedDType, np.dtype[Any]] = {
 LARGEST_E4M3 = 448.0
 _BITS = {4: np.uint32, 2: np.uint16, 1: np.uint8}
 """Integer dtypes by their size in bytes, for swapping the bytes of numbers."""
+
+
+def itemsize(dtype: EmbedDType) -> int:
+    """Return the bytes of a number of `dtype`."""
+    return _DTYPES[dtype].itemsize
 
 
 def to_bytes(values: np.ndarray[Any, np.dtype[np.float32]], dtype: EmbedDType, endianness: Endianness) -> bytes:
@@ -119,9 +124,35 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+def to_json(content: Any, default: Callable[[Any], Any] | None = None, option: int = 0) -> bytes:
+    """Return the JSON of all that leaves as JSON; NumPy arrays become numbers.
+
+    A number is the shortest text that reads back as the same float32. Lone surrogates, which a client may send and
+    which have no UTF-8, become question marks, in keys too.
+    """
+    option |= orjson.OPT_SERIALIZE_NUMPY
+    try:
+        return orjson.dumps(content, default, option)
+    except TypeError as error:
+        if "surrogates" not in str(error):
+            raise
+        return orjson.dumps(_valid(content), default, option)
+
+
+def _valid(value: Any) -> Any:
+    """Return a value of JSON whose texts are valid Unicode."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return dict(map(_valid, value.items()))
+    if isinstance(value, (list, tuple)):
+        return [*map(_valid, value)]
+    return value
+
+
 def json_response(content: Any) -> Response:
-    """Return `content` as JSON; NumPy arrays become numbers (the shortest text that reads back as the same float32)."""
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    """Return `content` as JSON, see `to_json`."""
+    return Response(to_json(content), media_type="application/json")
 
 
 def foreign_response(content: Any) -> Response:
@@ -130,8 +161,7 @@ def foreign_response(content: Any) -> Response:
     Raises:
         TypeError: a value in it has no JSON.
     """
-    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    return Response(orjson.dumps(content, _plain, option), media_type="application/json")
+    return Response(to_json(content, _plain, orjson.OPT_NON_STR_KEYS), media_type="application/json")
 
 
 def vectors_response(
@@ -161,16 +191,31 @@ def vectors_response(
         return json_response(with_data(head, entries(kind, field, [*map(_base64, raw)])))
     response = Response(b"".join(raw), media_type="application/octet-stream")
     if encoding_format == "bytes":
-        form = {"embed_dtype": embed_dtype, "endianness": endianness}
-        places = pairwise(accumulate(map(len, raw), initial=0))
-        parts = [
-            {"index": i, **form, "start": start, "end": end, "shape": list(vectors[i].shape)}
-            for i, (start, end) in enumerate(places)
-        ]
+        sizes = map(len, raw)
+        parts = byte_parts(sizes, [vector.shape for vector in vectors], embed_dtype, endianness)
         metadata = {key: head[key] for key in ("id", "created", "model")}
         metadata |= {"data": parts, "usage": short_usage(head)}
         response.headers["metadata"] = json.dumps(metadata, separators=(",", ":"))  # a header takes no UTF-8
     return response
+
+
+def byte_parts(
+    sizes: Iterable[int], shapes: Iterable[tuple[int, ...]], embed_dtype: EmbedDType, endianness: Endianness
+) -> list[dict[str, object]]:
+    """Return the entries of the metadata of raw bytes, one for each vector or matrix.
+
+    Args:
+        sizes: bytes of each.
+        shapes: shape of each.
+        embed_dtype: of all.
+        endianness: of all.
+    """
+    form = {"embed_dtype": embed_dtype, "endianness": endianness}
+    places = pairwise(accumulate(sizes, initial=0))
+    return [
+        {"index": i, **form, "start": start, "end": end, "shape": list(shape)}
+        for i, ((start, end), shape) in enumerate(zip(places, shapes, strict=True))
+    ]
 
 
 def short_usage(head: dict[str, Any]) -> dict[str, int]:

@@ -16,12 +16,14 @@ from cenote.core import LateChunkingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.options import ChatOptions, TextOptions
 from cenote.pipeline.prompts import Applied, Prompts
-from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness
+from cenote.server.wire import sizes
+from cenote.server.wire.encoding import EmbedDType, EncodingFormat, Endianness, byte_parts, itemsize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from cenote.core import PoolingParams
+    from cenote.core import ModelInfo, PoolingParams
+    from cenote.core import Sequence as Input
     from cenote.pipeline.pipeline import Service
     from cenote.tensors.quantize import Array
 
@@ -41,7 +43,10 @@ def _no_words(value: Any, read: Callable[[Any], list[int]]) -> list[int]:
     """Refuse booleans and numbers in quotes, which count as integers elsewhere."""
     ids = read(value)
     if not _WORDS.isdisjoint(map(type, value)):
-        raise PydanticCustomError("token_ids", "token ids must be integers, neither strings nor booleans")
+        index = [*map(_WORDS.__contains__, map(type, value))].index(True)
+        raise PydanticCustomError(
+            "token_ids", "token ids must be integers, neither strings nor booleans", {"place": (index,)}
+        )
     return ids
 
 
@@ -309,6 +314,31 @@ class PoolingFields(Inputs):
     input_type: str | None = Field(None, description="query, document, or one of the model's prompts")
     top_k: int | None = Field(None, ge=1, description="of sparse embeddings: number of the largest weights")
     return_tokens: bool = Field(False, description="of sparse embeddings: also the vocabulary entries as text")
+
+    @property
+    def number_bytes(self) -> float:
+        """Bytes of a number in the answer, about."""
+        size = itemsize(self.embed_dtype)
+        return {"float": sizes.JSON_NUMBER, "base64": size * sizes.BASE64}.get(self.encoding_format, size)
+
+    def check_answer(self, limit: int, info: ModelInfo, sequences: Sequence[Input]) -> None:
+        """Refuse an answer that would be too large, before it is computed.
+
+        Args:
+            limit: maximum bytes of an answer.
+            info: of the model.
+            sequences: of the request.
+
+        Raises:
+            BadRequest: it has too many bytes, or metadata that no header takes.
+        """
+        numbers = sizes.numbers(info, sequences)
+        if numbers * sizes.LARGEST_NUMBER > limit:
+            sizes.check(limit, numbers, self.number_bytes)
+        if self.encoding_format == "bytes":
+            count = len(sequences)
+            mean = numbers * itemsize(self.embed_dtype) // count
+            sizes.check_header(byte_parts([mean] * count, [(mean,)] * count, self.embed_dtype, self.endianness))
 
     def late(self) -> LateChunkingParams | None:
         """Return the late chunking of the request.

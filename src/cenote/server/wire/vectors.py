@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.errors import BadRequest
+from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VECTOR_TYPES, VectorType, typed, typed_values
 from cenote.server.wire.fields import Many, PoolingFields
 from cenote.tasks import KINDS
@@ -77,6 +78,12 @@ class TypedFields(PoolingFields):
         """Return whether small forms have the encoding of the request."""
         encoding = (self.encoding_format, self.embed_dtype, self.endianness)
         return self.encoding_format == "float" or encoding == ("base64", "float32", "native")
+
+    @property
+    def number_bytes(self) -> float:
+        """See `PoolingFields.number_bytes`."""
+        types = self.vector_types()
+        return sum(map(sizes.FORMS.__getitem__, types)) if types else super().number_bytes
 
     def vector_types(self) -> tuple[VectorType, ...]:
         """Return the small forms of the request, each once; none if `encoding_format` alone is the form."""
