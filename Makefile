@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-rest test-all check bench bench-peers clean
+.PHONY: serve test test-rest test-all fuzz check bench bench-peers clean
 
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,12 @@ test-rest: $(VENV)/.dev
 
 # The whole test suite.
 test-all: test test-rest
+
+# Generated requests, others each time; a failure names its seed.
+fuzz: REQUESTS ?= 10000
+fuzz: SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.dev
+	FUZZ_REQUESTS=$(REQUESTS) FUZZ_SEED=$(SEED) $(PYTEST) -n 0 -s --show-capture=no tests/server/test_fuzz.py $(ARGS)
 
 # Lint, formatting, types, and how much a reader must hold in mind.
 check: $(VENV)/.dev
