@@ -2,9 +2,9 @@
 
     python -m benchmarks.longtext [--requests 400] [--rounds 3] [--save NAME]
 
-The long texts are 10 MB of a single word and of short ones, which are cut to what the model reads or refused, and 500 kB
-that a server with chunked processing runs in blocks, which takes longer than the measurement. Each is measured beside
-the same clients alone, in turns.
+The long texts are 10 MB of a single word and of short ones, which are cut to what the model reads or refused, and
+500 kB that a server with chunked processing runs in blocks, which takes longer than the measurement. Each is measured
+beside the same clients alone, in turns.
 """
 
 from __future__ import annotations

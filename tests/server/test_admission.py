@@ -18,12 +18,14 @@ from cenote.errors import Overloaded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app, gate
-from cenote.server.admission import KNOWN_AFTER, Admission, EngineLine, Held, Line
+from cenote.server.admission import KNOWN_AFTER, MEMORY, Admission, EngineLine, Held, Line, RenderLine
 from cenote.server.serving import LONG
 from tests import PATIENCE
 from tests.conftest import INFO, JSON
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.testclient import TestClient
     from starlette.types import Message
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +93,53 @@ def test_a_bulk_request_counts_with_what_others_wait_for() -> None:
     assert line.amount == 0
 
 
+def test_of_work_that_took_long_only_what_a_pace_remembers_counts() -> None:
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(1000)
+    worked(line, clock, 100)
+    line.finish(60_000, seconds=600)
+    assert line.seconds == pytest.approx(1000 / (100 + 60_000 * MEMORY / 600))
+
+
+def test_a_body_in_the_hands_of_one_thread_is_in_nobody_s_way() -> None:
+    """What other threads finish beside it is not the pace of its bytes."""
+    clock = Clock()
+    line = RenderLine(2, clock)
+    seen: list[tuple[int, float]] = []
+
+    async def in_pool(work: Callable[[], int]) -> int:
+        seen.append((line.amount, line.seconds))
+        return work()
+
+    def long() -> int:
+        for _ in range(10):
+            line.rendered(300, 0.1)
+            seen.append((line.amount, line.seconds))
+        clock.now += 1
+        return 5
+
+    assert asyncio.run(line.run(10_000_000, in_pool, long)) == 5
+    assert seen == [(10_000_000, 0), *[(0, 0)] * 10]
+    line.change(1_000_000)
+    pace = (10_000_000 + 3000) / (0.5 + 0.5)
+    assert line.seconds == pytest.approx(1_000_000 / pace), "of two threads: what each has done in its time"
+
+
+def test_a_body_that_cannot_be_rendered_leaves_the_line() -> None:
+    line = RenderLine(2, Clock())
+
+    async def in_pool(work: Callable[[], int]) -> int:
+        return work()
+
+    def refuse() -> int:
+        raise Overloaded("no")
+
+    with pytest.raises(Overloaded):
+        asyncio.run(line.run(1000, in_pool, refuse))
+    assert line.amount == 0
+
+
 def admission(clock: Clock, tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[Admission, list[Service]]:
     services = [Service(FakeEngine(INFO), Renderer(tokenizer, INFO), (name,)) for name in ("a", "b")]
     return Admission(services, ServerConfig(**options), clock), services
@@ -113,7 +162,7 @@ def test_a_request_is_refused_when_it_would_wait_too_long(tokenizer: PreTrainedT
         own.check()
     own.line(second).change(-70_000)
     own.rendering.change(1_000_000)
-    worked(own.rendering, clock, 100_000)
+    own.rendering.rendered(50_000, 1)
     with pytest.raises(Overloaded, match="some 14 s") as refusal:
         own.check()
     assert refusal.value.retry_after == 9

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cenote import metrics
 from cenote.core import coalesce
@@ -19,7 +19,7 @@ from cenote.engine.scheduler import BULK
 from cenote.errors import Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo
     from cenote.pipeline.pipeline import Service
 
+T = TypeVar("T")
+RENDER_THREADS = 2
 KNOWN_AFTER = 0.5
 """Seconds of full work after which a pace is believed."""
 MEMORY = 10.0
 """Seconds of full work that a pace remembers; older work counts ever less."""
-FULL_RENDERING = 262_144
-"""Bytes of bodies from which on the render threads are never idle."""
 BYTES_PER_TOKEN = 4
 """A guess for bodies that are not tokenised yet."""
 SMALL_BODY = 65_536
@@ -77,18 +77,27 @@ class Line:
             self.amount += amount
             self._was_full = self._was_full and self.amount >= self._full
 
-    def finish(self, amount: int) -> None:
-        """Note that so much was finished. It stays in the line until `change` takes it away."""
+    def finish(self, amount: int, seconds: float = 0.0) -> None:
+        """Note that so much was finished. It stays in the line until `change` takes it away.
+
+        Args:
+            amount: of work.
+            seconds: that it took. Of what took longer than a pace remembers, only the end counts.
+        """
         now = self._clock()
         with self._lock:
             if self._was_full:
-                self._seconds += now - self._since
-                self._finished += amount
-                kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
-                self._seconds *= kept
-                self._finished *= kept
+                self._add(amount * min(1.0, MEMORY / max(seconds, MEMORY)), now - self._since)
             self._since = now
             self._was_full = self.amount >= self._full
+
+    def _add(self, amount: float, seconds: float) -> None:
+        """Let the pace remember some work. Under the lock."""
+        self._seconds += seconds
+        self._finished += amount
+        kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
+        self._seconds *= kept
+        self._finished *= kept
 
 
 class Place:
@@ -102,18 +111,55 @@ class Place:
     def __init__(self, line: Line, amount: int) -> None:
         self._line = line
         self._amount = 0
+        self._lock = threading.Lock()
         self.resize(amount)
 
     def resize(self, amount: int) -> None:
-        """Change the amount of work."""
-        self._line.change(amount - self._amount)
-        self._amount = amount
+        """Change the amount of work. Any thread may call it."""
+        with self._lock:
+            self._line.change(amount - self._amount)
+            self._amount = amount
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.resize(0)
+
+
+class RenderLine(Line):
+    """The line before the render threads, in bytes of the bodies that none of them has begun.
+
+    A body that is long in the hands of one thread is in nobody's way as long as there is another one. So the pace is
+    that of the threads while they work, and not what comes out of them while something waits.
+
+    Args:
+        threads: that render.
+        clock: see `Line`.
+    """
+
+    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(0, clock)
+        self._threads = threads
+
+    async def run(self, size: int, in_pool: Callable[[Callable[[], T]], Awaitable[T]], work: Callable[[], T]) -> T:
+        """Return the result of `work`, for a body of `size` bytes, which `in_pool` runs on a render thread."""
+        with Place(self, size) as place:
+
+            def begun() -> T:
+                place.resize(0)
+                began = self._clock()
+                try:
+                    return work()
+                finally:
+                    self.rendered(size, self._clock() - began)
+
+            return await in_pool(begun)
+
+    def rendered(self, size: int, seconds: float) -> None:
+        """Note that a thread took so long for a body."""
+        with self._lock:
+            self._add(size, seconds / self._threads)
 
 
 class EngineLine(Line):
@@ -176,7 +222,7 @@ class Admission:
         clock: seconds of a monotonic clock.
 
     Attributes:
-        rendering: line before the render threads, in bytes.
+        rendering: line before the render threads.
         pending: bytes of bodies that are received and not answered.
         max_bytes: maximum of `pending`.
     """
@@ -184,7 +230,7 @@ class Admission:
     def __init__(
         self, services: Iterable[Service], config: ServerConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.rendering = Line(FULL_RENDERING, clock)
+        self.rendering = RenderLine(RENDER_THREADS, clock)
         self.pending: int = 0
         self.max_bytes = config.max_pending_bytes
         self._longest = config.max_waiting_time
