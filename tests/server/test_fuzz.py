@@ -240,7 +240,7 @@ def held(app: Application) -> dict[str, float]:
         "computed": serving.running,
         "bytes": metrics.pending_bytes.collect()[0].samples[0].value,
         "rendering": serving.admission.rendering.amount,
-        "tokens": sum(line.amount for line in {*serving.admission._lines.values()}),
+        "tokens": sum(line.amount + line.tokens for line in {*serving.admission._lines.values()}),
     }
 
 

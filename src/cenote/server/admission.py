@@ -67,9 +67,13 @@ class Line:
     @property
     def seconds(self) -> float:
         """Seconds until all of it is finished; 0 while the pace is not known."""
+        return self._seconds_of(self.amount)
+
+    def _seconds_of(self, amount: int) -> float:
+        """Return the seconds that so much work takes; 0 while the pace is not known."""
         if self._seconds < KNOWN_AFTER or not self._finished:
             return 0.0
-        return self.amount * self._seconds / self._finished
+        return amount * self._seconds / self._finished
 
     def change(self, amount: int) -> None:
         """Add work, or take it away."""
@@ -163,20 +167,78 @@ class RenderLine(Line):
 
 
 class EngineLine(Line):
-    """The line before an engine, in tokens.
+    """The line before an engine, in tokens; `amount` has those that the engine has, the rest is still to be rendered.
 
-    A request counts with the tokens that others may have to wait for. The scheduler lets others pass a bulk request, so
-    that its tokens beyond the first `BULK` batches are in nobody's way.
+    The scheduler gives each request its turn, so that a request waits for as many tokens of another one as it has
+    itself, and for a batch at least. Requests are counted by the power of two of their size.
     """
 
     def __init__(self, info: ModelInfo, clock: Callable[[], float] = time.monotonic) -> None:
-        batch = info.report.batch_tokens
-        super().__init__((info.report.streams + 1) * batch, clock)
-        self.most = BULK * batch
+        self.batch = info.report.batch_tokens
+        super().__init__((info.report.streams + 1) * self.batch, clock)
+        self.most = BULK * self.batch
+        self._counts = [0] * (self.most.bit_length() + 1)
+        self._tokens = [0] * (self.most.bit_length() + 1)
 
-    def enter(self, body_bytes: int) -> Place:
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests in the line, of each at most those of a bulk request that others wait for."""
+        return sum(self._tokens)
+
+    def enter(self, body_bytes: int) -> EnginePlace:
         """Return the place of a request that is not tokenised yet."""
-        return Place(self, min(self.most, body_bytes // BYTES_PER_TOKEN))
+        return EnginePlace(self, body_bytes // BYTES_PER_TOKEN)
+
+    def wait(self, tokens: int = 0) -> float:
+        """Return the seconds that a new request of so many tokens would wait; 0 while the pace is not known."""
+        share = min(max(tokens, self.batch), self.most)
+        classes = zip(self._counts, self._tokens, strict=True)
+        return self._seconds_of(sum(min(total, count * share) for count, total in classes))
+
+    def count(self, tokens: int, by: int) -> None:
+        """Count a request of so many tokens, or no longer.
+
+        Args:
+            tokens: at most `most`.
+            by: 1 or -1.
+        """
+        with self._lock:
+            place = tokens.bit_length()
+            self._counts[place] += by
+            self._tokens[place] += by * tokens
+
+
+class EnginePlace:
+    """A request's place in the line before an engine, left at the end of the block.
+
+    Args:
+        line: where it waits.
+        tokens: a guess of its tokens.
+    """
+
+    def __init__(self, line: EngineLine, tokens: int) -> None:
+        self._line = line
+        self._tokens = min(line.most, tokens)
+        self._queued: Place | None = None
+        line.count(self._tokens, 1)
+
+    def queue(self, tokens: int) -> None:
+        """Note that the engine has the request, and how many tokens it has indeed."""
+        self._leave()
+        self._tokens = min(self._line.most, tokens)
+        self._line.count(self._tokens, 1)
+        self._queued = Place(self._line, self._tokens)
+
+    def _leave(self) -> None:
+        self._line.count(self._tokens, -1)
+        if self._queued is not None:
+            self._queued.resize(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._leave()
 
 
 class Held:
@@ -246,17 +308,26 @@ class Admission:
 
     @property
     def seconds(self) -> float:
-        """Seconds that a new request would wait for the model with the shortest line."""
-        return self.rendering.seconds + min((line.seconds for line in self._lines.values()), default=0.0)
+        """Seconds that a new short request would wait for the model with the shortest line."""
+        return self._seconds(0)
 
-    def check(self) -> None:
-        """Raise `Overloaded` if a new request would wait too long for any model."""
-        self._check(self.seconds)
+    def _seconds(self, body_bytes: int) -> float:
+        tokens = body_bytes // BYTES_PER_TOKEN
+        return self.rendering.seconds + min((line.wait(tokens) for line in self._lines.values()), default=0.0)
 
-    def check_model(self, service: Service) -> None:
+    def check(self, body_bytes: int = 0) -> None:
+        """Raise `Overloaded` if a new request would wait too long for any model.
+
+        Args:
+            body_bytes: of its body, as far as they are known.
+        """
+        self._check(self._seconds(body_bytes))
+
+    def check_model(self, service: Service, body_bytes: int = 0) -> None:
         """Raise `Overloaded` if a new request would wait too long for this one of several models."""
         if len(self._lines) > 1:
-            self._check(self.rendering.seconds + self.line(service).seconds)
+            wait = self.line(service).wait(body_bytes // BYTES_PER_TOKEN)
+            self._check(self.rendering.seconds + wait)
 
     def _check(self, seconds: float) -> None:
         if seconds > self._longest:

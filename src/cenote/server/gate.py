@@ -195,7 +195,7 @@ class Gate:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in JSON_TYPES:
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
-            self.admission.check()
+            self.admission.check(_length(headers))
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, token = authorization.partition(" ")

@@ -150,9 +150,9 @@ class Serving:
             CenoteError: the operation or the engine refuses the request, or fails.
             HTTPException: the client left.
         """
-        self.admission.check_model(service)
-        line = self.admission.line(service)
         size = request.state.body_bytes
+        self.admission.check_model(service, size)
+        line = self.admission.line(service)
         self.running += 1
         try:
             with line.enter(size) as place:
@@ -164,7 +164,7 @@ class Serving:
                     job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
-                place.resize(min(line.most, job.tokens))
+                place.queue(job.tokens)
                 outputs = await self._outputs(request, service, job, line)
         finally:
             self.running -= 1
