@@ -159,7 +159,7 @@ class _Room:
 
     Attributes:
         tokens: maximum of further tokens.
-        looks: sequences that may be compared by length. Each priority has half of what the one before leaves.
+        looks: sequences that may be compared by length. Each priority has half of the rest.
         begun: common beginning of each request in the batch, which has room already.
     """
 

@@ -86,7 +86,7 @@ class Line:
 
         Args:
             amount: of work.
-            seconds: that it took. Of what took longer than a pace remembers, only the end counts.
+            seconds: that it took. Only its end counts if a pace does not remember so many.
         """
         now = self._clock()
         with self._lock:
@@ -135,7 +135,7 @@ class RenderLine(Line):
     """The line before the render threads, in bytes of the bodies that none of them has begun.
 
     A body that is long in the hands of one thread is in nobody's way as long as there is another one. So the pace is
-    that of the threads while they work, and not what comes out of them while something waits.
+    that of the threads while they work, and not that of all results while something waits.
 
     Args:
         threads: that render.
