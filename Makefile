@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-rest test-pylate test-all check bench bench-peers clean
+.PHONY: serve test test-rest test-pylate test-all fuzz soak check bench bench-peers clean
 
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,16 @@ test-pylate: .pylate/.installed
 
 # The whole test suite.
 test-all: test test-rest test-pylate
+
+# Generated requests, others each time; a failure names its seed.
+fuzz: REQUESTS ?= 10000
+fuzz: SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.dev
+	FUZZ_REQUESTS=$(REQUESTS) FUZZ_SEED=$(SEED) $(PYTEST) -n 0 -s --show-capture=no tests/server/test_fuzz.py $(ARGS)
+
+# A server under mixed load: memory, descriptors, threads and latencies must stay flat. 20 minutes; ARGS="--minutes 1".
+soak: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Lint, formatting, types, and how much a reader must hold in mind.
 check: $(VENV)/.dev

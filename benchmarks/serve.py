@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -39,17 +40,27 @@ QUERY = "how deep is a cenote?"
 BULK = 2048
 OVERHEAD = 2e-3
 """Seconds that a server may add to the forward of one short text."""
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Server:
-    """`cenote serve` in a process of its own."""
+    """`cenote serve` in a process of its own.
 
-    def __init__(self) -> None:
+    Args:
+        flags: further ones.
+
+    Attributes:
+        port: that it listens on.
+        url: its address.
+        operations: address of its second listener, with `--metrics-port`.
+    """
+
+    def __init__(self, *flags: str) -> None:
         began = time.perf_counter()
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cenote", "serve", "--port", "0", "--auto-truncate"],
+            [sys.executable, "-m", "cenote", "serve", "--port", "0", "--auto-truncate", *flags],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
@@ -62,9 +73,11 @@ class Server:
                 break
         else:
             raise RuntimeError("".join(lines))
-        port = int(lines[-1].split("http://127.0.0.1:")[1].split(",")[0])
+        self.url = ADDRESS.findall(lines[-1])[0]
+        self.operations = ADDRESS.findall("".join(lines))[0]  # its line comes first
+        self.port = int(self.url.rpartition(":")[2])
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        self.remote = Remote(f"http://127.0.0.1:{port}", None, None)
+        self.remote = Remote(self.url, None, None)
         self.remote.ask(["hello"])
         self.first_answer = time.perf_counter() - began
 

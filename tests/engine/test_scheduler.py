@@ -311,37 +311,6 @@ def test_priorities_lose_nothing_and_keep_the_budgets(
         assert sum(map(len, batch)) <= max_tokens or len(batch) == 1
 
 
-class Counted(Piece):
-    """A sequence that counts how often it is looked at."""
-
-    looks = 0
-
-    def __len__(self) -> int:
-        Counted.looks += 1
-        return self.length
-
-
-def looks_of_a_batch(waiting: int, *, priorities: int = 1, bulk: bool = False) -> int:
-    """How often sequences are looked at for one batch while so many requests wait."""
-    scheduler: Scheduler[Counted] = Scheduler(max_tokens=768)
-    for number in range(waiting):
-        request = Request(priority=number % priorities)
-        lengths = [100] * 100 if bulk and number % 50 == 0 else [30]
-        scheduler.add(request, [Counted(request, length) for length in lengths])
-    Counted.looks = 0
-    for _ in range(4):
-        assert scheduler.next_batch()
-        scheduler.cancel(Request())
-        scheduler.drop_cancelled()
-    return Counted.looks
-
-
-def test_the_work_for_a_batch_does_not_grow_with_what_waits() -> None:
-    for options in ({}, {"priorities": 5}, {"bulk": True}, {"priorities": 3, "bulk": True}):
-        few, many = looks_of_a_batch(2_000, **options), looks_of_a_batch(40_000, **options)  # type: ignore[arg-type]
-        assert many <= 1.1 * few + 100, options
-
-
 def test_a_request_that_is_cancelled_twice_and_one_that_is_unknown_are_nothing() -> None:
     scheduler: Scheduler[Piece] = Scheduler(100)
     request, other = Request(), Request()

@@ -6,7 +6,9 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +20,14 @@ from cenote.errors import Overloaded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app, gate
-from cenote.server.admission import KNOWN_AFTER, Admission, EngineLine, Held, Line
+from cenote.server.admission import KNOWN_AFTER, MEMORY, Admission, EngineLine, Held, Line, RenderLine
 from cenote.server.serving import LONG
 from tests import PATIENCE
 from tests.conftest import INFO, JSON
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.testclient import TestClient
     from starlette.types import Message
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +89,89 @@ def test_a_pace_is_measured_only_while_enough_waits() -> None:
 def test_a_bulk_request_counts_with_what_others_wait_for() -> None:
     line = EngineLine(INFO)
     with line.enter(1 << 30) as place:
-        assert line.amount == line.most == 8 * INFO.report.batch_tokens
-        place.resize(7)
-        assert line.amount == 7
+        assert line.tokens == line.most == 8 * INFO.report.batch_tokens
+        assert line.amount == 0, "the engine has nothing yet"
+        place.queue(7)
+        assert line.tokens == line.amount == 7
+    assert line.tokens == line.amount == 0
+
+
+def test_a_request_waits_for_as_much_of_another_as_it_has_itself() -> None:
+    clock = Clock()
+    line = EngineLine(INFO, clock)
+    batch = line.batch
+    with ExitStack() as places:
+        filled(line, 100 * batch, batch, places)
+        worked(line, clock, batch)
+        assert line.wait() == pytest.approx(100)
+    assert line.wait() == 0
+    with line.enter(0) as bulk, line.enter(0) as small:
+        bulk.queue(1000 * batch)
+        small.queue(batch // 4)
+        assert line.wait() == pytest.approx(1.25), "a batch of the bulk request, and the small one"
+        assert line.wait(3 * batch) == pytest.approx(3.25)
+        assert line.wait(1000 * batch) == pytest.approx(8.25)
+
+
+def test_what_is_not_rendered_says_nothing_of_the_engine_s_pace() -> None:
+    clock = Clock()
+    line = EngineLine(INFO, clock)
+    with line.enter(1 << 30):
+        for _ in range(10):
+            worked(line, clock, 1)
+        assert line.wait() == 0, "small requests beside it do not fill the engine"
+
+
+def filled(line: EngineLine, tokens: int, size: int, places: ExitStack) -> None:
+    """Let requests of `size` tokens wait in `line`, as many as make `tokens`."""
+    for _ in range(tokens // size):
+        places.enter_context(line.enter(0)).queue(size)
+
+
+def test_of_work_that_took_long_only_what_a_pace_remembers_counts() -> None:
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(1000)
+    worked(line, clock, 100)
+    line.finish(60_000, seconds=600)
+    assert line.seconds == pytest.approx(1000 / (100 + 60_000 * MEMORY / 600))
+
+
+def test_a_body_in_the_hands_of_one_thread_is_in_nobody_s_way() -> None:
+    """What other threads finish beside it is not the pace of its bytes."""
+    clock = Clock()
+    line = RenderLine(2, clock)
+    seen: list[tuple[int, float]] = []
+
+    async def in_pool(work: Callable[[], int]) -> int:
+        seen.append((line.amount, line.seconds))
+        return work()
+
+    def long() -> int:
+        for _ in range(10):
+            line.rendered(300, 0.1)
+            seen.append((line.amount, line.seconds))
+        clock.now += 1
+        return 5
+
+    assert asyncio.run(line.run(10_000_000, in_pool, long)) == 5
+    assert seen == [(10_000_000, 0), *[(0, 0)] * 10]
+    line.change(1_000_000)
+    pace = (10_000_000 + 3000) / (0.5 + 0.5)
+    assert line.seconds == pytest.approx(1_000_000 / pace), "of two threads: what each has done in its time"
+
+
+def test_a_body_that_cannot_be_rendered_leaves_the_line() -> None:
+    line = RenderLine(2, Clock())
+
+    async def in_pool(work: Callable[[], int]) -> int:
+        return work()
+
+    def refuse() -> int:
+        raise Overloaded("no")
+
+    with pytest.raises(Overloaded):
+        asyncio.run(line.run(1000, in_pool, refuse))
     assert line.amount == 0
 
 
@@ -99,24 +183,40 @@ def admission(clock: Clock, tokenizer: PreTrainedTokenizerBase, **options: Any) 
 def test_a_request_is_refused_when_it_would_wait_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
     clock = Clock()
     own, (first, second) = admission(clock, tokenizer, max_waiting_time=10)
-    for service, amount in ((first, 110_000), (second, 40_000)):
-        line = own.line(service)
-        line.change(amount)
-        worked(line, clock, 10_000)
-    own.check()
-    own.check_model(second)
-    with pytest.raises(Overloaded, match="would wait some 11 s, and at most 10 s are allowed") as refusal:
-        own.check_model(first)
-    assert refusal.value.retry_after == 6, "then half of the longest wait is left"
-    own.line(second).change(70_000)
-    with pytest.raises(Overloaded, match="some 11 s"):
+    with ExitStack() as places:
+        for service, amount in ((first, 110_000), (second, 40_000)):
+            filled(own.line(service), amount, 500, places)
+            worked(own.line(service), clock, 10_000)
         own.check()
-    own.line(second).change(-70_000)
-    own.rendering.change(1_000_000)
-    worked(own.rendering, clock, 100_000)
-    with pytest.raises(Overloaded, match="some 14 s") as refusal:
+        own.check_model(second)
+        with pytest.raises(Overloaded, match="would wait some 11 s, and at most 10 s are allowed") as refusal:
+            own.check_model(first)
+        assert refusal.value.retry_after == 6, "then half of the longest wait is left"
+        with ExitStack() as more:
+            filled(own.line(second), 70_000, 500, more)
+            with pytest.raises(Overloaded, match="some 11 s"):
+                own.check()
         own.check()
-    assert refusal.value.retry_after == 9
+        own.rendering.change(1_000_000)
+        own.rendering.rendered(50_000, 1)
+        with pytest.raises(Overloaded, match="some 14 s") as refusal:
+            own.check()
+        assert refusal.value.retry_after == 9
+
+
+def test_a_large_request_waits_longer_than_a_small_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    clock = Clock()
+    own, (first, second) = admission(clock, tokenizer, max_waiting_time=5)
+    with ExitStack() as places:
+        for service in (first, second):
+            line = own.line(service)
+            filled(line, 2 * line.most, line.most, places)
+            worked(line, clock, line.batch)
+        own.check(300)
+        own.check_model(first, 300)
+        for check in (own.check, partial(own.check_model, first)):
+            with pytest.raises(Overloaded, match="some 16 s"):
+                check(1 << 20)
 
 
 def test_bytes_of_bodies_are_bounded_but_one_alone_and_small_ones_go(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,7 +263,8 @@ def test_an_overloaded_server_refuses_before_it_parses(
     clock = Clock()
     (line,) = own._lines.values()
     line._clock = clock
-    line.change(30_000)
+    places = ExitStack()
+    filled(line, 30_000, 500, places)
     worked(line, clock, 10_000)
     before = refusals("waiting")
     for _ in range(3):
@@ -177,7 +278,8 @@ def test_an_overloaded_server_refuses_before_it_parses(
     assert refusals("waiting") == before + 3
     for path in ("/health", "/livez", "/readyz", "/metrics", "/load", "/version", "/v1/models"):
         assert client.get(path).status_code == 200, path
-    line.change(-30_000)
+    places.close()
+    own.check()
     assert gauges() == (0, 0)
 
 
@@ -209,7 +311,7 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
     stop.set()
     releasing.join()
     assert {*statuses} == {200, 429}
-    assert line.amount == 0
+    assert line.tokens == line.amount == 0
     assert gauges() == (0, 0)
     assert client.app._serving.running == 0  # type: ignore[attr-defined]
 

@@ -23,7 +23,8 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, deque
-from itertools import chain, count, islice
+from dataclasses import dataclass, field
+from itertools import chain, count, groupby, islice
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -152,13 +153,38 @@ class _Admission(NamedTuple, Generic[I]):
     is_long_bulk: bool = False
 
 
+@dataclass
+class _Room:
+    """The room that a batch still has.
+
+    Attributes:
+        tokens: maximum of further tokens.
+        looks: sequences that may be compared by length. Each priority has half of the rest.
+        begun: common beginning of each request in the batch, which has room already.
+    """
+
+    tokens: int
+    looks: int
+    begun: dict[Request, int] = field(default_factory=dict)
+
+    def take(self, request: Request, tokens: int) -> None:
+        """Take a sequence of a request, which adds so many tokens."""
+        self.tokens -= tokens
+        self.begun[request] = request.shared
+
+    def share(self, requests: int) -> int:
+        """Return the sequences to compare of each of so many requests of one priority."""
+        return max(1, self.looks // 2 // requests)
+
+
 class Scheduler(Generic[I]):
     """Waiting sequences, by request.
 
     Args:
         max_tokens: maximum tokens per batch. A single longer sequence runs alone.
         max_sequences: maximum sequences per batch.
-        look_ahead: number of waiting sequences that are compared by length for each batch, and of requests.
+        look_ahead: number of waiting sequences of the first priority that are compared by length for each batch, and
+            of requests of all. Those of other priorities are as many together.
         streams: batches that run at a time.
     """
 
@@ -221,12 +247,13 @@ class Scheduler(Generic[I]):
         """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
         self.drop_cancelled()
         self.done(stream)
-        lanes, room, is_long_bulk = self._admitted()
+        lanes, tokens, is_long_bulk = self._admitted()
         is_mixed = self._is_mixed()
         batch: list[I] = []
+        room = _Room(tokens, 2 * self.look_ahead)
         for rank in self._ranks(lanes):
-            room = self._fill(batch, room, rank)
-            if room <= 0 or len(batch) == self.max_sequences:
+            self._fill(batch, room, rank)
+            if room.tokens <= 0 or len(batch) == self.max_sequences:
                 break
         if batch:
             self._under_way[stream] = is_long_bulk
@@ -291,17 +318,16 @@ class Scheduler(Generic[I]):
         short = max(self.max_tokens // SHORT, self._worth(self._bulk))
         return _Admission([self._bulk, self._others], min(self.max_tokens, short))
 
-    def _fill(self, batch: list[I], room: int, rank: list[_Waiting[I]]) -> int:
-        """Add to `batch` the oldest sequence of each request, then those nearest in length; return the room left."""
+    def _fill(self, batch: list[I], room: _Room, rank: list[_Waiting[I]]) -> None:
+        """Add to `batch` the oldest sequence of each request, then those nearest in length, as far as there is room."""
         for waiting in rank:
             head = waiting.items[0]
-            if batch and (len(head) > room or len(batch) == self.max_sequences):
+            if batch and (len(head) > room.tokens or len(batch) == self.max_sequences):
                 break
             batch.append(waiting.items.popleft())
-            room -= len(head)
-        if room > 0 and len(batch) < self.max_sequences:
-            return self._take_nearest(batch, room, rank)
-        return room
+            room.take(waiting.request, len(head))
+        if room.tokens > 0 and len(batch) < self.max_sequences:
+            self._take_nearest(batch, room, rank)
 
     def _ranks(self, lanes: list[_Lane[I]]) -> Iterator[list[_Waiting[I]]]:
         """Group requests by priority, lowest number first; requests that were left out too often come before all."""
@@ -309,7 +335,7 @@ class Scheduler(Generic[I]):
         if overdue:
             yield [*overdue]
         room = self.look_ahead
-        for priority in sorted({priority for lane in lanes for priority in lane.priorities}):
+        for priority, _ in groupby(heapq.merge(*(lane.priorities for lane in lanes))):
             rows = heapq.merge(*(lane.row(priority) for lane in lanes), key=lambda waiting: waiting.turn)
             rank = [waiting for waiting in islice(rows, room) if waiting not in overdue]
             if rank:
@@ -342,24 +368,22 @@ class Scheduler(Generic[I]):
         first = islice(lane, self.max_sequences)
         return 4 * max((waiting.request.shared for waiting in first), default=0)
 
-    def _take_nearest(self, batch: list[I], room: int, rank: list[_Waiting[I]]) -> int:
-        """Add to `batch` the sequences of `rank` that fit, nearest in length to the first; return the room left."""
-        share = max(1, self.look_ahead // max(1, len(rank)))
+    def _take_nearest(self, batch: list[I], room: _Room, rank: list[_Waiting[I]]) -> None:
+        """Add to `batch` the sequences of `rank` that fit, nearest in length to the first."""
+        share, length = room.share(len(rank)), len(batch[0])
         windows = [(waiting, [*islice(waiting.items, share)]) for waiting in rank]
-        in_batch = {item.request: item.request.shared for item in batch}
         taken: dict[int, I] = {}
-        window = chain.from_iterable(items for _, items in windows)
-        for item in sorted(window, key=lambda item: abs(len(item) - len(batch[0]))):
-            adds = len(item) - in_batch.get(item.request, 0)
-            if adds <= room and len(batch) + len(taken) < self.max_sequences:
+        window = [item for _, items in windows for item in items]
+        room.looks -= len(window)
+        for item in sorted(window, key=lambda item: abs(len(item) - length)):
+            adds = len(item) - room.begun.get(item.request, 0)
+            if adds <= room.tokens and len(batch) + len(taken) < self.max_sequences:
                 taken[id(item)] = item
-                in_batch[item.request] = item.request.shared
-                room -= adds
+                room.take(item.request, adds)
         batch += taken.values()
         for waiting, items in windows:
             kept = [item for item in items if id(item) not in taken]
             waiting.replace(len(items), kept)
-        return room
 
     def _forget(self, waiting: _Waiting[I]) -> int:
         """Remove a request; return the number of its sequences that were waiting."""

@@ -122,6 +122,9 @@ class FastTokenizer:
             text: of any length.
             count: at least 1.
             from_end: return an end of the text, and compare the last tokens.
+
+        Raises:
+            BadRequest: the text is not valid Unicode, be it where nothing is tokenised.
         """
         length = FIRST_LOOK * count
         while 4 * length < len(text):
@@ -131,6 +134,7 @@ class FastTokenizer:
                 longer = [text[kept_places(size, from_end)] for size in (length + 1, length + length // 2)]
                 others = self.encodings(longer, special=False, offsets=False)
                 if {_ids(other, count, from_end) for other in others} == {_ids(encoding, count, from_end)}:
+                    _check_unicode(text)
                     return part
             length *= 4
         return text
@@ -277,11 +281,16 @@ class SlowTokenizer:
         Raises:
             BadRequest: it is not valid Unicode, which some tokenizers in Python take for unknown words.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRequest(UNICODE, param="input") from None
+        _check_unicode(text)
         return self._cased(text)
+
+
+def _check_unicode(text: str) -> None:
+    """Raise `BadRequest` for a text with a lone surrogate, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(UNICODE, param="input") from None
 
 
 def kept_places(count: int, from_end: bool) -> slice:

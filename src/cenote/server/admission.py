@@ -11,7 +11,7 @@ import math
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cenote import metrics
 from cenote.core import coalesce
@@ -19,7 +19,7 @@ from cenote.engine.scheduler import BULK
 from cenote.errors import Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from cenote.core import ModelInfo
     from cenote.pipeline.pipeline import Service
 
+T = TypeVar("T")
+RENDER_THREADS = 2
 KNOWN_AFTER = 0.5
 """Seconds of full work after which a pace is believed."""
 MEMORY = 10.0
 """Seconds of full work that a pace remembers; older work counts ever less."""
-FULL_RENDERING = 262_144
-"""Bytes of bodies from which on the render threads are never idle."""
 BYTES_PER_TOKEN = 4
 """A guess for bodies that are not tokenised yet."""
 SMALL_BODY = 65_536
@@ -67,9 +67,13 @@ class Line:
     @property
     def seconds(self) -> float:
         """Seconds until all of it is finished; 0 while the pace is not known."""
+        return self._seconds_of(self.amount)
+
+    def _seconds_of(self, amount: int) -> float:
+        """Return the seconds that so much work takes; 0 while the pace is not known."""
         if self._seconds < KNOWN_AFTER or not self._finished:
             return 0.0
-        return self.amount * self._seconds / self._finished
+        return amount * self._seconds / self._finished
 
     def change(self, amount: int) -> None:
         """Add work, or take it away."""
@@ -77,18 +81,27 @@ class Line:
             self.amount += amount
             self._was_full = self._was_full and self.amount >= self._full
 
-    def finish(self, amount: int) -> None:
-        """Note that so much was finished. It stays in the line until `change` takes it away."""
+    def finish(self, amount: int, seconds: float = 0.0) -> None:
+        """Note that so much was finished. It stays in the line until `change` takes it away.
+
+        Args:
+            amount: of work.
+            seconds: that it took. Only its end counts if a pace does not remember so many.
+        """
         now = self._clock()
         with self._lock:
             if self._was_full:
-                self._seconds += now - self._since
-                self._finished += amount
-                kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
-                self._seconds *= kept
-                self._finished *= kept
+                self._add(amount * min(1.0, MEMORY / max(seconds, MEMORY)), now - self._since)
             self._since = now
             self._was_full = self.amount >= self._full
+
+    def _add(self, amount: float, seconds: float) -> None:
+        """Let the pace remember some work. Under the lock."""
+        self._seconds += seconds
+        self._finished += amount
+        kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
+        self._seconds *= kept
+        self._finished *= kept
 
 
 class Place:
@@ -102,12 +115,14 @@ class Place:
     def __init__(self, line: Line, amount: int) -> None:
         self._line = line
         self._amount = 0
+        self._lock = threading.Lock()
         self.resize(amount)
 
     def resize(self, amount: int) -> None:
-        """Change the amount of work."""
-        self._line.change(amount - self._amount)
-        self._amount = amount
+        """Change the amount of work. Any thread may call it."""
+        with self._lock:
+            self._line.change(amount - self._amount)
+            self._amount = amount
 
     def __enter__(self) -> Self:
         return self
@@ -116,21 +131,114 @@ class Place:
         self.resize(0)
 
 
-class EngineLine(Line):
-    """The line before an engine, in tokens.
+class RenderLine(Line):
+    """The line before the render threads, in bytes of the bodies that none of them has begun.
 
-    A request counts with the tokens that others may have to wait for. The scheduler lets others pass a bulk request, so
-    that its tokens beyond the first `BULK` batches are in nobody's way.
+    A body that is long in the hands of one thread is in nobody's way as long as there is another one. So the pace is
+    that of the threads while they work, and not that of all results while something waits.
+
+    Args:
+        threads: that render.
+        clock: see `Line`.
+    """
+
+    def __init__(self, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(0, clock)
+        self._threads = threads
+
+    async def run(self, size: int, in_pool: Callable[[Callable[[], T]], Awaitable[T]], work: Callable[[], T]) -> T:
+        """Return the result of `work`, for a body of `size` bytes, which `in_pool` runs on a render thread."""
+        with Place(self, size) as place:
+
+            def begun() -> T:
+                place.resize(0)
+                began = self._clock()
+                try:
+                    return work()
+                finally:
+                    self.rendered(size, self._clock() - began)
+
+            return await in_pool(begun)
+
+    def rendered(self, size: int, seconds: float) -> None:
+        """Note that a thread took so long for a body."""
+        with self._lock:
+            self._add(size, seconds / self._threads)
+
+
+class EngineLine(Line):
+    """The line before an engine, in tokens; `amount` has those that the engine has, the rest is still to be rendered.
+
+    The scheduler gives each request its turn, so that a request waits for as many tokens of another one as it has
+    itself, and for a batch at least. Requests are counted by the power of two of their size.
     """
 
     def __init__(self, info: ModelInfo, clock: Callable[[], float] = time.monotonic) -> None:
-        batch = info.report.batch_tokens
-        super().__init__((info.report.streams + 1) * batch, clock)
-        self.most = BULK * batch
+        self.batch = info.report.batch_tokens
+        super().__init__((info.report.streams + 1) * self.batch, clock)
+        self.most = BULK * self.batch
+        self._counts = [0] * (self.most.bit_length() + 1)
+        self._tokens = [0] * (self.most.bit_length() + 1)
 
-    def enter(self, body_bytes: int) -> Place:
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests in the line, of each at most those of a bulk request that others wait for."""
+        return sum(self._tokens)
+
+    def enter(self, body_bytes: int) -> EnginePlace:
         """Return the place of a request that is not tokenised yet."""
-        return Place(self, min(self.most, body_bytes // BYTES_PER_TOKEN))
+        return EnginePlace(self, body_bytes // BYTES_PER_TOKEN)
+
+    def wait(self, tokens: int = 0) -> float:
+        """Return the seconds that a new request of so many tokens would wait; 0 while the pace is not known."""
+        share = min(max(tokens, self.batch), self.most)
+        classes = zip(self._counts, self._tokens, strict=True)
+        return self._seconds_of(sum(min(total, count * share) for count, total in classes))
+
+    def count(self, tokens: int, by: int) -> None:
+        """Count a request of so many tokens, or no longer.
+
+        Args:
+            tokens: at most `most`.
+            by: 1 or -1.
+        """
+        with self._lock:
+            place = tokens.bit_length()
+            self._counts[place] += by
+            self._tokens[place] += by * tokens
+
+
+class EnginePlace:
+    """A request's place in the line before an engine, left at the end of the block.
+
+    Args:
+        line: where it waits.
+        tokens: a guess of its tokens.
+    """
+
+    def __init__(self, line: EngineLine, tokens: int) -> None:
+        self._line = line
+        self._tokens = min(line.most, tokens)
+        self._queued: Place | None = None
+        line.count(self._tokens, 1)
+
+    def queue(self, tokens: int) -> None:
+        """Note that the engine has the request, and how many tokens it has indeed."""
+        self._leave()
+        self._tokens = min(self._line.most, tokens)
+        self._line.count(self._tokens, 1)
+        self._queued = Place(self._line, self._tokens)
+
+    def _leave(self) -> None:
+        self._line.count(self._tokens, -1)
+        if self._queued is not None:
+            self._queued.resize(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._leave()
 
 
 class Held:
@@ -176,7 +284,7 @@ class Admission:
         clock: seconds of a monotonic clock.
 
     Attributes:
-        rendering: line before the render threads, in bytes.
+        rendering: line before the render threads.
         pending: bytes of bodies that are received and not answered.
         max_bytes: maximum of `pending`.
     """
@@ -184,7 +292,7 @@ class Admission:
     def __init__(
         self, services: Iterable[Service], config: ServerConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.rendering = Line(FULL_RENDERING, clock)
+        self.rendering = RenderLine(RENDER_THREADS, clock)
         self.pending: int = 0
         self.max_bytes = config.max_pending_bytes
         self._longest = config.max_waiting_time
@@ -200,17 +308,26 @@ class Admission:
 
     @property
     def seconds(self) -> float:
-        """Seconds that a new request would wait for the model with the shortest line."""
-        return self.rendering.seconds + min((line.seconds for line in self._lines.values()), default=0.0)
+        """Seconds that a new short request would wait for the model with the shortest line."""
+        return self._seconds(0)
 
-    def check(self) -> None:
-        """Raise `Overloaded` if a new request would wait too long for any model."""
-        self._check(self.seconds)
+    def _seconds(self, body_bytes: int) -> float:
+        tokens = body_bytes // BYTES_PER_TOKEN
+        return self.rendering.seconds + min((line.wait(tokens) for line in self._lines.values()), default=0.0)
 
-    def check_model(self, service: Service) -> None:
+    def check(self, body_bytes: int = 0) -> None:
+        """Raise `Overloaded` if a new request would wait too long for any model.
+
+        Args:
+            body_bytes: of its body, as far as they are known.
+        """
+        self._check(self._seconds(body_bytes))
+
+    def check_model(self, service: Service, body_bytes: int = 0) -> None:
         """Raise `Overloaded` if a new request would wait too long for this one of several models."""
         if len(self._lines) > 1:
-            self._check(self.rendering.seconds + self.line(service).seconds)
+            wait = self.line(service).wait(body_bytes // BYTES_PER_TOKEN)
+            self._check(self.rendering.seconds + wait)
 
     def _check(self, seconds: float) -> None:
         if seconds > self._longest:

@@ -39,6 +39,8 @@ KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 """Headers that may bring the key; the last two are those of Azure's clients and of gateways."""
 JSON_TYPES = frozenset({"application/json", ""})
 """Types of bodies that are read; some clients name none."""
+MOST_DIGITS = 20
+"""Digits of a declared length that are read."""
 LINGER = 2.0
 """Seconds in which a client may go on sending the body of a request that is refused already."""
 
@@ -202,7 +204,7 @@ class Gate:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in JSON_TYPES:
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
-            self.admission.check()
+            self.admission.check(_length(headers))
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, token = authorization.partition(" ")
@@ -213,8 +215,8 @@ class Gate:
     async def _body(self, scope: Scope, headers: Headers, receive: Receive, held: Held) -> Receive:
         """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""
         limit = self.config.max_body_bytes
-        declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
+        declared = _length(headers)
+        if declared > limit:
             raise BodyTooLarge(f"the request body has {declared} bytes; at most {limit} are allowed")
         chunks: list[bytes] = []
         is_open = True
@@ -234,6 +236,14 @@ class Gate:
             return pending.pop() if pending else await receive()
 
         return replay
+
+
+def _length(headers: Headers) -> int:
+    """Return the declared length of a body in bytes; 0 if none is declared, or it is no number."""
+    declared = headers.get("content-length", "")
+    if not (declared.isascii() and declared.isdigit()):
+        return 0
+    return int(declared[:MOST_DIGITS])
 
 
 class _UnsupportedMediaType(BadRequest):

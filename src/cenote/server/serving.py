@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from cenote import metrics
 from cenote.errors import BadRequest
 from cenote.pipeline.options import Bounds
-from cenote.server.admission import Admission, Place
+from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
 from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from cenote.server.admission import EngineLine
     from cenote.server.wire.fields import Queued
 
-RENDER_THREADS = 2
 CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
@@ -143,9 +142,9 @@ class Serving:
             CenoteError: the operation or the engine refuses the request, or fails.
             HTTPException: the client left.
         """
-        self.admission.check_model(service)
-        line = self.admission.line(service)
         size = request.state.body_bytes
+        self.admission.check_model(service, size)
+        line = self.admission.line(service)
         self.running += 1
         try:
             with line.enter(size) as place:
@@ -157,7 +156,7 @@ class Serving:
                     job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
-                place.resize(min(line.most, job.tokens))
+                place.queue(job.tokens)
                 outputs = await self._outputs(request, service, job, line)
         finally:
             self.running -= 1
@@ -168,11 +167,7 @@ class Serving:
 
     async def _rendered(self, make: Callable[[], T], size: int) -> T:
         """Call `make` on a render thread, for a body of `size` bytes."""
-        line = self.admission.rendering
-        with Place(line, size):
-            made = await self.in_pool("render", make)
-            line.finish(size)
-        return made
+        return await self.admission.rendering.run(size, partial(self.in_pool, "render"), make)
 
     async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""
@@ -183,11 +178,12 @@ class Serving:
         parts = _Parts(line, tokens, count) if count >= LONG else None
         answer = self._desk.submit(service.engine, job.sequences, parts)
         watch = loop.call_later(NOTICE, _watch, request, answer)
+        began = time.monotonic()
         try:
             outputs = await answer
         finally:
             watch.cancel()
-        line.finish(tokens if parts is None else 0)
+        line.finish(tokens if parts is None else 0, time.monotonic() - began)
         return outputs
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from cenote.server.serving import request_id
 from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
 from cenote.server.wire.fields import Many, Queued, Some
-from cenote.server.wire.pairs import RankingFields, meta, rank
+from cenote.server.wire.pairs import RankingFields, Text, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
@@ -204,9 +204,9 @@ def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
 class CohereRerankRequest(RankingFields):
     """Body of `POST /v2/rerank`, and of `/v1/rerank` with fields that only Cohere has."""
 
-    query: str
-    documents: Many[str | dict[str, Any]]
-    top_n: int | None = Field(None, ge=1, description="number of results")
+    query: Text
+    documents: Text | Many[Text]
+    top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
     return_documents: bool = False
     rank_fields: Some[str] | None = Field(None, description="keys of documents that are objects; default: text")
 
@@ -214,12 +214,13 @@ class CohereRerankRequest(RankingFields):
 async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) -> Response:
     """The documents by falling relevance to the query; `document` stands in the results on request."""
     version = "1" if body.rank_fields or body.return_documents else "2"
+    given = body.documents if isinstance(body.documents, list) else [body.documents]
 
     def result(rank: Ranked) -> dict[str, Any]:
         entry = {"index": rank.index, "relevance_score": rank.score}
         if not body.return_documents:
             return entry
-        document = body.documents[rank.index]
+        document = given[rank.index]
         return entry | {"document": {"text": document} if isinstance(document, str) else document}
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
