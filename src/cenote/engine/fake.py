@@ -33,8 +33,9 @@ FAKE_INFO = ModelInfo(
 
 
 def fake_vector(sequence: Sequence, width: int) -> Row:
-    """Return the vector of a sequence: random numbers seeded by its ids, cut and normalised by its parameters."""
-    vector = np.random.default_rng(list(sequence.ids)).standard_normal(width).astype(np.float32)
+    """Return the vector of a sequence: random numbers seeded by its content, cut and normalised by its parameters."""
+    content = [number for medium in sequence.media for number in medium.key]
+    vector = np.random.default_rng([*sequence.ids, *content]).standard_normal(width).astype(np.float32)
     vector = vector[: sequence.params.dimensions]
     return vector if sequence.params.use_activation is False else vector / np.linalg.norm(vector)
 
