@@ -340,6 +340,9 @@ class Alike(Sides):
 Cuts = Literal["longest_first", "only_first", "only_second"]
 """Text of a pair that is cut where both are too long together, in the words of Transformers."""
 
+MOST_PICTURES = 16
+"""Maximum pictures of a prompt, unless an option says otherwise."""
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -355,8 +358,11 @@ class Pictures:
         merge: patches along a side that become one token.
         positions: "mrope" = a picture's tokens count rows and columns; "flat" = tokens count on.
         first_position: position of the first token.
+        most_pixels: pixels to which larger pictures are shrunk, besides the image processor's own bound; 0 = that one.
         template: renders an input that is a picture, or pictures and texts; `None` = they stand side by side.
         system: text of the template's system message unless a prompt replaces it; empty = there is none.
+        kwargs: arguments of the image processor, of all requests.
+        most: maximum pictures of a prompt.
         refusal: why the model takes no pictures after all; empty = it does.
     """
 
@@ -369,8 +375,11 @@ class Pictures:
     merge: int = 1
     positions: str = "flat"
     first_position: int = 0
+    most_pixels: int = 0
     template: MessageTemplate | None = None
     system: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    most: int = MOST_PICTURES
     refusal: str = ""
 
 

@@ -14,12 +14,14 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest
+from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import Admission, Place
 from cenote.server.asked import Models
@@ -77,6 +79,9 @@ class Serving:
         self.admission = Admission(services, config)
         for view in self.models.views:
             view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
+            if view.renderer.pictures is not None:
+                folder = config.allowed_local_media_path
+                view.renderer.pictures.access = Access(None if folder is None else Path(folder))
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 OLD_END = 2
 """`eos_token_id` of old configs, which is wrong: the end of a text is its highest id there."""
 
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Clip(Family):
@@ -55,8 +57,13 @@ class Clip(Family):
         return full.text_model  # type: ignore[return-value]
 
     def prepare(self, full: PreTrainedModel) -> None:
-        """Let rows of several texts stand end to end: their number is no position, which Transformers checks it for."""
-        embeddings: Any = full.text_model.embeddings  # type: ignore[union-attr]
+        """Let rows of several texts stand end to end: their number is no position, which Transformers checks it for.
+
+        The tower's own pooling looks for the end of one text; it finds none then, and takes the first row.
+        """
+        tower: Any = full.text_model
+        tower.eos_token_id = NO_TOKEN
+        embeddings = tower.embeddings
 
         def forward(input_ids: Tensor, position_ids: Tensor | None = None, **_: object) -> Tensor:
             if position_ids is None:

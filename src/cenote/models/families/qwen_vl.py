@@ -35,11 +35,13 @@ class Published(NamedTuple):
     Attributes:
         name: pattern of the names of its checkpoints.
         system: text of the system message unless a prompt replaces it.
+        most_pixels: pixels to which its code shrinks pictures; 0 = as the image processor says.
         template: a Jinja template; `None` = the tokenizer's chat template, with the beginning of an answer.
     """
 
     name: str
     system: str
+    most_pixels: int = 0
     template: str | None = None
 
 
@@ -49,8 +51,8 @@ GME = (
     "{% endfor %}<|im_start|>assistant\n<|endoftext|>"
 )
 PUBLISHED = (
-    Published(r"gme-?qwen2-?vl", "You are a helpful assistant.", GME),
-    Published(r"qwen3-?vl-?embedding", "Represent the user's input."),
+    Published(r"gme-?qwen2-?vl", "You are a helpful assistant.", 1280 * 28**2, GME),
+    Published(r"qwen3-?vl-?embedding", "Represent the user's input.", 1800 * 32**2),
 )
 ANY = Published("", "")
 
@@ -70,6 +72,7 @@ class QwenVL(Vision):
             markup=MARKUP,
             merge=int(files.config.vision_config.spatial_merge_size),
             positions="mrope",
+            most_pixels=published.most_pixels,
             template=MessageTemplate(published.template, variables, structured=True),
             system=published.system,
         )

@@ -198,9 +198,9 @@ class Shared(Queued):
         side = self.truncation_side or CUT_SIDES.get(self.truncate)
         return TextOptions(length, side, self.padding == "max_length", add_special_tokens, whole=cuts is False)
 
-    def refuse_media(self) -> None:
-        """Raise `BadRequest` for processor arguments: none are trusted, and no flag of the server changes that yet."""
-        if self.mm_processor_kwargs:
+    def refuse_media(self, service: Service | None = None) -> None:
+        """Raise `BadRequest` for arguments of an image processor, unless the model has one that checks them."""
+        if self.mm_processor_kwargs and (service is None or service.renderer.pictures is None):
             raise BadRequest("`mm_processor_kwargs` is not accepted from requests", param="mm_processor_kwargs")
 
 
