@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 
 from cenote import LLM, PoolingParams
 from cenote.errors import BadRequest
@@ -99,3 +100,14 @@ def test_the_old_end_of_text_is_the_highest_id(folder: Path, tmp_path: Path) -> 
         for own, text in zip(vectors(llm, TEXTS), TEXTS, strict=True):
             reference = model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output[0].numpy()
             assert np.abs(own - reference).max() < TOLERANCE
+
+
+def test_a_sentence_transformers_folder_gives_its_vectors(folder: Path, tmp_path: Path) -> None:
+    reference = SentenceTransformer(str(folder), device="cpu")
+    reference.save(str(tmp_path / "st"))
+    inputs = [*TEXTS[:4], *PICTURES[:2]]
+    with LLM(str(tmp_path / "st")) as llm:
+        outputs = llm.embed(inputs, use_tqdm=False)
+    for output, one in zip(outputs, inputs, strict=True):
+        expected = reference.encode([one])[0]  # texts and pictures apart: it takes no mixed batch
+        assert np.abs(np.array(output.outputs.embedding) - expected).max() < TOLERANCE

@@ -10,12 +10,16 @@ import torch
 import transformers
 
 from cenote import LLM
+from cenote.config import ModelConfig
 from cenote.errors import BadRequest, TooLong
+from cenote.models.families.qwen_vl import QwenVL
+from cenote.models.load import load
 from tests import pictured
 from tests.pictured import PICTURE, noise, saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from PIL.Image import Image
 
@@ -159,7 +163,10 @@ def test_pictures_are_shrunk_as_asked(case: Case) -> None:
         ({"prompt": PICTURE, "multi_modal_data": {"video": A}}, "only `image`"),
         ({"prompt": PICTURE, "multi_modal_data": {"image": b"no picture"}}, "cannot be read"),
         ({"prompt": PICTURE * 17, "multi_modal_data": {"image": [A] * 17}}, "At most 16 image"),
-        ({"prompt": PICTURE, "multi_modal_data": {"image": A}, "mm_processor_kwargs": {"max_pixels": 1 << 40}}, "lower"),
+        (
+            {"prompt": PICTURE, "multi_modal_data": {"image": A}, "mm_processor_kwargs": {"max_pixels": 1 << 40}},
+            "lower",
+        ),
         ({"prompt": PICTURE, "multi_modal_data": {"image": A}, "mm_processor_kwargs": {"patch_size": 7}}, "patch_size"),
     ],
 )
@@ -177,3 +184,69 @@ def test_a_picture_is_never_cut(case: Case) -> None:
     assert np.abs(cut - whole[: length - 3]).max() < TOLERANCE
     with pytest.raises(TooLong, match="would cut a picture"):
         case.encode([text], tokenization_kwargs={**options, "truncation_side": "left"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(pictured.qwen_vl(tmp_path_factory.mktemp("qwen3") / "qwen3_vl", "qwen3_vl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"), [({"packing": False}, "padded"), ({"plain": True}, "packed"), ({"dtype": "auto"}, "packed")]
+)
+def test_every_way_to_run_gives_the_same_rows(folder: str, options: dict[str, Any], layout: str) -> None:
+    reference = Reference(folder, "qwen3_vl")
+    with LLM(folder, **options) as llm:
+        assert llm.info.report.layout == layout
+        outputs = llm.encode([prompt(*one) for one in INPUTS], pooling_task="token_embed", use_tqdm=False)
+    for output, (text, images) in zip(outputs, INPUTS, strict=True):
+        assert np.abs(output.outputs.data.numpy() - unit(reference.rows(text, images))).max() < TOLERANCE
+
+
+def test_narrow_weights_leave_the_vision_tower_as_it_is(folder: str) -> None:
+    exact = Reference(folder, "qwen3_vl")
+    model, _ = load(ModelConfig(model=folder, quantization="int8"))
+    vision = model.layout.backbone.model.visual
+    for name, weights in exact.model.visual.named_parameters():
+        assert torch.equal(vision.get_parameter(name), weights), name
+    assert " in int8" in model.info.report.linears
+    with LLM(folder, quantization="int8") as llm:
+        outputs = llm.encode([prompt(*INPUTS[1])], pooling_task="token_embed", use_tqdm=False)
+    cosines = (outputs[0].outputs.data.numpy() * unit(exact.rows(*INPUTS[1]))).sum(-1)
+    assert 0.97 < cosines.min() < 0.99999
+
+
+def test_a_deepstack_layer_that_is_the_last_runs_for_all_tokens(tmp_path: Path) -> None:
+    """Features are added behind the first two layers: of two, the last cannot run for pooled tokens alone."""
+    folder = str(pictured.qwen_vl(tmp_path / "shallow", "qwen3_vl", num_hidden_layers=2))
+    model, _ = load(ModelConfig(model=folder))
+    assert not model.layout.places  # type: ignore[union-attr]
+    reference = Reference(folder, "qwen3_vl")
+    with LLM(folder) as llm:
+        outputs = llm.encode([prompt(*one) for one in INPUTS], pooling_task="embed", use_tqdm=False)
+    for output, (text, images) in zip(outputs, INPUTS, strict=True):
+        assert np.abs(output.outputs.data.numpy() - unit(reference.rows(text, images)[-1])).max() < TOLERANCE
+
+
+def test_a_model_that_does_not_see_is_not_shown_pictures(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pictures do not move a row, they are refused, and texts are served."""
+    monkeypatch.setattr(QwenVL, "alone", lambda self, sequence: torch.zeros(len(sequence), 64))
+    with LLM(folder) as llm:
+        with pytest.raises(BadRequest, match="could not be run with pictures"):
+            llm.embed([A], use_tqdm=False)
+        assert len(llm.embed(["a text"], use_tqdm=False)) == 1
+
+
+def test_published_templates_are_recognised_by_name(folder: str, tmp_path: Path) -> None:
+    """GME renders by its own template, and shrinks pictures to 1,280 tokens; Qwen3-VL-Embedding has an instruction."""
+    for name, text in {
+        "gme-Qwen2-VL-2B-Instruct": f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
+        "Qwen3-VL-Embedding-2B": "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n",
+    }.items():
+        (tmp_path / name).symlink_to(folder)
+        with LLM(str(tmp_path / name)) as llm:
+            (own,) = llm.embed([{"image": C, "text": "what"}], use_tqdm=False)
+            (expected,) = llm.embed([prompt(text, [C])], use_tqdm=False)
+        assert list(own.prompt_token_ids) == list(expected.prompt_token_ids)

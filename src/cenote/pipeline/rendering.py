@@ -152,7 +152,7 @@ class Renderer:
         """
         renderer = self.pictures
         if renderer is None:
-            raise BadRequest(f"{self.info.name} takes no images, only texts", param="image")
+            raise BadRequest(f"{self.info.name} takes no images, only texts", param="input")
         pictures = renderer.headers(content)
         ids = self._ids_with_placeholders(renderer, content, applied, options)
         if not pictures:
