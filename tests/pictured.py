@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-WORDS = (
+TEXT = (
     "the quick brown fox jumps over a lazy dog query question passage describe image what is in this page user system "
     "assistant you are helpful instruct document search relevant table chart figure revenue report text answer yes no"
-).split()
+)
 
 QWEN = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -70,7 +70,7 @@ def byte_pairs(specials: tuple[str, ...], size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3 + WORDS, trainer)
+    tokenizer.train_from_iterator([*[TEXT] * 3, *TEXT.split()], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     return tokenizer
 
@@ -101,15 +101,15 @@ def write_model(folder: Path, model: PreTrainedModel, rename: Callable[[str], st
 
 
 VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14, mlp_ratio=2),
-    "qwen2_5_vl": dict(
-        depth=3, hidden_size=32, out_hidden_size=64, num_heads=2, patch_size=14, intermediate_size=64,
-        fullatt_block_indexes=[2], window_size=56,
-    ),
-    "qwen3_vl": dict(
-        depth=3, hidden_size=32, out_hidden_size=64, num_heads=2, patch_size=16, intermediate_size=64,
-        deepstack_visual_indexes=[0, 1], num_position_embeddings=64,
-    ),
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 14, "intermediate_size": 64,
+        "fullatt_block_indexes": [2], "window_size": 56,
+    },
+    "qwen3_vl": {
+        "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 16, "intermediate_size": 64,
+        "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+    },
 }  # fmt: skip
 GENERATORS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -148,11 +148,18 @@ def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **text: Any) -> A
     if kind == "qwen3_vl":
         section |= {"mrope_section": [4, 2, 2], "rope_theta": 5e6, "mrope_interleaved": True}
         more = {"head_dim": 16}
-    part = dict(
-        vocab_size=1024, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=4096, rope_parameters=section,
-        bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-    )  # fmt: skip
+    part = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 4096,
+        "rope_parameters": section,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
     return AutoConfig.for_model(
         kind,
         text_config=part | more | text,
@@ -207,14 +214,22 @@ def clip(folder: Path) -> Path:
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
     write(folder, "preprocessor_config.json", processor)
-    text = dict(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=32,
-        vocab_size=end + 1, bos_token_id=begin, eos_token_id=end, pad_token_id=end, projection_dim=24,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=56,
-        patch_size=14, projection_dim=24,
-    )  # fmt: skip
+    text = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 32,
+        "vocab_size": end + 1,
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "projection_dim": 24,
+    }
+    vision = {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 56,
+        "patch_size": 14, "projection_dim": 24,
+    }  # fmt: skip
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     write_model(folder, randomised(transformers.CLIPModel(config)))
     return folder

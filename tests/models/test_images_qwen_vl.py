@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from tests.pictured import PICTURE, noise, saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from PIL.Image import Image
 
@@ -250,3 +250,46 @@ def test_published_templates_are_recognised_by_name(folder: str, tmp_path: Path)
             (own,) = llm.embed([{"image": C, "text": "what"}], use_tqdm=False)
             (expected,) = llm.embed([prompt(text, [C])], use_tqdm=False)
         assert list(own.prompt_token_ids) == list(expected.prompt_token_ids)
+
+
+def test_a_text_of_sentence_transformers_is_rendered_like_its_pictures(case: Case) -> None:
+    text = "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\n"
+    assert case.ids({"text": "what is it"}) == case.ids(text)
+
+
+def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folder: str, tmp_path: Path) -> None:
+    """As sentence-transformers: the prompt is the system's message, and the template's variables are the files'."""
+    for file in Path(folder).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    way = {"method": "forward", "method_output_name": "last_hidden_state"}
+    config = {
+        "transformer_task": "feature-extraction",
+        "modality_config": dict.fromkeys(("text", "image", "image+text"), way)
+        | {"message": {**way, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+    }
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = {"embedding_dimension": 64, "pooling_mode": "lasttoken", "include_prompt": True}
+    for name, content in (
+        ("modules.json", modules),
+        ("sentence_bert_config.json", config),
+        ("1_Pooling/config.json", pooling),
+        ("config_sentence_transformers.json", {"prompts": {"query": "find the page"}, "default_prompt_name": None}),
+    ):
+        pictured.write(tmp_path, name, content)
+    reference = Reference(folder, "qwen3_vl")
+    begin = "<|im_start|>system\nfind the page<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    inputs: list[Any] = ["what is it", A, {"text": "what is it", "image": A}, {"image": [A, B], "text": "x"}]
+    texts = ["what is it", PICTURE, f"what is it{PICTURE}", f"{PICTURE}{PICTURE}x"]
+    images: list[list[Any]] = [[], [A], [A], [A, B]]
+    with LLM(str(tmp_path)) as llm:
+        outputs = llm.embed(inputs, prompt_name="query", use_tqdm=False)
+    for output, text, pictures in zip(outputs, texts, images, strict=True):
+        expected = reference.rows(begin + text + end, pictures)[-1]
+        assert np.abs(np.array(output.outputs.embedding) - expected).max() < TOLERANCE * np.abs(expected).max()

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter, deque
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
@@ -473,7 +474,7 @@ class LocalEngine:
 
     def _succeeded(self, run: _Run) -> None:
         """Note that a forward has succeeded."""
-        tokens = sum(len(entry.sequence) for entry in run.batch)
+        tokens = sum(map(len, map(attrgetter("sequence"), run.batch)))
         with self._lock:
             self._last_failed = False
             self._rate.add(sum(map(len, run.batch)))

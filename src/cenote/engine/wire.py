@@ -44,8 +44,9 @@ RAW = 1
 """MessagePack's code for the bytes of an array."""
 
 
-NUMBERS = frozenset(np.dtype(name).str for name in ("float32", "float16", "int64", "int32", "uint8", "bool"))
-"""Types of the arrays of pictures."""
+NUMBERS = frozenset({"<f4", "<f2", "<i8", "<i4", "|u1", "|b1"})
+TYPES: dict[Any, frozenset[str]] = {Any: NUMBERS, np.float32: frozenset({"<f4"}), np.int64: frozenset({"<i8"})}
+"""Types of arrays that an annotation allows; `Any` are those of pictures."""
 
 
 class Hello(msgspec.Struct, tag="hello"):
@@ -169,9 +170,8 @@ def _decoded(kind: Any, value: Any) -> Any:
         raise NotImplementedError(f"{kind} does not cross between processes")
     name, shape, raw = value
     (dtype,) = get_args(get_args(kind)[1])
-    allowed = NUMBERS if dtype is Any else {np.dtype(dtype).str}
-    if name not in allowed:
-        raise ValueError(f"expected an array of {' or '.join(sorted(allowed))}, got {name!r}")
+    if name not in TYPES[dtype]:
+        raise ValueError(f"expected an array of {' or '.join(sorted(TYPES[dtype]))}, got {name!r}")
     return np.frombuffer(raw, name).reshape(shape).copy()
 
 

@@ -428,20 +428,16 @@ def choose(
         packed: whether to try packing at all.
         kernels: native CPU kernels to use where they apply.
         filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
-        vision: how it takes pictures; `None` = it does not.
+        vision: see `Backbone`, as is `finish`.
         pictures: the probe with pictures, if it takes any.
-        finish: see `Backbone`.
 
     Raises:
-        CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
-            in every layout.
+        CheckpointError: its own forward gives values that are not finite, or depends on neighbours in every layout.
     """
     reasons: list[str] = []
-    further: dict[str, Probe] = {}
+    further = {"pictures": pictures} if pictures is not None else {}
     if filled_to > 1:
         further["hidden tokens"] = filled(model, min(filled_to, max_length))  # by the windows as they are
-    if pictures is not None:
-        further["pictures"] = pictures
     reference = Backbone(model, vision=vision, finish=finish)
     with shortened_windows(model) as size:
         probe = one_by_one(reference, min(max(size, block_sparse_length(model)) + 9, max_length))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cenote.core import coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.tokenizing import Ids
 
@@ -88,19 +89,20 @@ def _of_mapping(prompt: Mapping[str, Any]) -> str | Ids | Illustrated:
     """
     if prompt and set(prompt) <= {"text", "image"}:
         return _of_parts(prompt)
-    unknown = set(prompt) - {"prompt", "prompt_token_ids", *OF_MEDIA}
+    unknown = set(prompt) - {*CONTENTS, *OF_MEDIA}
     if unknown:
         raise BadRequest(f"a prompt has keys that are not supported: {sorted(unknown)}", param="input")
-    given = [prompt[name] for name in ("prompt", "prompt_token_ids") if name in prompt]
-    if len(given) != 1:
+    names = CONTENTS & prompt.keys()
+    if len(names) != 1:
         raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
-    content = _plain(given[0])
-    sources = _sources(prompt.get("multi_modal_data") or {})
+    content = _plain(prompt[names.pop()])
+    sources = _sources(coalesce(prompt.get("multi_modal_data"), {}))
     if not sources:
         return content
-    return Illustrated(content, sources, prompt.get("mm_processor_kwargs") or {})
+    return Illustrated(content, sources, coalesce(prompt.get("mm_processor_kwargs"), {}))
 
 
+CONTENTS = {"prompt", "prompt_token_ids"}
 OF_MEDIA = ("multi_modal_data", "mm_processor_kwargs")
 
 

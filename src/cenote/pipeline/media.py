@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from cenote.core import optional
 from cenote.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -314,8 +315,8 @@ def _local(path: Path, access: Access) -> bytes:
             "data: URL",
             param=PARAM,
         )
-    real = path.expanduser().resolve() if access.any_file else path.resolve()
-    if access.folder is not None and not access.any_file and not real.is_relative_to(access.folder.resolve()):
+    real = path.resolve()
+    if not access.any_file and not real.is_relative_to(str(optional(Path.resolve, access.folder))):
         raise BadRequest("the file is not below --allowed-local-media-path", param=PARAM)
     if not real.is_file():
         raise BadRequest("the file of a picture is not there, or is not a regular file", param=PARAM)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cenote.core import coalesce
 from cenote.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -45,78 +48,80 @@ def read(messages: Seq[Mapping[str, Any]], placeholder: str) -> Read:
     Raises:
         BadRequest: a part is of another type, or has no picture.
     """
-    contents = [_parts(message.get("content")) for message in messages]
-    sources = [part.source for parts in contents for part in parts if isinstance(part, Found)]
-    texts = [part for parts in contents for part in parts if isinstance(part, str)]
-    are_placed = bool(placeholder) and sum(text.count(placeholder) for text in texts) == len(sources)
-    shown = []
-    for message, parts in zip(messages, contents, strict=True):
-        kept = [part for part in parts if isinstance(part, str) or not are_placed]
-        shown.append({**message, "content": [_shown(part) for part in kept]})
-    return Read(shown, sources)
+    reader = _Reader()
+    shown = [reader.message(message) for message in messages]
+    if placeholder and "".join(reader.texts).count(placeholder) == len(reader.sources):
+        shown = [_without_pictures(message) for message in shown]
+    return Read(shown, reader.sources)
 
 
 def has_pictures(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether a content part of a message is a picture or of a type that is refused by name."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list) and any(_type(part) in (*NAMES, *OTHERS) for part in content):
-            return True
-    return False
+    """Return whether a content part of a message is a picture, or of a type that is refused by name."""
+    contents = (message.get("content") for message in messages)
+    lists = (content for content in contents if isinstance(content, list))
+    return not {*NAMES, *OTHERS}.isdisjoint(map(_type, chain.from_iterable(lists)))
 
 
 def texts_and_pictures(messages: Iterable[Mapping[str, Any]]) -> tuple[str | None, ...]:
     """Return the parts of messages that were read, as `Illustrated.content`."""
-    return tuple(part.get("text") for message in messages for part in message["content"])
+    parts = chain.from_iterable(message["content"] for message in messages)
+    return tuple(part.get("text") for part in parts)
 
 
-class Found(NamedTuple):
-    """A picture among the parts of a message."""
+@dataclass
+class _Reader:
+    """Texts and pictures that were met in content parts."""
 
-    source: Any
+    texts: list[str] = field(default_factory=list)
+    sources: list[Any] = field(default_factory=list)
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message as a chat template takes it."""
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [str(coalesce(content, ""))]
+        return {**message, "content": [self._part(part) for part in parts]}
+
+    def _part(self, part: Any) -> dict[str, Any]:
+        """Return a part as a chat template takes it."""
+        kind = _type(part)
+        text = part if isinstance(part, str) else part.get("text")
+        if kind == "text" and isinstance(text, str):
+            self.texts.append(text)
+            return {"type": "text", "text": text}
+        if kind not in NAMES:
+            raise BadRequest(
+                f"content parts of type {kind!r} are not supported by this model, only text and {NAMES[0]}",
+                param=PARAM,
+            )
+        self.sources.append(_source(part, kind))
+        return {"type": "image"}
 
 
-def _parts(content: Any) -> list[str | Found]:
-    """Return the parts of a message's content."""
-    if isinstance(content, list):
-        return [_part(part) for part in content]
-    return [] if content is None else [str(content)]
-
-
-def _part(part: Any) -> str | Found:
-    """Return a part's text, or its picture."""
-    if isinstance(part, str):
-        return part
-    kind = _type(part)
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind not in NAMES:
-        raise BadRequest(
-            f"content parts of type {kind!r} are not supported by this model, only text and {NAMES[0]}", param=PARAM
-        )
+def _source(part: Mapping[str, Any], kind: str) -> Any:
+    """Return the picture of a part, or its name."""
     if part.get("uuid") is not None:
         raise BadRequest(
             "content parts with a `uuid` are not supported: pictures are known by their content; leave it out",
             param=PARAM,
         )
-    source = next((part[name] for name in PLACES if part.get(name) is not None), None)
+    source = next(filter(None, map(part.get, PLACES)), None)
     if isinstance(source, Mapping):
         source = source.get("url")
     if source is None:
         raise BadRequest(f"a content part of type {kind!r} needs a picture, as {{'url': ...}}", param=PARAM)
-    return Found(source)
+    return source
 
 
 def _type(part: Any) -> str:
     """Return the type of a part, by its keys where it names none."""
+    if isinstance(part, str):
+        return "text"
     if not isinstance(part, Mapping):
-        return "text" if isinstance(part, str) else type(part).__name__
-    named = part.get("type")
-    if named is not None:
-        return str(named)
-    return next((name for name in (*NAMES, *OTHERS) if name in part), "text")
+        raise BadRequest(f"a content part must be an object or a text, got {type(part).__name__}", param=PARAM)
+    by_keys = next(filter(part.__contains__, (*NAMES, *OTHERS)), "text")
+    return str(coalesce(part.get("type"), by_keys))
 
 
-def _shown(part: str | Found) -> dict[str, Any]:
-    """Return a part as a chat template takes it."""
-    return {"type": "image"} if isinstance(part, Found) else {"type": "text", "text": part}
+def _without_pictures(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose parts are its texts alone."""
+    return {**message, "content": [part for part in message["content"] if part["type"] == "text"]}

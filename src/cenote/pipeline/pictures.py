@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cenote.core import Media
+from cenote.core import Media, coalesce
 from cenote.errors import BadRequest, TooLong, first_line
 from cenote.pipeline import media
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Memory, Picture
@@ -147,23 +147,22 @@ class Placed(NamedTuple):
     spans: list[Span]
 
 
-def kept(placed: Placed, options: TextOptions, *, from_end: bool) -> Placed:
+def kept(placed: Placed, options: TextOptions, *, cuts_beginnings: bool) -> Placed:
     """Return a prompt cut to `options.truncate`, if anything is to be cut: only text is.
 
     Args:
         placed: the prompt.
         options: how texts are cut.
-        from_end: the beginning is cut unless the options say otherwise.
+        cuts_beginnings: the beginning is cut, and not the end.
 
     Raises:
         TooLong: a picture would be cut.
     """
-    limit, length = options.truncate, len(placed.ids)
-    if limit is None or length <= limit:
-        return placed
-    cuts_beginning = from_end if options.side is None else options.side == "left"
-    first = length - limit if cuts_beginning else 0
-    if any(start < first or stop > first + limit for start, stop in placed.spans):
+    length = len(placed.ids)
+    limit = min(coalesce(options.truncate, length), length)
+    first = length - limit if cuts_beginnings else 0
+    kept_rows = range(first, first + limit)
+    if not all(start in kept_rows and stop - 1 in kept_rows for start, stop in placed.spans):
         raise TooLong(
             f"the prompt has {length} tokens and is to be cut to {limit}, which would cut a picture; send fewer or "
             "smaller ones",
@@ -181,7 +180,7 @@ class PictureRenderer:
         pictures: how its inputs hold them.
         name: the model in messages.
         apply: renders messages by a template (`None` = the tokenizer's) with further variables.
-        tokenize: gives the ids of a text.
+        tokens: gives the vocabulary entries of ids.
         has_template: whether the tokenizer has a chat template.
         access: places from which pictures may be read; a server sets them.
     """
@@ -189,12 +188,13 @@ class PictureRenderer:
     pictures: Pictures
     name: str
     apply: Callable[[list[dict[str, Any]], str | None, Mapping[str, Any]], str]
-    tokenize: Callable[[str], Ids]
+    tokens: Callable[[list[int]], list[str]]
     has_template: bool
     access: Access = field(default_factory=lambda: Access(any_file=True))
 
     def __post_init__(self) -> None:
         self.refusal = self.pictures.refusal
+        self.placeholder = "" if self.is_apart else self.tokens([self.pictures.placeholder])[0]
         self._layout: Layout | None = None
         if not self.refusal:
             try:
@@ -239,9 +239,8 @@ class PictureRenderer:
         if self.is_apart:
             return ""
         if template is None or (template.source is None and not self.has_template):
-            return prompt + "".join(self.pictures.markup if part is None else part for part in parts)
-        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            return prompt + "".join(coalesce(part, self.pictures.markup) for part in parts)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(_shown, parts)]}]
         system = prompt or self.pictures.system
         if system:
             messages.insert(0, message("system", system, structured=True))
@@ -299,6 +298,11 @@ class PictureRenderer:
 
     def _merged(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**self.pictures.kwargs, **kwargs}
+
+
+def _shown(part: str | None) -> dict[str, Any]:
+    """Return a text, or `None` for a picture, as a chat template takes it."""
+    return {"type": "image"} if part is None else {"type": "text", "text": part}
 
 
 def _texts(content: Illustrated) -> list[str]:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
+from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Pictures, Role, Sides
     from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.media import Access
     from cenote.pipeline.prompts import Applied
 
 COUNTED = 250
@@ -91,7 +92,7 @@ class Renderer:
         if pictures is not None:
             has_template = bool(tokenizer.chat_template)
             self.pictures = PictureRenderer(
-                pictures, info.name, self.apply_template, self._rendered_ids, has_template=has_template
+                pictures, info.name, self.apply_template, self.token_strings, has_template=has_template
             )
         self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
@@ -101,6 +102,11 @@ class Renderer:
         other = copy.copy(self)
         other.prompts = prompts
         return other
+
+    def allow(self, access: Access) -> None:
+        """Let pictures be read from other places than any."""
+        if self.pictures is not None:
+            self.pictures.access = access
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -117,7 +123,7 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        contents = [content_of(prompt) for prompt in prompts]
+        contents = list(map(self._content, prompts))
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
@@ -128,20 +134,26 @@ class Renderer:
             sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
             return self._sides.of_text(sequence, applied.role)
 
-        def of_ids(ids: Ids) -> Sequence:
-            check_vocabulary(self.info, ids)
-            text = self.fit(self._sliced(Text(ids), options), options, budget)
-            sequence = Sequence(text.ids, task, params, adapter=applied.adapter)
-            return self._sides.of_ids(sequence, applied.role)
+        def of_others(content: Ids | Illustrated) -> Sequence:
+            render = self._illustrated if isinstance(content, Illustrated) else self._of_ids
+            sequence = render(content, applied, options, budget)  # type: ignore[arg-type]
+            return replace(sequence, task=task, params=params)
 
-        def of(content: str | Ids | Illustrated) -> Sequence:
-            if isinstance(content, str):
-                return of_text(next(tokenised))
-            if isinstance(content, Illustrated):
-                return replace(self._illustrated(content, applied, text_options, budget), task=task, params=params)
-            return of_ids(content)
+        return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
 
-        return [of(content) for content in contents]
+    def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
+        """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
+        content = content_of(prompt)
+        if not isinstance(content, Illustrated) or content.sources:
+            return content
+        is_text = self.pictures is None or self.pictures.is_apart
+        return "".join(map(str, content.content)) if is_text else content
+
+    def _of_ids(self, ids: Ids, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
+        """Return the sequence of ids that the caller gave."""
+        check_vocabulary(self.info, ids)
+        text = self.fit(self._sliced(Text(ids), options), options, budget)
+        return self._sides.of_ids(Sequence(text.ids, adapter=applied.adapter), applied.role)
 
     def _illustrated(self, content: Illustrated, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
         """Return the sequence of a prompt with pictures.
@@ -153,12 +165,14 @@ class Renderer:
         renderer = self.pictures
         if renderer is None:
             raise BadRequest(f"{self.info.name} takes no images, only texts", param="input")
+        options = self._of_side(options, applied.role)
         pictures = renderer.headers(content)
         ids = self._ids_with_placeholders(renderer, content, applied, options)
         if not pictures:
             text = self.fit(self._sliced(Text(ids), options), options, budget)
             return Sequence(text.ids, adapter=applied.adapter)
-        placed = kept(renderer.placed(ids, pictures, content.kwargs), options, from_end=self._cuts_beginnings(None))
+        cuts_beginnings = self._cuts_beginnings(options.side)
+        placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
         media = renderer.media(pictures, content.kwargs)
         sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
@@ -268,11 +282,11 @@ class Renderer:
         renderer = self.pictures
         if renderer is None or not has_pictures(messages):
             return self.chat_text(messages, options)
-        placeholder = "" if renderer.is_apart else self.token_strings([renderer.pictures.placeholder])[0]
-        shown, sources = read(messages, placeholder)
-        if renderer.is_apart and options.template is None and not self.tokenizer.chat_template:
-            return Illustrated(texts_and_pictures(shown), tuple(sources), kwargs or {})
-        return Illustrated(self.chat_text(shown, options, structured=True), tuple(sources), kwargs or {})
+        shown, sources = read(messages, renderer.placeholder)
+        content: Any = texts_and_pictures(shown)
+        if not renderer.is_apart or options.template or self.tokenizer.chat_template:
+            content = self.chat_text(shown, options, structured=True)
+        return Illustrated(content, tuple(sources), coalesce(kwargs, {}))
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
         """Render `messages` by `template` (default: the tokenizer's).

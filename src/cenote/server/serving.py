@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
+from cenote.core import optional
 from cenote.errors import BadRequest
 from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
@@ -79,9 +80,7 @@ class Serving:
         self.admission = Admission(services, config)
         for view in self.models.views:
             view.renderer.bounds = Bounds(config.max_request_tokens, config.max_text_characters)
-            if view.renderer.pictures is not None:
-                folder = config.allowed_local_media_path
-                view.renderer.pictures.access = Access(None if folder is None else Path(folder))
+            view.renderer.allow(Access(optional(Path, config.allowed_local_media_path)))
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 

@@ -10,10 +10,13 @@ import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise, starmap
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+
+from cenote.core import optional
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -167,7 +170,7 @@ class Batch:
     @cached_property
     def sources_T(self) -> Tensor | None:
         """`host_sources_T` on the device."""
-        return None if self.host_sources_T is None else self.index(self.host_sources_T)
+        return optional(self.index, self.host_sources_T)
 
     @cached_property
     def identity_T(self) -> Ids:
@@ -231,12 +234,12 @@ class Batch:
         part = Batch(
             host_ids_T=self.host_ids_T[host_rows],
             host_positions_T=self.host_positions_T[..., host_rows],
-            host_type_ids_T=_taken(self.host_type_ids_T, host_rows),
+            host_type_ids_T=optional(itemgetter(host_rows), self.host_type_ids_T),
             starts=tuple(accumulate((self.lengths[i] for i in members), initial=0)),
             device=self.device,
             sequences=tuple(self.sequences[i] for i in members),
             media=self.media,
-            host_sources_T=_taken(self.host_sources_T, host_rows),
+            host_sources_T=optional(itemgetter(host_rows), self.host_sources_T),
             features=self.features,
         )
         return part, self.index(host_rows)
@@ -337,27 +340,20 @@ def numbers_in(ranges: Iterable[range]) -> Ids:
     return np.concatenate([np.arange(numbers.start, numbers.stop) for numbers in ranges])
 
 
-def _taken(x_T: Ids | None, rows: Ids) -> Ids | None:
-    """Return some rows of an array, if there is one."""
-    return None if x_T is None else x_T[rows]
-
-
 def _positions(sequences: Seq[Sequence], starts: Ids, lengths: Ids) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the positions of all tokens, `[T]`, or `[3, T]` if a sequence has such."""
     counted_T = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    own = {i: s.positions for i, s in enumerate(sequences) if s.positions is not None}
-    if not own:
-        return counted_T
-    if any(positions.ndim == 2 for positions in own.values()):
+    if 2 in {s.positions.ndim for s in sequences if s.positions is not None}:
         counted_T = np.repeat(counted_T[None], 3, axis=0)
-    for i, positions in own.items():
-        counted_T[..., starts[i] : starts[i + 1]] = positions
+    for start, sequence in zip(starts, sequences, strict=False):
+        if sequence.positions is not None:
+            counted_T[..., start : start + len(sequence)] = sequence.positions
     return counted_T
 
 
 def _media(sequences: Seq[Sequence]) -> tuple[tuple[Media, ...], Ids | None]:
     """Return the pictures of `sequences`, each content once, and the `Batch.host_sources_T` of their tokens."""
-    if not any(s.media for s in sequences):
+    if not any(map(attrgetter("media"), sequences)):
         return (), None
     rows: dict[bytes, int] = {}  # the first of each picture, by its key
     media: list[Media] = []
@@ -457,7 +453,7 @@ def share(batch: Batch) -> Shared | None:
         device=batch.device,
         prefixes=tuple(places[piece.prefix] for piece in pieces),
         media=batch.media,
-        host_sources_T=_taken(batch.host_sources_T, kept_U),
+        host_sources_T=optional(itemgetter(kept_U), batch.host_sources_T),
         features=batch.features,
     )
     return Shared(physical, *upload([kept_U, expand_T], batch.device))
@@ -539,12 +535,12 @@ def common_prefix(sequences: Seq[Sequence]) -> int:
     return shared
 
 
-def _identities(sequences: Seq[Sequence]) -> list[Seq[int]]:
+def _identities(sequences: Seq[Sequence]) -> Seq[Seq[int]]:
     """Return the numbers by which the tokens of each sequence are alike."""
-    if not any(s.media for s in sequences):
+    if not any(map(attrgetter("media"), sequences)):
         return [s.ids for s in sequences]
     batch = pack(sequences)
-    return [batch.identity_T[rows.start : rows.stop].tolist() for rows in batch.rows]
+    return np.split(batch.identity_T, batch.starts[1:-1])  # type: ignore[return-value]
 
 
 def stage(arrays: Seq[Ids], device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ class RewardRequest(Shared, Chat):
 async def reward(serving: Serving, request: Request, body: RewardRequest) -> Response:
     """The reward of a conversation: one number, or one per step from a process reward model."""
     service = serving.find(body.model, any_name=True)
-    body.refuse_media(service)
+    body.check_media(service)
     if body.dimensions is not None:
         raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
 

@@ -198,9 +198,14 @@ class Shared(Queued):
         side = self.truncation_side or CUT_SIDES.get(self.truncate)
         return TextOptions(length, side, self.padding == "max_length", add_special_tokens, whole=cuts is False)
 
-    def refuse_media(self, service: Service | None = None) -> None:
-        """Raise `BadRequest` for arguments of an image processor, unless the model has one that checks them."""
-        if self.mm_processor_kwargs and (service is None or service.renderer.pictures is None):
+    def check_media(self, service: Service) -> None:
+        """Raise `BadRequest` for arguments of an image processor, unless the model has one, which checks them."""
+        if service.renderer.pictures is None:
+            self.refuse_media()
+
+    def refuse_media(self) -> None:
+        """Raise `BadRequest` for arguments of an image processor, where the request brings no pictures."""
+        if self.mm_processor_kwargs:
             raise BadRequest("`mm_processor_kwargs` is not accepted from requests", param="mm_processor_kwargs")
 
 
