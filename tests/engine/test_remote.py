@@ -181,6 +181,25 @@ def test_arrays_of_pictures_cross_in_their_type(seam: Seam, dtype: str) -> None:
     assert (got.dtype, got.tolist()) == (array.dtype, array.tolist())
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"spans": ()},
+        {"spans": ((0, 3),)},
+        {"spans": ((3, 5),)},
+        {"spans": ((2, 0),)},
+        {"positions": np.zeros((3, 2), np.int64)},
+    ],
+)
+def test_pictures_that_do_not_fill_their_places_are_refused(seam: Seam, wrong: dict[str, Any]) -> None:
+    seam.host()
+    front = seam.front()
+    good = Sequence([1, 2, 3, 4], media=(Media(b"k", 2, 8),), spans=((1, 3),))
+    assert len(front.submit([good]).result(PATIENCE)) == 1
+    with pytest.raises(BadRequest):
+        front.submit([replace(good, **wrong)]).result(PATIENCE)
+
+
 def test_arrays_of_other_things_do_not_cross(seam: Seam) -> None:
     engine = Recording()
     seam.host(engine)
