@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,17 +35,17 @@ MEMORY = Memory(MOST_MEMORY)
 
 
 class Layout(Protocol):
-    """How processed pictures of one kind become tokens."""
+    """How processed pictures of one kind become tokens; made of `Pictures`, an image processor and a tokenizer."""
 
-    def tokens(self, picture: Picture, kwargs: Mapping[str, Any]) -> int:
-        """Return the number of tokens of a picture, by its size alone.
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """Return the ids that stand for a picture, by its size alone; features go where they are placeholders.
 
         Raises:
             BadRequest: an argument is unknown, or would make pictures larger than the model's own bounds.
         """
 
-    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> Media:
-        """Return a picture as the model takes it."""
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+        """Return a picture as the model takes it: a `Media` for each run of placeholders, of tiles where several."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,18 @@ class Fixed:
 
     pictures: Pictures
     processor: Any
+    tokenize: Callable[[str], Ids]
 
-    def tokens(self, picture: Picture, kwargs: Mapping[str, Any]) -> int:
-        """See `Layout.tokens`."""
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """See `Layout.expansion`."""
         _refuse_unknown(kwargs, ())
-        return self.pictures.tokens
+        return [self.pictures.placeholder] * self.pictures.tokens
 
-    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> Media:
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
         """See `Layout.processed`."""
         output = self.processor(images=[picture.decoded()], return_tensors="np")
         arrays = {name: np.ascontiguousarray(array[0]) for name, array in output.items()}
-        return Media(_key(picture, self.pictures), self.pictures.tokens, self.pictures.patches, arrays=arrays)
+        return (Media(_key(picture), self.pictures.tokens, self.pictures.patches, arrays=arrays),)
 
 
 SIZES = ("min_pixels", "max_pixels", "size", "image_size")
@@ -76,28 +78,24 @@ class Grid:
 
     pictures: Pictures
     processor: Any
+    tokenize: Callable[[str], Ids]
 
-    def tokens(self, picture: Picture, kwargs: Mapping[str, Any]) -> int:
-        """See `Layout.tokens`."""
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """See `Layout.expansion`."""
         least, most = self._bounds(picture, kwargs)
         bounds = {"min_pixels": least, "max_pixels": most}
         patches = self.processor.get_number_of_image_patches(picture.height, picture.width, bounds)
-        return int(patches) // self.pictures.merge**2
+        return [self.pictures.placeholder] * (int(patches) // self.pictures.merge**2)
 
-    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> Media:
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
         """See `Layout.processed`."""
         least, most = self._bounds(picture, kwargs)
         size = {"shortest_edge": least, "longest_edge": most}
         output = self.processor(images=[picture.decoded()], size=size, return_tensors="np")
         grid = tuple(map(int, output["image_grid_thw"][0]))
         patches = int(np.prod(grid))
-        return Media(
-            _key(picture, self.pictures, least, most),
-            patches // self.pictures.merge**2,
-            patches,
-            grid,
-            {"pixel_values": output["pixel_values"]},
-        )
+        tokens, arrays = patches // self.pictures.merge**2, {"pixel_values": output["pixel_values"]}
+        return (Media(_key(picture, least, most), tokens, patches, grid, arrays),)
 
     def _bounds(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Return the least and the most pixels of a resized picture."""
@@ -131,7 +129,7 @@ class Grid:
         return int(self.processor.patch_size * self.pictures.merge) ** 2
 
 
-LAYOUTS: dict[str, Callable[[Pictures, Any], Layout]] = {"fixed": Fixed, "grid": Grid}
+LAYOUTS: dict[str, Callable[[Pictures, Any, Callable[[str], Ids]], Layout]] = {"fixed": Fixed, "grid": Grid}
 """By `Pictures.layout`."""
 
 
@@ -139,8 +137,8 @@ class Placed(NamedTuple):
     """A prompt with its pictures in place.
 
     Attributes:
-        ids: with as many placeholders for each picture as it has tokens.
-        spans: first token of each picture, and the one behind its last.
+        ids: with the tokens that stand for each picture.
+        spans: first token of each run of placeholders, and the one behind its last.
     """
 
     ids: Ids
@@ -180,6 +178,7 @@ class PictureRenderer:
         pictures: how its inputs hold them.
         name: the model in messages.
         apply: renders messages by a template (`None` = the tokenizer's) with further variables.
+        tokenize: gives the ids of a text.
         tokens: gives the vocabulary entries of ids.
         has_template: whether the tokenizer has a chat template.
         access: places from which pictures may be read; a server sets them.
@@ -188,6 +187,7 @@ class PictureRenderer:
     pictures: Pictures
     name: str
     apply: Callable[[list[dict[str, Any]], str | None, Mapping[str, Any]], str]
+    tokenize: Callable[[str], Ids]
     tokens: Callable[[list[int]], list[str]]
     has_template: bool
     access: Access = field(default_factory=lambda: Access(any_file=True))
@@ -198,7 +198,9 @@ class PictureRenderer:
         self._layout: Layout | None = None
         if not self.refusal:
             try:
-                self._layout = LAYOUTS[self.pictures.layout](self.pictures, _processor(self.pictures.folder))
+                self._layout = LAYOUTS[self.pictures.layout](
+                    self.pictures, _processor(self.pictures.folder), self.tokenize
+                )
             except (ImportError, OSError, ValueError) as error:
                 self.refusal = f"the image processor of {self.name} cannot be loaded: {first_line(error)}"
 
@@ -252,10 +254,11 @@ class PictureRenderer:
         Raises:
             BadRequest: there are more or fewer placeholders than pictures, or an argument is not allowed.
         """
-        counts = [self._reader.tokens(picture, self._merged(kwargs)) for picture in pictures]
+        expansions = [self._reader.expansion(picture, self._merged(kwargs)) for picture in pictures]
         placeholder = self.pictures.placeholder
         if self.is_apart:
-            return Placed([placeholder] * counts[0], [(0, counts[0])])
+            (expansion,) = expansions
+            return Placed(expansion, [(0, len(expansion))])
         count = ids.count(placeholder)
         if count != len(pictures):
             raise BadRequest(
@@ -264,13 +267,14 @@ class PictureRenderer:
             )
         expanded: Ids = []
         spans: list[Span] = []
+        rest = iter(expansions)
         for token in ids:
-            if token == placeholder:
-                tokens = counts[len(spans)]
-                spans.append((len(expanded), len(expanded) + tokens))
-                expanded += [token] * tokens
-            else:
+            if token != placeholder:
                 expanded.append(token)
+                continue
+            expansion = next(rest)
+            spans += _runs(expansion, placeholder, len(expanded))
+            expanded += expansion
         return Placed(expanded, spans)
 
     def media(self, pictures: Seq[Picture], kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
@@ -280,12 +284,12 @@ class PictureRenderer:
             BadRequest: one of them is damaged.
         """
         merged = self._merged(kwargs)
-        made: dict[bytes, Media] = {}
+        processed: dict[bytes, tuple[Media, ...]] = {}
         for picture in pictures:
-            if picture.key not in made:
+            if picture.key not in processed:
                 with MEMORY.holding(PIXEL_BYTES * picture.width * picture.height):
-                    made[picture.key] = self._reader.processed(picture, merged)
-        return tuple(made[picture.key] for picture in pictures)
+                    processed[picture.key] = self._reader.processed(picture, merged)
+        return tuple(chain.from_iterable(processed[picture.key] for picture in pictures))
 
     def positions(self, length: int, media: Seq[Media], spans: Seq[Span]) -> Positions | None:
         """Return the positions of a sequence's tokens; `None` = they count from 0."""
@@ -324,7 +328,18 @@ def _processor(folder: str) -> Any:
     return load(folder, backend="pil", trust_remote_code=False)
 
 
-def _key(picture: Picture, pictures: Pictures, *effective: int) -> bytes:
+def _runs(ids: Ids, placeholder: int, start: int) -> list[Span]:
+    """Return the spans of the runs of placeholders in `ids`, whose first has the place `start`."""
+    spans: list[Span] = []
+    for is_placeholder, run in groupby(ids, placeholder.__eq__):
+        length = len([*run])
+        if is_placeholder:
+            spans.append((start, start + length))
+        start += length
+    return spans
+
+
+def _key(picture: Picture, *effective: int) -> bytes:
     """Return the key of a processed picture: that of its content, and the arguments that change its arrays."""
     return picture.key + repr(effective).encode()
 

@@ -92,7 +92,7 @@ class Renderer:
         if pictures is not None:
             has_template = bool(tokenizer.chat_template)
             self.pictures = PictureRenderer(
-                pictures, info.name, self.apply_template, self.token_strings, has_template=has_template
+                pictures, info.name, self.apply_template, self._rendered_ids, self.token_strings, has_template
             )
         self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)

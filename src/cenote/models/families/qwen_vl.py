@@ -88,6 +88,11 @@ class QwenVL(Vision):
         return self.base.visual  # type: ignore[no-any-return]
 
     @property
+    def reader(self) -> nn.Module:
+        """The part of the model that reads embeddings among which features stand."""
+        return self.base.language_model  # type: ignore[no-any-return]
+
+    @property
     def frame(self) -> tuple[list[int], list[int]]:
         """Ids before and behind the tokens of a picture in a prompt."""
         return [self.base.config.vision_start_token_id], [self.base.config.vision_end_token_id]
