@@ -39,7 +39,7 @@ from cenote.models.families import table
 from cenote.models.families.sights import needs_pillow
 from cenote.models.reading import REMEDY, about, load
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
-from cenote.models.transformer_module import TransformerModule
+from cenote.models.transformer_module import FEATURES, OF_TOWER, TransformerModule
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -185,6 +185,11 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     tokenizer, source = _tokenizer(files, options)
     conversion(files.architecture, options.convert, pools=st.pools)
     family = table.recognise(files, options)
+    if st.transformer.output == FEATURES and family.embeds_tokens:
+        raise CheckpointError(
+            f"modality_config names the method {OF_TOWER}, which is not honoured for {files.architecture}; expected "
+            "forward"
+        )
     contents.audit(files, files.location.listed, family.hub_files, pickles=options.reads_pickles)
     tokenizers.keep_whole(tokenizer, family.markers)
     head = family.head or choose_head(_facts(files, tokenizer, options))

@@ -307,7 +307,8 @@ class _Reader:
         self._require(parts <= MODALITIES, name, sorted(modalities), f"made of {', '.join(sorted(MODALITIES))}")
         entry = modalities.get("message", modalities.get("text", {}))
         self._require(bool(entry), name, sorted(modalities), "text or message; other inputs are not served")
-        is_known = entry.get("method") in ("forward", OF_TOWER) and entry.keys() <= MODALITY_KEYS
+        is_tower = (entry.get("method"), entry.get("method_output_name")) == (OF_TOWER, "pooler_output")
+        is_known = (is_tower or entry.get("method") == "forward") and entry.keys() <= MODALITY_KEYS
         self._require(is_known, name, entry, "the method forward, with a method_output_name and a format")
         return entry, str(self._config.get("module_output_name"))
 
@@ -317,7 +318,6 @@ class _Reader:
         path = as_tuple(written)
         fitting = RESULTS[self._task][1]
         if modality["method"] == OF_TOWER:
-            self._require(path == ("pooler_output",), "method_output_name", written, "pooler_output")
             path, fitting = FEATURES, "sentence_embedding"
         elif self._task != "feature-extraction":
             self._require(path == ("logits",), "method_output_name", written, f"logits, for {self._task}")
