@@ -257,15 +257,15 @@ def test_a_text_of_sentence_transformers_is_rendered_like_its_pictures(case: Cas
     assert case.ids({"text": "what is it"}) == case.ids(text)
 
 
-def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folder: str, tmp_path: Path) -> None:
-    """As sentence-transformers: the prompt is the system's message, and the template's variables are the files'."""
+def with_modules(folder: str, made: Path, output: Any) -> None:
+    """Write the files of sentence-transformers around a checkpoint, which is linked."""
     for file in Path(folder).iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (made / file.name).symlink_to(file)
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
-    way = {"method": "forward", "method_output_name": "last_hidden_state"}
+    way = {"method": "forward", "method_output_name": output}
     config = {
         "transformer_task": "feature-extraction",
         "modality_config": dict.fromkeys(("text", "image", "image+text"), way)
@@ -273,7 +273,7 @@ def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folde
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
     }
-    (tmp_path / "1_Pooling").mkdir()
+    (made / "1_Pooling").mkdir()
     pooling = {"embedding_dimension": 64, "pooling_mode": "lasttoken", "include_prompt": True}
     for name, content in (
         ("modules.json", modules),
@@ -281,7 +281,12 @@ def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folde
         ("1_Pooling/config.json", pooling),
         ("config_sentence_transformers.json", {"prompts": {"query": "find the page"}, "default_prompt_name": None}),
     ):
-        pictured.write(tmp_path, name, content)
+        pictured.write(made, name, content)
+
+
+def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folder: str, tmp_path: Path) -> None:
+    """As sentence-transformers: the prompt is the system's message, and the template's variables are the files'."""
+    with_modules(folder, tmp_path, "last_hidden_state")
     reference = Reference(folder, "qwen3_vl")
     begin = "<|im_start|>system\nfind the page<|im_end|>\n<|im_start|>user\n"
     end = "<|im_end|>\n<|im_start|>assistant\n"
@@ -293,3 +298,15 @@ def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folde
     for output, text, pictures in zip(outputs, texts, images, strict=True):
         expected = reference.rows(begin + text + end, pictures)[-1]
         assert np.abs(np.array(output.outputs.embedding) - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_another_layer_is_read_of_pictures_too(folder: str, tmp_path: Path) -> None:
+    with_modules(folder, tmp_path, ["hidden_states", -2])
+    reference = Reference(folder, "qwen3_vl")
+    text = f"<|im_start|>user\n{PICTURE}<|im_end|>\n<|im_start|>assistant\n"
+    with torch.inference_mode():
+        output = reference.model(**reference.inputs(text, [A]), use_cache=False, output_hidden_states=True)
+    expected = output.hidden_states[-2][0, -1].numpy()
+    with LLM(str(tmp_path)) as llm:
+        (own,) = llm.embed([A], use_tqdm=False)
+    assert np.abs(np.array(own.outputs.embedding) - expected).max() < TOLERANCE * np.abs(expected).max()
