@@ -18,6 +18,7 @@ from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, Se
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.settings import LAYERS, resolve
+from tests import pictured
 from tests.checkpoints import classifier
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classifier(root / "my-classifier", num_labels=3)
     classifier(root / "my-reward-model", num_labels=1)
     classifier(root / "my-splade", head="ForMaskedLM")
+    pictured.qwen_vl(root / "my-qwen-vl", "qwen3_vl")
+    pictured.clip(root / "my-clip")
     classifier(root / "my-ner", head="ForTokenClassification", id2label=dict(enumerate(NER)))
     return root
 
@@ -48,8 +51,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folders: Path) -> Iterator[TestClient]:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     options = [{"model": str(folder), "served_model_name": folder.name} for folder in sorted(folders.iterdir())]
+    own_template = {"my-qwen-vl": {}, "my-clip": {}, "my-splade": {"convert": "sparse"}}
     for own in options:
-        own |= {"convert": "sparse"} if own["served_model_name"] == "my-splade" else {"chat_template": template}
+        own |= own_template.get(own["served_model_name"], {"chat_template": template})
     configs = [ModelConfig(), *(ModelConfig(**own) for own in options)]
     with TestClient(build([Service.open(config, EngineConfig()) for config in configs], ServerConfig())) as client:
         yield client

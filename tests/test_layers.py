@@ -29,7 +29,7 @@ INNER = {
             "audit card facts inside keys reading sizes value_types weights transformer_module sentence_transformers "
             "configs contents remote_code stacked_lora renamed lora adapted leftovers",
         ),
-        ("a model that runs", "traits layouts probe model_outputs classifiers poolers lexical"),
+        ("a model that runs", "traits vision layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
         ("changes of a model", "passes costs"),
         ("a model to serve", "checkpoint resolve offers model information"),

@@ -288,7 +288,7 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "negative id": ([5, -2], {}, "Token id -2 is out of vocabulary"),
     "id too large": ([5, 99999], {}, r"Token id 99999 is out of vocabulary; .* takes ids from 0 to \d+$"),
     "unknown key": ({"promt": "a"}, {}, r"keys that are not supported: \['promt'\]"),
-    "media": ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, r"not supported: \['multi_modal_data'\]"),
+    "media": ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "takes no images, only texts"),
     "unknown tokenization": (
         "a",
         {"tokenization_kwargs": {"truncation_sid": "left"}},

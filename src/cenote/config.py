@@ -170,6 +170,14 @@ Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 """Texts; a single one may be given by itself."""
 
 
+def _parse_counts(value: Any) -> Any:
+    """Return counts by kind; each may also be an object with its count."""
+    parsed = parse_json(value)
+    if not isinstance(parsed, dict):
+        return parsed
+    return {kind: one.get("count") if isinstance(one, dict) else one for kind, one in parsed.items()}
+
+
 class ModelConfig(BaseModel):
     """The checkpoint, and how it is read."""
 
@@ -233,6 +241,15 @@ class ModelConfig(BaseModel):
     default_prompt_name: str | None = Field(None, description="prompt of inputs that ask for none")
     plain_late_interaction: bool = Field(
         False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
+    )
+    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(_parse_counts)] = Field(
+        default_factory=dict,
+        description='JSON: maximum pictures of a prompt, {"image": 4} or {"image": {"count": 4}} (default: 16)',
+    )
+    mm_processor_kwargs: Annotated[dict[str, Any], BeforeValidator(parse_json)] = Field(
+        default_factory=dict,
+        description="JSON of arguments of the image processor that make pictures smaller: max_pixels, min_pixels, "
+        "size, image_size",
     )
     io_processor_plugin: str | None = Field(None, description="installed plugin that takes requests with `data`")
     calibration: str | None = Field(
@@ -423,6 +440,9 @@ class ServerConfig(BaseModel):
     )
     shutdown_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the server is ended"
+    )
+    allowed_local_media_path: str | None = Field(
+        None, description="folder whose files requests may name as pictures, file:///... (default: none may)"
     )
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")

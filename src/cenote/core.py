@@ -172,6 +172,31 @@ def _token_ids(values: Any) -> tuple[int, ...]:
 _NOT_OF_TASKS = ("task", "extra_kwargs")
 
 
+Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+"""Arrays by the names under which a model takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One picture of an input, processed.
+
+    Attributes:
+        key: hash of the content and of the way in which it was processed: equal keys mean equal `arrays`.
+        tokens: tokens that it takes the place of.
+        patches: rows of the vision tower that it takes.
+        grid: frames, rows and columns of patches; empty where all pictures have one size.
+        arrays: the model's own inputs, without a dimension for the batch.
+        kind: "image".
+    """
+
+    key: bytes
+    tokens: int
+    patches: int
+    grid: tuple[int, ...] = ()
+    arrays: Arrays = field(default_factory=dict, compare=False)
+    kind: str = "image"
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One rendered input: the unit of scheduling. A request with n inputs is n sequences.
@@ -191,6 +216,10 @@ class Sequence:
         late_chunking: the chunks that the rows stand for, where `params` ask for late chunking.
         salt: keeps results apart from those of sequences with another salt.
         priority: of its request; lower ones run first.
+        media: its pictures, in order.
+        spans: first token of each of `media`, and the one behind its last.
+        positions: int64 `[L]` or `[3, L]` positions of the tokens, which follow from the other fields; `None` = they
+            count from 0.
     """
 
     ids: Seq[int]
@@ -207,9 +236,17 @@ class Sequence:
     late_chunking: LateChunkingMetadata | None = field(default=None, compare=False)
     salt: str | None = None
     priority: int = field(default=0, compare=False)
+    media: tuple[Media, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    positions: np.ndarray[Any, np.dtype[np.int64]] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def patches(self) -> int:
+        """Rows of the vision tower that its pictures take."""
+        return sum(medium.patches for medium in self.media)
 
 
 @dataclass(frozen=True)
@@ -302,6 +339,48 @@ class Alike(Sides):
 
 Cuts = Literal["longest_first", "only_first", "only_second"]
 """Text of a pair that is cut where both are too long together, in the words of Transformers."""
+
+MOST_PICTURES = 16
+"""Maximum pictures of a prompt, unless an option says otherwise."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How inputs of a model hold pictures: all that rendering needs to know.
+
+    Attributes:
+        folder: of the files of the image processor.
+        layout: key of `cenote.pipeline.pictures.LAYOUTS`: how a processed picture becomes tokens.
+        placeholder: id of the tokens that a picture takes the place of.
+        markup: text that stands for a picture in a prompt; empty = a picture is an input of its own.
+        tokens: tokens of every picture; 0 = as many as its patches say.
+        patches: rows of the vision tower of every picture; 0 = as many as there are patches.
+        merge: patches along a side that become one token.
+        positions: "mrope" = a picture's tokens count rows and columns; "flat" = tokens count on.
+        first_position: position of the first token.
+        most_pixels: pixels to which larger pictures are shrunk, besides the image processor's own bound; 0 = that one.
+        template: renders an input that is a picture, or pictures and texts; `None` = they stand side by side.
+        system: text of the template's system message unless a prompt replaces it; empty = there is none.
+        kwargs: arguments of the image processor, of all requests.
+        most: maximum pictures of a prompt.
+        refusal: why the model takes no pictures after all; empty = it does.
+    """
+
+    folder: str
+    layout: str
+    placeholder: int = 0
+    markup: str = ""
+    tokens: int = 0
+    patches: int = 0
+    merge: int = 1
+    positions: str = "flat"
+    first_position: int = 0
+    most_pixels: int = 0
+    template: MessageTemplate | None = None
+    system: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    most: int = MOST_PICTURES
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -497,6 +576,7 @@ class ModelInfo:
         step: whether `token_classify` gives one row per step (STEP pooling) instead of one per token.
         columns: columns that `returned_token_ids` may name, with STEP pooling.
         adapters: names of the adapters that a sequence may choose from.
+        patch_cost: cost of a patch of a picture, in tokens; 0 = the model takes no pictures.
     """
 
     name: str
@@ -522,6 +602,7 @@ class ModelInfo:
     step: bool = False
     columns: Seq[int] = ()
     adapters: tuple[str, ...] = ()
+    patch_cost: float = 0.0
     report: Report = Report()
 
     @property

@@ -24,6 +24,7 @@ from cenote.core import (
     LateChunk,
     LateChunkingMetadata,
     LateChunkingParams,
+    Media,
     ModelInfo,
     Output,
     PoolingParams,
@@ -147,20 +148,64 @@ FULL = Sequence(
     late_chunking=LateChunkingMetadata(8, 3, [LateChunk((0, 3), (0, 9)), LateChunk((3, 4), None)]),
     salt="s",
     priority=-3,
+    media=(Media(b"key", 2, 8, (1, 2, 4), {"pixel_values": np.ones((8, 3), np.float32)}),),
+    spans=((1, 3),),
+    positions=np.array([[0, 1, 1], [0, 1, 1], [0, 1, 2]]),
 )
 """A sequence with every field set."""
 
 
 def test_every_field_of_a_sequence_crosses(seam: Seam) -> None:
     plain = Sequence(ids=[0])
-    assert all(getattr(FULL, f.name) != getattr(plain, f.name) for f in fields(Sequence)), "FULL lacks a field"
+    assert all(np.any(getattr(FULL, f.name) != getattr(plain, f.name)) for f in fields(Sequence)), "FULL lacks a field"
     engine = Recording()
     seam.host(engine)
     seam.front().submit([FULL, plain]).result(PATIENCE)
     assert len(engine.given) == 2
     for got, sent in zip(engine.given, (FULL, plain), strict=True):
         for f in fields(Sequence):
-            assert getattr(got, f.name) == getattr(sent, f.name), f.name
+            assert np.all(getattr(got, f.name) == getattr(sent, f.name)), f.name
+    (here,), (there,) = FULL.media, engine.given[0].media
+    assert there.arrays["pixel_values"].dtype == np.float32
+    assert there.arrays["pixel_values"].tolist() == here.arrays["pixel_values"].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64", "bool"])
+def test_arrays_of_pictures_cross_in_their_type(seam: Seam, dtype: str) -> None:
+    engine = Recording()
+    seam.host(engine)
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    sequence = Sequence([1], media=(Media(b"k", 1, 1, arrays={"x": array}),), spans=((0, 1),))
+    seam.front().submit([sequence]).result(PATIENCE)
+    got = engine.given[0].media[0].arrays["x"]
+    assert (got.dtype, got.tolist()) == (array.dtype, array.tolist())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"spans": ()},
+        {"spans": ((0, 3),)},
+        {"spans": ((3, 5),)},
+        {"spans": ((2, 0),)},
+        {"positions": np.zeros((3, 2), np.int64)},
+    ],
+)
+def test_pictures_that_do_not_fill_their_places_are_refused(seam: Seam, wrong: dict[str, Any]) -> None:
+    seam.host()
+    front = seam.front()
+    good = Sequence([1, 2, 3, 4], media=(Media(b"k", 2, 8),), spans=((1, 3),))
+    assert len(front.submit([good]).result(PATIENCE)) == 1
+    with pytest.raises(BadRequest):
+        front.submit([replace(good, **wrong)]).result(PATIENCE)
+
+
+def test_arrays_of_other_things_do_not_cross(seam: Seam) -> None:
+    engine = Recording()
+    seam.host(engine)
+    sequence = Sequence([1], media=(Media(b"k", 1, 1, arrays={"x": np.array([1 + 2j])}),), spans=((0, 1),))
+    with pytest.raises(CenoteError):
+        seam.front().submit([sequence]).result(PATIENCE)
 
 
 def test_arrays_and_numpy_integers_are_ids(seam: Seam) -> None:

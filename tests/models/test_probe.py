@@ -77,7 +77,7 @@ def test_rounding_that_moves_rows_is_below_the_error_of_float32(threads: int) ->
     probe, layout = proved.probe, proved.layout
     assert layout.name == "packed", proved.reasons
     with torch.inference_mode():
-        exact_TD = torch.cat([exact(torch.tensor([ids]))[0][0] for ids in probe.ids])
+        exact_TD = torch.cat([exact(torch.tensor([ids]))[0][0] for ids in (list(s.ids) for s in probe.sequences)])
     error = float((probe.rows_TD.double() - exact_TD).abs().max()) / max(1.0, float(exact_TD.abs().max()))
     assert probe.moved(layout) <= ROUNDINGS * probe.rounding(layout)
     assert probe.moved(layout) <= error
@@ -89,7 +89,7 @@ def test_rounding_that_moves_rows_is_below_the_error_of_float32(threads: int) ->
 def test_a_leak_is_told_from_rounding(kind: str, leak: float, is_packed: bool) -> None:
     """The mean of the ids, about 150, moves by about 2 when a sequence is swapped."""
     net: Any = Leaky(build(ROWS["bert"]) if kind == "bert" else mixture(**DEEP), leak)
-    probe = one_by_one(net, 41)
+    probe = one_by_one(Backbone(net), 41)
     layout = Packed(Backbone(net)) if is_packed else Padded(Backbone(net))
     layout.install()
     fault = probe.isolated(layout)

@@ -13,7 +13,16 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from cenote.config import EngineConfig, ModelConfig
-from cenote.core import LateChunkingParams, LoraModule, MessageTemplate, PairTemplate, PoolingParams, Sequence, Sides
+from cenote.core import (
+    LateChunkingParams,
+    LoraModule,
+    MessageTemplate,
+    PairTemplate,
+    Pictures,
+    PoolingParams,
+    Sequence,
+    Sides,
+)
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError
@@ -188,6 +197,23 @@ FULL = Facts(
         "{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief", ("a", "b"), True, "<", ">", True, False
     ),
     messages=MessageTemplate("{{ x }}", {"a": [1]}, True, True, False),
+    pictures=Pictures(
+        "/models/a",
+        "grid",
+        9,
+        "<picture>",
+        4,
+        16,
+        2,
+        "mrope",
+        1,
+        1024,
+        MessageTemplate("{{ x }}"),
+        "be brief",
+        {"max_pixels": 512},
+        4,
+        "not today",
+    ),
     special_tokens=False,
     lowercase=True,
     include_prompt=False,
@@ -207,6 +233,7 @@ def test_every_fact_crosses() -> None:
         (Sides, FULL.sides, Sides()),
         (PairTemplate, FULL.pair_template, PairTemplate(None)),
         (MessageTemplate, FULL.messages, MessageTemplate(None)),
+        (Pictures, FULL.pictures, Pictures("", "")),
     ):
         assert all(getattr(full, f.name) != getattr(other, f.name) for f in fields(kind)), f"FULL lacks one of {kind}"
     plain = msgspec.msgpack.decode(msgspec.msgpack.encode(FULL.plain()))

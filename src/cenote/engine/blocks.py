@@ -51,6 +51,12 @@ def split(sequences: Seq[Sequence], limit: int) -> tuple[list[Sequence], list[ra
 
 def _blocks(sequence: Sequence, limit: int) -> list[Sequence]:
     length = len(sequence)
+    if sequence.media:
+        raise TooLong(
+            f"This model reads at most {limit} tokens at once, and the prompt contains {length}. Pictures are not cut "
+            "into blocks; send fewer or smaller ones.",
+            param="input_tokens",
+        )
     if sequence.task != "embed" or sequence.also or sequence.hidden:
         raise TooLong(
             f"This model reads at most {limit} tokens at once, and the prompt contains {length}. Only the task "

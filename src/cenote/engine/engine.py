@@ -17,6 +17,7 @@ import weakref
 from collections import Counter, deque
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
@@ -114,17 +115,21 @@ class _Request(Promise[list[Output]]):
 
 
 class _Entry:
-    """A sequence and its places in a request, several where it comes several times."""
+    """A sequence and its places in a request, several where it comes several times.
 
-    __slots__ = ("places", "request", "sequence")
+    Its length is its cost: tokens, and patches of pictures at `ModelInfo.patch_cost`.
+    """
 
-    def __init__(self, request: _Request, places: list[int], sequence: Sequence) -> None:
+    __slots__ = ("_cost", "places", "request", "sequence")
+
+    def __init__(self, request: _Request, places: list[int], sequence: Sequence, patch_cost: float) -> None:
         self.request = request
         self.places = places
         self.sequence = sequence
+        self._cost = len(sequence) + round(patch_cost * sequence.patches)
 
     def __len__(self) -> int:
-        return len(self.sequence)
+        return self._cost
 
 
 class _Run(NamedTuple):
@@ -257,7 +262,8 @@ class LocalEngine:
         shared = common_prefix(different) if getattr(self._model, "shares_prefixes", False) else 0
         priority = sequences[0].priority if sequences and self._by_priority else 0
         request = _Request(len(sequences), progress, shared, priority)
-        entries = [_Entry(request, *entry) for entry in zip(places_of, different, strict=True)]
+        cost = self.info.patch_cost
+        entries = [_Entry(request, *entry, cost) for entry in zip(places_of, different, strict=True)]
         with self._lock:
             if self.fault:
                 raise EngineGone(self.fault)
@@ -468,10 +474,10 @@ class LocalEngine:
 
     def _succeeded(self, run: _Run) -> None:
         """Note that a forward has succeeded."""
-        tokens = sum(map(len, run.batch))
+        tokens = sum(map(len, map(attrgetter("sequence"), run.batch)))
         with self._lock:
             self._last_failed = False
-            self._rate.add(tokens)
+            self._rate.add(sum(map(len, run.batch)))
         metrics.tokens.inc(tokens)
         metrics.batch_tokens.observe(tokens)
         metrics.batch_sequences.observe(len(run.batch))

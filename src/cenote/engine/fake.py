@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +34,9 @@ FAKE_INFO = ModelInfo(
 
 
 def fake_vector(sequence: Sequence, width: int) -> Row:
-    """Return the vector of a sequence: random numbers seeded by its ids, cut and normalised by its parameters."""
-    vector = np.random.default_rng(list(sequence.ids)).standard_normal(width).astype(np.float32)
+    """Return the vector of a sequence: random numbers seeded by its content, cut and normalised by its parameters."""
+    content = b"".join(map(attrgetter("key"), sequence.media))
+    vector = np.random.default_rng([*sequence.ids, *content]).standard_normal(width).astype(np.float32)
     vector = vector[: sequence.params.dimensions]
     return vector if sequence.params.use_activation is False else vector / np.linalg.norm(vector)
 

@@ -13,10 +13,15 @@ import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import cenote
+from cenote.core import coalesce
 from cenote.engine.wire import (
     FLUSH,
     FRONT_DECODER,
@@ -237,6 +242,7 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
         if sequence.type_ids is not None:
             _check_types(sequence.type_ids, len(sequence.ids), info.type_vocab_size)
+        _check_media(sequence)
 
 
 def _check_types(types: Seq[int], length: int, rows: int) -> None:
@@ -244,6 +250,18 @@ def _check_types(types: Seq[int], length: int, rows: int) -> None:
         raise BadRequest(f"got {len(types)} type ids for {length} tokens")
     if rows and (min(types) < 0 or max(types) >= rows):
         raise BadRequest(f"got a type id out of 0 to {rows - 1}")
+
+
+def _check_media(sequence: Sequence) -> None:
+    """Refuse pictures that do not fill their places, and positions of another number of tokens."""
+    length = len(sequence.ids)
+    ends = [0, *chain.from_iterable(sequence.spans), length]
+    lengths = list(map(len, starmap(range, sequence.spans)))
+    if sorted(ends) != ends or lengths != list(map(attrgetter("tokens"), sequence.media)):
+        raise BadRequest(f"got pictures at {sequence.spans}, expected places in order that they fill")
+    positions = coalesce(sequence.positions, np.empty(length)).shape[-1]
+    if positions != length:
+        raise BadRequest(f"got {positions} positions for {length} tokens")
 
 
 def check_path(path: str | Path) -> None:

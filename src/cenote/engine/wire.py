@@ -44,6 +44,11 @@ RAW = 1
 """MessagePack's code for the bytes of an array."""
 
 
+NUMBERS = frozenset({"<f4", "<f2", "<i8", "<i4", "|u1", "|b1"})
+TYPES: dict[Any, frozenset[str]] = {Any: NUMBERS, np.float32: frozenset({"<f4"}), np.int64: frozenset({"<i8"})}
+"""Types of arrays that an annotation allows; `Any` are those of pictures."""
+
+
 class Hello(msgspec.Struct, tag="hello"):
     """The host's version, which must be the front's."""
 
@@ -160,14 +165,14 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(kind: Any, value: Any) -> Any:
-    """Return an array of the dtype that the annotation `kind` names, in its own memory."""
+    """Return an array of the dtype that the annotation `kind` names, in its own memory; of any of numbers for `Any`."""
     if get_origin(kind) is not np.ndarray:
         raise NotImplementedError(f"{kind} does not cross between processes")
     name, shape, raw = value
     (dtype,) = get_args(get_args(kind)[1])
-    if np.dtype(dtype).str != name:
-        raise ValueError(f"expected an array of {np.dtype(dtype)}, got {name!r}")
-    return np.frombuffer(raw, dtype).reshape(shape).copy()
+    if name not in TYPES[dtype]:
+        raise ValueError(f"expected an array of {' or '.join(sorted(TYPES[dtype]))}, got {name!r}")
+    return np.frombuffer(raw, name).reshape(shape).copy()
 
 
 def _raw(code: int, data: memoryview) -> memoryview:

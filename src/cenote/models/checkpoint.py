@@ -36,9 +36,10 @@ from cenote.models.audit import Audit
 from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
+from cenote.models.families.sights import needs_pillow
 from cenote.models.reading import REMEDY, about, load
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
-from cenote.models.transformer_module import TransformerModule
+from cenote.models.transformer_module import FEATURES, OF_TOWER, TransformerModule
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from cenote.models.convert import Head
     from cenote.models.facts import Location
     from cenote.models.families.family import Family
+    from cenote.models.families.sights import Sight
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Checkpoint(Files):
         pair_template: how a pair is rendered; `None` = the tokenizer joins the two texts.
         messages: how a text is rendered; `None` = it is not.
         similarity: how its embeddings are compared.
+        sight: how it takes pictures; `None` = it has no part for them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,6 +76,7 @@ class Checkpoint(Files):
     pair_template: PairTemplate | None
     messages: MessageTemplate | None
     similarity: Similarity
+    sight: Sight | None = None
 
     @cached_property
     def sides(self) -> Sides | None:
@@ -181,6 +185,11 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     tokenizer, source = _tokenizer(files, options)
     conversion(files.architecture, options.convert, pools=st.pools)
     family = table.recognise(files, options)
+    if st.transformer.output == FEATURES and family.embeds_tokens:
+        raise CheckpointError(
+            f"modality_config names the method {OF_TOWER}, which is not honoured for {files.architecture}; expected "
+            "forward"
+        )
     contents.audit(files, files.location.listed, family.hub_files, pickles=options.reads_pickles)
     tokenizers.keep_whole(tokenizer, family.markers)
     head = family.head or choose_head(_facts(files, tokenizer, options))
@@ -194,7 +203,17 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
         pair_template=_pair_template(options, st, head, messages),
         messages=messages,
         similarity=st.similarity(family.compares),
+        sight=_sight(files, family, messages),
     )
+
+
+def _sight(files: Files, family: Family, messages: MessageTemplate | None) -> Sight | None:
+    """Return how a checkpoint takes pictures; where a template renders its texts, it renders pictures, too."""
+    sight = family.sight(files)
+    if sight is None or messages is None:
+        return sight and needs_pillow(sight)
+    pictures = replace(sight.pictures, template=replace(messages, structured=True), system="")
+    return needs_pillow(sight._replace(pictures=pictures))
 
 
 def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfig) -> Facts:
@@ -480,6 +499,8 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
     The config of an encoder that was saved by itself no longer says `is_encoder_decoder`.
     """
     config, kind = checkpoint.config, checkpoint.head.kind
+    if checkpoint.family.model_class:
+        return getattr(transformers, checkpoint.family.model_class)
     if kind in ("none", "modules"):
         mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         name = mapping.get(config.model_type, "")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from transformers import PretrainedConfig
 
@@ -34,6 +34,15 @@ class Location:
     revision: str | None
     tokenizer: Path | None
     listed: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The last part of the name; in the hub's cache, the repository besides."""
+        real = self.path.resolve()
+        parts = [Path(self.name).name, real.name]
+        if real.parent.name == "snapshots":
+            parts.append(real.parent.parent.name)
+        return " ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cenote.models.vision import Vision
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch, Ids, Place, Static
+    from cenote.tensors.packing import Batch, Features, Ids, Place, Static
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
@@ -45,11 +46,15 @@ class Backbone:
         rope_class: lengths that share rotary frequencies share a class; `None` = all lengths do.
         dense_length: tokens beyond which attention is block-sparse, which padding would change; 0 = it never is.
         device: where the weights are.
+        vision: how it takes pictures; `None` = it does not.
+        finish: makes the rows that are pooled of the last hidden states; `None` = these are.
     """
 
     model: PreTrainedModel
     accepts: frozenset[str] = field(init=False)
     position_offset: int = 0
+    vision: Vision | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
     rope_class: Callable[[int], int] | None = field(init=False)
     dense_length: int = field(init=False)
     device: torch.device = field(init=False)
@@ -58,6 +63,8 @@ class Backbone:
         parameters = inspect.signature(self.model.forward).parameters
         only_keywords = "input_ids" not in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepts = INPUTS if only_keywords else frozenset(parameters)
+        if hasattr(self.model, "language_model"):  # which takes it from the keywords
+            self.accepts |= {"use_cache"}
         self.rope_class = rope_class(self.model)
         self.dense_length = block_sparse_length(self.model)
         self.device = self.model.device
@@ -68,8 +75,16 @@ class Backbone:
             return length if length > self.dense_length else 0
         return 0 if self.rope_class is None else self.rope_class(length)
 
-    def run(self, **inputs: Tensor | None) -> Tensor:
-        """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`."""
+    def run(
+        self, *, sources: Tensor | None = None, features: Features | None = None, **inputs: Tensor | None
+    ) -> Tensor:
+        """The model's own forward over `[B, L]` inputs; last hidden states `[B, L, D]`.
+
+        Args:
+            sources: row of `features` that each token gets, see `Vision.arguments`.
+            features: of the pictures; `None` = there are none.
+            inputs: of the model's forward; those that it does not take are left out.
+        """
         if self.rope_class is not None:
             reset_rope(self.model)
         if self.dense_length:
@@ -80,10 +95,17 @@ class Backbone:
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
         with torch.inference_mode():
-            output = self.model(**arguments)
-        states = getattr(output, "last_hidden_state", None)
-        hidden: Tensor = output[0] if states is None else states
-        return hidden
+            output = self._output(arguments, sources, features)
+            states = getattr(output, "last_hidden_state", None)
+            hidden: Tensor = output[0] if states is None else states
+            return hidden if self.finish is None else self.finish(hidden)
+
+    def _output(self, arguments: dict[str, Any], sources: Tensor | None, features: Features | None) -> Any:
+        """Run the model, or the part of it that reads the features of pictures."""
+        if features is None or sources is None:
+            return self.model(**arguments)
+        assert self.vision is not None
+        return self.vision.reader(**self.vision.arguments(arguments, sources, features))
 
 
 class Packed:
@@ -114,19 +136,25 @@ class Packed:
         self._own_attention = backbone.model.config._attn_implementation
 
     def install(self) -> None:
-        """Make the model call `cenote.tensors.attention`."""
-        self.backbone.model.set_attn_implementation(attention.register())
+        """Make the model call `cenote.tensors.attention`, but for its vision tower."""
+        self._set(attention.register())
         for module in self.backbone.model.modules():
             if hasattr(module, "compute_bias"):
                 _bound_bias(module)
 
     def remove(self) -> None:
         """Give the model its own attention back."""
-        model = self.backbone.model
-        if model.config._attn_implementation != self._own_attention:
-            model.set_attn_implementation(self._own_attention)
-        for module in model.modules():
+        self._set(self._own_attention)
+        for module in self.backbone.model.modules():
             vars(module).pop("compute_bias", None)
+
+    def _set(self, name: str) -> None:
+        """Give the model the attention called `name`, if it has another."""
+        model, vision = self.backbone.model, self.backbone.vision
+        if vision is not None:
+            model.set_attn_implementation(vision.attention(name))
+        elif model.config._attn_implementation != name:
+            model.set_attn_implementation(name)
 
     @contextmanager
     def own_attention(self) -> Iterator[Backbone]:
@@ -153,7 +181,7 @@ class Packed:
         shared = share(batch) if self.shares_prefixes else None
         if shared is not None:
             return _spread_rows(self._run(shared.batch, place), shared.batch, place)[shared.expand_T]
-        hidden = self.graphs.run(batch, place) if self.graphs else None
+        hidden = self.graphs.run(batch, place) if self.graphs and not batch.media else None
         if hidden is None:
             hidden = self._run(batch, place)
         return _spread_rows(hidden, batch, place)
@@ -167,14 +195,19 @@ class Packed:
         with attention.boundaries(batch, self.kernels, place) as under_way:
             hidden_TD = self.backbone.run(
                 input_ids=batch.ids_T[None],
-                position_ids=batch.positions_T[None],
+                position_ids=batch.positions_T[..., None, :],
                 token_type_ids=None if batch.type_ids_T is None else batch.type_ids_T[None],
+                sources=None if batch.sources_T is None else batch.sources_T[None],
+                features=batch.features,
             )[0]
         self.is_causal, self.is_fused = under_way.is_causal, under_way.is_fused
         return hidden_TD
 
     def _positioned(self, batch: Batch) -> Batch:
         """Return `batch` with the positions that the model counts."""
+        vision = self.backbone.vision
+        if vision is not None and vision.pictures.first_position:
+            return replace(batch, host_positions_T=batch.host_positions_T + vision.pictures.first_position)
         offset = self.backbone.position_offset
         if not offset:
             return batch
@@ -234,11 +267,15 @@ class Padded:
         if batch.hides:
             seen = places_L < lengths_B1 - np.array([sequence.hidden for sequence in batch.sequences])[:, None]
         pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
-        types_T = batch.host_type_ids_T
+        types_T, sources_T, positions_T = batch.host_type_ids_T, batch.host_sources_T, batch.host_positions_T
+        has_positions = any(sequence.positions is not None for sequence in batch.sequences)
         states = self.backbone.run(
             input_ids=batch.index(_spread(batch.host_ids_T, mask, pad)),
             attention_mask=batch.index(seen),
             token_type_ids=None if types_T is None else batch.index(_spread(types_T, mask, 0)),
+            position_ids=batch.index(_spread(positions_T, mask, 0)) if has_positions else None,
+            sources=None if sources_T is None else batch.index(_spread(sources_T, mask, -1)),
+            features=batch.features,
         )
         return states.flatten(0, 1)[batch.index(np.flatnonzero(mask))]
 
@@ -254,6 +291,13 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
         batch: sequences.
         place: the only token of each sequence whose row will be used; others may be NaN.
     """
+    vision = layout.backbone.vision
+    if batch.media and batch.features is None:
+        assert vision is not None
+        with torch.inference_mode():
+            batch = replace(batch, features=vision.encode(batch.media))
+        if vision.is_apart:
+            return _apart(layout, batch, place)
     groups = layout.groups(batch.lengths, hides=batch.hides)
     if groups == [list(range(batch.size))]:
         return layout.run(batch, place)
@@ -268,20 +312,46 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
     return hidden_TD
 
 
-def candidates(model: PreTrainedModel, kernels: Kernels | None = None, *, packed: bool = True) -> Iterator[Layout]:
+def _apart(layout: Layout, batch: Batch, place: Place | None) -> Tensor:
+    """Return the rows of a batch in which a picture is a sequence of its own: its features."""
+    assert batch.features is not None
+    rows_FD = batch.features.rows_FD
+    hidden_TD = rows_FD.new_empty(batch.tokens, rows_FD.shape[-1])
+    texts = [i for i, sequence in enumerate(batch.sequences) if not sequence.media]
+    pictures = [i for i, sequence in enumerate(batch.sequences) if sequence.media]
+    part, rows = batch.select(pictures)
+    hidden_TD[rows] = rows_FD[part.sources_T]
+    if texts:
+        part, rows = batch.select(texts)
+        part = replace(part, media=(), host_sources_T=None, features=None)
+        hidden_TD[rows] = forward(layout, part, place).to(hidden_TD.dtype)
+    return hidden_TD
+
+
+def candidates(
+    model: PreTrainedModel,
+    kernels: Kernels | None = None,
+    *,
+    packed: bool = True,
+    vision: Vision | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Layout]:
     """Yield layouts from the fastest to the safest.
 
     Args:
         model: in eval mode, on its device, with the attention implementation that it prefers.
         kernels: native CPU kernels for packed attention.
         packed: whether packed layouts are among them.
+        vision: see `Backbone`.
+        finish: see `Backbone`.
     """
     offsets = dict.fromkeys((position_offset(model), 0)) if packed else ()
     for offset in offsets:
-        yield Packed(Backbone(model, offset), kernels)
-    yield Padded(Backbone(model))
-    yield Padded(Backbone(model), equal=True)
-    yield Padded(Backbone(model), equal=True, size=1)
+        yield Packed(Backbone(model, offset, vision, finish), kernels)
+    backbone = Backbone(model, vision=vision, finish=finish)
+    yield Padded(backbone)
+    yield Padded(backbone, equal=True)
+    yield Padded(backbone, equal=True, size=1)
 
 
 def _bound_bias(module: nn.Module) -> None:
@@ -314,6 +384,7 @@ def _spread_rows(hidden: Tensor, batch: Batch, place: Place | None) -> Tensor:
 
 
 def _spread(x_T: np.ndarray, mask_BL: np.ndarray, fill: int) -> np.ndarray:
-    padded_BL = np.full(mask_BL.shape, fill)
-    padded_BL[mask_BL] = x_T
+    """Return `[T]` as `[B, L]`, and `[3, T]` as `[3, B, L]`, `fill` beside the tokens."""
+    padded_BL = np.full((*x_T.shape[:-1], *mask_BL.shape), fill)
+    padded_BL[..., mask_BL] = x_T
     return padded_BL

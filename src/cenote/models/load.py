@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.models import checkpoint as checkpoints
 from cenote.models import hub, offers, resolve, stacked_lora
 from cenote.models.convert import with_defaults
+from cenote.models.families.sights import refused
 from cenote.models.information import describe
 from cenote.models.layouts import Packed
 from cenote.models.model import PoolingModel
@@ -32,13 +34,12 @@ from cenote.models.model_outputs import prove_pooler, read_layer, take_through
 from cenote.models.passes import adapters, narrow, table
 from cenote.models.passes.graphs import worthwhile_tokens
 from cenote.models.passes.subject import Narrowing, Outcome, Settings, Subject
-from cenote.models.probe import Draw, HeadProbe, choose, fault_of, stable
+from cenote.models.probe import Draw, HeadProbe, choose, fault_of, line_of, pictured, stable
 from cenote.models.reading import about
 from cenote.models.traits import of_kind, token_types, tokens_beyond, vocabulary
 from cenote.tensors import linear, native, process
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
     from pathlib import Path
 
     from torch import Tensor
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.lora import Adapter
     from cenote.models.offers import Offer
+    from cenote.models.probe import Probe
+    from cenote.models.vision import Vision
+
+log = logging.getLogger(__name__)
 
 LARGE_BATCH = 1024
 """Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer. Ours are smaller."""
@@ -71,6 +76,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             unstacked = stack.enter_context(stacked_lora.unstacked(checkpoint, pickles=options.reads_pickles))
             subject, offer = prove(checkpoint, built, options, unstacked)
         prepare(subject, options)
+    checkpoint = seeing(checkpoint, subject)
     model = report(checkpoint, built, subject, offer, options)
     return model, checkpoint
 
@@ -103,7 +109,8 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     stored = getattr(checkpoint.config, "dtype", None)
     dtype, dtype_note = resolve.dtype(options.dtype, stored, device)
     full = checkpoints.build(checkpoint, options, device, dtype)
-    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
+    checkpoint.family.prepare(full)
+    model = checkpoint.family.backbone(full)
     _choose_output(checkpoint, model)
     length, length_note = resolve.max_length(checkpoint, model, options.max_model_len)
     widest = max((linear.out_features for linear in of_kind(model, nn.Linear)), default=0)
@@ -133,19 +140,23 @@ def prove(
         options: the user's.
         unstacked: folder of adapters that were taken out of the model's tensors.
     """
-    full = built.full
-    model: PreTrainedModel = full.base_model  # type: ignore[assignment]
+    full, family = built.full, checkpoint.family
+    model = family.backbone(full)
     settings = settings_of(checkpoint, built, options, unstacked)
     probe = None
+    vision, pictures = _pictures(checkpoint, full)
     try:
-        if full is not model:
+        if full is not full.base_model:
             probe = HeadProbe(full, max_length=built.length)
         proved = choose(
             model,
             max_length=built.length,
             packed=options.packing,
             kernels=settings.kernels,
-            filled_to=checkpoint.family.filled_to,
+            filled_to=family.filled_to,
+            vision=vision,
+            pictures=pictures,
+            finish=family.finish(full),
         )
     except CheckpointError:
         raise
@@ -154,8 +165,30 @@ def prove(
             f"{checkpoint.name}: {type(model).__name__} cannot be run over token ids alone, which all tasks build on: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    subject = Subject(full, proved.layout, proved.reasons, proved.probe, settings)
+    subject = Subject(full, proved.layout, proved.reasons, proved.probe, settings, pictures)
     return subject, offers.offer(checkpoint, options, full, probe)
+
+
+def _pictures(checkpoint: Checkpoint, full: PreTrainedModel) -> tuple[Vision | None, Probe | None]:
+    """Return how a model takes pictures, and the probe with some; neither if it cannot be run with any."""
+    sight = checkpoint.sight
+    if sight is None or sight.vision is None:
+        return None, None
+    vision = sight.vision(full, sight.pictures)
+    try:
+        return vision, pictured(vision, checkpoint.family.backbone(full))
+    except Exception as error:  # as a model may raise anything; its texts are served all the same
+        log.warning("%s takes no pictures: %s", checkpoint.name, line_of(error))
+        return None, None
+
+
+def seeing(checkpoint: Checkpoint, subject: Subject) -> Checkpoint:
+    """Return the checkpoint, which refuses pictures if its model could not be run with any."""
+    sight = checkpoint.sight
+    if sight is None or sight.vision is None or subject.pictures is not None:
+        return checkpoint
+    reason = f"{type(subject.full).__name__} could not be run with pictures at start, as its log says"
+    return replace(checkpoint, sight=refused(reason))
 
 
 def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unstacked: Path | None = None) -> Settings:
@@ -248,6 +281,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         vocab_size=vocabulary(subject.backbone),
         type_vocab_size=token_types(subject.backbone),
         adapters=subject.shelf.names if subject.shelf else (),
+        patch_cost=layout.backbone.vision.cost() if layout.backbone.vision else 0.0,
     )
     model = PoolingModel(info, layout, offer.outputs, subject.shelf)
     _check_first_forward(model, offer)
@@ -308,11 +342,15 @@ def _fault_beside(model: PoolingModel, subject: Subject) -> str:
     """Return why several threads cannot launch `model` at a time, or an empty string."""
     if model.layout.backbone.rope_class is not None:
         return "its rotary frequencies are those of the longest sequence"
-    draw = Draw(subject.full)
+    draw = Draw(subject.backbone)
     texts = [draw.text(min(n, model.info.max_model_len)) for n in (9, 4)]
 
-    def run(ids: Seq[int]) -> list[Tensor]:
-        sequences = [Sequence(ids, task=task) for task in model.outputs]
+    inputs = [Sequence(ids) for ids in texts]
+    if subject.pictures is not None:
+        inputs += [sequence for sequence in subject.pictures.sequences if sequence.media][:2]
+
+    def run(sequence: Sequence) -> list[Tensor]:
+        sequences = [replace(sequence, task=task) for task in model.outputs]
         return [part.values for part in model.launch(sequences).parts]
 
-    return fault_of(lambda: stable(subject.full, [partial(run, ids) for ids in texts]))
+    return fault_of(lambda: stable(subject.full, [partial(run, sequence) for sequence in inputs]))

@@ -39,8 +39,9 @@ def read_layer(model: PreTrainedModel, number: int) -> None:
         output.last_hidden_state = output.hidden_states[number]
         return output
 
-    model.register_forward_pre_hook(ask, with_kwargs=True)
-    model.register_forward_hook(take, with_kwargs=True)
+    reader = _reader(model)
+    reader.register_forward_pre_hook(ask, with_kwargs=True)
+    reader.register_forward_hook(take, with_kwargs=True)
     ids_1L = torch.tensor([Draw(model)(PROBED[1])], device=model.device)
     try:
         with torch.inference_mode():
@@ -65,7 +66,12 @@ def take_through(model: PreTrainedModel, steps: Sequence[nn.Module]) -> None:
         output.last_hidden_state = layers(states.float()).to(states.dtype)
         return output
 
-    model.register_forward_hook(take)
+    _reader(model).register_forward_hook(take)
+
+
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """Return the part that gives hidden states, which is run by itself where pictures are among texts."""
+    return getattr(model, "language_model", model)
 
 
 class OwnPooler(nn.Module):

@@ -71,7 +71,7 @@ def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, p
     Raises:
         CheckpointError: a head cannot be run, or the options ask for an output that the checkpoint cannot give.
     """
-    pooler = _pooler(checkpoint, full.base_model, options)  # type: ignore[arg-type]
+    pooler = _pooler(checkpoint, checkpoint.family.backbone(full), options)
     loaded = Loaded(checkpoint, checkpoint.tokenizer, options, full, probe, pooler)
     loaded.place((*pooler.steps, *checkpoint.st.scoring))
     outputs = checkpoint.family.outputs(loaded)
@@ -97,7 +97,8 @@ def _vectors(pooler: Pooler, checkpoint: Checkpoint) -> dict[str, TaskOutput]:
     Token rows pass the same modules as pooled rows, so modules over concatenated modes fit no token.
     """
     outputs: dict[str, TaskOutput] = {"embed": Embed(pooler)}
-    if not checkpoint.st.has_own_pooler and (len(pooler.modes) == 1 or not pooler.steps):
+    has_rows = checkpoint.family.embeds_tokens and not checkpoint.st.has_own_pooler
+    if has_rows and (len(pooler.modes) == 1 or not pooler.steps):
         outputs["token_embed"] = TokenEmbed(pooler)
     return outputs
 
@@ -108,7 +109,7 @@ def _classifier(
     """Return the head of `checkpoint`, proved, if it classifies and Transformers has a class for it."""
     head, st = checkpoint.head, checkpoint.st
     if head.kind == "modules":
-        steps = (*_own_steps(checkpoint, full.base_model), *st.scoring)  # type: ignore[arg-type]
+        steps = (*_own_steps(checkpoint, checkpoint.family.backbone(full)), *st.scoring)
         return classifiers.of_pooled(st.modes, steps, st.dimension or 1)
     makers: dict[str, Callable[[PreTrainedModel, HeadProbe], classifiers.Classifier]] = {
         "sequence": classifiers.of_sequences,
@@ -276,7 +277,7 @@ def _projection(
     """
     projector = None if hasattr(model, "linear") else checkpoint.family.projector(checkpoint, options)
     if projector is None:
-        return (), checkpoint.width
+        return (), checkpoint.family.width(checkpoint)
     if len(modes) > 1 or modes[0] in NOT_LINEAR:
         raise CheckpointError(f"a projection of hidden states comes before pooling by {'+'.join(modes)}")
     return (projector,), projector.out_features

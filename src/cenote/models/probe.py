@@ -22,6 +22,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,13 +44,14 @@ from cenote.models.traits import (
 from cenote.tensors.packing import SHORTEST_PREFIX, pack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cenote.models.layouts import Layout
+    from cenote.models.vision import Vision
     from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Batch, Place
 
@@ -146,10 +148,9 @@ class Probe:
 
     Args:
         model: a backbone.
-        ids: token ids of the sequences, at least two.
-        other: ids that take the place of the second sequence, to see whether rows of the others move.
+        sequences: at least two.
+        other: takes the place of the second sequence, to see whether rows of the others move.
         run: the rows `[T, D]` of a batch.
-        hidden: trailing tokens of each sequence that no token attends to; `None` = there are none.
 
     Attributes:
         batch: the sequences.
@@ -165,25 +166,24 @@ class Probe:
     def __init__(
         self,
         model: PreTrainedModel,
-        ids: list[list[int]],
-        other: list[int],
+        sequences: list[Sequence],
+        other: Sequence,
         run: Callable[[Batch], Tensor],
-        hidden: list[int] | None = None,
     ) -> None:
         self.model = model
-        self.ids = ids
+        self.sequences = sequences
         self.other = other
         self.tolerance = EQUAL.get(model.dtype, 1e-1)
-        self.batch = _packed(ids, model.device, hidden)
-        self.swapped = _packed([ids[0], other, *ids[2:]], model.device, hidden)
-        forwards = [sequence[:SHORT] for sequence in ids[:COPIED]]
-        backwards = [sequence[::-1] for sequence in forwards]
+        self.batch = pack(sequences, model.device)
+        self.swapped = pack([sequences[0], other, *sequences[2:]], model.device)
+        forwards = [list(sequence.ids[:SHORT]) for sequence in sequences[:COPIED]]
+        backwards = [ids[::-1] for ids in forwards]
         self.short = [_packed(forwards, model.device), _packed(backwards, model.device)]
         self.rows_TD = run(self.batch).float()
         if not bool(torch.isfinite(self.rows_TD).all()):
             where = f"for ordinary tokens: the weights are damaged, or do not fit the dtype {model.dtype}"
-            if hidden is not None:
-                where = f"where hidden tokens fill queries up to {len(ids[0])}, as the checkpoint wants it"
+            if self.batch.hides:
+                where = f"where hidden tokens fill queries up to {len(sequences[0])}, as the checkpoint wants it"
             raise CheckpointError(
                 f"{type(model).__name__} returns values that are not finite (NaN or infinity) {where}"
             )
@@ -239,8 +239,8 @@ class Probe:
         """
         largest = torch.finfo(self.model.dtype).eps
         with layout.own_attention() as backbone:
-            for sequence in self.ids[:COPIED]:
-                ids_1L = torch.tensor([sequence], device=backbone.device)
+            for sequence in self.sequences[:COPIED]:
+                ids_1L = torch.tensor([sequence.ids], device=backbone.device)
                 alone_1LD = backbone.run(input_ids=ids_1L)
                 for count in COPIES:
                     beside_BLD = backbone.run(input_ids=ids_1L.expand(count, -1))
@@ -249,8 +249,9 @@ class Probe:
         return largest
 
 
-def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
+def one_by_one(backbone: Backbone, longest: int) -> Probe:
     """Probe with a few short random sequences, one of `longest` tokens, and the model's own rows for each alone."""
+    model = backbone.model
     first, second, third, last = (min(n, longest) for n in LENGTHS)
     draw = Draw(model)
     ids = [draw(n) for n in (first, second, max(longest, 1), third, last)]
@@ -265,7 +266,7 @@ def one_by_one(model: PreTrainedModel, longest: int) -> Probe:
     rows = position_rows(model)
     while rows in range(sum(map(len, ids)), MOST_REAL_POSITIONS):
         ids.append(draw(len(ids[2])))
-    return Probe(model, ids, other, _alone(model))
+    return Probe(model, _texts(ids), Sequence(other), _alone(backbone))
 
 
 def filled(model: PreTrainedModel, length: int) -> Probe:
@@ -274,7 +275,8 @@ def filled(model: PreTrainedModel, length: int) -> Probe:
     seen = [max(1, min(n, length - 1)) for n in (3, length // 2, length - 1)]
     ids = [draw(n) for n in (length, length, min(5, length), length)]
     hidden = [length - seen[0], length - seen[1], 0, length - seen[2]]
-    return Probe(model, ids, draw(length), _alone(model), hidden)
+    sequences = [Sequence(tokens, hidden=count) for tokens, count in zip(ids, hidden, strict=True)]
+    return Probe(model, sequences, Sequence(draw(length), hidden=hidden[1]), _alone(Backbone(model)))
 
 
 def prefixed(layout: Layout, max_length: int) -> Probe | None:
@@ -291,12 +293,13 @@ def prefixed(layout: Layout, max_length: int) -> Probe | None:
     with shortened_windows(model) as size:
         prefix = draw(min(size + 5, longest))
         *ids, other = [prefix + end for end in ends]
-        return Probe(model, [*ids, draw(11)], other, partial(forward, layout))
+        return Probe(model, _texts([*ids, draw(11)]), Sequence(other), partial(forward, layout))
 
 
 def turned(probe: Probe, layout: Layout) -> Probe:
     """Probe with the sequences of `probe` in another order, and their rows in `layout` as it is."""
-    return Probe(probe.model, [*probe.ids[2:], *probe.ids[:2]], probe.other, partial(forward, layout))
+    sequences = [*probe.sequences[2:], *probe.sequences[:2]]
+    return Probe(probe.model, sequences, probe.other, partial(forward, layout))
 
 
 def brief(layout: Layout, max_length: int) -> Probe:
@@ -304,7 +307,58 @@ def brief(layout: Layout, max_length: int) -> Probe:
     model = layout.backbone.model
     draw = Draw(model)
     first, second, _, last = (min(n, max_length) for n in LENGTHS)
-    return Probe(model, [draw(first), draw(second), draw(last)], draw(second), partial(forward, layout))
+    sequences = _texts([draw(first), draw(second), draw(last)])
+    return Probe(model, sequences, Sequence(draw(second)), partial(forward, layout))
+
+
+def pictured(vision: Vision, model: PreTrainedModel) -> Probe:
+    """Probe with pictures among texts, and the model's own rows for each sequence alone.
+
+    Pictures stand first and last, once and twice, several in a sequence; one sequence is text alone. The sequence that
+    is exchanged keeps its ids and has other pictures.
+
+    Raises:
+        CheckpointError: the model's own rows do not move with the content of a picture.
+    """
+    draw, drawn = Draw(model), vision.draw(torch.Generator().manual_seed(0))
+    first, second, third, fourth = islice(drawn, 4)
+    twin = next(x for x in drawn if x.grid == second.grid and x.tokens == second.tokens)
+    text = [draw(n) for n in LENGTHS]
+    if vision.is_apart:
+        layouts: list[list[Any]] = [[text[0]], [second], [first], [text[3]], [third], [second], [first]]
+        other: list[Any] = [twin]
+    else:
+        layouts = [[text[0]], [text[1], second], [first, text[2]], [text[3], third, text[1], fourth, first]]
+        layouts += [[second, second, text[3]], [text[1], second]]
+        other = [text[1], twin]
+    sequences = [vision.sequence(parts) for parts in layouts]
+    swapped = vision.sequence(other)
+    probe = Probe(model, sequences, swapped, partial(_each_alone, vision))
+    moved = distance(vision.alone(swapped).float(), vision.alone(sequences[1]).float())
+    if not moved > probe.tolerance:
+        raise CheckpointError(f"{type(model).__name__} gives the same rows for other pictures")
+    return probe
+
+
+def prefixed_pictures(layout: Layout) -> Probe | None:
+    """Probe with sequences of the same ids and of different pictures, and their rows in `layout` as it is.
+
+    `None` if pictures have no text before or behind them.
+    """
+    model, vision = layout.backbone.model, layout.backbone.vision
+    if vision is None or vision.is_apart:
+        return None
+    draw, drawn = Draw(model), vision.draw(torch.Generator().manual_seed(1))
+    first = next(drawn)
+    second, third = islice((x for x in drawn if x.grid == first.grid and x.tokens == first.tokens), 2)
+    begin, end = draw(SHORTEST_PREFIX + 2), draw(3)
+    sequences = [vision.sequence([begin, picture, end]) for picture in (first, second, first, third)]
+    return Probe(model, sequences, vision.sequence([begin, third, end]), partial(forward, layout))
+
+
+def _each_alone(vision: Vision, batch: Batch) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([vision.alone(sequence) for sequence in batch.sequences])
 
 
 class HeadProbe:
@@ -326,7 +380,7 @@ class HeadProbe:
             self.logits = [logits_of(full(input_ids=ids_1L, return_dict=True))[0].float() for ids_1L in inputs]
         backbone: PreTrainedModel = full.base_model  # type: ignore[assignment]
         reset_attention(backbone)
-        self.rows_TD = _alone(backbone)(self.batch)
+        self.rows_TD = _alone(Backbone(backbone))(self.batch)
 
     @property
     def width(self) -> int:
@@ -362,6 +416,9 @@ def choose(
     packed: bool = True,
     kernels: Kernels | None = None,
     filled_to: int = 0,
+    vision: Vision | None = None,
+    pictures: Probe | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Proved:
     """Find the fastest layout that is exact for `model`.
 
@@ -371,17 +428,21 @@ def choose(
         packed: whether to try packing at all.
         kernels: native CPU kernels to use where they apply.
         filled_to: length to which sequences may be filled up with hidden tokens; 0 = no token is hidden.
+        vision: see `Backbone`, as is `finish`.
+        pictures: the probe with pictures, if it takes any.
 
     Raises:
-        CheckpointError: the model's own forward gives values that are not finite, or depends on its neighbours
-            in every layout.
+        CheckpointError: its own forward gives values that are not finite, or depends on neighbours in every layout.
     """
     reasons: list[str] = []
-    hiding = filled(model, min(filled_to, max_length)) if filled_to > 1 else None  # by the windows as they are
+    further = {"pictures": pictures} if pictures is not None else {}
+    if filled_to > 1:
+        further["hidden tokens"] = filled(model, min(filled_to, max_length))  # by the windows as they are
+    reference = Backbone(model, vision=vision, finish=finish)
     with shortened_windows(model) as size:
-        probe = one_by_one(model, min(max(size, block_sparse_length(model)) + 9, max_length))
-    for layout in candidates(model, kernels, packed=packed):
-        fault = _layout_fault(layout, probe, hiding)
+        probe = one_by_one(reference, min(max(size, block_sparse_length(model)) + 9, max_length))
+    for layout in candidates(model, kernels, packed=packed, vision=vision, finish=finish):
+        fault = _layout_fault(layout, probe, further)
         if not fault:
             return Proved(layout, reasons, probe)
         reasons.append(fault)
@@ -391,8 +452,8 @@ def choose(
     )
 
 
-def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
-    """Install `layout`, and return why it is not exact, also with hidden tokens, or an empty string."""
+def _layout_fault(layout: Layout, probe: Probe, further: Mapping[str, Probe]) -> str:
+    """Install `layout`, and return why it is not exact, also for further probes, or an empty string."""
 
     def check() -> str:
         layout.install()
@@ -402,9 +463,11 @@ def _layout_fault(layout: Layout, probe: Probe, hiding: Probe | None) -> str:
     fault = fault_of(check)
     if fault:
         return f"{layout.name}: {fault}"
-    if hiding is not None:
-        fault = fault_of(partial(hiding.fault, layout))
-    return f"{layout.name}, with hidden tokens: {fault}" if fault else ""
+    for name, other in further.items():
+        fault = fault_of(partial(other.fault, layout))
+        if fault:
+            return f"{layout.name}, with {name}: {fault}"
+    return ""
 
 
 @contextmanager
@@ -524,14 +587,17 @@ def _same(before: Any, after: Any) -> bool:
     return isinstance(before, (int, float, str)) and before == after
 
 
-def _packed(ids: list[list[int]], device: torch.device, hidden: list[int] | None = None) -> Batch:
-    counts = hidden or [0] * len(ids)
-    return pack([Sequence(tokens, hidden=count) for tokens, count in zip(ids, counts, strict=True)], device)
+def _texts(ids: list[list[int]]) -> list[Sequence]:
+    return [Sequence(tokens) for tokens in ids]
 
 
-def _alone(model: PreTrainedModel) -> Callable[[Batch], Tensor]:
+def _packed(ids: list[list[int]], device: torch.device) -> Batch:
+    return pack(_texts(ids), device)
+
+
+def _alone(backbone: Backbone) -> Callable[[Batch], Tensor]:
     """Return the model's own forward over one sequence at a time."""
-    return partial(forward, Padded(Backbone(model), equal=True, size=1))
+    return partial(forward, Padded(backbone, equal=True, size=1))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -237,6 +237,8 @@ def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTra
         )
         if st.has_own_pooler:
             st = replace(st, modes=("cls",))
+        elif transformer.output == transformer_module.FEATURES:
+            st = replace(st, modes=("lasttoken",))
         for module in modules[1:]:
             st = _with(st, module, audit, allow_pickle)
         return _closed(st)

@@ -46,6 +46,11 @@ MODALITY_KEYS = frozenset({"method", "method_output_name", "format"})
 
 MODALITIES = frozenset({"text", "message", "image", "audio", "video"})
 
+OF_TOWER = "get_text_features"
+"""Method of a model with a tower for texts and one for pictures."""
+FEATURES = ("features",)
+"""`TransformerModule.output` of such a model, which makes the vector itself."""
+
 SIDES = ("query", "document")
 
 CUTS: dict[Any, Cuts | None] = {
@@ -118,7 +123,8 @@ class TransformerModule:
     Attributes:
         folder: the Transformers checkpoint.
         task: the kind of Transformers class that it is loaded with.
-        output: path in that class's output: `("last_hidden_state",)`, `("hidden_states", -2)`, `("pooler_output",)`.
+        output: path in that class's output: `("last_hidden_state",)`, `("hidden_states", -2)`, `("pooler_output",)`; or
+            `FEATURES`.
         result: name of the output for the modules behind.
         config_kwargs: changes of the Transformers config.
         tokenizer_kwargs: arguments with which the tokenizer is made.
@@ -301,8 +307,9 @@ class _Reader:
         self._require(parts <= MODALITIES, name, sorted(modalities), f"made of {', '.join(sorted(MODALITIES))}")
         entry = modalities.get("message", modalities.get("text", {}))
         self._require(bool(entry), name, sorted(modalities), "text or message; other inputs are not served")
-        is_forward = entry.get("method") == "forward" and entry.keys() <= MODALITY_KEYS
-        self._require(is_forward, name, entry, "the method forward, with a method_output_name and a format")
+        is_tower = (entry.get("method"), entry.get("method_output_name")) == (OF_TOWER, "pooler_output")
+        is_known = (is_tower or entry.get("method") == "forward") and entry.keys() <= MODALITY_KEYS
+        self._require(is_known, name, entry, "the method forward, with a method_output_name and a format")
         return entry, str(self._config.get("module_output_name"))
 
     def _output(self, modality: Mapping[str, Any], result: str) -> tuple[str | int, ...]:
@@ -310,7 +317,9 @@ class _Reader:
         written = modality["method_output_name"]
         path = as_tuple(written)
         fitting = RESULTS[self._task][1]
-        if self._task != "feature-extraction":
+        if modality["method"] == OF_TOWER:
+            path, fitting = FEATURES, "sentence_embedding"
+        elif self._task != "feature-extraction":
             self._require(path == ("logits",), "method_output_name", written, f"logits, for {self._task}")
         elif path == ("pooler_output",):
             fitting = "sentence_embedding"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.core import Cuts, LoraModule, MessageTemplate, ModelInfo, PairTemplate, Sides
+from cenote.core import Cuts, LoraModule, MessageTemplate, ModelInfo, PairTemplate, Pictures, Sides
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges
@@ -32,6 +32,7 @@ class Facts:
         special_tokens: the tokenizer's special tokens belong to the model's inputs.
         lowercase: text is lower-cased before it is tokenised.
         include_prompt: whether pooling includes the tokens of the prompt.
+        pictures: how the model's inputs hold pictures; `None` = it has no part for them.
         auto_truncate: inputs that are too long are cut unless the request says otherwise.
         cuts: text of a pair that is cut.
         lora_modules: adapters that requests choose by name.
@@ -45,6 +46,7 @@ class Facts:
     sides: Sides | None = None
     pair_template: PairTemplate | None = None
     messages: MessageTemplate | None = None
+    pictures: Pictures | None = None
     special_tokens: bool = True
     lowercase: bool = False
     include_prompt: bool = True
@@ -87,6 +89,7 @@ class Facts:
             sides=self.sides,
             auto_truncate=self.auto_truncate,
             cuts=self.cuts,
+            pictures=self.pictures,
         )
 
     def quantisation(self) -> Ranges | None:

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cenote.core import coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.tokenizing import Ids
 
 if TYPE_CHECKING:
     from cenote.core import Pair
 
-Prompt = str | Ids | Mapping[str, Any]
+Prompt = str | Ids | Mapping[str, Any] | Any
+"""Text, ids, a mapping of either, or a picture: `PIL.Image.Image`, the bytes of a file, or its path."""
+
+
+@dataclass(frozen=True)
+class Illustrated:
+    """A prompt with pictures.
+
+    Attributes:
+        content: text or ids with a placeholder for each picture; or texts and, as `None`, pictures, in order, which the
+            model's template renders.
+        sources: the pictures, see `cenote.pipeline.media.picture`.
+        kwargs: arguments of the image processor (`mm_processor_kwargs`).
+    """
+
+    content: str | Ids | tuple[str | None, ...]
+    sources: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_ids(prompt: Any) -> bool:
@@ -37,20 +57,81 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def content_of(prompt: Prompt | Pair) -> str | Ids:
-    """Return the text or the ids of a prompt; a pair has neither."""
+def content_of(prompt: Prompt | Pair) -> str | Ids | Illustrated:
+    """Return the text, the ids or the pictures of a prompt; a pair has none of them."""
+    if isinstance(prompt, Illustrated):
+        return prompt
     if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown:
-            raise BadRequest(f"a prompt has keys that are not supported: {sorted(unknown)}", param="input")
-        if len(prompt) != 1:
-            raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
-        (prompt,) = prompt.values()
+        return _of_mapping(prompt)
+    if is_picture(prompt):
+        return Illustrated((None,), (prompt,))
+    return _plain(prompt)
+
+
+def is_picture(value: Any) -> bool:
+    """Return whether `value` can only be a picture: opened by Pillow, the bytes of a file, or a path."""
+    return isinstance(value, (bytes, bytearray, memoryview, Path)) or hasattr(value, "getexif")
+
+
+def _plain(prompt: Any) -> str | Ids:
+    """Return a prompt that is text or ids."""
     if isinstance(prompt, str):
         return prompt
     if is_ids(prompt):
-        return list(prompt)  # type: ignore[arg-type]
+        return list(prompt)
     raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
+
+
+def _of_mapping(prompt: Mapping[str, Any]) -> str | Ids | Illustrated:
+    """Return the content of `{"prompt": ...}` and `{"prompt_token_ids": ...}`, which may bring `multi_modal_data`.
+
+    Those of sentence-transformers, `{"text": ..., "image": ...}`, have parts in the order of their keys.
+    """
+    if prompt and set(prompt) <= {"text", "image"}:
+        return _of_parts(prompt)
+    unknown = set(prompt) - {*CONTENTS, *OF_MEDIA}
+    if unknown:
+        raise BadRequest(f"a prompt has keys that are not supported: {sorted(unknown)}", param="input")
+    names = CONTENTS & prompt.keys()
+    if len(names) != 1:
+        raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
+    content = _plain(prompt[names.pop()])
+    sources = _sources(coalesce(prompt.get("multi_modal_data"), {}))
+    if not sources:
+        return content
+    return Illustrated(content, sources, coalesce(prompt.get("mm_processor_kwargs"), {}))
+
+
+CONTENTS = {"prompt", "prompt_token_ids"}
+OF_MEDIA = ("multi_modal_data", "mm_processor_kwargs")
+
+
+def _sources(data: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the pictures in `multi_modal_data`, of which each kind is one or a list."""
+    others = sorted(set(data) - {"image"})
+    if others:
+        raise BadRequest(f"multi_modal_data has {', '.join(others)}; only `image` is supported", param="input")
+    return as_sources(data.get("image"))
+
+
+def as_sources(value: Any) -> tuple[Any, ...]:
+    """Return one picture or a list of them as a tuple; `None` = there are none."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _of_parts(prompt: Mapping[str, Any]) -> Illustrated:
+    """Return texts and pictures in the order of their keys."""
+    parts: list[str | None] = []
+    for name, value in prompt.items():
+        if name == "image":
+            parts += [None] * len(as_sources(value))
+        elif isinstance(value, str):
+            parts.append(value)
+        else:
+            raise BadRequest(f"`text` of a prompt must be a text, got {type(value).__name__}", param="input")
+    return Illustrated(tuple(parts), as_sources(prompt.get("image")))
 
 
 def flattened(message: Mapping[str, Any]) -> dict[str, Any]:

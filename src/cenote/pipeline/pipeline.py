@@ -9,6 +9,7 @@ from operator import not_
 from typing import TYPE_CHECKING
 
 from cenote import tokenizer
+from cenote.core import MOST_PICTURES
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.remote import PATIENCE, RemoteEngine
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, PoolingParams, Sequence
+    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, Pictures, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
     from cenote.pipeline.inputs import Prompt
@@ -261,6 +262,7 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         sides=checkpoint.sides,
         pair_template=checkpoint.pair_template,
         messages=checkpoint.messages,
+        pictures=_pictures(checkpoint, options),
         lowercase=st.transformer.lowercase,
         special_tokens=st.transformer.special_tokens,
         include_prompt=st.include_prompt,
@@ -268,6 +270,14 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         cuts=st.transformer.cuts,
         lora_modules=options.lora_modules,
     )
+
+
+def _pictures(checkpoint: Checkpoint, options: ModelConfig) -> Pictures | None:
+    """Return how a model's inputs hold pictures, with the user's limits; `None` = it has no part for them."""
+    if checkpoint.sight is None:
+        return None
+    limit = options.limit_mm_per_prompt.get("image", MOST_PICTURES)
+    return replace(checkpoint.sight.pictures, kwargs=options.mm_processor_kwargs, most=limit)
 
 
 def _prompts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ...]) -> Prompts:

@@ -7,16 +7,19 @@ Cutting follows Hugging Face by default (content is cut, special tokens stay); w
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence
+from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
-from cenote.pipeline.inputs import content_of, flattened
+from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
+from cenote.pipeline.parts import has_pictures, read, texts_and_pictures
+from cenote.pipeline.pictures import PictureRenderer, kept
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Role, Sides
+    from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Pictures, Role, Sides
     from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.media import Access
     from cenote.pipeline.prompts import Applied
 
 COUNTED = 250
@@ -51,6 +55,7 @@ class Renderer:
         special_tokens: the tokenizer's special tokens belong to the model's inputs.
         auto_truncate: cut inputs that are too long unless the request says otherwise.
         cuts: text of a pair that is cut.
+        pictures: how the model's inputs hold pictures; `None` = it has no part for them.
 
     Attributes:
         bounds: of one request's work; a server sets them.
@@ -69,6 +74,7 @@ class Renderer:
         special_tokens: bool = True,
         auto_truncate: bool = False,
         cuts: Cuts = "longest_first",
+        pictures: Pictures | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.info = info
@@ -82,6 +88,12 @@ class Renderer:
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase, cuts=cuts)
+        self.pictures: PictureRenderer | None = None
+        if pictures is not None:
+            has_template = bool(tokenizer.chat_template)
+            self.pictures = PictureRenderer(
+                pictures, info.name, self.apply_template, self._rendered_ids, self.token_strings, has_template
+            )
         self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
 
@@ -90,6 +102,11 @@ class Renderer:
         other = copy.copy(self)
         other.prompts = prompts
         return other
+
+    def allow(self, access: Access) -> None:
+        """Let pictures be read from other places than any."""
+        if self.pictures is not None:
+            self.pictures.access = access
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -106,7 +123,7 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        contents = [content_of(prompt) for prompt in prompts]
+        contents = list(map(self._content, prompts))
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
@@ -117,13 +134,62 @@ class Renderer:
             sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
             return self._sides.of_text(sequence, applied.role)
 
-        def of_ids(ids: Ids) -> Sequence:
-            check_vocabulary(self.info, ids)
-            text = self.fit(self._sliced(Text(ids), options), options, budget)
-            sequence = Sequence(text.ids, task, params, adapter=applied.adapter)
-            return self._sides.of_ids(sequence, applied.role)
+        def of_others(content: Ids | Illustrated) -> Sequence:
+            render = self._illustrated if isinstance(content, Illustrated) else self._of_ids
+            sequence = render(content, applied, options, budget)  # type: ignore[arg-type]
+            return replace(sequence, task=task, params=params)
 
-        return [of_text(next(tokenised)) if isinstance(content, str) else of_ids(content) for content in contents]
+        return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
+
+    def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
+        """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
+        content = content_of(prompt)
+        if not isinstance(content, Illustrated) or content.sources:
+            return content
+        is_text = self.pictures is None or self.pictures.is_apart
+        return "".join(map(str, content.content)) if is_text else content
+
+    def _of_ids(self, ids: Ids, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
+        """Return the sequence of ids that the caller gave."""
+        check_vocabulary(self.info, ids)
+        text = self.fit(self._sliced(Text(ids), options), options, budget)
+        return self._sides.of_ids(Sequence(text.ids, adapter=applied.adapter), applied.role)
+
+    def _illustrated(self, content: Illustrated, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
+        """Return the sequence of a prompt with pictures.
+
+        Raises:
+            BadRequest: the model takes no pictures, one of them is refused, or the prompt does not name each once.
+            TooLong: it has more tokens than the model takes, and no text alone can be cut.
+        """
+        renderer = self.pictures
+        if renderer is None:
+            raise BadRequest(f"{self.info.name} takes no images, only texts", param="input")
+        options = self._of_side(options, applied.role)
+        pictures = renderer.headers(content)
+        ids = self._ids_with_placeholders(renderer, content, applied, options)
+        if not pictures:
+            text = self.fit(self._sliced(Text(ids), options), options, budget)
+            return Sequence(text.ids, adapter=applied.adapter)
+        cuts_beginnings = self._cuts_beginnings(options.side)
+        placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
+        text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
+        media = renderer.media(pictures, content.kwargs)
+        sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
+        sequence = self._sides.of_text(sequence, applied.role)
+        return replace(sequence, positions=renderer.positions(len(sequence), media, placed.spans))
+
+    def _ids_with_placeholders(
+        self, renderer: PictureRenderer, content: Illustrated, applied: Applied, options: TextOptions
+    ) -> Ids:
+        """Return the ids of a prompt, each picture one placeholder."""
+        if isinstance(content.content, tuple):
+            return self.tokenize(self.whole(renderer.text(content.content, applied.text)), add_special_tokens=False)
+        if isinstance(content.content, str):
+            text = self.whole(applied.text + content.content)
+            return self.tokenize(text, add_special_tokens=options.add_special_tokens)
+        check_vocabulary(self.info, content.content)
+        return content.content
 
     def _prompted(self, texts: Iterable[str], applied: Applied, options: TextOptions) -> tuple[Iterator[Text], int]:
         """Return `texts` behind their prompt, and the number of its tokens that pooling leaves out.
@@ -166,8 +232,15 @@ class Renderer:
         """
         return self._allowed(task, params)
 
-    def chat_text(self, messages: Seq[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
+    def chat_text(
+        self, messages: Seq[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT, *, structured: bool = False
+    ) -> str:
         """Return the text of one conversation, by the request's or the model's chat template.
+
+        Args:
+            messages: of the conversation.
+            options: how they become text.
+            structured: the template gets contents that are lists of parts as they are, not joined to one text.
 
         Raises:
             BadRequest: there is no template, or it refuses these messages.
@@ -187,7 +260,33 @@ class Renderer:
             "continue_final_message": options.continue_final_message,
             **options.kwargs,
         }
-        return self.apply_template(list(map(flattened, messages)), options.template, kwargs)
+        shown = list(map(flattened, messages)) if not structured else [*map(dict, messages)]
+        return self.apply_template(shown, options.template, kwargs)
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        options: ChatOptions = PLAIN_CHAT,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str | Illustrated:
+        """Return the prompt of one conversation, whose content parts may be pictures.
+
+        Args:
+            messages: of the conversation.
+            options: how they become text.
+            kwargs: arguments of the image processor.
+
+        Raises:
+            BadRequest: as `chat_text`; or the model takes no pictures, or a part is neither text nor a picture.
+        """
+        renderer = self.pictures
+        if renderer is None or not has_pictures(messages):
+            return self.chat_text(messages, options)
+        shown, sources = read(messages, renderer.placeholder)
+        content: Any = texts_and_pictures(shown)
+        if not renderer.is_apart or options.template or self.tokenizer.chat_template:
+            content = self.chat_text(shown, options, structured=True)
+        return Illustrated(content, tuple(sources), coalesce(kwargs, {}))
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
         """Render `messages` by `template` (default: the tokenizer's).

@@ -14,12 +14,15 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
+from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
@@ -82,6 +85,7 @@ class Serving:
                 config.max_template_steps,
                 config.max_template_seconds,
             )
+            view.renderer.allow(Access(optional(Path, config.allowed_local_media_path)))
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 

@@ -10,10 +10,13 @@ import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise, starmap
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+
+from cenote.core import optional
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cenote.core import Sequence
+    from cenote.core import Media, Sequence
 
     Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -58,6 +61,18 @@ class Keys(NamedTuple):
     max_length: int
 
 
+class Features(NamedTuple):
+    """Rows that take the places of token embeddings.
+
+    Attributes:
+        rows_FD: the rows.
+        deep: of the same shape each: added to the hidden states of these tokens behind the first layers, in order.
+    """
+
+    rows_FD: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences end to end. Sequence `i` owns the rows `starts[i]:starts[i + 1]`.
@@ -67,22 +82,30 @@ class Batch:
     Attributes:
         host_ids_T: int64 token ids.
         host_positions_T: int64 position of each token in its own sequence, from 0; after its prefix, where it has one.
+            `[3, T]` where a token has a frame, a row and a column.
         host_type_ids_T: int64 token type ids, or `None` when no sequence carries any.
         starts: B + 1 offsets.
         device: where its tensors are.
         sequences: source of the rows; `()` where rows are pieces of sequences (`share`, `set_apart`).
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
         blind: a sequence with a prefix sees nothing but it, not even itself.
+        media: the pictures of the sequences, each content once.
+        host_sources_T: int64 row of the features of `media`, end to end, that each token gets in place of its
+            embedding; -1 = it keeps its own; `None` = there are no pictures.
+        features: of `media`, once they are computed.
     """
 
     host_ids_T: Ids
-    host_positions_T: Ids
+    host_positions_T: np.ndarray[Any, np.dtype[np.int64]]
     host_type_ids_T: Ids | None
     starts: tuple[int, ...]
     device: torch.device
     sequences: tuple[Sequence, ...] = ()
     prefixes: tuple[range, ...] | None = None
     blind: bool = False
+    media: tuple[Media, ...] = ()
+    host_sources_T: Ids | None = None
+    features: Features | None = None
 
     @property
     def size(self) -> int:
@@ -127,7 +150,7 @@ class Batch:
     @cached_property
     def _tokens_on_device(self) -> list[Tensor]:
         types = [] if self.host_type_ids_T is None else [self.host_type_ids_T]
-        return upload([self.host_ids_T, self.host_positions_T, *types], self.device)
+        return upload([self.host_ids_T, self.host_positions_T.ravel(), *types], self.device)
 
     @property
     def ids_T(self) -> Tensor:
@@ -137,12 +160,24 @@ class Batch:
     @property
     def positions_T(self) -> Tensor:
         """`host_positions_T` on the device."""
-        return self._tokens_on_device[1]
+        return self._tokens_on_device[1].view(self.host_positions_T.shape)
 
     @property
     def type_ids_T(self) -> Tensor | None:
         """`host_type_ids_T` on the device."""
         return None if self.host_type_ids_T is None else self._tokens_on_device[2]
+
+    @cached_property
+    def sources_T(self) -> Tensor | None:
+        """`host_sources_T` on the device."""
+        return optional(self.index, self.host_sources_T)
+
+    @cached_property
+    def identity_T(self) -> Ids:
+        """Numbers by which tokens are alike: ids, and negative ones for the tokens of each content of a picture."""
+        if self.host_sources_T is None:
+            return self.host_ids_T
+        return np.where(self.host_sources_T < 0, self.host_ids_T, -1 - self.host_sources_T)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -198,11 +233,14 @@ class Batch:
         host_rows = numbers_in(self.rows[i] for i in members)
         part = Batch(
             host_ids_T=self.host_ids_T[host_rows],
-            host_positions_T=self.host_positions_T[host_rows],
-            host_type_ids_T=None if self.host_type_ids_T is None else self.host_type_ids_T[host_rows],
+            host_positions_T=self.host_positions_T[..., host_rows],
+            host_type_ids_T=optional(itemgetter(host_rows), self.host_type_ids_T),
             starts=tuple(accumulate((self.lengths[i] for i in members), initial=0)),
             device=self.device,
             sequences=tuple(self.sequences[i] for i in members),
+            media=self.media,
+            host_sources_T=optional(itemgetter(host_rows), self.host_sources_T),
+            features=self.features,
         )
         return part, self.index(host_rows)
 
@@ -248,6 +286,8 @@ class Static:
     max_length: int
     prefixes: None = None
     blind: bool = False
+    sources_T: None = None
+    features: None = None
 
     @property
     def size(self) -> int:
@@ -281,21 +321,54 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         raise ValueError("a batch needs at least one sequence, and none may be empty")
     starts = np.concatenate(([0], np.cumsum(lengths)))
     ids_T = np.concatenate([np.asarray(s.ids, dtype=np.int64) for s in sequences])
-    positions_T = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    media, sources_T = _media(sequences)
     has_types = any(s.type_ids is not None for s in sequences)
     return Batch(
         host_ids_T=ids_T,
-        host_positions_T=positions_T,
+        host_positions_T=_positions(sequences, starts, lengths),
         host_type_ids_T=np.concatenate([_type_ids(s) for s in sequences]) if has_types else None,
         starts=tuple(starts.tolist()),
         device=torch.device(device),
         sequences=tuple(sequences),
+        media=media,
+        host_sources_T=sources_T,
     )
 
 
 def numbers_in(ranges: Iterable[range]) -> Ids:
     """Return the numbers of all `ranges`, end to end, as int64."""
     return np.concatenate([np.arange(numbers.start, numbers.stop) for numbers in ranges])
+
+
+def _positions(sequences: Seq[Sequence], starts: Ids, lengths: Ids) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the positions of all tokens, `[T]`, or `[3, T]` if a sequence has such."""
+    counted_T = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    if 2 in {s.positions.ndim for s in sequences if s.positions is not None}:
+        counted_T = np.repeat(counted_T[None], 3, axis=0)
+    for start, sequence in zip(starts, sequences, strict=False):
+        if sequence.positions is not None:
+            counted_T[..., start : start + len(sequence)] = sequence.positions
+    return counted_T
+
+
+def _media(sequences: Seq[Sequence]) -> tuple[tuple[Media, ...], Ids | None]:
+    """Return the pictures of `sequences`, each content once, and the `Batch.host_sources_T` of their tokens."""
+    if not any(map(attrgetter("media"), sequences)):
+        return (), None
+    rows: dict[bytes, int] = {}  # the first of each picture, by its key
+    media: list[Media] = []
+    count = 0
+    sources: list[Ids] = []
+    for sequence in sequences:
+        sources_L = np.full(len(sequence), -1, dtype=np.int64)
+        for medium, (start, stop) in zip(sequence.media, sequence.spans, strict=True):
+            if medium.key not in rows:
+                rows[medium.key] = count
+                media.append(medium)
+                count += medium.tokens
+            sources_L[start:stop] = rows[medium.key] + np.arange(medium.tokens)
+        sources.append(sources_L)
+    return tuple(media), np.concatenate(sources)
 
 
 def _type_ids(sequence: Sequence) -> Ids:
@@ -374,11 +447,14 @@ def share(batch: Batch) -> Shared | None:
     places = [*starmap(range, pairwise(starts)), range(0)]  # the last one is that of no prefix, number -1
     physical = Batch(
         host_ids_T=batch.host_ids_T[kept_U],
-        host_positions_T=batch.host_positions_T[kept_U],
+        host_positions_T=batch.host_positions_T[..., kept_U],
         host_type_ids_T=None,
         starts=starts,
         device=batch.device,
         prefixes=tuple(places[piece.prefix] for piece in pieces),
+        media=batch.media,
+        host_sources_T=optional(itemgetter(kept_U), batch.host_sources_T),
+        features=batch.features,
     )
     return Shared(physical, *upload([kept_U, expand_T], batch.device))
 
@@ -396,7 +472,7 @@ def _pieces(batch: Batch, groups: list[Group]) -> list[Piece]:
 
 def _common_prefixes(batch: Batch) -> list[Group]:
     """Return the groups of sequences whose prefixes are to be shared."""
-    ids = [batch.host_ids_T[rows.start : rows.stop] for rows in batch.rows]
+    ids = [batch.identity_T[rows.start : rows.stop] for rows in batch.rows]
     alike: dict[bytes, list[int]] = {}
     for i, ids_T in enumerate(ids):
         if len(ids_T) > SHORTEST_PREFIX:
@@ -447,15 +523,24 @@ def common_prefix(sequences: Seq[Sequence]) -> int:
     if len(sequences) < 2 or any(s.type_ids is not None for s in sequences):
         return 0
     shared = min(map(len, sequences)) - 1
-    first = list(sequences[0].ids[:shared])
-    for s in sequences:
-        ids = list(s.ids[:shared])
+    rows = _identities(sequences)
+    first = list(rows[0][:shared])
+    for row in rows:
+        ids = list(row[:shared])
         if ids != first:
             shared = next(i for i, (a, b) in enumerate(zip(first, ids, strict=True)) if a != b)
             first = first[:shared]
         if shared < SHORTEST_PREFIX:
             return 0
     return shared
+
+
+def _identities(sequences: Seq[Sequence]) -> Seq[Seq[int]]:
+    """Return the numbers by which the tokens of each sequence are alike."""
+    if not any(map(attrgetter("media"), sequences)):
+        return [s.ids for s in sequences]
+    batch = pack(sequences)
+    return np.split(batch.identity_T, batch.starts[1:-1])  # type: ignore[return-value]
 
 
 def stage(arrays: Seq[Ids], device: torch.device) -> Tensor:

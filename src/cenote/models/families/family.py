@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from cenote.models import weights
+from cenote.models.families.sights import Sight, of_backbone
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,9 +78,11 @@ class Family:
         prefixes: text before a "query" or "document".
         markers: prefixes that a tokenizer must not take apart.
         title: its name in reports; empty = none but its architecture's.
+        embeds_tokens: rows are those of tokens, so that `token_embed` is served.
         keeps_lengths: lengths per side that its Sentence-Transformers files name count.
         tasks: served before all others, the one of requests that name none first.
         tensors: names of the checkpoint's tensors that it reads besides the model's.
+        model_class: name of the class of Transformers that it is loaded with; empty = as the head says.
         step_tag: vocabulary entry that closes a step, if the head rates steps.
         rates_tokens: the head is made for tokens rather than for whole inputs.
     """
@@ -89,6 +92,7 @@ class Family:
     honours: ClassVar[str] = ""
     compares: ClassVar[Kind] = "vectors"
     title: ClassVar[str] = ""
+    embeds_tokens: ClassVar[bool] = True
 
     head: Head | None = None
     prefixes: Mapping[str, str] = MappingProxyType({})
@@ -96,6 +100,7 @@ class Family:
     keeps_lengths: bool = True
     tasks: tuple[str, ...] = ()
     tensors: Collection[str] = ()
+    model_class: str = ""
     step_tag: str | None = None
     rates_tokens: bool = False
 
@@ -112,6 +117,25 @@ class Family:
     def reads(cls, module: Module, st: SentenceTransformer) -> bool:
         """Return whether the family reads `module` at its place in `st`."""
         return module.kind in cls.modules and not module.side and not st.modes
+
+    def backbone(self, full: PreTrainedModel) -> PreTrainedModel:
+        """Return the part of a loaded model that gives the hidden states of texts."""
+        return full.base_model  # type: ignore[return-value]
+
+    def prepare(self, full: PreTrainedModel) -> None:
+        """Change a loaded model, before anything is proved of it, so that it can be run in a batch."""
+
+    def finish(self, full: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+        """Return the step from last hidden states to the rows that are pooled; `None` = they are the same."""
+        return None
+
+    def sight(self, files: Files) -> Sight | None:
+        """Return how the model takes pictures; `None` = it has no part for them."""
+        return of_backbone(files)
+
+    def width(self, files: Files) -> int:
+        """Return the length of a row that is pooled."""
+        return files.width
 
     @property
     def filled_to(self) -> int:

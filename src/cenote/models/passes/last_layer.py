@@ -48,6 +48,8 @@ def apply(subject: Subject) -> Outcome:
         layout.places |= {place}
         with shortened_windows(model):
             fault = fault_of(partial(subject.probe.equal_at, layout, place))
+        if not fault and subject.pictures is not None:
+            fault = fault_of(partial(subject.pictures.equal_at, layout, place))
         if fault:
             layout.places -= {place}
             log.info("%s runs its last layer for all tokens: %s", type(model).__name__, fault)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cenote.models.layouts import Packed
 from cenote.models.passes.subject import Outcome
-from cenote.models.probe import fault_of, prefixed, shortened_windows
+from cenote.models.probe import fault_of, prefixed, prefixed_pictures, shortened_windows
 
 if TYPE_CHECKING:
     from cenote.models.passes.subject import Subject
@@ -36,6 +36,10 @@ def _fault(subject: Subject) -> str:
     probe = prefixed(layout, max_length)
     if probe is None:
         return f"it takes {max_length} tokens at most"
+    pictures = prefixed_pictures(layout)
     layout.shares_prefixes = True
     with shortened_windows(subject.backbone):
-        return probe.fault(layout)
+        fault = probe.fault(layout)
+    if fault or pictures is None:
+        return fault
+    return pictures.fault(layout)

@@ -82,6 +82,7 @@ class Subject:
         layout: of its backbone.
         reasons: why faster layouts were passed over.
         probe: by which the layout was proved.
+        pictures: the probe with pictures; `None` = the model takes none.
         patches: the record of changes.
         shelf: the adapters that are hooked in, if there are any.
         outcomes: by the name of the pass.
@@ -92,6 +93,7 @@ class Subject:
     reasons: list[str]
     probe: Probe
     settings: Settings = field(default_factory=Settings)
+    pictures: Probe | None = None
     patches: Patches = field(default_factory=Patches)
     shelf: Shelf | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)

@@ -54,7 +54,7 @@ class RewardRequest(Shared, Chat):
 async def reward(serving: Serving, request: Request, body: RewardRequest) -> Response:
     """The reward of a conversation: one number, or one per step from a process reward model."""
     service = serving.find(body.model, any_name=True)
-    body.refuse_media()
+    body.check_media(service)
     if body.dimensions is not None:
         raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
 
@@ -95,7 +95,7 @@ def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Ou
     if prompt is None:
         body.chat_template = body.chat_template or None
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        prompt = service.renderer.chat_text(body.messages, chat)  # type: ignore[arg-type]
+        prompt = service.renderer.chat(body.messages, chat, body.mm_processor_kwargs)  # type: ignore[arg-type]
         options = options._replace(rendered=True)
     params = PoolingParams(use_activation=body.use_activation)
     return operations.reward(service, [prompt], params, options, of_tokens=False)  # the last token is judged

@@ -139,7 +139,7 @@ async def pooling(serving: Serving, request: Request, body: PoolingRequest) -> R
 async def classify(serving: Serving, request: Request, body: ClassifyRequest) -> Response:
     """The value of every class per input, and the name of the largest."""
     service = serving.find(body.model)
-    body.refuse_media()
+    body.check_media(service)
     params = PoolingParams(use_activation=body.use_activation)
 
     def make() -> Job[Response]:
@@ -253,7 +253,7 @@ async def answer_vectors(
 ) -> Response:
     """Answer a request for a vector, a matrix or a sparse vector per input, or for several of them."""
     service = serving.find(body.model)
-    body.refuse_media()
+    body.check_media(service)
     tasks = (task, *also)
     only_float = bool(also) or task == "sparse"
     if also and params.late_chunking_params is not None:

@@ -83,5 +83,6 @@ def prompts_of(
         return prompts, options
     serving.check_count(len(conversations))  # before any is rendered
     chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-    prompts = [service.renderer.chat_text(conversation, chat) for conversation in conversations]
+    kwargs = body.mm_processor_kwargs
+    prompts = [service.renderer.chat(conversation, chat, kwargs) for conversation in conversations]
     return prompts, options._replace(rendered=True)

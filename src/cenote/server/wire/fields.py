@@ -203,8 +203,13 @@ class Shared(Queued):
         side = self.truncation_side or CUT_SIDES.get(self.truncate)
         return TextOptions(length, side, self.padding == "max_length", add_special_tokens, whole=cuts is False)
 
+    def check_media(self, service: Service) -> None:
+        """Raise `BadRequest` for arguments of an image processor, unless the model has one, which checks them."""
+        if service.renderer.pictures is None:
+            self.refuse_media()
+
     def refuse_media(self) -> None:
-        """Raise `BadRequest` for processor arguments: none are trusted, and no flag of the server changes that yet."""
+        """Raise `BadRequest` for arguments of an image processor, where the request brings no pictures."""
         if self.mm_processor_kwargs:
             raise BadRequest("`mm_processor_kwargs` is not accepted from requests", param="mm_processor_kwargs")
 

@@ -1,0 +1,144 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a tower over patches of any grid, whose features stand among a text's embeddings.
+
+Where a picture stands and how an input is rendered follow the published code: `Qwen2VLModel.get_rope_index`, the
+scripts of Qwen3-VL-Embedding (arXiv:2601.04720) and of GME (arXiv:2412.16855).
+"""
+
+from __future__ import annotations
+
+import re
+from inspect import signature
+from itertools import count, cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cenote.core import Media, MessageTemplate, Pictures
+from cenote.models.vision import Vision
+from cenote.tensors.packing import Features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor, nn
+
+    from cenote.core import Sequence
+    from cenote.models.facts import Files
+
+MARKUP = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+class Published(NamedTuple):
+    """The way in which a published model reads pictures and texts.
+
+    Attributes:
+        name: pattern of the names of its checkpoints.
+        system: text of the system message unless a prompt replaces it.
+        most_pixels: pixels to which its code shrinks pictures; 0 = as the image processor says.
+        template: a Jinja template; `None` = the tokenizer's chat template, with the beginning of an answer.
+    """
+
+    name: str
+    system: str
+    most_pixels: int = 0
+    template: str | None = None
+
+
+GME = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}" + MARKUP + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n<|endoftext|>"
+)
+PUBLISHED = (
+    Published(r"gme-?qwen2-?vl", "You are a helpful assistant.", 1280 * 28**2, GME),
+    Published(r"qwen3-?vl-?embedding", "Represent the user's input.", 1800 * 32**2),
+)
+ANY = Published("", "")
+
+
+class QwenVL(Vision):
+    """The pictures of a Qwen-VL model."""
+
+    @classmethod
+    def describe(cls, files: Files) -> Pictures:
+        """Return how its inputs hold pictures."""
+        published = next((row for row in PUBLISHED if re.search(row.name, files.location.title, re.IGNORECASE)), ANY)
+        variables = {"add_generation_prompt": True} if published.template is None else {}
+        return Pictures(
+            folder=str(files.folder.absolute()),
+            layout="grid",
+            placeholder=int(files.config.image_token_id),
+            markup=MARKUP,
+            merge=int(files.config.vision_config.spatial_merge_size),
+            positions="mrope",
+            most_pixels=published.most_pixels,
+            template=MessageTemplate(published.template, variables, structured=True),
+            system=published.system,
+        )
+
+    @property
+    def base(self) -> Any:
+        """The model of tower and language model."""
+        return self.full.base_model
+
+    @property
+    def tower(self) -> nn.Module:
+        """The part of the model that reads patches."""
+        return self.base.visual  # type: ignore[no-any-return]
+
+    @property
+    def reader(self) -> nn.Module:
+        """The part of the model that reads embeddings among which features stand."""
+        return self.base.language_model  # type: ignore[no-any-return]
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids before and behind the tokens of a picture in a prompt."""
+        return [self.base.config.vision_start_token_id], [self.base.config.vision_end_token_id]
+
+    def features(self, media: Seq[Media]) -> Features:
+        """Return the features of a few pictures, end to end, by one forward of the tower."""
+        output = self.base.get_image_features(*self._patches(media), return_dict=True)
+        deep = getattr(output, "deepstack_features", None) or ()
+        return Features(_joined(output.pooler_output), tuple(map(_joined, deep)))
+
+    def deep(self, is_media: Tensor, rows: Tensor, features: Features) -> dict[str, Any]:
+        """Return the arguments by which the reader adds `Features.deep` (DeepStack, arXiv:2406.04334)."""
+        if not features.deep:
+            return {}
+        return {"visual_pos_masks": is_media, "deepstack_visual_embeds": [layer[rows] for layer in features.deep]}
+
+    def alone(self, sequence: Sequence) -> Tensor:
+        """Return the last hidden states `[L, D]` of one sequence by the model's own forward, as a reference."""
+        ids_1L = torch.tensor([list(sequence.ids)], device=self.full.device)
+        types_1L = torch.zeros_like(ids_1L)
+        for start, stop in sequence.spans:
+            types_1L[0, start:stop] = 1
+        inputs: dict[str, Any] = {"input_ids": ids_1L, "mm_token_type_ids": types_1L, "use_cache": False}
+        if sequence.media:
+            inputs["pixel_values"], inputs["image_grid_thw"] = self._patches(sequence.media)
+        taken = signature(self.base.forward).parameters
+        output = self.base(**{name: value for name, value in inputs.items() if name in taken})
+        self.base.rope_deltas = None  # it is left by a forward that computes positions, for the next one
+        return output[0][0]  # type: ignore[no-any-return]
+
+    def draw(self, generator: torch.Generator) -> Iterator[Media]:
+        """Yield small pictures of random content, of a few sizes in turn, without end."""
+        config, side = self.base.config.vision_config, self.pictures.merge
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        sizes = cycle(((side, 2 * side), (2 * side, side), (2 * side, 2 * side)))
+        for number, (rows, columns) in zip(count(), sizes):
+            patches = rows * columns
+            arrays = {"pixel_values": torch.randn(patches, width, generator=generator).numpy()}
+            yield Media(number.to_bytes(8), patches // side**2, patches, (1, rows, columns), arrays)
+
+    def _patches(self, media: Seq[Media]) -> tuple[Tensor, Tensor]:
+        """Return the patches of pictures end to end, and their grids."""
+        grids = torch.tensor([medium.grid for medium in media], device=self.full.device)
+        return self.joined(media, "pixel_values"), grids
+
+
+def _joined(rows: Tensor | Seq[Tensor]) -> Tensor:
+    """Return the rows of several pictures end to end; some releases of Transformers give them one by one."""
+    return rows if isinstance(rows, torch.Tensor) else torch.cat(tuple(rows))

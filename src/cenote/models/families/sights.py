@@ -1,0 +1,55 @@
+"""How architectures take pictures, whatever kind of checkpoint they are of."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, NamedTuple
+
+from cenote.core import Pictures
+from cenote.models.families.qwen_vl import QwenVL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from cenote.models.facts import Files
+    from cenote.models.vision import Vision
+
+
+class Sight(NamedTuple):
+    """How a checkpoint takes pictures.
+
+    Attributes:
+        vision: makes the pictures of its model; `None` = it takes none, for the reason in `pictures`.
+        pictures: the part that rendering needs.
+    """
+
+    vision: Callable[[PreTrainedModel, Pictures], Vision] | None
+    pictures: Pictures
+
+
+SIGHTS = {"qwen2_vl": QwenVL, "qwen2_5_vl": QwenVL, "qwen3_vl": QwenVL}
+"""By the `model_type` of a config."""
+
+
+def of_backbone(files: Files) -> Sight | None:
+    """Return how a checkpoint takes pictures by its architecture; `None` = it has no part for them."""
+    kind = SIGHTS.get(files.config.model_type)
+    if kind is not None:
+        return Sight(kind, kind.describe(files))
+    if getattr(files.config, "vision_config", None) is None:
+        return None
+    return refused(f"pictures for {files.architecture} are not served yet, only texts")
+
+
+def refused(reason: str) -> Sight:
+    """Return the sight of a model that takes no pictures for a reason."""
+    return Sight(None, Pictures("", "", refusal=reason))
+
+
+def needs_pillow(sight: Sight) -> Sight:
+    """Return `sight`, or the refusal of all pictures where Pillow is not installed."""
+    if sight.vision is None or importlib.util.find_spec("PIL") is not None:
+        return sight
+    return refused("pictures need Pillow, which is not installed; pip install 'cenote[media]'")

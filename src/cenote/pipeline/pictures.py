@@ -1,0 +1,361 @@
+"""Prompts with pictures: from sources to sequences whose tokens stand for patches.
+
+Everything that can be refused is refused before a picture is decoded: its header says how many tokens it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cenote.core import Media, coalesce
+from cenote.errors import BadRequest, TooLong, first_line
+from cenote.pipeline import media
+from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Memory, Picture
+from cenote.pipeline.messages import message
+from cenote.tensors.positions import positions_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
+    from cenote.core import Pictures
+    from cenote.pipeline.inputs import Illustrated
+    from cenote.pipeline.options import TextOptions
+    from cenote.pipeline.tokenizing import Ids
+    from cenote.tensors.positions import Positions, Span
+
+PARAM = "mm_processor_kwargs"
+MEMORY = Memory(MOST_MEMORY)
+"""Memory of this process for pictures."""
+
+
+class Layout(Protocol):
+    """How processed pictures of one kind become tokens; made of `Pictures`, an image processor and a tokenizer."""
+
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """Return the ids that stand for a picture, by its size alone; features go where they are placeholders.
+
+        Raises:
+            BadRequest: an argument is unknown, or would make pictures larger than the model's own bounds.
+        """
+
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+        """Return a picture as the model takes it: a `Media` for each run of placeholders, of tiles where several."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Pictures of one size, whose tokens do not depend on them."""
+
+    pictures: Pictures
+    processor: Any
+    tokenize: Callable[[str], Ids]
+
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """See `Layout.expansion`."""
+        _refuse_unknown(kwargs, ())
+        return [self.pictures.placeholder] * self.pictures.tokens
+
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+        """See `Layout.processed`."""
+        output = self.processor(images=[picture.decoded()], return_tensors="np")
+        arrays = {name: np.ascontiguousarray(array[0]) for name, array in output.items()}
+        return (Media(_key(picture), self.pictures.tokens, self.pictures.patches, arrays=arrays),)
+
+
+SIZES = ("min_pixels", "max_pixels", "size", "image_size")
+"""Arguments of an image processor that requests may send, as they can only make pictures smaller."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures that are resized to a whole number of patches, of which a square becomes a token (Qwen-VL)."""
+
+    pictures: Pictures
+    processor: Any
+    tokenize: Callable[[str], Ids]
+
+    def expansion(self, picture: Picture, kwargs: Mapping[str, Any]) -> Ids:
+        """See `Layout.expansion`."""
+        least, most = self._bounds(picture, kwargs)
+        bounds = {"min_pixels": least, "max_pixels": most}
+        patches = self.processor.get_number_of_image_patches(picture.height, picture.width, bounds)
+        return [self.pictures.placeholder] * (int(patches) // self.pictures.merge**2)
+
+    def processed(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+        """See `Layout.processed`."""
+        least, most = self._bounds(picture, kwargs)
+        size = {"shortest_edge": least, "longest_edge": most}
+        output = self.processor(images=[picture.decoded()], size=size, return_tensors="np")
+        grid = tuple(map(int, output["image_grid_thw"][0]))
+        patches = int(np.prod(grid))
+        tokens, arrays = patches // self.pictures.merge**2, {"pixel_values": output["pixel_values"]}
+        return (Media(_key(picture, least, most), tokens, patches, grid, arrays),)
+
+    def _bounds(self, picture: Picture, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the least and the most pixels of a resized picture."""
+        _refuse_unknown(kwargs, SIZES)
+        least, most = int(self.processor.size["shortest_edge"]), int(self.processor.size["longest_edge"])
+        if self.pictures.most_pixels:
+            most = min(most, self.pictures.most_pixels)
+        size = kwargs.get("size") or {}
+        if not isinstance(size, Mapping) or not set(size) <= {"shortest_edge", "longest_edge"}:
+            raise BadRequest(
+                f"mm_processor_kwargs: size must have shortest_edge or longest_edge, got {size!r:.80}", param=PARAM
+            )
+        lower = _count(kwargs, "min_pixels", _count(size, "shortest_edge", least))
+        upper = _count(kwargs, "max_pixels", _count(size, "longest_edge", most))
+        side = _count(kwargs, "image_size", max(picture.width, picture.height))
+        scale = min(1.0, side / max(picture.width, picture.height))
+        if lower > least or upper > most:
+            raise BadRequest(
+                f"mm_processor_kwargs: pictures of this model have at least {least} and at most {most} pixels when "
+                f"they are resized, and requests may only lower that; got {lower} and {upper}",
+                param=PARAM,
+            )
+        if scale < 1:
+            upper = min(upper, int(scale * picture.width) * int(scale * picture.height))
+        upper = max(upper, self._smallest)
+        return min(lower, upper), upper
+
+    @property
+    def _smallest(self) -> int:
+        """Pixels of a picture of one token."""
+        return int(self.processor.patch_size * self.pictures.merge) ** 2
+
+
+LAYOUTS: dict[str, Callable[[Pictures, Any, Callable[[str], Ids]], Layout]] = {"fixed": Fixed, "grid": Grid}
+"""By `Pictures.layout`."""
+
+
+class Placed(NamedTuple):
+    """A prompt with its pictures in place.
+
+    Attributes:
+        ids: with the tokens that stand for each picture.
+        spans: first token of each run of placeholders, and the one behind its last.
+    """
+
+    ids: Ids
+    spans: list[Span]
+
+
+def kept(placed: Placed, options: TextOptions, *, cuts_beginnings: bool) -> Placed:
+    """Return a prompt cut to `options.truncate`, if anything is to be cut: only text is.
+
+    Args:
+        placed: the prompt.
+        options: how texts are cut.
+        cuts_beginnings: the beginning is cut, and not the end.
+
+    Raises:
+        TooLong: a picture would be cut.
+    """
+    length = len(placed.ids)
+    limit = min(coalesce(options.truncate, length), length)
+    first = length - limit if cuts_beginnings else 0
+    kept_rows = range(first, first + limit)
+    if not all(start in kept_rows and stop - 1 in kept_rows for start, stop in placed.spans):
+        raise TooLong(
+            f"the prompt has {length} tokens and is to be cut to {limit}, which would cut a picture; send fewer or "
+            "smaller ones",
+            param="input_tokens",
+        )
+    spans = [(start - first, stop - first) for start, stop in placed.spans]
+    return Placed(placed.ids[first : first + limit], spans)
+
+
+@dataclass
+class PictureRenderer:
+    """Renders prompts with pictures for one model.
+
+    Attributes:
+        pictures: how its inputs hold them.
+        name: the model in messages.
+        apply: renders messages by a template (`None` = the tokenizer's) with further variables.
+        tokenize: gives the ids of a text.
+        tokens: gives the vocabulary entries of ids.
+        has_template: whether the tokenizer has a chat template.
+        access: places from which pictures may be read; a server sets them.
+    """
+
+    pictures: Pictures
+    name: str
+    apply: Callable[[list[dict[str, Any]], str | None, Mapping[str, Any]], str]
+    tokenize: Callable[[str], Ids]
+    tokens: Callable[[list[int]], list[str]]
+    has_template: bool
+    access: Access = field(default_factory=lambda: Access(any_file=True))
+
+    def __post_init__(self) -> None:
+        self.refusal = self.pictures.refusal
+        self.placeholder = "" if self.is_apart else self.tokens([self.pictures.placeholder])[0]
+        self._layout: Layout | None = None
+        if not self.refusal:
+            try:
+                self._layout = LAYOUTS[self.pictures.layout](
+                    self.pictures, _processor(self.pictures.folder), self.tokenize
+                )
+            except (ImportError, OSError, ValueError) as error:
+                self.refusal = f"the image processor of {self.name} cannot be loaded: {first_line(error)}"
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether a picture is an input of its own."""
+        return not self.pictures.markup
+
+    def headers(self, content: Illustrated) -> list[Picture]:
+        """Return the pictures of a prompt, their headers read.
+
+        Raises:
+            BadRequest: there are too many, the model takes none, or one of them may not be read or is beyond a limit.
+        """
+        if self.refusal:
+            raise BadRequest(self.refusal, param="image")
+        if len(content.sources) > self.pictures.most:
+            raise BadRequest(
+                f"At most {self.pictures.most} image(s) may be provided in one prompt. Set '--limit-mm-per-prompt' to "
+                "increase this limit.",
+                param="image",
+            )
+        if self.is_apart and (len(content.sources) != 1 or any(_texts(content))):
+            raise BadRequest(
+                "text and an image cannot be embedded together by this model; send one text or one image as an input",
+                param="image",
+            )
+        return [media.picture(source, self.access) for source in content.sources]
+
+    def text(self, parts: Seq[str | None], prompt: str) -> str:
+        """Return texts and pictures as one text with placeholders.
+
+        Args:
+            parts: texts, and `None` for each picture.
+            prompt: text of the system's message; empty = the model's own.
+        """
+        template = self.pictures.template
+        if self.is_apart:
+            return ""
+        if template is None or (template.source is None and not self.has_template):
+            return prompt + "".join(coalesce(part, self.pictures.markup) for part in parts)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(_shown, parts)]}]
+        system = prompt or self.pictures.system
+        if system:
+            messages.insert(0, message("system", system, structured=True))
+        return self.apply(messages, template.source, template.kwargs)
+
+    def placed(self, ids: Ids, pictures: Seq[Picture], kwargs: Mapping[str, Any]) -> Placed:
+        """Return the ids of a prompt with the tokens of its pictures, by their sizes alone.
+
+        Raises:
+            BadRequest: there are more or fewer placeholders than pictures, or an argument is not allowed.
+        """
+        expansions = [self._reader.expansion(picture, self._merged(kwargs)) for picture in pictures]
+        placeholder = self.pictures.placeholder
+        if self.is_apart:
+            (expansion,) = expansions
+            return Placed(expansion, [(0, len(expansion))])
+        count = ids.count(placeholder)
+        if count != len(pictures):
+            raise BadRequest(
+                f"the prompt has {count} image placeholders for {len(pictures)} images; there must be one for each",
+                param="image",
+            )
+        expanded: Ids = []
+        spans: list[Span] = []
+        rest = iter(expansions)
+        for token in ids:
+            if token != placeholder:
+                expanded.append(token)
+                continue
+            expansion = next(rest)
+            spans += _runs(expansion, placeholder, len(expanded))
+            expanded += expansion
+        return Placed(expanded, spans)
+
+    def media(self, pictures: Seq[Picture], kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+        """Return pictures as the model takes them, each content processed once.
+
+        Raises:
+            BadRequest: one of them is damaged.
+        """
+        merged = self._merged(kwargs)
+        processed: dict[bytes, tuple[Media, ...]] = {}
+        for picture in pictures:
+            if picture.key not in processed:
+                with MEMORY.holding(PIXEL_BYTES * picture.width * picture.height):
+                    processed[picture.key] = self._reader.processed(picture, merged)
+        return tuple(chain.from_iterable(processed[picture.key] for picture in pictures))
+
+    def positions(self, length: int, media: Seq[Media], spans: Seq[Span]) -> Positions | None:
+        """Return the positions of a sequence's tokens; `None` = they count from 0."""
+        return positions_of(self.pictures, length, media, spans)
+
+    @property
+    def _reader(self) -> Layout:
+        assert self._layout is not None
+        return self._layout
+
+    def _merged(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**self.pictures.kwargs, **kwargs}
+
+
+def _shown(part: str | None) -> dict[str, Any]:
+    """Return a text, or `None` for a picture, as a chat template takes it."""
+    return {"type": "image"} if part is None else {"type": "text", "text": part}
+
+
+def _texts(content: Illustrated) -> list[str]:
+    """Return the texts of a prompt that are not empty."""
+    parts: Seq[Any] = content.content if isinstance(content.content, tuple) else (content.content,)
+    return [part for part in parts if part]
+
+
+def _processor(folder: str) -> Any:
+    """Return the image processor in a folder, that of Pillow and NumPy alone: torchvision's rounds otherwise.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+        OSError: there are no files of one; also `ValueError`.
+    """
+    from transformers import AutoImageProcessor
+
+    load: Any = AutoImageProcessor.from_pretrained
+    return load(folder, backend="pil", trust_remote_code=False)
+
+
+def _runs(ids: Ids, placeholder: int, start: int) -> list[Span]:
+    """Return the spans of the runs of placeholders in `ids`, whose first has the place `start`."""
+    spans: list[Span] = []
+    for is_placeholder, run in groupby(ids, placeholder.__eq__):
+        length = len([*run])
+        if is_placeholder:
+            spans.append((start, start + length))
+        start += length
+    return spans
+
+
+def _key(picture: Picture, *effective: int) -> bytes:
+    """Return the key of a processed picture: that of its content, and the arguments that change its arrays."""
+    return picture.key + repr(effective).encode()
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any], allowed: Seq[str]) -> None:
+    unknown = sorted(set(kwargs) - set(allowed))
+    if unknown:
+        expected = ", ".join(allowed) or "none, as its pictures have one size"
+        raise BadRequest(f"mm_processor_kwargs has {unknown[0]!r}; this model takes {expected}", param=PARAM)
+
+
+def _count(kwargs: Mapping[str, Any], name: str, default: int) -> int:
+    """Return a positive integer among `kwargs`."""
+    value = kwargs.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRequest(f"mm_processor_kwargs: {name} must be a positive integer, got {value!r:.80}", param=PARAM)
+    return value

@@ -1,0 +1,247 @@
+"""Tiny random checkpoints that take pictures, in the file layouts of the published ones, and pictures for them.
+
+Weights are large enough for a picture to move every row: with small ones wrong code passes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+TEXT = (
+    "the quick brown fox jumps over a lazy dog query question passage describe image what is in this page user system "
+    "assistant you are helpful instruct document search relevant table chart figure revenue report text answer yes no"
+)
+
+QWEN = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' or 'image' in part or 'image_url' in part %}" + PICTURE + "{% elif 'text' in part %}"
+    "{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MOST_TOKENS = 64
+"""Tokens of the largest picture of the Qwen-VL checkpoints."""
+STD = 0.12
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of random pixels."""
+    pixels = np.random.default_rng([seed, width, height]).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a picture's file."""
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def byte_pairs(specials: tuple[str, ...], size: int) -> Tokenizer:
+    """A byte-level tokenizer with these special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*[TEXT] * 3, *TEXT.split()], trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    return tokenizer
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            random = torch.randn(weights.shape, generator=generator)
+            weights.copy_(weights + 0.1 * random if weights.ndim == 1 else STD * random)
+    return model.eval()
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    """Write a JSON file."""
+    (folder / name).write_text(json.dumps(content, indent=1))
+
+
+def write_model(folder: Path, model: PreTrainedModel, rename: Callable[[str], str | None] = lambda name: name) -> None:
+    """Write config and weights; tensors whose new name is `None` are left out."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = "float32"
+    write(folder, "config.json", model.config.to_dict())
+    tensors = {rename(name): tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    tensors.pop(None, None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # type: ignore[arg-type]
+
+
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 14, "intermediate_size": 64,
+        "fullatt_block_indexes": [2], "window_size": 56,
+    },
+    "qwen3_vl": {
+        "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 16, "intermediate_size": 64,
+        "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+    },
+}  # fmt: skip
+GENERATORS = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+
+
+def write_qwen_files(folder: Path, kind: str) -> PreTrainedTokenizerFast:
+    """Write tokenizer, chat template and image processor of a Qwen-VL checkpoint."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_pairs(QWEN, 700), pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=4096
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(QWEN_CHAT)
+    side = 2 * VISION[kind]["patch_size"]
+    least, most = 4 * side**2, MOST_TOKENS * side**2
+    sizes: dict[str, Any] = {"min_pixels": least, "max_pixels": most}
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    if kind == "qwen3_vl":
+        sizes, mean, std = {"size": {"shortest_edge": least, "longest_edge": most}}, [0.5] * 3, [0.5] * 3
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "image_mean": mean, "image_std": std, "merge_size": 2,
+        "patch_size": VISION[kind]["patch_size"], "temporal_patch_size": 2, "resample": 3, "rescale_factor": 1 / 255,
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+    }  # fmt: skip
+    write(folder, "preprocessor_config.json", processor | sizes)
+    return tokenizer
+
+
+def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **text: Any) -> Any:
+    """The config of a Qwen-VL checkpoint; `text` are changes of its text part."""
+    ids = tokenizer.get_vocab()
+    section = {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "default"}
+    more: dict[str, Any] = {}
+    if kind == "qwen3_vl":
+        section |= {"mrope_section": [4, 2, 2], "rope_theta": 5e6, "mrope_interleaved": True}
+        more = {"head_dim": 16}
+    part = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 4096,
+        "rope_parameters": section,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    return AutoConfig.for_model(
+        kind,
+        text_config=part | more | text,
+        vision_config={**VISION[kind], "temporal_patch_size": 2, "spatial_merge_size": 2},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
+def qwen_vl(folder: Path, kind: str, **text: Any) -> Path:
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, without the head that it shares with the token embedding."""
+    folder.mkdir(parents=True)
+    tokenizer = write_qwen_files(folder, kind)
+    model = randomised(getattr(transformers, GENERATORS[kind])(qwen_config(kind, tokenizer, **text)))
+
+    def rename(name: str) -> str | None:
+        if name == "lm_head.weight":
+            return None
+        if kind == "qwen3_vl":
+            return name
+        return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
+
+    write_model(folder, model, rename)
+    return folder
+
+
+CLIP_TOKENS = 17
+"""Tokens of a picture of the CLIP checkpoint: 4 x 4 patches and the class token."""
+
+
+def clip(folder: Path) -> Path:
+    """A CLIP checkpoint."""
+    folder.mkdir(parents=True)
+    tokenizer = byte_pairs(("<|startoftext|>", "<|endoftext|>"), 600)
+    ids = {text: tokenizer.token_to_id(text) for text in ("<|startoftext|>", "<|endoftext|>")}
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        pair="<|startoftext|> $A <|endoftext|> $B <|endoftext|>",
+        special_tokens=list(ids.items()),
+    )
+    begin, end = ids.values()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>", model_max_length=32,
+    ).save_pretrained(folder)  # fmt: skip
+    processor = {
+        "feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 56, "size": 56, "resample": 3,
+        "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
+    write(folder, "preprocessor_config.json", processor)
+    text = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 32,
+        "vocab_size": end + 1,
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "projection_dim": 24,
+    }
+    vision = {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 56,
+        "patch_size": 14, "projection_dim": 24,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    write_model(folder, randomised(transformers.CLIPModel(config)))
+    return folder
+
+
+@cache
+def processor_class(name: str) -> Any:
+    """A processor of Transformers without its part for videos, which needs torchvision."""
+    kind = getattr(transformers, name)
+
+    def get_attributes(cls: Any) -> list[str]:
+        return [attribute for attribute in super(made, cls).get_attributes() if attribute != "video_processor"]
+
+    made: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+    return made
