@@ -18,6 +18,7 @@ import torch
 from cenote import LLM
 from cenote.tensors import linear, native
 from cenote.tensors.native import Packed, Step
+from cenote.tensors.packing import spans_of
 from tests import PATIENCE
 from tests.checkpoints import bert
 
@@ -50,7 +51,7 @@ def test_results_of_kernels_are_float32_under_any_default(default_dtype: torch.d
     kernels = native.load()
     assert kernels is not None
     q = torch.ones(1, 1, 4, 32, dtype=torch.float32)
-    assert kernels.attend(q, q, q, torch.tensor([0, 4]), 1.0).dtype == torch.float32
+    assert kernels.attend(q, q, q, spans_of([0, 4]), 1.0).dtype == torch.float32
     if kernels.can_chain:
         packed: Packed = kernels.pack(torch.eye(32, dtype=torch.float32))
         assert kernels.unpack(packed).dtype == torch.float32

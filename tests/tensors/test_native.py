@@ -48,7 +48,7 @@ def test_attention_equals_torch(kernels: Kernels, size: int, group: int, causal:
     q, k, v = (x.transpose(1, 2) for x in states)
     with torch.inference_mode():
         assert kernels.can_attend(q, k, v, batch.max_length)
-        got = kernels.attend(q, k, v, batch.offsets, size**-0.5, causal=causal, window=window)
+        got = kernels.attend(q, k, v, batch.spans_B7, size**-0.5, causal=causal, window=window)
     expected = attend_runs(q.double(), k.double(), v.double(), batch, Rule(causal, window))
     allowed = 1e-5 if causal or window else 5e-6
     assert torch.allclose(got.double(), expected, atol=allowed), (got - expected).abs().max()
@@ -63,7 +63,7 @@ def test_what_comes_later_moves_no_bit(kernels: Kernels, window: int | None) -> 
         x[:, :, 41:] = torch.randn(1, 2, 29, 32) * 1e6
     with torch.inference_mode():
         one, other = (
-            kernels.attend(*states, batch.offsets, 0.2, causal=True, window=window) for states in ((q, k, v), others)
+            kernels.attend(*states, batch.spans_B7, 0.2, causal=True, window=window) for states in ((q, k, v), others)
         )
     assert torch.equal(one[:, :41], other[:, :41])
     assert not torch.equal(one[:, 41:], other[:, 41:])
@@ -88,7 +88,7 @@ def test_attention_survives_extreme_scores(kernels: Kernels) -> None:
     batch = pack([Sequence([1] * 40)])
     q, k, v = (torch.randn(1, 2, 40, 32) * scale for scale in (50, 50, 1))
     with torch.inference_mode():
-        got = kernels.attend(q, k, v, batch.offsets, 1.0)
+        got = kernels.attend(q, k, v, batch.spans_B7, 1.0)
     expected = attend_runs(q, k, v, batch, Rule(causal=False, scaling=1.0))
     assert torch.allclose(got, expected, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_a_poisoned_query_stays_poisoned_and_alone(kernels: Kernels) -> None:
     q, k, v = (torch.randn(1, 2, 40, 32) for _ in range(3))
     q[0, :, 3] = float("nan")
     with torch.inference_mode():
-        rows = kernels.attend(q, k, v, batch.offsets, 0.2)[0].isnan().flatten(1).any(1)
+        rows = kernels.attend(q, k, v, batch.spans_B7, 0.2)[0].isnan().flatten(1).any(1)
     assert rows.nonzero().flatten().tolist() == [3]
 
 

@@ -18,6 +18,7 @@ from cenote.core import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
+from cenote.tensors.native import LONGEST
 from cenote.tensors.packing import set_apart, share
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
+UNLIMITED = 1 << 62
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 
 
@@ -115,7 +117,7 @@ class Packed:
 
     Attributes:
         is_causal: whether the last forward's attention was.
-        is_fused: whether one kernel did all sequences of it, rather than each length by itself.
+        is_fused: whether one kernel did the attention of all its sequences, rather than of each length by itself.
         shares_prefixes: whether common beginnings of sequences run once.
         places: the tokens for which alone the last layer can run.
         graphs: replays forwards instead of launching their kernels one by one.
@@ -133,6 +135,7 @@ class Packed:
         self.places: frozenset[Place] = frozenset()
         self.graphs: Graphs | None = None
         self.unrecorded = ""
+        self._longest = UNLIMITED if kernels is None else LONGEST
         self._own_attention = backbone.model.config._attn_implementation
 
     def install(self) -> None:
@@ -167,9 +170,15 @@ class Packed:
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
         """Group the numbers of sequences that may share a forward."""
-        if self.backbone.rope_class is None:
-            return [list(range(len(lengths)))]
-        return list(places_by(map(self.backbone.rope_class, lengths)).values())
+        return list(places_by(map(self._length_class, lengths)).values())
+
+    def _length_class(self, length: int) -> tuple[int, int]:
+        """Return numbers that lengths have in common which may share a forward.
+
+        A sequence too long for the native attention would take the others from it.
+        """
+        of_rope = self.backbone.rope_class
+        return max(0, length - self._longest), 0 if of_rope is None else of_rope(length)
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:
         """Run one forward; `[T, D]`, NaN but for the rows at `place`, if that is one of `places`."""

@@ -234,16 +234,22 @@ def _of_batch(
         fused = attend_fused(q_1NTH, k_1NTH, v_1NTH, batch, rule, place)
         if fused is not None:
             return fused
-    under_way.is_fused = False
     if not isinstance(batch, Batch):
         raise NotImplementedError(f"no fused kernel does the attention of {type(module).__name__} here")
+    if kernels is not None and _is_native(q_1NTH, k_1NTH, v_1NTH, batch, rule, kernels):
+        spans_B7 = batch.spans_B7 if place is None else batch.spans_at(place)
+        scale = _scale(q_1NTH, rule)
+        return kernels.attend(q_1NTH, k_1NTH, v_1NTH, spans_B7, scale, causal=rule.causal, window=rule.window)
+    under_way.is_fused = False
     if place is not None:
         return attend_at(place, q_1NTH, k_1NTH, v_1NTH, batch, rule)
-    is_plain = rule.plain and batch.prefixes is None
-    if kernels is not None and is_plain and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.max_length):
-        scale = _scale(q_1NTH, rule)
-        return kernels.attend(q_1NTH, k_1NTH, v_1NTH, batch.offsets, scale, causal=rule.causal, window=rule.window)
     return attend_runs(q_1NTH, k_1NTH, v_1NTH, batch, rule)
+
+
+def _is_native(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, batch: Batch, rule: Rule, kernels: Kernels) -> bool:
+    """Return whether the native kernel does the attention of `batch`. It counts windows from a query's own key."""
+    counts_past_keys = batch.blind and rule.window is not None
+    return rule.plain and not counts_past_keys and kernels.can_attend(q_1NTH, k_1NTH, v_1NTH, batch.most_keys)
 
 
 def hides(mask: Tensor) -> bool:

@@ -1,6 +1,6 @@
 // CPU kernels for packed (padding-free) inference, fp32 only.
 //
-//   packed_attention   softmax(scale * Q K^T) V within each sequence of a packed batch
+//   packed_attention   softmax(scale * Q K^T) V within each sequence of a packed batch and its prefix
 //   rms_norm           rows over their root mean square
 //   linear_chain       Linear layers with what follows them: bias, activation, residual and LayerNorm
 //
@@ -201,7 +201,8 @@ struct Rule {
   bool causal;
   int64_t first(int64_t query) const { return query < window ? 0 : query - window + 1; }
   int64_t last(int64_t query, int64_t len) const {  // one beyond
-    return causal ? query + 1 : len - query <= window ? len : query + window;
+    if (causal && query < len) return query + 1;
+    return causal || len - query <= window ? len : query + window;
   }
 };
 
@@ -258,13 +259,22 @@ void query_block(Rows q, const float* kt, int64_t ldk, Rows v, int64_t i, int64_
   for (; d < D; d += W) value_tile<R, 1>(s, ld, Rows{v.base + d, v.stride}, n, sum, out + d, out_stride);
 }
 
+// The keys or values of a sequence: those of its prefix, then its own.
+struct Keys {
+  Rows prefix, own;
+  int64_t shared;  // rows of the prefix
+  const float* row(int64_t j) const {
+    return j < shared ? prefix.base + j * prefix.stride : own.base + (j - shared) * own.stride;
+  }
+};
+
 // dst[d][j] = k[j][d]; columns up to the next multiple of W are set to 0.
-void transpose(Rows k, int64_t len, int D, float* dst, int64_t ld) {
+void transpose(const Keys& k, int64_t len, int D, float* dst, int64_t ld) {
   for (int64_t j = 0; j < len; j += W) {
     const int64_t n = len - j < W ? len - j : W;
     for (int d = 0; d < D; d += W) {
       vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = i < n ? load(k.base + (j + i) * k.stride + d) : splat(0.0f);
+      for (int i = 0; i < W; ++i) x[i] = i < n ? load(k.row(j + i) + d) : splat(0.0f);
       transpose_block(x);
       for (int i = 0; i < W; ++i) store(dst + (d + i) * ld + j, x[i]);
     }
@@ -276,40 +286,48 @@ struct Next {
   const float *q, *k, *v;
 };
 
-void one_head(Rows q, Rows k, Rows v, Next next, int64_t len, Rule rule, int D, float scale, float* out,
-              int64_t out_stride, Scratch& scratch) {
+// `queries` of a sequence of `len` keys, the first of them at the position `at`. The rows of a query do not depend on the
+// queries that are computed beside it, nor on whether its keys lie in a prefix.
+void one_head(Rows q, int64_t queries, int64_t at, const Keys& k, const Keys& v, Next next, int64_t len, Rule rule, int D,
+              float scale, float* out, int64_t out_stride, Scratch& scratch) {
   constexpr int R = 6;
   const int64_t ld = (len + W - 1) / W * W;
   // Rows of V a multiple of 1 KiB apart share few L1 sets: worth a copy once they are read often enough.
-  const bool copy_values = v.stride % 256 == 0 && len >= 64;
+  const bool copy_values = v.shared > 0 || (v.own.stride % 256 == 0 && queries >= 64);
   const int64_t ldk = ld + W;  // rows at a power-of-two distance would evict each other from L1
   float* kt = scratch.get(ldk * D + ld * R + (copy_values ? len * D : 0));
   float* s = kt + ldk * D;
   transpose(k, len, D, kt, ldk);
+  Rows values = v.own;
   if (copy_values) {
     float* copy = s + ld * R;
     for (int64_t j = 0; j < len; ++j)
-      for (int d = 0; d < D; d += W) store(copy + j * D + d, load(v.base + j * v.stride + d));
-    v = {copy, D};
+      for (int d = 0; d < D; d += W) store(copy + j * D + d, load(v.row(j) + d));
+    values = {copy, D};
   }
   int64_t i = 0;
-  for (; i + R <= len; i += R) {
+  for (; i + R <= queries; i += R) {
     for (int r = 0; r < R; ++r)
       for (int d = 0; d < D; d += 16) {
         __builtin_prefetch(next.q + (i + r) * q.stride + d);
-        __builtin_prefetch(next.k + (i + r) * k.stride + d);
-        __builtin_prefetch(next.v + (i + r) * v.stride + d);
+        __builtin_prefetch(next.k + (i + r) * k.own.stride + d);
+        __builtin_prefetch(next.v + (i + r) * v.own.stride + d);
       }
-    query_block<R>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
-                   out_stride);
+    query_block<R>({q.base + i * q.stride, q.stride}, kt, ldk, values, at + i, len, rule, D, scale, s,
+                   out + i * out_stride, out_stride);
   }
-  for (; i + 2 <= len; i += 2)
-    query_block<2>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
-                   out_stride);
-  for (; i < len; ++i)
-    query_block<1>({q.base + i * q.stride, q.stride}, kt, ldk, v, i, len, rule, D, scale, s, out + i * out_stride,
-                   out_stride);
+  for (; i + 2 <= queries; i += 2)
+    query_block<2>({q.base + i * q.stride, q.stride}, kt, ldk, values, at + i, len, rule, D, scale, s,
+                   out + i * out_stride, out_stride);
+  for (; i < queries; ++i)
+    query_block<1>({q.base + i * q.stride, q.stride}, kt, ldk, values, at + i, len, rule, D, scale, s,
+                   out + i * out_stride, out_stride);
 }
+
+// The rows of a sequence: its queries, the position of the first of them, its prefix, and its own keys.
+struct Span {
+  int64_t query, queries, at, prefix, shared, own, keys;
+};
 
 // cblas_sgemm_compute of MKL.
 using Compute = void (*)(int, int, int, int, int, int, const float*, int, const float*, int, float, float*, int);
@@ -439,26 +457,34 @@ extern "C" {
 int vector_width() { return W; }
 
 // q: row (head h, token t) at q + h * qh + t * qt, D contiguous floats; k, v alike with
-// heads / group heads.  out: (tokens, heads, D) contiguous.  starts: sequences + 1 offsets.  A query sees keys up to
+// heads / group heads.  out: (queries, heads, D) contiguous.  A query sees keys up to
 // its own position if causal, and nearer than `window` positions (0 = any).
 // Returns 0, or 1 when memory ran out (out is then unspecified).
 int packed_attention(const float* q, int64_t qh, int64_t qt, const float* k, int64_t kh, int64_t kt, const float* v,
-                     int64_t vh, int64_t vt, float* out, const int64_t* starts, int64_t sequences, int64_t heads,
+                     int64_t vh, int64_t vt, float* out, const Span* spans, int64_t sequences, int64_t heads,
                      int64_t group, int64_t D, float scale, int causal, int64_t window, int threads) {
   const int64_t work = sequences * heads;
+  const int64_t chunk = work < 16 * threads ? 1 : 4;  // few pieces of work are long ones
   const Rule rule{window > 0 ? window : INT64_MAX, causal != 0};
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Scratch scratch;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t w = 0; w < work; ++w) {
-      const int64_t n = w / heads, h = w % heads, a = starts[n], len = starts[n + 1] - a;
-      if (len <= 0) continue;
+      const Span& span = spans[w / heads];
+      const int64_t h = w % heads;
+      if (span.queries <= 0) continue;
+      const auto rows_of = [&](const float* x, int64_t xh, int64_t xt) {
+        const float* head = x + h / group * xh;
+        return Keys{{head + span.prefix * xt, xt}, {head + span.own * xt, xt}, span.shared};
+      };
+      const Next next{q + (h + 1) * qh + span.query * qt, k + (h + 1) / group * kh + span.own * kt,
+                      v + (h + 1) / group * vh + span.own * vt};
       try {
-        one_head({q + h * qh + a * qt, qt}, {k + h / group * kh + a * kt, kt}, {v + h / group * vh + a * vt, vt},
-                 {q + (h + 1) * qh + a * qt, k + (h + 1) / group * kh + a * kt, v + (h + 1) / group * vh + a * vt}, len,
-                 rule, static_cast<int>(D), scale, out + (a * heads + h) * D, heads * D, scratch);
+        one_head({q + h * qh + span.query * qt, qt}, span.queries, span.at, rows_of(k, kh, kt), rows_of(v, vh, vt), next,
+                 span.shared + span.keys, rule, static_cast<int>(D), scale, out + (span.query * heads + h) * D, heads * D,
+                 scratch);
       } catch (const std::bad_alloc&) {
 #pragma omp atomic write
         failed = 1;

@@ -27,6 +27,7 @@ from cenote.config import Isa
 from cenote.core import optional
 from cenote.errors import ConfigError
 from cenote.tensors import library
+from cenote.tensors.packing import spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 VARIABLE = "CENOTE_ISA"
-LONGEST = 2048
-"""Sequences beyond this length are as fast with torch's own kernel."""
+LONGEST = 8192
+"""Keys of a sequence beyond which torch's own kernel is faster."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
 """Rows that pass a chain of Linear layers together: fewer waste the BLAS, more leave the cache."""
 CACHE = 3 << 19
@@ -113,19 +114,22 @@ class Kernels:
         q_1NTH: Tensor,
         k_1NTH: Tensor,
         v_1NTH: Tensor,
-        starts: Tensor,
+        spans_B7: Tensor,
         scale: float,
         *,
         causal: bool = False,
         window: int | None = None,
     ) -> Tensor:
-        """Attention within each sequence: `[1, T, N, H]`, contiguous.
+        """Attention within each sequence and its prefix: `[1, Q, N, H]`, contiguous.
+
+        The result of a query depends on nothing but itself and the keys and values that it may see: not on the other
+        queries, the other sequences, the threads, or whether keys lie in a prefix.
 
         Args:
-            q_1NTH: queries; keys and values may have fewer heads, whole groups of queries sharing one.
+            q_1NTH: queries `[1, N, Q, H]`; keys and values may have fewer heads, whole groups of queries sharing one.
             k_1NTH: keys.
             v_1NTH: values.
-            starts: B + 1 int64 offsets.
+            spans_B7: rows of each sequence, as `cenote.tensors.packing.spans_of` makes them.
             scale: factor on the dot products.
             causal: a query sees keys up to its own position only.
             window: a query sees keys nearer than this many positions; `None` = all.
@@ -139,15 +143,8 @@ class Kernels:
         failed = self._attention(
             *strided,
             out_1TNH.data_ptr(),
-            starts.data_ptr(),
-            starts.shape[0] - 1,
-            heads,
-            heads // k_1NTH.shape[1],
-            size,
-            scale,
-            causal,
-            window or 0,
-            torch.get_num_threads(),
+            *(spans_B7.data_ptr(), len(spans_B7), heads, heads // k_1NTH.shape[1], size),
+            *(scale, causal, window or 0, torch.get_num_threads()),
         )
         if failed:
             raise MemoryError("packed attention")
@@ -224,7 +221,7 @@ class Kernels:
         if not self.can_attend(q, k, v, max(lengths)):
             return False
         for causal, window in ((False, None), (True, None), (False, 9), (True, 20)):
-            out = self.attend(q, k, v, torch.tensor(starts), size**-0.5, causal=causal, window=window)
+            out = self.attend(q, k, v, spans_of(starts), size**-0.5, causal=causal, window=window)
             for start, stop in pairwise(starts):
                 parts = [x[:, :, start:stop].double() for x in (q, k, v)]
                 expected = _attention(*parts, causal=causal, window=window).transpose(1, 2)

@@ -228,6 +228,27 @@ class Batch:
                 left -= size
         return tuple(runs)
 
+    @cached_property
+    def spans_B7(self) -> Tensor:
+        """The rows of each sequence and of the keys that it sees; see `spans_of`."""
+        return spans_of(self.starts, self.prefixes, blind=self.blind)
+
+    def spans_at(self, place: Place) -> Tensor:
+        """Return the same for the token of each sequence at `place` alone, the only query."""
+        spans_B7 = self.spans_B7.clone()
+        query, count, at, *_ = spans_B7.T
+        query.copy_(torch.arange(self.size))
+        if place == "last":
+            at += count - 1
+        count.fill_(1)
+        return spans_B7
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Maximum number of rows that a sequence sees."""
+        *_, shared, _, keys = self.spans_B7.T
+        return int((shared + keys).max())
+
     def select(self, members: Seq[int]) -> tuple[Batch, Tensor]:
         """Return the batch of the sequences numbered `members`, in that order, and their rows in this one."""
         host_rows = numbers_in(self.rows[i] for i in members)
@@ -333,6 +354,25 @@ def pack(sequences: Seq[Sequence], device: torch.device | str = "cpu") -> Batch:
         media=media,
         host_sources_T=sources_T,
     )
+
+
+def spans_of(starts: Seq[int], prefixes: Seq[range] | None = None, *, blind: bool = False) -> Tensor:
+    """Return the rows of sequences as the native kernel takes them: int64 `[B, 7]` on the host.
+
+    For each sequence: its first query, the number of queries, the position of the first one among the keys; first row
+    and length of its prefix; first row and length of its own keys.
+
+    Args:
+        starts: B + 1 offsets of the sequences.
+        prefixes: of each; `None` = there are none.
+        blind: a sequence with a prefix sees nothing but it.
+    """
+    edges = np.asarray(starts, dtype=np.int64)
+    lengths = np.diff(edges)
+    prefixes = prefixes or (range(0),) * len(lengths)
+    firsts, shared = np.array([(prefix.start, len(prefix)) for prefix in prefixes], dtype=np.int64).T
+    keys = lengths * ~(blind & (shared > 0))
+    return torch.from_numpy(np.stack([edges[:-1], lengths, shared, firsts, shared, edges[:-1], keys], axis=1))
 
 
 def numbers_in(ranges: Iterable[range]) -> Ids:

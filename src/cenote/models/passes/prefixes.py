@@ -33,6 +33,7 @@ def undo(subject: Subject) -> None:
 
 def _fault(subject: Subject) -> str:
     layout, max_length = subject.layout, subject.settings.max_length
+    assert isinstance(layout, Packed)
     probe = prefixed(layout, max_length)
     if probe is None:
         return f"it takes {max_length} tokens at most"
@@ -40,6 +41,8 @@ def _fault(subject: Subject) -> str:
     layout.shares_prefixes = True
     with shortened_windows(subject.backbone):
         fault = probe.fault(layout)
+    if not fault and subject.settings.magnifies_rounding and not layout.is_fused:
+        return "attention over a prefix rounds in another order, of which weights in int8 make whole steps"
     if fault or pictures is None:
         return fault
     return pictures.fault(layout)

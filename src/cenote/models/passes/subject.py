@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.models.audit import Audit
 from cenote.models.passes.patches import Patches
+from cenote.tensors.linear import PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +65,14 @@ class Settings:
     reserves_adapters: bool = False
     audit: Audit = field(default_factory=Audit)
     narrowing: Narrowing = field(default_factory=Narrowing)
+
+    @property
+    def magnifies_rounding(self) -> bool:
+        """Whether products in 8 bits make whole steps out of the rounding of their inputs.
+
+        Then nothing that depends on the rest of a batch may change by a bit the way in which a row is computed.
+        """
+        return self.narrowing.kernel is not None and PATHS[self.narrowing.path].kind == "int8"
 
 
 class Outcome(NamedTuple):
