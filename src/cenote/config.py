@@ -280,6 +280,12 @@ class ModelConfig(BaseModel):
         True, description="run common beginnings of a batch's sequences once, where the probe proves it exact"
     )
 
+    batch_invariant: bool = Field(
+        False,
+        description="give every input the same bits whatever shares its batch and however many threads there are, at "
+        "some cost",
+    )
+
     @field_validator("max_model_len", mode="before")
     @classmethod
     def _by_model(cls, value: Any) -> Any:

@@ -483,11 +483,13 @@ class Similarity:
         vectors: "cosine", "dot", "euclidean" or "manhattan".
         sparse: likewise.
         tokens: "maxsim" or "meanmaxsim".
+        is_apart: no bit of a document's score may depend on the others.
     """
 
     vectors: str = "cosine"
     sparse: str = "dot"
     tokens: str = "maxsim"
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,6 +526,7 @@ class Report:
         layout: how batches run ("packed", "padded", ...), as the probe at load found.
         linears: how the Linear layers run if not simply in `dtype`.
         shares_prefixes: whether common beginnings of a batch's sequences run once.
+        company: how rows keep their bits whatever shares their batch; empty if they need not.
         streams: batches that run at a time, each on its part of the CPU's threads.
         batch_tokens: maximum tokens of a batch.
         warnings: for the user, a sentence each.
@@ -543,6 +546,7 @@ class Report:
     layout: str = "packed"
     linears: str = ""
     shares_prefixes: bool = False
+    company: str = ""
     streams: int = 1
     batch_tokens: int = 768
     warnings: tuple[str, ...] = ()

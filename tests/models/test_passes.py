@@ -46,7 +46,7 @@ def check(subject: Subject, name: str) -> None:
 
 
 def test_the_order() -> None:
-    assert NAMES == ("adapters", "prefixes", "fuse", "last_layer", "graphs", "narrow")
+    assert NAMES == ("adapters", "prefixes", "fuse", "last_layer", "graphs", "narrow", "company")
     assert {"prefixes", "fuse", "last_layer", "graphs"} == ONLY_FASTER
 
 

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -337,6 +337,7 @@ def _running(info: ModelInfo) -> str:
         clauses.append(f"{report.streams} batches at a time")
     if report.shares_prefixes:
         clauses.append("common prefixes once")
+    clauses += filter(None, [report.company])
     length = f"{info.max_model_len} tokens an input"
     if info.limit("embed") > info.max_model_len:
         length += ", embed takes longer ones in blocks"
@@ -364,7 +365,7 @@ def _head(info: ModelInfo) -> str:
 
 
 def _scoring(info: ModelInfo) -> str:
-    usual = asdict(Similarity())
+    usual = asdict(replace(Similarity(), is_apart=info.similarity.is_apart))
     unusual = [f"; {kind} by {name}" for kind, name in asdict(info.similarity).items() if name != usual[kind]]
     return f"scores pairs as: {', '.join(info.score_types)}{''.join(unusual)}"
 

@@ -59,7 +59,7 @@ def describe(
         max_embed_len=_embed_length(checkpoint, options, length),
         use_activation=vectors.use_activation,
         matryoshka=matryoshka,
-        similarity=checkpoint.similarity,
+        similarity=replace(checkpoint.similarity, is_apart=options.batch_invariant),
         report=_of_files(checkpoint, replace(running, pooling=vectors.pooling)),
         **of_backbone,
     )

@@ -19,7 +19,7 @@ from cenote.models.traits import block_sparse_length, position_offset, reset_att
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
 from cenote.tensors.native import LONGEST
-from cenote.tensors.packing import set_apart, share
+from cenote.tensors.packing import Batch, filled, set_apart, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     from cenote.models.vision import Vision
     from cenote.tensors.native import Kernels
-    from cenote.tensors.packing import Batch, Features, Ids, Place, Static
+    from cenote.tensors.packing import Features, Ids, Place, Static
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
 UNLIMITED = 1 << 62
+STEADY_ROWS = 32
+"""Tokens of which a forward has a multiple, where no operator may meet the end of a tensor's vectors."""
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 
 
@@ -120,6 +122,8 @@ class Packed:
         is_fused: whether one kernel did the attention of all its sequences, rather than of each length by itself.
         shares_prefixes: whether common beginnings of sequences run once.
         places: the tokens for which alone the last layer can run.
+        is_apart: each sequence has a forward of its own.
+        is_filled: forwards have a multiple of `STEADY_ROWS` tokens.
         graphs: replays forwards instead of launching their kernels one by one.
         unrecorded: why forwards could not be recorded, or an empty string.
     """
@@ -132,6 +136,8 @@ class Packed:
         self.is_causal = False
         self.is_fused = False
         self.shares_prefixes = False
+        self.is_apart = False
+        self.is_filled = False
         self.places: frozenset[Place] = frozenset()
         self.graphs: Graphs | None = None
         self.unrecorded = ""
@@ -170,6 +176,8 @@ class Packed:
 
     def groups(self, lengths: tuple[int, ...], *, hides: bool = False) -> list[list[int]]:
         """Group the numbers of sequences that may share a forward."""
+        if self.is_apart:
+            return [[i] for i in range(len(lengths))]
         return list(places_by(map(self._length_class, lengths)).values())
 
     def _length_class(self, length: int) -> tuple[int, int]:
@@ -201,6 +209,8 @@ class Packed:
 
     def _run(self, batch: Batch | Static, place: Place | None = None) -> Tensor:
         """`[T, D]`, or `[B, D]` for the rows at `place` alone."""
+        if self.is_filled and isinstance(batch, Batch) and batch.tokens % STEADY_ROWS:
+            return self._run(filled(batch, STEADY_ROWS), place)[: batch.tokens]
         with attention.boundaries(batch, self.kernels, place) as under_way:
             hidden_TD = self.backbone.run(
                 input_ids=batch.ids_T[None],
@@ -231,12 +241,17 @@ class Padded:
         backbone: the model, with its own attention implementation.
         equal: only sequences of one length share a forward, for models that padding would change.
         size: maximum number of sequences in a forward.
+
+    Attributes:
+        is_apart: each sequence has a forward of its own.
     """
 
     shares_prefixes = False
+    is_filled = False
 
     def __init__(self, backbone: Backbone, *, equal: bool = False, size: int | None = None) -> None:
         self.backbone = backbone
+        self.is_apart = False
         self.equal = equal
         self.size = size or PADDED_SEQUENCES.get(backbone.device.type, 8)
         self.name = "equal lengths" if equal else "padded"
@@ -262,11 +277,12 @@ class Padded:
             hides: some have hidden tokens, whose rows padding changes in models that let masked tokens see nothing
                 (DeBERTa).
         """
+        size = 1 if self.is_apart else self.size
         length_class: Callable[[int], int] = int if self.equal or hides else self.backbone.length_class
         groups: list[list[int]] = []
         for members in places_by(map(length_class, lengths)).values():
             members.sort(key=lambda i: -lengths[i])
-            groups += [members[i : i + self.size] for i in range(0, len(members), self.size)]
+            groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
     def run(self, batch: Batch, place: Place | None = None) -> Tensor:

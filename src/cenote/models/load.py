@@ -197,13 +197,14 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unst
     return Settings(
         max_length=built.length,
         kernels=None if options.plain else kernels,
-        products=narrow.products(kernels, narrowing),
+        products=narrow.products(kernels, narrowing, steady=options.batch_invariant),
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
         adapters=_adapters(checkpoint, options, unstacked),
         reserves_adapters=options.enable_lora and not options.lora_modules,
         audit=checkpoint.audit,
         narrowing=narrowing,
+        invariant=options.batch_invariant,
     )
 
 
@@ -250,6 +251,10 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
     leave_out = set(table.ONLY_FASTER if options.plain else ())
     if not options.prefix_sharing:
         leave_out.add("prefixes")
+    if options.batch_invariant:
+        leave_out.update(
+            ("last_layer", "graphs")
+        )  # the one depends on the other outputs, the other on the batch's size
     if subject.settings.narrowing.kernel is not None:
         leave_out.discard("fuse")  # narrow weights take the places of packed ones
     table.prepare(subject, leave_out)
@@ -269,6 +274,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         layout=layout.name,
         linears=next(filter(None, linears), ""),
         shares_prefixes=layout.shares_prefixes,
+        company=outcomes.get("company", Outcome()).text,
         token_dimension=offer.token_dimension,
         warnings=tuple(filter(None, notes)),
     )
@@ -283,7 +289,7 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         adapters=subject.shelf.names if subject.shelf else (),
         patch_cost=layout.backbone.vision.cost() if layout.backbone.vision else 0.0,
     )
-    model = PoolingModel(info, layout, offer.outputs, subject.shelf)
+    model = PoolingModel(info, layout, offer.outputs, subject.shelf, invariant=options.batch_invariant)
     _check_first_forward(model, offer)
     if layout.backbone.device.type == "cpu":
         why_not = _fault_beside(model, subject)

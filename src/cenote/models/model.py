@@ -7,6 +7,7 @@ be packed and launched. All tasks of a model share one forward.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ from cenote.models.classifiers import at_none
 from cenote.models.layouts import forward
 from cenote.models.passes import shelf
 from cenote.tasks import TASKS, only_of
+from cenote.tensors.native import torch_on_one_thread
 from cenote.tensors.packing import pack
 from cenote.tensors.results import kept
 
@@ -42,18 +44,28 @@ if TYPE_CHECKING:
 class PoolingModel:
     """Layout and task outputs of one checkpoint.
 
+    Args:
+        invariant: outputs do not depend by a bit on the rest of the batch, or on the number of threads.
+
     Attributes:
         is_reentrant: whether several threads may `launch` at a time.
     """
 
     def __init__(
-        self, info: ModelInfo, layout: Layout, outputs: Mapping[str, TaskOutput], adapters: Shelf | None = None
+        self,
+        info: ModelInfo,
+        layout: Layout,
+        outputs: Mapping[str, TaskOutput],
+        adapters: Shelf | None = None,
+        *,
+        invariant: bool = False,
     ) -> None:
         self.info = info
         self.layout = layout
         self.outputs = outputs
         self.is_reentrant = False
         self._adapters = adapters
+        self._invariant = invariant
 
     @property
     def shares_prefixes(self) -> bool:
@@ -80,29 +92,44 @@ class PoolingModel:
     def launch(self, sequences: Seq[Sequence]) -> Pending:
         """Start the forwards of `sequences`, which may mix tasks and parameters: one for each adapter."""
         parts: list[Part] = []
-        for adapter, members in places_by(sequence.adapter for sequence in sequences).items():
-            with shelf.active(adapter, self.info.adapters):
-                parts += self._run(sequences, members)
+        with torch_on_one_thread() if self._invariant else nullcontext():
+            for members in self._groups(sequences):
+                with shelf.active(sequences[members[0]].adapter, self.info.adapters):
+                    parts += self._run(sequences, members)
         return Pending(sequences, parts, self.layout.backbone.device)
+
+    def _groups(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Group the numbers of sequences by adapter; each is its own group where its pictures must not meet others."""
+        if self._invariant and self.layout.backbone.vision is not None:
+            return [[i] for i in range(len(sequences))]
+        return list(places_by(sequence.adapter for sequence in sequences).values())
 
     def _run(self, sequences: Seq[Sequence], chosen: list[int]) -> list[Part]:
         """Run one forward over the sequences numbered `chosen`."""
         order = sorted(chosen, key=lambda i: -len(sequences[i].ids))
         ordered = [sequences[i] for i in order]
         batch = pack(ordered, self.layout.backbone.device)
-        groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
-        for row, sequence in enumerate(ordered):
-            groups[sequence.task, sequence.params].append(row)
-            for task in sequence.also:
-                groups[task, only_of(TASKS[task], sequence.params)].append(row)
+        groups = _by_output(ordered)
         read = [row for row, sequence in enumerate(ordered) if self._is_read(sequence)]
-        parts: list[Part] = []
         with torch.inference_mode():
             hidden_TD = self._forward(batch, read, self._place(batch, groups))
-            for (task, params), members in groups.items():
-                values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
-                places = [order[row] for row in members]
-                parts.append(Part(task, places, _on_host(values), lengths, optional(_on_host, indices)))
+            if not self._invariant:
+                return self._finish(hidden_TD, batch, groups, order)
+            parts: list[Part] = []
+            for row, sequence in enumerate(ordered):
+                part, rows = batch.select([row])  # whose rows are a copy, at an address that does not depend on others
+                parts += self._finish(hidden_TD[rows], part, _by_output([sequence]), [order[row]])
+        return parts
+
+    def _finish(
+        self, hidden_TD: Tensor, batch: Batch, groups: Mapping[tuple[str, PoolingParams], list[int]], order: list[int]
+    ) -> list[Part]:
+        """Pool, and run heads; `order` are the places of the batch's sequences among those that were launched."""
+        parts = []
+        for (task, params), members in groups.items():
+            values, lengths, indices = self.outputs[task](hidden_TD, batch, members, params)
+            places = [order[row] for row in members]
+            parts.append(Part(task, places, _on_host(values), lengths, optional(_on_host, indices)))
         return parts
 
     def _forward(self, batch: Batch, read: list[int], place: Place | None) -> Tensor:
@@ -134,6 +161,16 @@ class PoolingModel:
 def _on_host(values: Tensor) -> Tensor:
     """Begin to copy `values` to the host, into pinned memory."""
     return values.to("cpu", non_blocking=True)
+
+
+def _by_output(sequences: Seq[Sequence]) -> dict[tuple[str, PoolingParams], list[int]]:
+    """Return the numbers of `sequences` by the tasks and parameters of their outputs."""
+    groups: dict[tuple[str, PoolingParams], list[int]] = defaultdict(list)
+    for row, sequence in enumerate(sequences):
+        groups[sequence.task, sequence.params].append(row)
+        for task in sequence.also:
+            groups[task, only_of(TASKS[task], sequence.params)].append(row)
+    return groups
 
 
 class Part(NamedTuple):

@@ -213,7 +213,8 @@ class SentenceTransformer:
                 f"{SETTINGS}: similarity_fn_name is {written!r}; honoured are {', '.join(SIMILARITIES)}"
             )
         if kind in SIMILARITIES.get(name, ()):
-            return Similarity(**dict.fromkeys(COMPARED[kind], name))
+            changes: dict[str, Any] = dict.fromkeys(COMPARED[kind], name)
+            return Similarity(**changes)
         return Similarity(vectors="dot") if kind == "sparse" and self.special else Similarity()
 
 

@@ -155,7 +155,7 @@ class Service:
         facts = _facts(checkpoint, model, pooling_model.info.adapters)
         renderer = facts.renderer(checkpoint.tokenizer, pooling_model.info)
         plugin = plugins.load(model.io_processor_plugin, checkpoint, renderer)
-        local = _local_engine(pooling_model, engine, max_queued)
+        local = _local_engine(pooling_model, engine, max_queued, model)
         try:
             ranges = _ranges(model, renderer, local)
         except BaseException:  # also if the user interrupts
@@ -203,17 +203,26 @@ class Service:
         return cls(engine, renderer, names or facts.names, facts.pair_template, None, facts.quantisation(), facts)
 
 
-def _local_engine(model: PoolingModel, options: EngineConfig, max_queued: int | None) -> Engine:
-    """Start the engine of a loaded model."""
+AS_MANY_AS_THREADS = 1 << 16
+
+
+def _local_engine(model: PoolingModel, options: EngineConfig, max_queued: int | None, loaded: ModelConfig) -> Engine:
+    """Start the engine of a loaded model.
+
+    Rows that are to keep their bits are computed with torch on one thread, so there is a stream for each thread then.
+    """
     from cenote.engine.engine import LocalEngine
 
+    streams = options.streams
+    if streams is None and loaded.batch_invariant:
+        streams = AS_MANY_AS_THREADS
     return LocalEngine(
         model,
         max_batch_tokens=options.max_num_batched_tokens,
         max_batch_sequences=options.max_num_seqs,
         max_queued=max_queued or options.max_queued_seqs,
         threads=options.threads,
-        streams=options.streams,
+        streams=streams,
         by_priority=options.scheduling_policy == "priority",
         forward_timeout=options.forward_timeout,
     )

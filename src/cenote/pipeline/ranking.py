@@ -68,12 +68,13 @@ def _bi_encoder(sides: Sides, similarity: Similarity) -> Array:
 
 
 def _late_interaction(sides: Sides, similarity: Similarity) -> Array:
-    return _late(sides, similarity.tokens)
+    return _late(sides, similarity.tokens, similarity)
 
 
-def _late(sides: Sides, name: str) -> Array:
+def _late(sides: Sides, name: str, similarity: Similarity) -> Array:
     if len(sides.queries) == 1:
-        return late_interaction(sides.queries[0].data, _data(sides.documents), name)
+        query, documents = sides.queries[0].data, _data(sides.documents)
+        return late_interaction(query, documents, name, is_apart=similarity.is_apart)
     scores = [late_interaction(query.data, [document.data], name) for query, document in sides.pairs]
     return np.concatenate(scores)
 
@@ -92,7 +93,7 @@ def _hybrid(sides: Sides, similarity: Similarity) -> Array:
     tokens = sides.of("token_embed")
     dense = np.array([query.data @ document.data for query, document in sides.pairs], dtype=np.float32)
     lengths = np.array([len(query.data) for query, _ in tokens.pairs], dtype=np.float32)
-    parts = (dense, _sparse(sides.of("sparse"), similarity), _late(tokens, "maxsim") / lengths)
+    parts = (dense, _sparse(sides.of("sparse"), similarity), _late(tokens, "maxsim", similarity) / lengths)
     weighted: Array = np.sum([weight * part for weight, part in zip(HYBRID_WEIGHTS, parts, strict=True)], axis=0)
     return weighted.astype(np.float32)
 

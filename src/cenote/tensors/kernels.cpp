@@ -505,23 +505,37 @@ void rms_norm(const float* x, const float* gamma, float epsilon, float* out, int
 // A chain of Linear layers: rows of x pass every step while they are in the cache.  A step multiplies by a matrix that
 // the BLAS has packed, adds a bias (if any), activates (0 = not), or adds the rows of the residual and normalises
 // (if gamma).  Scratch memory: `block` rows per thread.  Returns 0, or 1 when memory ran out.
+// With `fixed`, every product is one of exactly `block` rows between aligned buffers, the last block filled up with zeros,
+// on one thread: the BLAS chooses its way by the shape, so each row is computed in the same way whatever is beside it.
 int linear_chain(Compute compute, const Step* steps, int count, const float* x, int64_t x_stride, const float* residual,
-                 int64_t residual_stride, float* out, int64_t rows, int64_t block, int threads) {
+                 int64_t residual_stride, float* out, int64_t rows, int64_t block, int threads, int fixed) {
   int64_t widest = 0;
-  for (int i = 0; i + 1 < count; ++i) widest = steps[i].out > widest ? steps[i].out : widest;
-  const int64_t blocks = (rows + block - 1) / block;
+  for (int i = 0; i + !fixed < count; ++i) widest = steps[i].out > widest ? steps[i].out : widest;
+  widest = (widest + 15) / 16 * 16;
+  const int64_t blocks = (rows + block - 1) / block, into = (steps[0].in + 15) / 16 * 16;
   int failed = 0;
   const auto run = [&](int64_t b) {
     static thread_local Scratch scratch;
-    const int64_t begin = rows * b / blocks, n = rows * (b + 1) / blocks - begin;
+    const int64_t begin = fixed ? b * block : rows * b / blocks;
+    const int64_t n = fixed ? (rows - begin < block ? rows - begin : block) : rows * (b + 1) / blocks - begin;
+    const int64_t m = fixed ? block : n;  // rows that are multiplied
     const float* from = x + begin * x_stride;
     int64_t from_stride = x_stride;
     try {
-      float* halves = scratch.get((count > 2 ? 2 : count - 1) * n * widest);
+      float* halves = scratch.get((count + fixed > 2 ? 2 : count - 1 + fixed) * m * widest + (fixed ? m * into : 0));
+      if (fixed) {
+        float* copy = halves + (count + fixed > 2 ? 2 : count - 1 + fixed) * m * widest;
+        for (int64_t t = 0; t < n; ++t)
+          std::memcpy(copy + t * into, from + t * x_stride, steps[0].in * sizeof(float));
+        std::memset(copy + n * into, 0, (m - n) * into * sizeof(float));
+        from = copy;
+        from_stride = into;
+      }
       for (int i = 0; i < count; ++i) {
         const Step& step = steps[i];
-        float* to = i + 1 == count ? out + begin * step.out : halves + i % 2 * n * widest;
-        compute(kRowMajor, kNoTranspose, kPacked, static_cast<int>(n), static_cast<int>(step.out),
+        const bool last = i + 1 == count;
+        float* to = last && !fixed ? out + begin * step.out : halves + i % 2 * m * widest;
+        compute(kRowMajor, kNoTranspose, kPacked, static_cast<int>(m), static_cast<int>(step.out),
                 static_cast<int>(step.in), from, static_cast<int>(from_stride), step.weight,
                 static_cast<int>(step.out), 0.0f, to, static_cast<int>(step.out));
         if (step.gamma)
@@ -529,6 +543,7 @@ int linear_chain(Compute compute, const Step* steps, int count, const float* x, 
             add_norm(to + t * step.out, step, residual + (begin + t) * residual_stride);
         else
           activate_rows(to, step.bias, n, step.out, step.activation);
+        if (last && fixed) std::memcpy(out + begin * step.out, to, n * step.out * sizeof(float));
         from = to;
         from_stride = step.out;
       }

@@ -245,7 +245,7 @@ class Kernel:
 
     def _run_chain(self, layers: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
         """See `Chain`."""
-        if self._chain(layers, len(layers), *states, rows, torch.get_num_threads()):
+        if self._chain(layers, len(layers), *states, rows, native.threads()):
             raise MemoryError("a chain of narrow Linear layers")
 
     def agrees_with_torch(self) -> bool:
@@ -311,17 +311,28 @@ def _plain(step: Step[Narrow], path: int) -> _Step:
     )
 
 
-def float32(kernels: Kernels | None) -> Products[Any] | None:
-    """Return products in float32: by AMX, or by a BLAS, if there is any."""
+def blas(kernels: Kernels | None, *, steady: bool = False) -> Products[Any] | None:
+    """Return products in float32 by a BLAS, if there is any.
+
+    Args:
+        kernels: of the processor.
+        steady: a row may not depend by a bit on the others, or on the number of threads.
+    """
+    if kernels is None or not kernels.can_chain:
+        return None
+    return native.Steady(kernels) if steady else kernels
+
+
+def float32(kernels: Kernels | None, *, steady: bool = False) -> Products[Any] | None:
+    """Return products in float32: by AMX, whose rows know nothing of each other, or see `blas`."""
     if kernels is None:
         return None
-    blas = kernels if kernels.can_chain else None
     try:
         kernel = load(kernels.isa)
     except RuntimeError:
-        return blas
+        return blas(kernels, steady=steady)
     path = kernel.path("float32")
-    return blas if path is None else Exact(kernel, path)
+    return blas(kernels, steady=steady) if path is None else Exact(kernel, path)
 
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:

@@ -13,6 +13,8 @@ import logging
 import mmap
 import os
 import subprocess
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -30,7 +32,7 @@ from cenote.tensors import library
 from cenote.tensors.packing import spans_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ LONGEST = 8192
 """Keys of a sequence beyond which torch's own kernel is faster."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
 """Rows that pass a chain of Linear layers together: fewer waste the BLAS, more leave the cache."""
+STEADY_BLOCKS = {16: 1.5, 32: 1.25, 64: 1.1, 128: 1.0}
+"""Rows of products in which a row may not depend on others, and the time that each of them takes, about."""
 CACHE = 3 << 19
 """Bytes that the widest layer's rows of a block may take."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,6 +75,31 @@ TARGETS: dict[Isa, Target] = {
 }
 
 
+_THREADS: ContextVar[int] = ContextVar("cenote_threads", default=0)
+"""CPU threads of the kernels, where torch has another number; 0 = torch's."""
+
+
+def threads() -> int:
+    """Return the number of CPU threads that kernels may use."""
+    return _THREADS.get() or torch.get_num_threads()
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Run torch's operators within on one thread, and the kernels here on as many as torch had.
+
+    torch cuts tensors into as many parts as it has threads, and computes the ends of parts by other instructions.
+    """
+    count = torch.get_num_threads()
+    token = _THREADS.set(threads())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        _THREADS.reset(token)
+
+
 class Kernels:
     """The compiled functions. Calls release the GIL and use as many threads as torch.
 
@@ -91,7 +120,8 @@ class Kernels:
         self._rms_norm.argtypes = [pointer, pointer, real, pointer, long, long, integer]
         self._rms_norm.restype = None
         self._chain = compiled.linear_chain
-        self._chain.argtypes = [pointer, pointer, integer, pointer, long, pointer, long, pointer, long, long, integer]
+        states = (pointer, long, pointer, long, pointer)
+        self._chain.argtypes = [pointer, pointer, integer, *states, long, long, integer, integer]
         self._chain.restype = integer
         self._blas = _Blas.find()
         self.width: int = compiled.vector_width()
@@ -144,7 +174,7 @@ class Kernels:
             *strided,
             out_1TNH.data_ptr(),
             *(spans_B7.data_ptr(), len(spans_B7), heads, heads // k_1NTH.shape[1], size),
-            *(scale, causal, window or 0, torch.get_num_threads()),
+            *(scale, causal, window or 0, threads()),
         )
         if failed:
             raise MemoryError("packed attention")
@@ -160,8 +190,8 @@ class Kernels:
             raise TypeError(f"expected float32 [..., {len(gamma_D)}] on the CPU, got {x.dtype} {tuple(x.shape)}")
         x = x.contiguous()
         out = torch.empty_like(x)
-        rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
-        self._rms_norm(x.data_ptr(), gamma_D.data_ptr(), epsilon, out.data_ptr(), rows, x.shape[-1], threads)
+        rows = x.numel() // x.shape[-1]
+        self._rms_norm(x.data_ptr(), gamma_D.data_ptr(), epsilon, out.data_ptr(), rows, x.shape[-1], threads())
         return out
 
     @property
@@ -193,12 +223,16 @@ class Kernels:
 
     def _run_chain(self, block: int, steps: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
         """See `Chain`. `block` is the maximum number of rows that go through the layers at a time."""
+        count = threads()
+        if rows > block or count > 1:
+            turns = -(-rows // (block * count))
+            block = max(SHORTEST_BLOCK, -(-rows // (turns * count)))
+        self.run_blocks(block, False, steps, rows, *states)
+
+    def run_blocks(self, block: int, fixed: bool, steps: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
+        """Run `linear_chain` of kernels.cpp; see `Chain`."""
         assert self._blas is not None
-        threads = torch.get_num_threads()
-        if rows > block or threads > 1:
-            turns = -(-rows // (block * threads))
-            block = max(SHORTEST_BLOCK, -(-rows // (turns * threads)))
-        if self._chain(self._blas.compute, steps, len(steps), *states, rows, block, threads):
+        if self._chain(self._blas.compute, steps, len(steps), *states, rows, block, threads(), fixed):
             raise MemoryError("a chain of Linear layers")
 
     def agree_with_torch(self) -> bool:
@@ -261,6 +295,61 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | N
     if causal:
         seen &= distance >= 0
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Steady:
+    """Products by a BLAS in which a row does not depend by a bit on the others: see `Products`.
+
+    A BLAS chooses the order of its sums by the shape of the product. So products have one of a few numbers of rows,
+    filled up with zeros, and run on one thread each; of these numbers those are used that are proved, for each shape of
+    a matrix, to give a row the same bits at every place.
+
+    Args:
+        kernels: of the processor.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._blocks: dict[tuple[int, int], frozenset[int]] = {}
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        """Copy a matrix, and the bias of its layer."""
+        with torch_on_one_thread():
+            return self._kernels.pack(weight, bias)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return the very same matrix."""
+        return self._kernels.unpack(packed)
+
+    def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
+        """Return a chain of the layers."""
+        blocks = sorted(frozenset.intersection(*(self._proved(step.weights) for step in steps)))
+        return Chain(
+            partial(self._run, blocks or [max(STEADY_BLOCKS)]), (_Step * len(steps))(*map(_plain, steps)), steps
+        )
+
+    def _run(self, blocks: list[int], layers: ctypes.Array[_Step], rows: int, *states: int | None) -> None:
+        """See `Chain`; products have one of `blocks` rows, that which takes least time."""
+        count = threads()
+        block = min(blocks, key=lambda size: -(-rows // (size * count)) * size * STEADY_BLOCKS[size])
+        self._kernels.run_blocks(block, True, layers, rows, *states)
+
+    def _proved(self, weights: Packed) -> frozenset[int]:
+        """Return the numbers of rows in which a row has the same bits at every place of all of them."""
+        shape = (weights.rows, weights.columns)
+        if shape not in self._blocks:
+            x_1D = drawn(torch.Generator().manual_seed(0), 1, weights.columns)
+            products = {block: self._repeated(weights, x_1D, block) for block in STEADY_BLOCKS}
+            first_N = products[max(STEADY_BLOCKS)][0]
+            self._blocks[shape] = frozenset(size for size, x_RN in products.items() if bool((x_RN == first_N).all()))
+        return self._blocks[shape]
+
+    def _repeated(self, weights: Packed, x_1D: Tensor, block: int) -> Tensor:
+        """Return the product of one row, `block` times."""
+        steps = (Step(weights._replace(bias=None)),)
+        chain = Chain(partial(self._run, [block]), (_Step * 1)(*map(_plain, steps)), steps)
+        with torch_on_one_thread():
+            return chain(x_1D.expand(block, -1).contiguous())
 
 
 class _Step(ctypes.Structure):

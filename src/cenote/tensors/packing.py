@@ -430,6 +430,21 @@ def set_apart(batch: Batch) -> Batch:
     return replace(batch, starts=tuple(starts), prefixes=tuple(prefixes), blind=True, sequences=())
 
 
+def filled(batch: Batch, multiple: int) -> Batch:
+    """Fill `batch` up to a multiple of so many tokens, by a sequence at its end that nobody asked for."""
+    count = -batch.tokens % multiple
+    types_T = batch.host_type_ids_T
+    return replace(
+        batch,
+        host_ids_T=np.append(batch.host_ids_T, batch.host_ids_T[:1].repeat(count)),
+        host_positions_T=np.append(batch.host_positions_T, np.arange(count) + batch.host_positions_T[0]),
+        host_type_ids_T=None if types_T is None else np.append(types_T, np.zeros(count, dtype=np.int64)),
+        starts=(*batch.starts, batch.tokens + count),
+        prefixes=None if batch.prefixes is None else (*batch.prefixes, range(0)),
+        sequences=(),
+    )
+
+
 class Shared(NamedTuple):
     """A batch whose common prefixes are laid out once.
 

@@ -5,6 +5,7 @@ All on the CPU, in float32, on the arrays in which an engine hands out its resul
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,12 +72,13 @@ def pairwise(queries: Sequence[Array], documents: Sequence[Array], name: str = "
     return PAIRWISE[name](queries_ND, documents_ND)
 
 
-def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
+def max_sim(query_QD: Array, documents: Sequence[Array], *, is_apart: bool = False) -> Array:
     """Late interaction (ColBERT, arXiv:2004.12832): sum over query tokens of their largest dot product in a document.
 
     Args:
         query_QD: vectors of the query's tokens, `[Q, D]` float32.
         documents: N matrices `[T, D]`, float32, each with its own T. They are never padded.
+        is_apart: multiply each document by itself, so that no bit of its score depends on the others.
 
     Returns:
         `[N]` float32; documents without tokens get `OF_NOTHING`.
@@ -84,12 +86,15 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
     lengths_N = np.fromiter(map(len, documents), int)
     if not lengths_N.all():
         scores_N = np.full(len(documents), OF_NOTHING, np.float32)
-        scores_N[lengths_N > 0] = max_sim(query_QD, [document for document in documents if len(document)])
+        scores_N[lengths_N > 0] = max_sim(
+            query_QD, [document for document in documents if len(document)], is_apart=is_apart
+        )
         return scores_N
     lengths = lengths_N.tolist()
     query_DQ = np.ascontiguousarray(query_QD.T)
     largest_NQ = np.empty((len(documents), len(query_QD)), np.float32)
-    for first, end in _chunks(lengths):
+    chunks = itertools.pairwise(range(len(lengths) + 1)) if is_apart else _chunks(lengths)
+    for first, end in chunks:
         if end - first == 1:
             np.max(documents[first] @ query_DQ, axis=0, out=largest_NQ[first])
             continue
@@ -100,9 +105,11 @@ def max_sim(query_QD: Array, documents: Sequence[Array]) -> Array:
     return sums_N
 
 
-def late_interaction(query_QD: Array, documents: Sequence[Array], name: str = "maxsim") -> Array:
+def late_interaction(
+    query_QD: Array, documents: Sequence[Array], name: str = "maxsim", *, is_apart: bool = False
+) -> Array:
     """`max_sim`, or with the name "meanmaxsim" its mean over the query's tokens instead of the sum; `[N]` float32."""
-    scores_N = max_sim(query_QD, documents)
+    scores_N = max_sim(query_QD, documents, is_apart=is_apart)
     return scores_N / np.float32(max(1, len(query_QD))) if name == "meanmaxsim" else scores_N
 
 
@@ -137,7 +144,7 @@ def similarities(query: Array | Sparse, documents: Sequence[Any], similarity: Si
         return np.array(scores, dtype=np.float32)
     if query.ndim == 1:
         return pairwise([query] * len(documents), documents, similarity.vectors)
-    return late_interaction(query, documents, similarity.tokens)
+    return late_interaction(query, documents, similarity.tokens, is_apart=similarity.is_apart)
 
 
 def ranking(scores: Sequence[float] | Array, top_n: int | None = None) -> list[int]:

@@ -63,8 +63,8 @@ def _fault(subject: Subject, place: Place) -> str:
     layout = subject.layout
     assert isinstance(layout, Packed)
     fault = subject.probe.equal_at(layout, place)
-    if not fault and subject.settings.magnifies_rounding and not layout.is_fused:
-        return "attention from single tokens rounds in another order, of which weights in int8 make whole steps"
+    if not fault and subject.settings.keeps_bits and not layout.is_fused:
+        return "attention from single tokens rounds in another order, and no bit may move"
     return fault
 
 

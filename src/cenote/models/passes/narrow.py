@@ -64,13 +64,15 @@ def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narro
     return Narrowing(kernel, path, dtype)
 
 
-def products(kernels: Kernels | None, narrowing: Narrowing) -> Products[Any] | None:
-    """Return the products in float32 on this CPU; if weights are to be narrowed, only until they are."""
+def products(kernels: Kernels | None, narrowing: Narrowing, *, steady: bool = False) -> Products[Any] | None:
+    """Return the products in float32 on this CPU; if weights are to be narrowed, only until they are.
+
+    With `steady` rows do not depend by a bit on each other, or on the number of threads.
+    """
     if narrowing.kernel is None:
-        return linear.float32(kernels)
-    if kernels is None or not kernels.can_chain:
-        return None
-    return KeepsNarrow(kernels, narrowing)
+        return linear.float32(kernels, steady=steady)
+    blas = linear.blas(kernels, steady=steady)
+    return None if blas is None else KeepsNarrow(blas, narrowing)
 
 
 class Pair(NamedTuple):

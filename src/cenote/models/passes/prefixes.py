@@ -41,8 +41,8 @@ def _fault(subject: Subject) -> str:
     layout.shares_prefixes = True
     with shortened_windows(subject.backbone):
         fault = probe.fault(layout)
-    if not fault and subject.settings.magnifies_rounding and not layout.is_fused:
-        return "attention over a prefix rounds in another order, of which weights in int8 make whole steps"
+    if not fault and subject.settings.keeps_bits and not layout.is_fused:
+        return "attention over a prefix rounds in another order, and no bit may move"
     if fault or pictures is None:
         return fault
     return pictures.fault(layout)

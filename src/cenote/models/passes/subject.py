@@ -54,6 +54,7 @@ class Settings:
         reserves_adapters: more of them may be added to the loaded model.
         audit: gets their tensors.
         narrowing: how weights are narrowed, if they are.
+        invariant: rows may not depend by a bit on the rest of the batch, or on the number of threads.
     """
 
     max_length: int = 1 << 30
@@ -65,14 +66,15 @@ class Settings:
     reserves_adapters: bool = False
     audit: Audit = field(default_factory=Audit)
     narrowing: Narrowing = field(default_factory=Narrowing)
+    invariant: bool = False
 
     @property
-    def magnifies_rounding(self) -> bool:
-        """Whether products in 8 bits make whole steps out of the rounding of their inputs.
+    def keeps_bits(self) -> bool:
+        """Whether nothing that depends on the rest of a batch may change by a bit the way in which a row is computed.
 
-        Then nothing that depends on the rest of a batch may change by a bit the way in which a row is computed.
+        Products in 8 bits make whole steps out of the rounding of their inputs.
         """
-        return self.narrowing.kernel is not None and PATHS[self.narrowing.path].kind == "int8"
+        return self.invariant or (self.narrowing.kernel is not None and PATHS[self.narrowing.path].kind == "int8")
 
 
 class Outcome(NamedTuple):

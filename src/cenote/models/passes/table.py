@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cenote.models.passes import adapters, fuse, graphs, last_layer, narrow, prefixes
+from cenote.models.passes import adapters, company, fuse, graphs, last_layer, narrow, prefixes
 from cenote.models.passes.subject import Outcome, Settings, Subject
 from cenote.models.probe import choose
 
@@ -45,6 +45,7 @@ PASSES = (
     Pass("last_layer", "the last layer runs for pooled tokens alone", True, last_layer.apply, last_layer.undo),
     Pass("graphs", "a GPU replays forwards", True, graphs.apply, graphs.undo),
     Pass("narrow", "weights in int8, bfloat16 or float16 on a CPU", False, narrow.apply, None),
+    Pass("company", "sequences share forwards, if no bit may depend on it", False, company.apply, company.undo),
 )
 ONLY_FASTER = frozenset(row.name for row in PASSES if row.only_faster)
 """Names of the passes that `--plain` leaves out."""
