@@ -335,7 +335,10 @@ def test_a_missing_head_says_so(tmp_path: Path) -> None:
     folder = checkpoints.classifier(tmp_path, "Qwen2", tokenizer=tokenizer(), num_labels=1)
     file = folder / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "score.weight"}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks weights .*score\.weight; the checkpoint was saved without its"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks weights .*score\.weight, in model\.safetensors; the checkpoint was saved without its",
+    ):
         LLM(model=str(folder))
     with LLM(model=str(folder), convert="embed") as llm:
         assert llm.info.tasks == ("embed", "token_embed")

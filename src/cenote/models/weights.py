@@ -200,7 +200,7 @@ def floats(place: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_values(place: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors with values that are not finite, and some that are no floating-point numbers.
+    """Refuse tensors with values that are not finite, or that are no floating-point numbers, but for single counters.
 
     Args:
         place: their file, for the message.
@@ -210,7 +210,8 @@ def check_values(place: str, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: one of them is NaN, infinite, or of another kind of dtype.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        is_counter = tensor.shape == () and tensor.dtype == torch.int64
+        if not (tensor.is_floating_point() or is_counter):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(f"{place}: {name} is {kind}, expected floating-point numbers; download it again")
         if not is_finite(tensor):
@@ -221,8 +222,8 @@ def check_values(place: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no value of a floating-point tensor is NaN or infinite, without a copy of it."""
-    if not tensor.numel() or tensor.element_size() == 1:
+    """Return whether no value of a tensor is NaN or infinite, without a copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.element_size() == 1:
         return True  # the 8-bit floating-point types have no such function; forwards show their values
     extremes = torch.stack(torch.aminmax(tensor.detach()))
     return bool(torch.isfinite(extremes).all())
