@@ -15,7 +15,7 @@ from starlette.routing import Router
 from cenote.server import errors
 from cenote.server.admission import Admission
 from cenote.server.describe import described
-from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm, voyage
+from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, tei, vllm, voyage
 from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
@@ -42,6 +42,7 @@ DIALECTS: tuple[Dialect, ...] = (
     vllm.DIALECT,
     scoring.DIALECT,
     voyage.DIALECT,
+    tei.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,
