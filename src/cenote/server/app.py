@@ -15,7 +15,20 @@ from starlette.routing import Router
 from cenote.server import errors
 from cenote.server.admission import Admission
 from cenote.server.describe import described
-from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, tei, vllm, voyage
+from cenote.server.dialects import (
+    cenote,
+    cohere,
+    fastdeploy,
+    infinity,
+    nim,
+    ollama,
+    openai,
+    operations,
+    scoring,
+    tei,
+    vllm,
+    voyage,
+)
 from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
@@ -43,6 +56,9 @@ DIALECTS: tuple[Dialect, ...] = (
     scoring.DIALECT,
     voyage.DIALECT,
     tei.DIALECT,
+    ollama.DIALECT,
+    nim.DIALECT,
+    infinity.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,

@@ -168,8 +168,9 @@ class Serving:
         try:
             with line.enter(size) as place:
                 if is_plain and size <= SHORT and service.renderer.is_fast:
-                    with metrics.stage("render").time():
-                        job = make()
+                    rendering = time.monotonic()
+                    job = make()
+                    metrics.stage("render").observe(time.monotonic() - rendering)
                 else:
                     job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)

@@ -1,4 +1,4 @@
-"""OpenAI's dialect, with vLLM's extensions: `/v1/embeddings` and `/v1/models`."""
+"""OpenAI's dialect, with vLLM's extensions, under Azure's paths too: `/v1/embeddings` and `/v1/models`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
 
 
@@ -76,11 +77,30 @@ async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest)
 
 async def models(serving: Serving, request: Request, body: None) -> Response:
     """One card per name under which a model is served, and per adapter that requests choose by name."""
-    cards = [_card(serving, view, name) for view in serving.models.views for name in view.names]
-    return json_response({"object": "list", "data": cards})
+    names = [(view, name) for view in serving.models.views for name in view.names]
+    cards = [_card(serving, *named) for named in names]
+    return json_response({"object": "list", "data": cards, "models": [_cohere_card(*named) for named in names]})
 
 
-def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
+async def model(serving: Serving, request: Request, body: None) -> Response:
+    """The card of a model, with what Cohere's clients read."""
+    name = request.state.model
+    service = serving.find(name)
+    return json_response({**_card(serving, service, name), **_cohere_card(service, name)})
+
+
+ENDPOINTS = {"embed": "embed", "classify": "classify"}
+"""Cohere's names of endpoints, by our tasks."""
+
+
+def _cohere_card(service: Service, name: str) -> dict[str, Any]:
+    info = service.info
+    endpoints = [ENDPOINTS[task] for task in info.tasks if task in ENDPOINTS]
+    endpoints += ["rerank"] if info.score_types else []
+    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": info.max_model_len}
+
+
+def _card(serving: Serving, service: Service, name: str) -> dict[str, Any]:
     permission = {
         "id": f"modelperm-{name}",
         "object": "model_permission",
@@ -110,7 +130,15 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
 DIALECT = Dialect(
     "OpenAI",
     (
-        Route("/v1/embeddings", embeddings, EmbeddingRequest, aliases=("/embeddings",), purpose="vectors"),
+        Route(
+            "/v1/embeddings",
+            embeddings,
+            EmbeddingRequest,
+            aliases=("/embeddings", "/deployments/{model}/embeddings", "/v1/deployments/{model}/embeddings"),
+            purpose="vectors",
+        ),
         Route("/v1/models", models, method="GET", aliases=("/models",)),
+        Route("/v1/models/{model}", model, method="GET"),
     ),
+    prefix="openai",
 )

@@ -26,9 +26,11 @@ from cenote.server.dialects.cenote import wire
 from cenote.server.dialects.operations import health
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import RENDER_THREADS
+from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
 from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of
-from cenote.server.wire.pairs import RankingFields, rank
+from cenote.server.wire.pairs import RankingFields, rank, unscaled
+from cenote.server.wire.plain import encoded
 from cenote.tensors.similarity import pairwise
 
 if TYPE_CHECKING:
@@ -292,14 +294,9 @@ async def _encoded(
     """Answer a request for the results of a task, whose encoding may be slow."""
     service = serving.find(body.model)
     options = body.prompted(service.renderer)
-
-    def make() -> Job[Response]:
-        prompts = body.prompts()
-        serving.check_count(len(prompts))
-        job = operations.encode(service, prompts, task, params, options)
-        return replace(job, is_slow=is_slow).then(encode)
-
-    return await serving.answer(request, service, body, make, is_plain=True)
+    return await encoded(
+        serving, request, service, body, body.prompts(), task, params, options, encode, is_slow=is_slow
+    )
 
 
 @timed
@@ -368,13 +365,7 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {"softmax": softmax, "sigmoid":
 
 def _classes(values: Array, info: ModelInfo, body: PredictRequest) -> list[dict[str, Any]]:
     values = FUNCTIONS[body.function_to_apply or "none"](values)
-    labels = _labels(info)
-    order = np.argsort(-values, kind="stable")[: body.top_k]
-    return [{"label": labels[i], "score": values[i]} for i in order.tolist()]
-
-
-def _labels(info: ModelInfo) -> list[str]:
-    return [*info.labels] or [f"LABEL_{i}" for i in range(info.num_labels)]
+    return answers.classes(info, values, body.top_k)
 
 
 @timed
@@ -408,24 +399,21 @@ async def similarity(serving: Serving, request: Request, body: SimilarityRequest
     service = serving.find(body.model)
     options = body.prompted(service.renderer)
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
-    serving.check_count(len(texts))
 
-    def make() -> Job[Response]:
-        job = operations.encode(service, texts, "embed", PoolingParams(), options)
+    def encode(outputs: list[Output]) -> Response:
+        source, *others = [output.data for output in outputs]
+        return json_response(pairwise([source] * len(others), others, "cosine"))
 
-        def encode(outputs: list[Output]) -> Response:
-            source, *others = [output.data for output in outputs]
-            return json_response(pairwise([source] * len(others), others, "cosine"))
-
-        return replace(job, is_slow=True).then(encode)
-
-    return await serving.answer(request, service, body, make)
+    return await encoded(
+        serving, request, service, body, texts, "embed", PoolingParams(), options, encode, is_slow=True
+    )
 
 
 @timed
 async def rerank(serving: Serving, request: Request, body: TeiRerankRequest) -> Response:
     """The texts by falling relevance to the query, as a bare list."""
-    body.use_activation = False if body.raw_scores else body.use_activation
+    if body.raw_scores:
+        unscaled(serving, body)
 
     def form(head: dict[str, Any], ranked: list[Ranked], texts: list[str]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{"index": rank.index, "score": rank.score} for rank in ranked]
@@ -533,7 +521,7 @@ POOLINGS = {"lasttoken": "last_token"}
 def _model_type(service: Service) -> dict[str, Any]:
     """Return the kind of a model: embedding, classifier or reranker."""
     info = service.info
-    labels = _labels(info)
+    labels = answers.labels(info)
     numbers = range(len(labels))
     names = {
         "id2label": dict(zip(map(str, numbers), labels, strict=True)),

@@ -178,10 +178,10 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
-    """The text of token ids."""
+    """The text of token ids, as vLLM, Cohere and llama.cpp call it: a body does not tell which of them is meant."""
     service = serving.find(body.model)
     text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
-    return json_response({"prompt": text})
+    return json_response({"prompt": text, "text": text, "content": text})
 
 
 def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[int]:
