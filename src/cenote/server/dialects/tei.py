@@ -577,7 +577,7 @@ DIALECT = Dialect(
             "/rerank",
             rerank,
             TeiRerankRequest,
-            aliases=("/pipeline/text-ranking",),
+            aliases=("/pipeline/text-ranking", "/reranking", "/v1/reranking"),
             is_described=False,
             marks=RANKED,
             purpose="score",
