@@ -182,6 +182,17 @@ def test_voyage_refuses(client: TestClient, serve: Serve) -> None:
     assert answer.json()["detail"] == "the request has 4 inputs; at most 3 are allowed"
 
 
+def test_an_answer_may_be_too_large(folder: Path) -> None:
+    service = Service.open(ModelConfig(model=str(folder)), EngineConfig())
+    with TestClient(build([service], ServerConfig(max_response_bytes=900))) as client:
+        for path, body in (
+            ("/v1/embeddings", {"input": CHUNKS, "late_chunking": True}),
+            ("/v1/contextualizedembeddings", {"inputs": [CHUNKS]}),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.json()["detail"].startswith(f"the answer would have some {3 * 32 * 12} bytes"), path
+
+
 def test_pooling_has_other_late_chunking(client: TestClient) -> None:
     refused = error(client, {"input": CHUNKS, "late_chunking": True}, "/pooling")
     assert (refused["param"], refused["message"].partition(";")[0]) == (

@@ -337,6 +337,11 @@ def test_overload(serve: Serve) -> None:
     assert answer.headers["retry-after"] == "3"
 
 
+def test_an_answer_may_be_too_large(serve: Serve) -> None:
+    answer = serve(max_response_bytes=500).post("/embed_all", json={"inputs": LONG, "truncate": True})
+    assert answer.json()["error"].startswith(f"the answer would have some {64 * 8 * 12} bytes, and at most 500 are")
+
+
 def test_too_many_inputs(serve: Serve) -> None:
     client = serve(max_client_batch_size=2)
     for path in ("/embed", "/", "/tokenize"):

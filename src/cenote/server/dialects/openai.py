@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from cenote.pipeline import operations
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
-from cenote.server.wire import answers
+from cenote.server.wire import answers, sizes
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
@@ -87,8 +88,8 @@ def _text_of(item: Any) -> Any:
         return item["text"]
     raise PydanticCustomError(
         "input",
-        f"got an input with the keys {sorted(item)}; expected a text, or {{'text': ...}}: only texts are embedded, and "
-        "messages have a role",
+        f"got an input with the keys {reprlib.repr(sorted(item))}; expected a text, or {{'text': ...}}: only texts are "
+        "embedded, and messages have a role",
         {"param": "input"},
     )
 
@@ -124,6 +125,8 @@ async def _joined(serving: Serving, request: Request, body: EmbeddingRequest) ->
     def make() -> Job[Response]:
         chunks, options = answers.prompts_of(serving, service, body, applied)
         job = operations.embed_chunks(service, [chunks], params, options)
+        count = sizes.numbers(service.info, job.sequences)
+        sizes.check(serving.config.max_response_bytes, count, body.number_bytes)
         form = body.form(service, ("embed",), params)
 
         def encode(documents: list[Array]) -> Response:

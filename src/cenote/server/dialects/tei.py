@@ -22,10 +22,10 @@ from cenote.pipeline import operations
 from cenote.pipeline.entities import softmax
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.tokenizing import FastTokenizer
+from cenote.server.admission import RENDER_THREADS
 from cenote.server.dialects.cenote import wire
 from cenote.server.dialects.operations import health
 from cenote.server.routes import Dialect, Route
-from cenote.server.serving import RENDER_THREADS
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
 from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of

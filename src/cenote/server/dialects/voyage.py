@@ -11,6 +11,7 @@ from cenote.pipeline import operations
 from cenote.pipeline.options import TextOptions
 from cenote.server.dialects.openai import EmbeddingRequest, embeddings
 from cenote.server.routes import Dialect, Route
+from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, entries, json_response, short_usage, typed_values
 from cenote.server.wire.fields import Many, Queued, Some
 from cenote.server.wire.pairs import RankingFields, rank
@@ -57,6 +58,8 @@ async def contextualized(serving: Serving, request: Request, body: ContextReques
 
     def make() -> Job[Response]:
         job = operations.embed_chunks(service, body.inputs, params, TextOptions(prompt=applied))
+        count = sizes.numbers(service.info, job.sequences)
+        sizes.check(serving.config.max_response_bytes, count, sizes.FORMS[body.output_dtype])
         ranges = ranges_for(service, types, params, "output_dtype")
 
         def encode(documents: list[Array]) -> Response:

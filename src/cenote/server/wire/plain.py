@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cenote.pipeline import operations
+from cenote.server.wire import sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,12 +51,14 @@ async def encoded(
         is_slow: `encode` takes long even for small outputs.
 
     Raises:
-        BadRequest: there are too many prompts, or as `cenote.pipeline.operations.encode`.
+        BadRequest: there are too many prompts, the answer would be too large, or as `operations.encode`.
     """
     serving.check_count(len(prompts))
 
     def make() -> Job[Response]:
         job = operations.encode(service, prompts, task, params, options)
+        count = sizes.numbers(service.info, job.sequences)
+        sizes.check(serving.config.max_response_bytes, count, sizes.JSON_NUMBER)
         return replace(job, is_slow=is_slow).then(encode)
 
     return await serving.answer(request, service, body, make, is_plain=True)
