@@ -38,12 +38,14 @@ class LateChunkingParams:
 
     Attributes:
         chunk_size: tokens of a chunk, special tokens included; the last chunk may have fewer.
+        ends: the token behind each chunk, rising, where chunks have lengths of their own; empty = `chunk_size` says.
 
     Raises:
         BadRequest: the size is not an integer from 1 to 2^63 - 1.
     """
 
     chunk_size: int
+    ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         size = self.chunk_size

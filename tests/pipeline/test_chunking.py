@@ -798,7 +798,6 @@ SIZE = {"late_chunking_params": {"chunk_size": 2}}
         ({**SIZE, "encoding_format": "base64"}, "only the encoding_format 'float', got 'base64'", "encoding_format"),
         ({**SIZE, "task": "embed"}, "Task 'embed' only supports", "late_chunking_params"),
         ({**SIZE, "input": "stone " * 70}, "maximum context length is 64 tokens", "input_tokens"),
-        ({"late_chunking": True}, "`late_chunking` is not supported", "late_chunking"),
     ],
 )
 def test_refused(client: TestClient, route: str, body: dict[str, Any], message: str, param: str) -> None:

@@ -251,7 +251,7 @@ def test_wrong_method(client: TestClient, method: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embedding", "/v3/embed", "/health/live"])
+@pytest.mark.parametrize("path", ["/none", "/v1", "/v1/embedding", "/v3/embed", "/health/live"])
 def test_unknown_path(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path, headers=JSON)
     assert answer.status_code == 404

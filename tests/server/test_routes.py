@@ -78,7 +78,7 @@ def test_a_body_that_python_s_json_would_take(serve: Serve, body: bytes, ids: li
         ("PUT", "/health", 405, "GET, HEAD"),
         ("DELETE", "/ping", 405, "GET, HEAD, POST"),
         ("GET", "/none", 404, None),
-        ("POST", "/", 404, None),
+        ("PUT", "/", 405, "GET, HEAD, POST"),
         ("GET", "/v1", 404, None),
     ],
 )

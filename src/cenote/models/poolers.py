@@ -7,7 +7,7 @@ tasks of a model share one forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cenote.core import PoolingParams
+    from cenote.core import LateChunkingParams, PoolingParams
     from cenote.models.classifiers import Classifier
     from cenote.models.facts import Files
     from cenote.tensors.packing import Batch, Place
@@ -134,7 +134,7 @@ class TokenEmbed:
     def __call__(self, x_TD: Tensor, batch: Batch, members: list[int], params: PoolingParams) -> Rows:
         """All tokens or chunks of the members, `[sum of T, D]`."""
         if params.late_chunking_params is not None:
-            rows_RD, counts = _chunk_means(x_TD, batch, members, params.late_chunking_params.chunk_size)
+            rows_RD, counts = _chunk_means(x_TD, batch, members, params.late_chunking_params)
             return Rows(self.pooler.finish(rows_RD, params), counts)
         rows, lengths = batch.rows_of(members)
         vectors_RD = self.pooler.finish(x_TD[rows], params)
@@ -145,17 +145,18 @@ class TokenEmbed:
         return Rows(torch.cat(parts), list(map(len, parts)))
 
 
-def _chunk_means(x_TD: Tensor, batch: Batch, members: list[int], size: int) -> tuple[Tensor, list[int]]:
-    """Return the mean of each chunk of `size` tokens, `[R, D]` float32, and the number of chunks of each member."""
-    chunks = [_chunk_sizes(batch.lengths[i], size) for i in members]
+def _chunk_means(x_TD: Tensor, batch: Batch, members: list[int], late: LateChunkingParams) -> tuple[Tensor, list[int]]:
+    """Return the mean of the tokens of each chunk, `[R, D]` float32, and the number of chunks of each member."""
+    chunks = [_chunk_sizes(batch.lengths[i], late) for i in members]
     members_TD = torch.cat([x_TD[batch.starts[i] : batch.starts[i + 1]] for i in members])
     sizes = batch.index(list(chain.from_iterable(chunks)))
     means_RD = torch.segment_reduce(members_TD.float(), "mean", lengths=sizes, axis=0, unsafe=True)
     return means_RD, list(map(len, chunks))
 
 
-def _chunk_sizes(length: int, size: int) -> list[int]:
-    return [min(size, length - first) for first in range(0, length, size)]
+def _chunk_sizes(length: int, late: LateChunkingParams) -> list[int]:
+    ends = late.ends or (*range(late.chunk_size, length, late.chunk_size), length)
+    return [end - first for first, end in pairwise((0, *ends))]
 
 
 @dataclass(frozen=True)

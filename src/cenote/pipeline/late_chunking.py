@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import LateChunk, LateChunkingMetadata, Sequence
+import numpy as np
+
+from cenote.core import LateChunk, LateChunkingMetadata, LateChunkingParams, Sequence
 from cenote.errors import BadRequest
 from cenote.pipeline.inputs import is_ids
 from cenote.pipeline.options import PLAIN, Budget
@@ -38,12 +42,7 @@ def late(
     size = params.late_chunking_params.chunk_size
     prompt = options.prompt or renderer.prompts.choose()
     texts = [prompt.text + _text(content) for content in prompts]
-    tokenizer = renderer.backend
-    if not isinstance(tokenizer, FastTokenizer):
-        raise BadRequest(
-            f"late chunking needs a fast tokenizer: that of {renderer.info.name} keeps no character offsets",
-            param="late_chunking_params",
-        )
+    tokenizer = _fast(renderer)
     options = options._replace(limit=renderer.info.limit(task))
     encodings = tokenizer.encodings(renderer.bounded(texts, options), special=options.add_special_tokens)
     sequences = []
@@ -56,6 +55,79 @@ def late(
             Sequence(text.ids, task, params, text.type_ids, adapter=prompt.adapter, late_chunking=metadata)
         )
     return sequences
+
+
+def joined(renderer: Renderer, documents: Seq[Seq[str]], params: PoolingParams, options: TextOptions) -> list[Sequence]:
+    """Return sequences of documents that come in chunks, which are the rows of its output.
+
+    A document is its chunks with a space between two of them, unless there is white space already. The special tokens
+    before and after it, and its prompt, belong to the first and the last chunk.
+
+    Raises:
+        BadRequest: a chunk has no tokens, or as `late`.
+        TooLong: a document has more tokens than the model reads.
+    """
+    params = renderer.check("token_embed", params)
+    _check(renderer, documents, options)
+    prompt = options.prompt or renderer.prompts.choose()
+    tokenizer = _fast(renderer)
+    options = options._replace(limit=renderer.info.limit("token_embed"))
+    budget = Budget(renderer.bounds.tokens)
+    sequences = []
+    for chunks in documents:
+        document, bounds = _join(prompt.text, [_text(chunk) for chunk in chunks])
+        texts = renderer.bounded([document], options)
+        (encoding,) = tokenizer.encodings(texts, special=options.add_special_tokens)
+        text = renderer.fit(tokenizer.text_of(encoding), options, budget)
+        chunking = LateChunkingParams(len(text.ids), _ends(encoding.offsets, bounds))
+        params_of_document = replace(params, late_chunking_params=chunking)
+        sequences.append(Sequence(text.ids, "token_embed", params_of_document, text.type_ids, adapter=prompt.adapter))
+    return sequences
+
+
+def _join(prompt: str, chunks: Seq[str]) -> tuple[str, list[int]]:
+    """Return a document behind its prompt, and the character at which each chunk but the first one begins."""
+    parts, bounds = [prompt, *chunks[:1]], []
+    length = sum(map(len, parts))
+    for before, chunk in pairwise(chunks):
+        bounds.append(length - len(before) + len(before.rstrip()))
+        gap = "" if before[-1:].isspace() or chunk[:1].isspace() else " "
+        parts += (gap, chunk)
+        length += len(gap) + len(chunk)
+    return "".join(parts), bounds
+
+
+def _ends(offsets: Seq[tuple[int, int]], bounds: Seq[int]) -> tuple[int, ...]:
+    """Return the token behind each chunk.
+
+    Args:
+        offsets: range of characters of each token, empty for special tokens.
+        bounds: character at which each chunk but the first one begins.
+
+    Raises:
+        BadRequest: a chunk has no tokens.
+    """
+    offsets_T2 = np.array(offsets)
+    content = np.flatnonzero(offsets_T2[:, 1] > offsets_T2[:, 0])
+    places = np.searchsorted(offsets_T2[content, 0], bounds)
+    empty = np.flatnonzero(np.diff([0, *places, len(content)]) < 1)
+    if len(empty):
+        raise BadRequest(f"chunk {empty[0]} has no tokens, so there is no vector for it; leave it out", param="input")
+    return (*content[places].tolist(), len(offsets))
+
+
+def _fast(renderer: Renderer) -> FastTokenizer:
+    """Return the tokenizer of a model.
+
+    Raises:
+        BadRequest: it keeps no offsets.
+    """
+    if isinstance(renderer.backend, FastTokenizer):
+        return renderer.backend
+    raise BadRequest(
+        f"late chunking needs a fast tokenizer: that of {renderer.info.name} keeps no character offsets",
+        param="late_chunking_params",
+    )
 
 
 def _check(renderer: Renderer, prompts: Seq[Any], options: TextOptions) -> None:

@@ -14,6 +14,7 @@ from cenote.pipeline import listwise
 from cenote.pipeline.entities import check_aggregation, check_labels, entities, softmax
 from cenote.pipeline.inputs import is_count
 from cenote.pipeline.job import Job
+from cenote.pipeline.late_chunking import joined
 from cenote.pipeline.pairs import check_no_template
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
@@ -91,6 +92,18 @@ def encode(
     else:
         sequences = _rendered_one_by_one(service, prompts, task, params, options)
     return Job(_also(sequences, also), list)
+
+
+def embed_chunks(
+    service: Service, documents: Seq[Seq[str]], params: PoolingParams, options: TextOptions
+) -> Job[list[Array]]:
+    """Embed documents that come in chunks: each is read as a whole, and gives a vector per chunk, float32 `[N, D]`.
+
+    Raises:
+        BadRequest: as `cenote.pipeline.late_chunking.joined`.
+    """
+    sequences = joined(service.renderer, documents, params, options)
+    return Job(sequences, lambda outputs: [output.data for output in outputs])
 
 
 def classify(service: Service, prompts: Seq[Prompt | Pair], params: Params, options: TextOptions) -> Job[list[Classes]]:

@@ -19,7 +19,8 @@ class TextOptions(NamedTuple):
 
     Attributes:
         truncate: maximum tokens kept; -1 = the model's maximum; `None` = nothing is cut.
-        side: end that is cut; `None` = the tokenizer's, keeping special tokens.
+        side: end at which finished ids are cut; `None` = the content is cut, and special tokens stay.
+        content_side: end at which content is cut; `None` = the tokenizer's.
         pad: fill up with pad tokens to the maximum allowed.
         add_special_tokens: let the tokenizer add its special tokens.
         prompt: prompt before every text; `None` = the model's default.
@@ -36,6 +37,7 @@ class TextOptions(NamedTuple):
     rendered: bool = False
     whole: bool = False
     limit: int = 0
+    content_side: Literal["left", "right"] | None = None
 
     @property
     def content_limit(self) -> int:

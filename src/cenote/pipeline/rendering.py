@@ -321,10 +321,10 @@ class Renderer:
         """Return the vocabulary entries of `ids`."""
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
 
-    def detokenize(self, ids: Seq[int]) -> str:
+    def detokenize(self, ids: Seq[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of `ids`."""
         check_vocabulary(self.info, ids, param="tokens")
-        return str(self.tokenizer.decode(list(ids)))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def resolve(self, options: TextOptions, task: str = "") -> TextOptions:
         """Return `options` with the limit of `task` and the server's default filled in.
@@ -338,7 +338,7 @@ class Renderer:
             truncate = -1
         if truncate == -1:
             truncate = limit
-        if truncate is not None and truncate > limit:
+        if coalesce(truncate, 0) > limit:
             raise BadRequest(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
                 param="truncate_prompt_tokens",
@@ -353,7 +353,11 @@ class Renderer:
         while part := self.bounded(islice(rest, ENCODED_AT_ONCE), options):
             tokenised = self.backend.tokenize(part, special=special)
             for text, whole in zip(part, tokenised, strict=True):
-                yield whole if len(whole.ids) <= limit else self.backend.cut(text, limit, special=special)
+                yield (
+                    whole
+                    if len(whole.ids) <= limit
+                    else self.backend.cut(text, limit, special=special, side=options.content_side)
+                )
 
     def fit_all(self, texts: Iterable[Text], options: TextOptions) -> list[Text]:
         """Fit each text of one request."""
@@ -371,7 +375,7 @@ class Renderer:
 
     def _bounded(self, text: str, options: TextOptions) -> str:
         if options.truncate is not None:
-            return self.enough(text, options.truncate, options.side)
+            return self.enough(text, options.truncate, options.side or options.content_side)
         if len(text) > COUNTED * options.limit and len(self.enough(text, options.limit)) < len(text):
             raise too_long(options.limit, f"at least {options.limit + 1}")
         return self.whole(text)
@@ -432,7 +436,7 @@ class Renderer:
         annotated: list[tuple[Sequence, Encoding]] = []
         for text, encoding in zip(texts, self.backend.encodings(texts, special=special), strict=True):
             if len(encoding) > limit:
-                encoding = self.backend.cut_encoding(text, limit, special=special)
+                encoding = self.backend.cut_encoding(text, limit, special=special, side=options.content_side)
             fitted = self.fit(self.backend.text_of(encoding), options, budget)
             annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
         return annotated

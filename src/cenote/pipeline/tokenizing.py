@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cenote.errors import BadRequest, TooLong
 
@@ -34,6 +34,7 @@ MARGIN = 2
 """Words at a cut that do not count: the last one is incomplete, and the one beside it may depend on it."""
 
 Ids = list[int]
+End = Literal["left", "right"] | None
 
 
 class Text(NamedTuple):
@@ -147,15 +148,22 @@ class FastTokenizer:
         type_ids = encoding.type_ids
         return Text(ids, type_ids if any(type_ids) else None)
 
-    def cut(self, text: str, limit: int, *, special: bool) -> Text:
-        """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay."""
-        return self.text_of(self.cut_encoding(text, limit, special=special))
+    def cut(self, text: str, limit: int, *, special: bool, side: End = None) -> Text:
+        """Tokenise `text` as Hugging Face does with truncation: content is cut, special tokens stay.
 
-    def cut_encoding(self, text: str, limit: int, *, special: bool) -> Encoding:
+        Args:
+            text: of any length.
+            limit: maximum tokens.
+            special: add the special tokens.
+            side: end that is cut; `None` = the tokenizer's.
+        """
+        return self.text_of(self.cut_encoding(text, limit, special=special, side=side))
+
+    def cut_encoding(self, text: str, limit: int, *, special: bool, side: End = None) -> Encoding:
         """Return the encoding of `text` that `cut` makes its tokens of."""
         (encoding,) = self.encodings([text], special=False)
         room = limit - self._added(special, pair=False)
-        encoding.truncate(max(0, room), direction=self._tokenizer.truncation_side)
+        encoding.truncate(max(0, room), direction=side or self._tokenizer.truncation_side)
         if special:
             encoding = self._backend.post_process(encoding, None, True)
             encoding.truncate(limit)  # where not even the special tokens fit
@@ -251,8 +259,18 @@ class SlowTokenizer:
         """See `FastTokenizer.enough`: nothing is known of words here, so the text is returned whole."""
         return text
 
-    def cut(self, text: str, limit: int, *, special: bool) -> Text:
-        """See `FastTokenizer.cut`."""
+    def cut(self, text: str, limit: int, *, special: bool, side: End = None) -> Text:
+        """See `FastTokenizer.cut`.
+
+        Raises:
+            BadRequest: the tokenizer cuts at the other end alone.
+        """
+        if side not in (None, self._tokenizer.truncation_side):
+            raise BadRequest(
+                f"a text of this model cannot be cut at its {side} end: its tokenizer cuts at the other; "
+                "leave the side out, or send a shorter text",
+                param="truncation_direction",
+            )
         outputs = self._call(self._checked(text), truncation=True, max_length=limit, add_special_tokens=special)
         return Text(outputs["input_ids"][:limit])
 

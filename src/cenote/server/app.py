@@ -15,7 +15,25 @@ from starlette.routing import Router
 from cenote.server import errors
 from cenote.server.admission import Admission
 from cenote.server.describe import described
-from cenote.server.dialects import cenote, cohere, fastdeploy, openai, operations, scoring, vllm, voyage
+from cenote.server.dialects import (
+    cenote,
+    cohere,
+    fastdeploy,
+    infinity,
+    kserve,
+    llamacpp,
+    mixedbread,
+    nim,
+    ollama,
+    openai,
+    operations,
+    sagemaker,
+    scoring,
+    tei,
+    vllm,
+    voyage,
+    weaviate,
+)
 from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
@@ -42,6 +60,15 @@ DIALECTS: tuple[Dialect, ...] = (
     vllm.DIALECT,
     scoring.DIALECT,
     voyage.DIALECT,
+    tei.DIALECT,
+    ollama.DIALECT,
+    nim.DIALECT,
+    infinity.DIALECT,
+    weaviate.DIALECT,
+    mixedbread.DIALECT,
+    llamacpp.DIALECT,
+    kserve.DIALECT,
+    sagemaker.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     ErrorBody = Callable[[Fault], dict[str, Any]]
     """Makes the body of an error in the shape of a dialect."""
 
-UNCOUNTED = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics", "/load", "/version"})
-"""Paths whose requests are not in the metrics."""
+UNCOUNTED = frozenset({"/metrics", "/load", "/version"})
+"""Paths whose requests are not in the metrics, as those of health that need no key."""
 KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 """Headers that may bring the key; the last two are those of Azure's clients and of gateways."""
 JSON_TYPES = frozenset({"application/json", ""})
@@ -141,7 +141,7 @@ class Gate:
         request_id = headers.get("x-request-id")
         scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
         reply = _Reply(send, {"X-Request-Id": echo(request_id) or new_id()} if self._names_requests else {})
-        if scope["path"] in UNCOUNTED:
+        if scope["path"] in UNCOUNTED or self._is_open(scope):
             await self._run(scope, headers, receive, reply)
             return
         began = time.monotonic()

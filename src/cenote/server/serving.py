@@ -110,6 +110,20 @@ class Serving:
                 param="input",
             )
 
+    def check_size(self, text: str, param: str) -> None:
+        """Refuse to tokenise a text that is too long.
+
+        Raises:
+            BadRequest: it is.
+        """
+        size, limit = len(text.encode(errors="replace")), self.config.max_tokenize_bytes
+        if size > limit:
+            raise BadRequest(
+                f"the text has {size} bytes; at most {limit} are tokenised. "
+                "Send it in parts, or start the server with a larger --max-tokenize-bytes",
+                param=param,
+            )
+
     async def in_pool(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on a render thread, which keeps no threads of torch's afterwards, and time it as `stage`."""
 
@@ -146,6 +160,7 @@ class Serving:
             CenoteError: the operation or the engine refuses the request, or fails.
             HTTPException: the client left.
         """
+        began = time.monotonic()
         size = request.state.body_bytes
         self.admission.check_model(service, size)
         line = self.admission.line(service)
@@ -153,14 +168,16 @@ class Serving:
         try:
             with line.enter(size) as place:
                 if is_plain and size <= SHORT and service.renderer.is_fast:
-                    began = time.monotonic()
+                    rendering = time.monotonic()
                     job = make()
-                    metrics.stage("render").observe(time.monotonic() - began)
+                    metrics.stage("render").observe(time.monotonic() - rendering)
                 else:
                     job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
                 place.queue(job.tokens)
+                request.state.render_seconds = time.monotonic() - began
+                request.state.tokens = job.tokens
                 outputs = await self._outputs(request, service, job, line)
         finally:
             self.running -= 1

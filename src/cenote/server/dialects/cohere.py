@@ -20,7 +20,7 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
-from cenote.server.wire.fields import Many, Queued, Some
+from cenote.server.wire.fields import Body, Many, Queued, Some
 from cenote.server.wire.pairs import RankingFields, Text, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
@@ -235,6 +235,26 @@ async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) 
     return await rank(serving, request, body, (body.query, body.documents), body.top_n, form, body.rank_fields or TEXT)
 
 
+class CohereTokenizeRequest(Body):
+    """Body of `POST /v1/tokenize` with `text`."""
+
+    model: str | None = None
+    text: str
+
+
+async def tokenize(serving: Serving, request: Request, body: CohereTokenizeRequest) -> Response:
+    """The token ids of a text, without special tokens, and their vocabulary entries."""
+    renderer = serving.find(body.model).renderer
+
+    def tokens() -> Response:
+        serving.check_size(body.text, "text")
+        ids = renderer.tokenize(body.text, add_special_tokens=False)
+        strings = renderer.token_strings(ids)
+        return json_response({"tokens": ids, "token_strings": strings, "meta": {"api_version": {"version": "1"}}})
+
+    return await serving.in_pool("render", tokens)
+
+
 TEXT = ("text",)
 OF_V1 = frozenset({"rank_fields"})
 """Key of a body for the first version, which shares its path with Jina and vLLM."""
@@ -246,6 +266,7 @@ DIALECT = Dialect(
         Route("/v1/embed", embed_v1, EmbedRequest, is_described=False, purpose="embed"),
         Route("/v2/rerank", rerank, CohereRerankRequest, purpose="score"),
         Route("/v1/rerank", rerank, CohereRerankRequest, is_described=False, marks=OF_V1, purpose="score"),
+        Route("/v1/tokenize", tokenize, CohereTokenizeRequest, is_described=False, marks=frozenset(TEXT)),
     ),
     prefix="cohere",
 )

@@ -1,17 +1,21 @@
-"""OpenAI's dialect, with vLLM's extensions: `/v1/embeddings` and `/v1/models`."""
+"""OpenAI's dialect, with vLLM's extensions, under Azure's paths too: `/v1/embeddings` and `/v1/models`."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import ModelInfo, PoolingParams
+from cenote.errors import BadRequest
+from cenote.pipeline import operations
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
-from cenote.server.wire.encoding import json_response
+from cenote.server.wire import answers, sizes
+from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
@@ -19,7 +23,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.pipeline.job import Job
+    from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
+    from cenote.tensors.similarity import Array
 
 
 class EmbeddingRequest(TypedFields):
@@ -27,6 +34,15 @@ class EmbeddingRequest(TypedFields):
 
     output_dimension: int | None = Field(None, description="as `dimensions` (Voyage)")
     task: str | None = Field(None, description="embed, token_embed or sparse; or, as Jina has it, an `input_type`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objects(cls, values: Any) -> Any:
+        """Take inputs that are objects with a text as texts; messages have a role."""
+        inputs = values.get("input") if isinstance(values, dict) else None
+        if not isinstance(inputs, list) or not any(map(_is_object, inputs)):
+            return values
+        return values | {"input": [*map(_text_of, inputs)]}
 
     @model_validator(mode="after")
     def _one_dimension(self) -> EmbeddingRequest:
@@ -60,8 +76,28 @@ class EmbeddingRequest(TypedFields):
         return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type or as_type)
 
 
+def _is_object(item: Any) -> bool:
+    return isinstance(item, dict) and "role" not in item
+
+
+def _text_of(item: Any) -> Any:
+    """Return the text of an input that is an object, and other inputs as they are."""
+    if not _is_object(item):
+        return item
+    if isinstance(item.get("text"), str):
+        return item["text"]
+    raise PydanticCustomError(
+        "input",
+        f"got an input with the keys {reprlib.repr(sorted(item))}; expected a text, or {{'text': ...}}: only texts are "
+        "embedded, and messages have a role",
+        {"param": "input"},
+    )
+
+
 async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:
     """One vector per input; of search models also token vectors and sparse weights."""
+    if body.late_chunking:
+        return await _joined(serving, request, body)
     task, *also = body.tasks(serving.find(body.model).info)
     params = PoolingParams(
         use_activation=body.use_activation,
@@ -74,13 +110,71 @@ async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest)
     )
 
 
+async def _joined(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:
+    """Answer a request whose inputs are chunks of one text, as Jina has it."""
+    service = serving.find(body.model)
+    body.refuse_media()
+    if body.conversations() is not None or body.late_chunking_params is not None:
+        raise BadRequest(
+            "`late_chunking` takes the chunks of one text in `input`, neither messages nor `late_chunking_params`",
+            param="late_chunking",
+        )
+    applied = body.applied(service.renderer.prompts)
+    params = PoolingParams(use_activation=body.use_activation, dimensions=body.dimensions)
+
+    def make() -> Job[Response]:
+        chunks, options = answers.prompts_of(serving, service, body, applied)
+        job = operations.embed_chunks(service, [chunks], params, options)
+        count = sizes.numbers(service.info, job.sequences)
+        sizes.check(serving.config.max_response_bytes, count, body.number_bytes)
+        form = body.form(service, ("embed",), params)
+
+        def encode(documents: list[Array]) -> Response:
+            head = answers.head(serving, request, body, "embd", job.sequences, applied)
+            vectors = [*documents[0]]
+            if form is not None:
+                return json_response(with_data(head, entries("embedding", "embedding", form(vectors))))
+            return vectors_response(
+                head,
+                vectors,
+                kind="embedding",
+                field="embedding",
+                encoding_format=body.encoding_format,
+                embed_dtype=body.embed_dtype,
+                endianness=body.endianness,
+            )
+
+        return job.then(encode)
+
+    return await serving.answer(request, service, body, make)
+
+
 async def models(serving: Serving, request: Request, body: None) -> Response:
     """One card per name under which a model is served, and per adapter that requests choose by name."""
-    cards = [_card(serving, view, name) for view in serving.models.views for name in view.names]
-    return json_response({"object": "list", "data": cards})
+    names = [(view, name) for view in serving.models.views for name in view.names]
+    cards = [_card(serving, *named) for named in names]
+    return json_response({"object": "list", "data": cards, "models": [_cohere_card(*named) for named in names]})
 
 
-def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
+async def model(serving: Serving, request: Request, body: None) -> Response:
+    """The card of a model, with what Cohere's clients read."""
+    name = request.state.model
+    service = serving.find(name)
+    return json_response({**_card(serving, service, name), **_cohere_card(service, name)})
+
+
+ENDPOINTS = {"embed": "embed", "classify": "classify"}
+"""Cohere's names of endpoints, by our tasks."""
+
+
+def _cohere_card(service: Service, name: str) -> dict[str, Any]:
+    info = service.info
+    endpoints = [ENDPOINTS[task] for task in info.tasks if task in ENDPOINTS]
+    endpoints += ["rerank"] if info.score_types else []
+    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": info.max_model_len}
+
+
+def _card(serving: Serving, service: Service, name: str) -> dict[str, Any]:
     permission = {
         "id": f"modelperm-{name}",
         "object": "model_permission",
@@ -110,7 +204,15 @@ def _card(serving: Serving, service: Any, name: str) -> dict[str, Any]:
 DIALECT = Dialect(
     "OpenAI",
     (
-        Route("/v1/embeddings", embeddings, EmbeddingRequest, aliases=("/embeddings",), purpose="vectors"),
+        Route(
+            "/v1/embeddings",
+            embeddings,
+            EmbeddingRequest,
+            aliases=("/embeddings", "/deployments/{model}/embeddings", "/v1/deployments/{model}/embeddings"),
+            purpose="vectors",
+        ),
         Route("/v1/models", models, method="GET", aliases=("/models",)),
+        Route("/v1/models/{model}", model, method="GET"),
     ),
+    prefix="openai",
 )

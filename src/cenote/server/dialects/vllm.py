@@ -178,10 +178,10 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
-    """The text of token ids."""
+    """The text of token ids, as vLLM, Cohere and llama.cpp call it: a body does not tell which of them is meant."""
     service = serving.find(body.model)
     text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
-    return json_response({"prompt": text})
+    return json_response({"prompt": text, "text": text, "content": text})
 
 
 def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[int]:
@@ -190,20 +190,14 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
     Raises:
         BadRequest: the text is longer than the server tokenises, or the chat template refuses the messages.
     """
-    special, limit = body.add_special_tokens, serving.config.max_tokenize_bytes
+    special = body.add_special_tokens
     if body.messages is None:
         param, text = "prompt", body.prompt or ""
         special = coalesce(special, True)
     else:
         chat = body.tokenized_chat(trust_template=serving.config.trust_request_chat_template)
         param, text = "messages", service.renderer.chat_text(body.messages, chat)
-    size = len(text.encode(errors="replace"))
-    if size > limit:
-        raise BadRequest(
-            f"the text has {size} bytes; at most {limit} are tokenised. "
-            "Send it in parts, or start the server with a larger --max-tokenize-bytes",
-            param=param,
-        )
+    serving.check_size(text, param)
     return service.renderer.tokenize(text, add_special_tokens=bool(special))
 
 

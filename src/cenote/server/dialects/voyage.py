@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from cenote.core import PoolingParams
+from cenote.pipeline import operations
+from cenote.pipeline.options import TextOptions
 from cenote.server.dialects.openai import EmbeddingRequest, embeddings
 from cenote.server.routes import Dialect, Route
-from cenote.server.wire.encoding import short_usage
-from cenote.server.wire.fields import Many
+from cenote.server.wire import sizes
+from cenote.server.wire.encoding import VectorType, entries, json_response, short_usage, typed_values
+from cenote.server.wire.fields import Many, Queued, Some
 from cenote.server.wire.pairs import RankingFields, rank
+from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
     from cenote.server.errors import Fault
     from cenote.server.serving import Serving
+    from cenote.tensors.similarity import Array
 
 
 class VoyageRerankRequest(RankingFields):
@@ -28,6 +35,50 @@ class VoyageRerankRequest(RankingFields):
     documents: str | Many[str]
     top_k: int | None = Field(None, ge=1, description="number of results")
     return_documents: bool = False
+
+
+class ContextRequest(Queued):
+    """Body of `POST /v1/contextualizedembeddings`: documents, each in chunks."""
+
+    model: str | None = None
+    inputs: Some[Some[str]]
+    input_type: str | None = Field(None, description="query or document")
+    output_dtype: VectorType = "float"
+    output_dimension: int | None = None
+    encoding_format: Literal["base64"] | None = None
+
+
+async def contextualized(serving: Serving, request: Request, body: ContextRequest) -> Response:
+    """A vector per chunk, made of the states of its tokens in the whole document."""
+    service = serving.find(body.model)
+    applied = service.renderer.prompts.choose(input_type=body.input_type)
+    params = PoolingParams(dimensions=body.output_dimension)
+    types: list[VectorType] = [body.output_dtype]
+    serving.check_count(sum(map(len, body.inputs)))
+
+    def make() -> Job[Response]:
+        job = operations.embed_chunks(service, body.inputs, params, TextOptions(prompt=applied))
+        count = sizes.numbers(service.info, job.sequences)
+        sizes.check(serving.config.max_response_bytes, count, sizes.FORMS[body.output_dtype])
+        ranges = ranges_for(service, types, params, "output_dtype")
+
+        def encode(documents: list[Array]) -> Response:
+            as_base64 = body.encoding_format == "base64"
+            forms = [typed_values([*rows_ND], types, ranges, as_base64=as_base64) for rows_ND in documents]
+            data = [
+                {"object": "list", "data": entries("embedding", "embedding", form), "index": i}
+                for i, form in enumerate(forms)
+            ]
+            return json_response({
+                "object": "list",
+                "data": data,
+                "model": serving.name(body.model),
+                "usage": {"total_tokens": job.tokens},
+            })  # fmt: skip
+
+        return job.then(encode)
+
+    return await serving.answer(request, service, body, make)
 
 
 async def rerank(serving: Serving, request: Request, body: VoyageRerankRequest) -> Response:
@@ -57,6 +108,13 @@ DIALECT = Dialect(
             is_described=False,
             marks=frozenset({"output_dtype", "output_dimension"}),
             purpose="vectors",
+        ),
+        Route(
+            "/v1/contextualizedembeddings",
+            contextualized,
+            ContextRequest,
+            aliases=("/contextualizedembeddings",),
+            purpose="token_embed",
         ),
         Route(
             "/v1/rerank",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cenote.server.serving import request_id
 
 if TYPE_CHECKING:
@@ -12,12 +14,13 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from cenote.core import Output, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Applied
     from cenote.server.serving import Serving
     from cenote.server.wire.fields import Inputs, Shared
+    from cenote.tensors.similarity import Array
 
 
 def head(
@@ -65,6 +68,18 @@ def value(output: Output, service: Service, *, return_tokens: bool = False) -> A
     if not return_tokens:
         return weights
     return {**weights, "tokens": service.renderer.token_strings(output.indices.tolist())}
+
+
+def labels(info: ModelInfo) -> list[str]:
+    """Return the names of a model's classes, numbers where the checkpoint has none."""
+    return [*info.labels] or [f"LABEL_{i}" for i in range(info.num_labels)]
+
+
+def classes(info: ModelInfo, values: Array, count: int | None = None) -> list[dict[str, Any]]:
+    """Return the classes of an input by falling score: the first `count`, or all."""
+    names = labels(info)
+    order = np.argsort(-values, kind="stable")[:count]
+    return [{"label": names[i], "score": values[i]} for i in order.tolist()]
 
 
 def prompts_of(

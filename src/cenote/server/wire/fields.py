@@ -313,7 +313,7 @@ class PoolingFields(Inputs):
     endianness: Endianness = "native"
     dimensions: int | None = None
     late_chunking_params: LateChunking | None = Field(None, description="of token_embed: one vector per chunk")
-    late_chunking: bool | None = Field(None, description="Jina's, whose chunks are the inputs: not supported")
+    late_chunking: bool | None = Field(None, description="Jina's, of /v1/embeddings: the inputs are chunks of one text")
     prompt: str | None = Field(None, description="text before every input")
     prompt_name: str | None = Field(None, description="one of the model's prompts, before every input")
     input_type: str | None = Field(None, description="query, document, or one of the model's prompts")
@@ -353,8 +353,8 @@ class PoolingFields(Inputs):
         """
         if self.late_chunking:
             raise BadRequest(
-                '`late_chunking` is not supported; `late_chunking_params`: {"chunk_size": N} gives a vector for '
-                "every N tokens of each input",
+                '`late_chunking` is for embeddings alone; `late_chunking_params`: {"chunk_size": N} gives '
+                "a vector for every N tokens of each input",
                 param="late_chunking",
             )
         if self.late_chunking_params is None:

@@ -121,6 +121,12 @@ async def rank(
     return await serving.answer(request, service, body, make)
 
 
+def unscaled(serving: Serving, body: RankingFields) -> None:
+    """Let a body ask for logits, if the model it names rates pairs by a head. Similarities have no other scale."""
+    if serving.find(body.model).info.score_types[:1] == ("cross-encoder",):
+        body.use_activation = False
+
+
 def meta(head: dict[str, Any], documents: list[str], version: str = "1") -> dict[str, Any]:
     """Return the part of an answer that Cohere's clients read. A search unit is up to 100 documents."""
     return {

@@ -60,7 +60,9 @@ def _rows(sequence: Sequence) -> int:
     """Return the rows of a task of tokens."""
     count = len(coalesce(sequence.keep, sequence.ids))
     chunks = sequence.params.late_chunking_params
-    return count if chunks is None else -(-count // chunks.chunk_size)
+    if chunks is None:
+        return count
+    return len(chunks.ends) or -(-count // chunks.chunk_size)
 
 
 def check(limit: int, count: int, number: float) -> None:

@@ -1,0 +1,59 @@
+"""The dialect of NVIDIA's NIM: ranking of passages by logits, under `/v1/ranking`, and its probes of health.
+
+Its `/v1/embeddings` is OpenAI's, with `input_type` and `truncate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cenote.server.dialects import operations
+from cenote.server.routes import Dialect, Route
+from cenote.server.wire.encoding import short_usage
+from cenote.server.wire.fields import Many
+from cenote.server.wire.pairs import RankingFields, rank, unscaled
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from cenote.pipeline.operations import Ranked
+    from cenote.server.serving import Serving
+
+
+class NimRankingRequest(RankingFields):
+    """Body of `POST /v1/ranking`."""
+
+    query: str | dict[str, Any]
+    passages: Many[str | dict[str, Any]]
+    top_k: int | None = Field(None, ge=1, description="number of results")
+
+
+async def ranking(serving: Serving, request: Request, body: NimRankingRequest) -> Response:
+    """The passages by falling relevance to the query, with logits."""
+    unscaled(serving, body)
+
+    def form(head: dict[str, Any], ranked: list[Ranked], passages: list[str]) -> dict[str, Any]:
+        rankings = [{"index": rank.index, "logit": rank.score} for rank in ranked]
+        return {"rankings": rankings, "usage": short_usage(head)}
+
+    return await rank(serving, request, body, (body.query, body.passages), body.top_k, form)
+
+
+DIALECT = Dialect(
+    "NIM",
+    (
+        Route(
+            "/v1/ranking",
+            ranking,
+            NimRankingRequest,
+            aliases=("/ranking", "/v1/retrieval/{model}/reranking"),
+            purpose="score",
+        ),
+        Route("/v1/health/live", operations.live, method="GET", is_open=True),
+        Route("/v1/health/ready", operations.ready, method="GET", is_open=True),
+    ),
+    prefix="nim",
+)

@@ -1,0 +1,30 @@
+"""The page of dialects names every prefix, every path that dialects share, and the keys that decide there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cenote.server.app import DIALECTS
+from cenote.server.table import Table, collisions
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
+ROWS = [line for line in PAGE.splitlines() if line.startswith("|")]
+SHARED = {
+    (path, entry.dialect.prefix, frozenset(entry.route.marks))
+    for (_, path), entries in collisions(Table(DIALECTS, ()).routes).items()
+    for entry in entries
+    if entry.route.marks
+}
+
+
+@pytest.mark.parametrize("prefix", [dialect.prefix for dialect in DIALECTS if dialect.prefix])
+def test_every_dialect_has_a_row(prefix: str) -> None:
+    assert sum(f" | `{prefix}` | " in row for row in ROWS) == 1
+
+
+@pytest.mark.parametrize(("path", "prefix", "marks"), sorted(SHARED, key=str), ids=str)
+def test_the_keys_of_a_shared_path_are_told(path: str, prefix: str, marks: frozenset[str]) -> None:
+    (row,) = (row for row in ROWS if f" | `{prefix}` | " in row)
+    assert all(f"`{mark}`" in row for mark in marks), row
