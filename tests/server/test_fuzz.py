@@ -26,6 +26,7 @@ from cenote.models.load import load
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import DIALECTS, Application, build
 from cenote.server.describe import openapi
+from cenote.server.dialects import cenote, cohere, fastdeploy, openai, scoring, vllm, voyage
 from tests import PATIENCE, checkpoints
 from tests.server.fuzz import MODELS, POISON, Request, bursts, by_description
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from cenote.core import Sequence as Tokens
     from cenote.models.model import PoolingModel
+    from cenote.server.routes import Dialect
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "2000"))
 """Requests that are sent at least."""
@@ -135,10 +137,29 @@ def check(request: Request, answer: Answer) -> None:
     assert answer.status < 500 or (answer.status == 500 and request.may_fail), (request, answer)
     if request.is_valid and not request.may_fail:
         assert answer.status == 200, (request, answer)
-    if answer.status == 200:
+    if request.method == "POST" and (request.path.rstrip("/") or "/") in OF_OTHERS:
+        assert not answer.content or answer.json is not None
+    elif answer.status == 200:
         check_content(request, answer)
     elif request.method != "HEAD":
         check_error(answer)
+
+
+def _paths(dialect: Dialect) -> set[str]:
+    return {path for route in dialect.routes for path in (route.path, *route.aliases)}
+
+
+SHARING = (
+    openai.DIALECT,
+    vllm.DIALECT,
+    scoring.DIALECT,
+    cohere.DIALECT,
+    voyage.DIALECT,
+    fastdeploy.DIALECT,
+    cenote.DIALECT,
+)
+OF_OTHERS = set().union(*map(_paths, DIALECTS)) - set().union(*map(_paths, SHARING))
+"""Paths of dialects whose answers and errors have forms of their own."""
 
 
 def check_error(answer: Answer) -> None:
