@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -245,3 +245,103 @@ def processor_class(name: str) -> Any:
 
     made: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
     return made
+
+
+QUERY_SUFFIX = "<|endoftext|>" * 10
+PAGE = f"<|im_start|>user\n{PICTURE}Describe the image."
+COL_WIDTH = 16
+"""Length of the projected rows of the late-interaction checkpoints."""
+
+
+def colqwen2(folder: Path, kind: str = "qwen2_vl") -> Path:
+    """A ColQwen2 checkpoint; over Qwen2.5-VL as well."""
+    folder.mkdir(parents=True)
+    tokenizer = write_qwen_files(folder, kind)
+    processor = {
+        "processor_class": "ColQwen2Processor",
+        "visual_prompt_prefix": f"{PAGE}<|im_end|><|endoftext|>",
+        "query_prefix": "Query: ",
+    }
+    write(folder, "processor_config.json", processor)
+    vlm = qwen_config(kind, tokenizer).to_dict()
+    config = transformers.ColQwen2Config(vlm_config=vlm, embedding_dim=COL_WIDTH)
+    model = randomised(transformers.ColQwen2ForRetrieval(config))
+    write_model(folder, model, lambda name: re.sub(r"^vlm\.(language_model|visual)\.", r"vlm.model.\1.", name))
+    return folder
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+
+
+def colqwen3(folder: Path, variant: str) -> Path:
+    """A ColQwen3 checkpoint in the layout of TomoroAI ("tomoro"), OpenSearch-AI ("ops") or NVIDIA ("nemotron")."""
+    qwen_vl(folder, "qwen3_vl")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    hidden = config["text_config"]["hidden_size"]
+    if variant == "tomoro":
+        tensors = {f"vlm.{name}": tensor for name, tensor in tensors.items()}
+        tensors["vlm.lm_head.weight"] = _random(config["text_config"]["vocab_size"], hidden)
+        tensors |= {
+            "embedding_proj_layer.weight": _random(COL_WIDTH, hidden), "embedding_proj_layer.bias": _random(COL_WIDTH)
+        }  # fmt: skip
+        kept = ("text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id")
+        config = {name: config[name] for name in (*kept, "vision_end_token_id", "dtype")}
+        config |= {"architectures": ["ColQwen3"], "model_type": "colqwen3", "embed_dim": COL_WIDTH}
+        config |= {"padding_side": "left"}
+    elif variant == "ops":
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        tensors |= {"custom_text_proj.weight": _random(hidden, hidden), "custom_text_proj.bias": _random(hidden)}
+        config |= {"architectures": ["OpsColQwen3Model"], "model_type": "ops_colqwen3", "dims": COL_WIDTH}
+    else:
+        config |= {"architectures": ["Qwen3VLNemotronEmbedModel"], "model_type": "qwen3_vl_nemotron_embed"}
+        config |= {"pooling": "colbert"}
+    (name,) = config["architectures"]
+    config["auto_map"] = {"AutoConfig": f"configuration_x.{name}Config", "AutoModel": f"modeling_x.{name}"}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    write(folder, "config.json", config)
+    return folder
+
+
+def colpali(folder: Path) -> Path:
+    """A ColPali checkpoint."""
+    folder.mkdir(parents=True)
+    specials = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
+    tokenizer = byte_pairs(specials, 600)
+    tokenizer.add_tokens([AddedToken(f"<loc{i:0>4}>", normalized=False) for i in range(1024)])
+    tokenizer.add_tokens([AddedToken(f"<seg{i:0>3}>", normalized=False) for i in range(128)])
+    ids = {text: tokenizer.token_to_id(text) for text in specials}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        padding_side="right", model_max_length=4096, extra_special_tokens={"image_token": "<image>"},
+    ).save_pretrained(folder)  # fmt: skip
+    processor = {
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "ColPaliProcessor", "image_seq_length": 16,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255,
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "size": {"height": 56, "width": 56},
+    }  # fmt: skip
+    write(folder, "preprocessor_config.json", processor)
+    write(folder, "processor_config.json", {"processor_class": "ColPaliProcessor"})
+    text = {
+        "model_type": "gemma", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 128,
+        "max_position_embeddings": 4096, "pad_token_id": ids["<pad>"], "num_image_tokens": 16,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "image_size": 56, "patch_size": 14, "projection_dim": 64, "vision_use_head": False,
+    }  # fmt: skip
+    vlm = {
+        "model_type": "paligemma", "text_config": text, "vision_config": vision, "projection_dim": 64,
+        "image_token_index": ids["<image>"], "hidden_size": 64, "pad_token_id": ids["<pad>"],
+        "vocab_size": tokenizer.get_vocab_size(),
+    }  # fmt: skip
+    config = transformers.ColPaliConfig(vlm_config=vlm, embedding_dim=COL_WIDTH)
+
+    def rename(name: str) -> str:
+        name = name.replace("vlm.language_model.", "vlm.language_model.model.")
+        return re.sub(r"vlm\.vision_tower\.(?!vision_model)", "vlm.vision_tower.vision_model.", name)
+
+    write_model(folder, randomised(transformers.ColPaliForRetrieval(config)), rename)
+    return folder

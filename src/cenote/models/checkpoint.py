@@ -193,7 +193,7 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     contents.audit(files, files.location.listed, family.hub_files, pickles=options.reads_pickles)
     tokenizers.keep_whole(tokenizer, family.markers)
     head = family.head or choose_head(_facts(files, tokenizer, options))
-    messages = _message_template(st, files.config, tokenizer)
+    messages = _message_template(st, files.config, tokenizer) or family.messages(files, tokenizer)
     return Checkpoint(
         **vars(files),
         tokenizer=tokenizer,

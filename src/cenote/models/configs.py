@@ -130,7 +130,8 @@ def _note(content: dict[str, Any], native: dict[str, Any], audit: Audit) -> tupl
     """Enter the keys of `content` that made the config `native` into the audit, and return a note about it."""
     audit.use(CONFIG, *without(content, native))
     audit.leave(CONFIG, ["auto_map"], "Transformers has the model that its code is of")
-    code = ", ".join(sorted(set(remote_code.references(content).values())))
+    names = remote_code.references(content).values() or [content["model_type"]]
+    code = ", ".join(sorted(set(names)))
     return (f"Transformers' own class for {native['model_type']!r} runs in the place of {code}",)
 
 

@@ -146,7 +146,7 @@ def prove(
     probe = None
     vision, pictures = _pictures(checkpoint, full)
     try:
-        if full is not full.base_model:
+        if full is not full.base_model and not family.model_class:
             probe = HeadProbe(full, max_length=built.length)
         proved = choose(
             model,

@@ -33,6 +33,8 @@ def classes(config: Config) -> set[str]:
 
 def native(config: Config) -> Config | None:
     """Return `config` as Transformers' own class reads it; `None` if there is none for the code that it names."""
+    if config.get("model_type") in OWN_TYPES:
+        return OWN_TYPES[config["model_type"]](config)
     names = {name.rpartition("--")[2] for name in references(config).values()}
     for name in NATIVE.keys() & names:
         return NATIVE[name](config)
@@ -192,6 +194,31 @@ def _two_way_qwen(config: Config) -> Config | None:
     """Return the config of gte-Qwen2's code, which attends both ways if its config says so."""
     return config if config.get("is_causal") is False else None
 
+
+def _colqwen3(config: Config) -> Config:
+    """Return the config of TomoroAI's ColQwen3, whose model is a part of another one."""
+    return {**config, "model_type": "qwen3_vl", "renamed_tensors": "colqwen3"}
+
+
+def _ops_colqwen3(config: Config) -> Config:
+    """Return the config of OpenSearch-AI's ColQwen3."""
+    return {**config, "model_type": "qwen3_vl"}
+
+
+def _nemotron_colembed(config: Config) -> Config | None:
+    """Return the config of NVIDIA's nemotron-colembed-vl-v2, which attends both ways."""
+    if not _agrees(config, {"pooling": "colbert"}):
+        return None
+    text = {**config["text_config"], "is_causal": False}
+    return {**_without(config, "pooling"), "model_type": "qwen3_vl", "text_config": text}
+
+
+OWN_TYPES: Mapping[str, Callable[[Config], Config | None]] = {
+    "colqwen3": _colqwen3,
+    "ops_colqwen3": _ops_colqwen3,
+    "qwen3_vl_nemotron_embed": _nemotron_colembed,
+}
+"""The `model_type`s of code, to a function that returns its config in Transformers' words."""
 
 NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
     "modeling_lora.XLMRobertaLoRA": _jina_flash,

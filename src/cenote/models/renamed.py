@@ -27,15 +27,16 @@ class Renaming:
 
     Attributes:
         names: parts of its names, as patterns, to those of Transformers, in this order.
-        fused: part of the names of matrices that make queries, keys and values, in Transformers' other words.
+        fused: part of the names of matrices that make queries, keys and values, in Transformers' other words;
+            empty = there are none.
         parts: of such a name, for queries, keys and values.
         is_grouped: its rows are in a group for each key-value head, else in one group.
     """
 
     names: Mapping[str, str]
-    fused: str
-    parts: tuple[str, str, str]
-    is_grouped: bool
+    fused: str = ""
+    parts: tuple[str, ...] = ()
+    is_grouped: bool = False
 
     def split(self, tensor: Tensor, config: Any) -> tuple[Tensor, ...]:
         """Return the rows of queries, keys and values of a matrix or bias `[R, ...]`."""
@@ -50,7 +51,7 @@ class Renaming:
         for name, tensor in tensors.items():
             for pattern, words in self.names.items():
                 name = re.sub(pattern, words, name)
-            if self.fused not in name:
+            if not self.fused or self.fused not in name:
                 renamed[name] = tensor
                 continue
             for part, rows in zip(self.parts, self.split(tensor, config), strict=True):
@@ -59,6 +60,7 @@ class Renaming:
 
 
 RENAMINGS: Mapping[str, Renaming] = {
+    "colqwen3": Renaming({r"^vlm\.model\.": "", r"^vlm\.": ""}),
     "xlm-roberta-flash": Renaming(
         {
             r"\bemb_ln\b": "embeddings.LayerNorm",

@@ -209,6 +209,12 @@ class PictureRenderer:
         """Whether a picture is an input of its own."""
         return not self.pictures.markup
 
+    @property
+    def has_own_template(self) -> bool:
+        """Whether a picture and its text can be rendered without the tokenizer's chat template."""
+        template = self.pictures.template
+        return self.is_apart or (template is not None and template.source is not None)
+
     def headers(self, content: Illustrated) -> list[Picture]:
         """Return the pictures of a prompt, their headers read.
 

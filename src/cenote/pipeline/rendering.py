@@ -284,7 +284,7 @@ class Renderer:
             return self.chat_text(messages, options)
         shown, sources = read(messages, renderer.placeholder)
         content: Any = texts_and_pictures(shown)
-        if not renderer.is_apart or options.template or self.tokenizer.chat_template:
+        if options.template or self.tokenizer.chat_template or not renderer.has_own_template:
             content = self.chat_text(shown, options, structured=True)
         return Illustrated(content, tuple(sources), coalesce(kwargs, {}))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
-    from cenote.core import Sides
+    from cenote.core import MessageTemplate, Sides
     from cenote.models.classifiers import Classifier
     from cenote.models.convert import Head
     from cenote.models.facts import Files
@@ -136,6 +136,10 @@ class Family:
     def width(self, files: Files) -> int:
         """Return the length of a row that is pooled."""
         return files.width
+
+    def messages(self, files: Files, tokenizer: PreTrainedTokenizerBase) -> MessageTemplate | None:
+        """Return how texts and pictures are rendered, unless Sentence-Transformers files say it; `None` = they stay."""
+        return None
 
     @property
     def filled_to(self) -> int:

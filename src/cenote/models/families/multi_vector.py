@@ -100,9 +100,9 @@ class MultiVector(Family):
     """
 
     title: ClassVar[str] = "late interaction (ColBERT)"
-    modules = ("MultiVectorMask", "Dense", "Normalize", "HierarchicalTokenPooling")
+    modules: ClassVar[tuple[str, ...]] = ("MultiVectorMask", "Dense", "Normalize", "HierarchicalTokenPooling")
     honours = "MultiVectorMask with HierarchicalTokenPooling as the last module"
-    hub_files = ("artifact.metadata",)
+    hub_files: ClassVar[tuple[str, ...]] = ("artifact.metadata",)
     compares = "tokens"
 
     prefixes: Mapping[str, str] = field(default_factory=dict)

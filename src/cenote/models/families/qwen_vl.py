@@ -64,13 +64,14 @@ class QwenVL(Vision):
     def describe(cls, files: Files) -> Pictures:
         """Return how its inputs hold pictures."""
         published = next((row for row in PUBLISHED if re.search(row.name, files.location.title, re.IGNORECASE)), ANY)
+        config = getattr(files.config, "vlm_config", files.config)
         variables = {"add_generation_prompt": True} if published.template is None else {}
         return Pictures(
             folder=str(files.folder.absolute()),
             layout="grid",
-            placeholder=int(files.config.image_token_id),
+            placeholder=int(config.image_token_id),
             markup=MARKUP,
-            merge=int(files.config.vision_config.spatial_merge_size),
+            merge=int(config.vision_config.spatial_merge_size),
             positions="mrope",
             most_pixels=published.most_pixels,
             template=MessageTemplate(published.template, variables, structured=True),
@@ -118,6 +119,8 @@ class QwenVL(Vision):
         inputs: dict[str, Any] = {"input_ids": ids_1L, "mm_token_type_ids": types_1L, "use_cache": False}
         if sequence.media:
             inputs["pixel_values"], inputs["image_grid_thw"] = self._patches(sequence.media)
+        if self.pictures.positions == "flat":
+            inputs["position_ids"] = torch.arange(len(sequence), device=self.full.device).expand(3, 1, -1)
         taken = signature(self.base.forward).parameters
         output = self.base(**{name: value for name, value in inputs.items() if name in taken})
         self.base.rope_deltas = None  # it is left by a forward that computes positions, for the next one

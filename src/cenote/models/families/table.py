@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cenote.errors import CheckpointError
 from cenote.models.families.bge_m3 import BgeM3
 from cenote.models.families.clip import Clip
+from cenote.models.families.col_vision import ColVision
 from cenote.models.families.family import Family
 from cenote.models.families.gating import Gating
 from cenote.models.families.listwise import Listwise
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from cenote.models.facts import Files
     from cenote.models.sentence_transformers import Module, SentenceTransformer
 
-FAMILIES: list[type[Family]] = [OwnModel, Splade, MultiVector, BgeM3, Listwise, Gating, Rewards, Voyage, Clip]
+FAMILIES: list[type[Family]] = [
+    OwnModel,
+    Splade,
+    ColVision,
+    MultiVector,
+    BgeM3,
+    Listwise,
+    Gating,
+    Rewards,
+    Voyage,
+    Clip,
+]
 """The first that recognises a checkpoint counts."""
 
 
