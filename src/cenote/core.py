@@ -355,6 +355,7 @@ class Pictures:
         layout: key of `cenote.pipeline.pictures.LAYOUTS`: how a processed picture becomes tokens.
         placeholder: id of the tokens that a picture takes the place of.
         markup: text that stands for a picture in a prompt; empty = a picture is an input of its own.
+        spelled: another text that stands for the placeholder in templates; empty = there is none.
         tokens: tokens of every picture; 0 = as many as its patches say.
         patches: rows of the vision tower of every picture; 0 = as many as there are patches.
         merge: patches along a side that become one token.
@@ -372,6 +373,7 @@ class Pictures:
     layout: str
     placeholder: int = 0
     markup: str = ""
+    spelled: str = ""
     tokens: int = 0
     patches: int = 0
     merge: int = 1

@@ -184,9 +184,10 @@ class Renderer:
     ) -> Ids:
         """Return the ids of a prompt, each picture one placeholder."""
         if isinstance(content.content, tuple):
-            return self.tokenize(self.whole(renderer.text(content.content, applied.text)), add_special_tokens=False)
+            text = renderer.spelled_out(renderer.text(content.content, applied.text))
+            return self.tokenize(self.whole(text), add_special_tokens=False)
         if isinstance(content.content, str):
-            text = self.whole(applied.text + content.content)
+            text = self.whole(renderer.spelled_out(applied.text + content.content))
             return self.tokenize(text, add_special_tokens=options.add_special_tokens)
         check_vocabulary(self.info, content.content)
         return content.content
