@@ -306,6 +306,71 @@ def clip(folder: Path) -> Path:
     return folder
 
 
+SIGLIP_LENGTH = 64
+"""Tokens of every text of the SigLIP checkpoints."""
+
+
+def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
+    """Write the tokenizer of SigLIP, or Gemma's with lower case, as SigLIP 2 has it."""
+    options: dict[str, Any] = {"model_max_length": SIGLIP_LENGTH, "padding_side": "right", "pad_token": "<pad>"}
+    made: Any
+    if kind == "siglip2":
+        texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+        vocabulary = {text: number for number, text in enumerate([*texts, *map(chr, range(97, 123))])}
+        made = transformers.Siglip2Tokenizer(vocab=vocabulary, add_eos_token=True, add_bos_token=False, **options)
+    else:
+        tokenizer = byte_pairs(("<pad>", "</s>"), 600)
+        ends = [("</s>", tokenizer.token_to_id("</s>"))]
+        tokenizer.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=ends)
+        names = ["input_ids"]
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_input_names=names, **options)
+    made.save_pretrained(folder)
+    return made  # type: ignore[no-any-return]
+
+
+def siglip(folder: Path, kind: str) -> Path:
+    """A SigLIP checkpoint, or one of SigLIP 2 with any resolution ("siglip2")."""
+    folder.mkdir(parents=True)
+    tokenizer = write_siglip_tokenizer(folder, kind)
+    processor: dict[str, Any] = {
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": SIGLIP_LENGTH,
+        "vocab_size": 1024,
+        "projection_size": 64,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    if kind == "siglip2":
+        sizes = {"patch_size": 16, "max_num_patches": 81}
+        processor |= {"image_processor_type": "Siglip2ImageProcessor", "resample": 2, **sizes}
+        config = transformers.Siglip2Config(
+            text_config=text, vision_config={**vision, "patch_size": 16, "num_patches": 81}
+        )
+        model: Any = transformers.Siglip2Model(config)
+    else:
+        processor |= {
+            "image_processor_type": "SiglipImageProcessor",
+            "resample": 3,
+            "size": {"height": 56, "width": 56},
+        }
+        config = transformers.SiglipConfig(
+            text_config=text, vision_config={**vision, "image_size": 56, "patch_size": 14}
+        )
+        model = transformers.SiglipModel(config)
+    write(folder, "preprocessor_config.json", processor)
+    write_model(folder, randomised(model))
+    return folder
+
+
 @cache
 def processor_class(name: str) -> Any:
     """A processor of Transformers without its part for videos, which needs torchvision."""

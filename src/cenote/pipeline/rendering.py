@@ -171,6 +171,8 @@ class Renderer:
         if not pictures:
             text = self.fit(self._sliced(Text(ids), options), options, budget)
             return Sequence(text.ids, adapter=applied.adapter)
+        if renderer.is_apart:  # the limit is that of the texts
+            options = options._replace(limit=UNLIMITED, truncate=None)
         cuts_beginnings = self._cuts_beginnings(options.side)
         placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
