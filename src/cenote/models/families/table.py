@@ -14,6 +14,7 @@ from cenote.models.families.listwise import Listwise
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.own import OwnModel
 from cenote.models.families.rewards import Rewards
+from cenote.models.families.sighted_classifiers import SightedClassifier
 from cenote.models.families.siglip import Siglip
 from cenote.models.families.splade import Splade
 from cenote.models.families.voyage import Voyage
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
     from cenote.models.facts import Files
     from cenote.models.sentence_transformers import Module, SentenceTransformer
 
-FAMILIES: list[type[Family]] = [OwnModel, Splade, MultiVector, BgeM3, Listwise, Gating, Rewards, Voyage, Clip, Siglip]
+FAMILIES: list[type[Family]] = [
+    OwnModel,
+    Splade,
+    MultiVector,
+    BgeM3,
+    Listwise,
+    Gating,
+    Rewards,
+    Voyage,
+    Clip,
+    Siglip,
+    SightedClassifier,
+]
 """The first that recognises a checkpoint counts."""
 
 
