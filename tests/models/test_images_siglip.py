@@ -22,7 +22,7 @@ RAW = PoolingParams(use_activation=False)
 TEXTS = ["what is the revenue", "a", "The quick brown FOX jumps", "page page page figure"]
 PICTURES = [noise(90, 130), noise(300, 60), noise(64, 64), noise(340, 440), noise(1, 3), noise(90, 130)]
 TOLERANCE = 5e-6
-"""Largest difference of vectors whose length is about 5; measured: 1e-6."""
+"""Largest difference of vectors whose length is about 7; measured: 1e-6."""
 
 
 class Case:
