@@ -189,6 +189,77 @@ def qwen_vl(folder: Path, kind: str, **text: Any) -> Path:
     return folder
 
 
+ERNIE = (
+    "<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|IMAGE_PLACEHOLDER|>",
+    "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_PLACEHOLDER|>", "<|VIDEO_START|>", "<|VIDEO_END|>",
+)  # fmt: skip
+ERNIE_PICTURE = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
+ERNIE_CHAT = (
+    "<|begin_of_sentence|>{% set pictures = namespace(count=0) %}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}Assistant: {% elif message.role == 'user' %}User: {% endif %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}{% set pictures.count = pictures.count + 1 %}"
+    "Picture {{ pictures.count }}:<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %}"
+    "{% if message.role == 'assistant' %}<|end_of_sentence|>{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+def ernie_vl(folder: Path) -> Path:
+    """An Ernie-4.5-VL-MoE reward model, as FastDeploy serves it."""
+    folder.mkdir(parents=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_pairs(ERNIE, 600), bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        unk_token="<unk>", model_max_length=4096,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(ERNIE_CHAT)
+    processor = {
+        "image_processor_type": "Ernie4_5_VLMoeImageProcessor", "patch_size": 14, "merge_size": 2, "resample": 3,
+        "temporal_patch_size": 1, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "size": {"shortest_edge": 4 * 28**2, "longest_edge": MOST_TOKENS * 28**2},
+    }  # fmt: skip
+    write(folder, "preprocessor_config.json", processor)
+    ids = tokenizer.get_vocab()
+    text = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "moe_intermediate_size": [32, 16],
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+        "pad_token_id": ids["<unk>"],
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": ids["</s>"],
+    }
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 14}
+    names = {f"{kind}_{place}token_id": f"<|{kind.upper()}_{word}|>" for kind in ("image", "video")
+             for place, word in (("", "PLACEHOLDER"), ("start_", "START"), ("end_", "END"))}  # fmt: skip
+    config = transformers.Ernie4_5_VLMoeConfig(
+        text_config=text, vision_config=vision, **{key: ids[name] for key, name in names.items()}
+    )
+    randomised(transformers.Ernie4_5_VLMoeModel(config)).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    head = {
+        "rm_head.up_gate_proj.weight": STD * torch.randn(128, 64, generator=generator),
+        "rm_head.down_proj.weight": torch.randn(1, 64, generator=generator),
+    }
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **head}, folder / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text())
+    write(folder, "config.json", {**written, "architectures": ["Ernie4_5_VLMoeForProcessRewardModel"]})
+    return folder
+
+
 CLIP_TOKENS = 17
 """Tokens of a picture of the CLIP checkpoint: 4 x 4 patches and the class token."""
 
@@ -232,6 +303,71 @@ def clip(folder: Path) -> Path:
     }  # fmt: skip
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     write_model(folder, randomised(transformers.CLIPModel(config)))
+    return folder
+
+
+SIGLIP_LENGTH = 64
+"""Tokens of every text of the SigLIP checkpoints."""
+
+
+def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
+    """Write the tokenizer of SigLIP, or Gemma's with lower case, as SigLIP 2 has it."""
+    options: dict[str, Any] = {"model_max_length": SIGLIP_LENGTH, "padding_side": "right", "pad_token": "<pad>"}
+    made: Any
+    if kind == "siglip2":
+        texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+        vocabulary = {text: number for number, text in enumerate([*texts, *map(chr, range(97, 123))])}
+        made = transformers.Siglip2Tokenizer(vocab=vocabulary, add_eos_token=True, add_bos_token=False, **options)
+    else:
+        tokenizer = byte_pairs(("<pad>", "</s>"), 600)
+        ends = [("</s>", tokenizer.token_to_id("</s>"))]
+        tokenizer.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=ends)
+        names = ["input_ids"]
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_input_names=names, **options)
+    made.save_pretrained(folder)
+    return made  # type: ignore[no-any-return]
+
+
+def siglip(folder: Path, kind: str) -> Path:
+    """A SigLIP checkpoint, or one of SigLIP 2 with any resolution ("siglip2")."""
+    folder.mkdir(parents=True)
+    tokenizer = write_siglip_tokenizer(folder, kind)
+    processor: dict[str, Any] = {
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": SIGLIP_LENGTH,
+        "vocab_size": 1024,
+        "projection_size": 64,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    if kind == "siglip2":
+        sizes = {"patch_size": 16, "max_num_patches": 81}
+        processor |= {"image_processor_type": "Siglip2ImageProcessor", "resample": 2, **sizes}
+        config = transformers.Siglip2Config(
+            text_config=text, vision_config={**vision, "patch_size": 16, "num_patches": 81}
+        )
+        model: Any = transformers.Siglip2Model(config)
+    else:
+        processor |= {
+            "image_processor_type": "SiglipImageProcessor",
+            "resample": 3,
+            "size": {"height": 56, "width": 56},
+        }
+        config = transformers.SiglipConfig(
+            text_config=text, vision_config={**vision, "image_size": 56, "patch_size": 14}
+        )
+        model = transformers.SiglipModel(config)
+    write(folder, "preprocessor_config.json", processor)
+    write_model(folder, randomised(model))
     return folder
 
 

@@ -258,6 +258,7 @@ class Sides:
     Attributes:
         lengths: tokens to which a side is cut.
         fill_to: tokens to which queries are filled up; 0 = they are not.
+        fills_all: all texts are filled up, whatever their side.
         fill_id: id of the tokens added.
         fixed: queries are also cut to `fill_to`.
         attend: other tokens attend to the added ones.
@@ -274,6 +275,7 @@ class Sides:
     fill_id: int = 0
     fixed: bool = True
     attend: bool = False
+    fills_all: bool = False
     skipped: frozenset[int] = frozenset()
     skipped_of: tuple[str, ...] = ("document",)
     pooled_of: tuple[str, ...] = ()
@@ -300,12 +302,15 @@ class Sides:
 
     def of_ids(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, whose caller gave its ids, as the model takes its side."""
+        if self.fills_all:
+            return self.of_text(sequence, role)
         return replace(sequence, looked_up=True) if self._by_table(role) else sequence
 
     def of_text(self, sequence: Sequence, role: Role | None) -> Sequence:
         """Return `sequence`, made of a text, as the model takes its side: queries filled up, skipped tokens marked."""
         ids, types = self._marked(list(sequence.ids), role), sequence.type_ids
-        added = max(0, self.fill_to - len(ids)) if role == "query" else 0
+        is_filled = (role == "query" or self.fills_all) and not sequence.media
+        added = max(0, self.fill_to - len(ids)) if is_filled else 0
         ids += [self.fill_id] * added
         return replace(
             sequence,
@@ -355,6 +360,7 @@ class Pictures:
         layout: key of `cenote.pipeline.pictures.LAYOUTS`: how a processed picture becomes tokens.
         placeholder: id of the tokens that a picture takes the place of.
         markup: text that stands for a picture in a prompt; empty = a picture is an input of its own.
+        spelled: another text that stands for the placeholder in templates; empty = there is none.
         tokens: tokens of every picture; 0 = as many as its patches say.
         patches: rows of the vision tower of every picture; 0 = as many as there are patches.
         merge: patches along a side that become one token.
@@ -372,6 +378,7 @@ class Pictures:
     layout: str
     placeholder: int = 0
     markup: str = ""
+    spelled: str = ""
     tokens: int = 0
     patches: int = 0
     merge: int = 1

@@ -158,7 +158,7 @@ SHARING = (
     fastdeploy.DIALECT,
     cenote.DIALECT,
 )
-OF_OTHERS = set().union(*map(_paths, DIALECTS)) - set().union(*map(_paths, SHARING))
+OF_OTHERS = {"/v1/contextualizedembeddings"} | set().union(*map(_paths, DIALECTS)) - set().union(*map(_paths, SHARING))
 """Paths of dialects whose answers and errors have forms of their own."""
 
 

@@ -506,6 +506,8 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
         name = mapping.get(config.model_type, "")
         if name.endswith("EncoderModel"):
             return getattr(transformers, name)
+    if kind == "vocabulary" and getattr(config, "vision_config", None) is not None:
+        return transformers.AutoModelForImageTextToText
     auto_map = getattr(config, "auto_map", None) or {}
     if auto_map and AUTO_CLASSES[kind] not in auto_map:
         raise CheckpointError(

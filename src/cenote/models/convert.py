@@ -277,7 +277,8 @@ class Facts:
             return None
         if self.reranker is not None:
             return self.reranker.prompt
-        return rerankers.QWEN3 if self.is_original else None
+        original = rerankers.ORIGINAL.get(self.config.model_type, rerankers.QWEN3)
+        return original if self.is_original else None
 
 
 OVERRIDES = frozenset({"is_original_qwen3_reranker", "classifier_from_token"})

@@ -106,9 +106,10 @@ class Backbone:
 
     def _output(self, arguments: dict[str, Any], sources: Tensor | None, features: Features | None) -> Any:
         """Run the model, or the part of it that reads the features of pictures."""
-        if features is None or sources is None:
+        if self.vision is None:
             return self.model(**arguments)
-        assert self.vision is not None
+        if features is None or sources is None:
+            return self.model(**arguments, **self.vision.by_ids(arguments["input_ids"]))
         return self.vision.reader(**self.vision.arguments(arguments, sources, features))
 
 

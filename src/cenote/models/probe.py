@@ -240,10 +240,9 @@ class Probe:
         largest = torch.finfo(self.model.dtype).eps
         with layout.own_attention() as backbone:
             for sequence in self.sequences[:COPIED]:
-                ids_1L = torch.tensor([sequence.ids], device=backbone.device)
-                alone_1LD = backbone.run(input_ids=ids_1L)
+                alone_1LD = _copies(backbone, sequence, 1)
                 for count in COPIES:
-                    beside_BLD = backbone.run(input_ids=ids_1L.expand(count, -1))
+                    beside_BLD = _copies(backbone, sequence, count)
                     moved = distance(beside_BLD, alone_1LD.expand_as(beside_BLD), among=self.rows_TD)
                     largest = max(largest, moved)
         return largest
@@ -593,6 +592,17 @@ def _texts(ids: list[list[int]]) -> list[Sequence]:
 
 def _packed(ids: list[list[int]], device: torch.device) -> Batch:
     return pack(_texts(ids), device)
+
+
+def _copies(backbone: Backbone, sequence: Sequence, count: int) -> Tensor:
+    """Return the rows `[count, L, D]` of copies of a sequence in one forward, of the tower that reads it."""
+    vision = backbone.vision
+    if vision is not None and vision.is_apart and sequence.media:
+        with torch.inference_mode():
+            rows_FD = vision.features(list(sequence.media) * count).rows_FD
+        return rows_FD.view(count, -1, rows_FD.shape[-1])
+    ids_1L = torch.tensor([sequence.ids], device=backbone.device)
+    return backbone.run(input_ids=ids_1L.expand(count, -1))
 
 
 def _alone(backbone: Backbone) -> Callable[[Batch], Tensor]:

@@ -82,7 +82,12 @@ class Vision:
         embeddings_BLD = table(inputs["input_ids"])
         embeddings_BLD[is_media] = features.rows_FD[rows].to(embeddings_BLD.dtype)
         others = {name: value for name, value in inputs.items() if name != "input_ids"}
-        return {**others, "inputs_embeds": embeddings_BLD, **self.deep(is_media, rows, features)}
+        deep = self.deep(is_media, rows, features)
+        return {**others, **self.by_ids(inputs["input_ids"]), "inputs_embeds": embeddings_BLD, **deep}
+
+    def by_ids(self, ids: Tensor) -> dict[str, Any]:
+        """Return further arguments of every forward, of texts alone as well, that the ids of tokens give."""
+        return {}
 
     def deep(self, is_media: Tensor, rows: Tensor, features: Features) -> dict[str, Any]:
         """Return the arguments by which the reader adds `Features.deep`."""

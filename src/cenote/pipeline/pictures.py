@@ -254,6 +254,11 @@ class PictureRenderer:
             messages.insert(0, message("system", system, structured=True))
         return self.apply(messages, template.source, template.kwargs)
 
+    def spelled_out(self, text: str) -> str:
+        """Return a text in which every placeholder is the vocabulary's."""
+        spelled = self.pictures.spelled
+        return text.replace(spelled, self.placeholder) if spelled else text
+
     def placed(self, ids: Ids, pictures: Seq[Picture], kwargs: Mapping[str, Any]) -> Placed:
         """Return the ids of a prompt with the tokens of its pictures, by their sizes alone.
 

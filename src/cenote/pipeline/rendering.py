@@ -171,6 +171,8 @@ class Renderer:
         if not pictures:
             text = self.fit(self._sliced(Text(ids), options), options, budget)
             return Sequence(text.ids, adapter=applied.adapter)
+        if renderer.is_apart:  # the limit is that of the texts
+            options = options._replace(limit=UNLIMITED, truncate=None)
         cuts_beginnings = self._cuts_beginnings(options.side)
         placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
@@ -184,9 +186,10 @@ class Renderer:
     ) -> Ids:
         """Return the ids of a prompt, each picture one placeholder."""
         if isinstance(content.content, tuple):
-            return self.tokenize(self.whole(renderer.text(content.content, applied.text)), add_special_tokens=False)
+            text = renderer.spelled_out(renderer.text(content.content, applied.text))
+            return self.tokenize(self.whole(text), add_special_tokens=False)
         if isinstance(content.content, str):
-            text = self.whole(applied.text + content.content)
+            text = self.whole(renderer.spelled_out(applied.text + content.content))
             return self.tokenize(text, add_special_tokens=options.add_special_tokens)
         check_vocabulary(self.info, content.content)
         return content.content

@@ -57,20 +57,13 @@ class Clip(Family):
         return full.text_model  # type: ignore[return-value]
 
     def prepare(self, full: PreTrainedModel) -> None:
-        """Let rows of several texts stand end to end: their number is no position, which Transformers checks it for.
+        """Let rows of several texts stand end to end.
 
         The tower's own pooling looks for the end of one text; it finds none then, and takes the first row.
         """
         tower: Any = full.text_model
         tower.eos_token_id = NO_TOKEN
-        embeddings = tower.embeddings
-
-        def forward(input_ids: Tensor, position_ids: Tensor | None = None, **_: object) -> Tensor:
-            if position_ids is None:
-                position_ids = embeddings.position_ids[:, : input_ids.shape[-1]]
-            return embeddings.token_embedding(input_ids) + embeddings.position_embedding(position_ids)  # type: ignore[no-any-return]
-
-        embeddings.forward = forward
+        let_stand_end_to_end(tower.embeddings)
 
     def finish(self, full: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         """Return the projection of texts."""
@@ -90,6 +83,17 @@ class Clip(Family):
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return vectors."""
         return {"embed": ClipEmbed(loaded.pooler, loaded.files.config.text_config.eos_token_id)}
+
+
+def let_stand_end_to_end(embeddings: Any) -> None:
+    """Let rows of several texts be embedded as one: their number is no position, which Transformers checks it for."""
+
+    def forward(input_ids: Tensor, position_ids: Tensor | None = None, **_: object) -> Tensor:
+        if position_ids is None:
+            position_ids = embeddings.position_ids[:, : input_ids.shape[-1]]
+        return embeddings.token_embedding(input_ids) + embeddings.position_embedding(position_ids)  # type: ignore[no-any-return]
+
+    embeddings.forward = forward
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,11 @@ class ClipVision(Vision):
         return self._full.text_model  # type: ignore[no-any-return]
 
     @property
+    def projection(self) -> nn.Module:
+        """The step from hidden states of a text to its vector."""
+        return self._full.text_projection  # type: ignore[no-any-return]
+
+    @property
     def _full(self) -> Any:
         return self.full
 
@@ -159,7 +168,7 @@ class ClipVision(Vision):
             return self.features(sequence.media).rows_FD
         ids_1L = torch.tensor([list(sequence.ids)], device=self.full.device)
         states_LD = self._full.text_model(input_ids=ids_1L).last_hidden_state[0]
-        return self._full.text_projection(states_LD)  # type: ignore[no-any-return]
+        return self.projection(states_LD)  # type: ignore[no-any-return]
 
     def draw(self, generator: torch.Generator) -> Iterator[Media]:
         """Yield pictures of random content, without end."""

@@ -98,6 +98,12 @@ class QwenVL(Vision):
         """Ids before and behind the tokens of a picture in a prompt."""
         return [self.base.config.vision_start_token_id], [self.base.config.vision_end_token_id]
 
+    @property
+    def patch_width(self) -> int:
+        """Numbers of a patch."""
+        config = self.base.config.vision_config
+        return int(config.in_channels * config.temporal_patch_size * config.patch_size**2)
+
     def features(self, media: Seq[Media]) -> Features:
         """Return the features of a few pictures, end to end, by one forward of the tower."""
         output = self.base.get_image_features(*self._patches(media), return_dict=True)
@@ -117,6 +123,7 @@ class QwenVL(Vision):
         for start, stop in sequence.spans:
             types_1L[0, start:stop] = 1
         inputs: dict[str, Any] = {"input_ids": ids_1L, "mm_token_type_ids": types_1L, "use_cache": False}
+        inputs |= self.by_ids(ids_1L)
         if sequence.media:
             inputs["pixel_values"], inputs["image_grid_thw"] = self._patches(sequence.media)
         if self.pictures.positions == "flat":
@@ -128,12 +135,11 @@ class QwenVL(Vision):
 
     def draw(self, generator: torch.Generator) -> Iterator[Media]:
         """Yield small pictures of random content, of a few sizes in turn, without end."""
-        config, side = self.base.config.vision_config, self.pictures.merge
-        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        side = self.pictures.merge
         sizes = cycle(((side, 2 * side), (2 * side, side), (2 * side, 2 * side)))
         for number, (rows, columns) in zip(count(), sizes):
             patches = rows * columns
-            arrays = {"pixel_values": torch.randn(patches, width, generator=generator).numpy()}
+            arrays = {"pixel_values": torch.randn(patches, self.patch_width, generator=generator).numpy()}
             yield Media(number.to_bytes(8), patches // side**2, patches, (1, rows, columns), arrays)
 
     def _patches(self, media: Seq[Media]) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,21 @@ QWEN3 = PairTemplate(
     suffix=_QWEN3_SUFFIX,
 )
 
+_CHATML_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+
+QWEN3_VL = PairTemplate(
+    _QUERY_DOCUMENT
+    + "{%- set default = 'Given a search query, retrieve relevant candidates that answer the query.' -%}"
+    + "{%- set instruction = instruction or instruct or default -%}"
+    + f"{_QWEN3_PREFIX}<Instruct>: {{{{ instruction }}}}<Query>:{{{{ query }}}}\n<Document>:{{{{ document }}}}"
+    + _literal(_CHATML_SUFFIX),
+    prefix=_QWEN3_PREFIX,
+    suffix=_CHATML_SUFFIX,
+)
+
+ORIGINAL = {"qwen3_vl": QWEN3_VL}
+"""Prompts of configs that say `is_original_qwen3_reranker`, by `model_type`; `QWEN3` for all others."""
+
 _GEMMA_TASK = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
@@ -95,7 +110,6 @@ _MXBAI_TASK = (
     "pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment (0 "
     "for not relevant, 1 for relevant).\nRelevance:"
 )
-_CHATML_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 MXBAI = PairTemplate(
     None,
@@ -126,6 +140,7 @@ ZERANK = PairTemplate(
 
 RERANKERS: tuple[Reranker, ...] = (
     Reranker("Qwen3-Reranker", r"qwen3-reranker", "qwen3", ("no", "yes"), True, QWEN3),
+    Reranker("Qwen3-VL-Reranker", r"qwen3-vl-reranker", "qwen3_vl", ("no", "yes"), True, QWEN3_VL),
     Reranker("bge-reranker-v2-gemma", r"bge-reranker-v2-gemma", "gemma", ("Yes",), False, GEMMA),
     Reranker("mxbai-rerank-v2", r"mxbai-rerank-\w+-v2", "qwen2", ("0", "1"), True, MXBAI),
     Reranker("zerank", r"zerank-\d", "qwen3", ("Yes",), False, ZERANK, sigma=5.0),

@@ -6,6 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 from cenote.core import Pictures
+from cenote.models.families.ernie_vl import ErnieVL
 from cenote.models.families.qwen_vl import QwenVL
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Sight(NamedTuple):
     pictures: Pictures
 
 
-SIGHTS = {"qwen2_vl": QwenVL, "qwen2_5_vl": QwenVL, "qwen3_vl": QwenVL}
+SIGHTS = {"qwen2_vl": QwenVL, "qwen2_5_vl": QwenVL, "qwen3_vl": QwenVL, "ernie4_5_vl_moe": ErnieVL}
 """By the `model_type` of a config."""
 
 

@@ -15,6 +15,8 @@ from cenote.models.families.listwise import Listwise
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.own import OwnModel
 from cenote.models.families.rewards import Rewards
+from cenote.models.families.sighted_classifiers import SightedClassifier
+from cenote.models.families.siglip import Siglip
 from cenote.models.families.splade import Splade
 from cenote.models.families.voyage import Voyage
 from cenote.models.sentence_transformers import READERS, ROUTES
@@ -35,6 +37,8 @@ FAMILIES: list[type[Family]] = [
     Rewards,
     Voyage,
     Clip,
+    Siglip,
+    SightedClassifier,
 ]
 """The first that recognises a checkpoint counts."""
 
