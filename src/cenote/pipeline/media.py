@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.pipeline.fetching import Hosts, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,9 @@ MOST_MEMORY = 1 << 30
 """Bytes of pictures that are being decoded or processed at a time; a single larger one waits until it is alone."""
 PIXEL_BYTES = 16
 """Bytes of a pixel while its picture is processed: decoded, converted, resized and as float32."""
+
+THE_CALLERS = Hosts(domains=None, allows_private=True)
+"""Hosts that the caller of a library names."""
 
 SECRET = os.urandom(32)
 """Of this process: nobody outside can make two pictures with one key."""
@@ -84,12 +88,14 @@ class Access:
 
     Attributes:
         folder: files below it may be named; `None` = no files may.
-        any_file: all files may be named, as by the caller of a library.
+        any_file: all files and hosts may be named, as by the caller of a library.
+        hosts: from which URLs are fetched.
         limits: of each picture.
     """
 
     folder: Path | None = None
     any_file: bool = False
+    hosts: Hosts = field(default_factory=Hosts)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -295,12 +301,17 @@ def fetched(url: str, access: Access) -> bytes:
     """Return the bytes behind an `http:` or `https:` URL.
 
     Raises:
-        BadRequest: always, so far.
+        BadRequest: it may not be fetched, cannot be, or has too many bytes.
     """
-    raise BadRequest(
-        "pictures are not fetched from http: and https: URLs; send them as data: URLs, data:image/png;base64,...",
-        param=PARAM,
-    )
+    if access.any_file:
+        return fetch(url, THE_CALLERS, access.limits.file_bytes)
+    if access.hosts.domains is not None and not access.hosts.domains:
+        raise BadRequest(
+            "pictures are not fetched from http: and https: URLs; start the server with --allowed-media-domains, or "
+            "send them as data: URLs, data:image/png;base64,...",
+            param=PARAM,
+        )
+    return fetch(url, access.hosts, access.limits.file_bytes)
 
 
 def _local(path: Path, access: Access) -> bytes:
