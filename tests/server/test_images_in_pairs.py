@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -238,3 +241,29 @@ def test_limits_of_tokens_are_for_texts(case: Case) -> None:
         case.llm.score("a", [A], use_tqdm=False, max_tokens_per_doc=5)
     with pytest.raises(BadRequest, match="got token ids"):
         case.llm.score([[1, 2]], ["a"], use_tqdm=False)
+
+
+def test_urls_of_allowed_hosts_are_fetched(tmp_path: Path) -> None:
+    """The options reach the renderer of the model; `tests/pipeline/test_fetching.py` has the rest."""
+    llm = LLM(str(pictured.clip(tmp_path / "clip")))
+    (tmp_path / "a.png").write_bytes(saved(A))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{files.server_port}"
+        options = {"allowed_media_domains": (place,), "allow_private_media": True}
+        wanted = {"images": [f"http://{place}/a.png"]}
+        (expected,) = llm.embed([A], use_tqdm=False)
+        with TestClient(build([llm._service], ServerConfig(**options))) as client:  # type: ignore[arg-type]
+            answer = client.post("/v2/embed", json=wanted)
+            missing = error(client, {"images": [f"http://{place}/b.png"]}, "/v2/embed")
+        with TestClient(build([llm._service], ServerConfig())) as client:
+            refused = error(client, wanted, "/v2/embed")
+        with TestClient(build([llm._service], ServerConfig(allowed_media_domains=(place,)))) as client:
+            private = error(client, wanted, "/v2/embed")
+        files.shutdown()
+    llm.close()
+    assert np.abs(np.array(answer.json()["embeddings"]["float"]) - expected.outputs.embedding).max() < TOLERANCE
+    assert (missing["code"], refused["code"], private["code"]) == (422, 400, 400)
+    assert "--allowed-media-domains" in refused["message"]
+    assert "--allow-private-media" in private["message"]

@@ -6,19 +6,20 @@ connection goes to that address, while TLS and the `Host` header keep the name. 
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from cenote.errors import BadRequest, Unfetched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from ipaddress import IPv4Address
+    from ipaddress import IPv6Address
 
     from httpcore import Response
 
@@ -30,9 +31,23 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 HEADERS = [("Accept", "image/*"), ("Accept-Encoding", "identity"), ("User-Agent", "cenote")]
 ANY = "*"
 
-MAPPED = IPv6Network("::/96")
-TRANSLATED = IPv6Network("64:ff9b::/96")
+PLAIN = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]*[a-z0-9_-])(:(?P<port>[0-9]{1,5}))?([/?#][!-\[\]-~]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+"""URLs that all parsers read alike: no user, no backslash, blank or control character, no dot behind the host."""
+
+EMBEDDED: tuple[tuple[IPv6Network, int | None], ...] = (
+    (IPv6Network("::/127"), None),
+    (IPv6Network("::/96"), 0),
+    (IPv6Network("::ffff:0:0/96"), 0),
+    (IPv6Network("64:ff9b::/96"), 0),
+    (IPv6Network("2002::/16"), 80),
+)
+"""Networks whose addresses hold an IPv4 one, and the bits behind it."""
 TRANSLATED_HERE = IPv6Network("64:ff9b:1::/48")
+NEAR = tuple(map(ip_network, ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7")))
+"""Networks that are dialled where private addresses are allowed; where clouds serve their secrets is not among them."""
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="cenote-resolve")
 """Threads that wait for the resolver, which takes no time limit."""
 
@@ -62,9 +77,15 @@ class Hosts:
 
     def check(self, url: str) -> None:
         """Raise `BadRequest` unless `url` is a plain one of an allowed host."""
-        parts = _split(url)
-        host = (parts.hostname or "").lower()
-        port = parts.port or PORTS[parts.scheme.lower()]
+        match = _plain(url)
+        if match is None:
+            raise BadRequest(
+                f"got {url[:60]!r} for a picture; expected a plain http: or https: URL in ASCII, without a user, "
+                "blanks or a dot behind its host",
+                param=PARAM,
+            )
+        host = match["host"].strip("[]").lower()
+        port = int(match["port"] or PORTS[match["scheme"].lower()])
         names = {f"{host}:{port}"}
         if port in PORTS.values():
             names |= {host, ANY}
@@ -84,7 +105,7 @@ class Hosts:
         """
         try:
             addresses = RESOLVERS.submit(self.resolve, host, port).result(timeout=seconds)
-        except (OSError, UnicodeError, TimeoutError) as error:
+        except (OSError, UnicodeError) as error:  # a TimeoutError is an OSError
             raise Unfetched(f"the host {host[:100]!r} of a picture is not found", param=PARAM) from error
         may_dial = is_near if self.allows_private else is_public
         if not addresses or not all(may_dial(address) or is_public(address) for address in addresses):
@@ -97,27 +118,20 @@ class Hosts:
 def is_public(address: str) -> bool:
     """Return whether an address is an ordinary one of the internet; IPv4 inside IPv6 is judged as IPv4."""
     inner = _unwrapped(address)
-    return inner is not None and inner.is_global and not inner.is_multicast
+    return inner.is_global and not inner.is_multicast and inner not in TRANSLATED_HERE
 
 
 def is_near(address: str) -> bool:
-    """Return whether an address is a private or loopback one: not link-local, multicast, reserved or unspecified."""
+    """Return whether an address is a private or loopback one, and not link-local, reserved or anything else."""
     inner = _unwrapped(address)
-    if inner is None or inner.is_link_local or inner.is_multicast or inner.is_unspecified:
-        return False
-    return inner.is_loopback or (inner.is_private and not inner.is_reserved)
+    return any(inner in network for network in NEAR)
 
 
-def _unwrapped(address: str) -> IPv4Address | IPv6Address | None:
-    """Return an address, or the IPv4 one inside; `None` for tunnels whose end is unknown."""
+def _unwrapped(address: str) -> IPv4Address | IPv6Address:
+    """Return an address, or the IPv4 one inside."""
     parsed = ip_address(address.partition("%")[0])
-    if not isinstance(parsed, IPv6Address):
-        return parsed
-    if parsed.teredo or parsed in TRANSLATED_HERE:
-        return None
-    embedded = parsed in TRANSLATED or (parsed in MAPPED and int(parsed) > 1)
-    last = ip_address(int(parsed) & 0xFFFFFFFF) if embedded else None
-    return parsed.ipv4_mapped or parsed.sixtofour or last or parsed
+    shift = next((shift for network, shift in EMBEDDED if parsed in network), None)
+    return parsed if shift is None else IPv4Address((int(parsed) >> shift) & 0xFFFFFFFF)
 
 
 def fetch(url: str, hosts: Hosts, limit: int) -> bytes:
@@ -167,25 +181,31 @@ def _hop(url: str, hosts: Hosts, limit: int, deadline: float) -> bytes | str:
             return _joined(url, headers[b"location"])
         if response.status != 200:
             raise Unfetched(f"a picture cannot be fetched: its host answers {response.status}", param=PARAM)
-        return _body(response, headers.get(b"content-length", ""), limit)
+        return _body(response, limit)
 
 
-def _body(response: Response, announced: str, limit: int) -> bytes:
+def _body(response: Response, limit: int) -> bytes:
     """Return the body of an answer.
 
     Raises:
-        BadRequest: it has, or announces, more than `limit` bytes.
+        BadRequest: it has more than `limit` bytes.
     """
     body = bytearray()
     chunks: Iterable[Any] = response.iter_stream()
-    too_large = BadRequest(f"a picture behind a URL has more than {limit} bytes", param=PARAM)
-    if announced.isdecimal() and int(announced[:20]) > limit:
-        raise too_large
     for chunk in chunks:
         body += chunk
         if len(body) > limit:
-            raise too_large
+            raise BadRequest(f"a picture behind a URL has more than {limit} bytes", param=PARAM)
     return bytes(body)
+
+
+def _plain(url: str) -> re.Match[str] | None:
+    """Return the parts of a plain URL; `None` for all others, also with a port or an IPv6 address that there is not."""
+    try:
+        int(urlsplit(url).port or 0)
+    except ValueError:
+        return None
+    return PLAIN.fullmatch(url)
 
 
 def _joined(url: str, location: str) -> str:
@@ -194,27 +214,3 @@ def _joined(url: str, location: str) -> str:
         return urljoin(url, location)
     except ValueError:
         return location
-
-
-def _split(url: str) -> SplitResult:
-    """Return the parts of a URL.
-
-    Raises:
-        BadRequest: it is not a plain `http:` or `https:` one.
-    """
-    try:
-        parts = urlsplit(url)
-        is_plain = url.isascii() and url.isprintable() and not {"\\", " "}.intersection(url)
-        has_user = parts.username is not None or parts.password is not None
-        host = parts.hostname or ""
-        is_plain &= parts.scheme.lower() in PORTS and bool(host) and not host.endswith(".") and not has_user
-        is_plain &= parts.port != 0
-    except ValueError:
-        is_plain = False
-    if not is_plain:
-        raise BadRequest(
-            f"got {url[:60]!r} for a picture; expected a plain http: or https: URL in ASCII, without a user, blanks or "
-            "a dot behind its host",
-            param=PARAM,
-        )
-    return parts

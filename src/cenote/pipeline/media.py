@@ -303,15 +303,8 @@ def fetched(url: str, access: Access) -> bytes:
     Raises:
         BadRequest: it may not be fetched, cannot be, or has too many bytes.
     """
-    if access.any_file:
-        return fetch(url, THE_CALLERS, access.limits.file_bytes)
-    if access.hosts.domains is not None and not access.hosts.domains:
-        raise BadRequest(
-            "pictures are not fetched from http: and https: URLs; start the server with --allowed-media-domains, or "
-            "send them as data: URLs, data:image/png;base64,...",
-            param=PARAM,
-        )
-    return fetch(url, access.hosts, access.limits.file_bytes)
+    hosts = THE_CALLERS if access.any_file else access.hosts
+    return fetch(url, hosts, access.limits.file_bytes)
 
 
 def _local(path: Path, access: Access) -> bytes:
