@@ -52,6 +52,10 @@ class Pages(BaseHTTPRequestHandler):
         self.head(Content_Length=str(len(FILE)))
         self.wfile.write(FILE)
 
+    def late(self, rest: str) -> None:
+        time.sleep(0.5)
+        self.picture(rest)
+
     def to(self, target: str) -> None:
         self.head(302, Location=target)
 
@@ -203,6 +207,16 @@ def test_a_fetch_is_bounded_in_time_and_bytes(base: str) -> None:
         assert time.monotonic() - began < 1.5
     with pytest.raises(BadRequest, match=f"more than {MOST} bytes"):
         fetch(f"{base}/endless", hosts(base), MOST)
+
+
+def test_the_pictures_of_a_prompt_are_fetched_together(base: str) -> None:
+    access = Access(hosts=hosts(base))
+    began = time.monotonic()
+    opened = media.pictures([f"{base}/late", FILE, f"{base}/late", f"{base}/late"], access)
+    assert time.monotonic() - began < 1.2, "three of 0.5 s each"
+    assert {one.key for one in opened} == {picture(FILE, access).key}
+    with pytest.raises(Unfetched, match="answers 404"):
+        media.pictures([FILE, f"{base}/missing", b"no picture"], access)
 
 
 def test_a_resolver_that_hangs(base: str) -> None:

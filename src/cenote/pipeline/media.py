@@ -11,8 +11,10 @@ import binascii
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.fetching import Hosts, fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from PIL.Image import Image
 
@@ -36,6 +38,8 @@ MOST_MEMORY = 1 << 30
 PIXEL_BYTES = 16
 """Bytes of a pixel while its picture is processed: decoded, converted, resized and as float32."""
 
+LOADERS = ThreadPoolExecutor(8, thread_name_prefix="cenote-media")
+"""Threads that read the pictures of a prompt."""
 THE_CALLERS = Hosts(domains=None, allows_private=True)
 """Hosts that the caller of a library names."""
 
@@ -157,6 +161,15 @@ class Memory:
             with self._freed:
                 self._held -= size
                 self._freed.notify_all()
+
+
+def pictures(sources: Iterable[Any], access: Access) -> list[Picture]:
+    """Return the pictures that `sources` are or name, several at a time, as one behind a URL is waited for.
+
+    Raises:
+        BadRequest: as `picture`, for the first of them.
+    """
+    return list(LOADERS.map(partial(picture, access=access), sources))
 
 
 def picture(source: Any, access: Access) -> Picture:
