@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -9,11 +10,12 @@ import numpy as np
 from cenote.core import LoRARequest, PairTemplate, PoolingParams, optional, template_text
 from cenote.errors import BadRequest, unknown_name
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
+from cenote.pipeline.inputs import Illustrated, content_of, listed
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable
     from collections.abc import Sequence as Seq
 
     from cenote.core import Output
@@ -137,6 +139,31 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
 def listed_texts(texts: str | Iterable[str]) -> list[str]:
     """Return one text or several as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def side(items: Any, renderer: Renderer) -> list[str | Illustrated]:
+    """Return queries or documents as the operations take them.
+
+    Args:
+        items: one or several: a text, a picture, `{"content": parts}`, or a mapping as `LLM.embed` takes it.
+        renderer: of the model.
+
+    Raises:
+        BadRequest: an item is none of these, or the model takes no pictures.
+    """
+    return [_side(item, renderer) for item in listed(items)]
+
+
+def _side(item: Any, renderer: Renderer) -> str | Illustrated:
+    if isinstance(item, Mapping) and isinstance(item.get("content"), (str, list, tuple)):
+        content = item["content"]
+        return renderer.of_parts([content] if isinstance(content, str) else content, item.get("mm_processor_kwargs"))
+    prompt = content_of(item)
+    if isinstance(prompt, list):
+        raise BadRequest("queries and documents are texts or pictures, got token ids", param="documents")
+    if isinstance(prompt, Illustrated) and not prompt.sources:
+        return "\n".join(map(str, prompt.content))
+    return prompt
 
 
 def lora_per_prompt(requests: LoRARequest | Seq[LoRARequest | None] | None, count: int) -> list[LoRARequest | None]:

@@ -450,6 +450,14 @@ class ServerConfig(BaseModel):
     allowed_local_media_path: str | None = Field(
         None, description="folder whose files requests may name as pictures, file:///... (default: none may)"
     )
+    allowed_media_domains: Several = Field(
+        (),
+        description="host whose http: and https: URLs requests may name as pictures, with a port if it is not 80 or "
+        "443, or * for all; may be given several times (default: none may)",
+    )
+    allow_private_media: bool = Field(
+        False, description="fetch pictures also from hosts at private and loopback addresses"
+    )
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
     enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")

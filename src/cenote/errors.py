@@ -9,7 +9,8 @@ CenoteError
 │   │   └── NotScored 404
 │   ├── BodyTooLarge  413
 │   ├── HeadTooLarge  431
-│   └── TooSlow       408
+│   ├── TooSlow       408
+│   └── Unfetched     422
 ├── ModelNotFound     404
 ├── Unauthorized      401
 ├── Overloaded        429  carries `retry_after`
@@ -93,6 +94,12 @@ class TooSlow(BadRequest):
     """The client sends its request too slowly."""
 
     status = 408
+
+
+class Unfetched(BadRequest):
+    """A picture behind a URL does not arrive: its host is not found, does not answer in time, or with an error."""
+
+    status = 422
 
 
 class ModelNotFound(CenoteError):

@@ -20,6 +20,7 @@ from cenote.arguments import (
     listed_texts,
     pair_options,
     plugin_data,
+    side,
     single,
     sparse_embedding,
     text_options,
@@ -40,6 +41,7 @@ from cenote.outputs import (
     SparseEmbedding,
 )
 from cenote.pipeline import operations
+from cenote.pipeline.inputs import listed
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
 from cenote.settings import resolve
@@ -349,8 +351,8 @@ class LLM:
 
     def score(
         self,
-        data_1: str | Seq[str],
-        data_2: str | Seq[str],
+        data_1: Prompt | Seq[Prompt],
+        data_2: Prompt | Seq[Prompt],
         /,
         *,
         use_tqdm: bool = True,
@@ -361,11 +363,12 @@ class LLM:
         score_type: str | None = None,
         **options: Any,
     ) -> list[ScoringRequestOutput]:
-        """Return one score per pair of texts, in order. Pairs are 1:1, 1:N or N:N.
+        """Return one score per query and document, in order. Pairs are 1:1, 1:N or N:N.
 
         Args:
-            data_1: the query or queries.
-            data_2: the document or documents.
+            data_1: the query or queries: texts, and for models that take them pictures, as for `embed`, or content
+                parts, `{"content": [{"type": "image_url", "image_url": {"url": ...}}]}`.
+            data_2: the document or documents, likewise.
             use_tqdm: show a progress bar.
             pooling_params: `use_activation`, and in its `extra_kwargs` the same as `options`.
             lora_request: adapter to run with.
@@ -377,7 +380,8 @@ class LLM:
         Raises:
             BadRequest: the lists do not pair up, the model cannot score, or as `embed`.
         """
-        queries, documents = listed_texts(data_1), listed_texts(data_2)
+        renderer = self._service.renderer
+        queries, documents = side(data_1, renderer), side(data_2, renderer)
         params = pooling_params or PoolingParams()
         job = operations.score(
             self._service,
@@ -398,8 +402,8 @@ class LLM:
 
     def rerank(
         self,
-        query: str,
-        documents: Seq[str],
+        query: Prompt,
+        documents: Prompt | Seq[Prompt],
         *,
         top_n: int = 0,
         use_tqdm: bool = True,
@@ -413,8 +417,8 @@ class LLM:
         """Return the documents by falling relevance to the query.
 
         Args:
-            query: a text.
-            documents: the texts to rank.
+            query: a text, or another form that `score` takes.
+            documents: the documents to rank, likewise.
             top_n: number of documents to return; 0 = all.
             use_tqdm: as in `score`, as are the other arguments.
             pooling_params: see `score`.
@@ -427,12 +431,13 @@ class LLM:
         Raises:
             BadRequest: `top_n` is negative, or as `score`.
         """
-        documents = listed_texts(documents)
+        items, renderer = listed(documents), self._service.renderer
         params = pooling_params or PoolingParams()
+        (one_query,) = side([query], renderer)
         job = operations.rerank(
             self._service,
-            query,
-            documents,
+            one_query,
+            side(items, renderer),
             top_n,
             params,
             text_options(tokenization_kwargs),
@@ -440,7 +445,7 @@ class LLM:
             score_type,
         )
         ranked = self._calls.answer(job, lora_request, use_tqdm)
-        return [RankedDocument(rank.index, rank.score, documents[rank.index]) for rank in ranked]
+        return [RankedDocument(rank.index, rank.score, items[rank.index]) for rank in ranked]
 
     def reward(
         self,

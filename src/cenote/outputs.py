@@ -180,8 +180,9 @@ class RankedDocument:
 
     Attributes:
         index: the document's place in the caller's list.
+        document: as the caller has it, a text or a picture.
     """
 
     index: int
     relevance_score: float
-    document: str
+    document: Any

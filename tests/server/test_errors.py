@@ -324,7 +324,9 @@ def test_media_in_messages_is_refused(serve: Serve) -> None:
     content = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.png"}}]
     found = error(serve(chat_template="x"), {"messages": [{"role": "user", "content": content}]})
     assert found["code"] == 400
-    assert found["message"] == "content parts of type 'image_url' are not supported by this model, only text"
+    assert found["message"] == (
+        "content parts of type 'image_url' are not supported by this model, only text: fake takes no images, only texts"
+    )
 
 
 @pytest.mark.parametrize(

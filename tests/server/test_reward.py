@@ -219,7 +219,7 @@ def test_special_tokens_are_cut_like_others(client: TestClient, ids: list[int]) 
 
 ONE_SOURCE = "Exactly one of `messages` and `prompt_token_ids` must be given."
 UNTRUSTED = "Chat template is passed with request, but --trust-request-chat-template is not set. "
-IMAGES = "content parts of type 'image_url' are not supported by this model, only text"
+IMAGES = "content parts of type 'image_url' are not supported by this model, only text: "
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -11,8 +11,10 @@ import binascii
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,10 @@ from urllib.parse import unquote, urlsplit
 
 from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.pipeline.fetching import Hosts, fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from PIL.Image import Image
 
@@ -34,6 +37,11 @@ MOST_MEMORY = 1 << 30
 """Bytes of pictures that are being decoded or processed at a time; a single larger one waits until it is alone."""
 PIXEL_BYTES = 16
 """Bytes of a pixel while its picture is processed: decoded, converted, resized and as float32."""
+
+LOADERS = ThreadPoolExecutor(8, thread_name_prefix="cenote-media")
+"""Threads that read the pictures of a prompt."""
+THE_CALLERS = Hosts(domains=None, allows_private=True)
+"""Hosts that the caller of a library names."""
 
 SECRET = os.urandom(32)
 """Of this process: nobody outside can make two pictures with one key."""
@@ -84,12 +92,14 @@ class Access:
 
     Attributes:
         folder: files below it may be named; `None` = no files may.
-        any_file: all files may be named, as by the caller of a library.
+        any_file: all files and hosts may be named, as by the caller of a library.
+        hosts: from which URLs are fetched.
         limits: of each picture.
     """
 
     folder: Path | None = None
     any_file: bool = False
+    hosts: Hosts = field(default_factory=Hosts)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -151,6 +161,15 @@ class Memory:
             with self._freed:
                 self._held -= size
                 self._freed.notify_all()
+
+
+def pictures(sources: Iterable[Any], access: Access) -> list[Picture]:
+    """Return the pictures that `sources` are or name, several at a time, as one behind a URL is waited for.
+
+    Raises:
+        BadRequest: as `picture`, for the first of them.
+    """
+    return list(LOADERS.map(partial(picture, access=access), sources))
 
 
 def picture(source: Any, access: Access) -> Picture:
@@ -295,12 +314,10 @@ def fetched(url: str, access: Access) -> bytes:
     """Return the bytes behind an `http:` or `https:` URL.
 
     Raises:
-        BadRequest: always, so far.
+        BadRequest: it may not be fetched, cannot be, or has too many bytes.
     """
-    raise BadRequest(
-        "pictures are not fetched from http: and https: URLs; send them as data: URLs, data:image/png;base64,...",
-        param=PARAM,
-    )
+    hosts = THE_CALLERS if access.any_file else access.hosts
+    return fetch(url, hosts, access.limits.file_bytes)
 
 
 def _local(path: Path, access: Access) -> bytes:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cenote.core import Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
-    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.inputs import Illustrated, Prompt
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service
@@ -35,10 +35,16 @@ if TYPE_CHECKING:
 
     Params = PoolingParams | Seq[PoolingParams]
     """Parameters for all prompts, or one for each."""
+    Side = str | Illustrated
+    """Query or document."""
 
 NO_PLUGIN = (
     "No IOProcessor plugin installed. Send a prompt instead of `data`, or name an installed plugin: "
     "--io-processor-plugin NAME, LLM(io_processor_plugin=NAME)."
+)
+CUTS_TEXTS = (
+    "max_tokens_per_query and max_tokens_per_doc cut texts alone; leave them out, or send smaller images by "
+    "mm_processor_kwargs"
 )
 WRONG_TASK = "The 'data' field is only supported for the 'plugin' pooling task."
 
@@ -165,8 +171,8 @@ def find_entities(
 
 def score(
     service: Service,
-    queries: Seq[str],
-    documents: Seq[str],
+    queries: Seq[Side],
+    documents: Seq[Side],
     params: PoolingParams,
     text_options: TextOptions,
     pair_options: PairOptions,
@@ -175,19 +181,22 @@ def score(
     """Score one query with each document, or each query with its own: float32 `[N]`.
 
     Raises:
-        BadRequest: the lists do not pair up, an option has no effect, or a text cannot be rendered.
+        BadRequest: the lists do not pair up, an option has no effect, a text cannot be rendered, or there are pictures
+            and the model takes none, or none in pairs.
         NotScored: the model cannot score.
     """
     check_pairing(queries, documents)
     way = choose(service.info, score_type)
     if params.late_chunking_params is not None:
         raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
+    only_texts = f"{service.info.name} scores as a {way.name}, and takes only texts in pairs"
     if way.of_lists:
-        sequences, owners = listwise.render(service, queries, documents, params, text_options, pair_options)
+        texts = (_texts(queries, only_texts), _texts(documents, only_texts))
+        sequences, owners = listwise.render(service, *texts, params, text_options, pair_options)
         return Job(sequences, lambda outputs: listwise.scores(outputs, owners), is_slow=True)
     if way.of_pairs:
-        repeated = [*queries] * (len(documents) // len(queries))
-        pairs = list(zip(repeated, documents, strict=True))
+        repeated = _texts(queries, only_texts) * (len(documents) // len(queries))
+        pairs = list(zip(repeated, _texts(documents, only_texts), strict=True))
         sequences = service.pairs.render(pairs, way.task, params, text_options, pair_options)
         count = 0
     else:
@@ -204,8 +213,8 @@ def score(
 
 def rerank(
     service: Service,
-    query: str,
-    documents: Seq[str],
+    query: Side,
+    documents: Seq[Side],
     top_n: int | None,
     params: PoolingParams,
     text_options: TextOptions,
@@ -315,8 +324,8 @@ def _rendered_one_by_one(
 def _rendered_sides(
     service: Service,
     way: Way,
-    queries: Seq[str],
-    documents: Seq[str],
+    queries: Seq[Side],
+    documents: Seq[Side],
     params: PoolingParams,
     text_options: TextOptions,
     options: PairOptions,
@@ -330,10 +339,22 @@ def _rendered_sides(
         (prompts.of("document"), documents, options.max_tokens_per_doc),
     )
     sequences: list[Sequence] = []
-    for prompt, texts, limit in sides:
-        cut = service.pairs.cut(texts, limit)
+    for prompt, contents, limit in sides:
+        cut = service.pairs.cut(_texts(contents, CUTS_TEXTS), limit) if limit else contents
         sequences += service.renderer.render(cut, way.task, params, text_options._replace(prompt=prompt))
     return _also(sequences, way.also)
+
+
+def _texts(side: Seq[Side], reason: str) -> list[str]:
+    """Return the texts of one side.
+
+    Raises:
+        BadRequest: a query or a document has pictures; `reason` says why it may not.
+    """
+    texts = [content for content in side if isinstance(content, str)]
+    if len(texts) < len(side):
+        raise BadRequest(f"got images among queries and documents: {reason}", param="documents")
+    return texts
 
 
 def _also(sequences: list[Sequence], tasks: tuple[str, ...]) -> list[Sequence]:

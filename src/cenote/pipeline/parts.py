@@ -55,11 +55,12 @@ def read(messages: Seq[Mapping[str, Any]], placeholder: str) -> Read:
     return Read(shown, reader.sources)
 
 
-def has_pictures(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether a content part of a message is a picture, or of a type that is refused by name."""
+def media_type(messages: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the type of the first content part that is a picture, or is refused by name; `None` = there is none."""
     contents = (message.get("content") for message in messages)
     lists = (content for content in contents if isinstance(content, list))
-    return not {*NAMES, *OTHERS}.isdisjoint(map(_type, chain.from_iterable(lists)))
+    parts = (part for part in chain.from_iterable(lists) if isinstance(part, Mapping))
+    return next(filter({*NAMES, *OTHERS}.__contains__, map(_type, parts)), None)
 
 
 def texts_and_pictures(messages: Iterable[Mapping[str, Any]]) -> tuple[str | None, ...]:

@@ -234,7 +234,7 @@ class PictureRenderer:
                 "text and an image cannot be embedded together by this model; send one text or one image as an input",
                 param="image",
             )
-        return [media.picture(source, self.access) for source in content.sources]
+        return media.pictures(content.sources, self.access)
 
     def text(self, parts: Seq[str | None], prompt: str) -> str:
         """Return texts and pictures as one text with placeholders.

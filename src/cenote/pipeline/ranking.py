@@ -18,7 +18,7 @@ from cenote.errors import BadRequest, NotScored, TaskNotOffered
 from cenote.tensors.similarity import late_interaction, pairwise, sparse_similarity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sized
     from collections.abc import Sequence as Seq
 
     from cenote.core import ModelInfo, Output, Sequence, Similarity
@@ -154,7 +154,7 @@ def pair_ids(sequences: Seq[Sequence], count: int, pair: int) -> list[int]:
     return [*query.ids, *document]
 
 
-def check_pairing(queries: Seq[str], documents: Seq[str]) -> None:
+def check_pairing(queries: Sized, documents: Sized) -> None:
     """Raise `BadRequest` unless there is one query for all documents, or one for each."""
     if not queries:
         raise BadRequest("At least one text element must be given", param="queries")

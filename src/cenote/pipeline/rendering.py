@@ -18,7 +18,7 @@ from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_l
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
-from cenote.pipeline.parts import has_pictures, read, texts_and_pictures
+from cenote.pipeline.parts import media_type, read, texts_and_pictures
 from cenote.pipeline.pictures import PictureRenderer, kept
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
@@ -147,7 +147,7 @@ class Renderer:
         if not isinstance(content, Illustrated) or content.sources:
             return content
         is_text = self.pictures is None or self.pictures.is_apart
-        return "".join(map(str, content.content)) if is_text else content
+        return "\n".join(map(str, content.content)) if is_text else content
 
     def _of_ids(self, ids: Ids, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
         """Return the sequence of ids that the caller gave."""
@@ -282,14 +282,46 @@ class Renderer:
         Raises:
             BadRequest: as `chat_text`; or the model takes no pictures, or a part is neither text nor a picture.
         """
-        renderer = self.pictures
-        if renderer is None or not has_pictures(messages):
+        kind = media_type(messages)
+        if kind is None:
             return self.chat_text(messages, options)
+        renderer = self._reading(kind)
         shown, sources = read(messages, renderer.placeholder)
         content: Any = texts_and_pictures(shown)
         if options.template or self.tokenizer.chat_template or not renderer.has_own_template:
             content = self.chat_text(shown, options, structured=True)
         return Illustrated(content, tuple(sources), coalesce(kwargs, {}))
+
+    def of_parts(self, parts: Seq[Any], kwargs: Mapping[str, Any] | None = None) -> str | Illustrated:
+        """Return the prompt of content parts: texts alone are a line each; the model's template renders pictures.
+
+        Args:
+            parts: content parts of one input.
+            kwargs: arguments of the image processor.
+
+        Raises:
+            BadRequest: the model takes no pictures, or a part is neither text nor a picture.
+        """
+        messages = [{"role": "user", "content": [*parts]}]
+        kind = media_type(messages)
+        if kind is None:
+            return str(flattened(messages[0])["content"])
+        shown, sources = read(messages, self._reading(kind).placeholder)
+        return Illustrated(texts_and_pictures(shown), tuple(sources), coalesce(kwargs, {}))
+
+    def _reading(self, kind: str) -> PictureRenderer:
+        """Return the renderer of pictures, which reads content parts of type `kind`.
+
+        Raises:
+            BadRequest: the model takes no pictures.
+        """
+        if self.pictures is None:
+            raise BadRequest(
+                f"content parts of type {kind!r} are not supported by this model, only text: {self.info.name} takes no "
+                "images, only texts",
+                param="messages",
+            )
+        return self.pictures
 
     def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
         """Render `messages` by `template` (default: the tokenizer's).

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from cenote import metrics
 from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.pipeline.fetching import Hosts
 from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import RENDER_THREADS, Admission
@@ -78,6 +79,8 @@ class Serving:
         self.running = 0
         self.is_ending = False
         self.admission = Admission(services, config)
+        hosts = Hosts(frozenset(map(str.lower, config.allowed_media_domains)), config.allow_private_media)
+        access = Access(optional(Path, config.allowed_local_media_path), hosts=hosts)
         for view in self.models.views:
             view.renderer.bounds = Bounds(
                 config.max_request_tokens,
@@ -85,7 +88,7 @@ class Serving:
                 config.max_template_steps,
                 config.max_template_seconds,
             )
-            view.renderer.allow(Access(optional(Path, config.allowed_local_media_path)))
+            view.renderer.allow(access)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from cenote.core import UNLIMITED, PoolingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
+from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.options import TextOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
@@ -25,10 +26,12 @@ from cenote.server.wire.pairs import RankingFields, Text, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cenote.core import Output
+    from cenote.core import Output, Sequence
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
     from cenote.pipeline.pipeline import Service
@@ -67,6 +70,12 @@ class Input(BaseModel):
         """Its texts, a line each."""
         return "\n".join(str(part.text) for part in self.content)
 
+    def illustrated(self) -> Illustrated:
+        """Return its texts and images in order."""
+        parts = tuple(part.text if part.type == "text" else None for part in self.content)
+        images = (part.image_url or {} for part in self.content if part.type == "image_url")
+        return Illustrated(parts, tuple(image["url"] for image in images))
+
     @property
     def has_image(self) -> bool:
         """Whether a part of it is an image."""
@@ -95,6 +104,16 @@ class EmbedRequest(Queued):
                 {"param": "texts"},
             )
         return self
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any input is or has an image."""
+        return bool(self.images) or any(entry.has_image for entry in self.inputs or ())
+
+    def illustrated(self) -> list[str | Illustrated]:
+        """Return `images` and `inputs` for a model that takes images."""
+        images = [Illustrated((None,), (url,)) for url in self.images or ()]
+        return [*images, *(entry.illustrated() for entry in self.inputs or ())]
 
     @property
     def sources(self) -> list[list[Any]]:
@@ -136,7 +155,7 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
                 **texts,
                 "meta": {
                     "api_version": {"version": version},
-                    "billed_units": {"input_tokens": job.tokens, "image_tokens": 0},
+                    "billed_units": _billed(job.sequences),
                 },
                 "response_type": kind,
             }
@@ -147,23 +166,34 @@ async def _answer(serving: Serving, request: Request, body: EmbedRequest, versio
     return await serving.answer(request, service, body, make)
 
 
-def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[list[str], TextOptions]:
+def _billed(sequences: Seq[Sequence]) -> dict[str, int]:
+    """Return the tokens of a request: of images, where it has any."""
+    tokens = sum(map(len, sequences))
+    has_image = any(sequence.media for sequence in sequences)
+    return {"input_tokens": 0 if has_image else tokens, "image_tokens": tokens if has_image else 0}
+
+
+def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[list[str | Illustrated], TextOptions]:
     """Return the prompts of a request, and how they become ids.
 
+    Of a model that takes images, its own template renders `images` and `inputs`, as it does pictures from Python.
+
     Raises:
-        BadRequest: it has images, or names a prompt that the model does not have.
+        BadRequest: it has images and the model takes none, or it names a prompt that the model does not have.
     """
     renderer, inputs = service.renderer, body.inputs or []
     (source,) = body.sources
     serving.check_count(len(source))
-    _refuse_images(service, body)
     applied = renderer.prompts.choose(input_type=body.input_type)
     options = _text_options(service, body)
+    if renderer.pictures is not None and (body.has_images or not renderer.pictures.refusal):
+        return body.illustrated() or list(body.texts or ()), options._replace(prompt=applied)
+    _refuse_images(service, body)
     if inputs and renderer.tokenizer.chat_template:
-        prompts = [renderer.chat_text(_messages(entry, applied)) for entry in inputs]
+        prompts: list[str | Illustrated] = [renderer.chat_text(_messages(entry, applied)) for entry in inputs]
         unprompted = replace(applied, text="")
         return prompts, options._replace(prompt=unprompted, add_special_tokens=False, rendered=True)
-    return body.texts or [entry.text for entry in inputs], options._replace(prompt=applied)
+    return [*(body.texts or (entry.text for entry in inputs))], options._replace(prompt=applied)
 
 
 def _text_options(service: Service, body: EmbedRequest) -> TextOptions:
@@ -176,8 +206,7 @@ def _text_options(service: Service, body: EmbedRequest) -> TextOptions:
 
 
 def _refuse_images(service: Service, body: EmbedRequest) -> None:
-    has_image = any(entry.has_image for entry in body.inputs or ())
-    if body.images or has_image:
+    if body.has_images:
         raise BadRequest(
             f"{service.info.architecture} takes no images, only texts: send `texts`, or `inputs` whose content has the "
             "type 'text'",
@@ -223,7 +252,7 @@ async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) 
         document = given[rank.index]
         return entry | {"document": {"text": document} if isinstance(document, str) else document}
 
-    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
+    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
         return {
             "id": head["id"],
             "results": [result(rank) for rank in ranked],

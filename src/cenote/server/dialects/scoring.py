@@ -13,12 +13,13 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, short_usage, with_data
 from cenote.server.wire.fields import Many
-from cenote.server.wire.pairs import RankingFields, ScoringFields, Text, meta, rank, texts
+from cenote.server.wire.pairs import RankingFields, ScoringFields, Text, contents, meta, rank
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.pipeline.inputs import Illustrated
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
     from cenote.server.serving import Serving
@@ -66,12 +67,11 @@ class RerankRequest(RankingFields):
 
 
 async def score(serving: Serving, request: Request, body: ScoreRequest) -> Response:
-    """One score per pair of texts, in order."""
+    """One score per query and document, in order."""
     service = serving.find(body.model)
     sides = body.sides()
     assert sides is not None
-    queries, documents = (texts(side, service) for side in sides)
-    body.refuse_media()
+    queries, documents = (contents(side, service, body) for side in sides)
     serving.check_count(max(len(queries), len(documents)))
     params = PoolingParams(use_activation=body.use_activation)
 
@@ -92,9 +92,12 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
 async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Response:
     """The documents by falling relevance to the query."""
 
-    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
+    items = body.documents if isinstance(body.documents, list) else [body.documents]
+
+    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
         """Return the keys that clients of Jina, Cohere and vLLM read, and `data` for those of Voyage and Pinecone."""
-        results = [_result(body, rank, documents[rank.index]) for rank in ranked]
+        shown = list(map(_shown, documents, items))
+        results = [_result(body, rank, shown[rank.index]) for rank in ranked]
         answer = {
             "id": head["id"],
             "object": "list",
@@ -108,10 +111,17 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
     return await rank(serving, request, body, (body.query, body.documents), body.top_n or body.top_k, form)
 
 
-def _result(body: RerankRequest, rank: Ranked, document: str) -> dict[str, Any]:
+def _shown(document: str | Illustrated, item: Any) -> dict[str, Any]:
+    """Return a document as an answer has it: its text, or the content parts of the request."""
+    if isinstance(document, str):
+        return {"text": document, "multi_modal": None}
+    return {"text": None, "multi_modal": item["content"]}
+
+
+def _result(body: RerankRequest, rank: Ranked, document: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"index": rank.index}
     if body.return_documents is not False:
-        result["document"] = {"text": document, "multi_modal": None}
+        result["document"] = document
     return result | {"relevance_score": rank.score}
 
 

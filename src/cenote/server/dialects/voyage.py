@@ -84,7 +84,7 @@ async def contextualized(serving: Serving, request: Request, body: ContextReques
 async def rerank(serving: Serving, request: Request, body: VoyageRerankRequest) -> Response:
     """The documents by falling relevance to the query, under `data`."""
 
-    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
+    def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
         results: list[dict[str, Any]] = [{"index": rank.index, "relevance_score": rank.score} for rank in ranked]
         if body.return_documents:
             results = [result | {"document": documents[result["index"]]} for result in results]

@@ -1,4 +1,4 @@
-"""Pairs of texts on the wire: fields and the trip of requests that score or rank them."""
+"""Pairs of texts or pictures on the wire: fields and the trip of requests that score or rank them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
+from cenote.pipeline.parts import media_type
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sized
     from collections.abc import Sequence as Seq
 
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.pipeline.inputs import Illustrated
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
     from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
 
 Text = str | dict[str, Any]
-"""A text, or `{"content": [parts]}` of texts, or `{"text": ...}`."""
+"""A text, or `{"content": [parts]}` of texts and pictures, or `{"text": ...}`."""
 
 
 class ScoringFields(Shared):
@@ -81,7 +83,7 @@ async def rank(
     body: RankingFields,
     sides: tuple[Text, Text | Seq[Text]],
     top_n: int | None,
-    form: Callable[[dict[str, Any], list[Ranked], list[str]], Any],
+    form: Callable[[dict[str, Any], list[Ranked], list[Any]], Any],
     fields: Seq[str] = ("text",),
 ) -> Response:
     """Answer a request for the order of documents by their relevance to a query.
@@ -92,24 +94,24 @@ async def rank(
         body: its body.
         sides: the query, and the documents.
         top_n: number of results; `None` or 0 = all.
-        form: makes the dialect's answer out of `id`, `model` and `usage`, the results, and the texts of all documents.
-        fields: see `texts`.
+        form: makes the dialect's answer out of `id`, `model` and `usage`, the results, and all documents: the text of
+            each, or `Illustrated`.
+        fields: see `contents`.
 
     Raises:
-        BadRequest: the documents are too many, or no texts.
+        BadRequest: the documents are too many, or neither texts nor pictures.
     """
     service = serving.find(body.model)
-    query, texts_of_documents = sides
-    documents = texts(texts_of_documents, service, fields)
-    (query_text,) = texts(query, service)
-    body.refuse_media()
+    query, documents_of_body = sides
+    documents = contents(documents_of_body, service, body, fields)
+    (one_query,) = contents(query, service, body)
     serving.check_count(len(documents))
     params = PoolingParams(use_activation=body.use_activation)
     pair_options = body.clamped(service.info.max_model_len)
 
     def make() -> Job[Response]:
         job = operations.rerank(
-            service, query_text, documents, top_n, params, body.text_options(), pair_options, body.score_type
+            service, one_query, documents, top_n, params, body.text_options(), pair_options, body.score_type
         )
 
         def encode(ranked: list[Ranked]) -> Response:
@@ -127,7 +129,7 @@ def unscaled(serving: Serving, body: RankingFields) -> None:
         body.use_activation = False
 
 
-def meta(head: dict[str, Any], documents: list[str], version: str = "1") -> dict[str, Any]:
+def meta(head: dict[str, Any], documents: Sized, version: str = "1") -> dict[str, Any]:
     """Return the part of an answer that Cohere's clients read. A search unit is up to 100 documents."""
     return {
         "api_version": {"version": version},
@@ -136,28 +138,34 @@ def meta(head: dict[str, Any], documents: list[str], version: str = "1") -> dict
     }
 
 
-def texts(side: Text | Seq[Text], service: Service, fields: Seq[str] = ("text",)) -> list[str]:
-    """Return one side of the pairs as texts.
+def contents(
+    side: Text | Seq[Text], service: Service, body: Shared, fields: Seq[str] = ("text",)
+) -> list[str | Illustrated]:
+    """Return one side of the pairs as the operations take them.
 
     Args:
-        side: texts, or objects with them.
+        side: texts, or objects with texts and pictures.
         service: the model.
+        body: of the request, whose `mm_processor_kwargs` count.
         fields: keys of objects whose values are read, a line each.
 
     Raises:
-        BadRequest: a part is not a text, or an object has none of the fields.
+        BadRequest: a part is neither a text nor a picture that the model takes, or an object has none of the fields.
     """
+    body.check_media(service)
     items = [side] if isinstance(side, (str, dict)) else side
-    return [_text(item, service, fields) for item in items]
+    return [_content(item, service, body, fields) for item in items]
 
 
-def _text(item: Text, service: Service, fields: Seq[str]) -> str:
+def _content(item: Text, service: Service, body: Shared, fields: Seq[str]) -> str | Illustrated:
     if isinstance(item, str):
         return item
     content = item.get("content", [item])
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
+    if "content" in item and service.renderer.pictures is not None and media_type([item]):
+        return service.renderer.of_parts(parts, body.mm_processor_kwargs)
     lines = [line for part in parts for line in _lines(part, fields)]
     if not parts or len(lines) < len(parts):
         raise _no_text(item, service, fields)
@@ -171,8 +179,10 @@ def _lines(part: Any, fields: Seq[str]) -> list[str]:
 
 def _no_text(item: dict[str, Any], service: Service, fields: Seq[str]) -> BadRequest:
     if "content" in item:
+        kind = media_type([item])
+        got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
         return BadRequest(
-            f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are",
+            f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
             param="content",
         )
     return BadRequest(
