@@ -29,6 +29,7 @@ from cenote.tasks import REMOVED, TASKS
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 SequencePooling = Literal["CLS", "LAST", "MEAN"]
 TokenPooling = Literal["ALL", "STEP"]
 SEQUENCE_POOLING: tuple[str, ...] = get_args(SequencePooling)
@@ -464,6 +465,7 @@ class ServerConfig(BaseModel):
     )
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
+    log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")
     engine: Several = Field((), description="sockets of engines in other processes (`cenote engine`), instead of MODEL")
 
     @field_validator("api_key")
@@ -499,6 +501,7 @@ class HostConfig(BaseModel):
         30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the engine is ended"
     )
     log_level: LogLevel = Field("info", description="least severe log line")
+    log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")
 
 
 SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "texts": (".txt", ".jsonl")}
