@@ -42,9 +42,7 @@ pending_bytes = Gauge(
 waiting_seconds = Gauge(
     "cenote_waiting_seconds", "Estimated seconds that a new request would wait for its forward", registry=REGISTRY
 )
-refusals = Counter(
-    "cenote_refusals", "Requests refused for load: queue, waiting, bytes, connections", ("reason",), registry=REGISTRY
-)
+refusals = Counter("cenote_refusals", "Requests answered with an error, by its reason", ("reason",), registry=REGISTRY)
 batch_sequences = Histogram("cenote_batch_sequences", "Sequences per batch", buckets=_POWERS[:12], registry=REGISTRY)
 batch_tokens = Histogram("cenote_batch_tokens", "Tokens per batch", buckets=_POWERS, registry=REGISTRY)
 tokens = Counter("cenote_tokens", "Tokens run", registry=REGISTRY)
