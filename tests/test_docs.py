@@ -113,6 +113,6 @@ def test_readme_names_every_file() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for source in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+    for source in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", source.read_text()):
             assert (source.parent / target).exists(), f"{source.name} links to {target}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from cenote.tasks import REMOVED, TASKS
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 SequencePooling = Literal["CLS", "LAST", "MEAN"]
 TokenPooling = Literal["ALL", "STEP"]
 SEQUENCE_POOLING: tuple[str, ...] = get_args(SequencePooling)
@@ -42,6 +44,10 @@ RENAMED_PARAMS = {
 """Parameters of older releases of vLLM, and their names today."""
 
 
+WEB = ("http://", "https://")
+"""Beginnings of addresses."""
+TRACING = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+"""Packages of the extra that traces need."""
 JSON = ("{", "[")
 """Beginnings of JSON of a mapping or a list."""
 
@@ -472,6 +478,10 @@ class ServerConfig(BaseModel):
     )
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
+    log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="URL of an OpenTelemetry collector that gets a trace of each request, by OTLP over HTTP"
+    )
     engine: Several = Field((), description="sockets of engines in other processes (`cenote engine`), instead of MODEL")
 
     @field_validator("api_key")
@@ -484,6 +494,25 @@ class ServerConfig(BaseModel):
                     "option out to serve without keys"
                 )
         return keys
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _reachable_collector(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if not url.startswith(WEB):
+            raise ValueError(f"an address begins with http:// or https://, got {url!r}; traces go by OTLP over HTTP")
+        if not all(map(_is_installed, TRACING)):
+            raise ValueError("traces need further packages; install them with: pip install 'cenote[otel]'")
+        return url
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing more than the packages that it is part of."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _key_fault(key: str) -> str:
@@ -507,6 +536,7 @@ class HostConfig(BaseModel):
         30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the engine is ended"
     )
     log_level: LogLevel = Field("info", description="least severe log line")
+    log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")
 
 
 SUFFIXES = {"save": (".json",), "plot": (".png", ".svg", ".pdf", ".html"), "texts": (".txt", ".jsonl")}
@@ -566,7 +596,7 @@ class BenchConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
+        if value is not None and not value.startswith(WEB):
             raise ValueError(f"an address begins with http:// or https://, got {value!r}")
         return value
 

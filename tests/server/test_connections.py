@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 
 from cenote import metrics
 from cenote.config import ServerConfig
@@ -37,9 +36,7 @@ class Running:
         config = ServerConfig(**options)
         app = build([Service(self.engine, Renderer(tokenizer, INFO), ("fake",))], config)
         self.limits = connections.Limits.of(config, descriptors)
-        protocol = connections.limited(self.limits)
-        settings = uvicorn.Config(app, http=protocol, log_config=None, access_log=False, timeout_keep_alive=75)
-        self.server = connections.Server(settings)
+        self.server = connections.Server(connections.configured(app, self.limits, access_log=False))
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self._thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self._thread.start()
@@ -104,6 +101,23 @@ def is_closed(client: socket.socket) -> bool:
 
 def refused(reason: str) -> float:
     return float(metrics.refusals_of(reason)._value.get())
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_another_protocol_is_not_spoken_and_not_logged(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, protocol: str
+) -> None:
+    wish = [
+        "Host: a",
+        "Connection: Upgrade",
+        f"Upgrade: {protocol}",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: eA==",
+    ]
+    client = run().connect("\r\n".join(["GET /version HTTP/1.1", *wish, "", ""]).encode())
+    status, _, body = answer(client)
+    assert (status, list(body)) == (200, ["version"])
+    assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
 
 
 def test_connections_beyond_the_limit_are_answered_503(run: Callable[..., Running]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from cenote.cli import flags
+from cenote.cli import flags, lines
 from cenote.core import coalesce
 from cenote.errors import CenoteError
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return serve.run(arguments)
     except CenoteError as error:
-        print(f"cenote: {error.message}", file=sys.stderr)
+        lines.tell_end(error.message)
         return 2
     except KeyboardInterrupt:
         return 130

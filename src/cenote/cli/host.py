@@ -33,7 +33,7 @@ def run(arguments: dict[str, Any]) -> int:
         raise ConfigError("an engine needs a socket; name its path with --listen PATH")
     if model.io_processor_plugin is not None:
         raise ConfigError("io_processor_plugin has no effect here: plugins run in the server's process, with the model")
-    log_to_stderr(options.log_level, notes)
+    log_to_stderr(options.log_level, notes, options.log_format)
     share_cores()
     with no_full_collections():
         host = _start(model, engine, options)

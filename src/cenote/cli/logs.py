@@ -75,4 +75,5 @@ class Writer(logging.Handler):
             content = content[os.write(self._descriptor, content) :]
         count = self._take_dropped()
         if count:
-            self._write(f"... {count} lines of the log were dropped, since nobody read them in time")
+            message = f"{count} lines of the log were dropped, since nobody read them in time"
+            self._write(self.format(logging.LogRecord("cenote", logging.WARNING, __file__, 0, message, (), None)))

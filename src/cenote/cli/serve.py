@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
+from cenote.cli.lines import set_format
 from cenote.cli.logs import Writer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from cenote.config import LogFormat
     from cenote.core import ModelInfo, Report
     from cenote.pipeline.pipeline import Service
     from cenote.pipeline.prompts import Prompts
@@ -60,7 +62,7 @@ def _serve(arguments: dict[str, Any]) -> int:
     began = time.monotonic()
     plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
     server = plan.server
-    log_to_stderr(server.log_level, plan.notes)
+    log_to_stderr(server.log_level, plan.notes, server.log_format)
     share_cores()
     with no_full_collections():
         if plan.engine is None:
@@ -123,9 +125,10 @@ def _connections(server: ServerConfig) -> Limits:
     return limits
 
 
-def log_to_stderr(level: str, notes: Iterable[str]) -> None:
+def log_to_stderr(level: str, notes: Iterable[str], kind: LogFormat = "text") -> None:
     """Log from now on, beginning with `notes`."""
     logging.basicConfig(level=level.upper(), handlers=[Writer()])
+    set_format(kind)
     for name in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _log_all(notes)

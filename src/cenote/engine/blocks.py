@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.core import Output, Sequence
-from cenote.engine.promise import Promise
+from cenote.engine.promise import Promise, times_of
 from cenote.errors import TooLong
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class ChunkedEngine:
                 running.cancel()
 
         def finish(done: Future[list[Output]]) -> None:
+            promise.future.times = times_of(done)
             try:
                 promise.resolve(merge(done.result(), parts, groups, use_activation=self.info.use_activation))
             except CancelledError:

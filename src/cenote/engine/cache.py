@@ -26,7 +26,7 @@ import numpy as np
 
 from cenote import metrics
 from cenote.engine.owner import Owner
-from cenote.engine.promise import Promise
+from cenote.engine.promise import Promise, times_of
 from cenote.errors import Closed
 
 if TYPE_CHECKING:
@@ -327,6 +327,7 @@ class CachedEngine:
         waiters = self._detach(flight, entries)
         _hand_out(outputs, waiters)
         for request, places in waiters.items():
+            request.future.times = times_of(inner)
             told = flight.told if request is flight.owner else 0
             self._arrive(request, len(places), len(places) - told)
 

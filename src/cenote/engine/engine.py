@@ -81,19 +81,15 @@ class Model(Protocol):
 
 
 class _Request(Promise[list[Output]]):
-    """An accepted request and its outputs, which come one by one.
+    """An accepted request and its outputs, which come one by one."""
 
-    Attributes:
-        accepted: time of acceptance, by the monotonic clock.
-    """
-
-    __slots__ = ("_left", "_outputs", "accepted", "priority", "shared")
+    __slots__ = ("_left", "_outputs", "priority", "shared")
 
     def __init__(self, size: int, progress: Callable[[int], None] | None, shared: int = 0, priority: int = 0) -> None:
         super().__init__(progress)
         self.shared = shared
         self.priority = priority
-        self.accepted = time.monotonic()
+        self.future.times.accepted = time.monotonic()
         self._outputs: list[Output | None] = [None] * size
         self._left = size
 
@@ -420,7 +416,9 @@ class LocalEngine:
         """Start a forward; return its run, or none if it failed and the batch was answered."""
         began = time.monotonic()
         for request in _requests(batch):
-            metrics.stage("queue").observe(began - request.accepted)
+            times = request.future.times
+            times.launched = times.launched or began
+            metrics.stage("queue").observe(began - times.accepted)
         try:
             return [self._begin(batch)]
         except BaseException as error:  # the model may raise anything, and none of it ends the device thread
@@ -463,6 +461,7 @@ class LocalEngine:
             if isinstance(output, Output):
                 done[entry.request] += len(entry.places)
         metrics.sequences_of("done").inc(done.total())
+        _note_finished(run.batch)
         for request, count in done.items():
             request.advance(count)
         for entry, output in results:
@@ -524,6 +523,7 @@ class LocalEngine:
         """Fail the requests of a sequence that failed alone, or of all that failed with the device."""
         self._failures.note(error, len(part))
         failure = answer(error)
+        _note_finished(part)
         for request in _requests(part):
             request.fail(failure)
 
@@ -561,6 +561,13 @@ def _leave(scheduler: Scheduler[_Entry], request: weakref.ref[_Request], future:
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:
     """Return the requests of a batch, each once, in order."""
     return dict.fromkeys(entry.request for entry in batch)
+
+
+def _note_finished(batch: list[_Entry]) -> None:
+    """Note that a forward of these sequences has ended."""
+    now = time.monotonic()
+    for request in _requests(batch):
+        request.future.times.finished = now
 
 
 def _use_threads(count: int | None) -> None:

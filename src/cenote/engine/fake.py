@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
+import time
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cenote.core import ModelInfo, Output, Report, Sequence
+from cenote.engine.promise import Timed
 from cenote.errors import CenoteError, Closed
 from cenote.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
+    from concurrent.futures import Future
 
     Row = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -69,7 +71,7 @@ class FakeEngine:
     fault: str = ""
     closed: bool = False
     submitted: list[Sequence] = field(default_factory=list)
-    _open: list[tuple[Future[list[Output]], list[Output]]] = field(default_factory=list)
+    _open: list[tuple[Timed[list[Output]], list[Output]]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def submit(
@@ -79,7 +81,8 @@ class FakeEngine:
         if self.closed:
             raise Closed("the engine is shutting down")
         self.submitted += sequences
-        future: Future[list[Output]] = Future()
+        future: Timed[list[Output]] = Timed()
+        future.times.accepted = time.monotonic()
         if self.failures:
             future.set_exception(self.failures.pop(0))
             return future
@@ -97,6 +100,7 @@ class FakeEngine:
         with self._lock:
             waiting, self._open = self._open, []
         for future, outputs in waiting:
+            future.times.launched = future.times.finished = time.monotonic()
             if future.set_running_or_notify_cancel():
                 future.set_result(outputs)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 import cenote
 from cenote.core import coalesce
+from cenote.engine.promise import times_of
 from cenote.engine.wire import (
     FLUSH,
     FRONT_DECODER,
@@ -222,7 +223,7 @@ def _outcome(number: int, future: Future[list[Output]]) -> Answer | Fault:
     if future.cancelled():
         return fault(number, Closed("the engine dropped the request"))
     error = future.exception()
-    return Answer(number, future.result()) if error is None else fault(number, error)
+    return Answer(number, future.result(), times_of(future)) if error is None else fault(number, error)
 
 
 def _check(sequences: list[Sequence], info: ModelInfo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cenote.errors import EngineFailed
@@ -33,13 +34,41 @@ def check_caller() -> None:
         )
 
 
+@dataclass(slots=True)
+class Times:
+    """Times of a request, in seconds of the monotonic clock, which all processes of a machine share; 0 = not reached.
+
+    Attributes:
+        accepted: the engine took it.
+        launched: its first forward began.
+        finished: its last forward ended.
+    """
+
+    accepted: float = 0.0
+    launched: float = 0.0
+    finished: float = 0.0
+
+
+class Timed(Future[T]):
+    """A future with the times of the work for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = Times()
+
+
+def times_of(future: Future[Any]) -> Times:
+    """Return the times of the work for a future; of an engine that keeps none, all are 0."""
+    return future.times if isinstance(future, Timed) else Times()
+
+
 class Promise(Generic[T]):
     """A future that is settled by the first result, error or cancellation, and its caller's progress callback."""
 
     __slots__ = ("__weakref__", "_lock", "_progress", "future")
 
     def __init__(self, progress: Callable[[int], None] | None = None) -> None:
-        self.future: Future[T] = Future()
+        self.future: Timed[T] = Timed()
         self._progress = progress
         self._lock = threading.RLock()
 

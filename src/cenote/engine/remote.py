@@ -209,6 +209,7 @@ class RemoteEngine:
         if promise is None:  # cancelled
             return
         if isinstance(frame, Answer):
+            promise.future.times = frame.times
             promise.resolve(frame.outputs)
         elif isinstance(frame, Health):
             promise.resolve(frame.is_well)

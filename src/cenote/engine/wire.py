@@ -29,6 +29,7 @@ from msgspec.msgpack import Ext
 
 from cenote import errors
 from cenote.core import ModelInfo, Output, Sequence
+from cenote.engine.promise import Times
 from cenote.errors import CenoteError, EngineFailed
 
 log = logging.getLogger(__name__)
@@ -91,10 +92,11 @@ class Ask(msgspec.Struct, tag="ask"):
 
 
 class Answer(msgspec.Struct, tag="answer"):
-    """The outputs of request `number`."""
+    """The outputs of request `number`, and the times of the work for them."""
 
     number: int
     outputs: list[Output]
+    times: Times = msgspec.field(default_factory=Times)
 
 
 class Fault(msgspec.Struct, tag="fault"):

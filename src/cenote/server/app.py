@@ -38,6 +38,7 @@ from cenote.server.gate import Gate, UnderWay
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
 from cenote.server.table import Table
+from cenote.server.tracing import traced
 from cenote.server.wire.fields import Limits
 
 if TYPE_CHECKING:
@@ -108,11 +109,12 @@ class Application:
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         admission = self._serving.admission if serving is None else Admission([], config)
-        self._app = Gate(router, config, self.under_way, admission, self._error_body, self._is_open)
+        gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open)
+        self._app = traced(gate, config.otlp_traces_endpoint)
 
     def operations(self) -> Application:
         """Return an application that only tells how this one does, for a listener on another thread."""
-        config = self._config.model_copy(update={"disable_fastapi_docs": True})
+        config = self._config.model_copy(update={"disable_fastapi_docs": True, "otlp_traces_endpoint": None})
         return Application([], config, [operations.DIALECT], self._serving)
 
     def begin_end(self) -> None:

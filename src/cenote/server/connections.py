@@ -202,6 +202,9 @@ class Connection(HttpToolsProtocol):
         self._is_idle = not self._awaits_head
         self._since = self.loop.time()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Write no line about a request for another protocol, which is answered as any: clients could fill the log."""
+
     def look(self, now: float) -> None:
         """End the connection if its client takes too long.
 
@@ -277,7 +280,7 @@ def limited(limits: Limits) -> type[Connection]:
 def configured(app: Application, limits: Limits, **options: Any) -> uvicorn.Config:
     """Return uvicorn's settings for an application and the limits of its connections."""
     idle = round(limits.idle_seconds)
-    return uvicorn.Config(app, http=limited(limits), log_config=None, timeout_keep_alive=idle, **options)
+    return uvicorn.Config(app, http=limited(limits), ws="none", log_config=None, timeout_keep_alive=idle, **options)
 
 
 class Server(uvicorn.Server):

@@ -34,6 +34,7 @@ _SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = LONGEST_INPUT
 _SHORTENED.maxlist = _SHORTENED.maxdict = 8
 _BRANCH = re.compile(r"^(list\[|dict\[|literal\[|union\[|str$|int$|bool$|none|function-|constrained-|[A-Z])")
 """Names of the forms that a field may have."""
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
 
@@ -82,12 +83,13 @@ def openai_error(fault: Fault) -> dict[str, Any]:
 
 
 def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_error) -> Response:
-    """Return the response for an exception.
+    """Return the response for an exception, and count it by its reason.
 
     Args:
         error: any exception.
         body: makes the dialect's error body.
     """
+    metrics.refusals_of(reason_of(error)).inc()
     fault = fault_of(error)
     return _json(body(fault), fault.status, fault.headers)
 
@@ -104,11 +106,22 @@ def fault_of(error: Exception) -> Fault:
         return Fault(500, "Internal server error", "InternalServerError", None, error)
     if error.status >= 500 and not isinstance(error, Overloaded):
         log.error("%s: %s", type(error).__name__, error.message)
-    if isinstance(error, Overloaded):
-        metrics.refusals_of(error.reason).inc()
     return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
 
 
+def reason_of(error: Exception) -> str:
+    """Return the label of an error in the metrics: one for each class of errors, so that there are not many."""
+    if isinstance(error, Overloaded):
+        return error.reason
+    if isinstance(error, HTTPException):
+        return HTTP_REASONS.get(error.status_code, "http_error")
+    if not isinstance(error, Failures):
+        return "internal_error"
+    return _CAPITAL.sub("_", type(error).__name__.lstrip("_")).lower()
+
+
+HTTP_REASONS = {400: "unreadable_body", 404: "path_not_found", 405: "method_not_allowed", 499: "client_closed"}
+"""Labels of the web framework's exceptions, by their status."""
 HTTP_ERRORS = {
     400: ("Bad Request", "body"),  # a body that could not be read at all, as one nested too deeply
     404: ("NotFoundError", None),

@@ -15,12 +15,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.core import optional
+from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
 from cenote.pipeline.fetching import Hosts
 from cenote.pipeline.media import Access
@@ -136,10 +137,8 @@ class Serving:
             finally:
                 release_threads()
 
-        began = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self._pool, run)
-        metrics.stage(stage).observe(time.monotonic() - began)
-        return result
+        with metrics.timed(stage):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, run)
 
     async def answer(
         self,
@@ -171,9 +170,8 @@ class Serving:
         try:
             with line.enter(size) as place:
                 if is_plain and size <= SHORT and service.renderer.is_fast:
-                    rendering = time.monotonic()
-                    job = make()
-                    metrics.stage("render").observe(time.monotonic() - rendering)
+                    with metrics.timed("render"):
+                        job = make()
                 else:
                     job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
@@ -186,7 +184,7 @@ class Serving:
             self.running -= 1
         if job.is_slow or _numbers(outputs) > LARGE:
             return await self.in_pool("encode", lambda: job.finish(outputs))
-        with metrics.stage("encode").time():
+        with metrics.timed("encode"):
             return job.finish(outputs)
 
     async def _rendered(self, make: Callable[[], T], size: int) -> T:
@@ -199,6 +197,9 @@ class Serving:
         if self._desk is None or self._desk.loop is not loop:
             self._desk = Desk(loop)
         count, tokens = len(job.sequences), job.tokens
+        followed = metrics.trip.get()
+        if followed is not None:
+            followed.model, followed.sequences, followed.tokens = service.names[0], count, tokens
         parts = _Parts(line, tokens, count) if count >= LONG else None
         answer = self._desk.submit(service.engine, job.sequences, parts)
         watch = loop.call_later(NOTICE, _watch, request, answer)
@@ -234,6 +235,18 @@ class _Parts:
         self._line.finish(round(count * self._mean))
 
 
+class _Held(NamedTuple):
+    """A request that is to reach an engine.
+
+    Attributes:
+        trip: of the request, if somebody follows it.
+    """
+
+    submit: Callable[[], Future[list[Output]]]
+    answer: asyncio.Future[list[Output]]
+    trip: metrics.Trip | None
+
+
 class Desk:
     """Between one event loop and engines, whose futures belong to other threads.
 
@@ -243,7 +256,7 @@ class Desk:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._held: deque[tuple[Callable[[], Future[list[Output]]], asyncio.Future[list[Output]]]] = deque()
+        self._held: deque[_Held] = deque()
         self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken = False
@@ -253,7 +266,7 @@ class Desk:
     ) -> asyncio.Future[list[Output]]:
         """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work."""
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
-        self._held.append((partial(engine.submit, sequences, progress=progress), answer))
+        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, metrics.trip.get()))
         if len(self._held) == 1:
             self._held_since = time.monotonic()
             self.loop.call_soon(self._hold, 1, 0)
@@ -277,7 +290,7 @@ class Desk:
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
-            submit, answer = self._held.popleft()
+            submit, answer, trip = self._held.popleft()
             if answer.done():  # cancelled
                 continue
             try:
@@ -285,6 +298,8 @@ class Desk:
             except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue
+            if trip is not None:
+                future.add_done_callback(partial(_note_stages, trip))
             self._follow(future, answer)
             answer.add_done_callback(partial(_drop, future))
 
@@ -304,6 +319,15 @@ class Desk:
             if answer.done():
                 continue
             _resolve(answer, future)
+
+
+def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
+    """Add the stages of a request in its engine, as far as it has come."""
+    times = times_of(future)
+    if times.launched:
+        trip.stages.append(metrics.Stage("queue", times.accepted, times.launched))
+    if times.finished:
+        trip.stages.append(metrics.Stage("forward", times.launched, times.finished))
 
 
 def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
