@@ -19,12 +19,20 @@ SHARED = {
 }
 
 
+def _order(entry: tuple[str, str, frozenset[str]]) -> list[object]:
+    path, prefix, marks = entry
+    return [path, prefix, sorted(marks)]
+
+
 @pytest.mark.parametrize("prefix", [dialect.prefix for dialect in DIALECTS if dialect.prefix])
 def test_every_dialect_has_a_row(prefix: str) -> None:
     assert sum(f" | `{prefix}` | " in row for row in ROWS) == 1
 
 
-@pytest.mark.parametrize(("path", "prefix", "marks"), sorted(SHARED, key=str), ids=str)
+@pytest.mark.parametrize(
+    ("path", "prefix", "marks"),
+    [pytest.param(path, prefix, marks, id=f"{path}-{prefix}") for path, prefix, marks in sorted(SHARED, key=_order)],
+)
 def test_the_keys_of_a_shared_path_are_told(path: str, prefix: str, marks: frozenset[str]) -> None:
     (row,) = (row for row in ROWS if f" | `{prefix}` | " in row)
     assert all(f"`{mark}`" in row for mark in marks), row
