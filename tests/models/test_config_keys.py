@@ -52,7 +52,7 @@ PICKING: dict[str, Any] = {
 def read(folder: Path, key: str, value: Any) -> Audit:
     write_json(folder / "config.json", {"model_type": "bert", "architectures": ["BertModel"], key: value})
     audit = Audit()
-    configs.read(folder, "tiny", ModelConfig(), audit)
+    configs.read(folder, "tiny", ModelConfig(), audit, {})
     return audit
 
 
