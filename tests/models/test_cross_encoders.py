@@ -184,7 +184,12 @@ def test_forms_of_a_pair(llm: LLM, logits: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     "prompts",
-    [[{"text": "a"}], [{"text": "a", "text_pair": 7}], [("a", "b", "c")], [{"text": "a", "text_pair": "b", "x": 1}]],
+    [
+        [{"text_pair": "a"}],
+        [{"text": "a", "text_pair": 7}],
+        [("a", "b", "c")],
+        [{"text": "a", "text_pair": "b", "x": 1}],
+    ],
 )
 def test_what_is_no_pair_is_refused(llm: LLM, prompts: Any) -> None:
     with pytest.raises(BadRequest, match="a prompt (has keys that are not supported|is text or a list of token ids)"):

@@ -316,7 +316,9 @@ class OwnModel(Qwen3Model):
 
 
 def test_revision_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, folder = bert(tmp_path / "base"), tmp_path / "adapter"
+    entry = tmp_path / "models--someone--base" / "snapshots"
+    entry.mkdir(parents=True)
+    base, folder = bert(entry / "base"), tmp_path / "adapter"
     whole = trained(
         transformers.AutoModel.from_pretrained(base), folder, base=Path("someone/base"), target_modules=ATTENTION
     )

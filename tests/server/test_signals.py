@@ -13,7 +13,9 @@ import pytest
 from tests import PATIENCE
 
 SCRIPT = """
-import logging, socket, sys
+import logging, signal, socket, sys
+for number in map(int, sys.argv[1:]):
+    signal.signal(number, signal.SIG_DFL)
 import uvicorn
 from cenote.config import ServerConfig
 from cenote.server import connections, ending
@@ -34,15 +36,21 @@ print("ended", flush=True)
 sys.stdin.read()
 sys.exit(server.status)
 """
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HALF = b"POST /ping HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab"
 
 
 class Process:
-    """The script, and a connection to its server."""
+    """The script, and a connection to its server.
 
-    def __init__(self, command: list[str]) -> None:
+    Args:
+        command: before that of the script.
+        heard: signals that the script does not ignore, even if the tests run where they are ignored.
+    """
+
+    def __init__(self, command: list[str], heard: tuple[signal.Signals, ...]) -> None:
         self.process = subprocess.Popen(
-            [*command, sys.executable, "-c", SCRIPT],
+            [*command, sys.executable, "-c", SCRIPT, *(str(int(number)) for number in heard)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,7 +79,7 @@ class Process:
         """Exit status and the rest of the log. A signal that comes late changes nothing."""
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ended\n"
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ALL:
             self.process.send_signal(number)
         _, log = self.process.communicate("", timeout=PATIENCE)
         return self.process.returncode, log
@@ -81,8 +89,8 @@ class Process:
 def start() -> Iterator[Callable[..., Process]]:
     processes: list[Process] = []
 
-    def begin(*command: str) -> Process:
-        processes.append(Process([*command]))
+    def begin(*command: str, heard: tuple[signal.Signals, ...] = ALL) -> Process:
+        processes.append(Process([*command], heard))
         return processes[-1]
 
     yield begin
@@ -113,7 +121,7 @@ def test_one_signal_lets_requests_finish_and_a_second_ends_them(
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored(start: Callable[..., Process]) -> None:
-    process = start("nohup")
+    process = start("nohup", heard=(signal.SIGINT, signal.SIGTERM))
     process.process.send_signal(signal.SIGHUP)
     assert process.is_well()
     process.process.send_signal(signal.SIGTERM)

@@ -132,6 +132,10 @@ class Gate:
         self._keys = [key.encode() for key in config.api_key]
         self._names_requests = config.enable_request_id_headers
 
+    def counts(self, scope: Scope) -> bool:
+        """Return whether a request is in the metrics: those about health and load are not."""
+        return not (scope["path"] in UNCOUNTED or self._is_open(scope))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
@@ -141,7 +145,7 @@ class Gate:
         request_id = headers.get("x-request-id")
         scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
         reply = _Reply(send, {"X-Request-Id": echo(request_id) or new_id()} if self._names_requests else {})
-        if scope["path"] in UNCOUNTED or self._is_open(scope):
+        if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
             return
         began = time.monotonic()

@@ -22,11 +22,12 @@ from starlette.datastructures import Headers
 
 import cenote
 from cenote import metrics
-from cenote.server.gate import UNCOUNTED
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from cenote.server.gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ LONGEST = 1024
 NANOSECONDS = 1_000_000_000
 
 
-def traced(app: ASGIApp, endpoint: str | None) -> ASGIApp:
+def traced(app: Gate, endpoint: str | None) -> ASGIApp:
     """Return an application whose requests are traced; without an endpoint `app` itself."""
     return app if endpoint is None else Tracing(app, provider(endpoint))
 
@@ -82,11 +83,11 @@ class Tracing:
     """ASGI middleware that makes the spans of each request, except those about health and load.
 
     Args:
-        app: the application.
+        app: the application, which says which requests count.
         provider: of spans; shut down when the application ends.
     """
 
-    def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
+    def __init__(self, app: Gate, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._app = app
@@ -98,7 +99,7 @@ class Tracing:
         """Serve one connection."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif scope["type"] != "http" or scope["path"] in UNCOUNTED:
+        elif scope["type"] != "http" or not self._app.counts(scope):
             await self._app(scope, receive, send)
         else:
             await self._follow(scope, receive, send)
