@@ -139,6 +139,11 @@ def test_a_request_without_a_model_gets_one_that_is_made_for_it(
     assert _post(client, path, {"model": "classifier"})["body"] == "classifier"
 
 
+@pytest.mark.parametrize("prefix", ["/marked", "/models/reranker"])
+def test_prefixes_are_not_repeated_without_end(client: TestClient, prefix: str) -> None:
+    assert client.post(f"{prefix * 3000}/rank", json={"texts": ["a"]}).status_code == 404
+
+
 def test_two_routes_need_marks() -> None:
     again = _dialect("again", _route("again", "/rank", body=Texts))
     with pytest.raises(ValueError, match="two dialects have the route POST /rank; the second is again"):

@@ -20,6 +20,8 @@ MODEL = "{model}"
 """Part of a path that stands for the name of a model."""
 OF_MODEL = "/models/"
 """Before the name of a model, every path may follow it."""
+PREFIXES = 2
+"""Prefixes that a path may have: a dialect and a model, in either order."""
 
 
 COMMON = Dialect("Common")
@@ -85,12 +87,19 @@ class Table:
                 raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {entry.dialect.name}")
             self.routes[key] = (*others, entry)
 
-    def match(self, method: str, path: str) -> Match | None:
-        """Return the routes of a path without a closing slash, `None` if it has none."""
+    def match(self, method: str, path: str, prefixes: int = PREFIXES) -> Match | None:
+        """Return the routes of a path without a closing slash, `None` if it has none.
+
+        Args:
+            method: of the request.
+            path: of the request.
+            prefixes: maximum prefixes of dialects and models before the path of a route.
+        """
         entries = self.routes.get((method, path))
         if entries:
             return Match(path, entries)
-        return self._of_dialect(method, path) or self._of_model(method, path) or self._by_pattern(method, path)
+        found = prefixes and (self._of_dialect(method, path, prefixes) or self._of_model(method, path, prefixes))
+        return found or self._by_pattern(method, path)
 
     def methods(self, path: str) -> list[str]:
         """Return the methods of a path, sorted."""
@@ -101,25 +110,25 @@ class Table:
         """Return the dialect whose prefix a path has, else the one that all clients read in part."""
         return self._prefixed.get(path[1:].partition("/")[0], COMMON)
 
-    def _of_dialect(self, method: str, path: str) -> Match | None:
+    def _of_dialect(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that begins with a dialect: its own, else those that all dialects share."""
         dialect = self.forced(path)
         if dialect is COMMON:
             return None
-        found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/")
+        found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/", prefixes - 1)
         if found is None:
             return None
         own = tuple(entry for entry in found.entries if entry.dialect is dialect)
         return replace(found, entries=own or found.entries, forced=found.forced or dialect)
 
-    def _of_model(self, method: str, path: str) -> Match | None:
+    def _of_model(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that follows the name of a model, the longest of them."""
         if not path.startswith(OF_MODEL):
             return None
         after = f"{path.removeprefix(OF_MODEL)}/"
         for name in self._names:
             if after.startswith(f"{name}/"):
-                found = self.match(method, after.removeprefix(name).rstrip("/") or "/")
+                found = self.match(method, after.removeprefix(name).rstrip("/") or "/", prefixes - 1)
                 return found and replace(found, model=found.model or name)
         return None
 
