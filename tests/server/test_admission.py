@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -306,8 +306,10 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
     releasing = threading.Thread(target=release)
     with ThreadPoolExecutor(32) as pool:
         waiting = [pool.submit(post, client, [[5] * 60] * LONG) for _ in range(32)]
+        refused = next(as_completed(waiting, PATIENCE))  # the line is full, and the engine answers nothing yet
         releasing.start()
         statuses = [future.result(PATIENCE) for future in waiting]
+    assert refused.result() == 429
     stop.set()
     releasing.join()
     assert {*statuses} == {200, 429}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import requests
@@ -22,22 +22,33 @@ TROUBLE = "word " * (LONG + 10)
 
 
 class Server:
-    """A `cenote serve` whose model has trouble, and its address."""
+    """A `cenote` command, and its log."""
 
-    def __init__(self, *arguments: str, kind: str) -> None:
-        self.process = Forked("tests.trouble", kind, *arguments)
+    def __init__(self, process: Forked | subprocess.Popen[str]) -> None:
+        self.process = process
         self.lines: list[str] = []
+
+    @classmethod
+    def of(cls, kind: str, *arguments: str) -> Self:
+        """Start one whose model has trouble; see `tests.trouble`."""
+        return cls(Forked("tests.trouble", kind, *arguments))
 
     def until(self, words: str) -> str:
         """Read the log until a line has these words; return the line."""
+        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
             if words in line:
                 return line
-        raise AssertionError("".join(self.lines))
+        raise AssertionError(f"ended with {self.process.wait(PATIENCE)}: {''.join(self.lines)}")
+
+    def address(self) -> str:
+        """Wait until it serves; return its URL."""
+        return self.until("serving http://").split("serving ")[1].split(",")[0]
 
     def rest(self) -> str:
         """Wait for the end; return the whole log."""
+        assert self.process.stderr is not None
         self.lines += self.process.stderr.readlines()
         self.process.wait(PATIENCE)
         return "".join(self.lines)
@@ -49,8 +60,8 @@ def post(url: str, text: Any) -> requests.Response:
 
 @pytest.mark.parametrize(("kind", "status"), [("hangs", 503), ("dies", 500)])
 def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int) -> None:
-    server = Server("serve", "--port", "0", "--forward-timeout", "2", kind=kind)
-    url = server.until("serving http://").split("serving ")[1].split(",")[0]
+    server = Server.of(kind, "serve", "--port", "0", "--forward-timeout", "2")
+    url = server.address()
     assert post(url, "well").status_code == 200
     with ThreadPoolExecutor(4) as pool:
         lost = pool.submit(post, url, TROUBLE)
@@ -65,13 +76,11 @@ def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int) -> 
 
 def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    engine = Server("engine", "--listen", path, "--forward-timeout", "2", kind="hangs")
+    engine = Server.of("hangs", "engine", "--listen", path, "--forward-timeout", "2")
     engine.until("listening on")
-    front = subprocess.Popen(
-        [sys.executable, "-m", "cenote", "serve", "--engine", path, "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
-    assert front.stderr is not None
-    url = next(line for line in front.stderr if "serving http://" in line).split("serving ")[1].split(",")[0]
+    command = [sys.executable, "-m", "cenote", "serve", "--engine", path, "--port", "0"]
+    front = Server(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    url = front.address()
     try:
         assert post(url, TROUBLE).status_code == 503
         log = engine.rest()
@@ -79,14 +88,13 @@ def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path
         assert post(url, "well").status_code == 503
         assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 503
     finally:
-        front.terminate()
-        front.stderr.read()
-        front.wait(PATIENCE)
+        front.process.terminate()
+        front.rest()
 
 
 def test_a_text_that_fails_does_not_fail_others_or_show_internals() -> None:
-    server = Server("serve", "--port", "0", kind="raises")
-    url = server.until("serving http://").split("serving ")[1].split(",")[0]
+    server = Server.of("raises", "serve", "--port", "0")
+    url = server.address()
     texts = [TROUBLE if i % 4 == 0 else f"text number {i}" for i in range(64)]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda text: post(url, text), texts))
