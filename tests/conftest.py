@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
@@ -68,6 +69,12 @@ CROSS_ENCODER = replace(
 
 ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
 """The fake model, which scores pairs by its vectors."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin with the same random numbers, whatever ran before: fixtures and tests that draw from the global ones."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

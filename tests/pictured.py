@@ -76,12 +76,12 @@ def byte_pairs(specials: tuple[str, ...], size: int) -> Tokenizer:
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with random weights."""
+    """The model with random weights: vectors about the number that they start at, 1 in norms, the rest about 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in model.parameters():
             random = torch.randn(weights.shape, generator=generator)
-            weights.copy_(weights + 0.1 * random if weights.ndim == 1 else STD * random)
+            weights.copy_(weights.mean().round() + 0.1 * random if weights.ndim == 1 else STD * random)
     return model.eval()
 
 

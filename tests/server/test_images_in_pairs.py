@@ -179,7 +179,7 @@ def test_cohere_images(case: Case) -> None:
         got = np.array(case.client.post("/v2/embed", json={**body, "inputs": inputs}).json()["embeddings"]["float"])
         (expected,) = case.vectors([{"text": "describe", "image": A}], "document", "embed")
         assert np.abs(got[0] - expected).max() < TOLERANCE
-        assert np.abs(got[1] - expected).max() > 1e-3, "another order and another picture"
+        assert np.abs(got[1] - expected).max() > 10 * TOLERANCE, "another order and another picture"
 
 
 OTHERS = {
