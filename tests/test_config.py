@@ -16,6 +16,7 @@ from cenote.cli import flags, main, serve
 from cenote.cli.serve import engines_of, limits, models_of
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig
 from cenote.errors import CenoteError, ConfigError
+from cenote.foreign import FOREIGN
 from cenote.settings import resolve
 from tests import PATIENCE
 
@@ -163,23 +164,6 @@ FLAG_FAULTS: dict[str, tuple[list[str], str]] = {
 def test_faults_of_flags(argv: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence.replace("?", r"\?")):
         parsed(*argv)
-
-
-@pytest.mark.parametrize("form", ["--{} 1", "--{}=1", "--{}"])
-@pytest.mark.parametrize("name", settings.EXPLAINED)
-def test_options_without_effect_say_why(name: str, form: str) -> None:
-    argv = form.format(name.replace("_", "-")).split()
-    if name == "tensor_parallel_size" and "1" not in form:
-        with pytest.raises(ConfigError, match="must be 1, got ''"):
-            parsed(*argv)
-        return
-    model, _, server = parsed(*argv, "--port", "1")
-    # A switch takes no value, so what follows it is the model.
-    assert model.model == ("1" if name in settings.SWITCHES and form == "--{} 1" else None)
-    assert server.port == 1
-    found = flags.parse(["serve", *argv])
-    del found["command"]
-    assert resolve(found)[1] == [f"{name} has no effect: {settings.EXPLAINED[name]}"]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +423,7 @@ def test_faults_of_keywords(keywords: Mapping[str, Any], sentence: str) -> None:
 def test_notes_of_options_without_effect() -> None:
     _, notes = resolve({"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1, "seed": 0, "port": 9})
     assert notes == [
-        f"{name} has no effect: {settings.EXPLAINED[name]}"
+        f"{name} has no effect: {FOREIGN[name].reason}"
         for name in ("gpu_memory_utilization", "tensor_parallel_size", "seed")
     ]
 
@@ -511,7 +495,7 @@ def test_configs_are_frozen() -> None:
 def test_no_name_means_two_things() -> None:
     names = [name for layer in settings.LAYERS for name in layer.model_fields]
     assert len(names) == len(set(names))
-    assert not {*settings.ALIASES, *settings.EXPLAINED} & set(names)
+    assert not {*settings.ALIASES, *FOREIGN} & set(names)
     assert set(settings.ALIASES.values()) <= set(names)
 
 

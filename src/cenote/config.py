@@ -7,8 +7,10 @@ Names are those that users of vLLM know. `cenote.settings` makes them out of val
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -62,6 +64,23 @@ def parse_json(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
+
+
+_COUNT = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[kmg])|(?P<whole>\d+)(?P<binary>[KMG])")
+_POWERS = {"k": 1, "m": 2, "g": 3}
+
+
+def parse_count(value: Any) -> Any:
+    """Return a number of tokens out of vLLM's short form, or another value as it is.
+
+    A small letter stands for a power of 1000, `25.6k` for 25600; a capital one for a power of 1024, `4K` for 4096.
+    """
+    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match["whole"]:
+        return int(match["whole"]) * 1024 ** _POWERS[match["binary"].lower()]
+    return Decimal(match["number"]) * 1000 ** _POWERS[match["unit"]]
 
 
 def _parse_lora_modules(value: Any) -> Any:
@@ -295,7 +314,7 @@ class ModelConfig(BaseModel):
     @field_validator("max_model_len", mode="before")
     @classmethod
     def _by_model(cls, value: Any) -> Any:
-        return None if str(value) in ("auto", "-1") else value
+        return None if str(value) in ("auto", "-1") else parse_count(value)
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -358,7 +377,7 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_num_batched_tokens: int | None = Field(
+    max_num_batched_tokens: Annotated[int | None, BeforeValidator(parse_count)] = Field(
         None, ge=1, description="tokens of a batch (default: 768 on a CPU, 16384 on a GPU)"
     )
     threads: int | None = Field(

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig
 from cenote.errors import ConfigError, unknown_name
+from cenote.foreign import FOREIGN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from cenote.foreign import Foreign
 
 ENV_PREFIX = "CENOTE_"
 C = TypeVar("C", bound=BaseModel)
@@ -37,28 +40,6 @@ BENCH_ALIASES = {
 }
 """Spellings of `vllm bench`."""
 
-EXPLAINED = {
-    "tensor_parallel_size": "a model runs on one device",
-    "gpu_memory_utilization": "pooling needs no key-value cache, so no memory is reserved",
-    "seed": "nothing is sampled",
-    "tokenizer_mode": "the tokenizer's fast backend is used where there is one",
-    "swap_space": "there is no key-value cache",
-    "enable_prefix_caching": "there is no key-value cache; see prefix_sharing for what a batch has in common",
-    "enable_chunked_prefill": "sequences are never split",
-    "engine_worker_queue_port": "the engine lives in the server's process, or listens on a socket; see --engine",
-    "disable_log_stats": "statistics are at /metrics",
-    "max_loras": "a batch runs once per adapter in it, however many there are",
-    "max_cpu_loras": "all adapters stay loaded",
-    "max_lora_rank": "adapters may have any rank",
-    "lora_dtype": "adapters have the dtype of the layers that they change",
-    "lora_extra_vocab_size": "an adapter adds no tokens",
-    "fully_sharded_loras": "a model runs on one device",
-}
-"""Options of other engines that are accepted without effect, and why they have none."""
-
-SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "fully_sharded_loras"})
-"""Those of `EXPLAINED` whose flags take no value."""
-
 
 def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
     """Return the values that option `name` may have, if they are a list."""
@@ -69,6 +50,17 @@ def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
             return tuple(map(str, get_args(kind)))
         waiting += [part for part in get_args(kind) if part is not type(None)]
     return ()
+
+
+def takes_fields(name: str) -> bool:
+    """Return whether option `name` is a JSON object."""
+    waiting: list[Any] = [known_options()[name].model_fields[name].annotation]
+    while waiting:
+        kind = waiting.pop()
+        if get_origin(kind) is dict or kind is PoolerConfig:
+            return True
+        waiting += get_args(kind)
+    return False
 
 
 def shown_default(layer: type[BaseModel], name: str) -> str:
@@ -105,17 +97,28 @@ def resolve(
         )
     for spelling, value in values.items():
         name = ALIASES.get(spelling, spelling)
-        if name in EXPLAINED:
-            if name == "tensor_parallel_size" and str(value) != "1":
-                raise ConfigError(f"tensor_parallel_size must be 1, got {value!r}: {EXPLAINED[name]}")
-            notes.append(f"{spelling} has no effect: {EXPLAINED[name]}")
+        if name in FOREIGN:
+            notes += _idle_note(spelling, value, FOREIGN[name])
         elif name not in owners:
-            raise ConfigError(unknown_name("option", spelling, [*owners, *ALIASES, *EXPLAINED]))
+            raise ConfigError(unknown_name("option", spelling, [*owners, *ALIASES, *FOREIGN]))
         elif name in split[owners[name]]:
             raise ConfigError(f"option {name!r} is given twice, once as {spelling!r}")
         else:
             split[owners[name]][name] = value
     return [_build(layer, split[layer]) for layer in layers], notes
+
+
+def _idle_note(name: str, value: Any, option: Foreign) -> list[str]:
+    """Return the note on an option without effect; there is none on one that is left unset.
+
+    Raises:
+        ConfigError: the value would have an effect.
+    """
+    if value is None:
+        return []
+    if not option.takes(value):
+        raise ConfigError(f"{name} must be {' or '.join(option.values)}, got {value!r}: {option.reason}")
+    return [f"{name} has no effect: {option.reason}"]
 
 
 def _build(layer: type[C], values: dict[str, Any]) -> C:

@@ -6,23 +6,22 @@ Precedence: flags, then `CENOTE_*`, then the config file, then defaults.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, PoolerConfig, parse_json
+from cenote.cli.spelling import SHORT, dashed, merged, take_fields, take_foreign
+from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, parse_json
 from cenote.errors import ConfigError, unknown_name
+from cenote.foreign import FOREIGN
 from cenote.settings import (
     ALIASES,
     BENCH_ALIASES,
-    EXPLAINED,
     LAYERS,
-    SWITCHES,
     choices,
     from_environment,
     from_file,
     known_options,
     shown_default,
+    takes_fields,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ COMMANDS: dict[str, tuple[type[BaseModel], ...]] = {
 """The options that each command has as flags; of two options of one name, the later layer's."""
 SPELLINGS = {"serve": ALIASES, "engine": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}, "info": ALIASES}
 """Older and foreign spellings of each command's options."""
-_POOLER_FIELD = re.compile(r"--(?:override-)?pooler-config\.(?P<field>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
+OBJECTS = {spelling for spelling in (*known_options(), *ALIASES) if takes_fields(ALIASES.get(spelling, spelling))}
+"""Options whose fields have flags of their own, `--option.field`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,8 +113,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
         ConfigError: a flag, variable or entry is unknown or malformed.
     """
     top = parser()
-    argv, explained = _take_explained(argv)
-    argv, pooler_fields = _split_dotted(argv)
+    argv, foreign = take_foreign(dashed(argv))
+    argv, fields = take_fields(argv, OBJECTS)
     parsed, unknown = top.parse_known_args(argv)
     if parsed.version:
         return {"command": "version"}
@@ -127,17 +127,16 @@ def parse(argv: list[str]) -> dict[str, Any]:
     options.pop("version")
     file = options.pop("config", None)
     _name_models(options)
-    if pooler_fields:
-        options["pooler_config"] = {**_object(options.get("pooler_config", {})), **pooler_fields}
+    _merge_fields(options, fields)
     if "url" in options:
         _check_remote(options)
     entries = from_file(file) if file else {}
-    return {**entries, **from_environment(), **explained, **options}
+    return {**entries, **from_environment(), **foreign, **options}
 
 
 def _unknown_flag(command: str, flag: str) -> str:
-    names = (*known_options(COMMANDS[command]), *SPELLINGS[command], *EXPLAINED, "config")
-    return unknown_name("flag", flag, map(_flag, names))
+    names = (*known_options(COMMANDS[command]), *SPELLINGS[command], *FOREIGN, "config")
+    return unknown_name("flag", flag, [*map(_flag, names), *SHORT])
 
 
 def _name_models(options: dict[str, Any]) -> None:
@@ -184,56 +183,22 @@ def _help(layer: type[BaseModel], name: str) -> str:
     return text
 
 
-def _take_explained(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return `argv` without the flags of other engines that have no effect here, and those with their values.
-
-    `resolve` says why they have none.
-    """
-    names = {_flag(name): name for name in EXPLAINED}
-    kept: list[str] = []
-    taken: dict[str, str] = {}
-    rest = list(reversed(argv))
-    while rest:
-        argument = rest.pop()
-        flag, equals, value = argument.partition("=")
-        if flag not in names:
-            kept.append(argument)
-            continue
-        takes_next = not equals and names[flag] not in SWITCHES
-        if takes_next and rest and not rest[-1].startswith("-"):
-            value = rest.pop()
-        taken[names[flag]] = value
-    return kept, taken
+def _merge_fields(options: dict[str, Any], fields: Mapping[str, dict[str, Any]]) -> None:
+    """Put the fields of flags with dots into the objects of options."""
+    for spelling, entries in fields.items():
+        name = ALIASES.get(spelling, spelling)
+        if name == "pooler_config":
+            entries = {field.replace("-", "_"): value for field, value in entries.items()}
+        options[name] = merged(_object(name, options.get(name, {})), entries)
 
 
-def _split_dotted(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return `argv` without each `--pooler-config.field value`, and those fields with their values."""
-    kept: list[str] = []
-    fields: dict[str, Any] = {}
-    rest = iter(argv)
-    for argument in rest:
-        match = _POOLER_FIELD.fullmatch(argument)
-        if match is None:
-            kept.append(argument)
-            continue
-        name = match["field"].replace("-", "_")
-        value = next(rest, "") if match["value"] is None else match["value"]
-        if name not in PoolerConfig.model_fields:
-            raise ConfigError(unknown_name("pooler config field", name, PoolerConfig.model_fields))
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return kept, fields
-
-
-def _object(value: Any) -> dict[str, Any]:
+def _object(name: str, value: Any) -> dict[str, Any]:
     try:
         content = parse_json(value)
     except ValueError as error:
-        raise ConfigError(f"--pooler-config is {error}") from None
+        raise ConfigError(f"{_flag(name)} is {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"--pooler-config must be a JSON object, got {value!r}")
+        raise ConfigError(f"{_flag(name)} must be a JSON object, got {value!r}")
     return content
 
 

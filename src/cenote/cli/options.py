@@ -6,12 +6,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from cenote.config import BenchConfig, HostConfig
-from cenote.settings import ALIASES, BENCH_ALIASES, ENV_PREFIX, EXPLAINED, LAYERS, choices, shown_default
+from cenote.foreign import FOREIGN
+from cenote.settings import ALIASES, BENCH_ALIASES, ENV_PREFIX, LAYERS, choices, shown_default
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic import BaseModel
+
+    from cenote.foreign import Foreign
 
 HEAD = """# Options
 
@@ -59,7 +62,7 @@ def page() -> str:
     parts.append(f"\nSpellings of `vllm bench`: {_spellings(BENCH_ALIASES)}.\n")
     parts.append(f"\nOlder spellings: {_spellings(ALIASES)}.\n")
     parts.append("\n## Accepted without effect\n\nOptions of other engines, and why they do nothing here.\n\n")
-    parts += [f"- {_flag(name)}: {reason}\n" for name, reason in EXPLAINED.items()]
+    parts += [f"- {_flag(name)}{_values(option)}: {option.reason}\n" for name, option in FOREIGN.items()]
     return "".join(parts)
 
 
@@ -77,6 +80,11 @@ def _described(layer: type[BaseModel], name: str) -> str:
     description = str(layer.model_fields[name].description)
     values = ", ".join(f"`{value}`" for value in choices(layer, name))
     return f"{description}; one of {values}" if values else description
+
+
+def _values(option: Foreign) -> str:
+    """Return the values that an option without effect may have."""
+    return f" ({', '.join(option.values)})" if option.values else ""
 
 
 def _spellings(aliases: Mapping[str, str]) -> str:
