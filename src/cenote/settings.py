@@ -47,6 +47,7 @@ EXPLAINED = {
     "enable_chunked_prefill": "sequences are never split",
     "engine_worker_queue_port": "the engine lives in the server's process, or listens on a socket; see --engine",
     "disable_log_stats": "statistics are at /metrics",
+    "enable_request_id_headers": "X-Request-Id comes with every answer",
     "max_loras": "a batch runs once per adapter in it, however many there are",
     "max_cpu_loras": "all adapters stay loaded",
     "max_lora_rank": "adapters may have any rank",
@@ -56,7 +57,15 @@ EXPLAINED = {
 }
 """Options of other engines that are accepted without effect, and why they have none."""
 
-SWITCHES = frozenset({"enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "fully_sharded_loras"})
+SWITCHES = frozenset(
+    {
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "disable_log_stats",
+        "enable_request_id_headers",
+        "fully_sharded_loras",
+    }
+)
 """Those of `EXPLAINED` whose flags take no value."""
 
 
