@@ -117,7 +117,7 @@ def floats(values: Any) -> Any:
 
 @dataclass
 class Serve:
-    """Starts applications; each lives until the test ends."""
+    """Starts applications; each lives until the test ends. Token ids are run as they are, which keeps tests short."""
 
     tokenizer: PreTrainedTokenizerBase
     stack: ExitStack = field(default_factory=ExitStack)
@@ -140,7 +140,8 @@ class Serve:
         return self.of(Service(engine, renderer, names, pair_template), **options)
 
     def of(self, *services: Service, **options: Any) -> TestClient:
-        client = TestClient(build([*services], ServerConfig(**options)), raise_server_exceptions=False)
+        config = ServerConfig(**{"token_ids": "native", **options})
+        client = TestClient(build([*services], config), raise_server_exceptions=False)
         return self.stack.enter_context(client)
 
     def several(self, **engines: Engine) -> TestClient:

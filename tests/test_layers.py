@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "cenote"
 
 LAYERS = (
-    ("words", ("errors", "core", "outputs", "tasks", "config", "foreign", "settings", "metrics", "tokenizer")),
+    (
+        "words",
+        ("errors", "core", "outputs", "cl100k", "tasks", "config", "foreign", "settings", "metrics", "tokenizer"),
+    ),
     ("tensors", ("tensors",)),
     ("models", ("models",)),
     ("engine", ("engine",)),

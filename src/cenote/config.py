@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from decimal import Decimal
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from cenote import cl100k
 from cenote.core import LoraModule, coalesce
 from cenote.errors import unknown_name
 from cenote.tasks import REMOVED, TASKS
@@ -193,6 +195,19 @@ def _one_or_several(value: Any) -> Any:
 Overrides = Annotated[dict[str, Any], BeforeValidator(parse_json)]
 Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 """Texts; a single one may be given by itself."""
+
+
+def _parse_names(value: Any) -> Any:
+    """Return texts out of a text, JSON of a list, or a list of those."""
+    entries = _one_or_several(value)
+    if not isinstance(entries, (list, tuple)):
+        return entries
+    lists = [parse_json(entry) if str(entry).startswith("[") else [entry] for entry in entries]
+    return [*chain.from_iterable(lists)]
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
+"""Texts; a single one may be given by itself, and several as JSON."""
 
 
 def _parse_counts(value: Any) -> Any:
@@ -483,8 +498,23 @@ class ServerConfig(BaseModel):
     allow_private_media: bool = Field(
         False, description="fetch pictures also from hosts at private and loopback addresses"
     )
+    token_ids: Literal["strict", "native", "cl100k"] = Field(
+        "strict",
+        description="token ids in requests: strict refuses those without any special token that the tokenizer always "
+        "adds, as another's; native runs them as they are, as vLLM; cl100k reads them as text by OpenAI's vocabulary",
+    )
+    token_ids_vocabulary: str | None = Field(
+        None,
+        description="file cl100k_base.tiktoken (default: that of TIKTOKEN_CACHE_DIR, or of an installed litellm or "
+        "llama-index-core; it is never fetched)",
+    )
     trust_request_chat_template: bool = Field(False, description="let requests bring a chat template")
-    enable_request_id_headers: bool = Field(False, description="send X-Request-Id with every answer")
+    allowed_origins: Names = Field(
+        (), description="origin whose pages may send requests, or * for all; may be given several times (default: none)"
+    )
+    allowed_methods: Names = Field(("*",), description="method that such pages may use; may be given several times")
+    allowed_headers: Names = Field(("*",), description="header that such pages may send; may be given several times")
+    allow_credentials: bool = Field(False, description="let such pages send cookies and keys of the browser's own")
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
     any_model_name: bool = Field(
         False, description="the first model answers to names that none has; as `*` among the served names"
@@ -513,6 +543,14 @@ class ServerConfig(BaseModel):
                     "option out to serve without keys"
                 )
         return keys
+
+    @model_validator(mode="after")
+    def _readable_vocabulary(self) -> ServerConfig:
+        if self.token_ids == "cl100k":
+            cl100k.find(self.token_ids_vocabulary)
+        elif self.token_ids_vocabulary is not None:
+            raise ValueError(f"`token_ids_vocabulary` is for token_ids 'cl100k', and it is {self.token_ids!r}")
+        return self
 
     @field_validator("otlp_traces_endpoint")
     @classmethod

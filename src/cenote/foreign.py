@@ -129,6 +129,7 @@ FOREIGN: dict[str, Foreign] = {
     "lora_dtype": Foreign("adapters have the dtype of the layers that they change"),
     "lora_extra_vocab_size": Foreign("an adapter adds no tokens"),
     "disable_log_stats": Foreign("statistics are at /metrics", is_switch=True),
+    "enable_request_id_headers": Foreign("X-Request-Id comes with every answer", is_switch=True),
     **_switches(
         "--log-level debug logs a line for each request, without its content",
         "enable_log_requests",

@@ -99,7 +99,6 @@ EFFECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapters": ("--enable-lora --lora-modules a=/x", {"enable_lora": True}),
     "keys": ("--api-key a b", {"api_key": ("a", "b")}),
     "prefix": ("--root-path /x", {"root_path": "/x"}),
-    "ids": ("--enable-request-id-headers", {"enable_request_id_headers": True}),
     "eager": ("--enforce-eager", {"enforce_eager": True}),
     "address": ("--host 0.0.0.0 --port 81", {"host": "0.0.0.0", "port": 81}),
     "documents": ("--disable-fastapi-docs", {"disable_fastapi_docs": True}),

@@ -348,14 +348,18 @@ def test_without_a_key_nothing_is_asked(client: TestClient) -> None:
     check(client.post(ROUTE, json={"input": [5]}, headers={"Authorization": "Bearer whatever"}), [5])
 
 
-def test_request_ids_are_sent_back_on_demand(serve: Serve) -> None:
-    client = serve(enable_request_id_headers=True, api_key=("secret",))
+def test_request_ids_are_sent_back(serve: Serve) -> None:
+    client = serve(api_key=("secret",))
     key = {"Authorization": "secret"}
     for method, path, headers in (("GET", "/health", {}), ("GET", "/nowhere", key), ("GET", "/version", {})):
         answer = client.request(method, path, headers={**headers, "X-Request-Id": "mine"})
         assert answer.headers["x-request-id"] == "mine"
     made = [client.get("/health").headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1]
+    refused = client.post(ROUTE, json={"input": [5]})
+    assert (refused.status_code, len(refused.headers["x-request-id"])) == (401, 32)
+    answer = client.post(ROUTE, json={"input": [5]}, headers=key)
+    assert answer.json()["id"] == f"embd-{answer.headers['x-request-id']}"
 
 
 def test_closing_the_application_closes_its_engine(serve: Serve) -> None:

@@ -114,7 +114,7 @@ def test_an_element_at_fault_is_named_by_its_place(serve: Serve, path: str, body
 
 def test_names_of_requests_are_repeated_in_part(serve: Serve) -> None:
     long = "x" * 100_000
-    client = serve(info=CROSS_ENCODER, enable_request_id_headers=True)
+    client = serve(info=CROSS_ENCODER)
     answer = send(client, {"messages": [5], "user": long, "request_id": long, "model": long}, "/v1/chat/reward")
     assert answer.status_code == 200
     assert len(answer.content) < 3000

@@ -24,7 +24,7 @@ from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from collections.abc import Sequence as Seq
 
     from tokenizers import Encoding
@@ -59,6 +59,7 @@ class Renderer:
 
     Attributes:
         bounds: of one request's work; a server sets them.
+        read_ids: reads token ids that a request brings; `None` = they are run as they are.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Renderer:
         self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
+        self.read_ids: Callable[[Ids], Ids | str] | None = None
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase, cuts=cuts)
         self.pictures: PictureRenderer | None = None
         if pictures is not None:
@@ -144,6 +146,8 @@ class Renderer:
     def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
         """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
         content = content_of(prompt)
+        if isinstance(content, list) and self.read_ids is not None:
+            return self.read_ids(content)
         if not isinstance(content, Illustrated) or content.sources:
             return content
         is_text = self.pictures is None or self.pictures.is_apart

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.routing import Router
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from starlette.responses import Response
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from cenote.config import ServerConfig
     from cenote.pipeline.pipeline import Service
@@ -110,7 +111,7 @@ class Application:
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         admission = self._serving.admission if serving is None else Admission([], config)
         gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open)
-        self._app = traced(gate, config.otlp_traces_endpoint)
+        self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
         """Return an application that only tells how this one does, for a listener on another thread."""
@@ -214,6 +215,24 @@ class Application:
             named = self._serving.models.made_for(purpose)
         if "model" in type(body).model_fields:
             body.model = named
+
+
+READABLE = ("X-Request-Id", "Retry-After")
+"""Headers of answers that pages of other origins may read."""
+
+
+def _for_pages(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """Return an application that pages of the allowed origins may use, without a key for the question whether."""
+    if not config.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        config.allowed_origins,
+        config.allowed_methods,
+        config.allowed_headers,
+        config.allow_credentials,
+        expose_headers=READABLE,
+    )
 
 
 def build(services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> Application:

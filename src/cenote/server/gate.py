@@ -130,7 +130,6 @@ class Gate:
         self._error_body = error_body
         self._is_open = is_open
         self._keys = [key.encode() for key in config.api_key]
-        self._names_requests = config.enable_request_id_headers
 
     def counts(self, scope: Scope) -> bool:
         """Return whether a request is in the metrics: those about health and load are not."""
@@ -143,8 +142,9 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id")
-        scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
-        reply = _Reply(send, {"X-Request-Id": echo(request_id) or new_id()} if self._names_requests else {})
+        number = new_id()
+        scope.setdefault("state", {}).update(request_id=request_id, new_id=number, body_bytes=0)
+        reply = _Reply(send, {"X-Request-Id": echo(request_id) or number})
         if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
             return

@@ -23,6 +23,7 @@ from cenote import metrics
 from cenote.core import optional
 from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
+from cenote.pipeline import token_ids
 from cenote.pipeline.fetching import Hosts
 from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
@@ -82,6 +83,7 @@ class Serving:
         self.admission = Admission(services, config)
         hosts = Hosts(frozenset(map(str.lower, config.allowed_media_domains)), config.allow_private_media)
         access = Access(optional(Path, config.allowed_local_media_path), hosts=hosts)
+        read_ids = token_ids.reader(config)
         for view in self.models.views:
             view.renderer.bounds = Bounds(
                 config.max_request_tokens,
@@ -90,6 +92,7 @@ class Serving:
                 config.max_template_seconds,
             )
             view.renderer.allow(access)
+            view.renderer.read_ids = read_ids(view.renderer)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 
@@ -365,9 +368,9 @@ def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
 
 
 def request_id(request: Request, of_body: str | None) -> str:
-    """Return the header `X-Request-Id`, else the body's `request_id`, else a new one."""
-    header: Any = request.state.request_id
-    return echo(header or of_body) or new_id()
+    """Return the header `X-Request-Id`, else the body's `request_id`, else the one that the answer's header has."""
+    state = request.state
+    return echo(state.request_id or of_body) or str(state.new_id)
 
 
 def new_id() -> str:
