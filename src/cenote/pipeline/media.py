@@ -250,7 +250,10 @@ def _opened(file: bytes) -> Image:
     """Return the picture in a file, of which only the header is read."""
     from PIL import Image as images
 
-    return images.open(BytesIO(file), formats=FORMATS)
+    try:
+        return images.open(BytesIO(file), formats=FORMATS)
+    except images.DecompressionBombError as error:
+        raise BadRequest("a picture has too many pixels to be opened; send it smaller", param=PARAM) from error
 
 
 def _orientation(image: Image) -> int:
