@@ -120,6 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "link.png").symlink_to(folder.parent / "secret.png")
     (folder / "good.png").symlink_to(folder / "a.png")
     (folder / "zeros.png").symlink_to("/dev/zero")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
     os.mkfifo(folder / "pipe.png")
     with (folder / "large.png").open("wb") as file:
         file.truncate(1 << 30)
@@ -244,10 +245,16 @@ REFUSED = {
     "a way out": ("file://{folder}/../secret.png", "not below"),
     "a device": ("file://{folder}/zeros.png", "not below"),
     "a pipe": ("file://{folder}/pipe.png", "not a regular file"),
+    "a link in a circle": ("file://{folder}/circle.png", "not there"),
     "a folder": ("file://{folder}", "not a regular file"),
     "no file": ("file://{folder}/b.png", "not there"),
     "a large file": ("file://{folder}/large.png", "at most 33554432 are read"),
     "a file of another host": ("file://server/a.png", "names the host"),
+    "a file of half an address": ("file://[::1/a.png", "expected file:///"),
+    "an address in brackets": ("http://[::ffff:169.254.169.254]/a.png", "not fetched"),
+    "half an address": ("http://[::ffff:169.254.169.254", "expected a plain"),
+    "a path with zero bytes": ("file://{folder}/a\0.png", "not there"),
+    "a long path": ("file://{folder}/" + "a" * 5000, "not there"),
     "a path": ("/etc/hostname", "expected a URL"),
     "another scheme": ("ftp://example.com/a.png", "expected a URL"),
     "another host": ("https://example.com/a.png", "not fetched"),
