@@ -321,7 +321,7 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
     if batch.media and batch.features is None:
         assert vision is not None
         with torch.inference_mode():
-            batch = replace(batch, features=vision.encode(batch.media))
+            batch = replace(batch, features=vision.encode(batch.media, apart=layout.is_apart))
         if vision.is_apart:
             return _apart(layout, batch, place)
     groups = layout.groups(batch.lengths, hides=batch.hides)
