@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -60,6 +62,19 @@ def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     file = BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
+
+
+def bomb(side: int, depth: int = 1) -> bytes:
+    """A PNG of few bytes and side² pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" * (1 + side * depth // 8)
+    rows = zlib.compressobj(9)
+    body = b"".join(rows.compress(row) for _ in range(side)) + rows.flush()
+    head = struct.pack(">IIBBBBB", side, side, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def byte_pairs(specials: tuple[str, ...], size: int) -> Tokenizer:

@@ -10,7 +10,7 @@ from cenote.arguments import lora_per_prompt, per_prompt
 from cenote.core import LoRARequest, PoolingParams
 from cenote.engine.waiting import UnderWay
 from cenote.errors import BadRequest
-from cenote.pipeline.inputs import listed
+from cenote.pipeline.inputs import has_pictures, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RENDERED_AT_ONCE = 1024
 """Prompts that are rendered at a time, while those before them run."""
+PICTURED_AT_ONCE = 4
+"""Prompts with pictures that are: decoding one takes as long as tokenising some hundred texts."""
 R = TypeVar("R")
 
 
@@ -57,8 +59,7 @@ class Calls:
         names = [self._adapter(choice) for choice in lora_per_prompt(lora_request, len(inputs))]
 
         def jobs() -> Iterator[Job[list[tuple[Sequence, R]]]]:
-            for start in range(0, max(1, len(inputs)), RENDERED_AT_ONCE):  # no prompt at all is refused, too
-                part = slice(start, start + RENDERED_AT_ONCE)
+            for part in _parts(inputs):
                 of_part = params if isinstance(params, PoolingParams) else params[part]
                 job = make(inputs[part], of_part).adapted(names[part])
                 yield job.then(partial(_paired, job.sequences))
@@ -112,6 +113,18 @@ class Calls:
                 bar.update(under_way.progress())
             results = under_way.results(bar.update)
             return [job.finish(outputs) for job, outputs in zip(submitted, results, strict=True)]
+
+
+def _parts(inputs: Seq[Any]) -> Iterator[slice]:
+    """Yield the parts of a call that are rendered at a time; one if there is no prompt at all, which is refused."""
+    start = weight = 0
+    of_picture = RENDERED_AT_ONCE // PICTURED_AT_ONCE
+    for i, prompt in enumerate(inputs):
+        if weight >= RENDERED_AT_ONCE:
+            yield slice(start, i)
+            start, weight = i, 0
+        weight += of_picture if has_pictures(prompt) else 1
+    yield slice(start, len(inputs))
 
 
 def _paired(sequences: list[Sequence], results: list[R]) -> list[tuple[Sequence, R]]:

@@ -291,6 +291,12 @@ class ModelConfig(BaseModel):
         description="JSON of arguments of the image processor that make pictures smaller: max_pixels, min_pixels, "
         "size, image_size",
     )
+    picture_cache_size: int = Field(
+        256,
+        ge=0,
+        description="MiB of features kept, so that a picture that comes again does not go through the vision tower; "
+        "0 = off",
+    )
     io_processor_plugin: str | None = Field(None, description="installed plugin that takes requests with `data`")
     calibration: str | None = Field(
         None, description="ranges (.json, .npy) of int8 and uint8 embeddings, or texts (.txt, .jsonl) to take them from"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from cenote.errors import BadRequest
 from cenote.pipeline import media
 from cenote.pipeline.media import Access, Limits, Memory, picture
-from tests.pictured import noise, saved
+from tests.pictured import bomb, noise, saved
 
 ANY = Access(any_file=True)
 A = noise(90, 130)
@@ -25,19 +23,6 @@ A = noise(90, 130)
 
 def pixels(source: Any) -> np.ndarray:
     return np.asarray(picture(source, ANY).decoded())
-
-
-def bomb(side: int, depth: int = 1) -> bytes:
-    """A PNG of few bytes and side² pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    row = b"\0" * (1 + side * depth // 8)
-    rows = zlib.compressobj(9)
-    body = b"".join(rows.compress(row) for _ in range(side)) + rows.flush()
-    head = struct.pack(">IIBBBBB", side, side, depth, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def oriented(number: int, form: str = "JPEG") -> bytes:

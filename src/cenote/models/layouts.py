@@ -73,6 +73,11 @@ class Backbone:
         self.dense_length = block_sparse_length(self.model)
         self.device = self.model.device
 
+    @property
+    def first_position(self) -> int:
+        """Position of the first token of a model that takes pictures and does not count from 0."""
+        return 0 if self.vision is None else self.vision.pictures.first_position
+
     def length_class(self, length: int) -> int:
         """Return a number that lengths have in common which may share a padded forward."""
         if self.dense_length:
@@ -225,9 +230,8 @@ class Packed:
 
     def _positioned(self, batch: Batch) -> Batch:
         """Return `batch` with the positions that the model counts."""
-        vision = self.backbone.vision
-        if vision is not None and vision.pictures.first_position:
-            return replace(batch, host_positions_T=batch.host_positions_T + vision.pictures.first_position)
+        if self.backbone.first_position:
+            return replace(batch, host_positions_T=batch.host_positions_T + self.backbone.first_position)
         offset = self.backbone.position_offset
         if not offset:
             return batch
@@ -294,12 +298,13 @@ class Padded:
             seen = places_L < lengths_B1 - np.array([sequence.hidden for sequence in batch.sequences])[:, None]
         pad = getattr(self.backbone.model.config, "pad_token_id", None) or 0
         types_T, sources_T, positions_T = batch.host_type_ids_T, batch.host_sources_T, batch.host_positions_T
-        has_positions = any(sequence.positions is not None for sequence in batch.sequences)
+        first = self.backbone.first_position
+        has_positions = bool(first) or any(sequence.positions is not None for sequence in batch.sequences)
         states = self.backbone.run(
             input_ids=batch.index(_spread(batch.host_ids_T, mask, pad)),
             attention_mask=batch.index(seen),
             token_type_ids=None if types_T is None else batch.index(_spread(types_T, mask, 0)),
-            position_ids=batch.index(_spread(positions_T, mask, 0)) if has_positions else None,
+            position_ids=batch.index(_spread(positions_T + first, mask, 0)) if has_positions else None,
             sources=None if sources_T is None else batch.index(_spread(sources_T, mask, -1)),
             features=batch.features,
         )
@@ -321,7 +326,7 @@ def forward(layout: Layout, batch: Batch, place: Place | None = None) -> Tensor:
     if batch.media and batch.features is None:
         assert vision is not None
         with torch.inference_mode():
-            batch = replace(batch, features=vision.encode(batch.media))
+            batch = replace(batch, features=vision.encode(batch.media, apart=layout.is_apart))
         if vision.is_apart:
             return _apart(layout, batch, place)
     groups = layout.groups(batch.lengths, hides=batch.hides)

@@ -62,6 +62,7 @@ POOLER = "no task pools by it"
 
 TWINS = {
     "_orig_mod.": "torch.compile puts it there; save `model._orig_mod` or take it off the names",
+    "base_model.model.": "PEFT puts it there; save what its `merge_and_unload` returns",
     "module.": "DataParallel and DDP put it there; save `model.module` or take it off the names",
 }
 """Prefixes that wrappers of a model put before the names of all tensors, with the remedy."""

@@ -296,6 +296,8 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         model.is_reentrant = not why_not
         if why_not:
             model.warn(f"runs one batch at a time, because {why_not}")
+    if layout.backbone.vision is not None and subject.shelf is None:  # adapters may change the tower
+        layout.backbone.vision.kept.capacity = options.picture_cache_size << 20
     process.leave_unused_memory()
     return model
 

@@ -6,7 +6,9 @@ language model reads them among the embeddings of a text. Other ways are classes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -30,6 +32,44 @@ MOST_PATCHES = 4096
 """Patches of a forward of a vision tower; a larger picture has one of its own."""
 
 
+class KeptFeatures:
+    """Features of pictures by their keys; when they exceed `capacity` bytes, the least recently used are dropped.
+
+    Threads may share it. Equal keys are equal pictures, so whoever stores last changes nothing.
+
+    Attributes:
+        capacity: bytes; 0 = nothing is kept.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[bytes, Features] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Features | None:
+        """Return the features of a picture, if they are kept."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: bytes, features: Features) -> None:
+        """Keep a copy of the features of a picture, which are a part of those of a batch."""
+        size = features.nbytes
+        if size > self.capacity:
+            return
+        features = Features(features.rows_FD.clone(), tuple(layer_FD.clone() for layer_FD in features.deep))
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = features
+            self._bytes += size
+            while self._bytes > self.capacity:
+                _, dropped = self._entries.popitem(last=False)
+                self._bytes -= dropped.nbytes
+
+
 @dataclass(eq=False)
 class Vision:
     """The pictures of one model.
@@ -37,11 +77,13 @@ class Vision:
     Attributes:
         full: the model that was loaded.
         pictures: how its inputs hold them.
+        kept: features of pictures of earlier batches; of none while the model is changed and proved.
         is_apart: a picture is an input of its own, and its features are the rows that are pooled (two towers).
     """
 
     full: PreTrainedModel
     pictures: Pictures
+    kept: KeptFeatures = field(default_factory=KeptFeatures)
 
     is_apart: ClassVar[bool] = False
 
@@ -101,11 +143,23 @@ class Vision:
         """Yield small pictures of random content, of a few sizes in turn, without end."""
         raise NotImplementedError
 
-    def encode(self, media: Iterable[Media]) -> Features:
-        """Return the features of pictures, end to end."""
-        parts = [self.features(group) for group in _groups(media)]
-        deep = zip(*(part.deep for part in parts), strict=True)
-        return Features(torch.cat([part.rows_FD for part in parts]), tuple(map(torch.cat, deep)))
+    def encode(self, media: Seq[Media], *, apart: bool = False) -> Features:
+        """Return the features of pictures, end to end, each content once through the tower.
+
+        Args:
+            media: the pictures.
+            apart: each has a forward of its own, whose bits do not depend on the others.
+        """
+        by_key = {medium.key: medium for medium in media}
+        kept = {key: self.kept.get(key) for key in by_key}
+        features = {key: rows for key, rows in kept.items() if rows is not None}
+        missing = [medium for key, medium in by_key.items() if key not in features]
+        for group in _groups(missing, 1 if apart else MOST_PATCHES):
+            parts = self.features(group).split([medium.tokens for medium in group])
+            for medium, part in zip(group, parts, strict=True):
+                features[medium.key] = part
+                self.kept.put(medium.key, part)
+        return Features.joined([features[medium.key] for medium in media])
 
     def stacked(self, media: Seq[Media], name: str) -> Tensor:
         """Return an array of pictures of one size, stacked, where the tower is."""
@@ -142,14 +196,14 @@ class Vision:
         return Sequence(ids, media=tuple(media), spans=tuple(spans), positions=positions)
 
 
-def _groups(media: Iterable[Media]) -> list[list[Media]]:
-    """Cut pictures into groups of at most `MOST_PATCHES`."""
+def _groups(media: Iterable[Media], most: int) -> list[list[Media]]:
+    """Cut pictures into groups of at most `most` patches; a larger picture has a group of its own."""
     groups: list[list[Media]] = []
     room = 0
     for medium in media:
         if not groups or medium.patches > room:
             groups.append([])
-            room = MOST_PATCHES
+            room = most
         groups[-1].append(medium)
         room -= medium.patches
     return groups

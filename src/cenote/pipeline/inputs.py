@@ -73,6 +73,13 @@ def is_picture(value: Any) -> bool:
     return isinstance(value, (bytes, bytearray, memoryview, Path)) or hasattr(value, "getexif")
 
 
+def has_pictures(prompt: Any) -> bool:
+    """Return whether a prompt, of any form, has pictures."""
+    if isinstance(prompt, Mapping):
+        return bool(prompt.get("multi_modal_data")) or prompt.get("image") is not None
+    return isinstance(prompt, Illustrated) or is_picture(prompt)
+
+
 def _plain(prompt: Any) -> str | Ids:
     """Return a prompt that is text or ids."""
     if isinstance(prompt, str):

@@ -250,7 +250,10 @@ def _opened(file: bytes) -> Image:
     """Return the picture in a file, of which only the header is read."""
     from PIL import Image as images
 
-    return images.open(BytesIO(file), formats=FORMATS)
+    try:
+        return images.open(BytesIO(file), formats=FORMATS)
+    except images.DecompressionBombError as error:
+        raise BadRequest("a picture has too many pixels to be opened; send it smaller", param=PARAM) from error
 
 
 def _orientation(image: Image) -> int:
@@ -293,16 +296,13 @@ def _refusing() -> Iterator[None]:
 
 def _named(name: str, access: Access) -> bytes:
     """Return the bytes of the file that a URL or a path names."""
-    scheme = urlsplit(name[:16]).scheme.lower() if ":" in name[:16] else ""
+    scheme = name[:16].partition(":")[0].lower()
     if scheme == "data":
         return _of_data_url(name, access.limits)
     if scheme in ("http", "https"):
         return fetched(name, access)
     if scheme == "file":
-        parts = urlsplit(name)
-        if parts.netloc not in ("", "localhost"):
-            raise BadRequest(f"a file: URL names the host {parts.netloc!r}; expected none", param=PARAM)
-        return _local(Path(unquote(parts.path)), access)
+        return _local(_path_of(name), access)
     if access.any_file:
         return _local(Path(name), access)
     raise BadRequest(
@@ -320,6 +320,21 @@ def fetched(url: str, access: Access) -> bytes:
     return fetch(url, hosts, access.limits.file_bytes)
 
 
+def _path_of(url: str) -> Path:
+    """Return the path of a `file:` URL.
+
+    Raises:
+        BadRequest: it names a host.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        raise BadRequest("a file: URL of a picture cannot be read; expected file:///...", param=PARAM) from None
+    if parts.netloc not in ("", "localhost"):
+        raise BadRequest(f"a file: URL names the host {parts.netloc!r}; expected none", param=PARAM)
+    return Path(unquote(parts.path))
+
+
 def _local(path: Path, access: Access) -> bytes:
     """Return the bytes of a local file.
 
@@ -332,10 +347,15 @@ def _local(path: Path, access: Access) -> bytes:
             "data: URL",
             param=PARAM,
         )
-    real = path.resolve()
-    if not access.any_file and not real.is_relative_to(str(optional(Path.resolve, access.folder))):
+    try:
+        real = path.resolve()
+        is_below = access.any_file or real.is_relative_to(str(optional(Path.resolve, access.folder)))
+        is_file = is_below and real.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, links in a circle, zero bytes
+        is_below, is_file = True, False
+    if not is_below:
         raise BadRequest("the file is not below --allowed-local-media-path", param=PARAM)
-    if not real.is_file():
+    if not is_file:
         raise BadRequest("the file of a picture is not there, or is not a regular file", param=PARAM)
     access.limits.check_bytes(real.stat().st_size)
     try:

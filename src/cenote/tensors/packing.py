@@ -19,7 +19,7 @@ import torch
 from cenote.core import optional
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -71,6 +71,26 @@ class Features(NamedTuple):
 
     rows_FD: Tensor
     deep: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(layer_FD.nbytes for layer_FD in self._layers)
+
+    @property
+    def _layers(self) -> tuple[Tensor, ...]:
+        return (self.rows_FD, *self.deep)
+
+    def split(self, lengths: list[int]) -> Iterator[Features]:
+        """Yield parts of so many rows, views of these."""
+        for rows_FD, *deep in zip(*(torch.split(layer_FD, lengths) for layer_FD in self._layers), strict=True):
+            yield Features(rows_FD, tuple(deep))
+
+    @classmethod
+    def joined(cls, parts: Seq[Features]) -> Features:
+        """Return the rows of several, end to end."""
+        rows_FD, *deep = (torch.cat(layers) for layers in zip(*(part._layers for part in parts), strict=True))
+        return cls(rows_FD, tuple(deep))
 
 
 @dataclass(frozen=True)
