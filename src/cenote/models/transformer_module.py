@@ -7,7 +7,7 @@ the same one counts here and there.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
@@ -32,12 +32,11 @@ CONFIGS = (
 )
 """Names of the module's config; the first that is there and not empty counts."""
 
-Task = Literal["feature-extraction", "sequence-classification", "text-generation", "fill-mask"]
-
 RESULTS: dict[str, tuple[str, str]] = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
     "text-generation": ("logits", "causal_logits"),
+    "any-to-any": ("logits", "causal_logits"),
     "fill-mask": ("logits", "token_embeddings"),
 }
 """Tasks to the model's output and the name that the module gives it, where the config names neither."""
