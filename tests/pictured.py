@@ -182,7 +182,7 @@ def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **text: Any) -> A
 
 
 def qwen_vl(folder: Path, kind: str, **text: Any) -> Path:
-    """A Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint, without the head that it shares with the token embedding."""
+    """A checkpoint of Qwen2-VL to Qwen3.5, without the head that it shares with the token embedding."""
     folder.mkdir(parents=True)
     tokenizer = write_qwen_files(folder, kind)
     torch.manual_seed(0)  # decays of recurrences are drawn, and kept as they are but for noise
@@ -323,6 +323,7 @@ SIGLIP_LENGTH = 64
 def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
     """Write the tokenizer of SigLIP, or Gemma's with lower case, as SigLIP 2 has it."""
     options: dict[str, Any] = {"model_max_length": SIGLIP_LENGTH, "padding_side": "right", "pad_token": "<pad>"}
+    options["model_input_names"] = ["input_ids"]
     made: Any
     if kind == "siglip2":
         texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
@@ -332,8 +333,7 @@ def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
         tokenizer = byte_pairs(("<pad>", "</s>"), 600)
         ends = [("</s>", tokenizer.token_to_id("</s>"))]
         tokenizer.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=ends)
-        names = ["input_ids"]
-        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_input_names=names, **options)
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **options)
     made.save_pretrained(folder)
     return made  # type: ignore[no-any-return]
 
