@@ -173,7 +173,7 @@ class Renderer:
         ids = self._ids_with_placeholders(renderer, content, applied, options)
         if not pictures:
             text = self.fit(self._sliced(Text(ids), options), options, budget)
-            return Sequence(text.ids, adapter=applied.adapter)
+            return self._sides.of_text(Sequence(text.ids, adapter=applied.adapter), applied.role)
         if renderer.is_apart:  # the limit is that of the texts
             options = options._replace(limit=UNLIMITED, truncate=None)
         cuts_beginnings = self._cuts_beginnings(options.side)
