@@ -126,7 +126,9 @@ VISION: dict[str, dict[str, Any]] = {
         "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
     },
 }  # fmt: skip
+VISION["qwen3_5"] = {name: value for name, value in VISION["qwen3_vl"].items() if name != "deepstack_visual_indexes"}
 GENERATORS = {
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -144,7 +146,7 @@ def write_qwen_files(folder: Path, kind: str) -> PreTrainedTokenizerFast:
     least, most = 4 * side**2, MOST_TOKENS * side**2
     sizes: dict[str, Any] = {"min_pixels": least, "max_pixels": most}
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    if kind == "qwen3_vl":
+    if kind in ("qwen3_vl", "qwen3_5"):
         sizes, mean, std = {"size": {"shortest_edge": least, "longest_edge": most}}, [0.5] * 3, [0.5] * 3
     processor = {
         "image_processor_type": "Qwen2VLImageProcessorFast", "image_mean": mean, "image_std": std, "merge_size": 2,
@@ -163,6 +165,13 @@ def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **text: Any) -> A
     if kind == "qwen3_vl":
         section |= {"mrope_section": [4, 2, 2], "rope_theta": 5e6, "mrope_interleaved": True}
         more = {"head_dim": 16}
+    if kind == "qwen3_5":
+        section |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+        more = {
+            "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        }  # fmt: skip
     part = {
         "vocab_size": 1024,
         "hidden_size": 64,
@@ -188,15 +197,16 @@ def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **text: Any) -> A
 
 
 def qwen_vl(folder: Path, kind: str, **text: Any) -> Path:
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, without the head that it shares with the token embedding."""
+    """A checkpoint of Qwen2-VL to Qwen3.5, without the head that it shares with the token embedding."""
     folder.mkdir(parents=True)
     tokenizer = write_qwen_files(folder, kind)
+    torch.manual_seed(0)  # decays of recurrences are drawn, and kept as they are but for noise
     model = randomised(getattr(transformers, GENERATORS[kind])(qwen_config(kind, tokenizer, **text)))
 
     def rename(name: str) -> str | None:
         if name == "lm_head.weight":
             return None
-        if kind == "qwen3_vl":
+        if kind in ("qwen3_vl", "qwen3_5"):
             return name
         return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
 
@@ -328,6 +338,7 @@ SIGLIP_LENGTH = 64
 def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
     """Write the tokenizer of SigLIP, or Gemma's with lower case, as SigLIP 2 has it."""
     options: dict[str, Any] = {"model_max_length": SIGLIP_LENGTH, "padding_side": "right", "pad_token": "<pad>"}
+    options["model_input_names"] = ["input_ids"]
     made: Any
     if kind == "siglip2":
         texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
@@ -337,8 +348,7 @@ def write_siglip_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
         tokenizer = byte_pairs(("<pad>", "</s>"), 600)
         ends = [("</s>", tokenizer.token_to_id("</s>"))]
         tokenizer.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=ends)
-        names = ["input_ids"]
-        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", model_input_names=names, **options)
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **options)
     made.save_pretrained(folder)
     return made  # type: ignore[no-any-return]
 
@@ -455,6 +465,22 @@ def colqwen3(folder: Path, variant: str) -> Path:
     return folder
 
 
+def colqwen3_5(folder: Path, contract: str | None = None) -> Path:
+    """A ColQwen3.5 checkpoint, as colpali-engine saves it; `contract` says whether tokens attend both ways."""
+    qwen_vl(folder, "qwen3_5")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("model."): tensor.contiguous() for name, tensor in tensors.items()}
+    hidden = config["text_config"]["hidden_size"]
+    tensors |= {"custom_text_proj.weight": _random(COL_WIDTH, hidden), "custom_text_proj.bias": _random(COL_WIDTH)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config |= {"architectures": ["ColQwen3_5"], "dim": COL_WIDTH}
+    if contract is not None:
+        config["retrieval_attention_contract"] = contract
+    write(folder, "config.json", config)
+    return folder
+
+
 def colpali(folder: Path) -> Path:
     """A ColPali checkpoint."""
     folder.mkdir(parents=True)
@@ -496,3 +522,18 @@ def colpali(folder: Path) -> Path:
 
     write_model(folder, randomised(transformers.ColPaliForRetrieval(config)), rename)
     return folder
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """The ids of a checkpoint's vocabulary by their entries."""
+    return transformers.AutoTokenizer.from_pretrained(folder).get_vocab()  # type: ignore[no-any-return]
+
+
+def without_video(monkeypatch: Any, name: str) -> None:
+    """Let sentence-transformers load this processor without its part for videos, and by Pillow alone."""
+    from sentence_transformers.base.modules import transformer
+
+    def from_pretrained(folder: str, **options: Any) -> Any:
+        return processor_class(name).from_pretrained(folder, backend="pil", **options)
+
+    monkeypatch.setattr(transformer.AutoProcessor, "from_pretrained", from_pretrained)

@@ -53,7 +53,7 @@ def test_a_picture_may_be_several_tiles_with_text_among_them(tiled: PictureRende
     one = [ROW, 9, 9, ROW, 9, 9]
     assert placed.ids == [1, *one, *one, 2]
     assert placed.spans == [(2, 4), (5, 7), (8, 10), (11, 13)]
-    media = tiled.media(opened, {})
+    media = tiled.media(opened, {}, {})
     assert [medium.tokens for medium in media] == [stop - start for start, stop in placed.spans]
     assert len({medium.key for medium in media}) == 4
 
@@ -69,7 +69,7 @@ def test_a_picture_that_comes_twice_is_processed_once(tiled: PictureRenderer, mo
     monkeypatch.setattr(Tiles, "processed", processed)
     image = noise(20, 20)
     opened = tiled.headers(Illustrated((None, None), (image, image.copy())))
-    assert len(tiled.media(opened, {})) == 4
+    assert len(tiled.media(opened, {}, {})) == 4
     assert len(seen) == 1
 
 

@@ -47,8 +47,11 @@ LEGACY_MODES = {
 }
 """Flags of old Pooling configs, in the order in which several are concatenated."""
 
-TRANSFORMERS = {"Transformer": "feature-extraction", "MLMTransformer": "fill-mask"}
+TRANSFORMERS = {"Transformer": "feature-extraction", "CLIPModel": "feature-extraction", "MLMTransformer": "fill-mask"}
 """Module classes that hold the Transformers checkpoint, and their default task."""
+
+OF_TOWERS = {"CLIPModel"}
+"""Those of them whose towers make the vectors, unless their config says otherwise."""
 
 PACKAGES = ("sentence_transformers.", "pylate.")
 """Packages whose modules are known by the name of their class."""
@@ -230,7 +233,8 @@ def read(path: Path, audit: Audit, *, allow_pickle: bool = False) -> SentenceTra
         modules = _listed(path, audit)
         settings = _settings(path, modules, audit)
         first = modules[0]
-        transformer = transformer_module.read(first.folder, first.path, audit, task=TRANSFORMERS[first.kind])
+        task, has_towers = TRANSFORMERS[first.kind], first.kind in OF_TOWERS
+        transformer = transformer_module.read(first.folder, first.path, audit, task=task, has_towers=has_towers)
         with about(path / SETTINGS):
             prompts, default = _prompts(settings)
         st = SentenceTransformer(

@@ -7,7 +7,7 @@ the same one counts here and there.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
@@ -32,13 +32,13 @@ CONFIGS = (
 )
 """Names of the module's config; the first that is there and not empty counts."""
 
-Task = Literal["feature-extraction", "sequence-classification", "text-generation", "fill-mask"]
-
 RESULTS: dict[str, tuple[str, str]] = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
     "text-generation": ("logits", "causal_logits"),
+    "any-to-any": ("logits", "causal_logits"),
     "fill-mask": ("logits", "token_embeddings"),
+    "retrieval": ("embeddings", "token_embeddings"),
 }
 """Tasks to the model's output and the name that the module gives it, where the config names neither."""
 
@@ -48,6 +48,8 @@ MODALITIES = frozenset({"text", "message", "image", "audio", "video"})
 
 OF_TOWER = "get_text_features"
 """Method of a model with a tower for texts and one for pictures."""
+OF_TOWERS = ({"method": OF_TOWER, "method_output_name": "pooler_output"}, "sentence_embedding")
+"""Entry of `modality_config` of such a model, and the name of its result."""
 FEATURES = ("features",)
 """`TransformerModule.output` of such a model, which makes the vector itself."""
 
@@ -178,7 +180,7 @@ class TransformerModule:
         return int(self.output[1]) if self.output[0] == "hidden_states" else None
 
 
-def read(folder: Path, name: str, audit: Audit, *, task: str) -> TransformerModule:
+def read(folder: Path, name: str, audit: Audit, *, task: str, has_towers: bool = False) -> TransformerModule:
     """Read the config of the module in `folder`.
 
     Args:
@@ -186,6 +188,7 @@ def read(folder: Path, name: str, audit: Audit, *, task: str) -> TransformerModu
         name: of the folder in messages and in the audit; empty = the root.
         audit: gets the keys.
         task: default of `transformer_task`.
+        has_towers: default of `modality_config`: a tower for texts makes their vectors.
 
     Raises:
         CheckpointError: a key is not honoured, or has a value that is not.
@@ -194,7 +197,7 @@ def read(folder: Path, name: str, audit: Audit, *, task: str) -> TransformerModu
     place = f"{name}/{file}" if name else file
     config = _renamed(written)
     audit.read(place, keys.flattened(config, OBJECTS), keys.TRANSFORMER)
-    return _Reader(folder, place, config, task).module()
+    return _Reader(folder, place, config, task, OF_TOWERS if has_towers else None).module()
 
 
 OBJECTS = ("processing_kwargs", "processing_kwargs.text", "processing_kwargs.common", "model_kwargs")
@@ -232,10 +235,20 @@ class _Reader:
         place: the file, in messages.
         config: its content, in the new spelling.
         task: default of `transformer_task`.
+        default: entry of `modality_config` that texts take and the module's result where there is no such key; `None` =
+            by the task.
     """
 
-    def __init__(self, folder: Path, place: str, config: dict[str, Any], task: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        place: str,
+        config: dict[str, Any],
+        task: str,
+        default: tuple[dict[str, Any], str] | None = None,
+    ) -> None:
         self._folder = folder
+        self._default = default
         self._place = place
         self._config = config
         self._processing = self._object(config, "processing_kwargs")
@@ -301,7 +314,7 @@ class _Reader:
         if name not in self._config:
             written = self._config.get("module_output_name", result)
             self._require(written == result, "module_output_name", written, f"{result}, as there is no {name}")
-            return {"method": "forward", "method_output_name": output}, result
+            return self._default or ({"method": "forward", "method_output_name": output}, result)
         modalities: dict[str, dict[str, Any]] = self._config[name]
         parts = {part for modality in modalities for part in modality.split("+")}
         self._require(parts <= MODALITIES, name, sorted(modalities), f"made of {', '.join(sorted(MODALITIES))}")
@@ -320,14 +333,15 @@ class _Reader:
         if modality["method"] == OF_TOWER:
             path, fitting = FEATURES, "sentence_embedding"
         elif self._task != "feature-extraction":
-            self._require(path == ("logits",), "method_output_name", written, f"logits, for {self._task}")
+            expected = RESULTS[self._task][0]
+            self._require(path == (expected,), "method_output_name", written, f"{expected}, for {self._task}")
         elif path == ("pooler_output",):
             fitting = "sentence_embedding"
         else:
             is_layer = len(path) == 2 and path[0] == "hidden_states" and isinstance(path[1], int)
             is_known = is_layer or path == ("last_hidden_state",)
-            expected = "last_hidden_state, pooler_output or hidden_states with a number"
-            self._require(is_known, "method_output_name", written, expected)
+            known = "last_hidden_state, pooler_output or hidden_states with a number"
+            self._require(is_known, "method_output_name", written, known)
         self._require(result == fitting, "module_output_name", result, f"{fitting} for {written}")
         return path
 

@@ -36,6 +36,10 @@ class Illustrated:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+Side = str | Illustrated
+"""Query or document."""
+
+
 def is_ids(prompt: Any) -> bool:
     """Return whether `prompt` is a list, tuple or array of integers, which booleans are not."""
     if not isinstance(prompt, (list, tuple, np.ndarray)):

@@ -176,12 +176,15 @@ def picture(source: Any, access: Access) -> Picture:
     """Return the picture that `source` is or names, its header read.
 
     Args:
-        source: `PIL.Image.Image`, bytes of a file, its path, or a URL: `data:`, `file:`, `https:`, `http:`.
+        source: `PIL.Image.Image`, bytes of a file, its path, or a URL: `data:`, `file:`, `https:`, `http:`; a `Picture`
+            stays as it is.
         access: places from which it may be read.
 
     Raises:
         BadRequest: it is none of these, may not be read, or is beyond a limit.
     """
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         return from_file(bytes(source), access.limits)
     if isinstance(source, str):

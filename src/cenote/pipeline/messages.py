@@ -26,9 +26,11 @@ REMEMBERED = 256
 """Prompts whose ends are remembered."""
 
 
-def message(role: str, text: str, *, structured: bool) -> dict[str, Any]:
-    """Return a message with a text as its content, or with a list of one part where the template takes lists."""
-    return {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+def message(role: str, content: str | list[dict[str, Any]], *, structured: bool) -> dict[str, Any]:
+    """Return a message with its content, a text as a list of one part where the template takes lists."""
+    if structured and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    return {"role": role, "content": content}
 
 
 def common_end(first: Ids, second: Ids) -> Ids:

@@ -15,7 +15,7 @@ from cenote.pipeline.entities import check_aggregation, check_labels, entities, 
 from cenote.pipeline.inputs import is_count
 from cenote.pipeline.job import Job
 from cenote.pipeline.late_chunking import joined
-from cenote.pipeline.pairs import check_no_template
+from cenote.pipeline.pairs import CUTS_TEXTS, check_no_template, texts_of
 from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.similarity import ranking
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cenote.core import Output, Pair, Sequence
     from cenote.pipeline.entities import Entity
-    from cenote.pipeline.inputs import Illustrated, Prompt
+    from cenote.pipeline.inputs import Prompt, Side
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service
@@ -35,16 +35,10 @@ if TYPE_CHECKING:
 
     Params = PoolingParams | Seq[PoolingParams]
     """Parameters for all prompts, or one for each."""
-    Side = str | Illustrated
-    """Query or document."""
 
 NO_PLUGIN = (
     "No IOProcessor plugin installed. Send a prompt instead of `data`, or name an installed plugin: "
     "--io-processor-plugin NAME, LLM(io_processor_plugin=NAME)."
-)
-CUTS_TEXTS = (
-    "max_tokens_per_query and max_tokens_per_doc cut texts alone; leave them out, or send smaller images by "
-    "mm_processor_kwargs"
 )
 WRONG_TASK = "The 'data' field is only supported for the 'plugin' pooling task."
 
@@ -189,14 +183,14 @@ def score(
     way = choose(service.info, score_type)
     if params.late_chunking_params is not None:
         raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
-    only_texts = f"{service.info.name} scores as a {way.name}, and takes only texts in pairs"
     if way.of_lists:
-        texts = (_texts(queries, only_texts), _texts(documents, only_texts))
+        only_texts = f"{service.info.name} scores as a {way.name}, and takes only texts"
+        texts = (texts_of(queries, only_texts), texts_of(documents, only_texts))
         sequences, owners = listwise.render(service, *texts, params, text_options, pair_options)
         return Job(sequences, lambda outputs: listwise.scores(outputs, owners), is_slow=True)
     if way.of_pairs:
-        repeated = _texts(queries, only_texts) * (len(documents) // len(queries))
-        pairs = list(zip(repeated, _texts(documents, only_texts), strict=True))
+        repeated = [*queries] * (len(documents) // len(queries))
+        pairs = list(zip(repeated, documents, strict=True))
         sequences = service.pairs.render(pairs, way.task, params, text_options, pair_options)
         count = 0
     else:
@@ -340,21 +334,9 @@ def _rendered_sides(
     )
     sequences: list[Sequence] = []
     for prompt, contents, limit in sides:
-        cut = service.pairs.cut(_texts(contents, CUTS_TEXTS), limit) if limit else contents
+        cut = service.pairs.cut(texts_of(contents, CUTS_TEXTS), limit) if limit else contents
         sequences += service.renderer.render(cut, way.task, params, text_options._replace(prompt=prompt))
     return _also(sequences, way.also)
-
-
-def _texts(side: Seq[Side], reason: str) -> list[str]:
-    """Return the texts of one side.
-
-    Raises:
-        BadRequest: a query or a document has pictures; `reason` says why it may not.
-    """
-    texts = [content for content in side if isinstance(content, str)]
-    if len(texts) < len(side):
-        raise BadRequest(f"got images among queries and documents: {reason}", param="documents")
-    return texts
 
 
 def _also(sequences: list[Sequence], tasks: tuple[str, ...]) -> list[Sequence]:

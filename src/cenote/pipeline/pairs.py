@@ -1,19 +1,21 @@
 """From a query and a document to one sequence, for models that read both at once (cross-encoders).
 
 A pair is rendered by a template, where the checkpoint or the user has one, and else joined by the tokenizer, with the
-separators and token type ids that the model was trained with. A query is tokenised once for all its documents.
+separators and token type ids that the model was trained with. A query is tokenised once for all its documents. A pair
+with pictures needs a template, which has places for them, and is never cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from itertools import compress
+from operator import not_
+from typing import TYPE_CHECKING, Any
 
 from cenote.core import Sequence, coalesce
 from cenote.errors import BadRequest, TooLong
-from cenote.pipeline.inputs import is_count
-from cenote.pipeline.messages import FILLERS, common_end, message
+from cenote.pipeline.inputs import Illustrated, is_count
+from cenote.pipeline.pair_prompts import Pair, PairPrompt
 from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places
 
 if TYPE_CHECKING:
@@ -21,15 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.core import PairTemplate, PoolingParams
+    from cenote.pipeline.inputs import Side
     from cenote.pipeline.options import TextOptions
+    from cenote.pipeline.pictures import PictureRenderer
     from cenote.pipeline.rendering import Renderer
     from cenote.pipeline.tokenizing import Ids
 
 RESERVED = frozenset(("chat_template", "tools", "tokenize"))
 """Variables of templates that requests may not set."""
 
-MESSAGES = "messages"
-"""Variable of templates that depend on the pair."""
+CUTS_TEXTS = (
+    "max_tokens_per_query and max_tokens_per_doc cut texts alone; leave them out, or send smaller images by "
+    "mm_processor_kwargs"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,83 +77,6 @@ class PairOptions:
         return cls(template=template, kwargs=kwargs, **limits)
 
 
-class _Pair(NamedTuple):
-    """A pair to render.
-
-    Attributes:
-        is_rendered: its client has put the template's prefix before the query, and the suffix after the document,
-            which is kept apart.
-    """
-
-    query: str
-    document: str
-    is_rendered: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _PairPrompt:
-    """A template for pairs, with the variables of one request.
-
-    Attributes:
-        special: add the tokenizer's special tokens to the rendered prompt.
-    """
-
-    renderer: Renderer
-    template: PairTemplate
-    kwargs: Mapping[str, Any]
-    special: bool
-
-    def ids(self, pairs: Seq[_Pair]) -> list[Ids]:
-        """Render and tokenise pairs; a text that comes several times is tokenised once."""
-        texts = self._texts(pairs)
-        distinct = list(dict.fromkeys(chain.from_iterable(texts)))
-        special = self.special and not self.template.parts
-        tokenized = self.renderer.tokenize_all(distinct, add_special_tokens=special)
-        ids_of = dict(zip(distinct, tokenized, strict=True))
-        first = self._first()
-        return [[*first, *chain.from_iterable(ids_of[text] for text in parts)] for parts in texts]
-
-    def end(self) -> Ids:
-        """Return the tokens that the template puts at the end of every prompt."""
-        first, second = self.ids([_Pair(text, text) for text in FILLERS])
-        return common_end(first, second)
-
-    def _texts(self, pairs: Seq[_Pair]) -> list[list[str]]:
-        """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
-        template = self.template
-        sources = template.parts or (template.source,)
-        fixed: dict[str | None, str] = {
-            part: self._render(_Pair("", ""), part) for part in template.parts if MESSAGES not in part
-        }
-
-        def texts(pair: _Pair) -> list[str]:
-            if pair.is_rendered:
-                return [pair.query + pair.document + template.suffix]
-            return [fixed.get(source) or self._render(pair, source) for source in sources]
-
-        return list(map(texts, pairs))
-
-    def _render(self, pair: _Pair, source: str | None) -> str:
-        contents = {"query": pair.query, "document": pair.document}
-        system = self._system()
-        if system:
-            contents = {"system": system, **contents}
-        structured = self.template.structured
-        messages = [message(role, text, structured=structured) for role, text in contents.items()]
-        return self.renderer.apply_template(messages, source, {**self.template.kwargs, **self.kwargs})
-
-    def _first(self) -> list[int]:
-        """Return the tokens before the parts."""
-        bos = self.renderer.tokenizer.bos_token_id
-        return [bos] if self.template.bos and self.special and bos is not None else []
-
-    def _system(self) -> str:
-        """Return the text of the message before the two; empty if there is none."""
-        if self.template.system is None:
-            return ""
-        return self.kwargs.get("instruction") or self.template.system
-
-
 class PairRenderer:
     """Renders pairs for one model.
 
@@ -178,7 +107,7 @@ class PairRenderer:
 
     def render(
         self,
-        pairs: Seq[tuple[str, str]],
+        pairs: Seq[tuple[Side, Side]],
         task: str,
         params: PoolingParams,
         text_options: TextOptions,
@@ -187,10 +116,68 @@ class PairRenderer:
         """Return one sequence per (query, document).
 
         Raises:
-            BadRequest: as `cenote.pipeline.rendering.Renderer.render`, and if the template refuses the pair.
+            BadRequest: as `cenote.pipeline.rendering.Renderer.render`; the template refuses the pair; or there are
+                pictures, and the model takes none, or has no template.
             TooLong: a pair has more tokens than the model takes and `text_options` do not cut it.
         """
         self.check(options)
+        has_pictures = [any(isinstance(side, Illustrated) for side in pair) for pair in pairs]
+        if not any(has_pictures):
+            return self._of_texts(pairs, task, params, text_options, options)
+        with_pictures = list(compress(pairs, has_pictures))
+        rest = list(compress(pairs, map(not_, has_pictures)))
+        pictured = iter(self._with_pictures(with_pictures, task, params, text_options, options))
+        of_texts = iter(self._of_texts(rest, task, params, text_options, options) if rest else ())
+        return [next(pictured if is_pictured else of_texts) for is_pictured in has_pictures]
+
+    def _with_pictures(
+        self,
+        pairs: Seq[tuple[Side, Side]],
+        task: str,
+        params: PoolingParams,
+        text_options: TextOptions,
+        options: PairOptions,
+    ) -> list[Sequence]:
+        """Return one sequence per pair, of which one side at least has pictures."""
+        renderer, template = self._renderer, self._template(options)
+        if renderer.pictures is None:
+            raise BadRequest(f"{renderer.info.name} takes no images, only texts", param="documents")
+        if template is None:
+            raise BadRequest(
+                f"{renderer.info.name} joins query and document without a template, so that images have no place; "
+                "start with --chat-template to use one",
+                param="documents",
+            )
+        queries = self._opened([query for query, _ in pairs], options.max_tokens_per_query, renderer.pictures)
+        documents = self._opened([document for _, document in pairs], options.max_tokens_per_doc, renderer.pictures)
+        special = text_options.add_special_tokens and template.add_special_tokens
+        prompt = PairPrompt(renderer, template, options.kwargs, special)
+        prompts = [prompt.illustrated(*pair, renderer.pictures) for pair in zip(queries, documents, strict=True)]
+        whole = text_options._replace(truncate=None, side=None, whole=True)
+        sequences = renderer.render(prompts, task, params, whole)
+        longest = max(map(len, sequences))
+        limit = coalesce(renderer.resolve(text_options, task).truncate, longest)
+        if longest > limit:
+            raise TooLong(
+                f"a pair with images has {longest} tokens, and is to be cut to {limit}: such pairs are not cut; send "
+                "shorter texts, or smaller images by mm_processor_kwargs",
+                param="truncate_prompt_tokens",
+            )
+        return sequences
+
+    def _opened(self, sides: Seq[Side], limit: int, pictures: PictureRenderer) -> list[Side]:
+        """Return one side of pairs: texts cut to `limit`, 0 = not, and pictures opened, of one for all pairs once."""
+        if limit:
+            return [*self.cut(texts_of(sides, CUTS_TEXTS), limit)]
+        distinct = {id(side): side for side in sides}
+        opened = {name: _opened(side, pictures) for name, side in distinct.items()}
+        return [opened[id(side)] for side in sides]
+
+    def _of_texts(
+        self, sides: Seq[Any], task: str, params: PoolingParams, text_options: TextOptions, options: PairOptions
+    ) -> list[Sequence]:
+        """Return one sequence per pair of texts."""
+        pairs: Seq[tuple[str, str]] = sides
         params = self._renderer.check(task, params)
         text_options = self._renderer.resolve(text_options)
         template = self._template(options)
@@ -198,13 +185,13 @@ class PairRenderer:
         special, limit = text_options.add_special_tokens, text_options.content_limit
         skip = 0
         if template is None:
-            short = self._shortened([_Pair(*pair) for pair in pairs], text_options, options)
+            short = self._shortened([Pair(*pair) for pair in pairs], text_options, options)
             prompted = [(prompt.text + pair.query, pair.document) for pair in short]
             texts = self._renderer.backend.join(prompted, limit, special=special)
             skip = self._renderer.skip(prompt.text, text_options)
         else:
             special = special and template.add_special_tokens
-            pair_prompt = _PairPrompt(self._renderer, template, options.kwargs, special)
+            pair_prompt = PairPrompt(self._renderer, template, options.kwargs, special)
             marked = [_marked(*pair, template) for pair in pairs]
             if template.cuts_whole:
                 texts = self._cut_whole(self._shortened(marked, text_options, options), pair_prompt, limit)
@@ -217,16 +204,16 @@ class PairRenderer:
     def _template(self, options: PairOptions) -> PairTemplate | None:
         return options.template or self.template
 
-    def _shortened(self, pairs: Seq[_Pair], text_options: TextOptions, options: PairOptions) -> list[_Pair]:
+    def _shortened(self, pairs: Seq[Pair], text_options: TextOptions, options: PairOptions) -> list[Pair]:
         """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
         queries = list(dict.fromkeys(pair.query for pair in pairs))
         short_query = dict(zip(queries, self.cut(queries, options.max_tokens_per_query), strict=True))
         documents = self.cut([pair.document for pair in pairs], options.max_tokens_per_doc)
         short = zip(pairs, documents, strict=True)
-        shortened = [_Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
+        shortened = [Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
         return [self._bounded(pair, text_options) for pair in shortened]
 
-    def _bounded(self, pair: _Pair, options: TextOptions) -> _Pair:
+    def _bounded(self, pair: Pair, options: TextOptions) -> Pair:
         """Return a pair, of a long side only a part that has all tokens that count.
 
         "Longest first" compares the two sides, so that one loses characters only if the other is surely the shorter.
@@ -243,7 +230,7 @@ class PairRenderer:
     def _cut(self, text: str, limit: int) -> str:
         return self._renderer.backend.beginning(self._renderer.enough(text, limit, "right"), limit)
 
-    def _cut_whole(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
+    def _cut_whole(self, pairs: list[Pair], prompt: PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long is cut like a text, and gets the end of the template back."""
         prompts = prompt.ids(pairs)
         if max(map(len, prompts), default=0) <= limit:
@@ -252,12 +239,12 @@ class PairRenderer:
         end = prompt.end()[-limit:] if prompt.template.restores else []
         return [Text(_ending(ids[kept], end) if len(ids) > limit else ids) for ids in prompts]
 
-    def _by_template(self, pairs: list[_Pair], prompt: _PairPrompt, limit: int) -> list[Text]:
+    def _by_template(self, pairs: list[Pair], prompt: PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
         prompts = zip(prompt.ids(pairs), pairs, strict=True)
         return [Text(self._fitting(prompt, pair, ids, limit)) for ids, pair in prompts]
 
-    def _fitting(self, prompt: _PairPrompt, pair: _Pair, ids: Ids, limit: int) -> Ids:
+    def _fitting(self, prompt: PairPrompt, pair: Pair, ids: Ids, limit: int) -> Ids:
         """Return the `ids` of a prompt, with a shorter document if they are too many.
 
         Raises:
@@ -278,16 +265,33 @@ class PairRenderer:
         )
 
 
+def texts_of(side: Seq[Side], reason: str) -> list[str]:
+    """Return the texts of one side.
+
+    Raises:
+        BadRequest: a query or a document has pictures; `reason` says why it may not.
+    """
+    texts = [content for content in side if isinstance(content, str)]
+    if len(texts) < len(side):
+        raise BadRequest(f"got images among queries and documents: {reason}", param="documents")
+    return texts
+
+
+def _opened(side: Side, pictures: PictureRenderer) -> Side:
+    """Return a query or a document whose pictures have their headers read."""
+    return side if isinstance(side, str) else replace(side, sources=tuple(pictures.headers(side)))
+
+
 def _ending(ids: Ids, end: Ids) -> Ids:
     """Return `ids` with `end` in place of the last ones."""
     return [*ids[: len(ids) - len(end)], *end]
 
 
-def _marked(query: str, document: str, template: PairTemplate) -> _Pair:
+def _marked(query: str, document: str, template: PairTemplate) -> Pair:
     """Return a pair, without the template's suffix and marked as such if its client has rendered it."""
     if template.is_rendered(query, document):
-        return _Pair(query, document.removesuffix(template.suffix), True)
-    return _Pair(query, document)
+        return Pair(query, document.removesuffix(template.suffix), True)
+    return Pair(query, document)
 
 
 def check_no_template(model: str, way: str, options: PairOptions, read: Collection[str] = ()) -> None:

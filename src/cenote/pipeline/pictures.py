@@ -133,6 +133,10 @@ LAYOUTS: dict[str, Callable[[Pictures, Any, Callable[[str], Ids]], Layout]] = {"
 """By `Pictures.layout`."""
 
 
+Processed = dict[tuple[bytes, str], tuple[Media, ...]]
+"""Processed pictures, by their content and the arguments of the image processor."""
+
+
 class Placed(NamedTuple):
     """A prompt with its pictures in place.
 
@@ -229,7 +233,7 @@ class PictureRenderer:
                 "increase this limit.",
                 param="image",
             )
-        if self.is_apart and (len(content.sources) != 1 or any(_texts(content))):
+        if self.is_apart and (len(content.sources) != 1 or any(texts(content))):
             raise BadRequest(
                 "text and an image cannot be embedded together by this model; send one text or one image as an input",
                 param="image",
@@ -248,7 +252,7 @@ class PictureRenderer:
             return ""
         if template is None or (template.source is None and not self.has_template):
             return prompt + "".join(coalesce(part, self.pictures.markup) for part in parts)
-        messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(_shown, parts)]}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(shown, parts)]}]
         system = prompt or self.pictures.system
         if system:
             messages.insert(0, message("system", system, structured=True))
@@ -288,19 +292,24 @@ class PictureRenderer:
             expanded += expansion
         return Placed(expanded, spans)
 
-    def media(self, pictures: Seq[Picture], kwargs: Mapping[str, Any]) -> tuple[Media, ...]:
+    def media(self, pictures: Seq[Picture], kwargs: Mapping[str, Any], processed: Processed) -> tuple[Media, ...]:
         """Return pictures as the model takes them, each content processed once.
+
+        Args:
+            pictures: of one prompt.
+            kwargs: arguments of the image processor.
+            processed: pictures of the same request, to which these are added.
 
         Raises:
             BadRequest: one of them is damaged.
         """
         merged = self._merged(kwargs)
-        processed: dict[bytes, tuple[Media, ...]] = {}
-        for picture in pictures:
-            if picture.key not in processed:
+        names = [(picture.key, repr(merged)) for picture in pictures]
+        for name, picture in zip(names, pictures, strict=True):
+            if name not in processed:
                 with MEMORY.holding(PIXEL_BYTES * picture.width * picture.height):
-                    processed[picture.key] = self._reader.processed(picture, merged)
-        return tuple(chain.from_iterable(processed[picture.key] for picture in pictures))
+                    processed[name] = self._reader.processed(picture, merged)
+        return tuple(chain.from_iterable(map(processed.__getitem__, names)))
 
     def positions(self, length: int, media: Seq[Media], spans: Seq[Span]) -> Positions | None:
         """Return the positions of a sequence's tokens; `None` = they count from 0."""
@@ -315,12 +324,12 @@ class PictureRenderer:
         return {**self.pictures.kwargs, **kwargs}
 
 
-def _shown(part: str | None) -> dict[str, Any]:
+def shown(part: str | None) -> dict[str, Any]:
     """Return a text, or `None` for a picture, as a chat template takes it."""
     return {"type": "image"} if part is None else {"type": "text", "text": part}
 
 
-def _texts(content: Illustrated) -> list[str]:
+def texts(content: Illustrated) -> list[str]:
     """Return the texts of a prompt that are not empty."""
     parts: Seq[Any] = content.content if isinstance(content.content, tuple) else (content.content,)
     return [part for part in parts if part]

@@ -19,7 +19,7 @@ from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.parts import media_type, read, texts_and_pictures
-from cenote.pipeline.pictures import PictureRenderer, kept
+from cenote.pipeline.pictures import PictureRenderer, Processed, kept
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 
@@ -130,6 +130,7 @@ class Renderer:
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
         tokenised, skip = self._prompted(texts, applied, text_options)
+        illustrated = partial(self._illustrated, processed={})
 
         def of_text(text: Text) -> Sequence:
             text = self.fit(text, text_options, budget)
@@ -137,8 +138,8 @@ class Renderer:
             return self._sides.of_text(sequence, applied.role)
 
         def of_others(content: Ids | Illustrated) -> Sequence:
-            render = self._illustrated if isinstance(content, Illustrated) else self._of_ids
-            sequence = render(content, applied, options, budget)  # type: ignore[arg-type]
+            render: Any = illustrated if isinstance(content, Illustrated) else self._of_ids
+            sequence: Sequence = render(content, applied, options, budget)
             return replace(sequence, task=task, params=params)
 
         return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
@@ -159,8 +160,10 @@ class Renderer:
         text = self.fit(self._sliced(Text(ids), options), options, budget)
         return self._sides.of_ids(Sequence(text.ids, adapter=applied.adapter), applied.role)
 
-    def _illustrated(self, content: Illustrated, applied: Applied, options: TextOptions, budget: Budget) -> Sequence:
-        """Return the sequence of a prompt with pictures.
+    def _illustrated(
+        self, content: Illustrated, applied: Applied, options: TextOptions, budget: Budget, *, processed: Processed
+    ) -> Sequence:
+        """Return the sequence of a prompt with pictures, of which those that the request has had are in `processed`.
 
         Raises:
             BadRequest: the model takes no pictures, one of them is refused, or the prompt does not name each once.
@@ -174,13 +177,13 @@ class Renderer:
         ids = self._ids_with_placeholders(renderer, content, applied, options)
         if not pictures:
             text = self.fit(self._sliced(Text(ids), options), options, budget)
-            return Sequence(text.ids, adapter=applied.adapter)
+            return self._sides.of_text(Sequence(text.ids, adapter=applied.adapter), applied.role)
         if renderer.is_apart:  # the limit is that of the texts
             options = options._replace(limit=UNLIMITED, truncate=None)
         cuts_beginnings = self._cuts_beginnings(options.side)
         placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
-        media = renderer.media(pictures, content.kwargs)
+        media = renderer.media(pictures, content.kwargs, processed)
         sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
         sequence = self._sides.of_text(sequence, applied.role)
         return replace(sequence, positions=renderer.positions(len(sequence), media, placed.spans))

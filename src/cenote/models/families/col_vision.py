@@ -1,4 +1,4 @@
-"""Late interaction over pictures: ColQwen2, ColQwen2.5, ColPali, and the three published layouts of ColQwen3.
+"""Late interaction over pictures: ColQwen2, ColQwen2.5, ColPali, ColQwen3.5, and the published layouts of ColQwen3.
 
 The last hidden states of a vision-language model are projected and normalised, and pages are compared with queries by
 MaxSim (ColPali, arXiv:2407.01449). A text is rendered as a query; a page stands in a user's message of its own. The
@@ -17,7 +17,7 @@ from torch import nn
 from cenote.core import Media, MessageTemplate, Pictures, coalesce, optional
 from cenote.errors import CheckpointError
 from cenote.models.classifiers import linear
-from cenote.models.families.multi_vector import MultiVector
+from cenote.models.families.multi_vector import MultiVector, is_one, of_modules
 from cenote.models.families.qwen_vl import MARKUP, QwenVL
 from cenote.models.families.sights import Sight
 from cenote.models.poolers import Pooler, TokenEmbed
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cenote.models.facts import Files
     from cenote.models.families.family import Loaded
     from cenote.models.poolers import TaskOutput
+    from cenote.models.sentence_transformers import SentenceTransformer
 
 AUGMENTATION = 10
 """Padding tokens behind a query, which attend, are attended to, and count in MaxSim."""
@@ -64,6 +65,7 @@ class Layout(NamedTuple):
 
     Attributes:
         prefix: text before a query.
+        begin: text with which a processor begins the texts that its files name.
         suffix: text behind it and its augmentation.
         head: text before the pictures of a page.
         instruction: text behind them, where the page has no text of its own.
@@ -89,6 +91,7 @@ class Layout(NamedTuple):
     skips_norm: bool = False
     projection: str = PROJECTION
     most_pixels: int = 0
+    begin: str = ""
 
 
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
@@ -103,8 +106,10 @@ LAYOUTS: Mapping[str, Layout] = {
         tail="\n",
         positions="flat",
         model_class="ColPaliForRetrieval",
+        begin="<bos>",
     ),
     "ColQwen3": Layout("", beside=f"{INSTRUCTION} ", most_pixels=1280 * 32**2),
+    "ColQwen3_5": Layout("", projection="custom_text_proj.weight"),
     "OpsColQwen3Model": Layout(
         "Query: ", tail="<|im_end|><|im_start|>assistant\n<|endoftext|>", projection="custom_text_proj.weight"
     ),
@@ -128,6 +133,7 @@ class ColVision(MultiVector):
 
     Attributes:
         layout: how it writes them.
+        attends_both_ways: its language model is not causal, though its class is.
         model_class: see `Family`.
     """
 
@@ -137,6 +143,7 @@ class ColVision(MultiVector):
     hub_files = ()
 
     layout: Layout = field(default_factory=lambda: Layout(""))
+    attends_both_ways: bool = False
     model_class: str = ""
 
     @classmethod
@@ -144,10 +151,11 @@ class ColVision(MultiVector):
         """Recognise the name of the architecture, and its kind of language model.
 
         Raises:
-            CheckpointError: the projection is missing; `image_positions` or `dims` of the config is not understood.
+            CheckpointError: the projection is missing; `image_positions`, `dims` or `retrieval_attention_contract` of
+                the config is not understood; or Sentence-Transformers files name lengths of sides.
         """
         layout = LAYOUTS.get(files.architecture)
-        if layout is None or _kind(files) not in VISIONS or files.st.special:
+        if layout is None or _kind(files) not in VISIONS or not _reads_all(files.st):
             return None
         positions = getattr(files.config, "image_positions", layout.positions)
         if positions not in POSITIONS:
@@ -159,21 +167,28 @@ class ColVision(MultiVector):
             raise CheckpointError(f"dims in config.json is {dims!r}, expected a positive integer")
         layout = _as_processed(files, layout)._replace(positions=positions)
         names = {layout.projection, layout.projection.removesuffix("weight") + "bias"}
-        return cls(layout=layout, model_class=layout.model_class, tensors=tuple(names.intersection(files.tensors)))
+        plain = cls(
+            layout=layout,
+            attends_both_ways=_kind(files) == "paligemma" or _attends_both_ways(files.config),
+            model_class=layout.model_class,
+            tensors=tuple(names.intersection(files.tensors)),
+        )
+        return _of_modules(files.st, plain) if is_one(files.st) else plain
 
     def prepare(self, full: PreTrainedModel) -> None:
-        """Take the last norm away where the published code does not run it; let PaliGemma attend both ways.
+        """Take the last norm away where the published code does not run it; let tokens attend both ways.
 
         A processor gives PaliGemma token types, by which all of an input is a prefix. The config says the same.
         """
         base: Any = full.base_model
         if self.layout.skips_norm:
             base.language_model.norm = nn.Identity()
-        if base.config.model_type != "paligemma":
+        if not self.attends_both_ways:
             return
         base.config.is_causal = base.config.text_config.is_causal = False
         for layer in base.language_model.layers:
-            layer.self_attn.is_causal = False
+            if hasattr(layer, "self_attn"):  # Qwen3.5's other layers are recurrences
+                layer.self_attn.is_causal = False
 
     def sight(self, files: Files) -> Sight:
         """Return how the model takes pictures."""
@@ -201,7 +216,8 @@ class ColVision(MultiVector):
             steps = (linear(tensors[self.layout.projection][kept], optional(lambda row: row[kept], bias)),)
         loaded.place(steps)
         normalizes = coalesce(config.use_activation, True)
-        return {"token_embed": TokenEmbed(Pooler(loaded.pooler.modes, steps, normalizes, config.dimensions))}
+        pooler = Pooler(loaded.pooler.modes, steps, normalizes, config.dimensions)
+        return {"token_embed": TokenEmbed(pooler, clustering=self.clustering)}
 
 
 def _kind(files: Files) -> str:
@@ -209,11 +225,56 @@ def _kind(files: Files) -> str:
     return str(getattr(files.config, "vlm_config", files.config).model_type)
 
 
+READ = {"MultiVectorMask", "HierarchicalTokenPooling"}
+"""Modules of sentence-transformers that may stand behind such a model."""
+
+
+def _reads_all(st: SentenceTransformer) -> bool:
+    """Return whether all modules behind the model are among those that are read."""
+    kinds = {module.kind for module in st.special}
+    return not kinds or (is_one(st) and kinds <= READ)
+
+
+def _of_modules(st: SentenceTransformer, plain: ColVision) -> ColVision:
+    """Return `plain` with the settings of a folder of sentence-transformers' `MultiVectorEncoder`."""
+    family = of_modules(st, plain)
+    if family.lengths or family.expansion is not None:
+        raise CheckpointError(
+            "query_length, document_length and query_expansion are not honoured for models that read pages: their "
+            "processors add the tokens behind a query; leave them out, or set them to null"
+        )
+    return family
+
+
+CONTRACTS = {"causal": False, "bidirectional": True}
+"""Values of `retrieval_attention_contract`, and whether tokens attend both ways; without one they do not."""
+
+
+def _attends_both_ways(config: Any) -> bool:
+    """Return whether a config of ColQwen3.5 says that tokens attend both ways.
+
+    Raises:
+        CheckpointError: its value is not understood, or its parts differ.
+    """
+    parts = (config, getattr(config, "text_config", config))
+    written: set[Any] = {getattr(part, "retrieval_attention_contract", None) for part in parts} - {None}
+    if len(written) > 1 or not written <= CONTRACTS.keys():
+        raise CheckpointError(
+            f"retrieval_attention_contract is {', '.join(sorted(map(repr, written)))}; expected one of "
+            f"{', '.join(CONTRACTS)}, the same in text_config"
+        )
+    return any(map(CONTRACTS.__getitem__, written))
+
+
 def _as_processed(files: Files, layout: Layout) -> Layout:
     """Return a layout with the texts that the processor's files name."""
     written = load(files.folder / PROCESSOR)
-    layout = layout._replace(prefix=str(written.get("query_prefix") or layout.prefix))
-    head, markup, rest = str(written.get("visual_prompt_prefix") or "").partition(MARKUP)
+    prefix, page = (str(written.get(name) or "") for name in ("query_prefix", "visual_prompt_prefix"))
+    if prefix:
+        layout = layout._replace(prefix=layout.begin + prefix)
+    if page and layout.begin:
+        return layout._replace(instruction=layout.begin + page)
+    head, markup, rest = page.partition(MARKUP)
     if not markup:
         return layout
     before, instruction, tail = rest.partition(INSTRUCTION)
@@ -271,7 +332,7 @@ class PaliVision(Vision):
 
 
 VISIONS: Mapping[str, type[QwenVL | PaliVision]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenVL),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), QwenVL),
     "paligemma": PaliVision,
 }
 """By the `model_type` of the vision-language model."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cenote.tensors.heads import Step
 
 T = TypeVar("T")
+M = TypeVar("M", bound="MultiVector")
 
 PYLATE = "ColBERT"
 """Type of PyLate's models."""
@@ -128,12 +129,12 @@ class MultiVector(Family):
 
         With `plain_late_interaction` both sides get a projection and normalisation alone, as vLLM serves ColBERT.
         """
-        if _is_one(files.st):
+        if is_one(files.st):
             with about(files.path):
                 plain = _plain(files.st, options.reads_pickles)
                 if options.plain_late_interaction:
                     return replace(plain, keeps_lengths=False)
-                return _of_modules(files.st, plain)
+                return of_modules(files.st, plain)
         if files.architecture not in ARCHITECTURES and OWN_PROJECTION not in files.tensors:
             return None
         weight = _projection(files.tensors)
@@ -146,7 +147,7 @@ class MultiVector(Family):
     @classmethod
     def reads(cls, module: Module, st: SentenceTransformer) -> bool:
         """Return whether `module` is one over token vectors; one that joins them has to be the last."""
-        if not _is_one(st) or not super().reads(module, st):
+        if not is_one(st) or not super().reads(module, st):
             return False
         return module.kind != "HierarchicalTokenPooling" or module is st.special[-1]
 
@@ -246,7 +247,8 @@ def _of_stanford(files: Files, plain: MultiVector) -> MultiVector:
     )
 
 
-def _is_one(st: SentenceTransformer) -> bool:
+def is_one(st: SentenceTransformer) -> bool:
+    """Return whether Sentence-Transformers files describe a model that compares tokens."""
     return st.model_type in ("MultiVectorEncoder", PYLATE)
 
 
@@ -266,7 +268,7 @@ def _is_pylate(settings: Mapping[str, Any]) -> bool:
     return settings.get("model_type") == PYLATE
 
 
-def _of_modules(st: SentenceTransformer, plain: MultiVector) -> MultiVector:
+def of_modules(st: SentenceTransformer, plain: M) -> M:
     """Return `plain` with the settings of a Sentence-Transformers or PyLate folder.
 
     Raises:

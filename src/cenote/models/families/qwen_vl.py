@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a tower over patches of any grid, whose features stand among a text's embeddings.
+"""Qwen2-VL to Qwen3.5: a tower over patches of any grid, whose features stand among a text's embeddings.
 
 Where a picture stands and how an input is rendered follow the published code: `Qwen2VLModel.get_rope_index`, the
 scripts of Qwen3-VL-Embedding (arXiv:2601.04720) and of GME (arXiv:2412.16855).

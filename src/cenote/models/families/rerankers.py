@@ -73,7 +73,8 @@ QWEN3_VL = PairTemplate(
     _QUERY_DOCUMENT
     + "{%- set default = 'Given a search query, retrieve relevant candidates that answer the query.' -%}"
     + "{%- set instruction = instruction or instruct or default -%}"
-    + f"{_QWEN3_PREFIX}<Instruct>: {{{{ instruction }}}}<Query>:{{{{ query }}}}\n<Document>:{{{{ document }}}}"
+    + f"{_QWEN3_PREFIX}<Instruct>: {{{{ instruction }}}}<Query>:{{{{ query or 'NULL' }}}}\n"
+    + "<Document>:{{ document or 'NULL' }}"
     + _literal(_CHATML_SUFFIX),
     prefix=_QWEN3_PREFIX,
     suffix=_CHATML_SUFFIX,

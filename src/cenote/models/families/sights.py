@@ -30,7 +30,10 @@ class Sight(NamedTuple):
     pictures: Pictures
 
 
-SIGHTS = {"qwen2_vl": QwenVL, "qwen2_5_vl": QwenVL, "qwen3_vl": QwenVL, "ernie4_5_vl_moe": ErnieVL}
+SIGHTS = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), QwenVL),
+    "ernie4_5_vl_moe": ErnieVL,
+}
 """By the `model_type` of a config."""
 
 
