@@ -202,6 +202,19 @@ def test_the_log_tells_of_a_kind_once_and_then_counts(caplog: pytest.LogCaptureF
     assert "ValueError" in lines[2]
 
 
+def test_values_that_are_not_finite_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    class NotFinite(Model):
+        def launch(self, sequences: Seq[Sequence]) -> Done:
+            return Done([EngineFailed("NaN") for _ in sequences])
+
+    with caplog.at_level(logging.ERROR):
+        results = behind_a_held_batch(NotFinite(), [texts(2) for _ in range(20)])
+    assert [type(result) for result in results] == [EngineFailed] * 20
+    assert [record.getMessage() for record in caplog.records] == [
+        "sequences failed: 1 (EngineFailed); further ones are counted"
+    ]
+
+
 def test_a_failure_keeps_no_tensors_of_its_frames() -> None:
     failure = raise_in_a_line_of_its_own()
     Failures().note(failure, 1)

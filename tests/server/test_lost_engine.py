@@ -106,3 +106,5 @@ def test_a_text_that_fails_does_not_fail_others_or_show_internals() -> None:
     log = server.rest()
     assert server.process.returncode == 0
     assert log.count("Traceback") == 1
+    lines = [line for line in log.splitlines() if "ERROR" in line or "failed" in line]
+    assert len(lines) == 1, "16 of them failed, and all are counted with the first"

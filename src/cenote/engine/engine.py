@@ -468,7 +468,7 @@ class LocalEngine:
             if isinstance(output, Output):
                 entry.request.put(entry.places, output)
             else:
-                metrics.sequences_of("failed").inc()
+                self._failures.note(output, 1)
                 entry.request.fail(output)
 
     def _succeeded(self, run: _Run) -> None:

@@ -63,7 +63,7 @@ class Failures:
     def note(self, error: BaseException, failed: int) -> None:
         """Count `failed` sequences that `error` was raised for, and release the memory that its traceback holds."""
         metrics.sequences_of("failed").inc(failed)
-        if not isinstance(error, CenoteError):
+        if not isinstance(error, CenoteError) or error.status >= 500:
             self._tell(error, failed)
         release(error)
 

@@ -41,7 +41,7 @@ from cenote.engine.wire import (
     WireError,
     fault,
 )
-from cenote.errors import BadRequest, Closed, ConfigError
+from cenote.errors import BadRequest, CenoteError, Closed, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -197,7 +197,11 @@ class _Front:
         try:
             _check(frame.sequences, self._engine.info)
             future = self._engine.submit(frame.sequences, progress=progress)
+        except CenoteError as error:
+            self._channel.send(fault(frame.number, error))
+            return
         except Exception as error:  # any error of the engine is the answer
+            log.exception("a request cannot be run")
             self._channel.send(fault(frame.number, error))
             return
         self._running[frame.number] = future

@@ -2,12 +2,11 @@
 
 Every dialect makes its body of an error out of a `Fault`. The common body is OpenAI's and vLLM's,
 `{"error": {"message", "type", "param", "code"}}`, with the message once more as `detail`, where clients of Voyage and
-Jina read it. Texts never show a path.
+Jina read it. Texts never show a path. Nothing is logged here: an error is counted, and the part that fails tells of it.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import reprlib
 from collections.abc import Callable, Mapping
@@ -23,8 +22,6 @@ from cenote.server.wire.encoding import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-log = logging.getLogger(__name__)
 
 MOST_ENTRIES, LONGEST_ENTRY, LONGEST_INPUT = 10, 1000, 200
 LONGEST_MESSAGE = 16_384
@@ -104,8 +101,6 @@ def fault_of(error: Exception) -> Fault:
         return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
-    if error.status >= 500 and not isinstance(error, Overloaded):
-        log.error("%s: %s", type(error).__name__, error.message)
     return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
 
 
