@@ -272,6 +272,13 @@ def test_engines_from_the_environment(environment: dict[str, str]) -> None:
     assert in_front()[0] == ("a", "b")
 
 
+def test_variables_of_engines_are_not_those_of_servers_in_front(environment: dict[str, str]) -> None:
+    environment.update({"CENOTE_ISA": "avx2", "CENOTE_DTYPE": "float16", "CENOTE_TRUST_REMOTE_CODE": "true"})
+    assert in_front("--engine", "a") == (("a",), (), True)
+    environment["CENOTE_ENGINE"] = "a"
+    assert flags.parse(["engine", "--listen", "a"])["dtype"] == "float16"
+
+
 FRONT_FAULTS: dict[str, tuple[list[str], str]] = {
     "a model": (["m", "--engine", "a"], "model has no effect with --engine: each engine was started with a model"),
     "models": (["m", "n", "--engine", "a"], "models has no effect with --engine"),

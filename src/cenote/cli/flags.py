@@ -38,6 +38,10 @@ COMMANDS: dict[str, tuple[type[BaseModel], ...]] = {
 """The options that each command has as flags; of two options of one name, the later layer's."""
 SPELLINGS = {"serve": ALIASES, "engine": ALIASES, "bench": {**ALIASES, **BENCH_ALIASES}, "info": ALIASES}
 """Older and foreign spellings of each command's options."""
+OF_FRONTS = {"served_model_name", "trust_remote_code"}
+"""Options of a model that a server in front of engines takes, too."""
+OF_ENGINES = {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} - OF_FRONTS
+"""Options that a server in front of engines in other processes cannot have."""
 OBJECTS = {spelling for spelling in (*known_options(), *ALIASES) if takes_fields(ALIASES.get(spelling, spelling))}
 """Options whose fields have flags of their own, `--option.field`."""
 
@@ -131,7 +135,11 @@ def parse(argv: list[str]) -> dict[str, Any]:
     if "url" in options:
         _check_remote(options)
     entries = from_file(file) if file else {}
-    return {**entries, **from_environment(), **foreign, **options}
+    variables = from_environment()
+    is_front = parsed.command == "serve" and "engine" in {**entries, **variables, **options}
+    if is_front:  # its engines may have the same variables
+        variables = {name: value for name, value in variables.items() if name not in OF_ENGINES}
+    return {**entries, **variables, **foreign, **options}
 
 
 def _unknown_flag(command: str, flag: str) -> str:

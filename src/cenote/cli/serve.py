@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
+from cenote.cli.flags import OF_ENGINES
 from cenote.cli.lines import set_format
 from cenote.cli.logs import Writer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
@@ -39,8 +40,6 @@ log = logging.getLogger("cenote")
 
 LONG = 300
 """Most characters of a line about a checkpoint's files."""
-OF_FRONTS = {"served_model_name", "trust_remote_code"}
-"""Options of a model that a server in front of engines takes, too."""
 ANY_NAME = "*"
 """As a served name: `any_model_name`."""
 OF_FASTDEPLOY = {"engine_worker_queue_port", "graph_optimization_config", "load_choices"}
@@ -180,8 +179,7 @@ def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, li
     Raises:
         ConfigError: an option of the model or the engine is given, or there are not as many names as engines.
     """
-    of_engines = {"models", *ModelConfig.model_fields, *EngineConfig.model_fields} - OF_FRONTS
-    idle = of_engines & arguments.keys()
+    idle = OF_ENGINES & arguments.keys()
     if idle:
         raise ConfigError(
             f"{min(idle)} has no effect with --engine: each engine was started with a model and options of its own"
