@@ -23,7 +23,7 @@ LAYERS = (
     ("engine", ("engine",)),
     ("pipeline", ("pipeline",)),
     ("faces", ("arguments", "calls", "llm", "server")),
-    ("command line", ("cli", "__main__")),
+    ("command line", ("cli", "vllm", "__main__")),
 )
 INNER = {
     "models": (
