@@ -23,7 +23,7 @@ LAYERS = (
     ("engine", ("engine",)),
     ("pipeline", ("pipeline",)),
     ("faces", ("arguments", "calls", "llm", "server")),
-    ("command line", ("cli", "__main__")),
+    ("command line", ("cli", "vllm", "__main__")),
 )
 INNER = {
     "models": (
@@ -41,12 +41,12 @@ INNER = {
     "server": (
         ("shared by dialects", "errors admission asked serving wire"),
         ("dialects", "routes table dialects"),
-        ("application", "connections describe gate reading tracing app ending beside"),
+        ("application", "connections pages describe gate reading tracing app ending beside"),
     ),
 }
 """Layers of folders, lowest first, by the names of their modules and folders."""
 HEIGHT = {part: height for height, (_, parts) in enumerate(LAYERS) for part in parts}
-WITHOUT = {"words": {"torch", "transformers", "fastapi", "starlette"}, "tensors": {"transformers", "fastapi"}}
+WITHOUT = {"words": {"torch", "transformers", "starlette"}, "tensors": {"transformers", "starlette"}}
 """Packages that a layer must not import when it is loaded."""
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

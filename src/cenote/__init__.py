@@ -11,23 +11,46 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cenote.cli.engine_args import EngineArgs
     from cenote.config import PoolerConfig
     from cenote.core import LateChunkingParams, LoRARequest, PoolingParams
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
     from cenote.models.families.own import ModelForPooling
+    from cenote.outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from cenote.pipeline.plugins import IOProcessor
+    from cenote.vllm.inputs import TextPrompt, TokensPrompt
 
 __all__ = [
     "LLM",
     "CenoteError",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "EngineArgs",
     "IOProcessor",
     "LateChunkingParams",
     "LoRARequest",
     "ModelForPooling",
     "PoolerConfig",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "TextPrompt",
+    "TokensPrompt",
     "default_pooling_type",
     "register_model",
 ]
@@ -35,15 +58,28 @@ __all__ = [
 _HOMES = {
     "LLM": "cenote.llm",
     "CenoteError": "cenote.errors",
+    "ClassificationOutput": "cenote.outputs",
+    "ClassificationRequestOutput": "cenote.outputs",
+    "EmbeddingOutput": "cenote.outputs",
+    "EmbeddingRequestOutput": "cenote.outputs",
+    "EngineArgs": "cenote.cli.engine_args",
     "IOProcessor": "cenote.pipeline.plugins",
     "LateChunkingParams": "cenote.core",
     "LoRARequest": "cenote.core",
     "ModelForPooling": "cenote.models.families.own",
     "PoolerConfig": "cenote.config",
+    "PoolingOutput": "cenote.outputs",
     "PoolingParams": "cenote.core",
+    "PoolingRequestOutput": "cenote.outputs",
+    "ScoringOutput": "cenote.outputs",
+    "ScoringRequestOutput": "cenote.outputs",
+    "TextPrompt": "cenote.vllm.inputs",
+    "TokensPrompt": "cenote.vllm.inputs",
     "default_pooling_type": "cenote.models.convert",
     "register_model": "cenote.models.convert",
 }
+
+__path__.append(f"{__path__[0]}/vllm")  # modules that scripts for vLLM import; see `cenote.vllm`
 
 try:
     __version__ = version("cenote")

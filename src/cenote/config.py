@@ -529,8 +529,9 @@ class ServerConfig(BaseModel):
         None,
         ge=0,
         le=65535,
-        description="second port, served by a thread of its own: /health, /livez, /readyz, /metrics",
+        description="second port, served by a thread of its own, without a key: /health, /livez, /readyz, /metrics",
     )
+    api_key_metrics: bool = Field(False, description="ask for the key also at the metrics port")
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
     log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")

@@ -98,6 +98,8 @@ class PoolingParams:
         task: filled in by the API; a caller may set it for `LLM.encode`.
         extra_kwargs: further arguments of `LLM.score` and `LLM.rerank`: `max_tokens_per_query`, `max_tokens_per_doc`,
             `instruction`, `chat_template_kwargs`.
+        skip_reading_prefix_cache: without effect, as there is no such cache; nor has the next one.
+        requires_token_ids: see before.
 
     Raises:
         BadRequest: a parameter has the wrong type, or `top_k` is below 1.
@@ -111,6 +113,8 @@ class PoolingParams:
     late_chunking_params: LateChunkingParams | None = None
     task: str | None = None
     extra_kwargs: Mapping[str, Any] | None = field(default=None, compare=False)
+    skip_reading_prefix_cache: bool | None = field(default=None, compare=False)
+    requires_token_ids: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("dimensions", "step_tag_id", "top_k"):
@@ -171,7 +175,7 @@ def _token_ids(values: Any) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
-_NOT_OF_TASKS = ("task", "extra_kwargs")
+_NOT_OF_TASKS = ("task", "extra_kwargs", "skip_reading_prefix_cache", "requires_token_ids")
 
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]

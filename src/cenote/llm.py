@@ -10,6 +10,7 @@ import itertools
 import logging
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -44,7 +45,7 @@ from cenote.pipeline import operations
 from cenote.pipeline.inputs import listed
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.ranking import pair_ids
-from cenote.settings import resolve
+from cenote.settings import OFFLINE, resolve
 from cenote.tasks import PLUGIN
 from cenote.tensors.similarity import similarities
 
@@ -95,7 +96,7 @@ class LLM:
         hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        options = {"forward_timeout": 0, **options}  # a caller in this process can wait for as long as it likes
+        options = {**OFFLINE, **options}
         options |= {"model": model, "runner": runner, "convert": convert}
         if pooler_config is not None:
             options["pooler_config"] = pooler_config
@@ -480,6 +481,18 @@ class LLM:
             lambda part, params: operations.reward(self._service, part, params, options),
         )
         return self._tensors(results)
+
+    @property
+    def llm_engine(self) -> Any:
+        """The names of labels and the length, where scripts for vLLM look for them.
+
+        `llm_engine.vllm_config.model_config.hf_config.id2label`, `llm_engine.model_config.max_model_len`.
+        """
+        info = self.info
+        labels = dict(enumerate(info.labels))
+        config = SimpleNamespace(id2label=labels, num_labels=info.num_labels, architectures=[info.architecture])
+        model = SimpleNamespace(hf_config=config, max_model_len=info.max_model_len)
+        return SimpleNamespace(model_config=model, vllm_config=SimpleNamespace(model_config=model))
 
     def get_tokenizer(self) -> Any:
         """Return a copy of the model's Transformers tokenizer, as calling one may switch truncation or padding on."""

@@ -14,7 +14,7 @@ from cenote.errors import ConfigError, unknown_name
 from cenote.foreign import FOREIGN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from cenote.foreign import Foreign
 
@@ -41,26 +41,32 @@ BENCH_ALIASES = {
 """Spellings of `vllm bench`."""
 
 
-def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
-    """Return the values that option `name` may have, if they are a list."""
-    waiting = [layer.model_fields[name].annotation]
+OFFLINE = {"forward_timeout": 0}
+"""Defaults of `LLM` that differ: a caller in this process can wait for as long as it likes."""
+
+
+def kinds_of(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and the annotations within it."""
+    waiting = [annotation]
     while waiting:
         kind = waiting.pop()
+        yield kind
+        if get_origin(kind) is not Literal:
+            waiting += get_args(kind)
+
+
+def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
+    """Return the values that option `name` may have, if they are a list."""
+    for kind in kinds_of(layer.model_fields[name].annotation):
         if get_origin(kind) is Literal:
             return tuple(map(str, get_args(kind)))
-        waiting += [part for part in get_args(kind) if part is not type(None)]
     return ()
 
 
 def takes_fields(name: str) -> bool:
     """Return whether option `name` is a JSON object."""
-    waiting: list[Any] = [known_options()[name].model_fields[name].annotation]
-    while waiting:
-        kind = waiting.pop()
-        if get_origin(kind) is dict or kind is PoolerConfig:
-            return True
-        waiting += get_args(kind)
-    return False
+    kinds = kinds_of(known_options()[name].model_fields[name].annotation)
+    return any(get_origin(kind) is dict or kind is PoolerConfig for kind in kinds)
 
 
 def shown_default(layer: type[BaseModel], name: str) -> str:

@@ -80,8 +80,8 @@ PLUGIN = "plugin"
 HOW_TO_GET: dict[str, str] = {
     "classify": "Classification API is not supported by this model. It needs a checkpoint with a classification head "
     "(*ForSequenceClassification), or a language model and `--convert classify`.",
-    "token_classify": "It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a "
-    "language model and `--convert classify`.",
+    "token_classify": "Classification API is not supported by this model. It needs a checkpoint with a head for tokens "
+    "(*ForTokenClassification, *RewardModel), or a language model and `--convert classify`.",
     "sparse": "It needs a SPLADE or bge-m3 checkpoint, or a masked language model and `--convert sparse`.",
     "embed": "Embedding API is not supported by this model. Try converting the model using `--convert embed`.",
 }

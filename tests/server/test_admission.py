@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from cenote import metrics
 from cenote.config import ServerConfig
@@ -28,7 +29,6 @@ from tests.conftest import INFO, JSON
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from starlette.testclient import TestClient
     from starlette.types import Message
     from transformers import PreTrainedTokenizerBase
 
@@ -382,3 +382,12 @@ def test_the_second_listener_tells_of_the_first_and_nothing_else(serve: Serve) -
     }  # fmt: skip
     assert beside._serving is client.app._serving  # type: ignore[attr-defined]
     assert client.post(ROUTE, content=b"{}", headers=JSON).status_code == 400
+
+
+@pytest.mark.parametrize(("flags", "status"), [({}, 200), ({"api_key_metrics": True}, 401)], ids=str)
+def test_the_second_listener_is_outside_the_key_unless_told(serve: Serve, flags: dict[str, Any], status: int) -> None:
+    client = serve(api_key=("secret",), **flags)
+    beside = TestClient(client.app.operations())  # type: ignore[attr-defined]
+    assert [client.get(path).status_code for path in ("/metrics", "/health")] == [401, 200]
+    assert [beside.get(path).status_code for path in ("/metrics", "/load", "/health")] == [status, status, 200]
+    assert beside.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200

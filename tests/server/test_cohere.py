@@ -335,7 +335,7 @@ def test_output_dimension(serve: Serve, matryoshka: tuple[int, ...] | None, dime
         assert vectors(client, **body) == [expected([CLS, HELLO, SEP], dimensions=dimension)]
     else:
         found = error(client, {**body, "embedding_types": ["binary"]}, ROUTE)
-        assert found == {"message": fault, "type": "BadRequestError", "param": "dimensions", "code": 400}
+        assert found == {"message": fault, "type": "BadRequestError", "param": "output_dimension", "code": 400}
 
 
 @pytest.mark.parametrize("name", ["binary", "ubinary"])
@@ -364,7 +364,7 @@ def test_int8_of_shortened_vectors(prompted: Prompted) -> None:
         "message": "int8 and uint8 embeddings are calibrated for 8 dimensions on this server, so they cannot be "
         "shortened to 4; ask for float, binary or ubinary",
         "type": "BadRequestError",
-        "param": "dimensions",
+        "param": "output_dimension",
         "code": 400,
     }
     assert len(embed(client, **{**body, "output_dimension": 8})["embeddings"]["int8"][0]) == 8

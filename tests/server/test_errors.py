@@ -293,14 +293,14 @@ def test_body_too_large_in_chunks(serve: Serve) -> None:
 def test_too_many_inputs(serve: Serve, body: dict[str, list[Any]]) -> None:
     engine = FakeEngine(INFO)
     client = serve(engine, max_client_batch_size=3, chat_template="{{ messages[0].content }}")
+    (key,) = body
     assert error(client, body) == {
         "message": "the request has 4 inputs; at most 3 are allowed",
         "type": "BadRequestError",
-        "param": "input",
+        "param": key,
         "code": 400,
     }
     assert not engine.submitted
-    (key,) = body
     assert client.post(ROUTE, json={key: body[key][:3]}).status_code == 200
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from cenote.config import ServerConfig
 from cenote.engine.engine import LocalEngine
 from cenote.engine.fake import FakeEngine, fake_vector
 from cenote.models.model import Part, Pending
+from cenote.server import pages
 from cenote.server.app import build
 from tests import PATIENCE
 from tests.conftest import INFO, expected, floats
@@ -301,6 +304,53 @@ def test_docs(client: TestClient) -> None:
     assert {ROUTE, "/pooling", "/tokenize", "/detokenize", "/v1/models", "/health"} <= set(schema["paths"])
     fields = schema["components"]["schemas"]["EmbeddingRequest"]["properties"]
     assert fields["embed_dtype"]["enum"] == ["float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
+
+
+def test_the_page_of_the_api_needs_no_internet(client: TestClient) -> None:
+    """It has every described route and each field of its body, and names nothing that a browser would load or run."""
+    answer = client.get("/docs")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert client.get("/redoc").text == answer.text
+    assert re.findall(r"<(?:script|link|img|iframe|object)|@import|url\(|\son\w+=", answer.text) == []
+    description = client.get("/openapi.json").json()
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            assert f"<b>{method.upper()}</b> <code>{html.escape(path)}</code> " in answer.text
+            assert html.escape(operation["description"]) in answer.text
+    for name, schema in description["components"]["schemas"].items():
+        table = answer.text.partition(f'<details id="{name}">')[2].partition("</details>")[0]
+        assert re.findall(r"<tr><td><code>(.*?)</code>", table) == [*schema.get("properties", {})]
+    anchors = set(re.findall(r'href="#(\w+)"', answer.text))
+    assert anchors
+    assert anchors <= set(description["components"]["schemas"])
+
+
+def test_the_page_of_the_api_tells_types_and_defaults() -> None:
+    fields = {
+        "a": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None, "description": "x < y"},
+        "b": {"type": "array", "items": {"$ref": "#/components/schemas/Part"}},
+        "c": {"enum": ["left", "right"], "type": "string", "default": "left"},
+        "d": {},
+    }
+    body = {"application/json": {"schema": {"$ref": "#/components/schemas/Body"}}}
+    operation = {"tags": ["t"], "summary": "s", "description": "", "requestBody": {"content": body}}
+    shown = pages.page(
+        {
+            "info": {"title": "T", "version": "1", "description": "<d>"},
+            "paths": {"/p": {"post": operation}},
+            "components": {"schemas": {"Body": {"properties": fields, "required": ["b"]}, "Part": {"type": "string"}}},
+        },
+        "/openapi.json",
+    )
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", shown)]
+    assert rows[:4] == [
+        ["<code>a</code>", "integer | null", "None", "x &lt; y"],
+        ["<code>b</code>", 'list[<a href="#Part">Part</a>]', "required", ""],
+        ["<code>c</code>", "&#x27;left&#x27; | &#x27;right&#x27;", "left", ""],
+        ["<code>d</code>", "any", "", ""],
+    ]
+    assert "<d>" not in shown
+    assert "<p>string</p>" in shown
 
 
 def test_docs_can_be_switched_off(serve: Serve) -> None:

@@ -195,7 +195,7 @@ def test_forms_of_a_text(cross: TestClient, pairs: Pairs, path: str, document: A
 
 
 MEDIA = "MultiModalParam is not supported for FakeModel: only parts of type 'text' are"
-NO_TEXT = "got an object with the keys {}; expected a text, or an object with text that are texts"
+NO_TEXT = "got an object with the keys {}; expected a text, or an object whose text is one"
 
 
 @pytest.mark.parametrize("path", [SCORE[0], RERANK[0]])
@@ -217,11 +217,14 @@ NO_TEXT = "got an object with the keys {}; expected a text, or an object with te
 )
 def test_what_is_no_text_is_refused(cross: TestClient, path: str, item: Any) -> None:
     query = "query" if path == "/rerank" else "queries"
-    for body in ({query: item, "documents": "one"}, {query: "one", "documents": ["two", item]}):
+    for side, body in (
+        (query, {query: item, "documents": "one"}),
+        ("documents", {query: "one", "documents": ["two", item]}),
+    ):
         found = error(cross, body, path)
         assert found["message"].startswith(MEDIA if "content" in item else NO_TEXT.format(sorted(item)))
         assert (found["type"], found["code"]) == ("BadRequestError", 400)
-        assert found["param"] == ("content" if "content" in item else "documents")
+        assert found["param"] == ("content" if "content" in item else side)
 
 
 UNEQUAL = ("Input lengths must be either 1:1, 1:N or N:N", "documents")

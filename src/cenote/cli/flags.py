@@ -106,7 +106,7 @@ def _add_command(
         group = command.add_argument_group(layer.__name__.removesuffix("Config").lower())
         for option in layer.model_fields:
             if owners[option] is layer:
-                _add_flag(group, layer, option, SPELLINGS[name])
+                add_flag(group, layer, option, SPELLINGS[name])
     return command
 
 
@@ -144,7 +144,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 def _unknown_flag(command: str, flag: str) -> str:
     names = (*known_options(COMMANDS[command]), *SPELLINGS[command], *FOREIGN, "config")
-    return unknown_name("flag", flag, [*map(_flag, names), *SHORT])
+    return unknown_name("flag", flag, [*map(flag_of, names), *SHORT])
 
 
 def _name_models(options: dict[str, Any]) -> None:
@@ -163,20 +163,22 @@ def _check_remote(options: dict[str, Any]) -> None:
     idle = options.keys() - {"command", "model"} - BenchConfig.model_fields.keys()
     if idle:
         raise ConfigError(
-            f"{_flag(min(idle))} has no effect with --url: the server was started with options of its own"
+            f"{flag_of(min(idle))} has no effect with --url: the server was started with options of its own"
         )
 
 
-def _add_flag(group: argparse._ArgumentGroup, layer: type[BaseModel], name: str, aliases: Mapping[str, str]) -> None:
+def add_flag(
+    group: argparse._ArgumentGroup, layer: type[BaseModel], name: str, aliases: Mapping[str, str]
+) -> argparse.Action:
+    """Add the flag of an option, with its older spellings."""
     field = layer.model_fields[name]
-    spellings = [_flag(name), *(_flag(old) for old, new in aliases.items() if new == name)]
+    spellings = [flag_of(name), *(flag_of(old) for old, new in aliases.items() if new == name)]
     text = _help(layer, name).replace("%", "%%")
     if isinstance(field.default, bool):
-        group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif isinstance(field.default, tuple):
-        group.add_argument(*spellings, dest=name, action="extend", nargs="+", default=None, help=text)
-    else:
-        group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())
+        return group.add_argument(*spellings, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+    if isinstance(field.default, tuple):
+        return group.add_argument(*spellings, dest=name, action="extend", nargs="+", default=None, help=text)
+    return group.add_argument(*spellings, dest=name, default=None, help=text, metavar=name.upper())
 
 
 def _help(layer: type[BaseModel], name: str) -> str:
@@ -204,11 +206,12 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     try:
         content = parse_json(value)
     except ValueError as error:
-        raise ConfigError(f"{_flag(name)} is {error}") from None
+        raise ConfigError(f"{flag_of(name)} is {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{_flag(name)} must be a JSON object, got {value!r}")
+        raise ConfigError(f"{flag_of(name)} must be a JSON object, got {value!r}")
     return content
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Return the flag of an option."""
     return "--" + name.replace("_", "-")

@@ -30,8 +30,8 @@ SHORT = {
 }
 """Short flags of vLLM."""
 _LEVEL = re.compile(r"-O(?P<level>\d)")
+NO = "no_"
 _NUMBER = re.compile(r"-\d+(\.\d+)?")
-NO = "--no-"
 
 
 class _Flag(NamedTuple):
@@ -117,15 +117,24 @@ def take_foreign(argv: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
     while rest:
         argument = rest.take()
         flag = _Flag.of(argument)
-        positive = flag.name.replace(NO, "--", 1) if flag.name.startswith(NO) else flag.name
-        name = flag._replace(name=positive).option
-        if name not in FOREIGN or (positive != flag.name and not FOREIGN[name].is_switch):
+        option = FOREIGN.get(flag.option)
+        if _is_switched_off(flag):
+            taken[flag.option.removeprefix(NO)] = False
+        elif option is None:
             kept.append(argument)
-        elif FOREIGN[name].is_switch:
-            taken[name] = positive == flag.name if flag.value is None else flag.value
+        elif flag.value is not None:
+            taken[flag.option] = flag.value
+        elif option.is_switch:
+            taken[flag.option] = True
         else:
-            taken[name] = rest.value() or "" if flag.value is None else flag.value
+            taken[flag.option] = rest.value() or ""
     return kept, taken
+
+
+def _is_switched_off(flag: _Flag) -> bool:
+    """Return whether a flag is the form with `--no-` of a switch without effect."""
+    option = FOREIGN.get(flag.option.removeprefix(NO))
+    return flag.option.startswith(NO) and option is not None and option.is_switch
 
 
 def take_fields(argv: Iterable[str], objects: Collection[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

@@ -186,7 +186,7 @@ def choose(info: ModelInfo, score_type: str | None) -> Way:
 
 
 def _not_scored(info: ModelInfo) -> NotScored:
-    if info.num_labels > 1:
+    if info.num_labels > 1 and "classify" in info.tasks:
         return NotScored(
             f"Scoring API is only enabled for num_labels == 1. {info.name} has {info.num_labels} labels; "
             "classify gives the value of each"

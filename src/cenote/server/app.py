@@ -114,8 +114,14 @@ class Application:
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
-        """Return an application that only tells how this one does, for a listener on another thread."""
-        config = self._config.model_copy(update={"disable_fastapi_docs": True, "otlp_traces_endpoint": None})
+        """Return an application that only tells how this one does, for a listener on another thread.
+
+        It asks for no key, unless the server is told to.
+        """
+        changes: dict[str, Any] = {"disable_fastapi_docs": True, "otlp_traces_endpoint": None}
+        if not self._config.api_key_metrics:
+            changes["api_key"] = ()
+        config = self._config.model_copy(update=changes)
         return Application([], config, [operations.DIALECT], self._serving)
 
     def begin_end(self) -> None:
@@ -151,7 +157,7 @@ class Application:
             value = await self._value(match, request)
             response = await self._answer(match, value, request)
         except errors.Failures as error:
-            response = errors.respond(error, self._error_body(scope, value))
+            response = errors.respond(error, self._error_body(scope, value), value)
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["route_path"])
             response = errors.respond(error, self._error_body(scope, value))

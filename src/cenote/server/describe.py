@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse
 
 import cenote
+from cenote.server import pages
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
 
@@ -79,18 +79,18 @@ def described(dialects: Sequence[Dialect], config: ServerConfig) -> Dialect:
         """The API as OpenAPI."""
         return json_response(description)
 
+    @functools.cache
+    def page() -> HTMLResponse:
+        return HTMLResponse(pages.page(description, f"{config.root_path}/openapi.json"), headers=pages.HEADERS)
+
+    async def shown(_: Serving, request: Request, body: None) -> Response:
+        """The API as a page."""
+        return page()
+
     routes = [Route("/openapi.json", schema, method="GET", is_described=False)]
-    routes += [Route(path, partial(_page, kind), method="GET", is_described=False) for path, kind in PAGES.items()]
+    routes += [Route(path, shown, method="GET", is_described=False) for path in PAGES]
     return Dialect("Description", tuple(routes))
 
 
-async def _page(kind: str, serving: Serving, request: Request, body: None) -> HTMLResponse:
-    from fastapi.openapi import docs
-
-    make = getattr(docs, kind)
-    page: HTMLResponse = make(openapi_url=f"{serving.config.root_path}/openapi.json", title="Cenote")
-    return page
-
-
-PAGES = {"/docs": "get_swagger_ui_html", "/redoc": "get_redoc_html"}
-"""Functions of FastAPI that make a page which shows an OpenAPI description."""
+PAGES = ("/docs", "/redoc")
+"""Paths of the page, as web frameworks have them."""

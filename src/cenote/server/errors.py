@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
@@ -79,16 +79,38 @@ def openai_error(fault: Fault) -> dict[str, Any]:
     return {"error": fields, "detail": fault.message, "message": fault.message}
 
 
-def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_error) -> Response:
+SPELLINGS = {
+    "dimensions": ("output_dimension", "truncate_dim"),
+    "documents": ("text_2", "data_2", "items", "texts", "passages", "input"),
+    "queries": ("text_1", "data_1", "query"),
+    "input": ("inputs", "texts", "content", "instances", "messages"),
+    "truncate_prompt_tokens": ("max_tokens", "truncation", "truncate"),
+    "use_activation": ("normalize", "raw_scores"),
+    "top_n": ("top_k",),
+}
+"""Parameters, and their spellings in other dialects."""
+
+
+def respond(error: Exception, body: Callable[[Fault], dict[str, Any]] = openai_error, request: Any = None) -> Response:
     """Return the response for an exception, and count it by its reason.
 
     Args:
         error: any exception.
         body: makes the dialect's error body.
+        request: body of the request.
     """
     metrics.refusals_of(reason_of(error)).inc()
     fault = fault_of(error)
+    if isinstance(error, CenoteError):
+        fault = replace(fault, param=as_sent(fault.param, request))
     return _json(body(fault), fault.status, fault.headers)
+
+
+def as_sent(param: str | None, request: Any) -> str | None:
+    """Return the spelling of a parameter that a request has, if it has another than ours."""
+    if param is None or not isinstance(request, dict) or param in request:
+        return param
+    return next(filter(request.__contains__, SPELLINGS.get(param, ())), param)
 
 
 def fault_of(error: Exception) -> Fault:

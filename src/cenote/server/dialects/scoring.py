@@ -71,7 +71,8 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
     service = serving.find(body.model)
     sides = body.sides()
     assert sides is not None
-    queries, documents = (contents(side, service, body) for side in sides)
+    queries = contents(sides[0], service, body, "queries")
+    documents = contents(sides[1], service, body, "documents")
     serving.check_count(max(len(queries), len(documents)))
     params = PoolingParams(use_activation=body.use_activation)
 

@@ -103,8 +103,8 @@ async def rank(
     """
     service = serving.find(body.model)
     query, documents_of_body = sides
-    documents = contents(documents_of_body, service, body, fields)
-    (one_query,) = contents(query, service, body)
+    documents = contents(documents_of_body, service, body, "documents", fields)
+    (one_query,) = contents(query, service, body, "queries")
     serving.check_count(len(documents))
     params = PoolingParams(use_activation=body.use_activation)
     pair_options = body.clamped(service.info.max_model_len)
@@ -139,7 +139,7 @@ def meta(head: dict[str, Any], documents: Sized, version: str = "1") -> dict[str
 
 
 def contents(
-    side: Text | Seq[Text], service: Service, body: Shared, fields: Seq[str] = ("text",)
+    side: Text | Seq[Text], service: Service, body: Shared, param: str, fields: Seq[str] = ("text",)
 ) -> list[str | Illustrated]:
     """Return one side of the pairs as the operations take them.
 
@@ -147,6 +147,7 @@ def contents(
         side: texts, or objects with texts and pictures.
         service: the model.
         body: of the request, whose `mm_processor_kwargs` count.
+        param: name of the side, for errors.
         fields: keys of objects whose values are read, a line each.
 
     Raises:
@@ -154,10 +155,10 @@ def contents(
     """
     body.check_media(service)
     items = [side] if isinstance(side, (str, dict)) else side
-    return [_content(item, service, body, fields) for item in items]
+    return [_content(item, service, body, param, fields) for item in items]
 
 
-def _content(item: Text, service: Service, body: Shared, fields: Seq[str]) -> str | Illustrated:
+def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq[str]) -> str | Illustrated:
     if isinstance(item, str):
         return item
     content = item.get("content", [item])
@@ -168,7 +169,7 @@ def _content(item: Text, service: Service, body: Shared, fields: Seq[str]) -> st
         return service.renderer.of_parts(parts, body.mm_processor_kwargs)
     lines = [line for part in parts for line in _lines(part, fields)]
     if not parts or len(lines) < len(parts):
-        raise _no_text(item, service, fields)
+        raise _no_text(item, service, param, fields)
     return "\n".join(lines)
 
 
@@ -177,7 +178,7 @@ def _lines(part: Any, fields: Seq[str]) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-def _no_text(item: dict[str, Any], service: Service, fields: Seq[str]) -> BadRequest:
+def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str]) -> BadRequest:
     if "content" in item:
         kind = media_type([item])
         got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
@@ -185,8 +186,8 @@ def _no_text(item: dict[str, Any], service: Service, fields: Seq[str]) -> BadReq
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
             param="content",
         )
-    return BadRequest(
-        f"got an object with the keys {sorted(item)}; expected a text, or an object with {' or '.join(fields)} "
-        "that are texts (Cohere's `rank_fields` names others)",
-        param="documents",
-    )
+    message = f"got an object with the keys {sorted(item)}; expected a text, or an object whose "
+    message += f"{' or '.join(fields)} is one"
+    if param == "documents":
+        message += " (Cohere's `rank_fields` names others)"
+    return BadRequest(message, param=param)

@@ -1,0 +1,5 @@
+"""The choice of an adapter."""
+
+from cenote.core import LoRARequest
+
+__all__ = ["LoRARequest"]

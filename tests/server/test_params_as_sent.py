@@ -1,0 +1,52 @@
+"""Errors name the parameter in the spelling that the request has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cenote.engine.fake import FakeEngine
+from cenote.server.errors import as_sent
+from tests.conftest import CROSS_ENCODER, INFO
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+
+    from tests.conftest import Serve
+
+
+@pytest.fixture
+def client(serve: Serve) -> TestClient:
+    return serve.several(embedder=FakeEngine(INFO), reranker=FakeEngine(CROSS_ENCODER))
+
+
+NO_TEXT = {"title": "x"}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/embeddings", {"input": "a", "dimensions": 4}, "dimensions"),
+    ("/v1/embeddings", {"input": "a", "output_dimension": 4}, "output_dimension"),
+    ("/v2/embed", {"texts": ["a"], "output_dimension": 4}, "output_dimension"),
+    ("/v2/embed", {"texts": ["a"] * 3000}, "texts"),
+    ("/v1/embeddings", {"input": ["a"] * 3000}, "input"),
+    ("/score", {"text_1": "a", "text_2": NO_TEXT}, "text_2"),
+    ("/score", {"data_1": NO_TEXT, "data_2": "a"}, "data_1"),
+    ("/score", {"queries": "a", "items": [NO_TEXT]}, "items"),
+    ("/score", {"queries": NO_TEXT, "documents": "a"}, "queries"),
+    ("/rerank", {"query": NO_TEXT, "documents": ["a"]}, "query"),
+    ("/rerank", {"query": "a", "documents": [NO_TEXT]}, "documents"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), CASES, ids=str)
+def test_params_of_errors(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_other_params_stay() -> None:
+    assert as_sent(None, {"output_dimension": 4}) is None
+    assert as_sent("dimensions", {}) == "dimensions"
+    assert as_sent("dimensions", None) == "dimensions"
+    assert as_sent("dimensions", {"output_dimension": 4, "dimensions": 4}) == "dimensions"
+    assert as_sent("priority", {"output_dimension": 4}) == "priority"
