@@ -77,6 +77,8 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 LARGE = 65_536
 """Bodies with more bytes than this are parsed off the event loop."""
+MATCH = "cenote.match"
+"""Key of a connection's scope with the routes of its request."""
 MOST_MESSAGES = 4096
 """Messages of a conversation."""
 
@@ -158,7 +160,11 @@ class Application:
         await response(scope, receive, send)
 
     def _match(self, scope: Scope) -> Match | None:
-        return self.table.match(scope["method"], self._path(scope))
+        """Return the routes of a request, which are looked up once."""
+        if MATCH not in scope:
+            scope[MATCH] = self.table.match(scope["method"], self._path(scope))
+        match: Match | None = scope[MATCH]
+        return match
 
     def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
         """Return the function that makes the body of an error in the dialect of a request with the body `value`."""
@@ -200,7 +206,9 @@ class Application:
         return await self._serving.in_pool("parse", work)
 
     async def _answer(self, match: Match, value: Any, request: Request) -> Response:
-        route = match.entry(value).route
+        entry = match.entry(value)
+        entry.check(value)
+        route = entry.route
         request.state.model = match.model
         body = None
         if route.body is not None:

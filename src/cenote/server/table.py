@@ -6,13 +6,16 @@ body do (`Route.marks`), else the first route that needs none of them answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cenote.errors import BadRequest
 from cenote.server.routes import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from pydantic.fields import FieldInfo
 
     from cenote.server.routes import Route
 
@@ -30,10 +33,42 @@ COMMON = Dialect("Common")
 
 @dataclass(frozen=True)
 class Entry:
-    """A route and the dialect that has it."""
+    """A route and the dialect that has it.
+
+    Attributes:
+        strangers: fields of other bodies on the same path, which this one does not read: the dialect of each, and its
+            defaults there.
+    """
 
     dialect: Dialect
     route: Route
+    strangers: Mapping[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> Mapping[str, FieldInfo]:
+        """The fields of the body."""
+        return self.route.body.model_fields if self.route.body else {}
+
+    def check(self, body: Any) -> None:
+        """Refuse a field of another dialect, which would change the answer there, and has no effect here.
+
+        Args:
+            body: parsed.
+
+        Raises:
+            BadRequest: it has one.
+        """
+        if not self.strangers or not isinstance(body, dict):
+            return
+        for name in sorted(self.strangers.keys() & body.keys()):
+            dialect, defaults = self.strangers[name]
+            if body[name] is not None and any(body[name] != default for default in defaults):
+                raise BadRequest(
+                    f"got `{name}`, a field of {dialect}, in a request that is read as one of {self.dialect.name}, "
+                    "which has no such field; leave it out, or name the dialect by a prefix of the path, see "
+                    "docs/dialects.md",
+                    param=name,
+                )
 
 
 @dataclass(frozen=True)
@@ -62,6 +97,38 @@ class Match:
         return self.forced or self.entry(body).dialect
 
 
+IDLE = frozenset(
+    {
+        "model",
+        "user",
+        "request_id",
+        "priority",
+        "cache_salt",
+        "return_tokens",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "chat_template_kwargs",
+        "media_io_kwargs",
+    }
+)
+"""Fields that change nothing where they are not read: names, the order of work, and how messages become text."""
+
+
+def _acquainted(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Return the routes of one path, each with the fields of the others that it does not read."""
+    owners: dict[str, str] = {}
+    defaults: dict[str, tuple[Any, ...]] = {}
+    for entry in entries:
+        for name, of_body in entry.fields.items():
+            owners.setdefault(name, entry.dialect.name)
+            defaults[name] = (*defaults.get(name, ()), of_body.get_default(call_default_factory=True))
+    return tuple(
+        replace(entry, strangers={name: (owners[name], defaults[name]) for name in owners.keys() - entry.fields - IDLE})
+        for entry in entries
+    )
+
+
 class Table:
     """The routes of `dialects` on a server of models with `names`.
 
@@ -74,6 +141,7 @@ class Table:
         for dialect in dialects:
             for route in dialect.routes:
                 self._add(Entry(dialect, route))
+        self.routes = {key: _acquainted(entries) for key, entries in self.routes.items()}
         self._names = sorted(names, key=len, reverse=True)
         self._prefixed = {dialect.prefix: dialect for dialect in dialects if dialect.prefix}
         patterns = [key for key in self.routes if MODEL in key[1]]

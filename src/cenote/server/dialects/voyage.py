@@ -33,8 +33,6 @@ class VoyageRerankRequest(RankingFields):
 
     query: str
     documents: str | Many[str]
-    top_k: int | None = Field(None, ge=1, description="number of results")
-    return_documents: bool = False
 
 
 class ContextRequest(Queued):
@@ -86,11 +84,11 @@ async def rerank(serving: Serving, request: Request, body: VoyageRerankRequest) 
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
         results: list[dict[str, Any]] = [{"index": rank.index, "relevance_score": rank.score} for rank in ranked]
-        if body.return_documents:
+        if body.shows():
             results = [result | {"document": documents[result["index"]]} for result in results]
         return {"object": "list", "data": results, "model": head["model"], "usage": short_usage(head)}
 
-    return await rank(serving, request, body, (body.query, body.documents), body.top_k, form)
+    return await rank(serving, request, body, (body.query, body.documents), form)
 
 
 def error(fault: Fault) -> dict[str, Any]:

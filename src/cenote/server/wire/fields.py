@@ -168,7 +168,7 @@ class Shared(Queued):
         if not isinstance(values, dict):
             return values
         for old in ("normalize", "softmax", "activation"):
-            if old in values:
+            if values.get(old) is not None:
                 raise PydanticCustomError(
                     "removed_parameter",
                     f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.",
