@@ -19,6 +19,7 @@ from cenote.server.describe import described
 from cenote.server.dialects import (
     cenote,
     cohere,
+    elasticsearch,
     fastdeploy,
     infinity,
     kserve,
@@ -31,6 +32,7 @@ from cenote.server.dialects import (
     sagemaker,
     scoring,
     tei,
+    vertex,
     vllm,
     voyage,
     weaviate,
@@ -71,6 +73,8 @@ DIALECTS: tuple[Dialect, ...] = (
     llamacpp.DIALECT,
     kserve.DIALECT,
     sagemaker.DIALECT,
+    vertex.DIALECT,
+    elasticsearch.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,
@@ -107,6 +111,7 @@ class Application:
         self._serving = serving or Serving(services, config)
         self._config = config
         self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
+        self._serving.paths = self._serving.paths or _paths(dialects)
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
         self.table = Table(dialects, self._serving.models.names)
         self.under_way = UnderWay()
@@ -223,6 +228,14 @@ class Application:
             named = self._serving.models.made_for(purpose)
         if "model" in type(body).model_fields:
             body.model = named
+
+
+def _paths(dialects: Sequence[Dialect]) -> dict[str, list[str]]:
+    """Return the methods and paths of the routes of each dialect."""
+    return {
+        dialect.name: [f"{route.method} {path}" for route in dialect.routes for path in (route.path, *route.aliases)]
+        for dialect in dialects
+    }
 
 
 READABLE = ("X-Request-Id", "Retry-After")

@@ -23,6 +23,8 @@ MODEL = "{model}"
 """Part of a path that stands for the name of a model."""
 OF_MODEL = "/models/"
 """Before the name of a model, every path may follow it."""
+CARD = "/v1/models/{model}"
+"""Path of the card of a model, which is also that of the name alone behind `OF_MODEL`."""
 PREFIXES = 2
 """Prefixes that a path may have: a dialect and a model, in either order."""
 
@@ -150,8 +152,8 @@ class Table:
     def _add(self, entry: Entry) -> None:
         for key in entry.route.keys:
             others = self.routes.get(key, ())
-            marks = {other.route.marks for other in others}
-            if entry.route.marks in marks:
+            marks = {(other.route.marks, other.route.either) for other in others}
+            if (entry.route.marks, entry.route.either) in marks:
                 raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {entry.dialect.name}")
             self.routes[key] = (*others, entry)
 
@@ -196,7 +198,10 @@ class Table:
         after = f"{path.removeprefix(OF_MODEL)}/"
         for name in self._names:
             if after.startswith(f"{name}/"):
-                found = self.match(method, after.removeprefix(name).rstrip("/") or "/", prefixes - 1)
+                rest = after.removeprefix(name).rstrip("/")
+                if not rest and (method, CARD) in self.routes:
+                    return Match(CARD, self.routes[method, CARD], None, name)
+                found = self.match(method, rest or "/", prefixes - 1)
                 return found and replace(found, model=found.model or name)
         return None
 

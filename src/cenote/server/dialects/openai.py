@@ -157,14 +157,29 @@ async def models(serving: Serving, request: Request, body: None) -> Response:
 
 
 async def model(serving: Serving, request: Request, body: None) -> Response:
-    """The card of a model, with what Cohere's clients read."""
+    """The card of a model, with the keys that clients of Cohere and of the hub read."""
     name = request.state.model
     service = serving.find(name)
-    return json_response({**_card(serving, service, name), **_cohere_card(service, name)})
+    return json_response({
+        **_card(serving, service, name),
+        **_cohere_card(service, name),
+        "modelId": name,
+        "sha": service.info.report.revision,
+        "pipeline_tag": _pipeline(service.info),
+    })  # fmt: skip
 
 
 ENDPOINTS = {"embed": "embed", "classify": "classify"}
 """Cohere's names of endpoints, by our tasks."""
+
+
+PIPELINES = {"classify": "text-classification", "token_classify": "token-classification"}
+"""The hub's names of pipelines, by our tasks; of others it has one."""
+
+
+def _pipeline(info: ModelInfo) -> str:
+    is_ranker = info.score_types[:1] in (("cross-encoder",), ("listwise",))
+    return "text-ranking" if is_ranker else PIPELINES.get(info.default_task, "feature-extraction")
 
 
 def _cohere_card(service: Service, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cenote.pipeline.options import TextOptions
 from cenote.pipeline.tokenizing import FastTokenizer
 from cenote.server.admission import RENDER_THREADS
 from cenote.server.dialects.cenote import wire
-from cenote.server.dialects.operations import health
+from cenote.server.dialects.home import home
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
@@ -531,7 +531,7 @@ GIVEN = frozenset({"inputs"})
 DIALECT = Dialect(
     "Text Embeddings Inference",
     (
-        Route("/", health, method="GET", is_described=False, is_open=True),
+        Route("/", home, method="GET", is_described=False, is_open=True),
         Route("/", root, RootRequest),
         Route("/", rerank, TeiRerankRequest, is_described=False, marks=RANKED, purpose="score"),
         Route("/embed", embed, TeiEmbedRequest, aliases=("/pipeline/feature-extraction",), purpose="embed"),
