@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
@@ -35,8 +35,6 @@ def _named(model: str | None) -> str | None:
 
 class InfinityEmbeddingRequest(EmbeddingRequest):
     """Body of `POST /embeddings` with `modality`."""
-
-    modality: Literal["text"] = Field("text", description="text; images and audio are not embedded")
 
     _model = field_validator("model")(_named)
 

@@ -272,6 +272,11 @@ class Inputs(Shared, Chat):
         """Whether the request is for an IO-processor plugin, which takes neither `input` nor `messages`."""
         return False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rendering does nothing but tokenise."""
+        return self.conversations() is None
+
     def conversations(self) -> list[Conversation] | None:
         """Return the conversations under `messages` or `input`; `None` if the request has text or ids."""
         source: Any = coalesce(self.messages, self.input)
