@@ -174,7 +174,7 @@ class Application:
     def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
         """Return the function that makes the body of an error in the dialect of a request with the body `value`."""
         match = self._match(scope)
-        dialect = match.dialect(value) if match else self.table.forced(self._path(scope))
+        dialect = match.dialect(value) if match else self.table.dialect(self._path(scope))
         return dialect.error
 
     def _is_open(self, scope: Scope) -> bool:

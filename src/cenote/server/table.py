@@ -13,7 +13,7 @@ from cenote.errors import BadRequest
 from cenote.server.routes import Dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from pydantic.fields import FieldInfo
 
@@ -176,13 +176,33 @@ class Table:
         methods = {method for method, _ in self.routes}
         return sorted(method for method in methods if self.match(method, path))
 
-    def forced(self, path: str) -> Dialect:
-        """Return the dialect whose prefix a path has, else the one that all clients read in part."""
+    def dialect(self, path: str) -> Dialect:
+        """Return the dialect of a path that has no route for the method of its request.
+
+        Returns:
+            That of the path's other methods, else the one whose prefix the path has, also behind the name of a model,
+            else the one that all clients read in part.
+        """
+        matches = (self.match(method, path) for method in self.methods(path))
+        for match in filter(None, matches):
+            return match.dialect()
+        rests = (rest for _, rest in self._named(path))
+        return self._forced(next(rests, path))
+
+    def _forced(self, path: str) -> Dialect:
+        """Return the dialect whose prefix a path has."""
         return self._prefixed.get(path[1:].partition("/")[0], COMMON)
+
+    def _named(self, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the names of models that a path begins with, the longest first, each with the path behind it."""
+        after = f"{path.removeprefix(OF_MODEL)}/"
+        for name in self._names:
+            if path.startswith(OF_MODEL) and after.startswith(f"{name}/"):
+                yield name, after.removeprefix(name).rstrip("/")
 
     def _of_dialect(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that begins with a dialect: its own, else those that all dialects share."""
-        dialect = self.forced(path)
+        dialect = self._forced(path)
         if dialect is COMMON:
             return None
         found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/", prefixes - 1)
@@ -193,16 +213,11 @@ class Table:
 
     def _of_model(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that follows the name of a model, the longest of them."""
-        if not path.startswith(OF_MODEL):
-            return None
-        after = f"{path.removeprefix(OF_MODEL)}/"
-        for name in self._names:
-            if after.startswith(f"{name}/"):
-                rest = after.removeprefix(name).rstrip("/")
-                if not rest and (method, CARD) in self.routes:
-                    return Match(CARD, self.routes[method, CARD], None, name)
-                found = self.match(method, rest or "/", prefixes - 1)
-                return found and replace(found, model=found.model or name)
+        for name, rest in self._named(path):
+            if not rest and (method, CARD) in self.routes:
+                return Match(CARD, self.routes[method, CARD], None, name)
+            found = self.match(method, rest or "/", prefixes - 1)
+            return found and replace(found, model=found.model or name)
         return None
 
     def _by_pattern(self, method: str, path: str) -> Match | None:

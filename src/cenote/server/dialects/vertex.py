@@ -62,7 +62,7 @@ async def predict(serving: Serving, request: Request, body: VertexRequest) -> Re
         if isinstance(instance, tei.RootRequest):
             return asyncio.ensure_future(tei.root(serving, part, instance))
         instance.model = instance.model or serving.models.made_for("score")
-        return asyncio.ensure_future(tei.rerank(serving, part, instance))  # type: ignore[arg-type]
+        return asyncio.ensure_future(tei.rerank(serving, part, instance))
 
     tasks = [run(instance) for instance in body.instances]
     try:
