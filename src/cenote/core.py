@@ -193,6 +193,7 @@ class Media:
         grid: frames, rows and columns of patches; empty where all pictures have one size.
         arrays: the model's own inputs, without a dimension for the batch.
         kind: "image".
+        pixels: of the picture as it came, before it was resized.
     """
 
     key: bytes
@@ -201,6 +202,7 @@ class Media:
     grid: tuple[int, ...] = ()
     arrays: Arrays = field(default_factory=dict, compare=False)
     kind: str = "image"
+    pixels: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True, eq=False)

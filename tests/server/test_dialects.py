@@ -12,10 +12,10 @@ from cenote.server.table import Table, collisions
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
 ROWS = [line for line in PAGE.splitlines() if line.startswith("|")]
 SHARED = {
-    (path, entry.dialect.prefix, frozenset(entry.route.marks))
+    (path, entry.dialect.prefix, entry.route.marks | entry.route.either)
     for (_, path), entries in collisions(Table(DIALECTS, ()).routes).items()
     for entry in entries
-    if entry.route.marks
+    if entry.route.marks or entry.route.either
 }
 
 

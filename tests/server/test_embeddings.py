@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import INFO, expected, floats
+from tests.conftest import INFO, error, expected, floats
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
@@ -299,7 +299,7 @@ def test_request_id(client: TestClient, header: str | None, field: str | None, w
         ROUTE, json={"input": "hello", "request_id": field}, headers={"X-Request-Id": header} if header else {}
     )
     assert answer.json()["id"] == f"embd-{want}"
-    assert "x-request-id" not in answer.headers
+    assert not header or answer.headers["x-request-id"] == header
 
 
 def test_ids_are_new_and_created_is_now(client: TestClient) -> None:
@@ -353,3 +353,12 @@ def test_a_large_answer_is_as_right_as_a_small_one(serve: Serve) -> None:
 def test_the_short_path_is_the_same_route(client: TestClient) -> None:
     got = client.post("/embeddings", json={"input": "hello"}).json()["data"]
     assert got == client.post(ROUTE, json={"input": "hello"}).json()["data"]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_normalized_is_another_name(client: TestClient, normalized: bool) -> None:
+    (entry,) = client.post(ROUTE, json={"input": [5, 6], "normalized": normalized}).json()["data"]
+    (plain,) = client.post(ROUTE, json={"input": [5, 6], "use_activation": normalized}).json()["data"]
+    assert entry == plain
+    refused = error(client, {"input": "a", "return_multivector": True})
+    assert refused["param"] == "body.return_multivector"

@@ -258,6 +258,14 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         key: [{"model": "minilm", "inputs": [[TEXT, "a"]]}]
         for key in ("/contextualizedembeddings", "/v1/contextualizedembeddings")
     },
+    **{
+        key: [{"model": "minilm", "inputs": [{"content": [{"type": "text", "text": TEXT}]}]}]
+        for key in ("/multimodalembeddings", "/v1/multimodalembeddings")
+    },
+    **{
+        key: [{"model": "minilm", "instances": [{"inputs": TEXT}, {"inputs": "a"}]}]
+        for key in ("/vertex", "/v1/models/{model}:predict")
+    },
 }
 """Bodies of every route with the method POST; the first one is answered with 200."""
 

@@ -316,7 +316,7 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server of all models."""
     services = [opened(name, tmp_path_factory.mktemp(name)) for name in MODELS]
-    site = Site(build(services, ServerConfig()))
+    site = Site(build(services, ServerConfig(token_ids="native")))
     yield site
     site.loop.close()
     for service in services:

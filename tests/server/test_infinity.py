@@ -43,8 +43,10 @@ def test_embed(serve: Serve, path: str) -> None:
     assert (entry["object"], answer["model"], answer["usage"]["prompt_tokens"]) == ("embedding", "fake", 3)
 
 
-def test_images_are_refused_by_name(serve: Serve) -> None:
-    assert "Input should be 'text'" in error(serve(), EMBED | {"modality": "image"}, "/embeddings")["message"]
+def test_what_is_not_embedded_is_refused_by_name(serve: Serve) -> None:
+    refused = error(serve(), EMBED | {"modality": "audio"}, "/embeddings")
+    assert (refused["param"], refused["message"][:25]) == ("modality", "got the modality 'audio';")
+    assert "takes no images" in error(serve(), EMBED | {"modality": "image"}, "/embeddings")["message"]
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -205,6 +205,7 @@ def test_inputs_that_are_objects_are_texts(client: TestClient) -> None:
     texts = client.post("/v1/embeddings", json={"input": ["one", "two"]}).json()["data"]
     for inputs in ([{"text": "one"}, {"text": "two"}], ["one", {"text": "two"}]):
         assert client.post("/v1/embeddings", json={"input": inputs}).json()["data"] == texts
-    refused = error(client, {"input": [{"image": "https://example.com/a.png"}]})
-    assert refused["message"].startswith("got an input with the keys ['image']; expected a text, or {'text': ...}")
+    refused = error(client, {"input": [{"video": "https://example.com/a.mp4"}]})
+    assert refused["message"].startswith("got an input with the keys ['video']; expected a text, {'text': ...}, or")
+    assert "takes no images, only texts" in error(client, {"input": [{"image": "https://a/b.png"}, "a"]})["message"]
     assert "has no chat template" in error(client, {"input": [{"role": "user", "content": "one"}]})["message"]

@@ -404,6 +404,7 @@ def test_request_ids_are_sent_back(serve: Serve) -> None:
     for method, path, headers in (("GET", "/health", {}), ("GET", "/nowhere", key), ("GET", "/version", {})):
         answer = client.request(method, path, headers={**headers, "X-Request-Id": "mine"})
         assert answer.headers["x-request-id"] == "mine"
+    assert client.get("/health", headers={"X-Request-Id": b"m\xffne"}).headers["x-request-id"] == "m??ne"  # UTF-8
     made = [client.get("/health").headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1]
     refused = client.post(ROUTE, json={"input": [5]})

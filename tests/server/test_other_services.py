@@ -172,6 +172,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
         400,
         "got 2 texts in an input of shape [3]",
     ),
+    "huge shape": (
+        "embedder",
+        {"inputs": [INFER["inputs"][0] | {"shape": [2**62, 2**62]}]},
+        400,
+        f"got 2 texts in an input of shape [{2**62}, {2**62}]",
+    ),
+    "shape of larger numbers": ("embedder", {"inputs": [INFER["inputs"][0] | {"shape": [2**63]}]}, 400, "less_than"),
+    "shape of many numbers": ("embedder", {"inputs": [INFER["inputs"][0] | {"shape": [1] * 9}]}, 400, "too_long"),
     "no inputs": ("embedder", {}, 400, "validation error"),
     "unknown model": ("none", INFER, 404, "The model `none` does not exist."),
 }

@@ -85,7 +85,7 @@ def test_a_body_that_python_s_json_would_take(serve: Serve, body: bytes, ids: li
 def test_what_is_no_route(serve: Serve, method: str, path: str, status: int, allowed: str | None) -> None:
     answer = serve().request(method, path, headers=JSON)
     assert (answer.status_code, answer.headers.get("allow")) == (status, allowed)
-    assert answer.json()["detail"] == ("Not Found" if status == 404 else "Method Not Allowed")
+    assert ("Not Found" if status == 404 else "Method Not Allowed") in answer.text
 
 
 def test_a_closing_slash_is_the_same_route_and_sends_nobody_elsewhere(serve: Serve) -> None:

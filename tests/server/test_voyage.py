@@ -112,8 +112,11 @@ def test_rerank_returns_documents_as_text(serve: Serve) -> None:
 
 
 def test_rerank_with_both_limits_is_not_in_this_form(serve: Serve) -> None:
-    answer = serve(info=CROSS_ENCODER).post("/v1/rerank", json=RERANK | {"top_k": 1, "top_n": 2}).json()
+    client = serve(info=CROSS_ENCODER)
+    answer = client.post("/v1/rerank", json=RERANK | {"top_k": 2, "top_n": 2}).json()
     assert len(answer["results"]) == 2
+    refused = client.post("/v1/rerank", json=RERANK | {"top_k": 1, "top_n": 2})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_k")
 
 
 @pytest.mark.parametrize("truncation", [True, False])

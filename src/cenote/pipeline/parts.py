@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
 PARAM = "messages"
-NAMES = ("image_url", "image", "image_pil", "input_image")
+NAMES = ("image_url", "image", "image_pil", "input_image", "image_base64")
 """Types of parts that are pictures."""
-PLACES = ("image_url", "image", "image_pil", "url", "path")
+PLACES = ("image_url", "image", "image_pil", "image_base64", "url", "path")
 """Keys of such a part that name the picture, or hold it."""
-OTHERS = ("input_audio", "audio_url", "audio", "video_url", "video", "image_embeds", "input_file")
+OTHERS = ("input_audio", "audio_url", "audio", "video_url", "video_base64", "video", "image_embeds", "input_file")
 """Types of parts that are refused by name."""
 
 

@@ -6,7 +6,7 @@ Everything that can be refused is refused before a picture is decoded: its heade
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -308,7 +308,9 @@ class PictureRenderer:
         for name, picture in zip(names, pictures, strict=True):
             if name not in processed:
                 with MEMORY.holding(PIXEL_BYTES * picture.width * picture.height):
-                    processed[name] = self._reader.processed(picture, merged)
+                    first, *others = self._reader.processed(picture, merged)
+                first = replace(first, pixels=picture.width * picture.height)
+                processed[name] = (first, *others)
         return tuple(chain.from_iterable(map(processed.__getitem__, names)))
 
     def positions(self, length: int, media: Seq[Media], spans: Seq[Span]) -> Positions | None:

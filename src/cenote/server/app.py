@@ -19,6 +19,7 @@ from cenote.server.describe import described
 from cenote.server.dialects import (
     cenote,
     cohere,
+    elasticsearch,
     fastdeploy,
     infinity,
     kserve,
@@ -31,6 +32,7 @@ from cenote.server.dialects import (
     sagemaker,
     scoring,
     tei,
+    vertex,
     vllm,
     voyage,
     weaviate,
@@ -71,12 +73,16 @@ DIALECTS: tuple[Dialect, ...] = (
     llamacpp.DIALECT,
     kserve.DIALECT,
     sagemaker.DIALECT,
+    vertex.DIALECT,
+    elasticsearch.DIALECT,
     cenote.DIALECT,
     fastdeploy.DIALECT,
     operations.DIALECT,
 )
 LARGE = 65_536
 """Bodies with more bytes than this are parsed off the event loop."""
+MATCH = "cenote.match"
+"""Key of a connection's scope with the routes of its request."""
 MOST_MESSAGES = 4096
 """Messages of a conversation."""
 
@@ -105,6 +111,7 @@ class Application:
         self._serving = serving or Serving(services, config)
         self._config = config
         self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
+        self._serving.paths = self._serving.paths or _paths(dialects)
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
         self.table = Table(dialects, self._serving.models.names)
         self.under_way = UnderWay()
@@ -164,12 +171,16 @@ class Application:
         await response(scope, receive, send)
 
     def _match(self, scope: Scope) -> Match | None:
-        return self.table.match(scope["method"], self._path(scope))
+        """Return the routes of a request, which are looked up once."""
+        if MATCH not in scope:
+            scope[MATCH] = self.table.match(scope["method"], self._path(scope))
+        match: Match | None = scope[MATCH]
+        return match
 
     def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
         """Return the function that makes the body of an error in the dialect of a request with the body `value`."""
         match = self._match(scope)
-        dialect = match.dialect(value) if match else self.table.forced(self._path(scope))
+        dialect = match.dialect(value) if match else self.table.dialect(self._path(scope))
         return dialect.error
 
     def _is_open(self, scope: Scope) -> bool:
@@ -206,7 +217,9 @@ class Application:
         return await self._serving.in_pool("parse", work)
 
     async def _answer(self, match: Match, value: Any, request: Request) -> Response:
-        route = match.entry(value).route
+        entry = match.entry(value)
+        entry.check(value)
+        route = entry.route
         request.state.model = match.model
         body = None
         if route.body is not None:
@@ -221,6 +234,14 @@ class Application:
             named = self._serving.models.made_for(purpose)
         if "model" in type(body).model_fields:
             body.model = named
+
+
+def _paths(dialects: Sequence[Dialect]) -> dict[str, list[str]]:
+    """Return the methods and paths of the routes of each dialect."""
+    return {
+        dialect.name: [f"{route.method} {path}" for route in dialect.routes for path in (route.path, *route.aliases)]
+        for dialect in dialects
+    }
 
 
 READABLE = ("X-Request-Id", "Retry-After")

@@ -144,7 +144,7 @@ class Gate:
         request_id = headers.get("x-request-id")
         number = new_id()
         scope.setdefault("state", {}).update(request_id=request_id, new_id=number, body_bytes=0)
-        reply = _Reply(send, {"X-Request-Id": echo(request_id) or number})
+        reply = _Reply(send, {"X-Request-Id": _ascii(echo(request_id)) or number})
         if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
             return
@@ -240,6 +240,11 @@ class Gate:
             return pending.pop() if pending else await receive()
 
         return replay
+
+
+def _ascii(text: str | None) -> str:
+    """Return a text for a header: other characters, which not all clients can read there, become question marks."""
+    return (text or "").encode("ascii", errors="replace").decode()
 
 
 def _length(headers: Headers) -> int:

@@ -40,6 +40,7 @@ class Route:
         is_described: whether the API's description has it.
         marks: keys that tell a body for this route from those of other dialects with the same path; it has all.
         is_open: whether it needs no key.
+        either: keys of which one tells it just as well.
         foreign: keys that no body for this route has, whatever its marks say.
         purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
     """
@@ -52,14 +53,16 @@ class Route:
     is_described: bool = True
     is_open: bool = False
     marks: frozenset[str] = frozenset()
+    either: frozenset[str] = frozenset()
     foreign: frozenset[str] = frozenset()
     purpose: str = ""
 
     def distance(self, keys: AbstractSet[str]) -> int:
-        """Return 0 if `keys` tell that a body is for this route, 1 if the route needs no marks, and else 2."""
-        if not self.marks:
+        """Return 0 if `keys` tell that a body is for this route, 1 if it needs no keys, and else 2."""
+        if not (self.marks or self.either):
             return 1
-        return 0 if self.marks <= keys and self.foreign.isdisjoint(keys) else 2
+        has_marks = self.marks <= keys and not (self.either and self.either.isdisjoint(keys))
+        return 0 if has_marks and self.foreign.isdisjoint(keys) else 2
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:

@@ -71,6 +71,7 @@ class Serving:
         running: requests being computed.
         is_ending: whether the server is shutting down.
         admission: decides which requests may wait.
+        paths: of the routes, by the names of their dialects, for people.
     """
 
     def __init__(self, services: list[Service], config: ServerConfig) -> None:
@@ -93,6 +94,7 @@ class Serving:
             )
             view.renderer.allow(access)
             view.renderer.read_ids = read_ids(view.renderer)
+        self.paths: dict[str, list[str]] = {}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
 

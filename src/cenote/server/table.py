@@ -6,13 +6,16 @@ body do (`Route.marks`), else the first route that needs none of them answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cenote.errors import BadRequest
 from cenote.server.routes import Dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from pydantic.fields import FieldInfo
 
     from cenote.server.routes import Route
 
@@ -20,6 +23,8 @@ MODEL = "{model}"
 """Part of a path that stands for the name of a model."""
 OF_MODEL = "/models/"
 """Before the name of a model, every path may follow it."""
+CARD = "/v1/models/{model}"
+"""Path of the card of a model, which is also that of the name alone behind `OF_MODEL`."""
 PREFIXES = 2
 """Prefixes that a path may have: a dialect and a model, in either order."""
 
@@ -30,10 +35,42 @@ COMMON = Dialect("Common")
 
 @dataclass(frozen=True)
 class Entry:
-    """A route and the dialect that has it."""
+    """A route and the dialect that has it.
+
+    Attributes:
+        strangers: fields of other bodies on the same path, which this one does not read: the dialect of each, and its
+            defaults there.
+    """
 
     dialect: Dialect
     route: Route
+    strangers: Mapping[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> Mapping[str, FieldInfo]:
+        """The fields of the body."""
+        return self.route.body.model_fields if self.route.body else {}
+
+    def check(self, body: Any) -> None:
+        """Refuse a field of another dialect, which would change the answer there, and has no effect here.
+
+        Args:
+            body: parsed.
+
+        Raises:
+            BadRequest: it has one.
+        """
+        if not self.strangers or not isinstance(body, dict):
+            return
+        for name in sorted(self.strangers.keys() & body.keys()):
+            dialect, defaults = self.strangers[name]
+            if body[name] is not None and any(body[name] != default for default in defaults):
+                raise BadRequest(
+                    f"got `{name}`, a field of {dialect}, in a request that is read as one of {self.dialect.name}, "
+                    "which has no such field; leave it out, or name the dialect by a prefix of the path, see "
+                    "docs/dialects.md",
+                    param=name,
+                )
 
 
 @dataclass(frozen=True)
@@ -62,6 +99,38 @@ class Match:
         return self.forced or self.entry(body).dialect
 
 
+IDLE = frozenset(
+    {
+        "model",
+        "user",
+        "request_id",
+        "priority",
+        "cache_salt",
+        "return_tokens",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "chat_template_kwargs",
+        "media_io_kwargs",
+    }
+)
+"""Fields that change nothing where they are not read: names, the order of work, and how messages become text."""
+
+
+def _acquainted(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Return the routes of one path, each with the fields of the others that it does not read."""
+    owners: dict[str, str] = {}
+    defaults: dict[str, tuple[Any, ...]] = {}
+    for entry in entries:
+        for name, of_body in entry.fields.items():
+            owners.setdefault(name, entry.dialect.name)
+            defaults[name] = (*defaults.get(name, ()), of_body.get_default(call_default_factory=True))
+    return tuple(
+        replace(entry, strangers={name: (owners[name], defaults[name]) for name in owners.keys() - entry.fields - IDLE})
+        for entry in entries
+    )
+
+
 class Table:
     """The routes of `dialects` on a server of models with `names`.
 
@@ -74,6 +143,7 @@ class Table:
         for dialect in dialects:
             for route in dialect.routes:
                 self._add(Entry(dialect, route))
+        self.routes = {key: _acquainted(entries) for key, entries in self.routes.items()}
         self._names = sorted(names, key=len, reverse=True)
         self._prefixed = {dialect.prefix: dialect for dialect in dialects if dialect.prefix}
         patterns = [key for key in self.routes if MODEL in key[1]]
@@ -82,8 +152,8 @@ class Table:
     def _add(self, entry: Entry) -> None:
         for key in entry.route.keys:
             others = self.routes.get(key, ())
-            marks = {other.route.marks for other in others}
-            if entry.route.marks in marks:
+            marks = {(other.route.marks, other.route.either) for other in others}
+            if (entry.route.marks, entry.route.either) in marks:
                 raise ValueError(f"two dialects have the route {' '.join(key)}; the second is {entry.dialect.name}")
             self.routes[key] = (*others, entry)
 
@@ -106,13 +176,33 @@ class Table:
         methods = {method for method, _ in self.routes}
         return sorted(method for method in methods if self.match(method, path))
 
-    def forced(self, path: str) -> Dialect:
-        """Return the dialect whose prefix a path has, else the one that all clients read in part."""
+    def dialect(self, path: str) -> Dialect:
+        """Return the dialect of a path that has no route for the method of its request.
+
+        Returns:
+            That of the path's other methods, else the one whose prefix the path has, also behind the name of a model,
+            else the one that all clients read in part.
+        """
+        matches = (self.match(method, path) for method in self.methods(path))
+        for match in filter(None, matches):
+            return match.dialect()
+        rests = (rest for _, rest in self._named(path))
+        return self._forced(next(rests, path))
+
+    def _forced(self, path: str) -> Dialect:
+        """Return the dialect whose prefix a path has."""
         return self._prefixed.get(path[1:].partition("/")[0], COMMON)
+
+    def _named(self, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the names of models that a path begins with, the longest first, each with the path behind it."""
+        after = f"{path.removeprefix(OF_MODEL)}/"
+        for name in self._names:
+            if path.startswith(OF_MODEL) and after.startswith(f"{name}/"):
+                yield name, after.removeprefix(name).rstrip("/")
 
     def _of_dialect(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that begins with a dialect: its own, else those that all dialects share."""
-        dialect = self.forced(path)
+        dialect = self._forced(path)
         if dialect is COMMON:
             return None
         found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/", prefixes - 1)
@@ -123,13 +213,11 @@ class Table:
 
     def _of_model(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that follows the name of a model, the longest of them."""
-        if not path.startswith(OF_MODEL):
-            return None
-        after = f"{path.removeprefix(OF_MODEL)}/"
-        for name in self._names:
-            if after.startswith(f"{name}/"):
-                found = self.match(method, after.removeprefix(name).rstrip("/") or "/", prefixes - 1)
-                return found and replace(found, model=found.model or name)
+        for name, rest in self._named(path):
+            if not rest and (method, CARD) in self.routes:
+                return Match(CARD, self.routes[method, CARD], None, name)
+            found = self.match(method, rest or "/", prefixes - 1)
+            return found and replace(found, model=found.model or name)
         return None
 
     def _by_pattern(self, method: str, path: str) -> Match | None:

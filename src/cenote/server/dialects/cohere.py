@@ -235,19 +235,16 @@ class CohereRerankRequest(RankingFields):
 
     query: Text
     documents: Text | Many[Text]
-    top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
-    return_documents: bool = False
-    rank_fields: Some[str] | None = Field(None, description="keys of documents that are objects; default: text")
 
 
 async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) -> Response:
     """The documents by falling relevance to the query; `document` stands in the results on request."""
-    version = "1" if body.rank_fields or body.return_documents else "2"
+    version = "1" if body.rank_fields or body.shows() else "2"
     given = body.documents if isinstance(body.documents, list) else [body.documents]
 
     def result(rank: Ranked) -> dict[str, Any]:
         entry = {"index": rank.index, "relevance_score": rank.score}
-        if not body.return_documents:
+        if not body.shows():
             return entry
         document = given[rank.index]
         return entry | {"document": {"text": document} if isinstance(document, str) else document}
@@ -261,7 +258,7 @@ async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) 
             "usage": short_usage(head),
         }
 
-    return await rank(serving, request, body, (body.query, body.documents), body.top_n, form, body.rank_fields or TEXT)
+    return await rank(serving, request, body, (body.query, body.documents), form)
 
 
 class CohereTokenizeRequest(Body):

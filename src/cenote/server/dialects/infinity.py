@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
@@ -15,7 +15,7 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, short_usage
 from cenote.server.wire.fields import Many, Shared
-from cenote.server.wire.pairs import RankingFields, rank, unscaled
+from cenote.server.wire.pairs import RankingFields, rank
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -36,8 +36,6 @@ def _named(model: str | None) -> str | None:
 class InfinityEmbeddingRequest(EmbeddingRequest):
     """Body of `POST /embeddings` with `modality`."""
 
-    modality: Literal["text"] = Field("text", description="text; images and audio are not embedded")
-
     _model = field_validator("model")(_named)
 
 
@@ -46,9 +44,6 @@ class InfinityRerankRequest(RankingFields):
 
     query: str
     documents: Many[str]
-    raw_scores: bool = False
-    return_documents: bool = False
-    top_n: int | None = Field(None, ge=1, description="number of results")
 
     _model = field_validator("model")(_named)
 
@@ -58,17 +53,17 @@ class InfinityClassifyRequest(Shared):
 
     input: Many[str]
     raw_scores: bool = False
+    use_activation: bool | None = Field(None, description="false: as `raw_scores`")
+    add_special_tokens: bool = True
 
     _model = field_validator("model")(_named)
 
 
 async def rerank(serving: Serving, request: Request, body: InfinityRerankRequest) -> Response:
     """The documents by falling relevance to the query; `document` is a text on request, else null."""
-    if body.raw_scores:
-        unscaled(serving, body)
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
-        shown: Any = documents if body.return_documents else [None] * len(documents)
+        shown: Any = documents if body.shows() else [None] * len(documents)
         results = [
             {"relevance_score": rank.score, "index": rank.index, "document": shown[rank.index]} for rank in ranked
         ]
@@ -81,17 +76,18 @@ async def rerank(serving: Serving, request: Request, body: InfinityRerankRequest
             "created": int(time.time()),
         }
 
-    return await rank(serving, request, body, (body.query, body.documents), body.top_n, form)
+    return await rank(serving, request, body, (body.query, body.documents), form)
 
 
 async def classify(serving: Serving, request: Request, body: InfinityClassifyRequest) -> Response:
     """The classes of each text by falling score."""
     service = serving.find(body.model)
     serving.check_count(len(body.input))
-    params = PoolingParams(use_activation=False if body.raw_scores else None)
+    params = PoolingParams(use_activation=False if body.raw_scores else body.use_activation)
+    options = body.text_options(add_special_tokens=body.add_special_tokens)
 
     def make() -> Job[Response]:
-        job = operations.classify(service, body.input, params, body.text_options())
+        job = operations.classify(service, body.input, params, options)
 
         def encode(classified: list[Classes]) -> Response:
             head = answers.head(serving, request, body, "classify", job.sequences)

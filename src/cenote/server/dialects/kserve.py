@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, PrivateAttr, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from cenote.server.errors import Fault
     from cenote.server.serving import Serving
 
+MOST_SIDES = 8
+"""Dimensions of an input."""
 WIDTHS = {"embed": "dimension", "classify": "num_labels"}
 """Field of `ModelInfo` with the length of a row, by the tasks that give one row per text."""
 
@@ -37,7 +40,7 @@ class KserveTensor(BaseModel):
 
     name: str
     datatype: str
-    shape: list[int]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=MOST_SIDES, fail_fast=True)]
     data: Many[str] | Many[Some[str]]
     _texts: list[str] = PrivateAttr()
 
@@ -45,7 +48,7 @@ class KserveTensor(BaseModel):
     def _flat(self) -> KserveTensor:
         rows = [[row] if isinstance(row, str) else row for row in self.data]
         self._texts = list(chain.from_iterable(rows))
-        if np.prod(self.shape, dtype=np.int64) != len(self._texts):
+        if prod(self.shape) != len(self._texts):
             raise PydanticCustomError(
                 "shape", f"got {len(self._texts)} texts in an input of shape {self.shape}", {"param": "inputs"}
             )

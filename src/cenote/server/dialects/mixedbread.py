@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import short_usage
-from cenote.server.wire.fields import Many, Some
+from cenote.server.wire.fields import Many
 from cenote.server.wire.pairs import RankingFields, rank
 
 if TYPE_CHECKING:
@@ -18,7 +16,8 @@ if TYPE_CHECKING:
     from cenote.pipeline.operations import Ranked
     from cenote.server.serving import Serving
 
-TEXT = ("text",)
+COUNT = 10
+"""Results of a request that names no number."""
 
 
 class MixedbreadRerankRequest(RankingFields):
@@ -26,16 +25,13 @@ class MixedbreadRerankRequest(RankingFields):
 
     query: str
     input: Many[str | dict[str, Any]]
-    top_k: int = Field(10, ge=1, description="number of results")
-    return_input: bool = False
-    rank_fields: Some[str] | None = Field(None, description="keys of inputs that are objects; default: text")
 
 
 async def rerank(serving: Serving, request: Request, body: MixedbreadRerankRequest) -> Response:
     """The inputs by falling relevance to the query."""
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[str]) -> dict[str, Any]:
-        shown: Any = body.input if body.return_input else [None] * len(documents)
+        shown: Any = body.input if body.shows() else [None] * len(documents)
         data = [
             {"index": rank.index, "score": rank.score, "input": shown[rank.index], "object": "rank_result"}
             for rank in ranked
@@ -45,11 +41,11 @@ async def rerank(serving: Serving, request: Request, body: MixedbreadRerankReque
             "model": head["model"],
             "data": data,
             "object": "list",
-            "top_k": body.top_k,
-            "return_input": body.return_input,
+            "top_k": body.count or COUNT,
+            "return_input": body.shows(),
         }
 
-    return await rank(serving, request, body, (body.query, body.input), body.top_k, form, body.rank_fields or TEXT)
+    return await rank(serving, request, body, (body.query, body.input), form, COUNT)
 
 
 DIALECT = Dialect(

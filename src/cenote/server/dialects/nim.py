@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from cenote.server.dialects import operations
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import short_usage
@@ -28,7 +26,6 @@ class NimRankingRequest(RankingFields):
 
     query: str | dict[str, Any]
     passages: Many[str | dict[str, Any]]
-    top_k: int | None = Field(None, ge=1, description="number of results")
 
 
 async def ranking(serving: Serving, request: Request, body: NimRankingRequest) -> Response:
@@ -39,7 +36,7 @@ async def ranking(serving: Serving, request: Request, body: NimRankingRequest) -
         rankings = [{"index": rank.index, "logit": rank.score} for rank in ranked]
         return {"rankings": rankings, "usage": short_usage(head)}
 
-    return await rank(serving, request, body, (body.query, body.passages), body.top_k, form)
+    return await rank(serving, request, body, (body.query, body.passages), form)
 
 
 DIALECT = Dialect(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING, Any
+from itertools import starmap
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,7 +16,9 @@ from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers, sizes
+from cenote.server.wire.answers import CONTENT
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
+from cenote.server.wire.fields import first_of
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from cenote.pipeline.job import Job
     from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
+    from cenote.server.wire.fields import Conversation
     from cenote.tensors.similarity import Array
 
 
@@ -35,14 +39,40 @@ class EmbeddingRequest(TypedFields):
     output_dimension: int | None = Field(None, description="as `dimensions` (Voyage)")
     task: str | None = Field(None, description="embed, token_embed or sparse; or, as Jina has it, an `input_type`")
 
+    modality: str | None = Field(None, description="text, or image: every input is the URL of a picture (Infinity)")
+    normalized: bool | None = Field(None, description="as `use_activation` (Jina, Mixedbread)")
+    return_multivector: Literal[False] = Field(False, description="false (Jina)")
+
     @model_validator(mode="before")
     @classmethod
     def _objects(cls, values: Any) -> Any:
-        """Take inputs that are objects with a text as texts; messages have a role."""
-        inputs = values.get("input") if isinstance(values, dict) else None
+        """Take inputs that are objects as texts, or where one has a picture as content parts; messages have a role."""
+        if not isinstance(values, dict) or values.get("input") is None:
+            return values
+        inputs = _of_modality(values["input"], values.get("modality"))
         if not isinstance(inputs, list) or not any(map(_is_object, inputs)):
             return values
-        return values | {"input": [*map(_text_of, inputs)]}
+        items = [*map(_item, inputs)]
+        if any(isinstance(item, dict) and "role" not in item for item in items):
+            items = [{CONTENT: [{"type": "text", "text": item}]} if isinstance(item, str) else item for item in items]
+        return values | {"input": items}
+
+    @model_validator(mode="after")
+    def _one_activation(self) -> EmbeddingRequest:
+        if self.use_activation is None:
+            self.use_activation = self.normalized
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """See `Inputs.is_plain`."""
+        return super().is_plain and not isinstance(first_of(self.input), dict)
+
+    def conversations(self) -> list[Conversation] | None:
+        """See `Inputs.conversations`; inputs of content parts have no role."""
+        conversations = super().conversations()
+        first = first_of(first_of(conversations))
+        return None if _is_object(first) and self.messages is None else conversations
 
     @model_validator(mode="after")
     def _one_dimension(self) -> EmbeddingRequest:
@@ -80,18 +110,45 @@ def _is_object(item: Any) -> bool:
     return isinstance(item, dict) and "role" not in item
 
 
-def _text_of(item: Any) -> Any:
-    """Return the text of an input that is an object, and other inputs as they are."""
+def _of_modality(inputs: Any, modality: str | None) -> Any:
+    """Return inputs that are URLs of pictures as objects, and those of texts as they are."""
+    if modality in (None, "text"):
+        return inputs
+    if modality != "image":
+        raise PydanticCustomError(
+            "modality",
+            f"got the modality {modality!r}; expected 'text' or 'image': nothing else is embedded here",
+            {"param": "modality"},
+        )
+    urls = inputs if isinstance(inputs, list) else [inputs]
+    return [{"image": url} if isinstance(url, str) else url for url in urls]
+
+
+def _item(item: Any) -> Any:
+    """Return the text of an input that is an object, or its content parts; and other inputs as they are."""
     if not _is_object(item):
         return item
-    if isinstance(item.get("text"), str):
-        return item["text"]
-    raise PydanticCustomError(
-        "input",
-        f"got an input with the keys {reprlib.repr(sorted(item))}; expected a text, or {{'text': ...}}: only texts are "
-        "embedded, and messages have a role",
-        {"param": "input"},
-    )
+    values = {key: item[key] for key in KEYS if item.get(key) is not None}
+    if not values or not all(isinstance(value, str) for value in values.values()):
+        raise PydanticCustomError(
+            "input",
+            f"got an input with the keys {reprlib.repr(sorted(item))}; expected a text, {{'text': ...}}, or "
+            "{'image': URL or base64}; messages have a role",
+            {"param": "input"},
+        )
+    return values["text"] if values.keys() == {"text"} else {CONTENT: [*starmap(_part, values.items())]}
+
+
+KEYS = ("text", "image", "url", "bytes")
+"""Keys of inputs that are objects, as Jina's clients have them; all but the first are pictures."""
+
+
+def _part(key: str, value: str) -> dict[str, Any]:
+    """Return a value of an input that is an object as a content part. A picture is a URL, or its file's base64."""
+    if key == "text":
+        return {"type": "text", "text": value}
+    url = value if ":" in value[:16] else f"data:image/png;base64,{value}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:
@@ -157,14 +214,29 @@ async def models(serving: Serving, request: Request, body: None) -> Response:
 
 
 async def model(serving: Serving, request: Request, body: None) -> Response:
-    """The card of a model, with what Cohere's clients read."""
+    """The card of a model, with the keys that clients of Cohere and of the hub read."""
     name = request.state.model
     service = serving.find(name)
-    return json_response({**_card(serving, service, name), **_cohere_card(service, name)})
+    return json_response({
+        **_card(serving, service, name),
+        **_cohere_card(service, name),
+        "modelId": name,
+        "sha": service.info.report.revision,
+        "pipeline_tag": _pipeline(service.info),
+    })  # fmt: skip
 
 
 ENDPOINTS = {"embed": "embed", "classify": "classify"}
 """Cohere's names of endpoints, by our tasks."""
+
+
+PIPELINES = {"classify": "text-classification", "token_classify": "token-classification"}
+"""The hub's names of pipelines, by our tasks; of others it has one."""
+
+
+def _pipeline(info: ModelInfo) -> str:
+    is_ranker = info.score_types[:1] in (("cross-encoder",), ("listwise",))
+    return "text-ranking" if is_ranker else PIPELINES.get(info.default_task, "feature-extraction")
 
 
 def _cohere_card(service: Service, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
@@ -61,9 +61,6 @@ class RerankRequest(RankingFields):
 
     query: Text
     documents: Text | Many[Text]
-    top_n: int | None = Field(0, ge=0, description="number of results; 0 = all")
-    top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage)")
-    return_documents: bool | None = Field(None, description="false leaves the documents out")
 
 
 async def score(serving: Serving, request: Request, body: ScoreRequest) -> Response:
@@ -109,7 +106,7 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
         }
         return answer if body.top_n else answer | {"data": results}
 
-    return await rank(serving, request, body, (body.query, body.documents), body.top_n or body.top_k, form)
+    return await rank(serving, request, body, (body.query, body.documents), form)
 
 
 def _shown(document: str | Illustrated, item: Any) -> dict[str, Any]:
@@ -121,7 +118,7 @@ def _shown(document: str | Illustrated, item: Any) -> dict[str, Any]:
 
 def _result(body: RerankRequest, rank: Ranked, document: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"index": rank.index}
-    if body.return_documents is not False:
+    if body.shows(unasked=True):
         result["document"] = document
     return result | {"relevance_score": rank.score}
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
-from pydantic_core import PydanticCustomError
 
 import cenote
 from cenote.core import PoolingParams
@@ -24,12 +23,12 @@ from cenote.pipeline.options import TextOptions
 from cenote.pipeline.tokenizing import FastTokenizer
 from cenote.server.admission import RENDER_THREADS
 from cenote.server.dialects.cenote import wire
-from cenote.server.dialects.operations import health
+from cenote.server.dialects.home import home
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
 from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of
-from cenote.server.wire.pairs import RankingFields, rank, unscaled
+from cenote.server.wire.pairs import DIRECTIONS, Direction, RankingFields, rank
 from cenote.server.wire.plain import encoded
 from cenote.tensors.similarity import pairwise
 
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from cenote.server.serving import Serving
     from cenote.tensors.similarity import Array
 
-Direction = Literal["Left", "left", "Right", "right"]
 Texts = TokenIds | str | Many[str | TokenIds]
 Classified = str | Many[str] | Many[Many[str]]
 
@@ -90,7 +88,7 @@ class TeiFields(Queued):
     def text_options(self) -> TextOptions:
         """Return how text becomes ids. What is cut is content: special tokens stay at both ends."""
         length = -1 if self.truncate else None
-        return TextOptions(length, content_side=SIDES[self.truncation_direction], whole=self.truncate is False)
+        return TextOptions(length, content_side=DIRECTIONS[self.truncation_direction], whole=self.truncate is False)
 
 
 def _characters(value: Any) -> int:
@@ -100,9 +98,6 @@ def _characters(value: Any) -> int:
     if isinstance(value, Sentences):
         return _characters([value.source_sentence, *value.sentences])
     return sum(map(_characters, value)) if isinstance(value, list) else 0
-
-
-SIDES: dict[Direction | None, Any] = {None: None, "Left": "left", "left": "left", "Right": "right", "right": "right"}
 
 
 class Prompted(TeiFields):
@@ -174,21 +169,10 @@ class TeiRerankRequest(RankingFields):
 
     query: str
     texts: Many[str]
-    raw_scores: bool = False
-    return_text: bool = False
-    top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
-    truncation_direction: Direction = Field("Right", description="Right")
     _characters: int = PrivateAttr(0)
 
     @model_validator(mode="after")
-    def _whole(self) -> TeiRerankRequest:
-        if SIDES[self.truncation_direction] == "left":
-            raise PydanticCustomError(
-                "direction",
-                "`truncation_direction` is 'Left', and pairs of texts are cut at the right; leave it out, or shorten "
-                "the texts.",
-                {"param": "truncation_direction"},
-            )
+    def _counted(self) -> TeiRerankRequest:
         self._characters = len(self.query) * len(self.texts) + _characters(self.texts)
         return self
 
@@ -412,16 +396,14 @@ async def similarity(serving: Serving, request: Request, body: SimilarityRequest
 @timed
 async def rerank(serving: Serving, request: Request, body: TeiRerankRequest) -> Response:
     """The texts by falling relevance to the query, as a bare list."""
-    if body.raw_scores:
-        unscaled(serving, body)
 
     def form(head: dict[str, Any], ranked: list[Ranked], texts: list[str]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{"index": rank.index, "score": rank.score} for rank in ranked]
-        if body.return_text:
+        if body.shows():
             results = [result | {"text": texts[result["index"]]} for result in results]
         return results
 
-    return await rank(serving, request, body, (body.query, body.texts), body.top_n, form)
+    return await rank(serving, request, body, (body.query, body.texts), form)
 
 
 OF_TASKS: dict[str, Handler] = {
@@ -549,7 +531,7 @@ GIVEN = frozenset({"inputs"})
 DIALECT = Dialect(
     "Text Embeddings Inference",
     (
-        Route("/", health, method="GET", is_described=False, is_open=True),
+        Route("/", home, method="GET", is_described=False, is_open=True),
         Route("/", root, RootRequest),
         Route("/", rerank, TeiRerankRequest, is_described=False, marks=RANKED, purpose="score"),
         Route("/embed", embed, TeiEmbedRequest, aliases=("/pipeline/feature-extraction",), purpose="embed"),

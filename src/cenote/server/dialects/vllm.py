@@ -155,7 +155,7 @@ async def classify(serving: Serving, request: Request, body: ClassifyRequest) ->
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.conversations() is None)
+    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
 
 
 async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) -> Response:
@@ -276,7 +276,7 @@ async def answer_vectors(
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.conversations() is None)
+    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
 
 
 def _check_float(body: PoolingFields) -> None:

@@ -69,7 +69,7 @@ async def rerank(serving: Serving, request: Request, body: WeaviateRerankRequest
         scores = [{"document": documents[rank.index], "score": rank.score} for rank in in_order]
         return {"query": body.query, "scores": scores}
 
-    return await rank(serving, request, body, (body.query, body.documents), None, form)
+    return await rank(serving, request, body, (body.query, body.documents), form)
 
 
 async def live(serving: Serving, request: Request, body: None) -> Response:

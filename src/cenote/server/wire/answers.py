@@ -82,6 +82,17 @@ def classes(info: ModelInfo, values: Array, count: int | None = None) -> list[di
     return [{"label": names[i], "score": values[i]} for i in order.tolist()]
 
 
+def _illustrated(service: Service, body: Inputs, prompt: Any) -> Any:
+    """Return a prompt with its pictures, if it is of content parts, and any other as it is."""
+    if not isinstance(prompt, dict) or CONTENT not in prompt:
+        return prompt
+    return service.renderer.of_parts(prompt[CONTENT], body.mm_processor_kwargs)
+
+
+CONTENT = "content"
+"""Key of an input that holds content parts."""
+
+
 def prompts_of(
     serving: Serving, service: Service, body: Inputs, applied: Applied | None = None
 ) -> tuple[list[Any], TextOptions]:
@@ -95,7 +106,7 @@ def prompts_of(
     if conversations is None:
         prompts = body.prompts()
         serving.check_count(len(prompts))
-        return prompts, options
+        return [_illustrated(service, body, prompt) for prompt in prompts], options
     serving.check_count(len(conversations))  # before any is rendered
     chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
     kwargs = body.mm_processor_kwargs

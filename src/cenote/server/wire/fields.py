@@ -168,7 +168,7 @@ class Shared(Queued):
         if not isinstance(values, dict):
             return values
         for old in ("normalize", "softmax", "activation"):
-            if old in values:
+            if values.get(old) is not None:
                 raise PydanticCustomError(
                     "removed_parameter",
                     f"Parameter `{old}` was removed; use `{RENAMED_PARAMS[old]}` instead.",
@@ -271,6 +271,11 @@ class Inputs(Shared, Chat):
     def for_plugin(self) -> bool:
         """Whether the request is for an IO-processor plugin, which takes neither `input` nor `messages`."""
         return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rendering does nothing but tokenise."""
+        return self.conversations() is None
 
     def conversations(self) -> list[Conversation] | None:
         """Return the conversations under `messages` or `input`; `None` if the request has text or ids."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest
@@ -15,7 +16,7 @@ from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.parts import media_type
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
-from cenote.server.wire.fields import Shared
+from cenote.server.wire.fields import Shared, Some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
@@ -58,10 +59,62 @@ class ScoringFields(Shared):
         )
 
 
+Direction = Literal["Left", "left", "Right", "right"]
+DIRECTIONS: dict[Direction | None, Any] = {
+    None: None, "Left": "left", "left": "left", "Right": "right", "right": "right",
+}  # fmt: skip
+"""Ends of texts that are cut, as Text Embeddings Inference names them."""
+
+
 class RankingFields(ScoringFields):
-    """Fields of requests for an order. Clients send the lengths of their vendor's models, so documents are cut."""
+    """Fields of requests for an order, of all vendors, for they share paths: each dialect honours those of the others.
+
+    Clients send the lengths of their vendor's models, so documents are cut.
+    """
 
     cuts_unasked = True
+
+    top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
+    top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, Mixedbread, NVIDIA)")
+    return_documents: bool | None = Field(None, description="whether the results have the documents")
+    return_text: bool | None = Field(None, description="as `return_documents` (Text Embeddings Inference)")
+    return_input: bool | None = Field(None, description="as `return_documents` (Mixedbread)")
+    raw_scores: bool = Field(False, description="logits of a cross-encoder")
+    rank_fields: Some[str] | None = Field(None, description="keys of documents that are objects; default: text")
+    truncation_direction: Direction = Field("Right", description="Right")
+
+    @model_validator(mode="after")
+    def _one_count(self) -> RankingFields:
+        if self.top_n and self.top_k and self.top_n != self.top_k:
+            raise PydanticCustomError(
+                "count", "`top_n` and `top_k` are the same; only one of them can be given.", {"param": "top_k"}
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cut_at_the_right(self) -> RankingFields:
+        if DIRECTIONS[self.truncation_direction] == "left":
+            raise PydanticCustomError(
+                "direction",
+                "`truncation_direction` is 'Left', and pairs of texts are cut at the right; leave it out, or shorten "
+                "the texts.",
+                {"param": "truncation_direction"},
+            )
+        return self
+
+    @property
+    def count(self) -> int | None:
+        """Number of results; `None` = all."""
+        return self.top_n or self.top_k
+
+    def shows(self, *, unasked: bool = False) -> bool:
+        """Return whether the results have the documents.
+
+        Args:
+            unasked: whether they do where the request says nothing.
+        """
+        words = (self.return_documents, self.return_text, self.return_input)
+        return next((word for word in words if word is not None), unasked)
 
     def clamped(self, max_model_len: int) -> PairOptions:
         """Return how two texts become one input, without limits that the model's own makes needless."""
@@ -82,9 +135,8 @@ async def rank(
     request: Request,
     body: RankingFields,
     sides: tuple[Text, Text | Seq[Text]],
-    top_n: int | None,
     form: Callable[[dict[str, Any], list[Ranked], list[Any]], Any],
-    fields: Seq[str] = ("text",),
+    count: int | None = None,
 ) -> Response:
     """Answer a request for the order of documents by their relevance to a query.
 
@@ -93,25 +145,27 @@ async def rank(
         request: the request.
         body: its body.
         sides: the query, and the documents.
-        top_n: number of results; `None` or 0 = all.
         form: makes the dialect's answer out of `id`, `model` and `usage`, the results, and all documents: the text of
             each, or `Illustrated`.
-        fields: see `contents`.
+        count: number of results where the request names none; `None` = all.
 
     Raises:
         BadRequest: the documents are too many, or neither texts nor pictures.
     """
     service = serving.find(body.model)
     query, documents_of_body = sides
-    documents = contents(documents_of_body, service, body, "documents", fields)
+    documents = contents(documents_of_body, service, body, "documents", body.rank_fields or ("text",))
     (one_query,) = contents(query, service, body, "queries")
     serving.check_count(len(documents))
+    if body.raw_scores:
+        unscaled(serving, body)
     params = PoolingParams(use_activation=body.use_activation)
     pair_options = body.clamped(service.info.max_model_len)
 
     def make() -> Job[Response]:
+        number = body.count or count
         job = operations.rerank(
-            service, one_query, documents, top_n, params, body.text_options(), pair_options, body.score_type
+            service, one_query, documents, number, params, body.text_options(), pair_options, body.score_type
         )
 
         def encode(ranked: list[Ranked]) -> Response:
