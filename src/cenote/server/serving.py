@@ -3,7 +3,8 @@
 A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
 request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
 every step of the way to a thread and back waits for the interpreter's lock. Requests that arrive together reach the
-engine together, so that the first of many is not a batch of one.
+engine together, so that the first of many is not a batch of one. Of these, and of answers that come together, the loop
+does some in each of its turns (`cenote.server.turns`), so that refusals do not wait for them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
+from cenote.server.turns import Turns
 from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
 
@@ -55,6 +57,8 @@ QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
+MANY_HELD = 64
+"""Requests with which they do so even if others wait for their turn."""
 NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
 LONG = 64
@@ -173,6 +177,7 @@ class Serving:
         try:
             with line.enter(size) as place:
                 if is_plain and size <= SHORT and service.renderer.is_fast:
+                    await self._desk_here().renders.wait()
                     with metrics.timed("render"):
                         job = make()
                 else:
@@ -196,23 +201,26 @@ class Serving:
 
     async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""
-        loop = asyncio.get_running_loop()
-        if self._desk is None or self._desk.loop is not loop:
-            self._desk = Desk(loop)
+        desk = self._desk_here()
         count, tokens = len(job.sequences), job.tokens
         followed = metrics.trip.get()
         if followed is not None:
             followed.model, followed.sequences, followed.tokens = service.names[0], count, tokens
         parts = _Parts(line, tokens, count) if count >= LONG else None
-        answer = self._desk.submit(service.engine, job.sequences, parts)
-        watch = loop.call_later(NOTICE, _watch, request, answer)
-        began = time.monotonic()
+        finished = partial(_finish, line, tokens if parts is None else 0)
+        answer = desk.submit(service.engine, job.sequences, parts, finished)
+        watch = desk.loop.call_later(NOTICE, _watch, request, answer)
         try:
-            outputs = await answer
+            return await answer
         finally:
             watch.cancel()
-        line.finish(tokens if parts is None else 0, time.monotonic() - began)
-        return outputs
+
+    def _desk_here(self) -> Desk:
+        """Return the desk of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._desk is None or self._desk.loop is not loop:
+            self._desk = Desk(loop)
+        return self._desk
 
     def close(self) -> None:
         """Finish the accepted work and stop."""
@@ -242,12 +250,13 @@ class _Held(NamedTuple):
     """A request that is to reach an engine.
 
     Attributes:
-        trip: of the request, if somebody follows it.
+        answer: ends as the request does.
+        callbacks: called with the engine's future when that is done, on a thread of the engine's.
     """
 
     submit: Callable[[], Future[list[Output]]]
     answer: asyncio.Future[list[Output]]
-    trip: metrics.Trip | None
+    callbacks: tuple[Callable[[Future[list[Output]]], None], ...]
 
 
 class Desk:
@@ -255,21 +264,40 @@ class Desk:
 
     Requests are handed over once no other has come for some turns of the loop, and the loop is woken once for all
     answers that are there by then.
+
+    Attributes:
+        renders: turns of requests that are rendered on the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.renders = Turns(loop)
+        self._answers = Turns(loop)
         self._held: deque[_Held] = deque()
         self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken = False
 
     def submit(
-        self, engine: Engine, sequences: list[Sequence], progress: Callable[[int], None] | None = None
+        self,
+        engine: Engine,
+        sequences: list[Sequence],
+        progress: Callable[[int], None] | None = None,
+        *callbacks: Callable[[Future[list[Output]]], None],
     ) -> asyncio.Future[list[Output]]:
-        """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work."""
+        """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work.
+
+        Args:
+            engine: runs them.
+            sequences: of one request.
+            progress: see `cenote.core.Engine.submit`.
+            callbacks: see `_Held`.
+        """
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
-        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, metrics.trip.get()))
+        trip = metrics.trip.get()
+        if trip is not None:
+            callbacks = (*callbacks, partial(_note_stages, trip))
+        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, callbacks))
         if len(self._held) == 1:
             self._held_since = time.monotonic()
             self.loop.call_soon(self._hold, 1, 0)
@@ -289,11 +317,12 @@ class Desk:
             quiet: turns that brought no new one.
         """
         quiet = quiet + 1 if count == len(self._held) else 0
-        if quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD:
+        others_come = quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD
+        if others_come or (self.renders.is_busy and len(self._held) < MANY_HELD):
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
-            submit, answer, trip = self._held.popleft()
+            submit, answer, callbacks = self._held.popleft()
             if answer.done():  # cancelled
                 continue
             try:
@@ -301,8 +330,8 @@ class Desk:
             except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue
-            if trip is not None:
-                future.add_done_callback(partial(_note_stages, trip))
+            for callback in callbacks:
+                future.add_done_callback(callback)
             self._follow(future, answer)
             answer.add_done_callback(partial(_drop, future))
 
@@ -318,10 +347,14 @@ class Desk:
     def _settle(self) -> None:
         self._woken = False
         while self._done:
-            answer, future = self._done.popleft()
-            if answer.done():
-                continue
-            _resolve(answer, future)
+            self._answers.call(partial(_resolve, *self._done.popleft()))
+
+
+def _finish(line: EngineLine, tokens: int, future: Future[list[Output]]) -> None:
+    """Tell a line that a request is finished, by the times of its engine: those of a batch are the same."""
+    if not future.cancelled() and future.exception() is None:
+        times = times_of(future)
+        line.finish(tokens, times.finished - times.launched, times.finished)
 
 
 def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
@@ -334,7 +367,9 @@ def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
 
 
 def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
-    """End `answer` as `future` ended."""
+    """End `answer` as `future` ended, unless it has ended already."""
+    if answer.done():
+        return
     if future.cancelled():
         answer.cancel()
         return
