@@ -139,7 +139,7 @@ def test_of_work_that_took_long_only_what_a_pace_remembers_counts() -> None:
 
 
 def test_parts_of_a_batch_count_for_the_time_before_it() -> None:
-    """Clients that wait fill a line up to a batch's end, and again after it: such a batch took no time, and says none."""
+    """Clients that wait fill a line up to a batch's end, and again after it: such a batch says no time."""
     clock = Clock()
     line = Line(100, clock)
     line.change(600)

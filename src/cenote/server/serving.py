@@ -10,10 +10,11 @@ does some in each of its turns (`cenote.server.turns`), so that refusals do not 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from cenote.server.admission import EngineLine
     from cenote.server.wire.fields import Queued
 
+log = logging.getLogger(__name__)
+
 CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
@@ -61,6 +64,8 @@ MANY_HELD = 64
 """Requests with which they do so even if others wait for their turn."""
 NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
+LAST_RENDERS = 2.0
+"""Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
 LONG = 64
 """Sequences of a request from which on the pace of its engine is told of its parts, and not when all are done."""
 T = TypeVar("T")
@@ -99,11 +104,13 @@ class Serving:
             view.renderer.read_ids = read_ids(view.renderer)
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
+        self._in_pool: set[Future[Any]] = set()
+        self._fault = ""
 
     @property
     def fault(self) -> str:
-        """The fault of the first engine that has one."""
-        return next(filter(None, (service.engine.fault for service in self.services)), "")
+        """The fault of the first engine that has one, or of the render threads at the end."""
+        return next(filter(None, (service.engine.fault for service in self.services)), self._fault)
 
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
         """See `Models.find`."""
@@ -145,7 +152,10 @@ class Serving:
                 release_threads()
 
         with metrics.timed(stage):
-            return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+            working = self._pool.submit(run)
+            self._in_pool.add(working)
+            working.add_done_callback(self._in_pool.discard)
+            return await asyncio.wrap_future(working)
 
     async def answer(
         self,
@@ -223,10 +233,13 @@ class Serving:
         return self._desk
 
     def close(self) -> None:
-        """Finish the accepted work and stop."""
+        """Finish the accepted work and stop. A render thread that hangs is left, and is the `fault`."""
         for service in self.services:
             service.engine.close()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if wait([*self._in_pool], LAST_RENDERS).not_done:
+            self._fault = "a render thread hangs"
+            log.critical("%s; the process ends with an error", self._fault)
 
 
 class _Parts:

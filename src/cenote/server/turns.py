@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Turns:
     async def wait(self) -> None:
         """Wait for a turn with room. What the caller does until it waits the next time is the work."""
         turn: asyncio.Future[None] = self._loop.create_future()
-        self.call(lambda: turn.done() or turn.set_result(None))
+        self.call(partial(_end, turn))
         await turn
 
     def _begin(self) -> None:
@@ -59,3 +60,8 @@ class Turns:
     def _work(self) -> None:
         self._left -= 1
         self._waiting.popleft()()
+
+
+def _end(turn: asyncio.Future[None]) -> None:
+    if not turn.done():  # else it was cancelled
+        turn.set_result(None)
