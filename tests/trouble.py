@@ -1,6 +1,7 @@
 """`cenote` whose model has trouble with long inputs: `python -m tests.trouble KIND COMMAND FLAGS`.
 
-Kinds: `hangs`, a forward that never comes back; `dies`, a device thread that ends; `raises`, a forward that fails.
+Kinds: `hangs`, a forward that never comes back; `dies`, a device thread that ends; `raises`, a forward that fails;
+`renders`, a text that is never tokenised.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from cenote.models import load
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from transformers import PreTrainedTokenizerBase
+
     from cenote.core import Sequence
     from cenote.models.model import PoolingModel
 
 LONG = 200
 """Tokens beyond which an input means trouble."""
+STUCK = "stuck"
 
 
 class Troubled:
@@ -42,6 +46,28 @@ class Troubled:
         return Unasked()
 
 
+class Stuck:
+    """A tokenizer's backend that runs as the one inside, but for text with the word `STUCK`."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        if any(STUCK in text for text in texts):
+            threading.Event().wait()
+        return self._inner.encode_batch_fast(texts, **options)
+
+
+def stick(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer have trouble."""
+    kind = type(tokenizer)
+    backend = Stuck(tokenizer.backend_tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"backend_tokenizer": property(lambda _: backend)})
+
+
 class Unasked:
     """A batch that ends the thread that asks for it."""
 
@@ -55,6 +81,9 @@ if __name__ == "__main__":
 
     def troubled(*options: Any) -> Any:
         model, checkpoint = original(*options)
+        if kind == "renders":
+            stick(checkpoint.tokenizer)
+            return model, checkpoint
         return Troubled(model, kind), checkpoint
 
     load.load = troubled

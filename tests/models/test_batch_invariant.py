@@ -168,6 +168,30 @@ def test_forwards_by_which_rows_would_depend_on_each_other(
 
 
 @pytest.mark.skipif(not KERNELS, reason="CENOTE_ISA switches the kernels off")
+@pytest.mark.parametrize("isa", ["auto", "avx2"])
+@pytest.mark.parametrize(
+    ("name", "length", "other"),
+    [
+        pytest.param("modernbert", 1, 9, id="modernbert: one row of a gated layer lies in one piece, several do not"),
+        pytest.param("deberta-v2", 5, 101, id="deberta-v2: sums over padding"),
+        pytest.param("qwen3-moe", 5, 130, id="qwen3-moe: products by the rows of an expert"),
+    ],
+)
+def test_each_cause_moves_bits_without_the_mode(name: str, length: int, other: int, isa: Isa) -> None:
+    """A directed neighbour, so that the tests above would fail without the mode."""
+    if reason := missing(isa):
+        pytest.skip(reason)
+    rng = np.random.default_rng(3)
+    batch = [draw(rng, other), draw(rng, length)]
+    moved = []
+    with threads(1):
+        for invariant in (False, True):
+            model = subject(name, isa=isa, invariant=invariant)
+            moved.append(not torch.equal(rows(model, batch, 1), rows(model, batch[1:], 0)))
+    assert moved == [True, False]
+
+
+@pytest.mark.skipif(not KERNELS, reason="CENOTE_ISA switches the kernels off")
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_attention_over_prefixes_by_torch_is_left_out(kind: str) -> None:
     """Shared by default in float32, where it moves rows by rounding; in int8 it moved them by 8e-3."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from cenote.errors import Overloaded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app, gate
-from cenote.server.admission import KNOWN_AFTER, MEMORY, Admission, EngineLine, Held, Line, RenderLine
+from cenote.server.admission import KNOWN_AFTER, SHORT_MEMORY, Admission, EngineLine, Held, Line, RenderLine
 from cenote.server.serving import LONG
 from tests import PATIENCE
 from tests.conftest import INFO, JSON
@@ -133,8 +134,37 @@ def test_of_work_that_took_long_only_what_a_pace_remembers_counts() -> None:
     line = Line(100, clock)
     line.change(1000)
     worked(line, clock, 100)
-    line.finish(60_000, seconds=600)
-    assert line.seconds == pytest.approx(1000 / (100 + 60_000 * MEMORY / 600))
+    line.finish(60_000, took=600)
+    assert line.seconds == pytest.approx(1000 / (100 + 60_000 * SHORT_MEMORY / 600))
+
+
+def test_parts_of_a_batch_count_for_the_time_before_it() -> None:
+    """Clients that wait fill a line up to a batch's end, and again after it: such a batch says no time."""
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(600)
+    worked(line, clock, 50)
+    line.change(80 - 600)
+    clock.now += 1
+    line.change(50)
+    for _ in range(20):
+        for _ in range(5):
+            line.finish(10)
+            line.change(-10)
+        line.change(50)
+        clock.now += 1
+    line.change(1000 - line.amount)
+    assert line.seconds == pytest.approx(1000 / 50)
+
+
+def test_a_pace_that_falls_is_believed_sooner_than_one_that_rises() -> None:
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(1000)
+    for pace, seconds, expected in ((100, 20, 10), (50, 3, 17.8), (100, 3, 11.1), (100, 40, 10)):
+        for _ in range(seconds):
+            worked(line, clock, pace)
+        assert line.seconds == pytest.approx(expected, rel=0.02), (pace, seconds)
 
 
 def test_a_body_in_the_hands_of_one_thread_is_in_nobody_s_way() -> None:
@@ -189,17 +219,17 @@ def test_a_request_is_refused_when_it_would_wait_too_long(tokenizer: PreTrainedT
             worked(own.line(service), clock, 10_000)
         own.check()
         own.check_model(second)
-        with pytest.raises(Overloaded, match="would wait some 11 s, and at most 10 s are allowed") as refusal:
+        with pytest.raises(Overloaded, match="would wait 11 to 13 s, and at most 10 s are allowed") as refusal:
             own.check_model(first)
         assert refusal.value.retry_after == 6, "then half of the longest wait is left"
         with ExitStack() as more:
             filled(own.line(second), 70_000, 500, more)
-            with pytest.raises(Overloaded, match="some 11 s"):
+            with pytest.raises(Overloaded, match="11 to 13 s"):
                 own.check()
         own.check()
         own.rendering.change(1_000_000)
         own.rendering.rendered(50_000, 1)
-        with pytest.raises(Overloaded, match="some 14 s") as refusal:
+        with pytest.raises(Overloaded, match="14 to 17 s") as refusal:
             own.check()
         assert refusal.value.retry_after == 9
 
@@ -215,7 +245,7 @@ def test_a_large_request_waits_longer_than_a_small_one(tokenizer: PreTrainedToke
         own.check(300)
         own.check_model(first, 300)
         for check in (own.check, partial(own.check_model, first)):
-            with pytest.raises(Overloaded, match="some 16 s"):
+            with pytest.raises(Overloaded, match="16 to 19 s"):
                 check(1 << 20)
 
 
@@ -272,7 +302,7 @@ def test_an_overloaded_server_refuses_before_it_parses(
         assert answer.status_code == 429
         assert answer.headers["Retry-After"] == "2"
         message = answer.json()["error"]["message"]
-        assert message.startswith("the server is overloaded: a new request would wait some 3 s, and at most 2 s")
+        assert message.startswith("the server is overloaded: a new request would wait 3 to 4 s, and at most 2 s")
     assert parsed == []
     assert engine.submitted == []
     assert refusals("waiting") == before + 3
@@ -293,7 +323,7 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
     client = serve(engine, max_waiting_time=1, max_client_batch_size=LONG)
     (line,) = client.app._serving.admission._lines.values()  # type: ignore[attr-defined]
     line.change(10_000)
-    clock = Clock()
+    clock = Clock(time.monotonic())  # as the engine's
     line._clock = clock
     worked(line, clock, 10_300)
     line.change(-10_000)

@@ -165,7 +165,7 @@ def test_more_connections_still_are_closed_at_once(
 
 def test_connections_leave_descriptors_for_others() -> None:
     config = ServerConfig(max_connections=5000)
-    for descriptors, expected in ((100_000, 5000), (1024, 512), (600, 88), (10, 1)):
+    for descriptors, expected in ((100_000, 5000), (1024, 512), (600, 172), (128, 32), (10, 3)):
         assert connections.Limits.of(config, descriptors).connections == expected
     assert connections.descriptors() >= 1024
 

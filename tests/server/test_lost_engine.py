@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 import requests
 
+from cenote.server.serving import SHORT
 from tests import PATIENCE
 from tests.forked import Forked
-from tests.trouble import LONG
+from tests.trouble import LONG, STUCK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +91,25 @@ def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path
     finally:
         front.process.terminate()
         front.rest()
+
+
+def test_a_render_thread_that_hangs_does_not_keep_a_server_from_its_end() -> None:
+    """Of requests that are long enough for such a thread; the other one goes on."""
+    server = Server.of("renders", "serve", "--port", "0", "--auto-truncate", "--shutdown-timeout", "1")
+    url = server.address()
+    long = "word " * SHORT
+    with ThreadPoolExecutor(2) as pool:
+        stuck = pool.submit(post, url, f"{STUCK} {long}")
+        assert [post(url, long).status_code for _ in range(3)] == [200] * 3
+        assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        assert not stuck.done()
+        server.process.terminate()
+        answer = stuck.result(PATIENCE)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the server is shutting down")
+    log = server.rest()
+    assert server.process.returncode == 1, log
+    assert "a render thread hangs" in log
+    assert "does not end by itself" not in log, "the last resort is not needed"
 
 
 def test_a_text_that_fails_does_not_fail_others_or_show_internals() -> None:

@@ -7,9 +7,10 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from cenote.core import LateChunkingParams, PoolingParams, Sequence
+from cenote.core import LateChunkingParams, Output, PoolingParams, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.server.wire import sizes
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO, JSON
@@ -159,12 +160,41 @@ def test_an_answer_that_is_too_large_is_refused_before_anything_runs(
 
 def test_every_task_of_a_sequence_counts() -> None:
     several = Sequence([1, 2, 3], "embed", also=("token_embed", "sparse"))
-    assert sizes.numbers(INFO, [several]) == 8 + 3 * 8 + 2 * 3
+    assert sizes.numbers(INFO, [several]) == 8 + 3 * 8, "of weights, the model decides"
+    assert sizes.numbers(INFO, [Sequence([1, 2, 3], "sparse", PoolingParams(top_k=5))] * 2) == 2 * 2 * 5
+    assert sizes.numbers(INFO, [Sequence([1, 2, 3], "sparse", PoolingParams(top_k=1 << 40))]) == 2 * INFO.vocab_size
     assert sizes.numbers(INFO, [replace(several, also=(), params=PoolingParams(dimensions=4))]) == 4
     chunks = PoolingParams(late_chunking_params=LateChunkingParams(2))
     assert sizes.numbers(INFO, [Sequence([1, 2, 3], "token_embed", chunks)]) == 2 * 8
     assert sizes.numbers(INFO, [Sequence([1, 2, 3], "token_embed", keep=(1,))]) == 8
     assert sizes.numbers(INFO.reported(token_dimension=5), [Sequence([1, 2], "token_embed")]) == 10
+
+
+class Expanding(FakeEngine):
+    """Gives each text seven weights more than it has tokens, as SPLADE does."""
+
+    def _output(self, sequence: Sequence) -> Output:
+        count = len(sequence) + 7
+        return Output(np.ones(count, np.float32), np.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/embed_sparse", {"inputs": ["one two"] * 4}),
+        ("/pooling", {"input": ["one two"] * 4, "task": "sparse"}),
+    ],
+)
+def test_sparse_weights_are_counted_when_they_are_there(serve: Serve, path: str, fields: dict[str, Any]) -> None:
+    engine = Expanding(replace(INFO, tasks=("sparse",), default_task="sparse", vector_task="sparse"))
+    tokens = len(serve(engine).post("/tokenize", json={"prompt": "one two"}).json()["tokens"])
+    size = 4 * (tokens + 7) * 2 * 12
+    assert send(serve(engine, max_response_bytes=size), fields, path).status_code == 200
+    answer = send(serve(engine, max_response_bytes=size - 1), fields, path)
+    assert answer.status_code == 400
+    assert f"the answer would have {4 * (tokens + 7)} sparse weights, some {size} bytes" in answer.text
+    assert "`top_k`" in answer.text
+    assert len(engine.submitted) == 8
 
 
 def test_rows_of_classes_count_too(serve: Serve) -> None:

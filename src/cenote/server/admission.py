@@ -2,7 +2,8 @@
 
 Two lines form in a server: bodies that wait for a render thread, counted in bytes, and sequences that wait for an
 engine, counted in tokens. Each knows the pace at which it was worked off of late, so the wait that a new request has
-before it is a division. Nothing here looks at the requests that wait.
+before it is a division. Nothing here looks at the requests that wait. A pace that falls, as when a flood begins, is
+believed sooner than one that rises: what is accepted by too high a pace waits longer than anybody should.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import weakref
 from typing import TYPE_CHECKING, TypeVar
 
 from cenote import metrics
-from cenote.core import coalesce
 from cenote.engine.scheduler import BULK
 from cenote.errors import Overloaded
 
@@ -31,8 +31,10 @@ T = TypeVar("T")
 RENDER_THREADS = 2
 KNOWN_AFTER = 0.5
 """Seconds of full work after which a pace is believed."""
-MEMORY = 10.0
-"""Seconds of full work that a pace remembers; older work counts ever less."""
+MEMORY, SHORT_MEMORY = 10.0, 2.0
+"""Seconds of full work that the two paces of a line remember; older work counts ever less. The slower one counts."""
+MARGIN = 1.2
+"""Part of its estimate that a wait may take: a pace may fall by a tenth while requests wait, and then they run."""
 BYTES_PER_TOKEN = 4
 """A guess for bodies that are not tokenised yet."""
 SMALL_BODY = 65_536
@@ -41,6 +43,37 @@ SMALL_BODY = 65_536
 _OPEN: weakref.WeakSet[Admission] = weakref.WeakSet()
 metrics.waiting_seconds.set_function(lambda: max((admission.seconds for admission in [*_OPEN]), default=0.0))
 metrics.pending_bytes.set_function(lambda: sum(admission.pending for admission in [*_OPEN]))
+
+
+class Pace:
+    """Work by the time that it took, of late.
+
+    Args:
+        memory: seconds of work that are remembered.
+    """
+
+    def __init__(self, memory: float) -> None:
+        self._memory = memory
+        self._seconds = 0.0
+        self._finished = 0.0
+
+    def add(self, amount: float, seconds: float, took: float = 0.0) -> None:
+        """Remember that so much was finished.
+
+        Args:
+            amount: of work.
+            seconds: since other work was finished.
+            took: seconds that it took in all. Only its end counts if that is more than is remembered.
+        """
+        kept = max(0.0, self._memory - seconds) / max(self._seconds, self._memory - seconds, 1e-9)
+        self._seconds = kept * self._seconds + seconds
+        self._finished = kept * self._finished + amount * min(1.0, self._memory / max(took, self._memory))
+
+    def seconds_of(self, amount: float) -> float:
+        """Return the seconds that so much work takes; 0 while the pace is not known."""
+        if self._seconds < KNOWN_AFTER or not self._finished:
+            return 0.0
+        return amount * self._seconds / self._finished
 
 
 class Line:
@@ -60,9 +93,9 @@ class Line:
         self._clock = clock
         self._lock = threading.Lock()
         self._was_full = False
-        self._since = 0.0
-        self._seconds = 0.0
-        self._finished = 0.0
+        self._is_counted = False
+        self._since = -1.0  # before any time of a clock
+        self._paces = [Pace(MEMORY), Pace(SHORT_MEMORY)]
 
     @property
     def seconds(self) -> float:
@@ -70,10 +103,8 @@ class Line:
         return self._seconds_of(self.amount)
 
     def _seconds_of(self, amount: int) -> float:
-        """Return the seconds that so much work takes; 0 while the pace is not known."""
-        if self._seconds < KNOWN_AFTER or not self._finished:
-            return 0.0
-        return amount * self._seconds / self._finished
+        """Return the seconds that so much work takes by the slower pace; 0 while none is known."""
+        return max(pace.seconds_of(amount) for pace in self._paces)
 
     def change(self, amount: int) -> None:
         """Add work, or take it away."""
@@ -81,27 +112,30 @@ class Line:
             self.amount += amount
             self._was_full = self._was_full and self.amount >= self._full
 
-    def finish(self, amount: int, seconds: float = 0.0) -> None:
+    def finish(self, amount: int, took: float = 0.0, at: float = 0.0) -> None:
         """Note that so much was finished. It stays in the line until `change` takes it away.
+
+        All that is finished at one time, as the parts of a batch, was made since the time before; it counts if the line
+        was full all the while.
 
         Args:
             amount: of work.
-            seconds: that it took. Only its end counts if a pace does not remember so many.
+            took: seconds, see `Pace.add`.
+            at: time of the clock; 0 = now.
         """
-        now = self._clock()
         with self._lock:
-            if self._was_full:
-                self._add(amount * min(1.0, MEMORY / max(seconds, MEMORY)), now - self._since)
-            self._since = now
+            seconds = max(0.0, (at or self._clock()) - self._since)
+            if seconds:
+                self._is_counted = self._was_full
+                self._since += seconds
             self._was_full = self.amount >= self._full
+            if self._is_counted:
+                self._add(amount, seconds, took)
 
-    def _add(self, amount: float, seconds: float) -> None:
-        """Let the pace remember some work. Under the lock."""
-        self._seconds += seconds
-        self._finished += amount
-        kept = min(1.0, MEMORY / max(self._seconds, MEMORY))
-        self._seconds *= kept
-        self._finished *= kept
+    def _add(self, amount: float, seconds: float, took: float = 0.0) -> None:
+        """Let the paces remember some work, see `Pace.add`. Under the lock."""
+        for pace in self._paces:
+            pace.add(amount, seconds, took)
 
 
 class Place:
@@ -265,7 +299,7 @@ class Held:
             raise Overloaded(
                 f"the bodies of other requests take {others} bytes, and all together may take "
                 f"{self._admission.max_bytes} (--max-pending-bytes); try again later",
-                retry_after=self._admission.retry_after(),
+                retry_after=self._admission.retry_after(self._admission.seconds),
                 reason="bytes",
             )
 
@@ -330,19 +364,14 @@ class Admission:
             self._check(self.rendering.seconds + wait)
 
     def _check(self, seconds: float) -> None:
-        if seconds > self._longest:
+        if MARGIN * seconds > self._longest:
             raise Overloaded(
-                f"the server is overloaded: a new request would wait some {seconds:.0f} s, and at most "
-                f"{self._longest:g} s are allowed (--max-waiting-time); try again later",
+                f"the server is overloaded: a new request would wait {seconds:.0f} to {MARGIN * seconds:.0f} s, and at "
+                f"most {self._longest:g} s are allowed (--max-waiting-time); try again later",
                 retry_after=self.retry_after(seconds),
                 reason="waiting",
             )
 
-    def retry_after(self, seconds: float | None = None) -> int:
-        """Return the seconds after which half of the longest wait is left, at least 1.
-
-        Args:
-            seconds: wait of a new request; default: the shortest one.
-        """
-        seconds = coalesce(seconds, self.seconds)
+    def retry_after(self, seconds: float) -> int:
+        """Return the seconds after which of a wait of `seconds` half of the longest one is left, at least 1."""
         return max(1, math.ceil(seconds - self._longest / 2))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPARE = 256
-"""Connections beyond the limit that are answered 503; even more are closed at once."""
+"""Connections beyond the limit that are answered 503, where the system allows so many; see `Limits`."""
 RESERVED = 256
 """Descriptors of the process that are not for connections: files of models, sockets of engines."""
 LINGER = 2.0
@@ -49,6 +49,7 @@ class Limits:
 
     Attributes:
         connections: maximum number that is served.
+        spare: further ones that are answered 503; even more are closed at once.
         header_bytes: maximum bytes of a request line and its headers.
         header_count: maximum headers.
         header_seconds: seconds in which a request line and its headers have to arrive.
@@ -57,6 +58,7 @@ class Limits:
     """
 
     connections: int
+    spare: int
     header_bytes: int
     header_count: int
     header_seconds: float
@@ -66,9 +68,11 @@ class Limits:
     @classmethod
     def of(cls, config: ServerConfig, descriptors: int) -> Limits:
         """Return the limits of a server that may have so many open files."""
-        most = max(1, min(config.max_connections, descriptors - RESERVED - SPARE))
+        room = max(2, descriptors - min(RESERVED, descriptors // 2))
+        spare = min(SPARE, room // 2)
         return cls(
-            connections=most,
+            connections=min(config.max_connections, room - spare),
+            spare=spare,
             header_bytes=config.max_header_bytes,
             header_count=config.max_header_count,
             header_seconds=config.header_timeout,
@@ -111,10 +115,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept a connection, or only to refuse its requests, or not at all."""
         count = len(self.connections)
-        if count >= self.limits.connections + SPARE:
+        if count >= self.limits.connections + self.limits.spare:
             self.transport = transport
             transport.abort()
-            self._tell()
+            self._tell(self.limits.spare)
             return
         if count >= self.limits.connections:
             refusal = TooManyConnections(
@@ -125,7 +129,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
 
     @classmethod
-    def _tell(cls) -> None:
+    def _tell(cls, spare: int) -> None:
         """Log, now and then, how many connections were closed at once."""
         metrics.refusals_of("connections").inc()
         Connection._closed += 1
@@ -134,7 +138,7 @@ class Connection(HttpToolsProtocol):
             log.warning(
                 "connections closed at once: %d, since there are %d more than --max-connections allows",
                 Connection._closed,
-                SPARE,
+                spare,
             )
             Connection._said, Connection._closed = now, 0
 

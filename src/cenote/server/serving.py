@@ -3,16 +3,18 @@
 A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
 request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
 every step of the way to a thread and back waits for the interpreter's lock. Requests that arrive together reach the
-engine together, so that the first of many is not a batch of one.
+engine together, so that the first of many is not a batch of one. Of these, and of answers that come together, the loop
+does some in each of its turns (`cenote.server.turns`), so that refusals do not wait for them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,6 +31,7 @@ from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
+from cenote.server.turns import Turns
 from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
 
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from cenote.server.admission import EngineLine
     from cenote.server.wire.fields import Queued
 
+log = logging.getLogger(__name__)
+
 CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body up to which text is rendered on the event loop."""
@@ -55,8 +60,12 @@ QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
+MANY_HELD = 64
+"""Requests with which they do so even if others wait for their turn."""
 NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
+LAST_RENDERS = 2.0
+"""Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
 LONG = 64
 """Sequences of a request from which on the pace of its engine is told of its parts, and not when all are done."""
 T = TypeVar("T")
@@ -97,11 +106,13 @@ class Serving:
         self.paths: dict[str, list[str]] = {}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None
+        self._in_pool: set[Future[Any]] = set()
+        self._fault = ""
 
     @property
     def fault(self) -> str:
-        """The fault of the first engine that has one."""
-        return next(filter(None, (service.engine.fault for service in self.services)), "")
+        """The fault of the first engine that has one, or of the render threads at the end."""
+        return next(filter(None, (service.engine.fault for service in self.services)), self._fault)
 
     def find(self, model: str | None, *, any_name: bool = False) -> Service:
         """See `Models.find`."""
@@ -143,7 +154,10 @@ class Serving:
                 release_threads()
 
         with metrics.timed(stage):
-            return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+            working = self._pool.submit(run)
+            self._in_pool.add(working)
+            working.add_done_callback(self._in_pool.discard)
+            return await asyncio.wrap_future(working)
 
     async def answer(
         self,
@@ -175,6 +189,7 @@ class Serving:
         try:
             with line.enter(size) as place:
                 if is_plain and size <= SHORT and service.renderer.is_fast:
+                    await self._desk_here().renders.wait()
                     with metrics.timed("render"):
                         job = make()
                 else:
@@ -198,29 +213,35 @@ class Serving:
 
     async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""
-        loop = asyncio.get_running_loop()
-        if self._desk is None or self._desk.loop is not loop:
-            self._desk = Desk(loop)
+        desk = self._desk_here()
         count, tokens = len(job.sequences), job.tokens
         followed = metrics.trip.get()
         if followed is not None:
             followed.model, followed.sequences, followed.tokens = service.names[0], count, tokens
         parts = _Parts(line, tokens, count) if count >= LONG else None
-        answer = self._desk.submit(service.engine, job.sequences, parts)
-        watch = loop.call_later(NOTICE, _watch, request, answer)
-        began = time.monotonic()
+        finished = partial(_finish, line, tokens if parts is None else 0)
+        answer = desk.submit(service.engine, job.sequences, parts, finished)
+        watch = desk.loop.call_later(NOTICE, _watch, request, answer)
         try:
-            outputs = await answer
+            return await answer
         finally:
             watch.cancel()
-        line.finish(tokens if parts is None else 0, time.monotonic() - began)
-        return outputs
+
+    def _desk_here(self) -> Desk:
+        """Return the desk of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._desk is None or self._desk.loop is not loop:
+            self._desk = Desk(loop)
+        return self._desk
 
     def close(self) -> None:
-        """Finish the accepted work and stop."""
+        """Finish the accepted work and stop. A render thread that hangs is left, and is the `fault`."""
         for service in self.services:
             service.engine.close()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if wait([*self._in_pool], LAST_RENDERS).not_done:
+            self._fault = "a render thread hangs"
+            log.critical("%s; the process ends with an error", self._fault)
 
 
 class _Parts:
@@ -244,12 +265,13 @@ class _Held(NamedTuple):
     """A request that is to reach an engine.
 
     Attributes:
-        trip: of the request, if somebody follows it.
+        answer: ends as the request does.
+        callbacks: called with the engine's future when that is done, on a thread of the engine's.
     """
 
     submit: Callable[[], Future[list[Output]]]
     answer: asyncio.Future[list[Output]]
-    trip: metrics.Trip | None
+    callbacks: tuple[Callable[[Future[list[Output]]], None], ...]
 
 
 class Desk:
@@ -257,21 +279,40 @@ class Desk:
 
     Requests are handed over once no other has come for some turns of the loop, and the loop is woken once for all
     answers that are there by then.
+
+    Attributes:
+        renders: turns of requests that are rendered on the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.renders = Turns(loop)
+        self._answers = Turns(loop)
         self._held: deque[_Held] = deque()
         self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken = False
 
     def submit(
-        self, engine: Engine, sequences: list[Sequence], progress: Callable[[int], None] | None = None
+        self,
+        engine: Engine,
+        sequences: list[Sequence],
+        progress: Callable[[int], None] | None = None,
+        *callbacks: Callable[[Future[list[Output]]], None],
     ) -> asyncio.Future[list[Output]]:
-        """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work."""
+        """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work.
+
+        Args:
+            engine: runs them.
+            sequences: of one request.
+            progress: see `cenote.core.Engine.submit`.
+            callbacks: see `_Held`.
+        """
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
-        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, metrics.trip.get()))
+        trip = metrics.trip.get()
+        if trip is not None:
+            callbacks = (*callbacks, partial(_note_stages, trip))
+        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, callbacks))
         if len(self._held) == 1:
             self._held_since = time.monotonic()
             self.loop.call_soon(self._hold, 1, 0)
@@ -291,11 +332,12 @@ class Desk:
             quiet: turns that brought no new one.
         """
         quiet = quiet + 1 if count == len(self._held) else 0
-        if quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD:
+        others_come = quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD
+        if others_come or (self.renders.is_busy and len(self._held) < MANY_HELD):
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
-            submit, answer, trip = self._held.popleft()
+            submit, answer, callbacks = self._held.popleft()
             if answer.done():  # cancelled
                 continue
             try:
@@ -303,8 +345,8 @@ class Desk:
             except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue
-            if trip is not None:
-                future.add_done_callback(partial(_note_stages, trip))
+            for callback in callbacks:
+                future.add_done_callback(callback)
             self._follow(future, answer)
             answer.add_done_callback(partial(_drop, future))
 
@@ -320,10 +362,14 @@ class Desk:
     def _settle(self) -> None:
         self._woken = False
         while self._done:
-            answer, future = self._done.popleft()
-            if answer.done():
-                continue
-            _resolve(answer, future)
+            self._answers.call(partial(_resolve, *self._done.popleft()))
+
+
+def _finish(line: EngineLine, tokens: int, future: Future[list[Output]]) -> None:
+    """Tell a line that a request is finished, by the times of its engine: those of a batch are the same."""
+    if not future.cancelled() and future.exception() is None:
+        times = times_of(future)
+        line.finish(tokens, times.finished - times.launched, times.finished)
 
 
 def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
@@ -336,7 +382,9 @@ def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
 
 
 def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
-    """End `answer` as `future` ended."""
+    """End `answer` as `future` ended, unless it has ended already."""
+    if answer.done():
+        return
     if future.cancelled():
         answer.cancel()
         return

@@ -15,7 +15,7 @@ from cenote.pipeline import operations
 from cenote.pipeline.options import ChatOptions
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
-from cenote.server.wire import answers
+from cenote.server.wire import answers, sizes
 from cenote.server.wire.encoding import entries, foreign_response, json_response, vectors_response, with_data
 from cenote.server.wire.fields import (
     Body,
@@ -255,16 +255,18 @@ async def answer_vectors(
             f"late chunking is for the task 'token_embed' alone, not for {[*tasks]}", param="late_chunking_params"
         )
     applied = body.applied(service.renderer.prompts)
+    limit = serving.config.max_response_bytes
 
     def make() -> Job[Response]:
         prompts, options = answers.prompts_of(serving, service, body, applied)
         job = operations.encode(service, prompts, task, params, options, also=also)
-        body.check_answer(serving.config.max_response_bytes, service.info, job.sequences)
+        body.check_answer(limit, service.info, job.sequences)
         form = body.form(service, tasks, params)
         if only_float:
             _check_float(body)
 
         def encode(outputs: list[Output]) -> Response:
+            sizes.check_weights(limit, outputs)
             head = answers.head(serving, request, body, prefix, job.sequences, applied)
             if only_float:
                 values = _several(service, body, outputs, tasks, form)

@@ -54,11 +54,16 @@ async def encoded(
         BadRequest: there are too many prompts, the answer would be too large, or as `operations.encode`.
     """
     serving.check_count(len(prompts))
+    limit = serving.config.max_response_bytes
+
+    def checked(outputs: list[Output]) -> Response:
+        sizes.check_weights(limit, outputs)
+        return encode(outputs)
 
     def make() -> Job[Response]:
         job = operations.encode(service, prompts, task, params, options)
         count = sizes.numbers(service.info, job.sequences)
-        sizes.check(serving.config.max_response_bytes, count, sizes.JSON_NUMBER)
-        return replace(job, is_slow=is_slow).then(encode)
+        sizes.check(limit, count, sizes.JSON_NUMBER)
+        return replace(job, is_slow=is_slow).then(checked)
 
     return await serving.answer(request, service, body, make, is_plain=True)

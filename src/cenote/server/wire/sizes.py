@@ -1,8 +1,9 @@
-"""Sizes of answers, known before anything is computed for them."""
+"""Sizes of answers, known before anything is computed for them, but for sparse weights without `top_k`."""
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from cenote.core import coalesce
@@ -10,9 +11,10 @@ from cenote.errors import BadRequest
 from cenote.tasks import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Sequence as Seq
 
-    from cenote.core import ModelInfo, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
 
 JSON_NUMBER = 12
 """Bytes of a float32 in JSON, with its comma, on average."""
@@ -36,7 +38,7 @@ def echo(text: str | None) -> str:
 def numbers(info: ModelInfo, sequences: Seq[Sequence]) -> int:
     """Return how many numbers the outputs of `sequences` have, which share tasks and parameters.
 
-    Of sparse weights it is a guess: one for each token.
+    Sparse weights without `top_k` do not count: how many there are, the model decides, see `check_weights`.
     """
     first = sequences[0]
     count = _numbers(info, sequences, first.task)
@@ -48,7 +50,7 @@ def numbers(info: ModelInfo, sequences: Seq[Sequence]) -> int:
 def _numbers(info: ModelInfo, sequences: Seq[Sequence], task: str) -> int:
     params = sequences[0].params
     if task == "sparse":
-        return 2 * coalesce(params.top_k, max(map(len, sequences))) * len(sequences)
+        return 2 * min(params.top_k or 0, info.vocab_size) * len(sequences)
     rows = sum(map(_rows, sequences)) if TASKS[task].granularity == "token" else len(sequences)
     if "classify" in task:
         return rows * info.num_labels
@@ -84,6 +86,32 @@ def check(limit: int, count: int, number: float) -> None:
             "embed_dtype 'float16'",
             param="input",
         )
+
+
+def check_weights(limit: int, outputs: Iterable[Output]) -> None:
+    """Refuse a request whose sparse weights, which are computed and not yet encoded, are too many.
+
+    Args:
+        limit: maximum bytes of an answer.
+        outputs: of the request; those without weights do not count.
+
+    Raises:
+        BadRequest: it would have more bytes than an answer may have.
+    """
+    weights = sum(map(_weights, outputs))
+    size = 2 * JSON_NUMBER * weights
+    if size > limit:
+        raise BadRequest(
+            f"the answer would have {weights} sparse weights, some {size} bytes, and at most {limit} are allowed "
+            "(--max-response-bytes); send fewer or shorter inputs, or ask for the largest weights alone by `top_k`",
+            param="input",
+        )
+
+
+def _weights(output: Output) -> int:
+    """Return the sparse weights of a sequence, those of further tasks included."""
+    parts = chain([output], output.others.values())
+    return sum(part.indices.size for part in parts if part.indices is not None)
 
 
 def check_header(parts: Seq[dict[str, object]]) -> None:
