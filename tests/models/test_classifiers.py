@@ -11,7 +11,7 @@ from cenote.models.layouts import forward
 from cenote.models.passes.table import prepared
 from cenote.models.probe import HeadProbe
 from cenote.tensors.packing import pack
-from material.zoo import FIRST_TOKEN, ZOO, Architecture, build, class_of
+from material.zoo import FIRST_TOKEN, ZOO, Architecture, build, has_class
 
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
 # fmt: off
@@ -30,7 +30,7 @@ LENGTHS = (17, 3, 40, 1, 17, 29)
 
 def rows(head: str) -> list[tuple[Architecture, int]]:
     """Rows of the zoo that have `head`, and numbers of labels."""
-    known = [a for a in ZOO if class_of(a, head) and not (head == SEQUENCE and a.name in REFUSED)]
+    known = [a for a in ZOO if has_class(a, head) and not (head == SEQUENCE and a.name in REFUSED)]
     return [(a, labels) for a in known for labels in ((1, 2, 5) if a.name in NAMED else (3,))]
 
 
