@@ -18,7 +18,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import IO, TYPE_CHECKING
+
+from tests import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,13 +41,27 @@ READ_BY_IMPORTING = ("HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "OPENBLAS_", 
 LONGEST_REQUEST = 1 << 20
 
 
+def run(
+    program: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -c program arguments` to its end, as `subprocess.run` does with what it writes."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        process = Forked("-c", program, *arguments, environment=environment, stdout=out.fileno())
+        with process.stderr as log:
+            errors = log.read()
+        status = process.wait(PATIENCE)
+        out.seek(0)
+        return subprocess.CompletedProcess([program, *arguments], status, out.read(), errors)
+
+
 class Forked:
     """`python -m module arguments`, with as much of `subprocess.Popen` as tests use.
 
     Args:
-        module: run as `__main__`.
+        module: run as `__main__`; `-c` if the first of the arguments is a program.
         arguments: of the command line.
         environment: variables, by default those of this process.
+        stdout: descriptor of the file that it prints to.
 
     Attributes:
         pid: of the process.
@@ -52,7 +69,9 @@ class Forked:
         returncode: exit status, negative for a signal; `None` while it runs.
     """
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *arguments: str, environment: Mapping[str, str] | None = None, stdout: int = 1
+    ) -> None:
         wanted = dict(os.environ if environment is None else environment)
         changed = dict(wanted.items() ^ os.environ.items())
         early = [name for name in changed if name.startswith(READ_BY_IMPORTING)]
@@ -68,7 +87,7 @@ class Forked:
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.stderr: IO[str] = os.fdopen(reader, encoding="utf-8")
         with theirs:
-            socket.send_fds(_origin(), [json.dumps(request).encode()], [1, writer, theirs.fileno()])
+            socket.send_fds(_origin(), [json.dumps(request).encode()], [stdout, writer, theirs.fileno()])
         os.close(writer)
         self.pid = int(self._answers.recv(64))
         self.returncode: int | None = None
@@ -164,5 +183,9 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     module, arguments = _fork(socket.socket(fileno=os.dup(0)))
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module == "-c":
+        sys.argv = [module, *arguments[1:]]
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -14,7 +14,7 @@ import pytest
 
 from cenote.engine.cache import CachedEngine
 from cenote.engine.engine import LocalEngine
-from tests import PATIENCE
+from tests import PATIENCE, forked
 from tests.engine.test_engine import Model, check, texts
 
 linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -44,15 +44,9 @@ FORKED = """
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE
-    )
-
-
 @linux
 def test_a_forked_child_is_told_what_to_do_and_can_make_its_own() -> None:
-    done = run(FORKED)
+    done = forked.run(textwrap.dedent(FORKED))
     assert done.returncode == 0, done.stderr
 
 
