@@ -103,8 +103,15 @@ def tell_apart(rows: np.ndarray) -> float:
 # --- parity --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [1, 2, 5])
-@pytest.mark.parametrize("name", FAMILIES)
+LABELS = [
+    pytest.param(name, labels, id=f"{name}-{labels}", marks=pytest.mark.full if labels == 5 and name != "bert" else ())
+    for name in FAMILIES
+    for labels in (1, 2, 5)
+]
+"""Families and numbers of labels. Five are two once more: but for one family, `make test-rest` tries them."""
+
+
+@pytest.mark.parametrize(("name", "labels"), LABELS)
 def test_pairs_as_sentence_transformers_predicts(tmp_path: Path, name: str, labels: int) -> None:
     folder = build(tmp_path, name, labels)
     model = CrossEncoder(str(folder), device="cpu")
