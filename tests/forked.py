@@ -39,6 +39,8 @@ IMPORTED = (
 READ_BY_IMPORTING = ("HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "TORCH", "TRANSFORMERS_")
 """Beginnings of the variables that take effect before a process is forked."""
 LONGEST_REQUEST = 1 << 20
+PATH = (*filter(None, sys.path),)
+"""Where modules are found when the tests are collected: what a test adds for itself is not imported for all others."""
 
 
 def run(
@@ -132,7 +134,7 @@ def _origin() -> socket.socket:
     """Return the end of a socket at whose other end a process waits that has imported Cenote."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATH)}
     process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs, env=environment)
     theirs.close()
 
