@@ -19,8 +19,8 @@ MODULES = (
 
 
 @functools.cache
-def docstrings(count: int) -> tuple[str, ...]:
-    """`count` different docstrings, in an order that spreads the modules and lengths."""
+def library() -> tuple[str, ...]:
+    """All different docstrings of `MODULES`, in their order."""
     found: dict[str, None] = {}
     for name in MODULES:
         file = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
@@ -31,7 +31,12 @@ def docstrings(count: int) -> tuple[str, ...]:
                 text := ast.get_docstring(node)
             ):
                 found[text] = None
-    texts = list(found)
+    return tuple(found)
+
+
+def docstrings(count: int) -> tuple[str, ...]:
+    """`count` different docstrings, in an order that spreads the modules and lengths."""
+    texts = library()
     if len(texts) < count:
         raise ValueError(f"the standard library here has {len(texts)} docstrings, not {count}")
     step = len(texts) / count

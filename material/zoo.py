@@ -6,6 +6,7 @@ position or window moves the output by O(1). Nothing is downloaded, and this fil
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -253,11 +254,23 @@ def build(architecture: Architecture, *, seed: int = 0, head: str = "", **option
 
 
 def class_of(architecture: Architecture, head: str) -> Any:
-    """The row's class with `head`, or `None` if Transformers has none."""
+    """The row's class with `head`."""
+    return getattr(transformers, _class_name(architecture, head))
+
+
+def has_class(architecture: Architecture, head: str) -> bool:
+    """Whether Transformers has the row's class with `head`; the class is not imported."""
+    return _class_name(architecture, head) in _names()
+
+
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(dir(transformers))
+
+
+def _class_name(architecture: Architecture, head: str) -> str:
     name = architecture.model
-    if head:
-        name = f"{name.removesuffix('Model').removesuffix('Encoder')}{head}"
-    return getattr(transformers, name, None)
+    return f"{name.removesuffix('Model').removesuffix('Encoder')}{head}" if head else name
 
 
 def _config(architecture: Architecture) -> PreTrainedConfig:

@@ -35,11 +35,15 @@ settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
 LONGEST = (
-    "server/test_process", "test_retrieval_quality", "test_benchmarks", "models/test_hub", "models/test_multi_vector",
-    "models/test_narrow", "models/test_checkpoint", "pipeline/test_plugins", "models/test_sentence_transformers",
-    "models/test_classifiers", "models/test_cross_encoders", "models/test_parity_zoo", "models/test_graphs",
-    "cli/test_bench", "tensors/test_process", "models/test_convert", "test_examples_of_peers",
-    "pipeline/test_similarity", "models/test_reentrant", "test_llm", "engine/test_scheduler",
+    "server/test_process", "models/test_multi_vector", "models/test_folder_keys", "models/test_damage",
+    "models/test_rerankers", "models/test_sentence_transformers", "models/test_reentrant", "models/test_classifiers",
+    "models/test_cross_encoders", "models/test_peft", "models/test_checkpoint", "models/test_hub", "cli/test_bench",
+    "models/test_heads", "models/test_images_qwen_vl", "pipeline/test_plugins", "server/test_front_process",
+    "test_docs", "models/test_parity_zoo", "models/test_narrow", "models/test_graphs", "models/test_message_folders",
+    "models/test_batch_invariant", "test_retrieval_quality", "test_benchmarks", "models/test_sparse",
+    "tensors/test_process", "models/test_convert", "pipeline/test_templates", "models/test_folder_values",
+    "server/test_hub_client", "server/test_lost_engine", "test_examples_of_peers", "pipeline/test_similarity",
+    "test_llm", "engine/test_scheduler",
 )  # fmt: skip
 """Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}

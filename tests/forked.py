@@ -18,7 +18,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import IO, TYPE_CHECKING
+
+from tests import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,15 +39,31 @@ IMPORTED = (
 READ_BY_IMPORTING = ("HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "TORCH", "TRANSFORMERS_")
 """Beginnings of the variables that take effect before a process is forked."""
 LONGEST_REQUEST = 1 << 20
+PATH = (*filter(None, sys.path),)
+"""Where modules are found when the tests are collected: what a test adds for itself is not imported for all others."""
+
+
+def run(
+    program: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -c program arguments` to its end, as `subprocess.run` does with what it writes."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        process = Forked("-c", program, *arguments, environment=environment, stdout=out.fileno())
+        with process.stderr as log:
+            errors = log.read()
+        status = process.wait(PATIENCE)
+        out.seek(0)
+        return subprocess.CompletedProcess([program, *arguments], status, out.read(), errors)
 
 
 class Forked:
     """`python -m module arguments`, with as much of `subprocess.Popen` as tests use.
 
     Args:
-        module: run as `__main__`.
+        module: run as `__main__`; `-c` if the first of the arguments is a program.
         arguments: of the command line.
         environment: variables, by default those of this process.
+        stdout: descriptor of the file that it prints to.
 
     Attributes:
         pid: of the process.
@@ -52,7 +71,9 @@ class Forked:
         returncode: exit status, negative for a signal; `None` while it runs.
     """
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *arguments: str, environment: Mapping[str, str] | None = None, stdout: int = 1
+    ) -> None:
         wanted = dict(os.environ if environment is None else environment)
         changed = dict(wanted.items() ^ os.environ.items())
         early = [name for name in changed if name.startswith(READ_BY_IMPORTING)]
@@ -68,7 +89,7 @@ class Forked:
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.stderr: IO[str] = os.fdopen(reader, encoding="utf-8")
         with theirs:
-            socket.send_fds(_origin(), [json.dumps(request).encode()], [1, writer, theirs.fileno()])
+            socket.send_fds(_origin(), [json.dumps(request).encode()], [stdout, writer, theirs.fileno()])
         os.close(writer)
         self.pid = int(self._answers.recv(64))
         self.returncode: int | None = None
@@ -113,7 +134,7 @@ def _origin() -> socket.socket:
     """Return the end of a socket at whose other end a process waits that has imported Cenote."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATH)}
     process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs, env=environment)
     theirs.close()
 
@@ -164,5 +185,9 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     module, arguments = _fork(socket.socket(fileno=os.dup(0)))
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module == "-c":
+        sys.argv = [module, *arguments[1:]]
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

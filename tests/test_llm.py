@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import re
-import subprocess
-import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,7 @@ import cenote.llm
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.errors import BadRequest, CheckpointError, Closed, ConfigError, EngineFailed, TooLong
 from cenote.outputs import EmbeddingOutput, EmbeddingRequestOutput, PoolingOutput, PoolingRequestOutput
-from tests import PATIENCE, checkpoints
+from tests import PATIENCE, checkpoints, forked
 from tests.checkpoints import SHORT, TEXTS
 
 if TYPE_CHECKING:
@@ -496,9 +494,7 @@ def test_an_open_llm_does_not_disturb_the_interpreters_exit(folder: Path) -> Non
         "made.embed(['a'] * 50, use_tqdm=False)\n"
         "made._service.engine.submit(made._service.renderer.render(['b'] * 500, 'embed', cenote.PoolingParams()))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = forked.run(program, str(folder))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -583,7 +583,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "the server's flag": (["--port", "3"], "unknown flag '--port'"),
     "task": (["--task", "embedding"], "task: unknown task 'embedding'; did you mean 'embed'?"),
     "task of others": (
-        ["--task", "classify"],
+        ["tiny", "--task", "classify"],
         "Unsupported task: 'classify' Supported tasks: ('embed', 'token_embed')",
     ),
     "measure": (["--measure", "speed"], "measure.0: Input should be 'throughput', 'latency', 'batches' or 'load'"),
@@ -598,10 +598,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "form of the plot": (["--plot", "a.gif"], "plot: a file ending in .png or .svg or .pdf or .html, got 'a.gif'"),
     "no such folder": (["--save", "missing/a.json"], "save: there is no folder 'missing'"),
     "too long": (
-        ["--input-len", "8", "300"],
-        "--input-len 300: sentence-transformers/all-MiniLM-L6-v2 reads at most 256",
+        ["tiny", "--input-len", "8", "300"],
+        "--input-len 300: tiny reads at most 64",
     ),
-    "too short": (["--input-len", "2"], "--input-len 2: for the task embed even one word has more tokens"),
+    "too short": (["tiny", "--input-len", "2"], "--input-len 2: for the task embed even one word has more tokens"),
     "address": (["--url", "localhost:8000"], "url: an address begins with http:// or https://, got 'localhost:8000'"),
     "port": (["--url", "http://localhost:x"], "no model can be had at http://localhost:x: InvalidURL"),
     "options of the model": (
@@ -612,11 +612,19 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model `tiny`."""
+    root = tmp_path_factory.mktemp("beside")
+    checkpoints.bert(root / "tiny")
+    return root
+
+
 @pytest.mark.parametrize(("argv", "sentence"), REFUSED.values(), ids=REFUSED)
 def test_refused(
-    argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argv: list[str], sentence: str, beside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(beside)
     assert main(["bench", *argv]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1

@@ -322,7 +322,7 @@ def test_what_comes_alone_runs_on_a_part_of_the_threads_where_that_is_faster() -
 
     def before(_: Seq[Sequence]) -> None:
         if torch.get_num_threads() == 4:
-            slow.wait(0.2)
+            slow.wait(1)  # longer than a thread waits for the processor where others have it
 
     model = Streamed(before)
     engine = LocalEngine(model, threads=4)

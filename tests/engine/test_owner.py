@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,8 +12,15 @@ import pytest
 
 from cenote.engine.cache import CachedEngine
 from cenote.engine.engine import LocalEngine
-from tests import PATIENCE
+from tests import PATIENCE, checkpoints, forked
 from tests.engine.test_engine import Model, check, texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT of 32 dimensions."""
+    return checkpoints.bert(tmp_path_factory.mktemp("tiny"))
+
 
 linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -24,7 +29,7 @@ FORKED = """
     from cenote import LLM
     from cenote.errors import EngineFailed
 
-    llm = LLM()
+    llm = LLM(sys.argv[1])
     llm.embed(["before the fork"], use_tqdm=False)
     child = os.fork()
     if child == 0:
@@ -33,10 +38,10 @@ FORKED = """
         except EngineFailed as error:
             well = "forked child" in str(error) and not llm._service.engine.healthy()
             llm.close()  # returns, and leaves the parent's engine alone
-            fresh = LLM()
+            fresh = LLM(sys.argv[1])
             (output,) = fresh.embed(["in the child"], use_tqdm=False)
             fresh.close()
-            os._exit(0 if well and len(output.outputs.embedding) == 384 else 3)
+            os._exit(0 if well and len(output.outputs.embedding) == 32 else 3)
         os._exit(4)
     _, status = os.waitpid(child, 0)
     (output,) = llm.embed(["after the fork"], use_tqdm=False)
@@ -44,15 +49,9 @@ FORKED = """
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE
-    )
-
-
 @linux
-def test_a_forked_child_is_told_what_to_do_and_can_make_its_own() -> None:
-    done = run(FORKED)
+def test_a_forked_child_is_told_what_to_do_and_can_make_its_own(folder: Path) -> None:
+    done = forked.run(textwrap.dedent(FORKED), str(folder))
     assert done.returncode == 0, done.stderr
 
 
@@ -102,31 +101,36 @@ def test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child() -> None:
 
 
 SPAWNED = """
-    import multiprocessing
     from cenote import LLM
 
-    def embed(text):
-        with LLM() as llm:
+    def embed(folder, text):
+        with LLM(folder) as llm:
             (output,) = llm.embed([text], use_tqdm=False)
         return len(output.outputs.embedding)
+"""
+SPAWNS = """
+    import multiprocessing, sys
+    from cenote import LLM
 
-    if __name__ == "__main__":
-        llm = LLM()
-        llm.embed(["the parent has one, too"], use_tqdm=False)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.map(embed, ["in a spawned child"]) == [384]
+    folder = sys.argv[1]
+    sys.path.insert(0, sys.argv[2])
+    from spawned import embed
+
+    llm = LLM(folder)
+    llm.embed(["the parent has one, too"], use_tqdm=False)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.starmap(embed, [(folder, "in a spawned child")]) == [32]
 """
 
 
-def test_a_spawned_child_has_its_own(tmp_path: Path) -> None:
-    script = tmp_path / "spawned.py"
-    script.write_text(textwrap.dedent(SPAWNED))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE)
+def test_a_spawned_child_has_its_own(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "spawned.py").write_text(textwrap.dedent(SPAWNED))
+    done = forked.run(textwrap.dedent(SPAWNS), str(folder), str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_is_not_sent_to_another_process() -> None:
+def test_a_model_is_not_sent_to_another_process(folder: Path) -> None:
     from cenote import LLM
 
-    with LLM() as llm, pytest.raises(TypeError, match="make it in the process that uses it"):
+    with LLM(str(folder)) as llm, pytest.raises(TypeError, match="make it in the process that uses it"):
         pickle.dumps(llm)

@@ -14,7 +14,7 @@ import pytest
 
 from cenote.engine.scheduler import Scheduler
 
-FEW, MANY = 1_000, 100_000
+FEW, MANY = 1_000, 30_000
 BATCHES = 8
 LOOKED_AT = 1_100
 """Requests from which on a batch looks at no more of them."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +22,7 @@ from cenote.models import hub, resolve
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
-from tests import PATIENCE, checkpoints
+from tests import checkpoints, forked
 from tests.checkpoints import HIDDEN, NORMALIZE, POSITIONS, SHORT, dense, pooling
 
 if TYPE_CHECKING:
@@ -585,20 +582,15 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(bert: Path, tmp_path
     (folder / "own.py").write_text(CODE)
     classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
     checkpoints.edit_json(folder / "config.json", model_type="own-bert", auto_map=classes)
+    with pytest.raises(CheckpointError, match=r"own\.OwnModel as its AutoModel"):
+        LLM(model=str(folder))
     program = (
-        "import sys; from cenote import LLM\n"
-        "llm = LLM(model=sys.argv[1], trust_remote_code=len(sys.argv) > 2, pooler_config={'pooling_type': 'MEAN'})\n"
+        "import sys, transformers.dynamic_module_utils; from cenote import LLM\n"
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE = sys.argv[2]\n"
+        "llm = LLM(model=sys.argv[1], trust_remote_code=True, pooler_config={'pooling_type': 'MEAN'})\n"
         "print(*llm.embed('a', use_tqdm=False)[0].outputs.embedding)"
     )
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "home")}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
-
-    assert "own.OwnModel as its AutoModel" in run().stderr
-    trusted = run("trusted")
+    trusted = forked.run(program, str(folder), str(tmp_path / "modules"))
     assert trusted.returncode == 0, trusted.stderr
     expected = rows(bert, ["a"], pooler_config={"pooling_type": "MEAN"})[0]
     np.testing.assert_allclose([float(x) for x in trusted.stdout.split()], expected, rtol=0, atol=1e-5)

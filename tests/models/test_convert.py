@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from cenote import LLM, default_pooling_type, register_model
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models.convert import CLS_FAMILIES, MEAN_FAMILIES, architecture_pooling, conversion
-from tests import PATIENCE, checkpoints
+from tests import checkpoints, forked
 from tests.checkpoints import HIDDEN, NORMALIZE, SHORT, pooling
 
 if TYPE_CHECKING:
@@ -209,6 +206,7 @@ class PluginModel(BertModel):
 """
 PROGRAM = """
 import sys
+sys.path.insert(0, sys.argv[2])
 from cenote import LLM
 print(*LLM(model=sys.argv[1]).embed("Hello, my name is", use_tqdm=False)[0].outputs.embedding)
 """
@@ -223,15 +221,7 @@ def test_a_model_of_an_installed_package(bert: Path, tmp_path: Path) -> None:
     (site / "plugin.py").write_text(PLUGIN)
     folder = shutil.copytree(bert, tmp_path / "model")
     checkpoints.edit_json(folder / "config.json", model_type="plugin-bert", architectures=["PluginModel"])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *(path for path in sys.path if path)])}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=environment,
-        check=False,
-    )
+    done = forked.run(PROGRAM, str(folder), str(site))
     assert done.returncode == 0, done.stderr  # also: an LLM that nobody closed lets the interpreter exit
     expected = _rows(bert, pooler_config={"pooling_type": "MEAN"})[SHORT.index("Hello, my name is")]
     np.testing.assert_allclose([float(x) for x in done.stdout.split()], expected, rtol=0, atol=1e-5)

@@ -70,9 +70,11 @@ def build(folder: Path, name: str, labels: int) -> Path:
     return checkpoints.classifier(folder, family, tokenizer=tokenizer(), num_labels=labels, **options)
 
 
-def theirs(folder: Path, activation: nn.Module | None = None, **options: Any) -> np.ndarray:
-    """What `CrossEncoder` predicts for `PAIRS`, `[N, C]`."""
-    model = CrossEncoder(str(folder), device="cpu")
+def theirs(
+    folder: Path, activation: nn.Module | None = None, *, model: CrossEncoder | None = None, **options: Any
+) -> np.ndarray:
+    """What `CrossEncoder` predicts for `PAIRS`, `[N, C]`; `model`, if it is loaded."""
+    model = model or CrossEncoder(str(folder), device="cpu")
     rows: np.ndarray = model.predict(PAIRS, batch_size=1, activation_fn=activation, show_progress_bar=False, **options)
     return rows.reshape(len(PAIRS), -1)
 
@@ -101,11 +103,19 @@ def tell_apart(rows: np.ndarray) -> float:
 # --- parity --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [1, 2, 5])
-@pytest.mark.parametrize("name", FAMILIES)
+LABELS = [
+    pytest.param(name, labels, id=f"{name}-{labels}", marks=pytest.mark.full if labels == 5 and name != "bert" else ())
+    for name in FAMILIES
+    for labels in (1, 2, 5)
+]
+"""Families and numbers of labels. Five are two once more: but for one family, `make test-rest` tries them."""
+
+
+@pytest.mark.parametrize(("name", "labels"), LABELS)
 def test_pairs_as_sentence_transformers_predicts(tmp_path: Path, name: str, labels: int) -> None:
     folder = build(tmp_path, name, labels)
-    logits = theirs(folder, nn.Identity())
+    model = CrossEncoder(str(folder), device="cpu")
+    logits = theirs(folder, nn.Identity(), model=model)
     scale = tell_apart(logits)
     queries, documents = ([*side] for side in zip(*PAIRS, strict=True))
     with LLM(model=str(folder)) as llm:
@@ -113,11 +123,11 @@ def test_pairs_as_sentence_transformers_predicts(tmp_path: Path, name: str, labe
         assert logits.shape == (len(PAIRS), labels)
         assert max(len(o.prompt_token_ids) for o in llm.classify(PAIRS, tokenization_kwargs=CUT)) == POSITIONS
         if labels > 1:  # CrossEncoder's default is no activation here, vLLM's and ours is a distribution
-            close(ours(llm), theirs(folder, nn.Identity(), apply_softmax=True))
+            close(ours(llm), theirs(folder, nn.Identity(), model=model, apply_softmax=True))
             with pytest.raises(NotScored, match=rf"only enabled for num_labels == 1\..* has {labels} labels"):
                 llm.score(queries, documents)
             return
-        predicted = theirs(folder)[:, 0]
+        predicted = theirs(folder, model=model)[:, 0]
         close(ours(llm)[:, 0], predicted)
         close(scores(llm, queries, documents), predicted)
         close(scores(llm, queries, documents, pooling_params=LOGITS), logits[:, 0], scale=scale)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ import pytest
 from cenote import LLM
 from cenote.cli import main
 from cenote.errors import CheckpointError
+from tests import forked
 from tests.checkpoints import assert_same
 from tests.models.damage import CHECKPOINTS, DAMAGES, HUGE_DAMAGES, Damage
 
@@ -166,7 +165,7 @@ def test_huge_sizes_take_neither_memory_nor_time(sound: Callable[[str], tuple[Pa
         folder = shutil.copytree(sound(damage.checkpoint)[0], tmp_path / str(number))
         damage.change(folder)
         folders.append(str(folder))
-    ended = subprocess.run([sys.executable, "-c", BOUNDED, *folders], capture_output=True, text=True, check=False)
+    ended = forked.run(BOUNDED, *folders)
     messages = [json.loads(line) for line in ended.stdout.splitlines()]
     assert ended.returncode == 0 and len(messages) == len(HUGE_DAMAGES), ended.stderr
     faults = {damage.id: unfit(damage, message) for damage, message in zip(HUGE_DAMAGES, messages, strict=True)}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +35,11 @@ from cenote.tensors.graphs import Graphs, lay_out, rounded, shape_of
 from cenote.tensors.packing import PLACES, Batch, Place, Static, pack
 from material.corpus import docstrings
 from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
-from tests import tape
+from tests import checkpoints, tape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTH = 96
+"""Tokens of real text, which has shorter and longer texts."""
 TOLERANCE = 1e-4 if DEVICE.type == "cuda" else 1e-5
 SAMPLE = {
     *("bert", "albert", "roberta", "xmod", "t5-gated", "esm-rotary", "jina-embeddings-v3", "modernbert"),
@@ -142,7 +146,8 @@ def test_equals_eager_one_by_one(architecture: Architecture) -> None:
     first, second = draw(17, 3, 40, 10), draw(5, 20, 33, 8, seed=1)
     batches = [first, second, draw(2), first, draw(100, 64, 12), draw(*[1] * 7) * 10]
     results = [forward(layout, pack(batch, DEVICE)) for batch in batches]
-    rows_of = [alone(model, batch) for batch in batches]
+    lengths = [sum(map(len, batch)) for batch in batches]
+    rows_of = alone(model, [*chain(*batches)]).split(lengths)
     for expected, found in zip(rows_of, results, strict=True):
         allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
         assert torch.allclose(found, expected, rtol=0, atol=allowed), float((found - expected).abs().max())
@@ -278,11 +283,12 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
     """The whole way of real weights: three batches are launched before the first is finished, as an engine does."""
     texts = list(docstrings(24))
     reference = SentenceTransformer(str(embedded()), device=str(DEVICE))
+    reference.max_seq_length = LENGTH
     expected = reference.encode(texts, batch_size=1)
     settings_of = loading.settings_of
     monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
     model, checkpoint = loading.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
-    ids = checkpoint.tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    ids = checkpoint.tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
     parts = [[Sequence(own) for own in ids[i : i + 8]] for i in range(0, 24, 8)]
     token_rows = [replace(s, task="token_embed") for s in parts[0]]
     launched = [model.launch(part) for part in (*parts, token_rows, parts[0])]
@@ -296,15 +302,16 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there, it can be recorded")
-def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = checkpoints.write_modules(checkpoints.bert(tmp_path), checkpoints.pooling("mean"), checkpoints.NORMALIZE)
     settings_of = loading.settings_of
     monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
-    model, _ = loading.load(ModelConfig())
+    model, _ = loading.load(ModelConfig(model=str(folder)))
     (note,) = model.info.report.warnings
     assert note.startswith("runs without CUDA graphs: NotImplementedError: no fused kernel does the attention of Bert")
-    (found,) = model.launch([Sequence([101, 7592, 102])]).finish()
+    (found,) = model.launch([Sequence([2, 100, 3])]).finish()
     with torch.inference_mode():
-        states = AutoModel.from_pretrained(embedded())(torch.tensor([[101, 7592, 102]]))[0]
+        states = AutoModel.from_pretrained(folder)(torch.tensor([[2, 100, 3]]))[0]
     assert np.abs(found.data - torch.nn.functional.normalize(states[0].mean(0), dim=0).numpy()).max() < 1e-6
 
 

@@ -248,17 +248,18 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "AMX-FLOAT16": ({"dtype": "half"}, 0.999999),
 }
 """Path to options and the least mean cosine to float32 over docstrings."""
-TEXTS = docstrings(150)
+COUNT = 150
+"""Docstrings that are embedded."""
 
 
-def vectors(llm: LLM, texts: tuple[str, ...] = TEXTS) -> np.ndarray:
+def vectors(llm: LLM, texts: tuple[str, ...]) -> np.ndarray:
     return np.array([output.outputs.embedding for output in llm.embed([*texts], use_tqdm=False)])
 
 
 @pytest.fixture(scope="module")
 def whole() -> np.ndarray:
     with LLM(auto_truncate=True) as llm:
-        return vectors(llm)
+        return vectors(llm, docstrings(COUNT))
 
 
 def kept(path: str) -> bool:
@@ -282,14 +283,15 @@ def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     assert f"37 of 37 in {linear.PATHS[path].text}, cosine" in own.info.report.linears
     assert not own.info.report.warnings
     assert own.info.report.dtype == {"half": "float16"}.get(dtype := FORMS[path][0].get("dtype", "float32"), dtype)
-    found = vectors(own)
+    texts = docstrings(COUNT)
+    found = vectors(own, texts)
     cosines = (found * whole).sum(axis=1)
     assert cosines.mean() > FORMS[path][1]
     assert cosines.min() > 1 - 4 * (1 - FORMS[path][1])
     assert cosines.mean() < 1 - 1e-8, "it is not float32"
-    few = (TEXTS[3], TEXTS[77])
+    few = (texts[3], texts[77])
     assert np.array_equal(vectors(own, few), found[[3, 77]]), "company changes nothing, not a bit"
-    assert np.array_equal(vectors(own, TEXTS[::-3])[::-1], found[2::3])
+    assert np.array_equal(vectors(own, texts[::-3])[::-1], found[2::3])
 
 
 @pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.full)])

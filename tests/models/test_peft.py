@@ -95,18 +95,40 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=list(KINDS))
-def adapted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, np.ndarray]:
-    """A base, an adapter of it, and the vectors of both together by PEFT."""
-    base = bert(tmp_path / "base")
-    whole = trained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter", **KINDS[request.param])
-    return base, tmp_path / "adapter", states(whole, base)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the adapters of `KINDS` are for."""
+    return bert(tmp_path_factory.mktemp("peft") / "base")
 
 
-def test_beside_the_weights(adapted: tuple[Path, Path, np.ndarray], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(base: Path) -> np.ndarray:
+    """Its vectors without any."""
+    return vectors(base)
+
+
+@pytest.fixture(scope="module")
+def other(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """Another adapter of it, and the vectors of both together by PEFT."""
+    folder = tmp_path_factory.mktemp("peft") / "other"
+    return folder, states(
+        trained(transformers.AutoModel.from_pretrained(base), folder, seed=9, target_modules=["key"]), base
+    )
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def adapted(
+    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, np.ndarray]:
+    """The base, an adapter of it, and the vectors of both together by PEFT."""
+    adapter = tmp_path_factory.mktemp("peft") / "adapter"
+    whole = trained(transformers.AutoModel.from_pretrained(base), adapter, **KINDS[request.param])
+    return base, adapter, states(whole, base)
+
+
+def test_beside_the_weights(adapted: tuple[Path, Path, np.ndarray], alone: np.ndarray, tmp_path: Path) -> None:
     """It is part of the model: as Transformers with PEFT has it, and far from the base alone."""
     base, adapter, expected = adapted
-    alone = vectors(base)
     folder = tmp_path / "beside"
     shutil.copytree(base, folder)
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
@@ -118,16 +140,14 @@ def test_beside_the_weights(adapted: tuple[Path, Path, np.ndarray], tmp_path: Pa
     assert np.abs(found - alone).max() > 0.02
 
 
-def test_chosen_by_requests(adapted: tuple[Path, Path, np.ndarray]) -> None:
+def test_chosen_by_requests(
+    adapted: tuple[Path, Path, np.ndarray], alone: np.ndarray, other: tuple[Path, np.ndarray]
+) -> None:
     """Beside another adapter and none in one batch."""
     base, adapter, expected = adapted
-    other = adapter.parent / "other"
-    with_other = states(
-        trained(transformers.AutoModel.from_pretrained(base), other, seed=9, target_modules=["key"]), base
-    )
-    alone = vectors(base)
-    with LLM(str(base), lora_modules=[f"one={adapter}", f"two={other}"]) as llm:
-        one, two = LoRARequest("one", 1, str(adapter)), LoRARequest("two", 2, str(other))
+    path, with_other = other
+    with LLM(str(base), lora_modules=[f"one={adapter}", f"two={path}"]) as llm:
+        one, two = LoRARequest("one", 1, str(adapter)), LoRARequest("two", 2, str(path))
         assert np.abs(embedded(llm, lora_request=one) - expected).max() < 1e-5
         assert np.abs(embedded(llm) - alone).max() < checkpoints.ROUNDING
         mixed = embedded(llm, lora_request=[one, None, two, one])

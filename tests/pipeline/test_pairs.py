@@ -212,7 +212,7 @@ def test_two_long_texts_cost_as_much_as_their_tokens(monkeypatch: pytest.MonkeyP
     pieces: list[int] = []
     own = FastTokenizer.text_of
     monkeypatch.setattr(FastTokenizer, "text_of", lambda self, e: pieces.append(len(e.overflowing)) or own(self, e))
-    long = [("one two three " * 400, "four five six " * 300), ("a " * 20, "b " * 300), ("a " * 300, "b")]
+    long = [("one two three " * 170, "four five six " * 165), ("a " * 20, "b " * 300), ("a " * 300, "b")]
     found = rendered(pairs(wordpiece(truncation_side=side), limit=limit), long, truncate=limit)
     expected = reference(wordpiece(truncation_side=side), long, truncation="longest_first", max_length=limit)
     assert flat(found) == expected

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +22,27 @@ from cenote.pipeline.rendering import COUNTED, Renderer
 from tests.checkpoints import TEXTS, byte_level, wordpiece
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerBase
 
 LIMIT = 64
 
-TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {
-    "wordpiece": wordpiece(),
-    "wordpiece, left": wordpiece(truncation_side="left"),
-    "byte level": byte_level(),
-    "byte level, left": byte_level(truncation_side="left"),
-    "python": ByT5Tokenizer(),
-    "python, left": ByT5Tokenizer(truncation_side="left"),
-    "python, characters": CanineTokenizer(),
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    "wordpiece": wordpiece,
+    "wordpiece, left": partial(wordpiece, truncation_side="left"),
+    "byte level": byte_level,
+    "byte level, left": partial(byte_level, truncation_side="left"),
+    "python": ByT5Tokenizer,
+    "python, left": partial(ByT5Tokenizer, truncation_side="left"),
+    "python, characters": CanineTokenizer,
 }
+
+
+@functools.cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """One of `TOKENIZERS`, made once: the one of characters lists a million of them."""
+    return TOKENIZERS[name]()
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, *, limit: int = LIMIT, **options: Any) -> Renderer:
@@ -66,7 +76,7 @@ def reference(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: A
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("special", [True, False])
 def test_whole_texts(name: str, special: bool) -> None:
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     expected = reference(tokenizer, TEXTS, add_special_tokens=special)
     texts = [text for text, ids_ in zip(TEXTS, expected, strict=True) if ids_]
     assert ids(renderer(tokenizer, limit=1000), texts, add_special_tokens=special) == [
@@ -78,7 +88,7 @@ def test_whole_texts(name: str, special: bool) -> None:
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 13, 33, LIMIT])
 def test_cut_as_hugging_face_cuts(name: str, special: bool, length: int) -> None:
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     texts = [text for text in TEXTS if text]
     found = ids(renderer(tokenizer), texts, truncate=length, add_special_tokens=special)
     if special and length < tokenizer.num_special_tokens_to_add():
@@ -95,20 +105,20 @@ def test_cut_as_hugging_face_cuts(name: str, special: bool, length: int) -> None
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
 def test_an_explicit_side_cuts_the_finished_ids(name: str, side: str, length: int) -> None:
     """As vLLM: special tokens are cut like any other."""
-    whole = reference(TOKENIZERS[name], TEXTS)
+    whole = reference(tokenizer_of(name), TEXTS)
     expected = [one[-length:] if side == "left" else one[:length] for one in whole]
-    assert ids(renderer(TOKENIZERS[name]), TEXTS, truncate=length, side=side) == [one for one in expected if one]
+    assert ids(renderer(tokenizer_of(name)), TEXTS, truncate=length, side=side) == [one for one in expected if one]
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_minus_one_is_the_models_maximum(side: Any) -> None:
-    made = renderer(TOKENIZERS["wordpiece"], limit=9)
+    made = renderer(tokenizer_of("wordpiece"), limit=9)
     assert ids(made, TEXTS, truncate=-1, side=side) == ids(made, TEXTS, truncate=9, side=side)
     assert ids(made, TEXTS, truncate=-1, side=side) != ids(made, TEXTS, truncate=8, side=side)
 
 
 def test_too_long_is_refused_with_the_number_of_tokens() -> None:
-    tokenizer = TOKENIZERS["wordpiece"]
+    tokenizer = tokenizer_of("wordpiece")
     made = renderer(tokenizer, limit=9)
     (text,) = (text for text in TEXTS if text.startswith("The quick"))
     (count,) = map(len, reference(tokenizer, [text]))
@@ -120,7 +130,7 @@ def test_too_long_is_refused_with_the_number_of_tokens() -> None:
 
 
 def test_auto_truncate() -> None:
-    tokenizer = TOKENIZERS["wordpiece"]
+    tokenizer = tokenizer_of("wordpiece")
     made = renderer(tokenizer, limit=9, auto_truncate=True)
     assert ids(made, TEXTS) == reference(tokenizer, TEXTS, truncation=True, max_length=9)
     assert ids(made, TEXTS, truncate=5) == reference(tokenizer, TEXTS, truncation=True, max_length=5)
@@ -129,7 +139,7 @@ def test_auto_truncate() -> None:
 
 def test_more_than_the_maximum_cannot_be_asked_for() -> None:
     with pytest.raises(BadRequest, match="truncate_prompt_tokens value is greater than max_model_len") as caught:
-        ids(renderer(TOKENIZERS["wordpiece"]), ["a"], truncate=LIMIT + 1)
+        ids(renderer(tokenizer_of("wordpiece")), ["a"], truncate=LIMIT + 1)
     assert caught.value.param == "truncate_prompt_tokens"
 
 
@@ -137,7 +147,7 @@ def test_more_than_the_maximum_cannot_be_asked_for() -> None:
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_very_long_text_is_cut_before_it_is_tokenised(name: str, side: Any) -> None:
     """Megabytes are not tokenised for a few tokens, and the end that is kept is the right one."""
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     made = renderer(tokenizer, limit=8)
     text = "one two three " + "four five " * (8 * COUNTED) + " six seven eight"
     with pytest.raises(TooLong, match="contains at least 9 input tokens"):
@@ -154,7 +164,7 @@ def test_very_long_text_is_cut_before_it_is_tokenised(name: str, side: Any) -> N
 @pytest.mark.parametrize("length", [-1, 8])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_padding(name: str, length: int, side: Any) -> None:
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     made = renderer(tokenizer)
     whole, total = ids(made, TEXTS, truncate=length, side=side), LIMIT if length == -1 else length
     padded = ids(made, TEXTS, truncate=length, side=side, pad=True)
@@ -181,7 +191,7 @@ def test_lowercase(name: str, length: int | None) -> None:
 
 
 def test_default_prompt_goes_before_text_and_not_before_ids() -> None:
-    tokenizer = TOKENIZERS["wordpiece"]
+    tokenizer = tokenizer_of("wordpiece")
     made = renderer(tokenizer, limit=1000, prompts=Prompts({"p": "represent: "}, "p"), include_prompt=False)
     sequences = made.render([TEXTS[0], [5, 6], {"prompt": TEXTS[1]}], "embed", PoolingParams())
     expected = reference(tokenizer, ["represent: " + text for text in TEXTS[:2]])
@@ -196,7 +206,7 @@ def test_default_prompt_goes_before_text_and_not_before_ids() -> None:
 
 
 def test_forms_of_a_prompt() -> None:
-    tokenizer = TOKENIZERS["wordpiece"]
+    tokenizer = tokenizer_of("wordpiece")
     (text,) = reference(tokenizer, ["hello"])
     prompts = ["hello", {"prompt": "hello"}, text, tuple(text), np.array(text), {"prompt_token_ids": text}]
     made = renderer(tokenizer)
@@ -212,18 +222,18 @@ def test_token_ids_are_cut_on_the_asked_or_the_tokenizers_side() -> None:
         ("wordpiece", "left", [7, 8]),
         ("wordpiece, left", "right", [5, 6]),
     ):
-        assert ids(renderer(TOKENIZERS[name]), given, truncate=2, side=side) == [expected]
+        assert ids(renderer(tokenizer_of(name)), given, truncate=2, side=side) == [expected]
 
 
 def test_task_and_params_reach_the_sequences() -> None:
-    made = renderer(TOKENIZERS["wordpiece"])
+    made = renderer(tokenizer_of("wordpiece"))
     params = PoolingParams(use_activation=False)
     (sequence,) = made.render(["a"], "token_embed", params)
     assert (sequence.task, sequence.params) == ("token_embed", PoolingParams(use_activation=False, task="token_embed"))
     assert params.task is None
 
 
-VOCABULARY = len(TOKENIZERS["wordpiece"])
+VOCABULARY = len(tokenizer_of("wordpiece"))
 REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": ([], "You must pass at least one prompt"),
     "no ids": ([[]], "The decoder prompt cannot be empty"),
@@ -248,18 +258,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("prompts", "sentence"), REFUSED.values(), ids=REFUSED)
 def test_refused(prompts: Any, sentence: str) -> None:
     with pytest.raises(BadRequest, match=sentence) as caught:
-        ids(renderer(TOKENIZERS["wordpiece"]), prompts)
+        ids(renderer(tokenizer_of("wordpiece")), prompts)
     assert caught.value.param == "input"
 
 
 def test_text_without_tokens_is_refused() -> None:
-    made = renderer(TOKENIZERS["wordpiece"])
+    made = renderer(tokenizer_of("wordpiece"))
     with pytest.raises(BadRequest, match="The decoder prompt cannot be empty"):
         ids(made, [""], add_special_tokens=False)
 
 
 def test_tasks_and_params_are_checked() -> None:
-    made = renderer(TOKENIZERS["wordpiece"])
+    made = renderer(tokenizer_of("wordpiece"))
     for task, sentence in (
         ("classify", r"Unsupported task: 'classify' Supported tasks: \('embed', 'token_embed'\)"),
         ("score", "`score` task was removed; use `classify` instead."),
@@ -275,7 +285,7 @@ def test_tasks_and_params_are_checked() -> None:
 
 @pytest.mark.parametrize("name", ["wordpiece", "byte level, left", "python"])
 def test_threads_with_different_options_do_not_disturb_each_other(name: str) -> None:
-    made = renderer(TOKENIZERS[name], limit=1000)
+    made = renderer(tokenizer_of(name), limit=1000)
     jobs: list[dict[str, Any]] = [
         {"truncate": truncate, "side": side, "pad": pad, "add_special_tokens": special}
         for truncate, side, pad, special in itertools.product(
@@ -374,12 +384,12 @@ def test_faults_of_messages(messages: Any, options: ChatOptions, sentence: str) 
 
 def test_messages_without_a_template() -> None:
     with pytest.raises(BadRequest, match="tiny has no chat template, so `messages` cannot be rendered"):
-        renderer(TOKENIZERS["wordpiece"]).chat_text(MESSAGES)
+        renderer(tokenizer_of("wordpiece")).chat_text(MESSAGES)
 
 
 @pytest.mark.parametrize("name", ["wordpiece", "byte level", "python"])
 def test_tokens_there_and_back(name: str) -> None:
-    tokenizer = TOKENIZERS[name]
+    tokenizer = tokenizer_of(name)
     made = renderer(tokenizer, limit=4)  # the limit is the model's, not the tokenizer's
     for text in TEXTS:
         for special in (True, False):

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from cenote.server.serving import SHORT
-from tests import PATIENCE
+from tests import PATIENCE, checkpoints
 from tests.forked import Forked
 from tests.trouble import LONG, STUCK
 
@@ -55,13 +55,20 @@ class Server:
         return "".join(self.lines)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny BERT that takes the long inputs which mean trouble."""
+    tokenizer = checkpoints.wordpiece(model_max_length=1024)
+    return str(checkpoints.bert(tmp_path_factory.mktemp("tiny"), tokenizer=tokenizer, max_position_embeddings=1024))
+
+
 def post(url: str, text: Any) -> requests.Response:
     return requests.post(f"{url}/v1/embeddings", json={"input": text}, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(("kind", "status"), [("hangs", 503), ("dies", 500)])
-def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int) -> None:
-    server = Server.of(kind, "serve", "--port", "0", "--forward-timeout", "2")
+def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int, folder: str) -> None:
+    server = Server.of(kind, "serve", folder, "--port", "0", "--forward-timeout", "2")
     url = server.address()
     assert post(url, "well").status_code == 200
     with ThreadPoolExecutor(4) as pool:
@@ -75,9 +82,9 @@ def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int) -> 
     assert ("the device hangs" if kind == "hangs" else "the device thread died") in log
 
 
-def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path: Path) -> None:
+def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path: Path, folder: str) -> None:
     path = str(tmp_path / "socket")
-    engine = Server.of("hangs", "engine", "--listen", path, "--forward-timeout", "2")
+    engine = Server.of("hangs", "engine", folder, "--listen", path, "--forward-timeout", "2")
     engine.until("listening on")
     command = [sys.executable, "-m", "cenote", "serve", "--engine", path, "--port", "0"]
     front = Server(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -112,8 +119,8 @@ def test_a_render_thread_that_hangs_does_not_keep_a_server_from_its_end() -> Non
     assert "does not end by itself" not in log, "the last resort is not needed"
 
 
-def test_a_text_that_fails_does_not_fail_others_or_show_internals() -> None:
-    server = Server.of("raises", "serve", "--port", "0")
+def test_a_text_that_fails_does_not_fail_others_or_show_internals(folder: str) -> None:
+    server = Server.of("raises", "serve", folder, "--port", "0")
     url = server.address()
     texts = [TROUBLE if i % 4 == 0 else f"text number {i}" for i in range(64)]
     with ThreadPoolExecutor(16) as pool:

@@ -458,10 +458,10 @@ def test_a_wrong_option_is_one_line(flags: list[str], environment: dict[str, str
 
 
 def test_a_port_in_use_is_one_line(server: Process) -> None:
-    result = cenote("serve", "--port", str(server.port), "--log-level", "error")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == (
-        f"cenote: cannot listen on 127.0.0.1:{server.port}: Address already in use"
-    )
-    assert "Traceback" not in result.stderr
+    process = Forked("cenote", "serve", "--port", str(server.port), "--log-level", "error")
+    with process.stderr:
+        log = process.stderr.read()
+    assert process.wait(PATIENCE) == 2
+    assert log.splitlines()[-1] == f"cenote: cannot listen on 127.0.0.1:{server.port}: Address already in use"
+    assert "Traceback" not in log
     assert server.embed("a"), "the first server goes on"

@@ -6,8 +6,6 @@ small.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ from cenote import LLM
 from cenote.tensors import linear, native
 from cenote.tensors.native import Packed, Step
 from cenote.tensors.packing import spans_of
-from tests import PATIENCE
+from tests import forked
 from tests.checkpoints import bert
 
 if TYPE_CHECKING:
@@ -105,7 +103,5 @@ BESIDE = """
 
 
 def test_another_thread_loads_a_model_in_half_precision_meanwhile(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(BESIDE), str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = forked.run(textwrap.dedent(BESIDE), str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
