@@ -411,6 +411,7 @@ class PairTemplate:
             is rendered already, and stays as it is; both empty = that is not looked for.
         cuts_whole: a prompt that is too long is cut like a text, not its document alone.
         restores: the end of the template is put back where a prompt was cut like a text.
+        closing: ids behind every prompt.
     """
 
     source: str | None
@@ -424,6 +425,7 @@ class PairTemplate:
     suffix: str = ""
     cuts_whole: bool = False
     restores: bool = True
+    closing: tuple[int, ...] = ()
 
     def is_rendered(self, query: str, document: str) -> bool:
         """Return whether a client has rendered the pair already."""

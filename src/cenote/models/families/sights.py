@@ -37,12 +37,16 @@ SIGHTS = {
 """By the `model_type` of a config."""
 
 
+SIGNS = ("vision_config", "image_config", "vq_config", "image_token_id", "image_token_index")
+"""Entries of configs of architectures that take pictures."""
+
+
 def of_backbone(files: Files) -> Sight | None:
     """Return how a checkpoint takes pictures by its architecture; `None` = it has no part for them."""
     kind = SIGHTS.get(files.config.model_type)
     if kind is not None:
         return Sight(kind, kind.describe(files))
-    if getattr(files.config, "vision_config", None) is None:
+    if not any(getattr(files.config, name, None) is not None for name in SIGNS):
         return None
     return refused(f"pictures for {files.architecture} are not served yet, only texts")
 
