@@ -369,6 +369,8 @@ class Pictures:
         most_pixels: pixels to which larger pictures are shrunk, besides the image processor's own bound; 0 = that one.
         template: renders an input that is a picture, or pictures and texts; `None` = they stand side by side.
         system: text of the template's system message unless a prompt replaces it; empty = there is none.
+        blank: side of the black picture that stands in inputs of texts alone, in pixels; 0 = none does.
+        rendered: beginning of texts that their clients have rendered; empty = it is not looked for.
         kwargs: arguments of the image processor, of all requests.
         most: maximum pictures of a prompt.
         refusal: why the model takes no pictures after all; empty = it does.
@@ -387,6 +389,8 @@ class Pictures:
     most_pixels: int = 0
     template: MessageTemplate | None = None
     system: str = ""
+    blank: int = 0
+    rendered: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     most: int = MOST_PICTURES
     refusal: str = ""

@@ -15,6 +15,7 @@ import numpy as np
 from cenote.core import Media, coalesce
 from cenote.errors import BadRequest, TooLong, first_line
 from cenote.pipeline import media
+from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Memory, Picture
 from cenote.pipeline.messages import message
 from cenote.tensors.positions import positions_of
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Pictures
-    from cenote.pipeline.inputs import Illustrated
+    from cenote.core import Pictures, Role
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.tokenizing import Ids
     from cenote.tensors.positions import Positions, Span
@@ -240,12 +240,29 @@ class PictureRenderer:
             )
         return media.pictures(content.sources, self.access)
 
-    def text(self, parts: Seq[str | None], prompt: str) -> str:
+    def with_blank(self, content: str | Ids | Illustrated) -> str | Ids | Illustrated:
+        """Return an input of texts alone with the black picture that the model has there, if it does."""
+        size = self.pictures.blank
+        texts = (content,) if isinstance(content, str) else getattr(content, "content", None)
+        has_pictures = isinstance(content, Illustrated) and content.sources
+        if not size or has_pictures or not isinstance(texts, tuple) or self._is_rendered(texts):
+            return content
+        from PIL import Image
+
+        return Illustrated((None, *texts), (Image.new("RGB", (size, size)),))
+
+    def _is_rendered(self, texts: tuple[str | None, ...]) -> bool:
+        """Return whether a client has rendered these texts."""
+        beginning = self.pictures.rendered
+        return bool(beginning) and str(texts[0]).startswith(beginning)
+
+    def text(self, parts: Seq[str | None], prompt: str, task: Role | None = None) -> str:
         """Return texts and pictures as one text with placeholders.
 
         Args:
             parts: texts, and `None` for each picture.
             prompt: text of the system's message; empty = the model's own.
+            task: side of the input, if it is known.
         """
         template = self.pictures.template
         if self.is_apart:
@@ -256,7 +273,8 @@ class PictureRenderer:
         system = prompt or self.pictures.system
         if system:
             messages.insert(0, message("system", system, structured=True))
-        return self.apply(messages, template.source, template.kwargs)
+        variables = {"task": task} if task is not None and template.takes_task else {}
+        return self.apply(messages, template.source, {**template.kwargs, **variables})
 
     def spelled_out(self, text: str) -> str:
         """Return a text in which every placeholder is the vocabulary's."""
