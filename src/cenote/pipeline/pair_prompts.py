@@ -80,8 +80,7 @@ class PairPrompt:
             )
         markup = pictures.pictures.markup
         contents = {"query": self._content(query, markup), "document": self._content(document, markup)}
-        sources = self.template.parts or (self.template.source,)
-        rendered = [pictures.spelled_out(self._of_contents(contents, source)) for source in sources]
+        rendered = [pictures.spelled_out(self._of_contents(contents, source)) for source in self.template.sources]
         (ids,) = self._tokenised([list(map(self.renderer.whole, rendered))])
         ordered = reversed(sides) if self._begins_with_document else sides
         return Illustrated(ids, tuple(chain.from_iterable(side.sources for side in ordered)), kwargs)
@@ -118,7 +117,6 @@ class PairPrompt:
     def _texts(self, pairs: Seq[Pair]) -> list[list[str]]:
         """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
         template = self.template
-        sources = template.parts or (template.source,)
         fixed: dict[str | None, str] = {
             part: self._render(Pair("", ""), part) for part in template.parts if MESSAGES not in part
         }
@@ -126,7 +124,7 @@ class PairPrompt:
         def rendered(pair: Pair) -> list[str]:
             if pair.is_rendered:
                 return [pair.query + pair.document + template.suffix]
-            return [fixed.get(source) or self._render(pair, source) for source in sources]
+            return [fixed.get(source) or self._render(pair, source) for source in template.sources]
 
         return list(map(rendered, pairs))
 

@@ -242,19 +242,20 @@ class PictureRenderer:
 
     def with_blank(self, content: str | Ids | Illustrated) -> str | Ids | Illustrated:
         """Return an input of texts alone with the black picture that the model has there, if it does."""
+        if isinstance(content, str):
+            return self._beside_blank((content,), content)
+        if isinstance(content, Illustrated) and not content.sources:
+            return self._beside_blank(content.content, content)
+        return content
+
+    def _beside_blank(self, parts: Seq[Any], content: str | Illustrated) -> str | Illustrated:
+        """Return texts beside the black picture; `content` where a client has rendered them, or there is none."""
         size = self.pictures.blank
-        texts = (content,) if isinstance(content, str) else getattr(content, "content", None)
-        has_pictures = isinstance(content, Illustrated) and content.sources
-        if not size or has_pictures or not isinstance(texts, tuple) or self._is_rendered(texts):
+        if not size or str(parts[0]).startswith(self.pictures.rendered):
             return content
         from PIL import Image
 
-        return Illustrated((None, *texts), (Image.new("RGB", (size, size)),))
-
-    def _is_rendered(self, texts: tuple[str | None, ...]) -> bool:
-        """Return whether a client has rendered these texts."""
-        beginning = self.pictures.rendered
-        return bool(beginning) and str(texts[0]).startswith(beginning)
+        return Illustrated((None, *parts), (Image.new("RGB", (size, size)),))
 
     def text(self, parts: Seq[str | None], prompt: str, task: Role | None = None) -> str:
         """Return texts and pictures as one text with placeholders.
@@ -270,11 +271,9 @@ class PictureRenderer:
         if template is None or (template.source is None and not self.has_template):
             return prompt + "".join(coalesce(part, self.pictures.markup) for part in parts)
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(shown, parts)]}]
-        system = prompt or self.pictures.system
-        if system:
-            messages.insert(0, message("system", system, structured=True))
-        variables = {"task": task} if task is not None and template.takes_task else {}
-        return self.apply(messages, template.source, {**template.kwargs, **variables})
+        if prompt:
+            messages.insert(0, message("system", prompt, structured=True))
+        return self.apply(messages, template.source, template.variables(task))
 
     def spelled_out(self, text: str) -> str:
         """Return a text in which every placeholder is the vocabulary's."""
