@@ -214,6 +214,21 @@ def qwen_vl(folder: Path, kind: str, **text: Any) -> Path:
     return folder
 
 
+def jina_reranker_m0(folder: Path) -> Path:
+    """A checkpoint of jina-reranker-m0."""
+    qwen_vl(folder, "qwen2_vl")
+    config = json.loads((folder / "config.json").read_text())
+    hidden = config["text_config"]["hidden_size"]
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"0.weight": (hidden, hidden), "0.bias": (hidden,), "2.weight": (1, hidden), "2.bias": (1,)}
+    tensors |= {f"score.{name}": 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code = {"architectures": ["JinaVLForRanking"], "auto_map": {"AutoModel": "modeling.JinaVLForRanking"}}
+    write(folder, "config.json", {**config, **code})
+    return folder
+
+
 ERNIE = (
     "<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|IMAGE_PLACEHOLDER|>",
     "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_PLACEHOLDER|>", "<|VIDEO_START|>", "<|VIDEO_END|>",

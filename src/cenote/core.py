@@ -374,7 +374,8 @@ class Pictures:
         first_position: position of the first token.
         most_pixels: pixels to which larger pictures are shrunk, besides the image processor's own bound; 0 = that one.
         template: renders an input that is a picture, or pictures and texts; `None` = they stand side by side.
-        system: text of the template's system message unless a prompt replaces it; empty = there is none.
+        blank: side of the black picture that stands in inputs of texts alone, in pixels; 0 = none does.
+        rendered: beginning of texts that their clients have rendered, beside which it does not stand.
         kwargs: arguments of the image processor, of all requests.
         most: maximum pictures of a prompt.
         refusal: why the model takes no pictures after all; empty = it does.
@@ -392,7 +393,8 @@ class Pictures:
     first_position: int = 0
     most_pixels: int = 0
     template: MessageTemplate | None = None
-    system: str = ""
+    blank: int = 0
+    rendered: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     most: int = MOST_PICTURES
     refusal: str = ""
@@ -417,6 +419,7 @@ class PairTemplate:
             is rendered already, and stays as it is; both empty = that is not looked for.
         cuts_whole: a prompt that is too long is cut like a text, not its document alone.
         restores: the end of the template is put back where a prompt was cut like a text.
+        closing: ids behind every prompt.
     """
 
     source: str | None
@@ -430,6 +433,12 @@ class PairTemplate:
     suffix: str = ""
     cuts_whole: bool = False
     restores: bool = True
+    closing: tuple[int, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """The templates whose texts are tokenised apart."""
+        return self.parts or (self.source,)
 
     def is_rendered(self, query: str, document: str) -> bool:
         """Return whether a client has rendered the pair already."""
@@ -458,6 +467,12 @@ class MessageTemplate:
     structured: bool = False
     takes_task: bool = False
     restores: bool = True
+
+    def variables(self, task: Role | None) -> Mapping[str, Any]:
+        """Return the further variables for an input, whose side is `task` where it is known."""
+        if task is None or not self.takes_task:
+            return self.kwargs
+        return {"task": task, **self.kwargs}
 
 
 Pair = tuple[str, str]

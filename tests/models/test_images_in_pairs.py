@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder
 from starlette.testclient import TestClient
 
@@ -177,6 +179,53 @@ def test_without_a_template_pictures_have_no_place(case: Case, tmp_path: Path) -
     override = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
     with LLM(str(folder), hf_overrides=override) as llm, pytest.raises(BadRequest, match="images have no place"):
         llm.score("revenue", A, use_tqdm=False)
+
+
+def test_pictures_stand_where_a_template_puts_their_side(case: Case, tmp_path: Path) -> None:
+    """A template may begin with the document: its pictures come first then."""
+    template = "D {{ messages[1].content }} Q {{ messages[0].content }} yes or no"
+    (own,) = case.llm.score(A, C, use_tqdm=False, chat_template=template)
+    expected = case.reference.yes(f"D {PICTURE} Q {PICTURE} yes or no", [C, A])
+    swapped = case.reference.yes(f"D {PICTURE} Q {PICTURE} yes or no", [A, C])
+    assert abs(own.outputs.score - expected) < TOLERANCE
+    assert abs(expected - swapped) > 1e-4, "the pictures of the two sides are not alike"
+
+
+def m0_prompt(query: Any, document: Any) -> tuple[str, list[Any]]:
+    """The prompt of jina-reranker-m0's own code, and its pictures: the document comes first."""
+    (left, images), (right, others) = side(query), side(document)
+    return f"**Document**:\n{right}\n**Query**:\n{left}", [*others, *images]
+
+
+def test_jina_reranker_m0(tmp_path: Path) -> None:
+    """Two layers over the token with the id 100 behind the prompt, less 2.65."""
+    folder = pictured.jina_reranker_m0(tmp_path / "jina-reranker-m0")
+    reference = Reference(folder, "qwen2_vl")
+    weights = load_file(folder / "model.safetensors")
+    pairs = [*PAIRS[:5], PAIRS[6]]
+
+    def expected(query: Any, document: Any) -> float:
+        text, images = m0_prompt(query, document)
+        inputs = reference.processor(text=[text], images=images or None, return_tensors="pt")
+        for name, closing in {"input_ids": 100, "attention_mask": 1, "mm_token_type_ids": 0}.items():
+            inputs[name] = torch.cat([inputs[name], torch.tensor([[closing]])], dim=1)
+        with torch.inference_mode():
+            row = reference.model.model(**inputs, use_cache=False)[0][0, -1]
+        hidden = torch.relu(torch.nn.functional.linear(row, weights["score.0.weight"], weights["score.0.bias"]))
+        logit = torch.nn.functional.linear(hidden, weights["score.2.weight"], weights["score.2.bias"])
+        return float((logit - 2.65).sigmoid())
+
+    wanted = np.array([expected(*pair) for pair in pairs])
+    with LLM(str(folder)) as llm:
+        assert llm.info.report.layout == "packed"
+        assert llm.info.score_types[0] == "cross-encoder"
+        outputs = llm.score(*map(list, zip(*pairs, strict=True)), use_tqdm=False)
+        (cut,) = llm.score(
+            "revenue", "a page " * 40, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 30}
+        )
+    assert np.abs([output.outputs.score for output in outputs] - wanted).max() < TOLERANCE
+    assert abs(wanted[1] - wanted[2]) > 1e-3, "another picture, another score"
+    assert cut.prompt_token_ids[-1] == 100, "a document that is cut leaves the last token"
 
 
 ROLES = (

@@ -195,7 +195,7 @@ FULL = Facts(
         frozenset({8}),
     ),
     pair_template=PairTemplate(
-        "{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief", ("a", "b"), True, "<", ">", True, False
+        "{{ x }}", {"a": [1, {"b": None}]}, True, False, "be brief", ("a", "b"), True, "<", ">", True, False, (7,)
     ),
     messages=MessageTemplate("{{ x }}", {"a": [1]}, True, True, False),
     pictures=Pictures(
@@ -211,7 +211,8 @@ FULL = Facts(
         1,
         1024,
         MessageTemplate("{{ x }}"),
-        "be brief",
+        56,
+        "<|im_start|>",
         {"max_pixels": 512},
         4,
         "not today",

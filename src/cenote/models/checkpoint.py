@@ -212,7 +212,7 @@ def _sight(files: Files, family: Family, messages: MessageTemplate | None) -> Si
     sight = family.sight(files)
     if sight is None or messages is None:
         return sight and needs_pillow(sight)
-    pictures = replace(sight.pictures, template=replace(messages, structured=True), system="")
+    pictures = replace(sight.pictures, template=replace(messages, structured=True))
     return needs_pillow(sight._replace(pictures=pictures))
 
 

@@ -237,6 +237,7 @@ HEADS = frozenset(
         "EurusRewardModel",
         "INFORMForSequenceClassification",
         "JinaForRanking",
+        "JinaVLForRanking",
         "LlamaForRewardModelWithGating",
         "LlamaModelForScore",
         "LlamaRewardModel",

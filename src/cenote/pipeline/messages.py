@@ -15,7 +15,7 @@ from cenote.pipeline.tokenizing import Text
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from cenote.core import MessageTemplate
+    from cenote.core import MessageTemplate, Role
     from cenote.pipeline.prompts import Applied
     from cenote.pipeline.tokenizing import Ids
 
@@ -62,7 +62,7 @@ class MessageRenderer:
         self._tokenize = tokenize
         self._end = lru_cache(REMEMBERED)(self._measured_end)
 
-    def text(self, content: str, prompt: str, task: str | None) -> str:
+    def text(self, content: str, prompt: str, task: Role | None) -> str:
         """Render one text.
 
         Args:
@@ -77,10 +77,7 @@ class MessageRenderer:
         messages = [message("user", content, structured=structured)]
         if prompt:
             messages.insert(0, message("system", prompt, structured=structured))
-        variables = dict(self._template.kwargs)
-        if task is not None and self._template.takes_task:
-            variables.setdefault("task", task)
-        return self._apply(messages, self._template.source, variables)
+        return self._apply(messages, self._template.source, self._template.variables(task))
 
     def restored(self, text: Text, limit: int, applied: Applied) -> Text:
         """Return a rendered text that was cut to `limit` tokens with the end that the template gives it."""
@@ -89,7 +86,7 @@ class MessageRenderer:
         end = self._end(applied.text, applied.role)[-len(text.ids) :]
         return Text([*text.ids[: len(text.ids) - len(end)], *end], text.type_ids)
 
-    def _measured_end(self, prompt: str, task: str | None) -> Ids:
+    def _measured_end(self, prompt: str, task: Role | None) -> Ids:
         """Return the tokens at the end that two renderings have in common; none where they have all in common."""
         first, second = (self._tokenize(self.text(filler, prompt, task)) for filler in FILLERS)
         return common_end(first, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 MESSAGES = "messages"
 """Variable of templates that depend on the pair."""
 
+PROBED = ("thequery", "thedocument")
+"""Texts of a pair that shows which of the two a template puts first."""
+
 Content = str | list[dict[str, Any]]
 """Content of a message: a text, or parts."""
 
@@ -41,7 +45,7 @@ class Pair(NamedTuple):
     is_rendered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PairPrompt:
     """A template for pairs, with the variables of one request.
 
@@ -76,10 +80,17 @@ class PairPrompt:
             )
         markup = pictures.pictures.markup
         contents = {"query": self._content(query, markup), "document": self._content(document, markup)}
-        sources = self.template.parts or (self.template.source,)
-        rendered = [pictures.spelled_out(self._of_contents(contents, source)) for source in sources]
+        rendered = [pictures.spelled_out(self._of_contents(contents, source)) for source in self.template.sources]
         (ids,) = self._tokenised([list(map(self.renderer.whole, rendered))])
-        return Illustrated(ids, tuple(chain.from_iterable(side.sources for side in sides)), kwargs)
+        ordered = reversed(sides) if self._begins_with_document else sides
+        return Illustrated(ids, tuple(chain.from_iterable(side.sources for side in ordered)), kwargs)
+
+    @cached_property
+    def _begins_with_document(self) -> bool:
+        """Whether the template puts the document before the query, as a pair of two known texts shows."""
+        (parts,) = self._texts([Pair(*PROBED)])
+        query, document = map("".join(parts).find, PROBED)
+        return -1 < document < query
 
     def _content(self, side: Side, markup: str) -> Content:
         """Return the content of a message: parts in their order, or `markup` for each picture before the texts."""
@@ -95,8 +106,8 @@ class PairPrompt:
         special = self.special and not self.template.parts
         tokenized = self.renderer.tokenize_all(distinct, add_special_tokens=special)
         ids_of = dict(zip(distinct, tokenized, strict=True))
-        first = self._first()
-        return [[*first, *chain.from_iterable(ids_of[text] for text in parts)] for parts in rendered]
+        first, closing = self._first(), self.template.closing
+        return [[*first, *chain.from_iterable(ids_of[text] for text in parts), *closing] for parts in rendered]
 
     def end(self) -> Ids:
         """Return the tokens that the template puts at the end of every prompt."""
@@ -106,7 +117,6 @@ class PairPrompt:
     def _texts(self, pairs: Seq[Pair]) -> list[list[str]]:
         """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
         template = self.template
-        sources = template.parts or (template.source,)
         fixed: dict[str | None, str] = {
             part: self._render(Pair("", ""), part) for part in template.parts if MESSAGES not in part
         }
@@ -114,7 +124,7 @@ class PairPrompt:
         def rendered(pair: Pair) -> list[str]:
             if pair.is_rendered:
                 return [pair.query + pair.document + template.suffix]
-            return [fixed.get(source) or self._render(pair, source) for source in sources]
+            return [fixed.get(source) or self._render(pair, source) for source in template.sources]
 
         return list(map(rendered, pairs))
 

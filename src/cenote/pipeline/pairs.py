@@ -127,7 +127,7 @@ class PairRenderer:
         with_pictures = list(compress(pairs, has_pictures))
         rest = list(compress(pairs, map(not_, has_pictures)))
         pictured = iter(self._with_pictures(with_pictures, task, params, text_options, options))
-        of_texts = iter(self._of_texts(rest, task, params, text_options, options) if rest else ())
+        of_texts = iter(self._of_texts(rest, task, params, text_options, options))
         return [next(pictured if is_pictured else of_texts) for is_pictured in has_pictures]
 
     def _with_pictures(

@@ -15,6 +15,7 @@ import numpy as np
 from cenote.core import Media, coalesce
 from cenote.errors import BadRequest, TooLong, first_line
 from cenote.pipeline import media
+from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Memory, Picture
 from cenote.pipeline.messages import message
 from cenote.tensors.positions import positions_of
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Pictures
-    from cenote.pipeline.inputs import Illustrated
+    from cenote.core import Pictures, Role
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.tokenizing import Ids
     from cenote.tensors.positions import Positions, Span
@@ -240,12 +240,30 @@ class PictureRenderer:
             )
         return media.pictures(content.sources, self.access)
 
-    def text(self, parts: Seq[str | None], prompt: str) -> str:
+    def with_blank(self, content: str | Ids | Illustrated) -> str | Ids | Illustrated:
+        """Return an input of texts alone with the black picture that the model has there, if it does."""
+        if isinstance(content, str):
+            return self._beside_blank((content,), content)
+        if isinstance(content, Illustrated) and not content.sources:
+            return self._beside_blank(content.content, content)
+        return content
+
+    def _beside_blank(self, parts: Seq[Any], content: str | Illustrated) -> str | Illustrated:
+        """Return texts beside the black picture; `content` where a client has rendered them, or there is none."""
+        size = self.pictures.blank
+        if not size or str(parts[0]).startswith(self.pictures.rendered):
+            return content
+        from PIL import Image
+
+        return Illustrated((None, *parts), (Image.new("RGB", (size, size)),))
+
+    def text(self, parts: Seq[str | None], prompt: str, task: Role | None = None) -> str:
         """Return texts and pictures as one text with placeholders.
 
         Args:
             parts: texts, and `None` for each picture.
             prompt: text of the system's message; empty = the model's own.
+            task: side of the input, if it is known.
         """
         template = self.pictures.template
         if self.is_apart:
@@ -253,10 +271,9 @@ class PictureRenderer:
         if template is None or (template.source is None and not self.has_template):
             return prompt + "".join(coalesce(part, self.pictures.markup) for part in parts)
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*map(shown, parts)]}]
-        system = prompt or self.pictures.system
-        if system:
-            messages.insert(0, message("system", system, structured=True))
-        return self.apply(messages, template.source, template.kwargs)
+        if prompt:
+            messages.insert(0, message("system", prompt, structured=True))
+        return self.apply(messages, template.source, template.variables(task))
 
     def spelled_out(self, text: str) -> str:
         """Return a text in which every placeholder is the vocabulary's."""

@@ -126,6 +126,8 @@ class Renderer:
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
         contents = list(map(self._content, prompts))
+        if self.pictures is not None and not options.rendered:
+            contents = list(map(self.pictures.with_blank, contents))
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
@@ -193,7 +195,7 @@ class Renderer:
     ) -> Ids:
         """Return the ids of a prompt, each picture one placeholder."""
         if isinstance(content.content, tuple):
-            text = renderer.spelled_out(renderer.text(content.content, applied.text))
+            text = renderer.spelled_out(renderer.text(content.content, applied.text, applied.role))
             return self.tokenize(self.whole(text), add_special_tokens=False)
         if isinstance(content.content, str):
             text = self.whole(renderer.spelled_out(applied.text + content.content))

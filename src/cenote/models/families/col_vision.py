@@ -54,10 +54,13 @@ TEMPLATE = (
     "{% else %}{% set seen.texts = seen.texts ~ part.text %}{% endif %}"
     "{% endfor %}{% endfor %}"
     "{% if not seen.pictures %}{{ prefix }}{{ seen.texts }}{{ suffix }}"
-    "{% elif not seen.texts %}{{ head }}{{ seen.pictures }}{{ instruction }}{{ tail }}"
+    "{% elif seen.texts in ('', beside.strip()) %}{{ head }}{{ seen.pictures }}{{ instruction }}{{ tail }}"
     "{% else %}{{ head }}{{ seen.pictures }}{{ beside }}{{ seen.texts }}{{ tail }}{% endif %}"
 )
-"""Renders a text as a query, and pictures as a page; the text of a page stands behind its pictures."""
+"""Renders a text as a query, and pictures as a page; the text of a page stands behind its pictures.
+
+Clients of vLLM send the instruction as the page's text: it is not said twice.
+"""
 
 
 class Layout(NamedTuple):

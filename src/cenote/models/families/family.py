@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from cenote.models import weights
-from cenote.models.families.sights import Sight, of_backbone
+from cenote.models.families.sights import Sight, of_backbone, published_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -139,7 +139,7 @@ class Family:
 
     def messages(self, files: Files, tokenizer: PreTrainedTokenizerBase) -> MessageTemplate | None:
         """Return how texts and pictures are rendered, unless Sentence-Transformers files say it; `None` = they stay."""
-        return None
+        return published_template(files)
 
     @property
     def filled_to(self) -> int:

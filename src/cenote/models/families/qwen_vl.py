@@ -7,9 +7,11 @@ scripts of Qwen3-VL-Embedding (arXiv:2601.04720) and of GME (arXiv:2412.16855).
 from __future__ import annotations
 
 import re
+import unicodedata
+from dataclasses import dataclass, field
 from inspect import signature
 from itertools import count, cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +20,7 @@ from cenote.models.vision import Vision
 from cenote.tensors.packing import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor, nn
@@ -29,32 +31,82 @@ if TYPE_CHECKING:
 MARKUP = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-class Published(NamedTuple):
+RENDERED = "<|im_start|>"
+"""Beginning of a text that its client has rendered: it stays as it is."""
+
+TEMPLATE = (
+    "{%- set seen = namespace(system=system, pictures='', texts='') -%}"
+    "{%- for message in messages -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{%- set seen.pictures = seen.pictures ~ markup -%}"
+    "{%- elif message.role == 'system' -%}{%- set seen.system = part.text | trim -%}"
+    "{%- else -%}{%- set seen.texts = seen.texts ~ part.text -%}{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+    "{%- if seen.texts.startswith(rendered) -%}{{ seen.texts }}{%- else -%}"
+    "{%- if closers and seen.system[-1:] not in closers -%}{%- set seen.system = seen.system ~ '.' -%}{%- endif -%}"
+    "{%- set prefix = prefixes.get(task or '', prefixes['']) -%}"
+    "{%- if seen.texts.startswith(prefix) -%}{%- set prefix = '' -%}{%- endif -%}"
+    "<|im_start|>system\n{{ seen.system }}<|im_end|>\n<|im_start|>user\n{{ seen.pictures }}"
+    "{%- if seen.texts -%}{{ prefix }}{{ seen.texts }}{%- else -%}{{ beside if seen.pictures else empty }}{%- endif -%}"
+    "<|im_end|>\n<|im_start|>assistant\n{{ end }}{%- endif -%}"
+)
+"""Renders pictures and then texts in a user's message, as the scripts of these models do, whatever the order sent."""
+
+
+@dataclass(frozen=True)
+class Published:
     """The way in which a published model reads pictures and texts.
 
     Attributes:
         name: pattern of the names of its checkpoints.
         system: text of the system message unless a prompt replaces it.
         most_pixels: pixels to which its code shrinks pictures; 0 = as the image processor says.
-        template: a Jinja template; `None` = the tokenizer's chat template, with the beginning of an answer.
+        end: text behind the beginning of an answer.
+        prefixes: text before a text, by its side; the one of "" where that is not known.
+        beside: text of a page that has none of its own.
+        empty: text of an input with neither pictures nor text.
+        blank: see `Pictures`.
+        closes: a system message ends with a punctuation mark, or gets a full stop.
     """
 
     name: str
     system: str
     most_pixels: int = 0
-    template: str | None = None
+    end: str = ""
+    prefixes: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+    beside: str = ""
+    empty: str = ""
+    blank: int = 0
+    closes: bool = False
+
+    def template(self) -> MessageTemplate:
+        """Return the template of texts and pictures."""
+        names = ("system", "end", "prefixes", "beside", "empty")
+        variables = {name: getattr(self, name) for name in names}
+        variables |= {"markup": MARKUP, "rendered": RENDERED, "closers": PUNCTUATION if self.closes else ""}
+        return MessageTemplate(TEMPLATE, variables, structured=True, takes_task=True)
 
 
-GME = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}" + MARKUP + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n<|endoftext|>"
-)
+PUNCTUATION = "".join(filter(lambda sign: unicodedata.category(sign).startswith("P"), map(chr, range(0x10000))))
+ASSISTANT = "You are a helpful assistant."
 PUBLISHED = (
-    Published(r"gme-?qwen2-?vl", "You are a helpful assistant.", 1280 * 28**2, GME),
-    Published(r"qwen3-?vl-?embedding", "Represent the user's input.", 1800 * 32**2),
+    Published(r"gme-?qwen2-?vl", ASSISTANT, 1280 * 28**2, end="<|endoftext|>"),
+    Published(r"qwen3-?vl-?embedding", "Represent the user's input.", 1800 * 32**2, empty="NULL", closes=True),
+    Published(
+        r"dse-?qwen2",
+        ASSISTANT,
+        2560 * 28**2,
+        end="<|endoftext|>",
+        prefixes={"": "Query: ", "document": "Document: "},
+        beside="What is shown in this image?",
+        blank=56,
+    ),
 )
-ANY = Published("", "")
+
+
+def published(files: Files) -> Published | None:
+    """Return how the model of these files reads inputs, if its name is one of those known."""
+    title = files.location.title
+    return next((row for row in PUBLISHED if re.search(row.name, title, re.IGNORECASE)), None)
 
 
 class QwenVL(Vision):
@@ -63,9 +115,9 @@ class QwenVL(Vision):
     @classmethod
     def describe(cls, files: Files) -> Pictures:
         """Return how its inputs hold pictures."""
-        published = next((row for row in PUBLISHED if re.search(row.name, files.location.title, re.IGNORECASE)), ANY)
+        row = published(files)
         config = getattr(files.config, "vlm_config", files.config)
-        variables = {"add_generation_prompt": True} if published.template is None else {}
+        chat = MessageTemplate(None, {"add_generation_prompt": True}, structured=True)
         return Pictures(
             folder=str(files.folder.absolute()),
             layout="grid",
@@ -73,9 +125,10 @@ class QwenVL(Vision):
             markup=MARKUP,
             merge=int(config.vision_config.spatial_merge_size),
             positions="mrope",
-            most_pixels=published.most_pixels,
-            template=MessageTemplate(published.template, variables, structured=True),
-            system=published.system,
+            most_pixels=0 if row is None else row.most_pixels,
+            template=chat if row is None else row.template(),
+            blank=0 if row is None else row.blank,
+            rendered=RENDERED,
         )
 
     @property

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
-from cenote.core import Pictures
+from cenote.core import Pictures, optional
 from cenote.models.families.ernie_vl import ErnieVL
-from cenote.models.families.qwen_vl import QwenVL
+from cenote.models.families.qwen_vl import Published, QwenVL, published
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
+    from cenote.core import MessageTemplate
     from cenote.models.facts import Files
     from cenote.models.vision import Vision
 
@@ -37,14 +38,24 @@ SIGHTS = {
 """By the `model_type` of a config."""
 
 
+SIGNS = ("vision_config", "image_config", "vq_config", "image_token_id", "image_token_index")
+"""Entries of configs of architectures that take pictures."""
+
+
 def of_backbone(files: Files) -> Sight | None:
     """Return how a checkpoint takes pictures by its architecture; `None` = it has no part for them."""
     kind = SIGHTS.get(files.config.model_type)
     if kind is not None:
         return Sight(kind, kind.describe(files))
-    if getattr(files.config, "vision_config", None) is None:
+    if not any(getattr(files.config, name, None) is not None for name in SIGNS):
         return None
     return refused(f"pictures for {files.architecture} are not served yet, only texts")
+
+
+def published_template(files: Files) -> MessageTemplate | None:
+    """Return how all inputs of a known vision-language embedder are rendered; `None` = it is not one of these."""
+    row = published(files) if SIGHTS.get(files.config.model_type) is QwenVL else None
+    return optional(Published.template, row)
 
 
 def refused(reason: str) -> Sight:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError
 from cenote.models.families.bge_m3 import BgeM3
+from cenote.models.families.clap import Clap
 from cenote.models.families.clip import Clip
 from cenote.models.families.col_vision import ColVision
 from cenote.models.families.family import Family
 from cenote.models.families.gating import Gating
+from cenote.models.families.jina_vl import JinaVL
 from cenote.models.families.listwise import Listwise
 from cenote.models.families.multi_vector import MultiVector
 from cenote.models.families.own import OwnModel
@@ -34,10 +36,12 @@ FAMILIES: list[type[Family]] = [
     BgeM3,
     Listwise,
     Gating,
+    JinaVL,
     Rewards,
     Voyage,
     Clip,
     Siglip,
+    Clap,
     SightedClassifier,
 ]
 """The first that recognises a checkpoint counts."""
