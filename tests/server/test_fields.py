@@ -136,6 +136,14 @@ def test_a_field_that_would_change_the_answer_is_refused(
     assert ranking.post(path, json=body | {field: None}).status_code == 200
 
 
+def test_parameters_of_the_hub_are_read_beside_those_of_vertex(serve: Serve) -> None:
+    client = serve(info=CROSS_ENCODER)
+    plain = client.post("/predict", json={"inputs": "a"})
+    assert client.post("/predict", json={"inputs": "a", "parameters": {}}).json() == plain.json()
+    raw = client.post("/predict", json={"inputs": "a", "parameters": {"raw_scores": True}})
+    assert (raw.status_code, raw.json() == plain.json()) == (200, False)
+
+
 def test_every_field_of_a_shared_path_is_read_refused_or_idle() -> None:
     for entries in collisions(Table(DIALECTS, ()).routes).values():
         fields = {name for entry in entries for name in entry.fields}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import ValidationError
+from starlette.testclient import TestClient
 
 from cenote import LLM, cl100k
 from cenote.config import ServerConfig
-from tests.conftest import error, expected
+from cenote.engine.fake import FakeEngine
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.rendering import Renderer
+from cenote.server.app import build
+from tests.conftest import INFO, error, expected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +111,20 @@ def test_a_vocabulary_is_found_or_refused(vocabulary: Path, monkeypatch: pytest.
     other.write_bytes(b"no vocabulary")
     with pytest.raises(ValueError, match="is not a vocabulary"):
         cl100k.Vocabulary(other)
+
+
+def test_a_tokenizer_that_adds_nothing_takes_all_ids_and_warns_once(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.post_processor = None
+    service = Service(FakeEngine(INFO), Renderer(plain, INFO), ("fake",))
+    with TestClient(build([service], ServerConfig())) as client:
+        for _ in range(2):
+            (entry,) = client.post("/v1/embeddings", json={"input": FOREIGN}).json()["data"]
+            assert entry["embedding"] == pytest.approx(expected(FOREIGN))
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert CURE in record.getMessage()
 
 
 def test_a_part_of_a_character_is_replaced(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     Reader = Callable[[Ids], Ids | str]
     """Returns the ids of a request as they are run, or their text."""
+
+log = logging.getLogger(__name__)
 
 
 def reader(config: ServerConfig) -> Callable[[Renderer], Reader | None]:
@@ -36,14 +39,37 @@ def reader(config: ServerConfig) -> Callable[[Renderer], Reader | None]:
     return lambda renderer: partial(_text, vocabulary)
 
 
-def strict(renderer: Renderer) -> Reader | None:
+def strict(renderer: Renderer) -> Reader:
     """Return a reader that refuses ids without any of the special tokens that the tokenizer always adds.
 
-    Returns:
-        The reader; `None` = the tokenizer adds none, so that its ids look like any other's.
+    The ids of a tokenizer that adds none look like any other's: they are run, and the log tells so once.
     """
     added = frozenset(renderer.tokenize("")).intersection(renderer.tokenizer.all_special_ids)
-    return partial(_own, renderer, added) if added else None
+    return partial(_own, renderer, added) if added else _Unknown(renderer.info.name)
+
+
+class _Unknown:
+    """Returns ids that nothing is known of, and warns of the first ones.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._has_warned = False
+
+    def __call__(self, ids: Ids) -> Ids:
+        """Return `ids`."""
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "requests send token ids to %s, whose tokenizer adds no special tokens, so that ids of another one are "
+                "not noticed; LangChain's OpenAIEmbeddings sends those of OpenAI's unless it is told "
+                "check_embedding_ctx_length=False",
+                self._name,
+            )
+        return ids
 
 
 def _own(renderer: Renderer, added: frozenset[int], ids: Ids) -> Ids:

@@ -66,6 +66,7 @@ class TeiFields(Queued):
     model: str | None = None
     truncate: bool | None = Field(None, description="cut what is too long; default: as the server does")
     truncation_direction: Direction | None = Field(None, description="end that is cut; default: the tokenizer's")
+    parameters: Any = Field(None, description="object of further fields, where the hub's clients put them")
     _characters: int = PrivateAttr(0)
 
     @model_validator(mode="before")
