@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cenote import LLM
+from cenote.errors import TooLong
 from tests import pictured
 from tests.models.test_images_qwen_vl import Reference, unit
 from tests.pictured import PICTURE, noise
@@ -95,11 +96,18 @@ def test_dse_reads_texts_beside_a_black_picture(tmp_path: Path) -> None:
         inputs = ["what is it", "Query: what is it", {"text": "what is it"}, A, B, row.prompt("what is it")]
         vectors = [np.array(output.outputs.embedding) for output in llm.embed(inputs, use_tqdm=False)]
         scores = [output.outputs.score for output in llm.score("what is it", ["what is it", A, B], use_tqdm=False)]
+        options = {"truncate_prompt_tokens": 40}
+        (cut,) = llm.embed(["a page " * 30], use_tqdm=False, tokenization_kwargs=options)
+        with pytest.raises(TooLong, match="would cut a picture|no room for its pictures"):
+            llm.embed(["a page " * 30], use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 25})
     for own in vectors[:3]:
         assert np.abs(own - query).max() < TOLERANCE
     for own, expected in zip(vectors[3:5], pages, strict=True):
         assert np.abs(own - expected).max() < TOLERANCE
     assert np.abs(vectors[5] - unit(reference.rows(row.prompt("what is it"), [])[-1])).max() < TOLERANCE
+    end = reference.processor.tokenizer(f"<|im_end|>\n<|im_start|>assistant\n{row.end}")["input_ids"]
+    assert len(cut.prompt_token_ids) == 40
+    assert list(cut.prompt_token_ids)[-len(end) :] == end, "a text that is cut keeps the end of the template"
     assert scores == pytest.approx([float(query @ one) for one in (document, *pages)], abs=1e-4)
     assert abs(scores[1] - scores[2]) > 1e-3, "another picture, another score"
     assert np.abs(query - vectors[5]).max() > 0.01, "without the picture the vector is another one"

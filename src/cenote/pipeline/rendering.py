@@ -13,13 +13,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
-from cenote.errors import BadRequest
+from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.parts import media_type, read, texts_and_pictures
-from cenote.pipeline.pictures import PictureRenderer, Processed, kept
+from cenote.pipeline.pictures import PictureRenderer, Placed, Processed, kept
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
 
@@ -184,11 +184,30 @@ class Renderer:
             options = options._replace(limit=UNLIMITED, truncate=None)
         cuts_beginnings = self._cuts_beginnings(options.side)
         placed = kept(renderer.placed(ids, pictures, content.kwargs), options, cuts_beginnings=cuts_beginnings)
+        is_rendered = self._messages is not None and isinstance(content.content, tuple)
+        if is_rendered and options.side is None:
+            placed = self._restored(placed, options, applied)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
         media = renderer.media(pictures, content.kwargs, processed)
         sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
         sequence = self._sides.of_text(sequence, applied.role)
         return replace(sequence, positions=renderer.positions(len(sequence), media, placed.spans))
+
+    def _restored(self, placed: Placed, options: TextOptions, applied: Applied) -> Placed:
+        """Return a rendered prompt that was cut with the end that the template gives it.
+
+        Raises:
+            TooLong: a picture would be cut.
+        """
+        assert self._messages is not None
+        ids = self._messages.restored(Text(placed.ids), options.content_limit, applied).ids
+        if any(ids[start:stop] != placed.ids[start:stop] for start, stop in placed.spans):
+            raise TooLong(
+                f"the prompt is to be cut to {len(ids)} tokens, which have no room for its pictures and the end of the "
+                "template; send fewer or smaller ones",
+                param="input_tokens",
+            )
+        return placed._replace(ids=[*ids])
 
     def _ids_with_placeholders(
         self, renderer: PictureRenderer, content: Illustrated, applied: Applied, options: TextOptions
