@@ -42,7 +42,7 @@ LONG = 300
 """Most characters of a line about a checkpoint's files."""
 ANY_NAME = "*"
 """As a served name: `any_model_name`."""
-OF_FASTDEPLOY = {"engine_worker_queue_port", "graph_optimization_config", "load_choices"}
+OF_FASTDEPLOY = {"engine_worker_queue_port", "cache_queue_port", "graph_optimization_config", "load_choices"}
 """Options of FastDeploy alone, whose servers answer to any name."""
 
 
