@@ -227,6 +227,16 @@ class ModelConfig(BaseModel):
     served_model_name: Several = Field((), description="names that requests may use (default: the model)")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer, if not the model's")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    tokenizer_revision: str | None = Field(
+        None,
+        description="the same of the tokenizer (default: the model's, or main if the tokenizer has its own repository)",
+    )
+    download_dir: str | None = Field(None, description="folder of the hub's cache (default: that of HF_HOME)")
+    hf_token: str | None = Field(
+        None,
+        repr=False,
+        description="token of the hub (default: the variable HF_TOKEN, which other users cannot see)",
+    )
     runner: Literal["auto", "pooling", "generate"] = Field("auto", description="pooling is the only runner there is")
     convert: Literal["auto", "none", "embed", "classify", "sparse"] = Field(
         "auto", description="conversion of a model that does not pool by itself"
@@ -532,6 +542,16 @@ class ServerConfig(BaseModel):
         description="second port, served by a thread of its own, without a key: /health, /livez, /readyz, /metrics",
     )
     api_key_metrics: bool = Field(False, description="ask for the key also at the metrics port")
+    uds: str | None = Field(None, description="path of a Unix socket to listen on instead of host and port")
+    ssl_keyfile: str | None = Field(None, description="private key of the certificate, for HTTPS")
+    ssl_certfile: str | None = Field(None, description="certificate, for HTTPS")
+    ssl_ca_certs: str | None = Field(
+        None, description="certificates by which those of clients are checked, which have to bring one then"
+    )
+    default_chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(parse_json)] = Field(
+        default_factory=dict, description="JSON of variables of chat templates, for requests that do not set them"
+    )
+    enable_tokenizer_info_endpoint: bool = Field(False, description="answer /tokenizer_info, chat template included")
     root_path: str = Field("", description="path prefix that a proxy strips")
     log_level: LogLevel = Field("info", description="least severe log line")
     log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")
@@ -557,6 +577,14 @@ class ServerConfig(BaseModel):
             cl100k.find(self.token_ids_vocabulary)
         elif self.token_ids_vocabulary is not None:
             raise ValueError(f"`token_ids_vocabulary` is for token_ids 'cl100k', and it is {self.token_ids!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_certificate(self) -> ServerConfig:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("HTTPS needs both ssl_keyfile and ssl_certfile, got one of them")
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_ca_certs is for HTTPS, which needs ssl_keyfile and ssl_certfile")
         return self
 
     @field_validator("otlp_traces_endpoint")

@@ -101,6 +101,13 @@ EFFECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("--root-path /x", {"root_path": "/x"}),
     "eager": ("--enforce-eager", {"enforce_eager": True}),
     "address": ("--host 0.0.0.0 --port 81", {"host": "0.0.0.0", "port": 81}),
+    "tokenizer at a revision": ("--tokenizer-revision v2", {"tokenizer_revision": "v2"}),
+    "cache": ("--download-dir /x", {"download_dir": "/x"}),
+    "token": ("--hf-token x", {"hf_token": "x"}),
+    "socket": ("--uds /x.sock", {"uds": "/x.sock"}),
+    "https": ("--ssl-keyfile a --ssl-certfile b --ssl-ca-certs c", {"ssl_ca_certs": "c"}),
+    "variables": ("--default-chat-template-kwargs.a 1", {"default_chat_template_kwargs": {"a": 1}}),
+    "tokenizer's settings": ("--enable-tokenizer-info-endpoint", {"enable_tokenizer_info_endpoint": True}),
     "documents": ("--disable-fastapi-docs", {"disable_fastapi_docs": True}),
     "metrics": ("--metrics-port 82", {"metrics_port": 82}),
 }

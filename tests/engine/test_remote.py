@@ -528,7 +528,7 @@ def test_a_socket_that_a_killed_host_left_is_replaced(seam: Seam) -> None:
 
 def test_a_path_that_is_taken(seam: Seam, tmp_path: Path) -> None:
     seam.host()
-    with pytest.raises(ConfigError, match=f"cannot listen on {seam.path}: another engine does"):
+    with pytest.raises(ConfigError, match=f"cannot listen on {seam.path}: another process does"):
         Host(FakeEngine(), seam.path)
     assert seam.front().healthy()
     (tmp_path / "file").write_text("a")
@@ -543,7 +543,7 @@ def test_a_path_can_be_tried(seam: Seam) -> None:
     check_path(seam.path)
     assert not seam.path.exists()
     seam.host()
-    with pytest.raises(ConfigError, match="another engine does"):
+    with pytest.raises(ConfigError, match="another process does"):
         check_path(seam.path)
     assert seam.front().healthy()
 

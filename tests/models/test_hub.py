@@ -38,11 +38,13 @@ class Hub:
         commits: repository and commit to a folder.
         branches: repository and branch to a commit.
         asked: method and path of every request.
+        keys: repository and `Authorization` of every request.
     """
 
     commits: dict[tuple[str, str], Path] = field(default_factory=dict)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    keys: set[tuple[str, str | None]] = field(default_factory=set)
 
     def add(self, repository: str, branch: str, folder: Path) -> str:
         """Publish `folder` as the head of a branch; returns its commit."""
@@ -70,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             repository, rest = "/".join(parts[2:4]), parts[4:]
         else:
             repository, rest = "/".join(parts[:2]), parts[2:]
+        self.hub.keys.add((repository, self.headers["Authorization"]))
         if not any(repository == name for name, _ in self.hub.commits):
             self._refuse("RepoNotFound", "Repository not found")
             return
@@ -148,6 +151,14 @@ LOADS: dict[str, dict[str, Any]] = {
     "again": {"model": "tiny/bert"},
     "branch": {"model": "tiny/bert", "revision": "v2"},
     "tokenizer of its own": {"model": "tiny/bert", "tokenizer": "tiny/tokenizer"},
+    "tokenizer of a branch": {"model": "tiny/bert", "tokenizer_revision": "lower"},
+    "tokenizer of its own at a branch": {
+        "model": "tiny/bert",
+        "revision": "v2",
+        "tokenizer": "tiny/words",
+        "tokenizer_revision": "old",
+    },
+    "kept apart": {"model": "tiny/kept", "download_dir": "apart", "hf_token": "hf_secret"},
     "modules": {"model": "tiny/modules"},
     "pickled, refused": {"model": "tiny/pickled", "safetensors_only": True},
     "pickled": {"model": "tiny/pickled"},
@@ -203,6 +214,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
         "v1": hub.add("tiny/bert", "main", folders["v1"]),
         "v2": hub.add("tiny/bert", "v2", folders["v2"]),
     }
+    hub.add("tiny/bert", "lower", folders["tokenizer"])
+    hub.add("tiny/words", "old", folders["tokenizer"])
+    hub.add("tiny/kept", "main", folders["v2"])
     (folders["headed"] / "value_head.bin").write_bytes(b"\0")
     checkpoints.edit_json(folders["code"] / "config.json", auto_map={"AutoModel": "own.Own"})
     for name in ("pickled", "modules", "tokenizer", "headed", "code"):
@@ -250,6 +264,23 @@ def test_a_tokenizer_of_its_own(answers: Answers) -> None:
     expected = local(answers.folders["v1"], tokenizer=str(answers.folders["tokenizer"]))
     np.testing.assert_allclose(result["row"], expected, rtol=0, atol=1e-6)
     assert np.abs(np.array(result["row"]) - local(answers.folders["v1"])).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("load", "folder"), [("tokenizer of a branch", "v1"), ("tokenizer of its own at a branch", "v2")]
+)
+def test_a_tokenizer_at_a_revision(answers: Answers, load: str, folder: str) -> None:
+    expected = local(answers.folders[folder], tokenizer=str(answers.folders["tokenizer"]))
+    np.testing.assert_allclose(answers.results[load]["row"], expected, rtol=0, atol=1e-6)
+
+
+def test_a_cache_and_a_token_of_its_own(answers: Answers) -> None:
+    np.testing.assert_allclose(answers.results["kept apart"]["row"], local(answers.folders["v2"]), rtol=0, atol=1e-6)
+    assert (answers.home.parent / "apart" / "models--tiny--kept").is_dir()
+    assert (answers.home / "hub" / "models--tiny--bert").is_dir()
+    assert not (answers.home / "hub" / "models--tiny--kept").exists()
+    assert {key for name, key in answers.hub.keys if name == "tiny/kept"} == {"Bearer hf_secret"}
+    assert {key for name, key in answers.hub.keys if name != "tiny/kept"} == {None}
 
 
 def test_only_wanted_files_are_downloaded_and_each_once(answers: Answers) -> None:

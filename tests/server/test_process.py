@@ -71,7 +71,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._listens.wait(PATIENCE), self.log
-        self.port = int(re.findall(r"serving http://127\.0\.0\.1:(\d+)", self.log)[0])
+        self.port = int(next(iter(re.findall(r"serving https?://127\.0\.0\.1:(\d+)", self.log)), 0))
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _read(self) -> None:
@@ -79,7 +79,7 @@ class Process:
         with self.process.stderr as log:
             for line in log:
                 self.lines.append(line)
-                if "serving http://" in line:
+                if "serving http" in line:
                     self._listens.set()
         self._listens.set()
 

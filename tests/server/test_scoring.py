@@ -642,8 +642,12 @@ def test_request_id_and_model_are_echoed(serve: Serve, path: str, header: str | 
             "Scoring API is only enabled for num_labels == 1. fake has 3 labels; classify gives the value of each",
         ),
         (INFO, "This model does not support the Scoring API. It offers: embed, token_embed"),
+        (
+            replace(CLASSIFIER, tasks=("token_classify", "embed")),
+            "This model does not support the Scoring API. It offers: token_classify, embed",
+        ),
     ],
-    ids=["three labels", "nothing to score by"],
+    ids=["three labels", "nothing to score by", "labels of tokens"],
 )
 def test_a_model_that_does_not_score_answers_like_a_missing_route(
     serve: Serve, path: str, info: Any, message: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import textwrap
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ import cenote
 from cenote import tokenizer
 from cenote.cli.flags import OF_ENGINES
 from cenote.cli.lines import set_format
+from cenote.cli.listening import address, bound, certificates
 from cenote.cli.logs import Writer
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import Similarity
@@ -42,7 +42,7 @@ LONG = 300
 """Most characters of a line about a checkpoint's files."""
 ANY_NAME = "*"
 """As a served name: `any_model_name`."""
-OF_FASTDEPLOY = {"engine_worker_queue_port", "graph_optimization_config", "load_choices"}
+OF_FASTDEPLOY = {"engine_worker_queue_port", "cache_queue_port", "graph_optimization_config", "load_choices"}
 """Options of FastDeploy alone, whose servers answer to any name."""
 
 
@@ -73,7 +73,7 @@ def _serve(arguments: dict[str, Any]) -> int:
 
         services: list[Service] = []
         with ExitStack() as opened:
-            listener, *others = map(opened.enter_context, _bind(server))
+            listener, *others = map(opened.enter_context, bound(server))
             for source in plan.sources:
                 service = source()
                 opened.callback(service.engine.close)
@@ -83,7 +83,13 @@ def _serve(arguments: dict[str, Any]) -> int:
         _log_all(limits(plan.engine, server))
         app = build(services, server)
         allowed = _connections(server)
-        config = configured(app, allowed, log_level=server.log_level, access_log=server.log_level == "debug")
+        config = configured(
+            app,
+            allowed,
+            log_level=server.log_level,
+            access_log=server.log_level == "debug",
+            **certificates(server),
+        )
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
         for other in others:
@@ -91,7 +97,7 @@ def _serve(arguments: dict[str, Any]) -> int:
         running.callback(ignore_signals)  # so that a late one does not change the exit status
         web = Server(config, app, server.shutdown_timeout)
         web.take_signals()
-        log.info("serving http://%s:%s, %.1f s after start", *listener.getsockname()[:2], time.monotonic() - began)
+        log.info("serving %s, %.1f s after start", address(listener, server), time.monotonic() - began)
         web.run(sockets=[listener])
     return web.status
 
@@ -265,29 +271,6 @@ def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerC
     assert isinstance(engine, EngineConfig)
     assert isinstance(server, ServerConfig)
     return model, engine, server
-
-
-def _bind(server: ServerConfig) -> list[socket.socket]:
-    """Take the server's addresses, before the model is loaded, so that a port in use is told at once."""
-    listener = _bound(server.host, server.port)
-    if server.metrics_port is None:
-        return [listener]
-    try:
-        return [listener, _bound(server.host, server.metrics_port)]
-    except ConfigError:
-        listener.close()
-        raise
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return listener
 
 
 def report(service: Service) -> list[str]:

@@ -76,7 +76,7 @@ class Host:
         self._fronts: set[_Front] = set()
         self._lock = threading.Lock()
         self._doctor = ThreadPoolExecutor(1, thread_name_prefix="cenote-health")
-        self._listener = _listen(self._path)
+        self._listener = listening_at(self._path)
         self._inode = self._path.stat().st_ino
         self._is_closing = False
         self._thread = threading.Thread(target=self._accept, name="cenote-host", daemon=True)
@@ -272,12 +272,16 @@ def _check_media(sequence: Sequence) -> None:
 def check_path(path: str | Path) -> None:
     """Raise `ConfigError` if no host can listen at `path`."""
     path = Path(path)
-    _listen(path).close()
+    listening_at(path).close()
     path.unlink()
 
 
-def _listen(path: Path) -> socket.socket:
-    """Return a socket at `path` that only this user can open; one left by a killed host is replaced."""
+def listening_at(path: Path) -> socket.socket:
+    """Return a socket at `path` that only this user can open; one left by a killed process is replaced.
+
+    Raises:
+        ConfigError: it cannot be made, or another process listens there.
+    """
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -313,4 +317,4 @@ def _make_room(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise ConfigError(f"cannot listen on {path}: another engine does")
+    raise ConfigError(f"cannot listen on {path}: another process does")

@@ -40,14 +40,24 @@ def find(options: ModelConfig) -> Location:
     Raises:
         CheckpointError: they are not there.
     """
-    tokenizer = None
-    if options.tokenizer:
-        tokenizer, _, _ = locate(options.tokenizer, options)
+    tokenizer = _tokenizer(options)
     if options.model is None:
         path = embedded()
         return Location(EMBEDDED_NAME, path, None, tokenizer, contents.listing(path))
     path, commit, listed = locate(options.model, options)
     return Location(options.model, path, commit, tokenizer, listed)
+
+
+def _tokenizer(options: ModelConfig) -> Path | None:
+    """Return the folder of a tokenizer that is not the model's, or not of its revision; `None` = it is."""
+    if options.tokenizer:
+        name = options.tokenizer
+    elif options.tokenizer_revision and options.model:
+        name = options.model
+    else:
+        return None
+    folder, _, _ = locate(name, options.model_copy(update={"revision": options.tokenizer_revision}))
+    return folder
 
 
 def embedded() -> Path:
@@ -82,19 +92,19 @@ def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str
         raise CheckpointError(f"{name!r} is a file, and single files, as of GGUF, are not read; {contents.REMEDY}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointError(f"there is no folder {name!r}, and it is not a hub id of the form 'owner/name'")
-    listed = _listed(name, options.revision)
+    listed = _listed(name, options)
     folder = _downloaded(name, options, listed)
     check_snapshot(folder, name)
     check_links(folder)
     return folder, folder.name, listed or contents.listing(folder)
 
 
-def _listed(name: str, revision: str | None) -> tuple[str, ...]:
+def _listed(name: str, options: ModelConfig) -> tuple[str, ...]:
     """Return the paths of the files of a repository; empty if the hub cannot be asked."""
     from huggingface_hub import HfApi
 
     try:
-        siblings = HfApi().model_info(name, revision=revision).siblings or []
+        siblings = HfApi(token=options.hf_token).model_info(name, revision=options.revision).siblings or []
     except Exception:  # the hub does not answer: the cache may have the files, and if not, downloading says why
         return ()
     return tuple(sibling.rfilename for sibling in siblings)
@@ -118,7 +128,12 @@ def _downloaded(name: str, options: ModelConfig, listed: Sequence[str]) -> Path:
         patterns += _pickles(listed)
     try:
         folder = snapshot_download(
-            name, revision=options.revision, allow_patterns=patterns, ignore_patterns=list(HUB_SKIPPED)
+            name,
+            revision=options.revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(HUB_SKIPPED),
+            cache_dir=options.download_dir,
+            token=options.hf_token,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         where = f"revision {options.revision!r} of {name!r}" if options.revision else repr(name)

@@ -59,6 +59,7 @@ class Renderer:
 
     Attributes:
         bounds: of one request's work; a server sets them.
+        template_defaults: variables of chat templates that requests do not set, likewise.
         read_ids: reads token ids that a request brings; `None` = they are run as they are.
     """
 
@@ -88,6 +89,7 @@ class Renderer:
         self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
+        self.template_defaults: Mapping[str, Any] = {}
         self.read_ids: Callable[[Ids], Ids | str] | None = None
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase, cuts=cuts)
         self.pictures: PictureRenderer | None = None
@@ -361,7 +363,7 @@ class Renderer:
 
         meter = templates.Meter(self.bounds.template_steps, self.bounds.template_seconds)
         try:
-            return templates.apply(self.tokenizer, messages, template, kwargs, meter)
+            return templates.apply(self.tokenizer, messages, template, {**self.template_defaults, **kwargs}, meter)
         except Exception as error:  # anything: a template is a program
             reason = str(error) or type(error).__name__
             raise BadRequest(f"the chat template refuses these messages: {reason}", param="messages") from error

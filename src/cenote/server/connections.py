@@ -272,7 +272,8 @@ class Connection(HttpToolsProtocol):
         response = errors.respond(error)
         head = [b"%s: %s\r\n" % header for header in (*response.raw_headers, (b"connection", b"close"))]
         self.transport.write(b"".join([STATUS_LINE[error.status], *head, b"\r\n", bytes(response.body)]))
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # not by TLS
+            self.transport.write_eof()
         self.loop.call_later(LINGER, self.transport.abort)
 
 

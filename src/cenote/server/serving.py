@@ -101,6 +101,7 @@ class Serving:
                 config.max_template_steps,
                 config.max_template_seconds,
             )
+            view.renderer.template_defaults = config.default_chat_template_kwargs
             view.renderer.allow(access)
             view.renderer.read_ids = read_ids(view.renderer)
         self.paths: dict[str, list[str]] = {}

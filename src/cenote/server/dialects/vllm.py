@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
 
 from cenote.core import PoolingParams, coalesce, optional
 from cenote.errors import BadRequest, PluginFailed
@@ -329,6 +330,23 @@ def _several(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+async def tokenizer_info(serving: Serving, request: Request, body: None) -> Response:
+    """Class, settings and chat template of the first model's tokenizer, if the operator wants them told."""
+    if not serving.config.enable_tokenizer_info_endpoint:
+        raise HTTPException(404, "Not Found")
+    tokenizer = serving.find(None).renderer.tokenizer
+    settings = {**tokenizer.init_kwargs, **tokenizer.special_tokens_map}
+    told = {name: settings[name] for name in settings if isinstance(settings[name], PLAIN) and name not in PATHS}
+    return json_response(
+        {**told, "tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
+    )
+
+
+PLAIN = (str, int, float, type(None))
+"""Types of settings of a tokenizer that are told; others are objects of Transformers."""
+PATHS = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
+"""Settings that lead to files of the server."""
+
 DIALECT = Dialect(
     "vLLM",
     (
@@ -336,5 +354,6 @@ DIALECT = Dialect(
         Route("/classify", classify, ClassifyRequest, aliases=("/v1/classify",), purpose="classify"),
         Route("/tokenize", tokenize, TokenizeRequest, aliases=("/v1/tokenize",)),
         Route("/detokenize", detokenize, DetokenizeRequest, aliases=("/v1/detokenize",)),
+        Route("/tokenizer_info", tokenizer_info, method="GET"),
     ),
 )
