@@ -70,11 +70,11 @@ def checkpoint(folder: Path, *, tiny: bool) -> str:
     return str(folder)
 
 
-def cenote(folder: str, options: dict[str, Any], at_once: int) -> Encode:
-    """Cenote; `at_once` prompts with pictures are rendered before the model runs."""
+def cenote(folder: str, options: dict[str, Any], at_once: int = 0) -> Encode:
+    """Cenote; `at_once` prompts with pictures are rendered before the model runs, by default as few as it takes."""
     from cenote import LLM, calls
 
-    calls.PICTURED_AT_ONCE = at_once
+    calls.PICTURED_AT_ONCE = at_once or calls.PICTURED_AT_ONCE
     llm = LLM(folder, **options)
 
     def encode(order: Order) -> np.ndarray:
@@ -181,10 +181,10 @@ WORKLOADS = {
     "pages": Workload(only_pages, {"one by one": 0.95}),
     "decoding": Workload(large_pages, {"all rendered before": 1.3, "one by one": 0}, tiny=True),
 }
-OVERLAPPED, ALL = 4, 1 << 20
+ALL = 1024
 OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "cenote": (cenote, ({}, OVERLAPPED)),
-    "nothing kept": (cenote, ({"picture_cache_size": 0}, OVERLAPPED)),
+    "cenote": (cenote, ({},)),
+    "nothing kept": (cenote, ({"picture_cache_size": 0},)),
     "all rendered before": (cenote, ({}, ALL)),
     "one by one": (Transformers, (1,)),
     "one padded batch": (Transformers, (ALL,)),

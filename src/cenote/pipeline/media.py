@@ -95,12 +95,14 @@ class Access:
         any_file: all files and hosts may be named, as by the caller of a library.
         hosts: from which URLs are fetched.
         limits: of each picture.
+        trusts_kwargs: arguments of the image processor may also make pictures larger than the model's own bounds.
     """
 
     folder: Path | None = None
     any_file: bool = False
     hosts: Hosts = field(default_factory=Hosts)
     limits: Limits = field(default_factory=Limits)
+    trusts_kwargs: bool = False
 
 
 @dataclass(frozen=True)

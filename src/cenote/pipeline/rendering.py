@@ -108,7 +108,7 @@ class Renderer:
     def allow(self, access: Access) -> None:
         """Let pictures be read from other places than any."""
         if self.pictures is not None:
-            self.pictures.access = access
+            self.pictures.allow(access)
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -189,6 +189,18 @@ class Renderer:
         sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
         sequence = self._sides.of_text(sequence, applied.role)
         return replace(sequence, positions=renderer.positions(len(sequence), media, placed.spans))
+
+    def expanded(self, content: Illustrated, *, add_special_tokens: bool = False) -> Ids:
+        """Return the ids of a prompt of any length, each picture the tokens that stand for it; none is decoded.
+
+        Raises:
+            BadRequest: one of the pictures is refused, or the prompt does not name each once.
+        """
+        assert self.pictures is not None
+        pictures = self.pictures.headers(content)
+        options = PLAIN._replace(add_special_tokens=add_special_tokens)
+        ids = self._ids_with_placeholders(self.pictures, content, self.prompts.choose(), options)
+        return self.pictures.placed(ids, pictures, content.kwargs).ids
 
     def _ids_with_placeholders(
         self, renderer: PictureRenderer, content: Illustrated, applied: Applied, options: TextOptions

@@ -92,7 +92,9 @@ class Serving:
         self.is_ending = False
         self.admission = Admission(services, config)
         hosts = Hosts(frozenset(map(str.lower, config.allowed_media_domains)), config.allow_private_media)
-        access = Access(optional(Path, config.allowed_local_media_path), hosts=hosts)
+        access = Access(
+            optional(Path, config.allowed_local_media_path), hosts=hosts, trusts_kwargs=config.trust_request_mm_kwargs
+        )
         read_ids = token_ids.reader(config)
         for view in self.models.views:
             view.renderer.bounds = Bounds(
