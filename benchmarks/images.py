@@ -11,6 +11,7 @@ pictures that are new in each round; ratios are within a round. CPU time is that
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from io import BytesIO
@@ -21,9 +22,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Encode, Worker, row, save
-from tests import pictured
-from tests.pictured import PICTURE, saved
 
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+WORDS = "the page query revenue report growth table chart figure number describe image what is shown who which year"
 PROMPT = f"<|im_start|>user\n{PICTURE}{{}}<|im_end|><|endoftext|>"
 QUESTION = "Describe the image."
 MOST_PIXELS = 1280 * 32**2
@@ -43,6 +48,17 @@ VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [1, 3], "num_position_embeddings": 2304, "patch_size": 16, "temporal_patch_size": 2,
     "spatial_merge_size": 2,
 }  # fmt: skip
+TINY_TEXT: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 128,
+    "rope_parameters": {
+        "rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 5e6, "mrope_interleaved": True,
+    },
+}  # fmt: skip
+TINY_VISION: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64,
+    "deepstack_visual_indexes": [0, 1],
+}  # fmt: skip
 
 Input = tuple[str, list[bytes]]
 """A prompt, and the files of its pictures."""
@@ -52,22 +68,58 @@ Order = list[list[Input]]
 
 def checkpoint(folder: Path, *, tiny: bool) -> str:
     """Write a checkpoint with random weights; return its path."""
-    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionConfig
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    pictured.qwen_vl(folder, "qwen3_vl")
-    tokenizer = pictured.write_qwen_files(folder, "qwen3_vl")
-    size = {"shortest_edge": 4 * 32**2, "longest_edge": MOST_PIXELS}
+    ids = write_tokenizer(folder)
     processor = {
         "image_processor_type": "Qwen2VLImageProcessorFast", "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "merge_size": 2, "patch_size": 16, "temporal_patch_size": 2, "size": size,
+        "merge_size": 2, "patch_size": 16, "temporal_patch_size": 2,
+        "size": {"shortest_edge": 4 * 32**2, "longest_edge": MOST_PIXELS},
     }  # fmt: skip
-    pictured.write(folder, "preprocessor_config.json", processor)
-    if not tiny:
-        config = pictured.qwen_config("qwen3_vl", tokenizer, **TEXT)
-        config.vision_config = Qwen3VLVisionConfig(**VISION)
-        torch.manual_seed(0)
-        pictured.write_model(folder, Qwen3VLForConditionalGeneration(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    config = Qwen3VLConfig(
+        text_config={**TEXT, **(TINY_TEXT if tiny else {}), "vocab_size": 1024, "max_position_embeddings": 4096},
+        vision_config={**VISION, **(TINY_VISION if tiny else {})},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
+
+
+def write_tokenizer(folder: Path) -> dict[str, int]:
+    """Write a byte-level tokenizer; return the ids of its special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*[WORDS] * 3, *WORDS.split()], trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **names).save_pretrained(folder)
+    return {text: tokenizer.token_to_id(text) for text in SPECIAL}
+
+
+def processor_of(folder: str) -> Any:
+    """Return Transformers' processor without its part for videos, which needs torchvision."""
+    from transformers import Qwen3VLProcessor
+
+    class Processor(Qwen3VLProcessor):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    Processor.__name__ = "Qwen3VLProcessor"
+    return Processor.from_pretrained(folder, backend="pil")
 
 
 def cenote(folder: str, options: dict[str, Any], at_once: int = 0) -> Encode:
@@ -101,7 +153,7 @@ class Transformers:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.processor = pictured.processor_class("Qwen3VLProcessor").from_pretrained(folder, backend="pil")
+        self.processor = processor_of(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
         self.size = size
 
@@ -133,12 +185,15 @@ def page(generator: np.random.Generator, least: int, most: int) -> bytes:
     draw = ImageDraw.Draw(image)
     for y in range(10, height - 10, 14):
         draw.text((10, y), "".join(map(chr, generator.integers(97, 123, 80))), fill="black")
-    return saved(image, "JPEG", quality=90) if generator.integers(2) else saved(image)
+    form, options = ("JPEG", {"quality": 90}) if generator.integers(2) else ("PNG", {})
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
 
 
 def mixed(generator: np.random.Generator, pages: int) -> Order:
     """Short queries and small pages in one call."""
-    queries: list[Input] = [(f"query {word} revenue of the year", []) for word in pictured.TEXT.split()[: 2 * pages]]
+    queries: list[Input] = [(f"query {i} revenue of the year", []) for i in range(2 * pages)]
     shown: list[Input] = [(PROMPT.format(QUESTION), [page(generator, 224, 448)]) for _ in range(max(1, 2 * pages // 3))]
     inputs = [*queries, *shown]
     return [[inputs[i] for i in generator.permutation(len(inputs))]]

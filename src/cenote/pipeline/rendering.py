@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
+from cenote.pipeline.media import awaited
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.parts import media_type, read, texts_and_pictures
@@ -128,6 +129,7 @@ class Renderer:
         contents = list(map(self._content, prompts))
         if self.pictures is not None and not options.rendered:
             contents = list(map(self.pictures.with_blank, contents))
+        self._await(contents)
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens)
         texts = (content for content in contents if isinstance(content, str))
@@ -145,6 +147,18 @@ class Renderer:
             return replace(sequence, task=task, params=params)
 
         return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
+
+    def _await(self, contents: Iterable[str | Ids | Illustrated]) -> None:
+        """Ask for all pictures of a request at once, where a server fetches them before it is rendered.
+
+        Raises:
+            Unarrived: some are behind URLs, and have not arrived.
+        """
+        if self.pictures is not None and not self.pictures.refusal:
+            awaited(
+                chain.from_iterable(content.sources for content in contents if isinstance(content, Illustrated)),
+                self.pictures.access,
+            )
 
     def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
         """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""

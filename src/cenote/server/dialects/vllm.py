@@ -176,7 +176,7 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
             }
         )
 
-    return await serving.in_pool("render", answered)
+    return await serving.rendered(answered, request.state.body_bytes)
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
