@@ -448,6 +448,9 @@ class ServerConfig(BaseModel):
     max_request_tokens: int = Field(
         1 << 22, ge=1, description="maximum tokens that one request may run, prompts and padding included"
     )
+    max_picture_bytes: int = Field(
+        1 << 30, ge=1, description="maximum bytes that the pictures of one request have when they are processed"
+    )
     max_text_characters: int = Field(
         1 << 22,
         ge=1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from cenote import LLM
@@ -100,3 +101,15 @@ def test_requests_enlarge_pictures_where_the_server_trusts_them(llm: LLM) -> Non
         found = error(trusting, {**body, "mm_processor_kwargs": kwargs})
         assert (found["code"], expected in found["message"]) == (400, True), found["message"]
     assert error(served(llm), body)["code"] == 400, "the next server of the model does not"
+
+
+def test_small_files_of_large_pictures_are_bounded(llm: LLM) -> None:
+    """Four pictures of 64 tokens, and one of them again, each of 256 patches of 1,536 numbers."""
+    files = [saved(Image.new("RGB", (256, 256), colour)) for colour in ("red", "green", "blue", "white")]
+    inputs = {"images": [url(file) for file in (*files, files[0])]}
+    size = 256 * 1536 * 4
+    answer = served(llm, max_picture_bytes=4 * size).post("/v2/embed", json=inputs)
+    assert answer.status_code == 200, answer.text
+    found = error(served(llm, max_picture_bytes=4 * size - 1), inputs, "/v2/embed")
+    assert (found["code"], found["param"]) == (400, "image")
+    assert f"at least {4 * size} bytes" in found["message"]

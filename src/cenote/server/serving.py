@@ -103,6 +103,7 @@ class Serving:
                 config.max_text_characters,
                 config.max_template_steps,
                 config.max_template_seconds,
+                config.max_picture_bytes,
             )
             view.renderer.allow(access)
             view.renderer.read_ids = read_ids(view.renderer)
