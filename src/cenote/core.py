@@ -202,6 +202,11 @@ class Media:
     grid: tuple[int, ...] = ()
     arrays: Arrays = field(default_factory=dict, compare=False)
     kind: str = "image"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
     pixels: int = field(default=0, compare=False)
 
 

@@ -91,7 +91,7 @@ def arrived(sources: Iterable[Any], fetch: Callable[[str], bytes]) -> list[Any]:
     listed = list(sources)
     if files is None:
         return listed
-    missing = [source for source in dict.fromkeys(filter(is_url, listed)) if source not in files]
+    missing = sorted(set(filter(is_url, listed)) - files.keys())
     if missing:
         raise Unarrived(missing, fetch)
     return [files[source] if is_url(source) else source for source in listed]

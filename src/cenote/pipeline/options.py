@@ -99,8 +99,7 @@ class Budget:
         Raises:
             BadRequest: so many are not left.
         """
-        for medium in media:
-            self._sizes[medium.key] = sum(array.nbytes for array in medium.arrays.values())
+        self._sizes |= {medium.key: medium.nbytes for medium in media}
         held = sum(self._sizes.values())
         if held > self._picture_bytes:
             raise BadRequest(

@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
@@ -154,11 +155,10 @@ class Renderer:
         Raises:
             Unarrived: some are behind URLs, and have not arrived.
         """
-        if self.pictures is not None and not self.pictures.refusal:
-            awaited(
-                chain.from_iterable(content.sources for content in contents if isinstance(content, Illustrated)),
-                self.pictures.access,
-            )
+        if self.pictures is None:
+            return
+        illustrated = [content for content in contents if isinstance(content, Illustrated)]
+        awaited(chain.from_iterable(map(attrgetter("sources"), illustrated)), self.pictures.access)
 
     def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
         """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
