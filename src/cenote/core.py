@@ -207,6 +207,7 @@ class Media:
     def nbytes(self) -> int:
         """Bytes of its arrays."""
         return sum(array.nbytes for array in self.arrays.values())
+
     pixels: int = field(default=0, compare=False)
 
 
