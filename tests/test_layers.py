@@ -39,7 +39,7 @@ INNER = {
         ("load", "load"),
     ),
     "server": (
-        ("shared by dialects", "errors turns admission asked serving wire"),
+        ("shared by dialects", "errors turns admission asked arrivals serving wire"),
         ("dialects", "routes table dialects"),
         ("application", "connections pages describe gate reading tracing unread app ending beside"),
     ),

@@ -23,11 +23,11 @@ def test_prompts_with_pictures_are_fewer_at_a_time(picture: Any) -> None:
     def sizes(prompts: list[Any]) -> list[int]:
         return [len(prompts[part]) for part in _parts(prompts)]
 
-    assert sizes([picture] * 10) == [PICTURED_AT_ONCE, PICTURED_AT_ONCE, 10 - 2 * PICTURED_AT_ONCE]
+    assert sizes([picture] * (2 * PICTURED_AT_ONCE + 1)) == [PICTURED_AT_ONCE, PICTURED_AT_ONCE, 1]
     assert sizes(["a"] * (RENDERED_AT_ONCE + 1)) == [RENDERED_AT_ONCE, 1]
     assert sizes([{"text": "a"}, [1, 2], {"prompt": "a"}]) == [3]
     half = ["a"] * (RENDERED_AT_ONCE // 2)
-    assert sizes([*half, *[picture] * 3]) == [len(half) + 2, 1]
+    assert sizes([*half, *[picture] * 2]) == [len(half) + 1, 1]
     assert sizes([]) == [0]
 
 
@@ -47,6 +47,6 @@ def test_the_model_begins_before_all_pictures_are_decoded(tmp_path: Path, monkey
 
         monkeypatch.setattr(type(renderer), "media", media)
         monkeypatch.setattr(type(llm._service.engine), "submit", submitted)
-        outputs = llm.embed([noise(20, 20, seed) for seed in range(6)], use_tqdm=False)
-    assert len({tuple(output.outputs.embedding) for output in outputs}) == 6
-    assert order == ["decode"] * 4 + ["submit"] + ["decode"] * 2 + ["submit"]
+        outputs = llm.embed([noise(20, 20, seed) for seed in range(5)], use_tqdm=False)
+    assert len({tuple(output.outputs.embedding) for output in outputs}) == 5
+    assert order == ["decode", "decode", "submit"] * 2 + ["decode", "submit"]

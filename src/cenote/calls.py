@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RENDERED_AT_ONCE = 1024
 """Prompts that are rendered at a time, while those before them run."""
-PICTURED_AT_ONCE = 4
+PICTURED_AT_ONCE = 2
 """Prompts with pictures that are: decoding one takes as long as tokenising some hundred texts."""
 R = TypeVar("R")
 

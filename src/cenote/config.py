@@ -458,6 +458,9 @@ class ServerConfig(BaseModel):
     max_request_tokens: int = Field(
         1 << 22, ge=1, description="maximum tokens that one request may run, prompts and padding included"
     )
+    max_picture_bytes: int = Field(
+        1 << 30, ge=1, description="maximum bytes that the pictures of one request have when they are processed"
+    )
     max_text_characters: int = Field(
         1 << 22,
         ge=1,
@@ -531,6 +534,9 @@ class ServerConfig(BaseModel):
     allowed_methods: Names = Field(("*",), description="method that such pages may use; may be given several times")
     allowed_headers: Names = Field(("*",), description="header that such pages may send; may be given several times")
     allow_credentials: bool = Field(False, description="let such pages send cookies and keys of the browser's own")
+    trust_request_mm_kwargs: bool = Field(
+        False, description="let requests make pictures larger than the checkpoint does (mm_processor_kwargs)"
+    )
     disable_fastapi_docs: bool = Field(False, description="no /docs, /redoc, /openapi.json")
     any_model_name: bool = Field(
         False, description="the first model answers to names that none has; as `*` among the served names"

@@ -202,6 +202,12 @@ class Media:
     grid: tuple[int, ...] = ()
     arrays: Arrays = field(default_factory=dict, compare=False)
     kind: str = "image"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
     pixels: int = field(default=0, compare=False)
 
 
@@ -378,6 +384,7 @@ class Pictures:
         rendered: beginning of texts that their clients have rendered, beside which it does not stand.
         kwargs: arguments of the image processor, of all requests.
         most: maximum pictures of a prompt.
+        may_grow: arguments of a request may exceed the bounds of the image processor.
         refusal: why the model takes no pictures after all; empty = it does.
     """
 
@@ -397,6 +404,7 @@ class Pictures:
     rendered: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     most: int = MOST_PICTURES
+    may_grow: bool = False
     refusal: str = ""
 
 

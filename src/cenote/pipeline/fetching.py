@@ -10,6 +10,8 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 from cenote.errors import BadRequest, Unfetched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from ipaddress import IPv6Address
 
     from httpcore import Response
@@ -50,6 +52,54 @@ NEAR = tuple(map(ip_network, ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192
 """Networks that are dialled where private addresses are allowed; where clouds serve their secrets is not among them."""
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="cenote-resolve")
 """Threads that wait for the resolver, which takes no time limit."""
+
+
+_arrived: ContextVar[Mapping[str, bytes] | None] = ContextVar("arrived", default=None)
+
+
+class Unarrived(Exception):
+    """Pictures behind URLs are to be fetched before a request can be rendered: an order, and not an error.
+
+    Attributes:
+        urls: of the pictures.
+        fetch: returns the bytes behind one of them.
+    """
+
+    def __init__(self, urls: list[str], fetch: Callable[[str], bytes]) -> None:
+        super().__init__(urls)
+        self.urls = urls
+        self.fetch = fetch
+
+
+@contextmanager
+def with_arrived(files: Mapping[str, bytes]) -> Iterator[None]:
+    """Let nothing be fetched in this context: pictures behind URLs are in `files`, or `Unarrived` is raised."""
+    token = _arrived.set(files)
+    try:
+        yield
+    finally:
+        _arrived.reset(token)
+
+
+def arrived(sources: Iterable[Any], fetch: Callable[[str], bytes]) -> list[Any]:
+    """Return `sources` with files in the places of the URLs that were fetched for this context.
+
+    Raises:
+        Unarrived: some were not, and nothing is fetched here.
+    """
+    files = _arrived.get()
+    listed = list(sources)
+    if files is None:
+        return listed
+    missing = sorted(set(filter(is_url, listed)) - files.keys())
+    if missing:
+        raise Unarrived(missing, fetch)
+    return [files[source] if is_url(source) else source for source in listed]
+
+
+def is_url(source: Any) -> bool:
+    """Return whether a picture is named by an `http:` or `https:` URL."""
+    return isinstance(source, str) and source[:16].partition(":")[0].lower() in PORTS
 
 
 def resolved(host: str, port: int) -> list[str]:

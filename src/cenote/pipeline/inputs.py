@@ -35,6 +35,12 @@ class Illustrated:
     sources: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def texts(self) -> list[str]:
+        """Its texts that are not empty."""
+        parts = self.content if isinstance(self.content, tuple) else (self.content,)
+        return [part for part in parts if isinstance(part, str) and part]
+
 
 Side = str | Illustrated
 """Query or document."""

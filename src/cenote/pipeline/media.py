@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from cenote.core import optional
 from cenote.errors import BadRequest
-from cenote.pipeline.fetching import Hosts, fetch
+from cenote.pipeline.fetching import Hosts, arrived, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -95,12 +95,14 @@ class Access:
         any_file: all files and hosts may be named, as by the caller of a library.
         hosts: from which URLs are fetched.
         limits: of each picture.
+        trusts_kwargs: arguments of the image processor may also make pictures larger than the model's own bounds.
     """
 
     folder: Path | None = None
     any_file: bool = False
     hosts: Hosts = field(default_factory=Hosts)
     limits: Limits = field(default_factory=Limits)
+    trusts_kwargs: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,18 @@ def pictures(sources: Iterable[Any], access: Access) -> list[Picture]:
 
     Raises:
         BadRequest: as `picture`, for the first of them.
+        Unarrived: some are behind URLs that are not fetched here.
     """
-    return list(LOADERS.map(partial(picture, access=access), sources))
+    return list(LOADERS.map(partial(picture, access=access), awaited(sources, access)))
+
+
+def awaited(sources: Iterable[Any], access: Access) -> list[Any]:
+    """Return `sources`, of URLs the files where these have been fetched before.
+
+    Raises:
+        Unarrived: some are still to be fetched.
+    """
+    return arrived(sources, partial(fetched, access=access))
 
 
 def picture(source: Any, access: Access) -> Picture:

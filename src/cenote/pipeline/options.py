@@ -9,8 +9,9 @@ from cenote.core import UNLIMITED
 from cenote.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from cenote.core import Media
     from cenote.pipeline.prompts import Applied
 
 
@@ -59,20 +60,24 @@ class Bounds:
         characters: maximum characters of a text that has to be tokenised whole.
         template_steps: steps of a chat template, see `cenote.pipeline.templates`.
         template_seconds: its CPU time.
+        picture_bytes: maximum bytes of its pictures, processed, which are held until they have run.
     """
 
     tokens: int = UNLIMITED
     characters: int = UNLIMITED
     template_steps: int = 1 << 20
     template_seconds: float = 5
+    picture_bytes: int = UNLIMITED
 
 
 class Budget:
-    """Tokens that a request may still run."""
+    """Tokens that a request may still run, and bytes of pictures that it may hold."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, picture_bytes: int = UNLIMITED) -> None:
         self._limit = limit
         self._spent = 0
+        self._picture_bytes = picture_bytes
+        self._sizes: dict[bytes, int] = {}
 
     def spend(self, tokens: int) -> None:
         """Take `tokens` off.
@@ -86,6 +91,21 @@ class Budget:
                 f"the request has at least {self._spent} tokens to run, prompts and padding included; at most "
                 f"{self._limit} are allowed (--max-request-tokens). Send it in parts",
                 param="input",
+            )
+
+    def hold(self, media: Iterable[Media]) -> None:
+        """Take the bytes of processed pictures off, of each content once.
+
+        Raises:
+            BadRequest: so many are not left.
+        """
+        self._sizes |= {medium.key: medium.nbytes for medium in media}
+        held = sum(self._sizes.values())
+        if held > self._picture_bytes:
+            raise BadRequest(
+                f"the pictures of the request have at least {held} bytes when they are processed; at most "
+                f"{self._picture_bytes} are held (--max-picture-bytes). Send it in parts",
+                param="image",
             )
 
 

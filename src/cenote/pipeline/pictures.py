@@ -16,7 +16,7 @@ from cenote.core import Media, coalesce
 from cenote.errors import BadRequest, TooLong, first_line
 from cenote.pipeline import media
 from cenote.pipeline.inputs import Illustrated
-from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Memory, Picture
+from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Limits, Memory, Picture
 from cenote.pipeline.messages import message
 from cenote.tensors.positions import positions_of
 
@@ -68,6 +68,8 @@ class Fixed:
         return (Media(_key(picture), self.pictures.tokens, self.pictures.patches, arrays=arrays),)
 
 
+MOST_RESIZED = Limits().pixels
+"""Pixels of a resized picture, whatever the request asks for."""
 SIZES = ("min_pixels", "max_pixels", "size", "image_size")
 """Arguments of an image processor that requests may send, as they can only make pictures smaller."""
 
@@ -112,10 +114,12 @@ class Grid:
         upper = _count(kwargs, "max_pixels", _count(size, "longest_edge", most))
         side = _count(kwargs, "image_size", max(picture.width, picture.height))
         scale = min(1.0, side / max(picture.width, picture.height))
-        if lower > least or upper > most:
+        highest = (MOST_RESIZED, MOST_RESIZED) if self.pictures.may_grow else (least, most)
+        if lower > highest[0] or upper > highest[1]:
             raise BadRequest(
-                f"mm_processor_kwargs: pictures of this model have at least {least} and at most {most} pixels when "
-                f"they are resized, and requests may only lower that; got {lower} and {upper}",
+                f"mm_processor_kwargs: got at least {lower} and at most {upper} pixels of a resized picture; expected "
+                f"no more than {highest[0]} and {highest[1]}. Where requests may only lower the model's own bounds, "
+                "--trust-request-mm-kwargs lets them raise these",
                 param=PARAM,
             )
         if scale < 1:
@@ -202,11 +206,17 @@ class PictureRenderer:
         self._layout: Layout | None = None
         if not self.refusal:
             try:
-                self._layout = LAYOUTS[self.pictures.layout](
-                    self.pictures, _processor(self.pictures.folder), self.tokenize
-                )
+                self._processor = _processor(self.pictures.folder)
+                self.allow(self.access)
             except (ImportError, OSError, ValueError) as error:
                 self.refusal = f"the image processor of {self.name} cannot be loaded: {first_line(error)}"
+
+    def allow(self, access: Access) -> None:
+        """Let pictures be read from other places, and be made larger or not."""
+        self.access = access
+        self.pictures = replace(self.pictures, may_grow=access.trusts_kwargs)
+        if not self.refusal:
+            self._layout = LAYOUTS[self.pictures.layout](self.pictures, self._processor, self.tokenize)
 
     @property
     def is_apart(self) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
+from cenote.pipeline.media import awaited
 from cenote.pipeline.messages import MessageRenderer
 from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
 from cenote.pipeline.parts import media_type, read, texts_and_pictures
@@ -110,7 +112,7 @@ class Renderer:
     def allow(self, access: Access) -> None:
         """Let pictures be read from other places than any."""
         if self.pictures is not None:
-            self.pictures.access = access
+            self.pictures.allow(access)
 
     def render(
         self, prompts: Seq[Prompt | Pair], task: str, params: PoolingParams, options: TextOptions = PLAIN
@@ -130,8 +132,9 @@ class Renderer:
         contents = list(map(self._content, prompts))
         if self.pictures is not None and not options.rendered:
             contents = list(map(self.pictures.with_blank, contents))
+        self._await(contents)
         text_options = self._of_side(options, applied.role)
-        budget = Budget(self.bounds.tokens)
+        budget = Budget(self.bounds.tokens, self.bounds.picture_bytes)
         texts = (content for content in contents if isinstance(content, str))
         tokenised, skip = self._prompted(texts, applied, text_options)
         illustrated = partial(self._illustrated, processed={})
@@ -147,6 +150,17 @@ class Renderer:
             return replace(sequence, task=task, params=params)
 
         return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
+
+    def _await(self, contents: Iterable[str | Ids | Illustrated]) -> None:
+        """Ask for all pictures of a request at once, where a server fetches them before it is rendered.
+
+        Raises:
+            Unarrived: some are behind URLs, and have not arrived.
+        """
+        if self.pictures is None:
+            return
+        illustrated = [content for content in contents if isinstance(content, Illustrated)]
+        awaited(chain.from_iterable(map(attrgetter("sources"), illustrated)), self.pictures.access)
 
     def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
         """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
@@ -191,6 +205,7 @@ class Renderer:
             placed = self._restored(placed, options, applied)
         text = self.fit(Text(placed.ids), options._replace(side=None, pad=False), budget)
         media = renderer.media(pictures, content.kwargs, processed)
+        budget.hold(media)
         sequence = Sequence(text.ids, adapter=applied.adapter, media=media, spans=tuple(placed.spans))
         sequence = self._sides.of_text(sequence, applied.role)
         return replace(sequence, positions=renderer.positions(len(sequence), media, placed.spans))
@@ -210,6 +225,18 @@ class Renderer:
                 param="input_tokens",
             )
         return placed._replace(ids=[*ids])
+
+    def expanded(self, content: Illustrated, *, add_special_tokens: bool = False) -> Ids:
+        """Return the ids of a prompt of any length, each picture the tokens that stand for it; none is decoded.
+
+        Raises:
+            BadRequest: one of the pictures is refused, or the prompt does not name each once.
+        """
+        assert self.pictures is not None
+        pictures = self.pictures.headers(content)
+        options = PLAIN._replace(add_special_tokens=add_special_tokens)
+        ids = self._ids_with_placeholders(self.pictures, content, self.prompts.choose(), options)
+        return self.pictures.placed(ids, pictures, content.kwargs).ids
 
     def _ids_with_placeholders(
         self, renderer: PictureRenderer, content: Illustrated, applied: Applied, options: TextOptions

@@ -26,9 +26,10 @@ from cenote.core import optional
 from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
 from cenote.pipeline import token_ids
-from cenote.pipeline.fetching import Hosts
+from cenote.pipeline.fetching import Hosts, Unarrived, with_arrived
 from cenote.pipeline.media import Access
 from cenote.pipeline.options import Bounds
+from cenote.server import arrivals
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
 from cenote.server.turns import Turns
@@ -92,7 +93,9 @@ class Serving:
         self.is_ending = False
         self.admission = Admission(services, config)
         hosts = Hosts(frozenset(map(str.lower, config.allowed_media_domains)), config.allow_private_media)
-        access = Access(optional(Path, config.allowed_local_media_path), hosts=hosts)
+        access = Access(
+            optional(Path, config.allowed_local_media_path), hosts=hosts, trusts_kwargs=config.trust_request_mm_kwargs
+        )
         read_ids = token_ids.reader(config)
         for view in self.models.views:
             view.renderer.bounds = Bounds(
@@ -100,6 +103,7 @@ class Serving:
                 config.max_text_characters,
                 config.max_template_steps,
                 config.max_template_seconds,
+                config.max_picture_bytes,
             )
             view.renderer.template_defaults = config.default_chat_template_kwargs
             view.renderer.allow(access)
@@ -194,7 +198,7 @@ class Serving:
                     with metrics.timed("render"):
                         job = make()
                 else:
-                    job = await self._rendered(make, size)
+                    job = await self.rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
                 place.queue(job.tokens)
@@ -208,9 +212,28 @@ class Serving:
         with metrics.timed("encode"):
             return job.finish(outputs)
 
-    async def _rendered(self, make: Callable[[], T], size: int) -> T:
-        """Call `make` on a render thread, for a body of `size` bytes."""
-        return await self.admission.rendering.run(size, partial(self.in_pool, "render"), make)
+    async def rendered(self, make: Callable[[], T], size: int) -> T:
+        """Call `make` on a render thread, for a body of `size` bytes.
+
+        It is called again when the pictures behind URLs have arrived that it asks for, so that no render thread waits
+        for a host.
+        """
+        files: dict[str, bytes] = {}
+
+        def make_of_files() -> T | Unarrived:
+            with with_arrived(files):
+                try:
+                    return make()
+                except Unarrived as order:
+                    return order
+
+        while True:
+            made: T | Unarrived = await self.admission.rendering.run(
+                size, partial(self.in_pool, "render"), make_of_files
+            )
+            if not isinstance(made, Unarrived):
+                return made
+            await arrivals.fetch(made, files)
 
     async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""

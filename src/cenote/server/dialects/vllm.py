@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from cenote.core import Output, Sequence
+    from cenote.pipeline.inputs import Illustrated
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Classes
     from cenote.pipeline.pipeline import Service
@@ -91,6 +92,7 @@ class TokenizeRequest(Body, Chat):
     messages: Conversation | None = None
     add_generation_prompt: bool | None = Field(None, description="default: true for `messages`")  # type: ignore[assignment]
     return_token_strs: bool | None = False
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizeRequest:
@@ -175,7 +177,7 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
             }
         )
 
-    return await serving.in_pool("render", answered)
+    return await serving.rendered(answered, request.state.body_bytes)
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
@@ -193,13 +195,16 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
     """
     special = body.add_special_tokens
     if body.messages is None:
-        param, text = "prompt", body.prompt or ""
+        content: str | Illustrated = body.prompt or ""
         special = coalesce(special, True)
     else:
         chat = body.tokenized_chat(trust_template=serving.config.trust_request_chat_template)
-        param, text = "messages", service.renderer.chat_text(body.messages, chat)
-    serving.check_size(text, param)
-    return service.renderer.tokenize(text, add_special_tokens=bool(special))
+        content = service.renderer.chat(body.messages, chat, body.mm_processor_kwargs)
+    text = content if isinstance(content, str) else "".join(content.texts)
+    serving.check_size(text, "prompt" if body.messages is None else "messages")
+    if isinstance(content, str):
+        return service.renderer.tokenize(content, add_special_tokens=bool(special))
+    return service.renderer.expanded(content, add_special_tokens=bool(special))
 
 
 async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest) -> Response:
