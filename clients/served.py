@@ -148,6 +148,7 @@ def of_others(folders: list[str], options: dict[str, Any]) -> dict[str, Any]:
         values["ranked by vectors"] = ranked(llm)
     with LLM(folders[1], **options) as llm:
         values["ranked"] = ranked(llm)
+        values["scores"] = [score for _, score in sorted(values["ranked"])]
         values["ranked raw"] = ranked(llm, pooling_params=raw)
         values["ranked cut"] = ranked(llm, [TEXTS[0], LONG])
     with LLM(folders[2], **options) as llm:
