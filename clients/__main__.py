@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clients import served
-from clients.page import page
+from clients.page import Results, count, page
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
@@ -57,7 +57,7 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def run(environment: str, files: list[str], values: Path) -> dict[str, list[dict[str, Any]]]:
+def run(environment: str, files: list[str], values: Path) -> dict[str, Results]:
     """Make the calls of `files` in an environment, and return what came of them."""
     output = values.with_name(f"{environment}.json")
     if environment == "js":
@@ -68,21 +68,19 @@ def run(environment: str, files: list[str], values: Path) -> dict[str, list[dict
     variables["TIKTOKEN_CACHE_DIR"] = "".join(map(str, (MADE / "one").glob(TIKTOKEN)))
     variables.pop("HF_HUB_OFFLINE", None)  # the hub's client would refuse loopback, too
     subprocess.run(command, cwd=ROOT, env=variables, check=True)
-    results: dict[str, list[dict[str, Any]]] = json.loads(output.read_text())
+    results: dict[str, Results] = json.loads(output.read_text())
     return results
 
 
-def results_of(listed: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def results_of(listed: list[dict[str, Any]]) -> list[Results]:
     """Start the servers, make the calls of some rows, and return what came of each row's."""
     environments = dict.fromkeys(row["environment"] for row in listed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = served.models(folder)
-        values = served.values(paths)
-        flags = [*paths, "--served-model-name", *served.A_NAMES]
-        with served.server(*flags) as a, served.server(*served.B_FLAGS) as b:
+        with served.servers([*paths, "--served-model-name", *served.A_NAMES], served.B_FLAGS) as (a, b):
             file = folder / "values.json"
-            file.write_text(json.dumps({**values, "a": a, "b": b}))
+            file.write_text(json.dumps({**served.values(paths), "a": a, "b": b}))
             results = {
                 environment: run(environment, [r["file"] for r in listed if r["environment"] == environment], file)
                 for environment in environments
@@ -100,9 +98,9 @@ def main() -> int:
     listed = [row for row in rows() if row["environment"] in environments]
     results = results_of(listed)
     is_right = True
-    for row, entries in zip(listed, results, strict=True):
-        print(f"{sum(not entry['trouble'] for entry in entries)} of {len(entries)}: {row['title']}")
-        for entry in entries:
+    for row, result in zip(listed, results, strict=True):
+        print(f"{count(result['calls'])}: {row['title']}")
+        for entry in result["calls"] + result["errors"]:
             if bool(entry["trouble"]) != bool(entry["fails"]):
                 is_right = False
                 print(f"  {entry['name']}: {entry['trouble'] or 'works, and is said to fail'}")

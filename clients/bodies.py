@@ -2,7 +2,7 @@
 
 An entry has `name`, `path`, and, where they differ from the defaults: `method` (POST with a `body`, else GET), `server`
 (a; b brings its key), `headers`, `body`, `status` (200), `read` and `equals` as a `Call`, `says` (text of the answer),
-`header` (a header of the answer whose value `equals` is), `fails`. `$name` stands for a value, `$name.0` for a part of it.
+`header` (a header of the answer whose value `equals` is), `fails`. `$name` stands for a value, `$name.0` for a part.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Call:
     Attributes:
         name: what is called, and how.
         do: the call as a user writes it; what it returns may be awaited.
-        read: where the value is in what it returns: names of attributes, keys and indices with dots between them, `*` for
+        read: place of the value in the answer: names of attributes, keys and indices with dots between them, `*` for
             all, `a,b` for a list of several; or a function.
         equals: the expected value.
         error: part of the message that the client must raise instead.

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+Results = dict[str, list[dict[str, Any]]]
+"""The `calls` and `errors` of a row: `name`, `trouble` and `fails` of each."""
+
 HEAD = """\
 # Clients
 
 The clients of other services, as their packages are published, run against `cenote serve`; what they return is compared
-with the values of `LLM`. This page is made by `make clients`; `.ci/run` makes the calls of all that are light to install.
+with the values of `LLM`. This page is made by `make clients`; `.ci/run` makes the calls of those that are quick to
+install.
 
-**{works} of {count} calls** work. The rest fail for the reasons named here.
+**{count} calls** work. The rest fail for the reasons named here. Each client also gets errors; where none is among its
+calls, further ones are made to see that the server's message reaches the user.
 
 Two servers are asked: one of five models without a key, and one of a model with a key, prompts, Matryoshka sizes and
 `--served-model-name minilm '*'`, for clients that know only their vendor's names.
 
-| client | calls | fails |
-|---|---|---|
+| client | calls | further messages | fails |
+|---|---|---|---|
 {table}
 
 ## How each is pointed at a server
@@ -26,26 +31,27 @@ Two servers are asked: one of five models without a key, and one of a model with
 """
 
 
-def page(rows: list[dict[str, Any]], results: list[list[dict[str, Any]]]) -> str:
+def page(rows: list[dict[str, Any]], results: list[Results]) -> str:
     """Return the page."""
-    counted = [entry for entries in results for entry in entries]
-    table = "\n".join(map(_line, rows, results))
-    head = HEAD.format(works=_works(counted), count=len(counted), table=table)
+    calls = [entry for result in results for entry in result["calls"]]
+    head = HEAD.format(count=count(calls), table="\n".join(map(_line, rows, results)))
     return head + "".join(map(_section, filter(_has_lines, rows)))
 
 
-def _works(entries: list[dict[str, Any]]) -> int:
-    return sum(not entry["trouble"] for entry in entries)
+def count(entries: list[dict[str, Any]]) -> str:
+    """Return how many calls work, of how many."""
+    return f"{sum(not entry['trouble'] for entry in entries)} of {len(entries)}"
 
 
-def _line(row: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    """Return the line of a row: its title, its count, and the causes of calls that fail."""
+def _line(row: dict[str, Any], result: Results) -> str:
+    """Return the line of a row: its title, its counts, and the causes of calls that fail."""
     causes: dict[str, list[str]] = {}
-    for entry in entries:
+    for entry in result["calls"] + result["errors"]:
         if entry["trouble"]:
             causes.setdefault(entry["fails"] or entry["trouble"], []).append(entry["name"])
     reasons = "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
-    return f"| {row['title']} | {_works(entries)} of {len(entries)} | {reasons.replace('|', ' ')} |"
+    errors = count(result["errors"]) if result["errors"] else ""
+    return f"| {row['title']} | {count(result['calls'])} | {errors} | {reasons.replace('|', ' ')} |"
 
 
 def _has_lines(row: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """`python -m clients.run OUTPUT FILE ...`: make the calls of some files, in an environment of clients.
 
-Writes JSON: for each file the name of every call, and why it failed, null if it did not.
+Writes JSON: for each file its `CALLS` and its `ERRORS`, the name of every call, why it failed, null if it did not, and
+why it cannot work, null if it can.
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ def main(output: str, *files: str) -> None:
         if file.endswith(".yaml"):
             from clients.bodies import calls
 
-            results[file] = entries(calls(file))
+            results[file] = {"calls": entries(calls(file)), "errors": []}
         else:
-            results[file] = entries(importlib.import_module(f"clients.calls.{file}").CALLS)
+            module = importlib.import_module(f"clients.calls.{file}")
+            results[file] = {"calls": entries(module.CALLS), "errors": entries(getattr(module, "ERRORS", ()))}
     Path(output).write_text(json.dumps(results, indent=1))
 
 

@@ -12,7 +12,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,23 +60,37 @@ def models(folder: Path) -> list[str]:
 
 
 @contextmanager
-def server(*flags: str) -> Iterator[str]:
-    """`cenote serve` in a process of its own; its URL, and its end."""
-    command = [sys.executable, "-m", "cenote", "serve", "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        log = []
-        for line in process.stderr:
-            log.append(line)
+def servers(*flags: Sequence[str]) -> Iterator[list[str]]:
+    """A process of `cenote serve` for each list of flags; their URLs, and their end."""
+    command = [sys.executable, "-m", "cenote", "serve", "--port", "0"]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(_Process([*command, *own], stderr=subprocess.PIPE, text=True)) for own in flags
+        ]
+        yield [process.url() for process in processes]
+
+
+class _Process(subprocess.Popen[str]):
+    """A server, which is ended on leaving its context."""
+
+    def url(self) -> str:
+        """Return its URL as soon as it listens, and read on what it logs.
+
+        Raises:
+            RuntimeError: it ends before.
+        """
+        assert self.stderr is not None
+        log = ""
+        for line in self.stderr:
+            log += line
             if match := re.search(r"serving (http://127\.0\.0\.1:\d+)", line):
-                break
-        else:
-            raise RuntimeError(f"the server did not start:\n{''.join(log)}")
-        url = match[1]
-        rest = ExitStack()
-        rest.callback(process.terminate)
-        with rest:
-            yield url
+                threading.Thread(target=self.stderr.read, daemon=True).start()
+                return match[1]
+        raise RuntimeError(f"the server did not start:\n{log}")
+
+    def __exit__(self, *_: object) -> None:
+        self.terminate()
+        self.wait()
 
 
 def pairs(values: Any, names: list[str]) -> list[list[Any]]:

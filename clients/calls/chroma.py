@@ -65,3 +65,11 @@ CALLS = [
     *(Call(name, lambda make=make: make()(V["texts"]), "", V["vectors"]) for name, make in TEXTS.items()),
     Call("JinaEmbeddingFunction: late_chunking", lambda: jina(late_chunking=True)(V["parts"]), "", V["chunks"]),
 ]
+ERRORS = [
+    Call(
+        "OpenAIEmbeddingFunction",
+        lambda: OpenAIEmbeddingFunction(**a, model_name="none")(["a"]),
+        error="The model `none` does not exist",
+    ),
+    Call("JinaEmbeddingFunction", lambda: jina(task="poem")(["a"]), error="Unsupported"),
+]

@@ -21,16 +21,23 @@ def documents() -> list[Document]:
 CALLS = [
     Call("OpenAITextEmbedder", lambda: OpenAITextEmbedder(**a).run(V["text"]), "embedding", V["vectors"][0]),
     Call(
-        "OpenAIDocumentEmbedder", lambda: OpenAIDocumentEmbedder(**a, progress_bar=False).run(documents()),
-        "documents.*.embedding", V["vectors"],
+        "OpenAIDocumentEmbedder",
+        lambda: OpenAIDocumentEmbedder(**a, progress_bar=False).run(documents()),
+        "documents.*.embedding",
+        V["vectors"],
     ),
     Call(
-        "OpenAITextEmbedder: dimensions", lambda: OpenAITextEmbedder(**b, dimensions=V["size"]).run(V["text"]),
-        "embedding", V["small"][0],
+        "OpenAITextEmbedder: dimensions",
+        lambda: OpenAITextEmbedder(**b, dimensions=V["size"]).run(V["text"]),
+        "embedding",
+        V["small"][0],
     ),
     Call(
-        "error: model", lambda: OpenAITextEmbedder(**{**a, "model": "none"}).run(V["text"]),
+        "error: model",
+        lambda: OpenAITextEmbedder(**{**a, "model": "none"}).run(V["text"]),
         error="The model `none` does not exist",
     ),
-    Call("AzureOpenAITextEmbedder", lambda: AzureOpenAITextEmbedder(**azure).run(V["text"]), "embedding", V["vectors"][0]),
+    Call(
+        "AzureOpenAITextEmbedder", lambda: AzureOpenAITextEmbedder(**azure).run(V["text"]), "embedding", V["vectors"][0]
+    ),
 ]

@@ -1,4 +1,4 @@
-"""huggingface-api-haystack: embedders and ranker of Text Embeddings Inference, with a URL for each model."""
+"""huggingface-api-haystack: embedders and ranker of Text Embeddings Inference; the ranker has no URL for each model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from haystack_integrations.components.embedders.huggingface_api import (
 )
 from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
 
-from clients.call import VALUES, A, Call
+from clients.call import VALUES, A, B, Call
 
 V = VALUES
 minilm = {"api_type": "text_embeddings_inference", "api_params": {"url": f"{A}/models/minilm"}}
@@ -32,25 +32,45 @@ def ranks(answer: dict[str, list[Document]]) -> list[list[object]]:
 
 CALLS = [
     Call(
-        "HuggingFaceAPITextEmbedder", lambda: HuggingFaceAPITextEmbedder(**minilm).run(V["text"]), "embedding",
+        "HuggingFaceAPITextEmbedder",
+        lambda: HuggingFaceAPITextEmbedder(**minilm).run(V["text"]),
+        "embedding",
         V["unnormalised"][0],
     ),
     Call(
         "HuggingFaceAPIDocumentEmbedder",
         lambda: HuggingFaceAPIDocumentEmbedder(**minilm, normalize=True, progress_bar=False).run(documents()),
-        "documents.*.embedding", V["vectors"],
+        "documents.*.embedding",
+        V["vectors"],
     ),
     Call(
-        "HuggingFaceTEISparseTextEmbedder", lambda: HuggingFaceTEISparseTextEmbedder(**splade).run(V["text"]),
-        lambda answer: entries(answer["sparse_embedding"]), V["sparse"][0],
+        "HuggingFaceTEISparseTextEmbedder",
+        lambda: HuggingFaceTEISparseTextEmbedder(**splade).run(V["text"]),
+        lambda answer: entries(answer["sparse_embedding"]),
+        V["sparse"][0],
     ),
     Call(
         "HuggingFaceTEISparseDocumentEmbedder",
         lambda: HuggingFaceTEISparseDocumentEmbedder(**splade, progress_bar=False).run(documents()),
-        lambda answer: [entries(document.sparse_embedding) for document in answer["documents"]], V["sparse"],
+        lambda answer: [entries(document.sparse_embedding) for document in answer["documents"]],
+        V["sparse"],
     ),
     Call(
         "HuggingFaceTEIRanker",
-        lambda: HuggingFaceTEIRanker(url=f"{A}/models/cross").run(V["question"], documents()), ranks, V["ranked"],
+        lambda: HuggingFaceTEIRanker(url=A).run(V["question"], documents()),
+        ranks,
+        V["ranked"],
+    ),
+]
+ERRORS = [
+    Call(
+        "HuggingFaceTEIRanker",
+        lambda: HuggingFaceTEIRanker(url=B, max_retries=0).run("a", documents()),
+        error="missing or wrong API key",
+    ),
+    Call(
+        "HuggingFaceAPITextEmbedder",
+        lambda: HuggingFaceAPITextEmbedder(**minilm, truncate=False).run(V["long"]),
+        error="maximum context length is 256 tokens",
     ),
 ]

@@ -35,13 +35,17 @@ def embed(kind: type, **options: object) -> Call:
 
 def embed_documents(kind: type, **options: object) -> Call:
     return Call(
-        kind.__name__, lambda: warm(kind(**embedder, **options, **quiet)).run(documents()), "documents.*.embedding",
+        kind.__name__,
+        lambda: warm(kind(**embedder, **options, **quiet)).run(documents()),
+        "documents.*.embedding",
         V["vectors"],
     )
 
 
 def rank(kind: type, expected: str = "ranked", **options: object) -> Call:
-    return Call(kind.__name__, lambda: warm(kind(**ranker, **options)).run(V["question"], documents()), ranks, V[expected])
+    return Call(
+        kind.__name__, lambda: warm(kind(**ranker, **options)).run(V["question"], documents()), ranks, V[expected]
+    )
 
 
 def warm(component: object) -> object:
@@ -66,4 +70,12 @@ CALLS = [
     embed(NvidiaTextEmbedder, **nvidia),
     embed_documents(NvidiaDocumentEmbedder, **nvidia),
     rank(NvidiaRanker, "ranked raw", **nvidia),
+]
+MISSING = "The model `none` does not exist"
+none = {"api_key": key, "model": "none"}
+ERRORS = [
+    Call("CohereTextEmbedder", lambda: CohereTextEmbedder(**none, **cohere).run("a"), error=MISSING),
+    Call("JinaTextEmbedder", lambda: JinaTextEmbedder(**none, **jina).run("a"), error=MISSING),
+    Call("VoyageTextEmbedder", lambda: warm(VoyageTextEmbedder(**none)).run("a"), error=MISSING),
+    Call("NvidiaTextEmbedder", lambda: warm(NvidiaTextEmbedder(**none, **nvidia)).run("a"), error=MISSING),
 ]

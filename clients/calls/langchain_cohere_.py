@@ -21,11 +21,16 @@ def ranks(documents: list[Document]) -> list[list[object]]:
 CALLS = [
     Call("CohereEmbeddings.embed_documents", lambda: a.embed_documents(V["texts"]), "", V["vectors"]),
     Call("CohereEmbeddings.embed_query: prompt", lambda: b.embed_query(V["question"]), "", V["query vector"]),
-    Call("CohereEmbeddings.aembed_documents: prompt", lambda: b.aembed_documents(V["texts"]), "", V["document vectors"]),
-    Call("CohereRerank.rerank", lambda: rerank.rerank(V["texts"], V["question"]), "*.index,relevance_score", V["ranked"]),
+    Call(
+        "CohereEmbeddings.aembed_documents: prompt", lambda: b.aembed_documents(V["texts"]), "", V["document vectors"]
+    ),
+    Call(
+        "CohereRerank.rerank", lambda: rerank.rerank(V["texts"], V["question"]), "*.index,relevance_score", V["ranked"]
+    ),
     Call(
         "CohereRerank.compress_documents",
-        lambda: rerank.compress_documents([Document(page_content=text) for text in V["texts"]], V["question"]), ranks,
+        lambda: rerank.compress_documents([Document(page_content=text) for text in V["texts"]], V["question"]),
+        ranks,
         V["ranked"],
     ),
     Call("error: model", lambda: wrong.rerank(V["texts"], V["question"]), error="The model `none` does not exist"),

@@ -1,10 +1,9 @@
-"""langchain-community: Jina, Infinity, Hugging Face's API, NeMo, Ollama, llamafile, TextEmbed; rerankers of Jina, Infinity."""
+"""langchain-community: Jina, Infinity, the hub's API, NeMo, Ollama, llamafile, TextEmbed; rerankers of two."""
 
 from __future__ import annotations
 
 from infinity_client.client import Client
-from langchain_community.document_compressors import InfinityRerank, JinaRerank
-from langchain_community.document_compressors import jina_rerank
+from langchain_community.document_compressors import InfinityRerank, JinaRerank, jina_rerank
 from langchain_community.embeddings import (
     HuggingFaceInferenceAPIEmbeddings,
     InfinityEmbeddings,
@@ -77,9 +76,20 @@ CALLS = [
         Call(f"{kind.__name__}.embed_query", lambda kind=kind: kind().embed_query(V["text"]), "", V["vectors"][0])
         for kind in (jina_embeddings, infinity, ollama)
     ),
-    Call("text_embed.embed_documents", lambda: text_embed().embed_documents(V["texts"]), "", V["vectors"], fails=CLIENT_FAULT),
+    Call(
+        "text_embed.embed_documents",
+        lambda: text_embed().embed_documents(V["texts"]),
+        "",
+        V["vectors"],
+        fails=CLIENT_FAULT,
+    ),
     Call("infinity.aembed_documents", lambda: infinity().aembed_documents(V["texts"]), "", V["vectors"]),
     *(Call(f"{name}.compress_documents", lambda name=name: compress(name), "", V["ranked"]) for name in RERANK),
-    *(Call(f"{name}.rerank", lambda name=name: rerank(name), "*.index,relevance_score", V["ranked"]) for name in RERANK),
-    Call("error: Jina, model", lambda: jina_embeddings("none").embed_query("a"), error="The model `none` does not exist"),
+    *(
+        Call(f"{name}.rerank", lambda name=name: rerank(name), "*.index,relevance_score", V["ranked"])
+        for name in RERANK
+    ),
+    Call(
+        "error: Jina, model", lambda: jina_embeddings("none").embed_query("a"), error="The model `none` does not exist"
+    ),
 ]

@@ -19,6 +19,7 @@ def unmeasured(embeddings: VoyageAIEmbeddings) -> VoyageAIEmbeddings:
 
 
 minilm, prompted = (unmeasured(VoyageAIEmbeddings(**{"model": "minilm", **place})) for place in (a, b))
+wrong = unmeasured(VoyageAIEmbeddings(model="none", **a))
 reranker = VoyageAIRerank(**a, model="cross", top_k=2)
 
 
@@ -32,7 +33,11 @@ CALLS = [
     Call("aembed_documents: prompt", lambda: prompted.aembed_documents(V["texts"]), "", V["document vectors"]),
     Call(
         "compress_documents",
-        lambda: reranker.compress_documents([Document(page_content=text) for text in V["texts"]], V["question"]), ranks,
+        lambda: reranker.compress_documents([Document(page_content=text) for text in V["texts"]], V["question"]),
+        ranks,
         V["ranked"][:2],
     ),
+]
+ERRORS = [
+    Call("embed_query", lambda: wrong.embed_query("a"), error="The model `none` does not exist"),
 ]

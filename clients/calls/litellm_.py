@@ -15,18 +15,30 @@ V = VALUES
 MANY = "data.*.embedding"
 RANKED = "results.*.index,relevance_score"
 
-EMBED = {
-    "openai": "/v1", "azure": "", "cohere": "/v1/embed", "hosted_vllm": "/v1", "openai_like": "/v1",
-    "litellm_proxy": "/v1", "lm_studio": "/v1", "llamafile": "/v1", "nvidia_nim": "/v1", "databricks": "/v1",
-    "together_ai": "/v1", "mistral": "/v1", "fireworks_ai": "", "nebius": "/v1", "sambanova": "/v1",
-    "xinference": "/v1", "voyage": "/v1", "infinity": "", "jina_ai": "/v1", "ollama": "", "huggingface": "/models/minilm",
-    "triton": "/v2/models/minilm/infer", "dashscope": "/v1",
-}  # fmt: skip
-RERANK = {
-    "cohere": "/v1/rerank", "hosted_vllm": "/v1/rerank", "jina_ai": "/v1/rerank", "voyage": "/v1/rerank",
-    "infinity": "/infinity", "together_ai": "", "nvidia_nim": "", "deepinfra": "", "fireworks_ai": "", "litellm_proxy": "",
-    "azure_ai": "", "huggingface": "/models/cross",
-}  # fmt: skip
+OPENAI = (
+    "openai", "hosted_vllm", "openai_like", "litellm_proxy", "lm_studio", "llamafile", "nvidia_nim", "databricks",
+    "together_ai", "mistral", "nebius", "sambanova", "xinference", "voyage", "jina_ai", "dashscope",
+)  # fmt: skip
+"""Providers whose base URL ends in `/v1`."""
+EMBED = dict.fromkeys(OPENAI, "/v1") | {
+    "azure": "",
+    "cohere": "/v1/embed",
+    "fireworks_ai": "",
+    "infinity": "",
+    "ollama": "",
+    "huggingface": "/models/minilm",
+    "triton": "/v2/models/minilm/infer",
+}
+RERANK = dict.fromkeys(("cohere", "hosted_vllm", "jina_ai", "voyage"), "/v1/rerank") | {
+    "infinity": "/infinity",
+    "together_ai": "",
+    "nvidia_nim": "",
+    "deepinfra": "",
+    "fireworks_ai": "",
+    "litellm_proxy": "",
+    "azure_ai": "",
+    "huggingface": "/models/cross",
+}
 EXTRA = {"azure": {"api_version": "2024-10-21"}, "huggingface": {"input_type": "feature-extraction"}}
 
 
@@ -59,7 +71,11 @@ def ranking(provider: str, call: object, name: str) -> Call:
     expected = V[SCORES.get(provider, "ranked")]
     place = ELSEWHERE.get(provider, {})
     return Call(
-        f"{name}: {provider}", lambda: rerank(provider, call, **place), RANKED, expected, fails=UNSERVED.get(provider, "")
+        f"{name}: {provider}",
+        lambda: rerank(provider, call, **place),
+        RANKED,
+        expected,
+        fails=UNSERVED.get(provider, ""),
     )
 
 
@@ -74,7 +90,9 @@ CALLS = [
     *(ranking(provider, litellm.arerank, "arerank") for provider in RERANK),
     Call("embedding: openai, dimensions", lambda: embed("openai", **small, **b), MANY, V["small"]),
     Call(
-        "embedding: cohere, prompt of queries", lambda: embed("cohere", input_type="search_query", **b_cohere), MANY,
+        "embedding: cohere, prompt of queries",
+        lambda: embed("cohere", input_type="search_query", **b_cohere),
+        MANY,
         V["query vectors"],
     ),
     Call("embedding: azure, key", lambda: embed("azure", api_base=B, api_key=KEY), MANY, V["vectors"]),
@@ -83,9 +101,7 @@ CALLS = [
     Call("rerank: jina_ai, documents", lambda: rerank("jina_ai", return_documents=True), RANKED, V["ranked"]),
     Call("error: openai, model", lambda: embed("openai", model="openai/none"), error="The model `none` does not exist"),
     Call("error: hosted_vllm, too long", lambda: embed("hosted_vllm", input=[V["long"]]), error=TOO_LONG),
-    Call(
-        "error: voyage, key", lambda: embed("voyage", api_base=f"{B}/v1"), error="missing or wrong API key"
-    ),
+    Call("error: voyage, key", lambda: embed("voyage", api_base=f"{B}/v1"), error="missing or wrong API key"),
     Call(
         "error: cohere, model", lambda: rerank("cohere", model="cohere/none"), error="The model `none` does not exist"
     ),

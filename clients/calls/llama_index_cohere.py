@@ -25,7 +25,9 @@ def rerank(model: str = "cross") -> list[list[object]]:
 CALLS = [
     Call("CohereEmbedding", lambda: embedding().get_text_embedding_batch(V["texts"]), "", V["document vectors"]),
     Call(
-        "CohereEmbedding: query, async", lambda: embedding("search_query").aget_query_embedding(V["question"]), "",
+        "CohereEmbedding: query, async",
+        lambda: embedding("search_query").aget_query_embedding(V["question"]),
+        "",
         V["query vector"],
     ),
     Call("CohereRerank", rerank, "", V["ranked"][:2]),

@@ -17,9 +17,9 @@ def embedding(**options: object) -> JinaEmbedding:
     return client
 
 
-def rerank() -> list[list[object]]:
+def rerank(model: str = "cross") -> list[list[object]]:
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in V["texts"]]
-    client = JinaRerank(top_n=2, model="cross", base_url=f"{A}/v1", api_key="none")
+    client = JinaRerank(top_n=2, model=model, base_url=f"{A}/v1", api_key="none")
     return [[V["texts"].index(n.text), n.score] for n in client.postprocess_nodes(nodes, query_str=V["question"])]
 
 
@@ -32,12 +32,24 @@ CALLS = [
     Call("JinaEmbedding: batch, async", lambda: embedding().aget_text_embedding_batch(V["texts"]), "", V["vectors"]),
     Call(
         "JinaEmbedding: ubinary",
-        lambda: embedding(encoding_documents="ubinary").get_text_embedding_batch(V["texts"]), "", signs(V["ubinary"]),
+        lambda: embedding(encoding_documents="ubinary").get_text_embedding_batch(V["texts"]),
+        "",
+        signs(V["ubinary"]),
     ),
     Call(
-        "JinaEmbedding: task", lambda: embedding(task="retrieval.passage").get_text_embedding_batch(V["texts"]), "",
+        "JinaEmbedding: task",
+        lambda: embedding(task="retrieval.passage").get_text_embedding_batch(V["texts"]),
+        "",
         V["vectors"],
     ),
-    Call("JinaEmbedding: late_chunking", lambda: embedding(late_chunking=True).get_text_embedding_batch(V["parts"]), "", V["chunks"]),
+    Call(
+        "JinaEmbedding: late_chunking",
+        lambda: embedding(late_chunking=True).get_text_embedding_batch(V["parts"]),
+        "",
+        V["chunks"],
+    ),
     Call("JinaRerank", rerank, "", V["ranked"][:2]),
+]
+ERRORS = [
+    Call("JinaRerank", lambda: rerank("none"), error="The model `none` does not exist"),
 ]

@@ -17,10 +17,14 @@ CALLS = [
     Call("OpenAILikeEmbedding: async", lambda: minilm.aget_text_embedding_batch(V["texts"]), "", V["vectors"]),
     Call("OpenAILikeEmbedding: dimensions", lambda: small.get_text_embedding_batch(V["texts"]), "", V["small"]),
     Call(
-        "OpenAIEmbedding: default model", lambda: OpenAIEmbedding(**b).get_query_embedding(V["text"]), "", V["vectors"][0],
+        "OpenAIEmbedding: default model",
+        lambda: OpenAIEmbedding(**b).get_query_embedding(V["text"]),
+        "",
+        V["vectors"][0],
     ),
     Call(
-        "error: model", lambda: OpenAILikeEmbedding(model_name="none", **a, max_retries=0).get_text_embedding("a"),
+        "error: model",
+        lambda: OpenAILikeEmbedding(model_name="none", **a, max_retries=0).get_text_embedding("a"),
         error="The model `none` does not exist",
     ),
 ]

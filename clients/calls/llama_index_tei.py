@@ -11,6 +11,7 @@ from clients.call import KEY, VALUES, A, B, Call
 
 V = VALUES
 tei = TextEmbeddingsInference(model_name="minilm", base_url=f"{A}/models/minilm")
+keyless = TextEmbeddingsInference(model_name="minilm", base_url=B)
 keyed = TextEmbeddingsInference(model_name="minilm", base_url=B, auth_token=KEY)
 rerank = TextEmbeddingInference(base_url=f"{A}/models/cross", top_n=3)
 
@@ -31,7 +32,23 @@ CALLS = [
     Call("TextEmbeddingsInference: text", lambda: tei.get_text_embedding(V["text"]), "", V["vectors"][0]),
     Call("TextEmbeddingsInference: batch", lambda: tei.get_text_embedding_batch(V["texts"]), "", V["vectors"]),
     Call("TextEmbeddingsInference: async, key", lambda: keyed.aget_text_embedding_batch(V["texts"]), "", V["vectors"]),
-    Call("TextEmbeddingInference: rerank", lambda: rerank.postprocess_nodes(nodes(), query_str=V["question"]), ranks, V["ranked"]),
+    Call(
+        "TextEmbeddingInference: rerank",
+        lambda: rerank.postprocess_nodes(nodes(), query_str=V["question"]),
+        ranks,
+        V["ranked"],
+    ),
     Call("HuggingFaceInferenceAPIEmbedding", lambda: api().get_text_embedding_batch(V["texts"]), "", V["vectors"]),
-    Call("HuggingFaceInferenceAPIEmbedding: async", lambda: api().aget_text_embedding_batch(V["texts"]), "", V["vectors"]),
+    Call(
+        "HuggingFaceInferenceAPIEmbedding: async", lambda: api().aget_text_embedding_batch(V["texts"]), "", V["vectors"]
+    ),
+]
+MUTE = "the client does not look at the status"
+ERRORS = [
+    Call(
+        "TextEmbeddingsInference",
+        lambda: keyless.get_text_embedding("a"),
+        error="missing or wrong API key",
+        fails=MUTE,
+    ),
 ]

@@ -30,6 +30,10 @@ def rerank() -> list[list[object]]:
 
 CALLS = [
     Call("VoyageEmbedding", lambda: embedding().get_text_embedding_batch(V["texts"]), "", V["vectors"]),
-    Call("error: VoyageEmbedding, model", lambda: embedding("none").get_query_embedding("a"), error="`none` does not exist"),
+    Call(
+        "error: VoyageEmbedding, model",
+        lambda: embedding("none").get_query_embedding("a"),
+        error="`none` does not exist",
+    ),
     Call("VoyageAIRerank", rerank, "", V["ranked"][:2]),
 ]

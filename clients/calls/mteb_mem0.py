@@ -28,3 +28,6 @@ CALLS = [
     Call("mem0: embed", mem0, "", V["vectors"][0]),
     Call("mem0: embed, dimensions", lambda: mem0(embedding_dims=V["size"]), "", V["small"][0]),
 ]
+ERRORS = [
+    Call("mem0: dimensions", lambda: mem0(embedding_dims=100), error="only supports Matryoshka dimensions"),
+]

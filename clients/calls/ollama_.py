@@ -13,9 +13,13 @@ CALLS = [
     Call("embed", lambda: client.embed(model="minilm", input=V["texts"]), "embeddings", V["vectors"]),
     Call("embeddings", lambda: client.embeddings(model="minilm", prompt=V["text"]), "embedding", V["vectors"][0]),
     Call("list", client.list, "models.*.model", V["names"]),
-    Call("error: model, async", lambda: AsyncClient(host=A).embed(model="none", input="a"), error="`none` does not exist"),
+    Call(
+        "error: model, async", lambda: AsyncClient(host=A).embed(model="none", input="a"), error="`none` does not exist"
+    ),
     Call(
         "OllamaEmbeddings.embed_documents",
-        lambda: OllamaEmbeddings(model="minilm", base_url=A).embed_documents(V["texts"]), "", V["vectors"],
+        lambda: OllamaEmbeddings(model="minilm", base_url=A).embed_documents(V["texts"]),
+        "",
+        V["vectors"],
     ),
 ]

@@ -47,11 +47,15 @@ CALLS = [
     Call("embeddings: raw response with X-Request-Id", header, "", True),
     Call(
         "embeddings: base URL that ends in a slash",
-        lambda: embed(OpenAI(api_key="none", base_url=f"{A}/v1/")), MANY, V["vectors"],
+        lambda: embed(OpenAI(api_key="none", base_url=f"{A}/v1/")),
+        MANY,
+        V["vectors"],
     ),
     Call(
         "embeddings: base URL without /v1",
-        lambda: embed(OpenAI(api_key="none", base_url=A)), MANY, V["vectors"],
+        lambda: embed(OpenAI(api_key="none", base_url=A)),
+        MANY,
+        V["vectors"],
     ),
     Call("embeddings: a name of OpenAI's", lambda: embed(b, model="text-embedding-3-small"), MANY, V["vectors"]),
     Call("models.list", a.models.list, "data.*.id", V["names"]),
@@ -65,7 +69,9 @@ CALLS = [
     Call("Azure: async", lambda: embed(azure_async), MANY, V["vectors"]),
     Call("Azure: base URL that ends in /v1", lambda: embed(azure_v1), MANY, V["vectors"]),
     Call(
-        "files.create", lambda: a.files.create(file=("a.jsonl", b"{}"), purpose="batch"), fails=BATCHES,
+        "files.create",
+        lambda: a.files.create(file=("a.jsonl", b"{}"), purpose="batch"),
+        fails=BATCHES,
     ),
     Call("batches.list", lambda: a.batches.list(), "data", [], fails=BATCHES),
 ]

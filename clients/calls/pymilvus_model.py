@@ -17,11 +17,22 @@ CALLS = [
     Call("TEIEmbeddingFunction", lambda: TEIEmbeddingFunction(A)(V["texts"]), "", V["vectors"]),
     Call("TEIRerankFunction", lambda: TEIRerankFunction(A)(V["question"], V["texts"]), RANKED, V["ranked"]),
     Call(
-        "JinaEmbeddingFunction", lambda: jinaai.JinaEmbeddingFunction("minilm", "none").encode_documents(V["texts"]), "",
+        "JinaEmbeddingFunction",
+        lambda: jinaai.JinaEmbeddingFunction("minilm", "none").encode_documents(V["texts"]),
+        "",
         V["vectors"],
     ),
     Call(
-        "JinaRerankFunction", lambda: jina_reranker.JinaRerankFunction("cross", "none")(V["question"], V["texts"]), RANKED,
+        "JinaRerankFunction",
+        lambda: jina_reranker.JinaRerankFunction("cross", "none")(V["question"], V["texts"]),
+        RANKED,
         V["ranked"],
+    ),
+]
+ERRORS = [
+    Call(
+        "JinaEmbeddingFunction",
+        lambda: jinaai.JinaEmbeddingFunction("none", "none").encode_documents(["a"]),
+        error="The model `none` does not exist",
     ),
 ]

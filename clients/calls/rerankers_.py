@@ -37,3 +37,7 @@ CALLS = [
     Call("rank: pinecone", lambda: rank("pinecone", "/rerank"), places, V["ranked"], fails=PINECONE),
     Call("rank: isaacus", lambda: rank("isaacus", "/v1/rerankings"), places, V["ranked"], fails=ISAACUS),
 ]
+MUTE = "the client does not look at the status"
+ERRORS = [
+    Call("jina", lambda: rank("jina", "/v1/rerank", "none"), error="does not exist", fails=MUTE),
+]

@@ -24,7 +24,10 @@ CALLS = [
     Call("health", minilm.health, "", True),
     Call("info", minilm.info, "server_model_id", "minilm"),
     Call(
-        "prompt_names", prompted.prompt_names, "", ["document", "query"],
+        "prompt_names",
+        prompted.prompt_names,
+        "",
+        ["document", "query"],
         fails="it parses the wording of another server's error",
     ),
     Call("embed", lambda: minilm.embed(V["texts"]), "", V["vectors"]),
@@ -37,4 +40,8 @@ CALLS = [
     Call("rerank", lambda: cross.rerank(V["question"], V["texts"]), RANKED, V["ranked"]),
     Call("rerank: async", lambda: cross.async_rerank(V["question"], V["texts"]), RANKED, V["ranked"]),
     Call("error: task", lambda: cross.embed(V["text"]), error="model required. The model on the server is of type"),
+]
+MUTE = "the client does not look at the status"
+ERRORS = [
+    Call("rerank", lambda: cross.rerank("a", []), error="texts", fails=MUTE),
 ]

@@ -15,11 +15,21 @@ def post(texts: list[str]) -> list[list[float]]:
     return [entry["embedding"] for entry in answer.json()["data"]]
 
 
-def litellm() -> Embeddings:
-    return Embeddings(method="litellm", path="openai/minilm", vectors={"api_base": f"{A}/v1", "api_key": "none"})
+def litellm(path: str = "openai/minilm") -> Embeddings:
+    return Embeddings(method="litellm", path=path, vectors={"api_base": f"{A}/v1", "api_key": "none"})
 
 
 CALLS = [
-    Call("method external", lambda: Embeddings(method="external", transform=post).batchtransform(V["texts"]), "", V["vectors"]),
+    Call(
+        "method external",
+        lambda: Embeddings(method="external", transform=post).batchtransform(V["texts"]),
+        "",
+        V["vectors"],
+    ),
     Call("method litellm", lambda: litellm().batchtransform(V["texts"]), "", V["vectors"]),
+]
+ERRORS = [
+    Call(
+        "method litellm", lambda: litellm("openai/none").batchtransform(["a"]), error="The model `none` does not exist"
+    ),
 ]

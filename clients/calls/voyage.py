@@ -54,7 +54,8 @@ CALLS = [
     Call("multimodal_embed: text", lambda: multimodal(a), "embeddings", V["vectors"]),
     Call("error: model", lambda: embed(a, model="voyage-3"), error="The model `voyage-3` does not exist"),
     Call(
-        "error: truncation False", lambda: embed(a, texts=[V["long"]], truncation=False),
+        "error: truncation False",
+        lambda: embed(a, texts=[V["long"]], truncation=False),
         error="maximum context length is 256 tokens",
     ),
     Call("error: key", lambda: embed(wrong), error="missing or wrong API key"),

@@ -154,3 +154,23 @@ export const calls = {
     },
   },
 };
+
+// Messages of ours that reach the user, of clients with none among the calls.
+const missing = { model: "none", query: question, documents: texts };
+export const errors = {
+  "@langchain/openai, ai": {
+    embedQuery: { run: () => new OpenAIEmbeddings({ model: "none", apiKey: "none", maxRetries: 0, configuration: { baseURL: `${A}/v1` } }).embedQuery("a"), error: WITHOUT },
+    embedMany: {
+      run: () => embedMany({ model: compatible.textEmbeddingModel("none"), values: ["a"], maxRetries: 0 }),
+      error: WITHOUT,
+    },
+  },
+  "@langchain/cohere, @ai-sdk/cohere": {
+    "CohereRerank.rerank": {
+      run: () => new CohereRerank({ client: cohere, model: "none" }).rerank(texts, question),
+      error: WITHOUT,
+    },
+    rerank: { run: () => rerank({ ...missing, model: sdkCohere.reranking("none"), maxRetries: 0 }), error: WITHOUT },
+  },
+  ollama: { embed: { run: () => new Ollama({ host: A }).embed({ model: "none", input: "a" }), error: WITHOUT } },
+};

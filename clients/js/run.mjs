@@ -1,6 +1,6 @@
 // `node run.mjs OUTPUT`: make the calls of calls.mjs, and write JSON as `clients.run` does.
 import { writeFileSync } from "node:fs";
-import { calls } from "./calls.mjs";
+import { calls, errors } from "./calls.mjs";
 
 const TOLERANCE = 1e-5;
 
@@ -32,12 +32,17 @@ async function trouble({ run, equals, error }) {
   }
 }
 
-const results = {};
-for (const [row, entries] of Object.entries(calls)) {
-  results[row] = [];
+async function results(entries) {
+  const made = [];
   for (const [name, call] of Object.entries(entries)) {
-    results[row].push({ name, trouble: (await trouble(call)) || null, fails: call.fails ?? null });
+    made.push({ name, trouble: (await trouble(call)) || null, fails: call.fails ?? null });
   }
+  return made;
 }
-writeFileSync(process.argv[2], JSON.stringify(results, null, 1));
+
+const rows = {};
+for (const row of Object.keys(calls)) {
+  rows[row] = { calls: await results(calls[row]), errors: await results(errors[row] ?? {}) };
+}
+writeFileSync(process.argv[2], JSON.stringify(rows, null, 1));
 process.exit(0);
