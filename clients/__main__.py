@@ -64,8 +64,7 @@ def run(environment: str, files: list[str], values: Path) -> dict[str, Results]:
         command = ["node", str(FOLDER / "js" / "run.mjs"), str(output)]
     else:
         command = [str(MADE / environment / "bin" / "python"), "-m", "clients.run", str(output), *files]
-    variables = {**os.environ, **VARIABLES, "CENOTE_CLIENT_VALUES": str(values), "PYTHONPATH": str(ROOT)}
-    variables["TIKTOKEN_CACHE_DIR"] = "".join(map(str, (MADE / "one").glob(TIKTOKEN)))
+    variables = {**os.environ, "CENOTE_CLIENT_VALUES": str(values), "PYTHONPATH": str(ROOT)}
     variables.pop("HF_HUB_OFFLINE", None)  # the hub's client would refuse loopback, too
     subprocess.run(command, cwd=ROOT, env=variables, check=True)
     results: dict[str, Results] = json.loads(output.read_text())
@@ -95,6 +94,7 @@ def main() -> int:
     environments = parser.parse_args().environments or ENVIRONMENTS
     if unknown := set(environments) - set(ENVIRONMENTS):
         parser.error(f"unknown environments {unknown}; known are {ENVIRONMENTS}")
+    os.environ.update(VARIABLES, TIKTOKEN_CACHE_DIR="".join(map(str, (MADE / "one").glob(TIKTOKEN))))
     listed = [row for row in rows() if row["environment"] in environments]
     results = results_of(listed)
     is_right = True
