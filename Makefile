@@ -52,7 +52,7 @@ test-pylate: .pylate/.installed
 	$(PYTHON) -m venv .clients/$*
 	test $* != heavy || ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages \
 		> "$$(echo .clients/heavy/lib/python3*/site-packages)/over.pth"
-	.clients/$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	.clients/$*/bin/python -m pip install --quiet --require-hashes --no-deps --requirement $<
 	touch $@
 
 clients/js/node_modules/.package-lock.json: clients/js/package-lock.json
@@ -96,10 +96,13 @@ audit: $(VENV)/.dev
 	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/serve.txt $(ARGS)
 	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/dev.txt $(ARGS)
 
-# Write requirements/ by constraints.txt and what the installed packages require, after either has changed.
+# Write requirements/ by constraints.txt and what the installed packages require, after either has changed; those of the
+# clients by their `.in`, where versions stay that fit. What lies over .venv (`heavy`) is listed by hand.
 lock: $(VENV)/.dev
 	$(PIP) uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python checks/environment.py --lock
+	for name in one two misc; do $(BIN)/uv pip compile clients/requirements/$$name.in --quiet --generate-hashes \
+		--python-version 3.11 --no-annotate --no-header --output-file clients/requirements/$$name.txt || exit 1; done
 
 # Embedding, forwards, fewer bits, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev

@@ -3,7 +3,7 @@
 | server | models | flags |
 |---|---|---|
 | a | `minilm`, `cross` (one label), `classes` (three), `entities`, `splade` | no key |
-| b | `minilm`, also under any other name | a key, prompts, Matryoshka sizes |
+| b | `minilm`, also under any other name | a key, prompts, Matryoshka sizes, OpenAI's token ids, an origin |
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ A_NAMES = ("minilm", "cross", "classes", "entities", "splade")
 MATRYOSHKA = {"matryoshka_dimensions": [SIZE, 128, 384]}
 B_FLAGS = (
     "--served-model-name", "minilm", "*", "--api-key", KEY, "--prompts", json.dumps(PROMPTS),
-    "--hf-overrides", json.dumps(MATRYOSHKA),
+    "--hf-overrides", json.dumps(MATRYOSHKA), "--token-ids", "cl100k", "--allowed-origins", "http://localhost:3000",
 )  # fmt: skip
 
 
@@ -177,6 +177,7 @@ def of_others(folders: list[str], options: dict[str, Any]) -> dict[str, Any]:
         values["entities"] = [[e.label, e.word, e.start, e.end, float(e.score)] for e in output.outputs]
     with LLM(folders[4], **options) as llm:
         outputs = llm.embed_sparse(TEXTS, use_tqdm=False)
+        values["weights"] = [dict(zip(o.outputs.tokens, o.outputs.values, strict=True)) for o in outputs]
         values["sparse"] = [list(map(list, zip(o.outputs.indices, o.outputs.values, strict=True))) for o in outputs]
     return values
 
