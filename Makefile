@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-rest test-pylate test-all fuzz soak check audit lock bench bench-peers clean
+.PHONY: serve test test-rest test-pylate test-all test-clients clients fuzz soak check audit lock bench bench-peers clean
 
 # Versions and hashes of `make lock`, and nothing that these do not name. torch comes in many builds of a version, so it
 # has no hash: the machine's index decides, CPU or CUDA.
@@ -46,8 +46,30 @@ test-rest: $(VENV)/.dev
 test-pylate: .pylate/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pylate tests/models/test_pylate.py $(ARGS)
 
+# Packages of the clients, by environments in which they can be installed together. Those of `heavy` lie over .venv's.
+.clients/one/.installed .clients/two/.installed .clients/misc/.installed .clients/heavy/.installed: \
+.clients/%/.installed: clients/requirements/%.txt $(VENV)/.dev
+	$(PYTHON) -m venv .clients/$*
+	test $* != heavy || ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages \
+		> "$$(echo .clients/heavy/lib/python3*/site-packages)/over.pth"
+	.clients/$*/bin/python -m pip install --quiet --require-hashes --no-deps --requirement $<
+	touch $@
+
+clients/js/node_modules/.package-lock.json: clients/js/package-lock.json
+	npm ci --prefix clients/js --omit=dev --no-audit --no-fund
+	touch $@
+
+# Real clients against real servers, of those that are quick to install; a machine without node fails.
+LIGHT := .clients/one/.installed .clients/two/.installed clients/js/node_modules/.package-lock.json
+test-clients: $(LIGHT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m clients one two js
+
+# All of them, and the page docs/clients.md.
+clients: $(LIGHT) .clients/misc/.installed .clients/heavy/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m clients
+
 # The whole test suite.
-test-all: test test-rest test-pylate
+test-all: test test-rest test-pylate test-clients
 
 # Generated requests, others each time; a failure names its seed.
 fuzz: REQUESTS ?= 10000
@@ -74,10 +96,13 @@ audit: $(VENV)/.dev
 	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/serve.txt $(ARGS)
 	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements/dev.txt $(ARGS)
 
-# Write requirements/ by constraints.txt and what the installed packages require, after either has changed.
+# Write requirements/ by constraints.txt and what the installed packages require, after either has changed; those of the
+# clients by their `.in`, where versions stay that fit. What lies over .venv (`heavy`) is listed by hand.
 lock: $(VENV)/.dev
 	$(PIP) uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python checks/environment.py --lock
+	for name in one two misc; do $(BIN)/uv pip compile clients/requirements/$$name.in --quiet --generate-hashes \
+		--python-version 3.11 --no-annotate --no-header --output-file clients/requirements/$$name.txt || exit 1; done
 
 # Embedding, forwards, fewer bits, reranking, search and serving. Minutes each; run on a quiet machine.
 bench: $(VENV)/.dev
@@ -94,4 +119,4 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) .audit .bench .pylate .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .clients clients/js/node_modules .audit .bench .pylate .pytest_cache .mypy_cache .ruff_cache

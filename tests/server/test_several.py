@@ -70,6 +70,15 @@ def test_a_model_that_is_made_for_the_route_is_the_default(
     assert [own for own, engine in engines.items() if engine.submitted] == [default]
 
 
+@pytest.mark.parametrize(("path", "body"), [("/classify", {"input": "one"}), ("/predict", {"inputs": "one"})])
+def test_a_cross_encoder_is_not_the_default_of_classes(
+    serve: Serve, engines: dict[str, FakeEngine], path: str, body: dict[str, Any]
+) -> None:
+    client = serve.several(reranker=engines["reranker"], classifier=engines["classifier"])
+    post(client, path, **body)
+    assert [name for name, engine in engines.items() if engine.submitted] == ["classifier"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

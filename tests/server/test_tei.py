@@ -309,6 +309,13 @@ def test_an_engine_that_fails_is_not_healthy(serve: Serve) -> None:
 
 REFUSED: dict[str, tuple[str, Any, int, str, str]] = {
     "no field": ("/embed", {"input": "one"}, 400, "Validation", "'loc': ('body', 'inputs')"),
+    "zero-shot": (
+        "/",
+        {"inputs": "a", "parameters": {"candidate_labels": ["a"]}},
+        400,
+        "Validation",
+        "`candidate_labels` ask for zero-shot classification",
+    ),
     "wrong type": ("/embed", {"inputs": 5}, 400, "Validation", "3 validation errors"),
     "empty": ("/embed", {"inputs": []}, 400, "Validation", "You must pass at least one prompt"),
     "unknown model": ("/embed", {"inputs": "a", "model": "none"}, 404, "Validation", "The model `none` does not exist"),

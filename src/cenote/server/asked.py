@@ -36,6 +36,11 @@ def _rank_of_tasks(*tasks: str) -> Callable[[ModelInfo], int]:
     return rank
 
 
+def _rank_of_classes(info: ModelInfo) -> int:
+    """Return the rank of a classifier; one of a single label is most often a cross-encoder, and comes after others."""
+    return _rank_of_tasks("classify")(info) + int(info.num_labels == 1)
+
+
 def _rank_of_rewards(info: ModelInfo) -> int:
     return 0 if info.reward else UNSUITED
 
@@ -46,7 +51,7 @@ PURPOSES: dict[str, Callable[[ModelInfo], int]] = {
     "vectors": _rank_of_tasks("embed", "token_embed", "sparse"),
     "sparse": _rank_of_tasks("sparse"),
     "token_embed": _rank_of_tasks("token_embed"),
-    "classify": _rank_of_tasks("classify"),
+    "classify": _rank_of_classes,
     "token_classify": _rank_of_tasks("token_classify"),
     "reward": _rank_of_rewards,
 }

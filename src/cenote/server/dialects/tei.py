@@ -12,7 +12,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 import cenote
 from cenote.core import PoolingParams
@@ -138,6 +139,18 @@ class PredictRequest(TeiFields):
     raw_scores: bool = False
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(None, description="default: the model's")
     top_k: int | None = Field(None, ge=1, description="number of classes")
+    candidate_labels: None = Field(None, description="refused")
+
+    @field_validator("candidate_labels", mode="before")
+    @classmethod
+    def _own_labels(cls, labels: Any) -> None:
+        if labels is not None:
+            raise PydanticCustomError(
+                "candidate_labels",
+                "`candidate_labels` ask for zero-shot classification, which is not served: a classifier answers with "
+                "labels of its own; leave them out.",
+                {"param": "candidate_labels"},
+            )
 
     def params(self) -> PoolingParams:
         """Return the parameters of the task."""
