@@ -674,7 +674,7 @@ def client(folder: Path) -> Iterator[TestClient]:
         model=str(folder), served_model_name="whole", pooler_config={"pooling_type": "MEAN"}, chat_template=TEMPLATE
     )
     services = [Service.open(config, EngineConfig()) for config in (blocks, whole)]
-    with TestClient(build(services, ServerConfig())) as client:
+    with TestClient(build(services, ServerConfig(token_ids="native"))) as client:
         yield client
 
 

@@ -215,6 +215,7 @@ FULL = Facts(
         "<|im_start|>",
         {"max_pixels": 512},
         4,
+        True,
         "not today",
     ),
     special_tokens=False,

@@ -430,7 +430,7 @@ def cenote(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         (
             ["--pooler-config.pooling_typ", "MEAN"],
             {},
-            "unknown pooler config field 'pooling_typ'; did you mean 'pooling_type'?",
+            "pooler_config: unknown pooler config field 'pooling_typ'; did you mean 'pooling_type'?",
         ),
         ([], {"CENOTE_PROT": "9"}, "environment variable CENOTE_PROT: unknown option 'prot'; did you mean 'port'?"),
         (
