@@ -99,9 +99,10 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
     """A model that is here, and the same one behind a socket."""
     root = tmp_path_factory.mktemp("facts")
-    config = ModelConfig()
+    config = ModelConfig(batch_invariant=True)
     if request.param in KINDS:
-        config = ModelConfig(model=str(root / "model"), **KINDS[request.param](root / "model"))
+        options = KINDS[request.param](root / "model")
+        config = ModelConfig(model=str(root / "model"), batch_invariant=True, **options)
     here = Service.open(config, EngineConfig())
     assert here.facts is not None
     host = Host(here.engine, root / "engine.sock", here.facts.plain())

@@ -246,7 +246,9 @@ def start(renderer: Renderer) -> Iterator[Start]:
                 model = SimpleNamespace(max_model_len=INFO.max_model_len)
                 plugin = Plugin("mine", kind(SimpleNamespace(model_config=model), Tokenizing(renderer.tokenizer)))
             service = Service(engine or FakeEngine(INFO), renderer, ("fake",), plugin=plugin)
-            client = TestClient(build([service], ServerConfig(token_ids="native", **options)), raise_server_exceptions=False)
+            client = TestClient(
+                build([service], ServerConfig(token_ids="native", **options)), raise_server_exceptions=False
+            )
             return stack.enter_context(client)
 
         yield run
