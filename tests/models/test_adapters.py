@@ -143,7 +143,7 @@ def llm(folder: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
     service = Service.open(ModelConfig(model=str(folder), served_model_name=("jina",)), EngineConfig(cache_size=8))
-    with TestClient(build([service], ServerConfig())) as client:
+    with TestClient(build([service], ServerConfig(token_ids="native"))) as client:
         yield client
 
 

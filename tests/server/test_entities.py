@@ -174,8 +174,9 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked(client: TestClient) -> N
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 WITHOUT_HEAD = (
-    "Unsupported task: 'token_classify' Supported tasks: ('embed', 'token_embed'). It needs a checkpoint with a head "
-    "for tokens (*ForTokenClassification, *RewardModel), or a language model and `--convert classify`."
+    "Unsupported task: 'token_classify' Supported tasks: ('embed', 'token_embed'). Classification API is not supported "
+    "by this model. It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a language "
+    "model and `--convert classify`."
 )
 
 

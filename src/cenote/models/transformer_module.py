@@ -334,7 +334,9 @@ class _Reader:
             path, fitting = FEATURES, "sentence_embedding"
         elif self._task != "feature-extraction":
             expected = RESULTS[self._task][0]
-            self._require(path == (expected,), "method_output_name", written, f"{expected}, for {self._task}")
+            self._require(
+                path == (expected,), "method_output_name", written, f"{expected}, for transformer_task {self._task}"
+            )
         elif path == ("pooler_output",):
             fitting = "sentence_embedding"
         else:
