@@ -118,7 +118,6 @@ FOREIGN: dict[str, Foreign] = {
         "disable_flash_late_interaction",
     ),
     "chat_template_content_format": Foreign("the format follows from the template", ("auto",)),
-    "trust_request_mm_kwargs": Foreign("requests may make pictures smaller, and nothing else", is_switch=True),
     **_idle(
         IMAGES, "mm_processor_cache_gb", "mm_processor_cache_type", "mm_encoder_tp_mode", "mm_encoder_attn_backend"
     ),
