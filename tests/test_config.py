@@ -14,7 +14,7 @@ import cenote
 from cenote import LLM, config, settings
 from cenote.cli import flags, main, serve
 from cenote.cli.serve import engines_of, limits, models_of
-from cenote.config import EngineConfig, ModelConfig, PoolerConfig, ServerConfig
+from cenote.config import LAST_RESORT, EngineConfig, ModelConfig, PoolerConfig, ServerConfig, time_of_requests
 from cenote.errors import CenoteError, ConfigError
 from cenote.foreign import FOREIGN
 from cenote.settings import resolve
@@ -609,3 +609,11 @@ def test_config_models_refuse_unknown_fields(make: Callable[[], object], sentenc
 def test_a_star_among_the_served_names_stands_for_all(arguments: dict[str, Any], names: Any, any_name: Any) -> None:
     options = serve._with_any_name(arguments)
     assert (options["served_model_name"], options.get("any_model_name")) == (names, any_name)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "of_requests"), [(0, 0), (1, 0.5), (20, 10), (30, 20), (300, 290), (3600.5, 3590.5)], ids=str
+)
+def test_requests_have_the_time_of_an_end_but_the_last_seconds(timeout: float, of_requests: float) -> None:
+    assert time_of_requests(timeout) == of_requests
+    assert timeout < 2 * LAST_RESORT or of_requests + LAST_RESORT == timeout, "the process is gone when it has to be"

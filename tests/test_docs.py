@@ -15,6 +15,7 @@ from cenote.cli import flags
 from cenote.cli.options import page
 from cenote.cli.serve import engines_of, models_of
 from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig
+from cenote.core import MOST_PICTURES
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.settings import LAYERS, resolve
@@ -102,6 +103,24 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_options_page_is_current() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == page(), "run: python -m cenote.cli.options > docs/options.md"
+
+
+UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+OF_BATCHES = {"max_num_batched_tokens", "max_num_seqs", "max_cudagraph_capture_size"}
+"""Sizes of batches, beyond which nothing is refused."""
+
+
+def test_hardening_has_every_limit_with_its_default() -> None:
+    text = (ROOT / "docs" / "hardening.md").read_text()
+    rows = re.findall(r"^\| `--([a-z-]+)`.*? \| ([\d,]+|the model's) ?(\w*) \|", text, re.MULTILINE)
+    documented = {name.replace("-", "_"): (number, unit) for name, number, unit in rows}
+    fields = {name: field.default for layer in LAYERS for name, field in layer.model_fields.items()}
+    limits = {name: value for name, value in fields.items() if re.match("max_|limit_|.*_timeout$", name)}
+    limits |= {"limit_mm_per_prompt": MOST_PICTURES, "max_model_len": "the model's"}
+    assert documented.keys() == limits.keys() - OF_BATCHES
+    for name, (number, unit) in documented.items():
+        value = number if number == "the model's" else int(number.replace(",", "")) * UNITS[unit]
+        assert value == limits[name], name
 
 
 def test_readme_names_every_file() -> None:

@@ -151,14 +151,14 @@ def side(items: Any, renderer: Renderer) -> list[str | Illustrated]:
     Raises:
         BadRequest: an item is none of these, or the model takes no pictures.
     """
-    return [_side(item, renderer) for item in listed(items)]
+    return [_side(item, place, renderer) for place, item in enumerate(listed(items))]
 
 
-def _side(item: Any, renderer: Renderer) -> str | Illustrated:
+def _side(item: Any, place: int, renderer: Renderer) -> str | Illustrated:
     if isinstance(item, Mapping) and isinstance(item.get("content"), (str, list, tuple)):
         content = item["content"]
         return renderer.of_parts([content] if isinstance(content, str) else content, item.get("mm_processor_kwargs"))
-    prompt = content_of(item)
+    prompt = content_of(item, place)
     if isinstance(prompt, list):
         raise BadRequest("queries and documents are texts or pictures, got token ids", param="documents")
     if isinstance(prompt, Illustrated) and not prompt.sources:

@@ -48,6 +48,18 @@ RENAMED_PARAMS = {
 """Parameters of older releases of vLLM, and their names today."""
 
 
+LAST_RESORT = 10.0
+"""Seconds after the refusal of the last requests in which a process that ends has to be gone."""
+
+
+def time_of_requests(shutdown_timeout: float) -> float:
+    """Return how many seconds of `shutdown_timeout` requests under way have: all but `LAST_RESORT`, half at least.
+
+    So a supervisor that kills a process after `shutdown_timeout` seconds, such as Kubernetes, finds it gone.
+    """
+    return max(shutdown_timeout - LAST_RESORT, shutdown_timeout / 2)
+
+
 WEB = ("http://", "https://")
 """Beginnings of addresses."""
 TRACING = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
@@ -504,7 +516,11 @@ class ServerConfig(BaseModel):
         description="seconds that a connection may wait for its next request, or for its client to read an answer",
     )
     shutdown_timeout: float = Field(
-        30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the server is ended"
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds in which the server ends when it is told to; requests under way have all but the last 10, "
+        "and half of them at least",
     )
     allowed_local_media_path: str | None = Field(
         None, description="folder whose files requests may name as pictures, file:///... (default: none may)"
@@ -631,7 +647,11 @@ class HostConfig(BaseModel):
 
     listen: str = Field("", description="path of the Unix socket that servers connect to")
     shutdown_timeout: float = Field(
-        30, ge=0, allow_inf_nan=False, description="seconds that requests under way have when the engine is ended"
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds in which the engine ends when it is told to; requests under way have all but the last 10, "
+        "and half of them at least",
     )
     log_level: LogLevel = Field("info", description="least severe log line")
     log_format: LogFormat = Field("text", description="lines of the log; json = an object a line")

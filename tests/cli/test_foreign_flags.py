@@ -164,7 +164,6 @@ IDLE: list[str] = [
     "--max_log_len -1",
     "--renderer-num-workers 4",
     "--chat-template-content-format auto",
-    "--trust-request-mm-kwargs",
     "--gpu_memory_utilization 0.92",
     "--tokenizer-mode auto",
     "--seed 0",

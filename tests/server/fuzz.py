@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
@@ -58,6 +59,7 @@ class Request:
         kind: how it was made.
         is_valid: it must be answered 200.
         leaves: the client is gone once the request is sent.
+        is_of_a_vendor: its answer has a form of that vendor's.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=lambda: JSON_TYPE)
     is_valid: bool = False
     leaves: bool = False
+    is_of_a_vendor: bool = False
 
     def __repr__(self) -> str:
         shown = self.content if len(self.content) < 400 else self.content[:300] + b"..." + self.content[-60:]
@@ -373,6 +376,30 @@ def mutated(random: Random) -> Request:
     return Request("mutated", path_of(route, random), encoded(value))
 
 
+NAMES = {"minilm": "vectors", "reranker": "pairs", "classifier": "classes"}
+"""Models of the documented requests, and those that are served here."""
+
+
+def _pairs(dialects: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the documented requests of all vendors, each a path and a body."""
+    texts = [path.read_text() for path in sorted(dialects.glob("*.json"))]
+    pairs = [pair for text in texts for pair in json.loads(text)["pairs"] if isinstance(pair.get("body"), dict)]
+    paths = ["/".join(NAMES.get(part, part) for part in pair["path"].partition("?")[0].split("/")) for pair in pairs]
+    return [(path.replace("minilm:", "vectors:"), pair["body"]) for path, pair in zip(paths, pairs, strict=True)]
+
+
+DOCUMENTED = _pairs(Path(__file__).parent.parent / "data" / "dialects")
+
+
+def documented(random: Random) -> Request:
+    """Draw a request as a vendor's documents have it, for a model that is served, and change it at some places."""
+    path, body = random.choice(DOCUMENTED)
+    value: Any = {**body, "model": NAMES.get(body["model"], "vectors")} if "model" in body else body
+    for _ in range(random.randint(0, 3)):
+        value = changed(value, random)
+    return Request("documented", path, encoded(value), is_of_a_vendor=True)
+
+
 FREE = ("user", "request_id", "chat_template_kwargs", "unknown", "model", "cache_salt")
 """Fields with a client's own content."""
 LEAST: dict[str, dict[str, Any]] = {
@@ -472,12 +499,12 @@ def enveloped(random: Random) -> Request:
     )
 
 
-SHARES = {valid: 9, question: 1, mutated: 5, free: 2, lists: 1, raw: 1, enveloped: 1}
+SHARES = {valid: 9, question: 1, mutated: 4, documented: 2, free: 2, lists: 1, raw: 1, enveloped: 1}
 """How often each kind is drawn."""
 
 
 def bursts(seed: int, size: int) -> Iterator[list[Request]]:
-    """Make requests without end, half of them valid, so many at a time.
+    """Make requests without end, almost half of them valid, so many at a time.
 
     Args:
         seed: of all that is drawn.

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cenote.cli.serve import log_to_stderr, no_full_collections, report, share_cores
-from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig
+from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig, time_of_requests
 from cenote.errors import ConfigError
 from cenote.settings import resolve
 
@@ -43,7 +43,7 @@ def run(arguments: dict[str, Any]) -> int:
     host.wait(ended)
     for number, default in defaults.items():  # a second signal ends the process at once
         signal.signal(number, default)
-    if not host.close(options.shutdown_timeout):
+    if not host.close(time_of_requests(options.shutdown_timeout)):
         logging.shutdown()
         os._exit(1)
     return 0

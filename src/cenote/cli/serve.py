@@ -20,7 +20,7 @@ from cenote.cli.flags import OF_ENGINES
 from cenote.cli.lines import set_format
 from cenote.cli.listening import address, bound, certificates
 from cenote.cli.logs import Writer
-from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.config import EngineConfig, ModelConfig, ServerConfig, time_of_requests
 from cenote.core import Similarity
 from cenote.errors import ConfigError, plural
 from cenote.settings import resolve
@@ -95,7 +95,7 @@ def _serve(arguments: dict[str, Any]) -> int:
         for other in others:
             running.enter_context(beside(app.operations(), other, allowed))
         running.callback(ignore_signals)  # so that a late one does not change the exit status
-        web = Server(config, app, server.shutdown_timeout)
+        web = Server(config, app, time_of_requests(server.shutdown_timeout))
         web.take_signals()
         log.info("serving %s, %.1f s after start", address(listener, server), time.monotonic() - began)
         web.run(sockets=[listener])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import cenote
+from cenote.config import LAST_RESORT
 from cenote.core import coalesce
 from cenote.engine.promise import times_of
 from cenote.engine.wire import (
@@ -53,8 +54,6 @@ log = logging.getLogger(__name__)
 
 TICK = 0.1
 """Seconds between looks at the engine."""
-LAST_RESORT = 10.0
-"""Seconds that a launched forward has after its requests were answered."""
 
 
 class Host:

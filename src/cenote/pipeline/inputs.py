@@ -67,15 +67,23 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def content_of(prompt: Prompt | Pair) -> str | Ids | Illustrated:
-    """Return the text, the ids or the pictures of a prompt; a pair has none of them."""
+def content_of(prompt: Prompt | Pair, place: int) -> str | Ids | Illustrated:
+    """Return the text, the ids or the pictures of a prompt; a pair has none of them.
+
+    Args:
+        prompt: in any form.
+        place: its index among the inputs, for the message of an error.
+
+    Raises:
+        BadRequest: it has another form.
+    """
     if isinstance(prompt, Illustrated):
         return prompt
     if isinstance(prompt, Mapping):
-        return _of_mapping(prompt)
+        return _of_mapping(prompt, place)
     if is_picture(prompt):
         return Illustrated((None,), (prompt,))
-    return _plain(prompt)
+    return _plain(prompt, place)
 
 
 def is_picture(value: Any) -> bool:
@@ -90,16 +98,17 @@ def has_pictures(prompt: Any) -> bool:
     return isinstance(prompt, Illustrated) or is_picture(prompt)
 
 
-def _plain(prompt: Any) -> str | Ids:
+def _plain(prompt: Any, place: int) -> str | Ids:
     """Return a prompt that is text or ids."""
     if isinstance(prompt, str):
         return prompt
     if is_ids(prompt):
         return list(prompt)
-    raise BadRequest(f"a prompt is text or a list of token ids, got {type(prompt).__name__}", param="input")
+    kind = type(prompt).__name__
+    raise BadRequest(f"a prompt is text or a list of token ids, got {kind} at index {place}", param="input")
 
 
-def _of_mapping(prompt: Mapping[str, Any]) -> str | Ids | Illustrated:
+def _of_mapping(prompt: Mapping[str, Any], place: int) -> str | Ids | Illustrated:
     """Return the content of `{"prompt": ...}` and `{"prompt_token_ids": ...}`, which may bring `multi_modal_data`.
 
     Those of sentence-transformers, `{"text": ..., "image": ...}`, have parts in the order of their keys.
@@ -112,7 +121,7 @@ def _of_mapping(prompt: Mapping[str, Any]) -> str | Ids | Illustrated:
     names = CONTENTS & prompt.keys()
     if len(names) != 1:
         raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
-    content = _plain(prompt[names.pop()])
+    content = _plain(prompt[names.pop()], place)
     sources = _sources(coalesce(prompt.get("multi_modal_data"), {}))
     if not sources:
         return content

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -129,7 +129,7 @@ class Renderer:
         params = self.check(task, params)
         options = self.resolve(options, task)
         applied = options.prompt or self.prompts.choose()
-        contents = list(map(self._content, prompts))
+        contents = list(map(self._content, prompts, count()))
         if self.pictures is not None and not options.rendered:
             contents = list(map(self.pictures.with_blank, contents))
         self._await(contents)
@@ -162,9 +162,9 @@ class Renderer:
         illustrated = [content for content in contents if isinstance(content, Illustrated)]
         awaited(chain.from_iterable(map(attrgetter("sources"), illustrated)), self.pictures.access)
 
-    def _content(self, prompt: Prompt | Pair) -> str | Ids | Illustrated:
+    def _content(self, prompt: Prompt | Pair, place: int) -> str | Ids | Illustrated:
         """Return the content of a prompt; parts without pictures are a text, but for a model that renders both."""
-        content = content_of(prompt)
+        content = content_of(prompt, place)
         if isinstance(content, list) and self.read_ids is not None:
             return self.read_ids(content)
         if not isinstance(content, Illustrated) or content.sources:
@@ -281,8 +281,8 @@ class Renderer:
         """Return the number of tokens of `prompt` that pooling leaves out."""
         if self._include_prompt or not prompt:
             return 0
-        count = self._length if len(prompt) <= LONGEST_REMEMBERED else self._prompt_length
-        return count(prompt, options.content_limit, options.add_special_tokens)
+        length_of = self._length if len(prompt) <= LONGEST_REMEMBERED else self._prompt_length
+        return length_of(prompt, options.content_limit, options.add_special_tokens)
 
     def check(self, task: str, params: PoolingParams) -> PoolingParams:
         """Return `params` with the task filled in.

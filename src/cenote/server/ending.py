@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import filterfalse
 from typing import TYPE_CHECKING, NoReturn
 
+from cenote.config import LAST_RESORT
 from cenote.server import connections
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ TICK = 0.1
 """Seconds between looks at the clock."""
 TO_LEAVE = 1.0
 """Seconds in which clients can take their 503."""
-LAST_RESORT = 10.0
-"""Seconds after which a process that has not ended by itself is ended."""
 
 
 class Server(connections.Server):
