@@ -175,8 +175,8 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked(client: TestClient) -> N
 
 WITHOUT_HEAD = (
     "Unsupported task: 'token_classify' Supported tasks: ('embed', 'token_embed'). Classification API is not supported "
-    "by this model. It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a language "
-    "model and `--convert classify`."
+    "by this model. It needs a checkpoint with a head for tokens (*ForTokenClassification, *RewardModel), or a "
+    "language model and `--convert classify`."
 )
 
 
