@@ -240,8 +240,8 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": SAID, "media_io_kwargs": {"image": {}}}, "`media_io_kwargs` is not accepted", "media_io_kwargs"),
         ({"messages": SAID, "chat_template": "x"}, UNTRUSTED, "chat_template"),
         ({"messages": SAID, "chat_template_kwargs": {"chat_template": "x"}}, UNTRUSTED, "chat_template"),
-        ({"prompt_token_ids": [-1]}, "Token id -1 is out of vocabulary; fake takes ids from 0 to 30521", "messages"),
-        ({"messages": [5, 30_522]}, "Token id 30522 is out of vocabulary; fake takes ids from 0 to 30521", "input"),
+        ({"prompt_token_ids": [-1]}, "Token id -1 is out of vocabulary; fake takes ids from 0 to 30521", "input"),
+        ({"messages": [5, 30_522]}, "Token id 30522 is out of vocabulary; fake takes ids from 0 to 30521", "messages"),
         (
             {"prompt_token_ids": [5] * 65},
             "This model's maximum context length is 64 tokens. However, your prompt contains 65 input tokens",
