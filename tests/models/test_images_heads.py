@@ -26,6 +26,7 @@ INPUTS: list[tuple[str, list[Any]]] = [
     (f"{PICTURE}describe the image", [A]),
     (f"{PICTURE}describe the image", [B]),
     (f"q {PICTURE} and {PICTURE}", [A, noise(300, 60)]),
+    (f"{PICTURE}{PICTURE} twice", [A, A]),
 ]
 TOLERANCE = 2e-5
 """Largest difference of probabilities."""

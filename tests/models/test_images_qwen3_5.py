@@ -93,6 +93,7 @@ def test_vectors_of_qwen3_5(tmp_path: Path) -> None:
         (f"{PICTURE}describe", [PAGES[0]]),
         (f"{PICTURE}describe", [PAGES[2]]),
         (f"q {PICTURE} and {PICTURE}", PAGES[:2]),
+        (f"{PICTURE}{PICTURE} twice", [PAGES[0]] * 2),
     ]
     prompts = [{"prompt": text, "multi_modal_data": {"image": images}} for text, images in inputs]
     with LLM(str(folder)) as llm:
