@@ -68,6 +68,14 @@ def test_tokenize_counts_what_an_embedding_is_billed(llm: LLM, monkeypatch: pyte
     assert answer["token_strs"].count("<|image_pad|>") == 66
 
 
+def test_a_prompt_that_is_too_long_is_refused_by_its_headers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pictures of 54 tokens, of at most 400: nothing of them is decoded."""
+    monkeypatch.setattr(Picture, "decoded", lambda self: pytest.fail("a header is enough"))
+    found = error(served(llm), messages(*[LARGE] * 8))
+    assert (found["code"], found["param"]) == (400, "input_tokens")
+    assert "maximum context length is 400 tokens" in found["message"]
+
+
 def test_tokenize_takes_arguments_of_the_image_processor(llm: LLM) -> None:
     client = served(llm)
     whole = client.post("/tokenize", json=messages(LARGE)).json()["count"]
