@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from cenote import LLM
 from cenote.config import ServerConfig
+from cenote.errors import ConfigError
 from cenote.pipeline.media import Picture
 from cenote.server.app import build
 from tests import pictured
@@ -109,6 +110,29 @@ def test_requests_enlarge_pictures_where_the_server_trusts_them(llm: LLM) -> Non
         found = error(trusting, {**body, "mm_processor_kwargs": kwargs})
         assert (found["code"], expected in found["message"]) == (400, True), found["message"]
     assert error(served(llm), body)["code"] == 400, "the next server of the model does not"
+
+
+def tokens_of(llm: LLM, **fields: Any) -> int:
+    """Tokens of a prompt with a large picture, served."""
+    answer = served(llm).post("/v1/embeddings", json={**messages(LARGE), **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["prompt_tokens"]  # type: ignore[no-any-return]
+
+
+def test_the_server_s_arguments_make_pictures_smaller_or_larger(llm: LLM) -> None:
+    """`--mm-processor-kwargs`: bounds of the model, which requests may lower."""
+    folder = llm._service.facts.tokenizer.path  # type: ignore[union-attr]
+    small, large = '{"max_pixels": 9216}', '{"size": {"longest_edge": 307200}}'
+    with LLM(folder, max_model_len=400, mm_processor_kwargs=small) as shrinking:
+        assert tokens_of(llm) - tokens_of(shrinking) >= 54 - 9
+    with LLM(folder, max_model_len=400, mm_processor_kwargs=large) as growing:
+        assert tokens_of(growing) > 200
+        assert tokens_of(growing, mm_processor_kwargs={"max_pixels": 9216}) <= tokens_of(llm) - (54 - 9)
+        body = {**messages(LARGE), "mm_processor_kwargs": {"max_pixels": 307201}}
+        assert "no more than 4096 and 307200" in error(served(growing), body)["message"]
+    for wrong, expected in (({"fps": 1}, "has 'fps'; this model takes"), ({"max_pixels": 0}, "a positive integer")):
+        with pytest.raises(ConfigError, match=expected):
+            LLM(folder, mm_processor_kwargs=wrong)
 
 
 def test_small_files_of_large_pictures_are_bounded(llm: LLM) -> None:
