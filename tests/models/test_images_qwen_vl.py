@@ -248,21 +248,6 @@ def test_a_model_that_does_not_see_is_not_shown_pictures(folder: str, monkeypatc
         assert len(llm.embed(["a text"], use_tqdm=False)) == 1
 
 
-def test_published_templates_are_recognised_by_name(folder: str, tmp_path: Path) -> None:
-    """GME renders by its own template, and shrinks pictures to 1,280 tokens; Qwen3-VL-Embedding has an instruction."""
-    for name, text in {
-        "gme-Qwen2-VL-2B-Instruct": f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
-        "Qwen3-VL-Embedding-2B": "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
-        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n",
-    }.items():
-        (tmp_path / name).symlink_to(folder)
-        with LLM(str(tmp_path / name)) as llm:
-            (own,) = llm.embed([{"image": C, "text": "what"}], use_tqdm=False)
-            (expected,) = llm.embed([prompt(text, [C])], use_tqdm=False)
-        assert list(own.prompt_token_ids) == list(expected.prompt_token_ids)
-
-
 def test_a_text_of_sentence_transformers_is_rendered_like_its_pictures(case: Case) -> None:
     text = "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\n"
     assert case.ids({"text": "what is it"}) == case.ids(text)

@@ -16,7 +16,7 @@ from cenote import LLM
 from cenote.config import ServerConfig
 from cenote.errors import BadRequest
 from cenote.server.app import build
-from tests import pictured
+from tests import checkpoints, pictured
 from tests.conftest import error
 from tests.pictured import noise, saved
 
@@ -74,8 +74,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def text_model() -> Iterator[Case]:
-    yield from opened(LLM())
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield from opened(LLM(str(checkpoints.bert(tmp_path_factory.mktemp("texts") / "bert"))))
 
 
 def url(image: Any) -> str:

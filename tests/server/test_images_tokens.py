@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from cenote import LLM
 from cenote.config import ServerConfig
 from cenote.errors import ConfigError
 from cenote.pipeline.media import Picture
+from cenote.pipeline.pictures import PictureRenderer
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
@@ -122,17 +124,24 @@ def tokens_of(llm: LLM, **fields: Any) -> int:
 def test_the_server_s_arguments_make_pictures_smaller_or_larger(llm: LLM) -> None:
     """`--mm-processor-kwargs`: bounds of the model, which requests may lower."""
     folder = llm._service.facts.tokenizer.path  # type: ignore[union-attr]
-    small, large = '{"max_pixels": 9216}', '{"size": {"longest_edge": 307200}}'
-    with LLM(folder, max_model_len=400, mm_processor_kwargs=small) as shrinking:
-        assert tokens_of(llm) - tokens_of(shrinking) >= 54 - 9
+    large = '{"size": {"longest_edge": 307200}}'
     with LLM(folder, max_model_len=400, mm_processor_kwargs=large) as growing:
         assert tokens_of(growing) > 200
         assert tokens_of(growing, mm_processor_kwargs={"max_pixels": 9216}) <= tokens_of(llm) - (54 - 9)
         body = {**messages(LARGE), "mm_processor_kwargs": {"max_pixels": 307201}}
         assert "no more than 4096 and 307200" in error(served(growing), body)["message"]
+
+    def renderer(kwargs: dict[str, Any]) -> PictureRenderer:
+        own = llm._service.renderer.pictures
+        assert own is not None
+        return replace(own, pictures=replace(own.pictures, kwargs=kwargs))
+
+    shrinking = renderer({"max_pixels": 9216})
+    picture = Picture(b"", *LARGE.size)
+    assert len(shrinking.placed([shrinking.pictures.placeholder], [picture], {}).ids) <= 9
     for wrong, expected in (({"fps": 1}, "has 'fps'; this model takes"), ({"max_pixels": 0}, "a positive integer")):
         with pytest.raises(ConfigError, match=expected):
-            LLM(folder, mm_processor_kwargs=wrong)
+            renderer(wrong)
 
 
 def test_small_files_of_large_pictures_are_bounded(llm: LLM) -> None:
