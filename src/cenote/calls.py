@@ -98,7 +98,7 @@ class Calls:
         return choice.lora_name
 
     def _answers(self, jobs: Iterable[Job[R]], total: int, use_tqdm: bool) -> list[R]:
-        """Submit each job as soon as it is made, and finish them in order.
+        """Submit each job as soon as it is made and there is room for its pictures, and finish them in order.
 
         An error, or the user who interrupts, cancels the jobs under way.
         """
@@ -110,6 +110,7 @@ class Calls:
             for job in jobs:
                 under_way.submit(self._service.engine, job.sequences)
                 submitted.append(job)
+                under_way.make_room(bar.update)
                 bar.update(under_way.progress())
             results = under_way.results(bar.update)
             return [job.finish(outputs) for job, outputs in zip(submitted, results, strict=True)]

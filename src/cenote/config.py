@@ -310,8 +310,8 @@ class ModelConfig(BaseModel):
     )
     mm_processor_kwargs: Annotated[dict[str, Any], BeforeValidator(parse_json)] = Field(
         default_factory=dict,
-        description="JSON of arguments of the image processor that make pictures smaller: max_pixels, min_pixels, "
-        "size, image_size",
+        description="JSON of arguments of the image processor: max_pixels, min_pixels, size, image_size; requests may "
+        "make pictures smaller than these and the model's own",
     )
     picture_cache_size: int = Field(
         256,

@@ -105,9 +105,10 @@ def test_the_old_end_of_text_is_the_highest_id(folder: Path, tmp_path: Path) -> 
 def test_a_sentence_transformers_folder_gives_its_vectors(folder: Path, tmp_path: Path) -> None:
     reference = SentenceTransformer(str(folder), device="cpu")
     reference.save(str(tmp_path / "st"))
-    inputs = [*TEXTS[:4], *PICTURES[:2]]
+    inputs = [*TEXTS[:4], *PICTURES[:2], noise(90, 130, seed=1)]
+    expected = [reference.encode([one])[0] for one in inputs]  # texts and pictures apart: it takes no mixed batch
     with LLM(str(tmp_path / "st")) as llm:
         outputs = llm.embed(inputs, use_tqdm=False)
-    for output, one in zip(outputs, inputs, strict=True):
-        expected = reference.encode([one])[0]  # texts and pictures apart: it takes no mixed batch
-        assert np.abs(np.array(output.outputs.embedding) - expected).max() < TOLERANCE
+    for output, one in zip(outputs, expected, strict=True):
+        assert np.abs(np.array(output.outputs.embedding) - one).max() < TOLERANCE
+    assert np.abs(expected[4] - expected[6]).max() > 0.1, "another picture, another vector"

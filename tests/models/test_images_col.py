@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 QUERIES = ["what is the revenue", "page " * 20, "figure in this chart"]
-PAGES = [noise(90, 130), noise(300, 60), noise(64, 64), noise(340, 440)]
+PAGES = [noise(90, 130), noise(300, 60), noise(64, 64), noise(340, 440), noise(90, 130)]
+"""Pictures, of which the first comes twice."""
 TOLERANCE = 2e-5
 """Largest difference of rows of length 1; measured: 1e-6."""
 
@@ -187,6 +188,30 @@ def test_a_query_that_is_cut_keeps_its_end(case: Case) -> None:
     assert cut.prompt_token_ids[-3:] == whole[-3:]
 
 
+AUGMENTED = "<|endoftext|>" * 10
+OF_QWEN2 = (f"Query: what is it{AUGMENTED}\n", f"{PAGE}<|im_end|><|endoftext|>")
+RENDERED = {
+    "colqwen2": OF_QWEN2,
+    "colqwen2.5": OF_QWEN2,
+    "tomoro": (f"what is it{AUGMENTED}", f"{PAGE}<|im_end|><|endoftext|>"),
+    "ops": (f"Query: what is it{AUGMENTED}", f"{PAGE}<|im_end|><|im_start|>assistant\n<|endoftext|>"),
+    "nemotron": (
+        "<|im_start|>user\nQuery: query: what is it<|im_end|>\n<|im_start|>assistant\n",
+        f"<|im_start|>user\n{PICTURE}passage: <|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "colpali": ("<bos>Question: what is it" + "<pad>" * 10 + "\n", "<image><bos>Describe the image.\n"),
+}
+"""The templates of a query and of a page, literally."""
+
+
+def test_a_query_and_a_page_are_rendered_by_the_template_of_the_family(case: Case) -> None:
+    query, page = RENDERED[case.kind]
+    tokenizer = case.llm.get_tokenizer()
+    assert ids_of(case.llm, "what is it") == tokenizer(query, add_special_tokens=False)["input_ids"]
+    prompt = {"prompt": page, "multi_modal_data": {"image": PAGES[0]}}
+    assert ids_of(case.llm, PAGES[0]) == ids_of(case.llm, prompt)
+
+
 USER = f"<|im_start|>user\n{PICTURE}{PICTURE}"
 BESIDE = {
     "colqwen2": f"{USER}what is it<|im_end|><|endoftext|>",
@@ -199,11 +224,14 @@ BESIDE = {
 
 
 def test_the_text_of_a_page_stands_behind_its_pictures(case: Case) -> None:
-    images, rendered = PAGES[2:], BESIDE[case.kind]
+    images, rendered = PAGES[2:4], BESIDE[case.kind]
     expected = ids_of(case.llm, {"prompt": rendered, "multi_modal_data": {"image": images}})
     for parts in ({"image": images, "text": "what is it"}, {"text": "what is it", "image": images}):
         assert ids_of(case.llm, parts) == expected
     assert ids_of(case.llm, {"text": "what is it"}) == ids_of(case.llm, "what is it")
+    if isinstance(case.reference, OfColQwen3):
+        (own,) = rows_of(case.llm, [{"image": images, "text": "what is it"}])
+        assert np.abs(own - case.reference.rows(rendered, images)).max() < TOLERANCE
 
 
 def test_positions_count_rows_and_columns_where_the_user_says_so(tmp_path: Path) -> None:

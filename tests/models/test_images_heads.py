@@ -26,6 +26,7 @@ INPUTS: list[tuple[str, list[Any]]] = [
     (f"{PICTURE}describe the image", [A]),
     (f"{PICTURE}describe the image", [B]),
     (f"q {PICTURE} and {PICTURE}", [A, noise(300, 60)]),
+    (f"{PICTURE}{PICTURE} twice", [A, A]),
 ]
 TOLERANCE = 2e-5
 """Largest difference of probabilities."""
@@ -114,13 +115,3 @@ def test_a_reranker_by_its_name_or_as_vllm_is_told(tmp_path: Path, name: str, op
     assert abs(expected[1] - expected[2]) > 1e-3, "another picture, another score"
     if name == NAME:
         assert scores == [pytest.approx(expected[0], abs=TOLERANCE)]
-
-
-def test_an_instruction_takes_the_place_of_the_published_one(tmp_path: Path) -> None:
-    folder = pictured.qwen_vl(tmp_path / NAME, "qwen3_vl")
-    reference = Reference(folder, "qwen3_vl")
-    with LLM(str(folder)) as llm:
-        (output,) = llm.score("revenue", ["a page"], use_tqdm=False, chat_template_kwargs={"instruction": "Find it."})
-    assert output.outputs.score == pytest.approx(
-        reference.yes(pair("revenue", "a page", "Find it."), []), abs=TOLERANCE
-    )

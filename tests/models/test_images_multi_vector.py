@@ -91,6 +91,7 @@ def test_the_mask_and_the_prompts_of_the_files(kind: str, tmp_path: Path) -> Non
     pages = made.pages(PAGES)
     assert len(pages[0]) < len(made.model.tokenize([PAGES[0]])["input_ids"][0])
     assert_close(made.rows(PAGES, "document"), pages)
+    assert np.abs(pages[0] - pages[2]).max() > 0.1, "another picture, other rows"
     assert_close(made.rows(QUERIES, "query"), made.queries(QUERIES))
     prompted, bare = made.queries(QUERIES)[0], made.queries(QUERIES, prompt="")[0]
     assert np.abs(prompted[-1] - bare[-1]).max() > 1e-3, "another prompt, other rows"

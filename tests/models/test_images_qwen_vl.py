@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 
 from cenote import LLM
 from cenote.config import ModelConfig
@@ -108,6 +109,15 @@ def test_vectors_are_the_last_rows_in_any_company(case: Case) -> None:
         (alone,) = case.encode([prompt(text, images)], "embed")
         assert np.abs(own - unit(case.reference.rows(text, images)[-1])).max() < TOLERANCE
         assert np.abs(own - alone).max() < TOLERANCE
+
+
+def test_another_picture_leaves_its_neighbours_as_they_are(case: Case) -> None:
+    """Bit by bit, as nothing but its content changes."""
+    prompts = [prompt(*one) for one in INPUTS]
+    before = case.encode(prompts)
+    after = case.encode([*prompts[:4], prompt(PICTURE, [noise(90, 130, seed=7)]), *prompts[5:]])
+    for i, (rows, others) in enumerate(zip(before, after, strict=True)):
+        assert np.array_equal(rows, others) == (i != 4)
 
 
 def test_ids_are_those_of_the_processor(case: Case) -> None:
@@ -238,21 +248,6 @@ def test_a_model_that_does_not_see_is_not_shown_pictures(folder: str, monkeypatc
         assert len(llm.embed(["a text"], use_tqdm=False)) == 1
 
 
-def test_published_templates_are_recognised_by_name(folder: str, tmp_path: Path) -> None:
-    """GME renders by its own template, and shrinks pictures to 1,280 tokens; Qwen3-VL-Embedding has an instruction."""
-    for name, text in {
-        "gme-Qwen2-VL-2B-Instruct": f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
-        "Qwen3-VL-Embedding-2B": "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
-        f"{PICTURE}what<|im_end|>\n<|im_start|>assistant\n",
-    }.items():
-        (tmp_path / name).symlink_to(folder)
-        with LLM(str(tmp_path / name)) as llm:
-            (own,) = llm.embed([{"image": C, "text": "what"}], use_tqdm=False)
-            (expected,) = llm.embed([prompt(text, [C])], use_tqdm=False)
-        assert list(own.prompt_token_ids) == list(expected.prompt_token_ids)
-
-
 def test_a_text_of_sentence_transformers_is_rendered_like_its_pictures(case: Case) -> None:
     text = "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\n"
     assert case.ids({"text": "what is it"}) == case.ids(text)
@@ -298,6 +293,25 @@ def test_a_folder_with_messages_renders_texts_and_pictures_by_its_template(folde
     for output, text, pictures in zip(outputs, texts, images, strict=True):
         expected = reference.rows(begin + text + end, pictures)[-1]
         assert np.abs(np.array(output.outputs.embedding) - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_a_folder_with_messages_gives_the_vectors_of_sentence_transformers(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_modules(folder, tmp_path, "last_hidden_state")
+    pictured.without_video(monkeypatch, "Qwen3VLProcessor")
+    reference = SentenceTransformer(str(tmp_path), device="cpu")
+    inputs: list[Any] = ["what is it", A, noise(90, 130, seed=1), {"text": "what is it", "image": A}]
+    inputs.append({"image": A, "text": "what is it"})
+    expected = np.array([reference.encode([one], prompt_name="query")[0] for one in inputs])
+    with LLM(str(tmp_path)) as llm:
+        outputs = llm.embed(inputs, prompt_name="query", use_tqdm=False)
+    vectors = np.array([output.outputs.embedding for output in outputs])
+    assert np.abs(vectors - expected).max() < TOLERANCE * np.abs(expected).max()
+    assert min(np.abs(one - expected[1]).max() for one in expected[2:]) > 0.01, (
+        "another picture or text, another vector"
+    )
+    assert np.abs(expected[3] - expected[4]).max() > 0.01, "another order, another vector"
 
 
 def test_another_layer_is_read_of_pictures_too(folder: str, tmp_path: Path) -> None:

@@ -83,6 +83,20 @@ LATER: dict[str, dict[str, Any]] = {
         "text_config": {**LLAMA, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 16},
         "vision_config": SIGLIP, "image_token_index": PLACEHOLDER, "mm_tokens_per_image": 4,
     },
+    "embedding_gemma2": {
+        "text_config": {
+            "vocab_size": 700, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "intermediate_size": 128,
+            "sliding_window": 12, "sliding_window_pattern": 2, "hidden_size_per_layer_input": 16, "embedding_dim": 48,
+            "max_position_embeddings": 600, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        "vision_config": {
+            "model_type": "gemma4_vision", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "patch_size": 16,
+            "position_embedding_size": 64,
+        },
+        "image_token_id": PLACEHOLDER,
+    },
     "clap": {
         "text_config": {
             "vocab_size": 700, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

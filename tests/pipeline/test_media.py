@@ -61,14 +61,15 @@ def half_clear(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pictures_stand_on_white(mode: str) -> None:
-    own = pixels(saved(half_clear(mode)))
-    assert (own[:, :2] == 255).all()
-    assert (own[:, 2:] < 40).all()
+    for own in (pixels(saved(half_clear(mode))), pixels(half_clear(mode))):
+        assert (own[:, :2] == 255).all()
+        assert (own[:, 2:] < 40).all()
 
 
 def test_sixteen_bits_of_grey_are_scaled() -> None:
     grey = Image.fromarray(np.array([[0, 32768], [65535, 256]], dtype=np.uint16))
-    assert pixels(saved(grey))[..., 0].tolist() == [[0, 128], [255, 1]]
+    for source in (saved(grey), saved(grey, "TIFF"), grey):
+        assert pixels(source)[..., 0].tolist() == [[0, 128], [255, 1]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "RGB"])
@@ -76,6 +77,12 @@ def test_other_modes_are_as_pillow_converts_them(mode: str) -> None:
     image = A.convert(mode)
     file = saved(image, "TIFF")
     assert np.array_equal(pixels(file), np.asarray(image.convert("RGB")))
+    assert np.array_equal(pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_a_jpeg_for_print_is_as_pillow_converts_it() -> None:
+    file = saved(A.convert("CMYK"), "JPEG", quality=95)
+    assert np.array_equal(pixels(file), np.asarray(Image.open(media.BytesIO(file)).convert("RGB")))
 
 
 def test_animations_are_their_first_frame() -> None:

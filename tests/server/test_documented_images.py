@@ -225,7 +225,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_reward_of_a_picture_behind_https(tmp_path: Path, host: None) -> None:
-    service = Service.open(ModelConfig(model=str(pictured.ernie_vl(tmp_path / "RM_v1008"))), EngineConfig())
+    folder = str(pictured.ernie_vl(tmp_path / "RM_v1008"))
+    service = Service.open(ModelConfig(model=folder, runner="pooling", convert="embed"), EngineConfig())
     url = f"data:image/png;base64,{base64.b64encode(saved(FIRST)).decode()}"
     other = f"data:image/png;base64,{base64.b64encode(saved(SECOND)).decode()}"
     config = ServerConfig(allowed_media_domains=("xxx",), allow_private_media=True)

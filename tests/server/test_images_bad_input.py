@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import base64
+import copy
 import os
 import resource
 import threading
@@ -58,18 +59,22 @@ class Pages(BaseHTTPRequestHandler):
 
 
 class Limited:
-    """A server process that has the memory which it takes at rest, and `ROOM`.
+    """One model of a server process that is to have the memory which it takes at rest, and `ROOM`.
 
     Attributes:
+        process: of the server.
+        model: its name.
         host: of pictures that may be fetched.
         folder: of files that may be named.
     """
 
-    def __init__(self, model: Path, host: str, folder: Path, *flags: str) -> None:
-        places = ("--allowed-media-domains", host, "--allow-private-media", "--allowed-local-media-path", str(folder))
-        self.process = Process(str(model), *places, *flags)
+    def __init__(self, process: Process, model: str, host: str, folder: Path) -> None:
+        self.process, self.model = process, model
         self.host, self.folder = host, folder
         self.good = self.vector(url(saved(A)))
+
+    def limit(self) -> None:
+        """Let the process have no more than `ROOM` beyond what it has now."""
         limit = self.memory("VmData") + ROOM
         resource.prlimit(self.process.process.pid, resource.RLIMIT_DATA, (limit, limit))
 
@@ -84,7 +89,7 @@ class Limited:
 
     def post(self, *sources: str) -> requests.Response:
         parts = [{"type": "image_url", "image_url": {"url": source}} for source in sources]
-        body = {"messages": [{"role": "user", "content": parts}]}
+        body = {"model": self.model, "messages": [{"role": "user", "content": parts}]}
         return requests.post(f"{self.process.url}/v1/embeddings", json=body, timeout=PATIENCE)
 
     def vector(self, source: str) -> list[float]:
@@ -127,16 +132,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "clip"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, host: str, folder: Path
-) -> Iterator[Limited]:
-    path = tmp_path_factory.mktemp("model") / request.param
-    model = pictured.clip(path) if request.param == "clip" else pictured.qwen_vl(path, request.param)
-    limited = Limited(model, host, folder, "--limit-mm-per-prompt", '{"image": 3}')
-    yield limited
-    assert limited.vector(url(saved(A))) == pytest.approx(limited.good, abs=1e-6), "as before all of these"
-    assert limited.process.stop() == 0
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, host: str, folder: Path) -> Iterator[dict[str, Limited]]:
+    """The models that take pictures, of a process that also serves one of texts, by name."""
+    path = tmp_path_factory.mktemp("model")
+    models = {
+        "qwen3_vl": pictured.qwen_vl(path / "qwen", "qwen3_vl"),
+        "clip": pictured.clip(path / "clip"),
+        "bert": checkpoints.bert(path / "bert"),
+    }
+    process = Process(
+        *map(str, models.values()), "--served-model-name", *models, "--limit-mm-per-prompt", '{"image": 3}',
+        "--allowed-media-domains", host, "--allow-private-media", "--allowed-local-media-path", str(folder),
+    )  # fmt: skip
+    made = {name: Limited(process, name, host, folder) for name in ("qwen3_vl", "clip")}
+    made["clip"].limit()
+    yield made
+    for limited in made.values():
+        assert limited.vector(url(saved(A))) == pytest.approx(limited.good, abs=1e-6), "as before all of these"
+    assert process.stop() == 0
+
+
+@pytest.fixture(params=["qwen3_vl", "clip"])
+def server(request: pytest.FixtureRequest, servers: dict[str, Limited]) -> Limited:
+    """A model whose image processor has a part in what is tested."""
+    return servers[request.param]
+
+
+@pytest.fixture
+def qwen(servers: dict[str, Limited]) -> Limited:
+    """The one model for what is decided before any image processor."""
+    return servers["qwen3_vl"]
 
 
 BOMBS = {
@@ -180,8 +206,8 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_files_that_are_not_read(server: Limited, name: str) -> None:
-    status, message = server.refusal(url(UNREADABLE[name]))
+def test_files_that_are_not_read(qwen: Limited, name: str) -> None:
+    status, message = qwen.refusal(url(UNREADABLE[name]))
     assert status == 400
     assert "cannot be read" in message
     assert "PNG, JPEG, WEBP, GIF, BMP, TIFF" in message
@@ -267,33 +293,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_sources_that_are_refused(server: Limited, name: str) -> None:
+def test_sources_that_are_refused(qwen: Limited, name: str) -> None:
     source, expected = REFUSED[name]
-    status, message = server.refusal(source.format(host=server.host, folder=server.folder))
+    status, message = qwen.refusal(source.format(host=qwen.host, folder=qwen.folder))
     assert (status, expected in message) == (400, True), message
 
 
 @pytest.mark.parametrize("path", ["403", "404", "500", "nothing"])
-def test_failures_of_a_host_are_not_the_server_s(server: Limited, path: str) -> None:
-    assert server.refusal(f"http://{server.host}/{path}")[0] == 422
+def test_failures_of_a_host_are_not_the_server_s(qwen: Limited, path: str) -> None:
+    assert qwen.refusal(f"http://{qwen.host}/{path}")[0] == 422
 
 
-def test_pictures_are_counted(server: Limited) -> None:
-    status, message = server.refusal(*[url(saved(A))] * 4)
+def test_pictures_are_counted(qwen: Limited) -> None:
+    status, message = qwen.refusal(*[url(saved(A))] * 4)
     assert (status, message.partition(".")[0]) == (400, "At most 3 image(s) may be provided in one prompt")
 
 
-def test_a_picture_for_which_there_is_no_memory(server: Limited) -> None:
+def test_a_picture_for_which_there_is_no_memory(qwen: Limited) -> None:
     """It is within the limits of pictures, and more than the process has: the limit of these tests is felt."""
-    status, _ = server.refusal(url(saved(Image.new("RGB", (12200, 4000)))))
+    status, _ = qwen.refusal(url(saved(Image.new("RGB", (12200, 4000)))))
     assert status == 500
 
 
-def test_a_text_model_takes_no_pictures(tmp_path: Path, host: str) -> None:
-    server = Process(str(checkpoints.bert(tmp_path / "bert")))
-    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url(bomb(9400))}}]}]}
-    answer = requests.post(f"{server.url}/v1/embeddings", json=body, timeout=PATIENCE)
-    assert answer.status_code == 400
-    assert "takes no images" in answer.json()["error"]["message"]
-    assert len(server.embed("a text")[0]) > 0
-    assert server.stop() == 0
+def test_a_text_model_takes_no_pictures(qwen: Limited) -> None:
+    bert = copy.copy(qwen)
+    bert.model = "bert"
+    status, message = bert.refusal(url(bomb(9400)))
+    assert (status, "takes no images" in message) == (400, True), message
+    assert len(qwen.process.embed("a text", model="bert")[0]) > 0

@@ -16,7 +16,7 @@ from cenote import LLM
 from cenote.config import ServerConfig
 from cenote.errors import BadRequest
 from cenote.server.app import build
-from tests import pictured
+from tests import checkpoints, pictured
 from tests.conftest import error
 from tests.pictured import noise, saved
 
@@ -74,8 +74,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def text_model() -> Iterator[Case]:
-    yield from opened(LLM())
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield from opened(LLM(str(checkpoints.bert(tmp_path_factory.mktemp("texts") / "bert"))))
 
 
 def url(image: Any) -> str:
@@ -187,6 +187,8 @@ OTHERS = {
     "audio_url": {"type": "audio_url", "audio_url": {"url": "x"}},
     "image_embeds": {"type": "image_embeds", "image_embeds": "x"},
     "video_url": {"type": "video_url", "video_url": {"url": "x"}},
+    "video_embeds": {"type": "video_embeds", "video_embeds": "x"},
+    "audio_embeds": {"audio_embeds": "x"},
     "uuid": {**part(A), "uuid": "x"},
 }
 
@@ -209,10 +211,9 @@ def test_other_parts_are_refused_by_name(case: Case, name: str) -> None:
         found = error(case.client, body, path)
         assert found["code"] == 400
         assert name in found["message"], path
-    if name != "uuid":
-        found = error(case.client, {"inputs": [{"content": [OTHERS[name]]}]}, "/v2/embed")
-        assert found["code"] == 400
-        assert "'text' or 'image_url'" in found["message"]
+    found = error(case.client, {"inputs": [{"content": [OTHERS[name]]}]}, "/v2/embed")
+    assert found["code"] == 400
+    assert name in found["message"]
 
 
 @pytest.mark.parametrize("name", ["image_url", *(name for name in OTHERS if name != "uuid")])

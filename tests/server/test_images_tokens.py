@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,9 @@ from starlette.testclient import TestClient
 
 from cenote import LLM
 from cenote.config import ServerConfig
+from cenote.errors import ConfigError
 from cenote.pipeline.media import Picture
+from cenote.pipeline.pictures import PictureRenderer
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
@@ -68,6 +71,14 @@ def test_tokenize_counts_what_an_embedding_is_billed(llm: LLM, monkeypatch: pyte
     assert answer["token_strs"].count("<|image_pad|>") == 66
 
 
+def test_a_prompt_that_is_too_long_is_refused_by_its_headers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pictures of 54 tokens, of at most 400: nothing of them is decoded."""
+    monkeypatch.setattr(Picture, "decoded", lambda self: pytest.fail("a header is enough"))
+    found = error(served(llm), messages(*[LARGE] * 8))
+    assert (found["code"], found["param"]) == (400, "input_tokens")
+    assert "maximum context length is 400 tokens" in found["message"]
+
+
 def test_tokenize_takes_arguments_of_the_image_processor(llm: LLM) -> None:
     client = served(llm)
     whole = client.post("/tokenize", json=messages(LARGE)).json()["count"]
@@ -101,6 +112,36 @@ def test_requests_enlarge_pictures_where_the_server_trusts_them(llm: LLM) -> Non
         found = error(trusting, {**body, "mm_processor_kwargs": kwargs})
         assert (found["code"], expected in found["message"]) == (400, True), found["message"]
     assert error(served(llm), body)["code"] == 400, "the next server of the model does not"
+
+
+def tokens_of(llm: LLM, **fields: Any) -> int:
+    """Tokens of a prompt with a large picture, served."""
+    answer = served(llm).post("/v1/embeddings", json={**messages(LARGE), **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["prompt_tokens"]  # type: ignore[no-any-return]
+
+
+def test_the_server_s_arguments_make_pictures_smaller_or_larger(llm: LLM) -> None:
+    """`--mm-processor-kwargs`: bounds of the model, which requests may lower."""
+    folder = llm._service.facts.tokenizer.path  # type: ignore[union-attr]
+    large = '{"size": {"longest_edge": 307200}}'
+    with LLM(folder, max_model_len=400, mm_processor_kwargs=large) as growing:
+        assert tokens_of(growing) > 200
+        assert tokens_of(growing, mm_processor_kwargs={"max_pixels": 9216}) <= tokens_of(llm) - (54 - 9)
+        body = {**messages(LARGE), "mm_processor_kwargs": {"max_pixels": 307201}}
+        assert "no more than 4096 and 307200" in error(served(growing), body)["message"]
+
+    def renderer(kwargs: dict[str, Any]) -> PictureRenderer:
+        own = llm._service.renderer.pictures
+        assert own is not None
+        return replace(own, pictures=replace(own.pictures, kwargs=kwargs))
+
+    shrinking = renderer({"max_pixels": 9216})
+    picture = Picture(b"", *LARGE.size)
+    assert len(shrinking.placed([shrinking.pictures.placeholder], [picture], {}).ids) <= 9
+    for wrong, expected in (({"fps": 1}, "has 'fps'; this model takes"), ({"max_pixels": 0}, "a positive integer")):
+        with pytest.raises(ConfigError, match=expected):
+            renderer(wrong)
 
 
 def test_small_files_of_large_pictures_are_bounded(llm: LLM) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from collections.abc import Sequence as Seq
     from concurrent.futures import Future
     from types import TracebackType
 
     from cenote.core import Engine, Output, Sequence
+
+MOST_AHEAD = 1 << 30
+"""Bytes of processed pictures that a caller's requests may have until they are done."""
 
 
 class UnderWay:
@@ -23,6 +27,7 @@ class UnderWay:
 
     def __init__(self) -> None:
         self._futures: list[Future[list[Output]]] = []
+        self._pictured: list[tuple[Future[Any], int]] = []
         self._told: SimpleQueue[int] = SimpleQueue()
 
     def __enter__(self) -> UnderWay:
@@ -32,11 +37,29 @@ class UnderWay:
         for future in self._futures:
             future.cancel()  # without effect on one that is done
 
-    def submit(self, engine: Engine, sequences: Seq[Sequence]) -> None:
-        """Submit a request; see `cenote.core.Engine.submit`."""
+    def submit(self, engine: Engine, sequences: list[Sequence]) -> None:
+        """Submit a request; see `cenote.core.Engine.submit`. Its sequences lose their pictures once it is done."""
         future = engine.submit(sequences, progress=self._told.put)
         self._futures.append(future)
+        size = sum(medium.nbytes for sequence in sequences for medium in sequence.media)
+        if size:
+            self._pictured.append((future, size))
+            future.add_done_callback(partial(_let_go, sequences))
         future.add_done_callback(lambda _: self._told.put(0))
+
+    def make_room(self, tell: Callable[[int], object] = int) -> None:
+        """Wait until the pictures of requests that are not done have at most `MOST_AHEAD` bytes.
+
+        Args:
+            tell: called with the number of sequences that are done since the last time.
+        """
+        while self._ahead() > MOST_AHEAD:
+            tell(self._told.get())
+
+    def _ahead(self) -> int:
+        """Return the bytes of pictures of requests that are not done."""
+        self._pictured = [(future, size) for future, size in self._pictured if not future.done()]
+        return sum(size for _, size in self._pictured)
 
     def progress(self) -> int:
         """Return the number of sequences that are done since the last time, without waiting."""
@@ -61,3 +84,10 @@ class UnderWay:
             outputs.append(future.result())
         tell(self.progress())
         return outputs
+
+
+def _let_go(sequences: list[Sequence], future: Future[Any]) -> None:
+    """Let the pictures of a request go that has its outputs, as its caller keeps its sequences for their ids."""
+    if future.cancelled() or future.exception() is not None:
+        return  # a part of it may still run
+    sequences[:] = [replace(sequence, media=(), spans=(), positions=None) for sequence in sequences]

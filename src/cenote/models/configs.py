@@ -191,14 +191,23 @@ def _of_code(folder: Path) -> PretrainedConfig:
 
 
 def _of_transformers(folder: Path, content: dict[str, Any], audit: Audit) -> PretrainedConfig:
-    """Return the config of Transformers' class, all of whose keys are accounted for."""
-    from transformers import AutoConfig
+    """Return the config of Transformers' class, all of whose keys are accounted for.
+
+    Raises:
+        ValueError: Transformers has none of this type, whose name is in the message.
+    """
+    from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = str(content.get("model_type"))
-    if kind not in CONFIG_MAPPING:
+    if "model_type" not in content:
         unknown: PretrainedConfig = AutoConfig.from_pretrained(folder)  # its error says so
         return unknown
+    kind = str(content["model_type"])
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"Transformers {__version__} has no model type '{kind}', and the checkpoint names no code of its own, as "
+            "auto_map, that could be run with --trust-remote-code"
+        )
     audit.leave(CONFIG, sorted(ATTENTION & content.keys()), "attention is the layout's")
     plain = json.loads(json.dumps(content), object_hook=_plain)
     config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)

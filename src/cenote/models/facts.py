@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from cenote.models.weights import Stored
 
 
+WIDTHS = {"embedding_gemma2_text": "embedding_dim"}
+"""Entry of a text model's config that is the size of its states, where it is not `hidden_size`, by `model_type`."""
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a checkpoint is.
@@ -96,4 +100,5 @@ class Files:
     @property
     def width(self) -> int:
         """Size of a token's state, behind the modules over all of them."""
-        return self.st.token_width or int(self.config.get_text_config().hidden_size)
+        text = self.config.get_text_config()
+        return self.st.token_width or int(getattr(text, WIDTHS.get(text.model_type, "hidden_size")))

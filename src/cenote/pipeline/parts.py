@@ -19,8 +19,13 @@ NAMES = ("image_url", "image", "image_pil", "input_image", "image_base64")
 """Types of parts that are pictures."""
 PLACES = ("image_url", "image", "image_pil", "image_base64", "url", "path")
 """Keys of such a part that name the picture, or hold it."""
-OTHERS = ("input_audio", "audio_url", "audio", "video_url", "video_base64", "video", "image_embeds", "input_file")
+OTHERS = (
+    "input_audio", "audio_url", "audio", "audio_embeds", "video_url", "video_base64", "video", "video_embeds",
+    "image_embeds", "prompt_embeds", "input_file",
+)  # fmt: skip
 """Types of parts that are refused by name."""
+
+NO_NAMES = "content parts with a `uuid` are not supported: pictures are known by their content; leave it out"
 
 
 class Read(NamedTuple):
@@ -101,10 +106,7 @@ class _Reader:
 def _source(part: Mapping[str, Any], kind: str) -> Any:
     """Return the picture of a part, or its name."""
     if part.get("uuid") is not None:
-        raise BadRequest(
-            "content parts with a `uuid` are not supported: pictures are known by their content; leave it out",
-            param=PARAM,
-        )
+        raise BadRequest(NO_NAMES, param=PARAM)
     source = next(filter(None, map(part.get, PLACES)), None)
     if isinstance(source, Mapping):
         source = source.get("url")

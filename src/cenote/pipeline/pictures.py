@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from cenote.core import Media, coalesce
-from cenote.errors import BadRequest, TooLong, first_line
+from cenote.errors import BadRequest, ConfigError, TooLong, first_line
 from cenote.pipeline import media
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Limits, Memory, Picture
@@ -105,16 +105,10 @@ class Grid:
         least, most = int(self.processor.size["shortest_edge"]), int(self.processor.size["longest_edge"])
         if self.pictures.most_pixels:
             most = min(most, self.pictures.most_pixels)
-        size = kwargs.get("size") or {}
-        if not isinstance(size, Mapping) or not set(size) <= {"shortest_edge", "longest_edge"}:
-            raise BadRequest(
-                f"mm_processor_kwargs: size must have shortest_edge or longest_edge, got {size!r:.80}", param=PARAM
-            )
-        lower = _count(kwargs, "min_pixels", _count(size, "shortest_edge", least))
-        upper = _count(kwargs, "max_pixels", _count(size, "longest_edge", most))
+        lower, upper = _asked(kwargs, least, most)
         side = _count(kwargs, "image_size", max(picture.width, picture.height))
         scale = min(1.0, side / max(picture.width, picture.height))
-        highest = (MOST_RESIZED, MOST_RESIZED) if self.pictures.may_grow else (least, most)
+        highest = self._highest(least, most)
         if lower > highest[0] or upper > highest[1]:
             raise BadRequest(
                 f"mm_processor_kwargs: got at least {lower} and at most {upper} pixels of a resized picture; expected "
@@ -127,6 +121,13 @@ class Grid:
         upper = max(upper, self._smallest)
         return min(lower, upper), upper
 
+    def _highest(self, least: int, most: int) -> tuple[int, int]:
+        """Return the highest bounds that a request may ask for: the model's own, or those of the server's options."""
+        if self.pictures.may_grow:
+            return MOST_RESIZED, MOST_RESIZED
+        lower, upper = _asked(self.pictures.kwargs, least, most)
+        return min(MOST_RESIZED, max(least, lower)), min(MOST_RESIZED, max(most, upper))
+
     @property
     def _smallest(self) -> int:
         """Pixels of a picture of one token."""
@@ -137,6 +138,8 @@ LAYOUTS: dict[str, Callable[[Pictures, Any, Callable[[str], Ids]], Layout]] = {"
 """By `Pictures.layout`."""
 
 
+SAMPLE = Picture(b"", 64, 64)
+"""A picture by which arguments are checked."""
 Processed = dict[tuple[bytes, str], tuple[Media, ...]]
 """Processed pictures, by their content and the arguments of the image processor."""
 
@@ -190,6 +193,9 @@ class PictureRenderer:
         tokens: gives the vocabulary entries of ids.
         has_template: whether the tokenizer has a chat template.
         access: places from which pictures may be read; a server sets them.
+
+    Raises:
+        ConfigError: arguments of the image processor in the user's options are not those of the model.
     """
 
     pictures: Pictures
@@ -208,6 +214,9 @@ class PictureRenderer:
             try:
                 self._processor = _processor(self.pictures.folder)
                 self.allow(self.access)
+                self._reader.expansion(SAMPLE, self.pictures.kwargs)
+            except BadRequest as error:
+                raise ConfigError(f"for the pictures of {self.name}, {error.message}") from None
             except (ImportError, OSError, ValueError) as error:
                 self.refusal = f"the image processor of {self.name} cannot be loaded: {first_line(error)}"
 
@@ -398,6 +407,22 @@ def _refuse_unknown(kwargs: Mapping[str, Any], allowed: Seq[str]) -> None:
     if unknown:
         expected = ", ".join(allowed) or "none, as its pictures have one size"
         raise BadRequest(f"mm_processor_kwargs has {unknown[0]!r}; this model takes {expected}", param=PARAM)
+
+
+def _asked(kwargs: Mapping[str, Any], least: int, most: int) -> tuple[int, int]:
+    """Return the bounds of a resized picture's pixels that `kwargs` ask for; by default `least` and `most`.
+
+    Raises:
+        BadRequest: they are no positive integers.
+    """
+    size = kwargs.get("size") or {}
+    if not isinstance(size, Mapping) or not set(size) <= {"shortest_edge", "longest_edge"}:
+        raise BadRequest(
+            f"mm_processor_kwargs: size must have shortest_edge or longest_edge, got {size!r:.80}", param=PARAM
+        )
+    lower = _count(kwargs, "min_pixels", _count(size, "shortest_edge", least))
+    upper = _count(kwargs, "max_pixels", _count(size, "longest_edge", most))
+    return lower, upper
 
 
 def _count(kwargs: Mapping[str, Any], name: str, default: int) -> int:

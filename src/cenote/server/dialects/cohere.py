@@ -17,6 +17,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.options import TextOptions
+from cenote.pipeline.parts import NO_NAMES
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import sizes
@@ -48,9 +49,12 @@ class Content(BaseModel):
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: dict[str, Any] | None = None
+    uuid: Any = Field(None, description="refused: pictures are known by their content")
 
     @model_validator(mode="after")
     def _complete(self) -> Content:
+        if self.uuid is not None:
+            raise PydanticCustomError("content", NO_NAMES)
         image = self.image_url or {}
         values = {"text": self.text, "image_url": image.get("url") or None}
         if values[self.type] is None:
