@@ -195,7 +195,7 @@ def test_forms_of_a_text(cross: TestClient, pairs: Pairs, path: str, document: A
 
 
 MEDIA = "MultiModalParam is not supported for FakeModel: only parts of type 'text' are"
-NO_TEXT = "got an object with the keys {}; expected a text, or an object whose text is one"
+NO_TEXT = "got an object with the keys {}; expected a text, or an object with one under `text`"
 
 
 @pytest.mark.parametrize("path", [SCORE[0], RERANK[0]])

@@ -240,8 +240,8 @@ def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
             param="content",
         )
-    message = f"got an object with the keys {sorted(item)}; expected a text, or an object whose "
-    message += f"{' or '.join(fields)} is one"
+    message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
+    message += " or ".join(f"`{field}`" for field in fields)
     if param == "documents":
         message += " (Cohere's `rank_fields` names others)"
     return BadRequest(message, param=param)
