@@ -265,6 +265,7 @@ NO_TEMPLATE = "fake joins query and document without a template, so {} would hav
             "score_type",
         ),
         ({"instruction": "find"}, NO_TEMPLATE.format("instruction"), "instruction"),
+        ({"instruct": "find"}, NO_TEMPLATE.format("instruction"), "instruct"),
         ({"chat_template_kwargs": {"b": 1, "a": 2}}, NO_TEMPLATE.format("a, b"), "a"),
         (
             {"chat_template_kwargs": {"chat_template": "x"}},
@@ -493,6 +494,7 @@ TEMPLATE = (
     [
         ({}, "judge one two is three"),
         ({"instruction": "find"}, "find one two is three"),
+        ({"instruct": "find"}, "find one two is three"),
         ({"chat_template_kwargs": {"tone": "!"}}, "judge! one two is three"),
         ({"instruction": "find", "chat_template_kwargs": {"tone": "!"}}, "find! one two is three"),
         ({"instruction": "find", "chat_template_kwargs": {"instruction": "rate"}}, "rate one two is three"),
