@@ -1,6 +1,6 @@
 """Real clients against real servers: `make clients` runs their calls, and writes the table of `docs/clients.md`.
 
-`rows.toml` lists the clients. `served.py` starts two servers and has `LLM` compute the values; `call.py` compares what
-a client returns with them, in an environment that does not have Cenote. The calls themselves are in `calls/` (Python,
-and HTTP bodies as YAML) and in `js/`.
+`rows.toml` lists the clients. `served.py` starts three servers, one of them `full.py`, and has `LLM` compute the
+values; `call.py` compares what a client returns with them, in an environment that does not have Cenote. The calls
+themselves are in `calls/` (Python, and HTTP bodies as YAML) and in `js/`.
 """

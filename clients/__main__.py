@@ -77,9 +77,9 @@ def results_of(listed: list[dict[str, Any]]) -> list[Results]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = served.models(folder)
-        with served.servers([*paths, "--served-model-name", *served.A_NAMES], served.B_FLAGS) as (a, b):
+        with served.servers([*paths, "--served-model-name", *served.A_NAMES], served.B_FLAGS) as (a, b, c):
             file = folder / "values.json"
-            file.write_text(json.dumps({**served.values(paths), "a": a, "b": b}))
+            file.write_text(json.dumps({**served.values(paths), "a": a, "b": b, "c": c}))
             results = {
                 environment: run(environment, [r["file"] for r in listed if r["environment"] == environment], file)
                 for environment in environments

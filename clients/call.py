@@ -20,7 +20,9 @@ TOLERANCE = 1e-5
 
 VALUES: dict[str, Any] = json.loads(Path(os.environ["CENOTE_CLIENT_VALUES"]).read_text())
 """URLs of the servers, texts, and what `LLM` makes of them (`clients.served`)."""
-A, B, KEY = VALUES["a"], VALUES["b"], VALUES["key"]
+A, B, C, KEY = VALUES["a"], VALUES["b"], VALUES["c"], VALUES["key"]
+FULL, LARGE = "16384 sequences wait already", "at most 2000 are allowed"
+"""Messages of server c, whatever it is asked."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ install.
 **{count} calls** work. The rest fail for the reasons named here. Each client also gets errors; where none is among its
 calls, further ones are made to see that the server's message reaches the user.
 
-Two servers are asked: one of five models without a key; one of a model with a key, prompts, Matryoshka sizes,
+Three servers are asked: one of five models without a key; one of a model with a key, prompts, Matryoshka sizes,
 `--token-ids cl100k`, `--allowed-origins`, and for clients that know only names of their vendor's
-`--served-model-name minilm '*'`.
+`--served-model-name minilm '*'`; and one that refuses all work as overloaded and large bodies.
 
 | client | calls | further messages | fails |
 |---|---|---|---|

@@ -1,9 +1,10 @@
-"""The two servers that clients talk to, and what `LLM` makes of the texts that they send.
+"""The servers that clients talk to, and what `LLM` makes of the texts that they send.
 
 | server | models | flags |
 |---|---|---|
 | a | `minilm`, `cross` (one label), `classes` (three), `entities`, `splade` | no key |
 | b | `minilm`, also under any other name | a key, prompts, Matryoshka sizes, OpenAI's token ids, an origin |
+| c | any | none; it refuses all work as overloaded, and bodies of more than 2,000 bytes (`clients.full`) |
 """
 
 from __future__ import annotations
@@ -61,12 +62,11 @@ def models(folder: Path) -> list[str]:
 
 @contextmanager
 def servers(*flags: Sequence[str]) -> Iterator[list[str]]:
-    """A process of `cenote serve` for each list of flags; their URLs, and their end."""
-    command = [sys.executable, "-m", "cenote", "serve", "--port", "0"]
+    """A process of `cenote serve` for each list of flags, and one that is full; their URLs, and their end."""
+    serve = [sys.executable, "-m", "cenote", "serve", "--port", "0"]
+    commands = [*([*serve, *own] for own in flags), [sys.executable, "-m", "clients.full"]]
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(_Process([*command, *own], stderr=subprocess.PIPE, text=True)) for own in flags
-        ]
+        processes = [stack.enter_context(_Process(command, stderr=subprocess.PIPE, text=True)) for command in commands]
         yield [process.url() for process in processes]
 
 

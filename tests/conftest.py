@@ -51,6 +51,11 @@ INFO = replace(FAKE_INFO, vocab_size=30_522)
 """The fake model, with a vocabulary that fits the tokenizer: vectors of 8, at most 64 tokens."""
 
 
+UNKNOWN_IDS = (
+    ". Send text, if another tokenizer made the ids (LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
+)
+"""End of the message about ids outside the vocabulary."""
+
 CLASSIFIER = replace(
     INFO,
     tasks=("classify", "token_classify", "embed", "token_embed"),

@@ -284,7 +284,7 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "not a prompt": ([3.5], {}, "a prompt is text or a list of token ids, got float"),
     "not iterable": (7, {}, "a prompt is text or a list of token ids, got int"),
     "negative id": ([5, -2], {}, "Token id -2 is out of vocabulary"),
-    "id too large": ([5, 99999], {}, r"Token id 99999 is out of vocabulary; .* takes ids from 0 to \d+$"),
+    "id too large": ([5, 99999], {}, r"Token id 99999 is out of vocabulary; .* takes ids from 0 to \d+\. Send text"),
     "unknown key": ({"promt": "a"}, {}, r"keys that are not supported: \['promt'\]"),
     "media": ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "takes no images, only texts"),
     "unknown tokenization": (

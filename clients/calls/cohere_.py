@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cohere
 
-from clients.call import KEY, VALUES, A, B, Call, floats
+from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call, floats
 
 V = VALUES
 a, b = cohere.ClientV2(api_key="none", base_url=A), cohere.ClientV2(api_key=KEY, base_url=B)
@@ -109,4 +109,12 @@ CALLS = [
     ),
     Call("classify", lambda: a.classify(model="classes", inputs=V["texts"], examples=[]), fails=LEARNS),
     Call("embed_jobs.list", lambda: a.embed_jobs.list(), "embed_jobs", [], fails=JOBS),
+]
+full, full_old = cohere.ClientV2(api_key="none", base_url=C), cohere.Client(api_key="none", base_url=C)
+ONCE = {"request_options": {"max_retries": 0}}
+ERRORS = [
+    Call("overload", lambda: embed(full, **ONCE), error=FULL),
+    Call("overload: rerank", lambda: rerank(full, **ONCE), error=FULL),
+    Call("overload: v1 embed", lambda: embed(full_old, **ONCE), error=FULL),
+    Call("a body that is too large", lambda: embed(full, texts=["deep " * 500], **ONCE), error=LARGE),
 ]

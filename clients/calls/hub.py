@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 
-from clients.call import KEY, VALUES, A, B, Call
+from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call
 
 V = VALUES
 NO_MASK = "fill-mask is no task of a pooling model"
@@ -111,4 +111,10 @@ CALLS = [
         lambda: later["classes"].zero_shot_classification(V["text"], ["a", "b"]),
         fails=NO_ZERO,
     ),
+]
+full = InferenceClient(model=C, provider="hf-inference")
+ERRORS = [
+    Call("overload", lambda: full.feature_extraction(V["texts"]), error=FULL),
+    Call("overload: sentence_similarity", lambda: full.sentence_similarity(V["question"], V["texts"]), error=FULL),
+    Call("a body that is too large", lambda: full.feature_extraction("deep " * 500), error=LARGE),
 ]

@@ -12,7 +12,7 @@ from infinity_client.models import (
     RerankInput,
 )
 
-from clients.call import KEY, VALUES, A, B, Call
+from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call
 
 V = VALUES
 a = Client(base_url=f"{A}/infinity")
@@ -64,10 +64,20 @@ CALLS = [
     Call("models", lambda: models.sync(client=a), "data.*.id", V["names"]),
     Call("health", lambda: health.sync(client=a), lambda answer: answer["unix"] > 0, True),
 ]
+wrong = AuthenticatedClient(base_url=f"{B}/infinity", token="wrong", raise_on_unexpected_status=True)
+full = Client(base_url=f"{C}/infinity", raise_on_unexpected_status=True)
 ERRORS = [
     Call(
         "embeddings",
         lambda: embeddings.sync(client=strict, body=text("none")),
         error="The model `none` does not exist",
+    ),
+    Call("key", lambda: embeddings.sync(client=wrong, body=text()), error="missing or wrong API key"),
+    Call("overload", lambda: embeddings.sync(client=full, body=text()), error=FULL),
+    Call("overload: rerank", lambda: rerank.sync(client=full, body=ranking()), error=FULL),
+    Call(
+        "a body that is too large",
+        lambda: rerank.sync(client=full, body=RerankInput(query="deep " * 500, documents=V["texts"], model="cross")),
+        error=LARGE,
     ),
 ]

@@ -7,16 +7,16 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.embeddings.voyageai import VoyageEmbedding
 from llama_index.postprocessor.voyageai_rerank import VoyageAIRerank
 
-from clients.call import VALUES, A, Call
+from clients.call import FULL, VALUES, A, B, C, Call
 
 V = VALUES
 voyageai.api_base = f"{A}/v1"
 
 
-def embedding(model: str = "minilm") -> VoyageEmbedding:
+def embedding(model: str = "minilm", url: str = f"{A}/v1") -> VoyageEmbedding:
     client = VoyageEmbedding(model_name=model, voyage_api_key="none")
     for part in (client._client, client._aclient):
-        part._params["base_url"] = f"{A}/v1"  # it has no parameter of it
+        part._params["base_url"] = url  # it has no parameter of it
         part.tokenize = lambda texts, model: [text.split() for text in texts]  # it would fetch a tokenizer
     return client
 
@@ -36,4 +36,12 @@ CALLS = [
         error="`none` does not exist",
     ),
     Call("VoyageAIRerank", rerank, "", V["ranked"][:2]),
+]
+ERRORS = [  # this release fails on an `error` that is an object, so errors before a body is read need the prefix
+    Call(
+        "VoyageEmbedding: key",
+        lambda: embedding(url=f"{B}/voyage/v1").get_query_embedding("a"),
+        error="missing or wrong API key",
+    ),
+    Call("VoyageEmbedding: overload", lambda: embedding(url=f"{C}/voyage/v1").get_query_embedding("a"), error=FULL),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from langchain_ollama import OllamaEmbeddings
 from ollama import AsyncClient, Client
 
-from clients.call import VALUES, A, Call
+from clients.call import FULL, LARGE, VALUES, A, B, C, Call
 
 V = VALUES
 client = Client(host=A)
@@ -22,4 +22,13 @@ CALLS = [
         "",
         V["vectors"],
     ),
+]
+wrong = Client(host=B, headers={"Authorization": "Bearer wrong"})
+full = Client(host=C)
+LONG = "one " * 300
+ERRORS = [
+    Call("key", lambda: wrong.embed(model="minilm", input="a"), error="missing or wrong API key"),
+    Call("too long", lambda: client.embed(model="minilm", input=LONG, truncate=False), error="maximum context length"),
+    Call("overload", lambda: full.embed(model="minilm", input="a"), error=FULL),
+    Call("a body that is too large", lambda: full.embed(model="minilm", input="deep " * 500), error=LARGE),
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
 
-from clients.call import KEY, VALUES, A, B, Call, floats
+from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call, floats
 
 V = VALUES
 a, b = OpenAI(api_key="none", base_url=f"{A}/v1"), OpenAI(api_key=KEY, base_url=f"{B}/v1")
 wrong = OpenAI(api_key="wrong", base_url=f"{B}/v1")
 asynchronous = AsyncOpenAI(api_key=KEY, base_url=f"{B}/v1")
 azure = AzureOpenAI(api_key=KEY, azure_endpoint=B, api_version="2024-10-21")
+azure_wrong = AzureOpenAI(api_key="wrong", azure_endpoint=B, api_version="2024-10-21")
 azure_async = AsyncAzureOpenAI(api_key=KEY, azure_endpoint=B, api_version="2024-10-21")
 azure_deployment = AzureOpenAI(api_key=KEY, azure_endpoint=B, azure_deployment="minilm", api_version="2024-10-21")
 azure_v1 = AzureOpenAI(api_key=KEY, base_url=f"{B}/v1", api_version="2024-10-21", azure_deployment=None)
@@ -74,4 +75,10 @@ CALLS = [
         fails=BATCHES,
     ),
     Call("batches.list", lambda: a.batches.list(), "data", [], fails=BATCHES),
+]
+full = OpenAI(api_key="none", base_url=f"{C}/v1", max_retries=0)
+ERRORS = [
+    Call("overload", lambda: embed(full), error=FULL),
+    Call("a body that is too large", lambda: embed(full, input="deep " * 500), error=LARGE),
+    Call("Azure: key", lambda: embed(azure_wrong), error="missing or wrong API key"),
 ]

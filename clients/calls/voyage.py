@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import voyageai
 
-from clients.call import KEY, VALUES, A, B, Call
+from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call
 
 V = VALUES
 a = voyageai.Client(api_key="none", base_url=f"{A}/v1")
@@ -59,4 +59,10 @@ CALLS = [
         error="maximum context length is 256 tokens",
     ),
     Call("error: key", lambda: embed(wrong), error="missing or wrong API key"),
+]
+full = voyageai.Client(api_key="none", base_url=f"{C}/v1")
+ERRORS = [
+    Call("overload", lambda: embed(full), error=FULL),
+    Call("overload: rerank", lambda: rerank(full), error=FULL),
+    Call("a body that is too large", lambda: embed(full, texts=["deep " * 500]), error=LARGE),
 ]

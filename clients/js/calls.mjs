@@ -12,7 +12,7 @@ import OpenAI from "openai";
 import { VoyageAIClient } from "voyageai";
 
 const V = JSON.parse(readFileSync(process.env.CENOTE_CLIENT_VALUES));
-const { a: A, b: B, key: KEY, texts, question } = V;
+const { a: A, b: B, c: C, key: KEY, texts, question } = V;
 const WITHOUT = "The model `none` does not exist";
 
 const openai = new OpenAI({ apiKey: "none", baseURL: `${A}/v1` });
@@ -155,9 +155,28 @@ export const calls = {
   },
 };
 
-// Messages of ours that reach the user, of clients with none among the calls.
+// Messages of ours that reach the user: of clients with none among the calls, and of overload and wrong keys.
+const FULL = "16384 sequences wait already";
+const WRONG_KEY = "missing or wrong API key";
+const once = { maxRetries: 0 };
+const openaiAt = (url, apiKey) => new OpenAI({ apiKey, baseURL: `${url}/v1`, ...once }).embeddings.create({ model: "minilm", input: "a" });
+const cohereAt = (url, token) =>
+  new CohereClientV2({ token, environment: url }).rerank({ model: "minilm", query: question, documents: texts }, once);
+const voyageAt = (url, apiKey) =>
+  new VoyageAIClient({ apiKey, environment: `${url}/v1` }).embed({ model: "minilm", input: texts }, once);
+const hubAt = (url, token) => new InferenceClient(token).endpoint(url).featureExtraction({ inputs: "a" });
+const sdkAt = (baseURL, apiKey) =>
+  rerank({ query: question, documents: texts, model: createCohere({ apiKey, baseURL: `${baseURL}/v2` }).reranking("minilm"), ...once });
+const refusals = (at) => ({
+  overload: { run: () => at(C, "none"), error: FULL },
+  key: { run: () => at(B, "wrong"), error: WRONG_KEY },
+});
 const missing = { model: "none", query: question, documents: texts };
 export const errors = {
+  openai: refusals(openaiAt),
+  "cohere-ai": refusals(cohereAt),
+  voyageai: refusals(voyageAt),
+  "@huggingface/inference": refusals(hubAt),
   "@langchain/openai, ai": {
     embedQuery: { run: () => new OpenAIEmbeddings({ model: "none", apiKey: "none", maxRetries: 0, configuration: { baseURL: `${A}/v1` } }).embedQuery("a"), error: WITHOUT },
     embedMany: {
@@ -171,6 +190,10 @@ export const errors = {
       error: WITHOUT,
     },
     rerank: { run: () => rerank({ ...missing, model: sdkCohere.reranking("none"), maxRetries: 0 }), error: WITHOUT },
+    ...refusals(sdkAt),
   },
-  ollama: { embed: { run: () => new Ollama({ host: A }).embed({ model: "none", input: "a" }), error: WITHOUT } },
+  ollama: {
+    embed: { run: () => new Ollama({ host: A }).embed({ model: "none", input: "a" }), error: WITHOUT },
+    overload: { run: () => new Ollama({ host: C }).embed({ model: "minilm", input: "a" }), error: FULL },
+  },
 };

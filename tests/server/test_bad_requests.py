@@ -13,6 +13,7 @@ from cenote.engine.fake import FakeEngine
 from cenote.errors import Overloaded
 from cenote.server.admission import Admission
 from cenote.server.app import DIALECTS
+from cenote.server.table import Table
 from tests.conftest import CROSS_ENCODER
 
 if TYPE_CHECKING:
@@ -95,11 +96,11 @@ WHOLE = {"documents": [LONG], "truncate": False}
 TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES"}
 CASES = [
     Case("openai", "/v1/embeddings", {"input": "a"}, "input", superset, {"input": LONG}),
-    Case("", "/pooling", {"input": "a", "task": "embed"}, "input", superset, {"input": LONG}),
-    Case("", "/classify", {"input": "a"}, "input", superset, {"input": LONG}),
-    Case("", "/score", {"queries": "a", "documents": "b"}, "documents", superset, {"documents": LONG}),
-    Case("", "/rerank", RANK, "documents", superset, WHOLE),
-    Case("", "/v1/chat/reward", {"prompt_token_ids": [5]}, "prompt_token_ids", superset,
+    Case("vllm", "/pooling", {"input": "a", "task": "embed"}, "input", superset, {"input": LONG}),
+    Case("vllm", "/classify", {"input": "a"}, "input", superset, {"input": LONG}),
+    Case("jina", "/score", {"queries": "a", "documents": "b"}, "documents", superset, {"documents": LONG}),
+    Case("jina", "/rerank", RANK, "documents", superset, WHOLE),
+    Case("fastdeploy", "/v1/chat/reward", {"prompt_token_ids": [5]}, "prompt_token_ids", superset,
          {"prompt_token_ids": [5] * 90}),
     Case("cohere", "/v2/embed", {"texts": ["a"]}, "texts", superset, {"texts": [LONG], "truncate": "NONE"}),
     Case("cohere", "/v2/rerank", RANK, "documents", superset, WHOLE),
@@ -220,6 +221,32 @@ def test_overload_behind_the_gate(serve: Serve, case: Case, path: str) -> None:
     answer = serve(Full(CROSS_ENCODER)).post(path, json=case.body)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
     assert case.read(answer.json()) == "16384 sequences wait already"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_a_field_that_is_null_is_not_there(serve: Serve, case: Case) -> None:
+    """Also where it would tell the dialect; but Voyage's client names all of its fields, which tells its requests."""
+    client = serve(info=CROSS_ENCODER)
+    path = f"/{case.prefix}{case.path}"
+    match = Table(DIALECTS, ()).match("POST", path)
+    assert match is not None
+    shared = Table(DIALECTS, ()).match("POST", case.path)
+    names = {name for found in (match, shared) if found for entry in found.entries for name in entry.fields}
+    plain = client.post(path, json=case.body)
+    assert plain.status_code == 200, plain.text
+    for name in sorted(names - case.body.keys()):
+        answer = client.post(path, json={**case.body, name: None})
+        assert (answer.status_code, _lasting(answer.json())) == (200, _lasting(plain.json())), name
+
+
+def _lasting(value: Any) -> Any:
+    """An answer without numbers and times of its own."""
+    if isinstance(value, dict):
+        return {key: _lasting(part) for key, part in value.items() if key not in PASSING}
+    return [*map(_lasting, value)] if isinstance(value, list) else value
+
+
+PASSING = {"id", "created", "total_duration", "load_duration"}
 
 
 def test_a_model_in_the_path_may_be_none(client: TestClient) -> None:

@@ -20,7 +20,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, expected, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, UNKNOWN_IDS, classes, error, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +216,7 @@ ONE_SOURCE = "Exactly one of `input` and `messages` must be given."
         ({"input": PAIR, "messages": [{"role": "user", "content": "a"}]}, ONE_SOURCE, "input"),
         ({"input": []}, "You must pass at least one prompt", "input"),
         ({"input": [[]]}, "The decoder prompt cannot be empty", "input"),
-        ({"input": [-1]}, "Token id -1 is out of vocabulary; fake takes ids from 0 to 30521", "input"),
+        ({"input": [-1]}, f"Token id -1 is out of vocabulary; fake takes ids from 0 to 30521{UNKNOWN_IDS}", "input"),
         (
             {"input": [PAIR, {"text": "a", "text_pair": "one " * 70}]},
             "This model's maximum context length is 64 tokens. However, your prompt contains 74 input tokens",

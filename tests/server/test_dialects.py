@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cenote.server.app import DIALECTS
+from cenote.server.shared import BEGIN, END, section
 from cenote.server.table import Table, collisions
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
@@ -22,6 +23,10 @@ SHARED = {
 def _order(entry: tuple[str, str, frozenset[str]]) -> list[object]:
     path, prefix, marks = entry
     return [path, prefix, sorted(marks)]
+
+
+def test_the_table_of_shared_paths_is_current() -> None:
+    assert PAGE[PAGE.index(BEGIN) : PAGE.index(END)] in section(), "run: python -m cenote.server.shared"
 
 
 @pytest.mark.parametrize("prefix", [dialect.prefix for dialect in DIALECTS if dialect.prefix])

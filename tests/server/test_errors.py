@@ -11,7 +11,7 @@ import pytest
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError, Closed, EngineFailed, Overloaded
 from cenote.server import app, errors, reading
-from tests.conftest import CLASSIFIER, INFO, JSON, error, expected, floats
+from tests.conftest import CLASSIFIER, INFO, JSON, UNKNOWN_IDS, error, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ def too_long(count: str) -> str:
 
 
 def unknown_id(token: int) -> str:
-    return f"Token id {token} is out of vocabulary; fake takes ids from 0 to {INFO.vocab_size - 1}"
+    return f"Token id {token} is out of vocabulary; fake takes ids from 0 to {INFO.vocab_size - 1}{UNKNOWN_IDS}"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,12 @@ def test_wrong_content_type(client: TestClient, kind: str) -> None:
         "param": None,
         "code": 400,
     }
+
+
+def test_a_path_without_a_route_is_told_whatever_comes(client: TestClient) -> None:
+    answer = client.post("/v1/files", files={"file": b"{}"}, data={"purpose": "batch"})
+    assert (answer.status_code, answer.json()["message"]) == (404, "Not Found")
+    assert client.post("/v1/models", files={"file": b"{}"}).status_code == 405
 
 
 def test_content_type_may_have_parameters(client: TestClient) -> None:

@@ -201,6 +201,14 @@ def test_kserve_refuses_a_model_of_tokens(serve: Serve) -> None:
     )
 
 
+@pytest.mark.parametrize("names", [("queries", "documents"), ("data_1", "data_2"), ("text_1", "text_2")])
+def test_sagemaker_scores(client: TestClient, names: tuple[str, str]) -> None:
+    body = dict(zip(names, ("a", ["a", "b"]), strict=True))
+    answer = client.post("/invocations", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == client.post("/score", json=body).json()["data"]
+
+
 def test_sagemaker(client: TestClient, scores: list[float]) -> None:
     best = int(np.argmax(scores))
     assert floats(post(client, "/invocations", {"inputs": "hello"})) == [HELLO_VECTOR]

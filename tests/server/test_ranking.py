@@ -62,7 +62,7 @@ def test_rank_fields_are_what_is_rated(
 def test_an_object_without_a_text_is_told_what_it_needs(client: TestClient) -> None:
     found = error(client, {"query": "one", "documents": BOOKS}, "/v2/rerank")
     assert found["message"] == (
-        "got an object with the keys ['body', 'title']; expected a text, or an object whose text is one "
+        "got an object with the keys ['body', 'title']; expected a text, or an object with one under `text` "
         "(Cohere's `rank_fields` names others)"
     )
 

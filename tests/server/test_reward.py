@@ -19,7 +19,7 @@ from cenote.errors import BadRequest, CenoteError, CheckpointError, Closed, Engi
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO, classes, error, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO, UNKNOWN_IDS, classes, error, expected, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,7 @@ PARTS = [
     {"role": "user", "content": [{"type": "text", "text": "hello"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "world"}]},
 ]
+UNKNOWN = "Token id {} is out of vocabulary; fake takes ids from 0 to 30521" + UNKNOWN_IDS
 IMAGE = [{"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}, {"type": "text", "text": "hello"}]
 
 
@@ -92,6 +93,17 @@ def test_the_documented_request(client: TestClient, ids: list[int], path: str) -
         "prompt_tokens_details": None,
         "completion_tokens_details": None,
     }
+
+
+def test_embeddings_in_its_form(serve: Serve) -> None:
+    client, path = serve(), "/fastdeploy/v1/embeddings"
+    ids = [CLS, HELLO, SEP]
+    for body in ({"input": "hello", "normalize": False}, {"messages": ids, "normalize": False}):
+        (entry,) = post(client, path, **body)["data"]
+        assert floats(entry["embedding"]) == floats(expected(ids, use_activation=False))
+    (entry,) = post(client, path, input="hello", normalize=True)["data"]
+    assert floats(entry["embedding"]) == floats(expected(ids))
+    assert error(client, {"input": "hello", "normalize": True})["param"] == "normalize", "which vLLM has removed"
 
 
 @pytest.mark.parametrize("name", [None, "", "fake", "some/other-name"])
@@ -240,8 +252,16 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": SAID, "media_io_kwargs": {"image": {}}}, "`media_io_kwargs` is not accepted", "media_io_kwargs"),
         ({"messages": SAID, "chat_template": "x"}, UNTRUSTED, "chat_template"),
         ({"messages": SAID, "chat_template_kwargs": {"chat_template": "x"}}, UNTRUSTED, "chat_template"),
-        ({"prompt_token_ids": [-1]}, "Token id -1 is out of vocabulary; fake takes ids from 0 to 30521", "input"),
-        ({"messages": [5, 30_522]}, "Token id 30522 is out of vocabulary; fake takes ids from 0 to 30521", "messages"),
+        (
+            {"prompt_token_ids": [-1]},
+            UNKNOWN.format(-1),
+            "input",
+        ),
+        (
+            {"messages": [5, 30_522]},
+            UNKNOWN.format(30_522),
+            "messages",
+        ),
         (
             {"prompt_token_ids": [5] * 65},
             "This model's maximum context length is 64 tokens. However, your prompt contains 65 input tokens",

@@ -195,7 +195,7 @@ def test_forms_of_a_text(cross: TestClient, pairs: Pairs, path: str, document: A
 
 
 MEDIA = "MultiModalParam is not supported for FakeModel: only parts of type 'text' are"
-NO_TEXT = "got an object with the keys {}; expected a text, or an object whose text is one"
+NO_TEXT = "got an object with the keys {}; expected a text, or an object with one under `text`"
 
 
 @pytest.mark.parametrize("path", [SCORE[0], RERANK[0]])
@@ -265,6 +265,7 @@ NO_TEMPLATE = "fake joins query and document without a template, so {} would hav
             "score_type",
         ),
         ({"instruction": "find"}, NO_TEMPLATE.format("instruction"), "instruction"),
+        ({"instruct": "find"}, NO_TEMPLATE.format("instruction"), "instruct"),
         ({"chat_template_kwargs": {"b": 1, "a": 2}}, NO_TEMPLATE.format("a, b"), "a"),
         (
             {"chat_template_kwargs": {"chat_template": "x"}},
@@ -493,6 +494,7 @@ TEMPLATE = (
     [
         ({}, "judge one two is three"),
         ({"instruction": "find"}, "find one two is three"),
+        ({"instruct": "find"}, "find one two is three"),
         ({"chat_template_kwargs": {"tone": "!"}}, "judge! one two is three"),
         ({"instruction": "find", "chat_template_kwargs": {"tone": "!"}}, "find! one two is three"),
         ({"instruction": "find", "chat_template_kwargs": {"instruction": "rate"}}, "rate one two is three"),

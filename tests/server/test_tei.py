@@ -11,6 +11,7 @@ import pytest
 
 from cenote.core import Output, Report
 from cenote.engine.fake import FakeEngine
+from cenote.engine.promise import Timed
 from cenote.errors import Overloaded
 from cenote.pipeline.entities import softmax
 from cenote.pipeline.pipeline import Service
@@ -285,12 +286,25 @@ def test_headers(serve: Serve) -> None:
     told = {name: value for name, value in answer.headers.items() if name.startswith("x-") and name != "x-request-id"}
     assert set(told) == {
         "x-compute-type", "x-compute-time", "x-compute-characters", "x-compute-tokens", "x-total-time",
-        "x-tokenization-time",
+        "x-tokenization-time", "x-queue-time", "x-inference-time",
     }  # fmt: skip
     assert (told["x-compute-type"], told["x-compute-characters"], told["x-compute-tokens"]) == ("cpu", "12", "7")
     assert int(told["x-total-time"]) >= int(told["x-tokenization-time"]) >= 0
     pairs = serve(info=CROSS_ENCODER).post("/rerank", json=RERANK)
     assert pairs.headers["x-compute-characters"] == str(3 * 3 + len("twoonedeep water"))
+
+
+def test_headers_tell_of_queue_and_forward(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(self: FakeEngine, sequences: Any, **options: Any) -> Any:
+        future = Timed[Any]()
+        future.times.accepted, future.times.launched, future.times.finished = 100.0, 100.25, 101.75
+        future.set_result(submit(self, sequences, **options).result())
+        return future
+
+    submit = FakeEngine.submit
+    monkeypatch.setattr(FakeEngine, "submit", timed)
+    headers = serve().post("/embed", json={"inputs": "hello"}).headers
+    assert (headers["x-queue-time"], headers["x-inference-time"]) == ("250", "1500")
 
 
 def test_health_is_open(serve: Serve) -> None:

@@ -37,7 +37,9 @@ def check_vocabulary(info: ModelInfo, ids: Seq[int], *, param: str = "input") ->
     for farthest in _ends(ids, param):
         if farthest not in range(info.vocab_size):
             raise BadRequest(
-                f"Token id {farthest} is out of vocabulary; {info.name} takes ids from 0 to {info.vocab_size - 1}",
+                f"Token id {farthest} is out of vocabulary; {info.name} takes ids from 0 to {info.vocab_size - 1}. "
+                "Send text, if another tokenizer made the ids (LangChain's OpenAIEmbeddings: "
+                "check_embedding_ctx_length=False)",
                 param=param,
             )
 

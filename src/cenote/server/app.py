@@ -117,7 +117,7 @@ class Application:
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         admission = self._serving.admission if serving is None else Admission([], config)
-        gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open)
+        gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open, self._is_known)
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
@@ -187,6 +187,10 @@ class Application:
         """Return whether a request needs no key."""
         match = self._match(scope)
         return match is not None and match.entry().route.is_open
+
+    def _is_known(self, scope: Scope) -> bool:
+        """Return whether a request has a route."""
+        return self._match(scope) is not None
 
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""

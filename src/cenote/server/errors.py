@@ -87,6 +87,7 @@ SPELLINGS = {
     "truncate_prompt_tokens": ("max_tokens", "truncation", "truncate"),
     "use_activation": ("normalize", "raw_scores"),
     "top_n": ("top_k",),
+    "instruction": ("instruct",),
 }
 """Parameters, and their spellings in other dialects."""
 

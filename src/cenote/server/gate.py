@@ -108,6 +108,7 @@ class Gate:
     Args:
         error_body: of a request's dialect.
         is_open: whether a request needs no key.
+        is_known: whether a request has a route.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
@@ -122,6 +123,7 @@ class Gate:
         admission: Admission,
         error_body: Callable[[Scope], ErrorBody],
         is_open: Callable[[Scope], bool],
+        is_known: Callable[[Scope], bool],
     ) -> None:
         self.app = app
         self.config = config
@@ -129,6 +131,7 @@ class Gate:
         self.admission = admission
         self._error_body = error_body
         self._is_open = is_open
+        self._is_known = is_known
         self._keys = [key.encode() for key in config.api_key]
 
     def counts(self, scope: Scope) -> bool:
@@ -206,7 +209,7 @@ class Gate:
             self._check_key(next(filter(None, map(headers.get, KEY_HEADERS)), ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind not in JSON_TYPES:
+            if kind not in JSON_TYPES and self._is_known(scope):
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
             self.admission.check(_length(headers))
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cenote.server.errors import Fault, openai_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Iterable, Mapping
 
     from pydantic import BaseModel
     from starlette.requests import Request
@@ -41,6 +40,7 @@ class Route:
         marks: keys that tell a body for this route from those of other dialects with the same path; it has all.
         is_open: whether it needs no key.
         either: keys of which one tells it just as well.
+        nulls: whether a mark may be null, as clients have it that send all of their fields.
         foreign: keys that no body for this route has, whatever its marks say.
         purpose: key of `cenote.server.asked.PURPOSES`: the model of a request that names none is made for it.
     """
@@ -54,15 +54,18 @@ class Route:
     is_open: bool = False
     marks: frozenset[str] = frozenset()
     either: frozenset[str] = frozenset()
+    nulls: bool = False
     foreign: frozenset[str] = frozenset()
     purpose: str = ""
 
-    def distance(self, keys: AbstractSet[str]) -> int:
-        """Return 0 if `keys` tell that a body is for this route, 1 if it needs no keys, and else 2."""
+    def distance(self, body: Mapping[str, Any]) -> int:
+        """Return 0 if the keys of a body tell that it is for this route, 1 if it needs no keys, and else 2."""
         if not (self.marks or self.either):
             return 1
+        filled = {name for name, value in body.items() if value is not None}
+        keys = body.keys() if self.nulls else filled
         has_marks = self.marks <= keys and not (self.either and self.either.isdisjoint(keys))
-        return 0 if has_marks and self.foreign.isdisjoint(keys) else 2
+        return 0 if has_marks and self.foreign.isdisjoint(filled) else 2
 
     @property
     def keys(self) -> Iterable[tuple[str, str]]:

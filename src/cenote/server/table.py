@@ -91,8 +91,8 @@ class Match:
 
     def entry(self, body: Any = None) -> Entry:
         """Return the route for a parsed body."""
-        keys = body.keys() if isinstance(body, dict) else frozenset()
-        return min(self.entries, key=lambda entry: entry.route.distance(keys))
+        fields = body if isinstance(body, dict) else {}
+        return min(self.entries, key=lambda entry: entry.route.distance(fields))
 
     def dialect(self, body: Any = None) -> Dialect:
         """Return the dialect of errors for a parsed body."""

@@ -1,4 +1,7 @@
-"""FastDeploy's reward routes: `/v1/reward` and `/v1/chat/reward`. Errors carry honest status codes, not its 200."""
+"""FastDeploy's dialect: `/v1/reward` and `/v1/chat/reward`, and behind its prefix its form of `/v1/embeddings`.
+
+Errors carry honest status codes, not its 200.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
+from cenote.server.dialects.openai import EmbeddingRequest, embeddings
 from cenote.server.routes import Dialect, Route
 from cenote.server.serving import request_id
 from cenote.server.wire import answers
@@ -26,6 +30,25 @@ if TYPE_CHECKING:
     from cenote.pipeline.job import Job
     from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
+
+
+class FastDeployEmbeddingRequest(EmbeddingRequest):
+    """Body of `POST /v1/embeddings` in FastDeploy's form: with `normalize`, and with token ids as `messages`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        renamed = {OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+        messages = renamed.get("messages")
+        if isinstance(messages, list) and messages and all(isinstance(item, int) for item in messages):
+            renamed["input"] = renamed.pop("messages")
+        return renamed
+
+
+OTHER_NAMES = {"normalize": "use_activation"}
+"""Fields of FastDeploy's, by ours."""
 
 
 class RewardRequest(Shared, Chat):
@@ -113,5 +136,14 @@ DIALECT = Dialect(
     (
         Route("/v1/chat/reward", reward, RewardRequest, purpose="reward"),
         Route("/v1/reward", reward, RewardRequest, purpose="reward"),
+        Route(
+            "/v1/embeddings",
+            embeddings,
+            FastDeployEmbeddingRequest,
+            is_described=False,
+            marks=frozenset({"fastdeploy"}),
+            purpose="vectors",
+        ),
     ),
+    prefix="fastdeploy",
 )

@@ -19,6 +19,14 @@ DIALECT = Dialect(
         ),
         Route(
             "/invocations",
+            scoring.score,
+            scoring.ScoreRequest,
+            is_described=False,
+            either=frozenset({"queries", "data_1", "text_1"}),
+            purpose="score",
+        ),
+        Route(
+            "/invocations",
             scoring.rerank,
             scoring.RerankRequest,
             is_described=False,

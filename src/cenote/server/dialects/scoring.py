@@ -124,9 +124,10 @@ def _result(body: RerankRequest, rank: Ranked, document: dict[str, Any]) -> dict
 
 
 DIALECT = Dialect(
-    "Scoring",
+    "Jina",
     (
         Route("/score", score, ScoreRequest, aliases=("/v1/score",), purpose="score"),
         Route("/rerank", rerank, RerankRequest, aliases=("/v1/rerank",), purpose="score"),
     ),
+    prefix="jina",
 )

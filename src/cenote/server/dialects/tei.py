@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_valid
 from pydantic_core import PydanticCustomError
 
 import cenote
+from cenote import metrics
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered
 from cenote.pipeline import operations
@@ -214,12 +215,17 @@ class DecodeRequest(Body):
 
 
 def timed(handler: Handler) -> Handler:
-    """Return a handler that tells in headers what a request took. Of the engine's time only the sum is known."""
+    """Return a handler that tells in headers what a request took."""
 
     @wraps(handler)
     async def answer(serving: Serving, request: Request, body: Any) -> Response:
         began = time.monotonic()
-        response = await handler(serving, request, body)
+        trip = metrics.trip.get() or metrics.Trip()
+        token = metrics.trip.set(trip)
+        try:
+            response = await handler(serving, request, body)
+        finally:
+            metrics.trip.reset(token)
         total = _milliseconds(time.monotonic() - began)
         headers = {
             "x-compute-type": serving.find(body.model).info.report.device,
@@ -228,11 +234,18 @@ def timed(handler: Handler) -> Handler:
             "x-compute-tokens": str(request.state.tokens),
             "x-total-time": total,
             "x-tokenization-time": _milliseconds(request.state.render_seconds),
+            "x-queue-time": _milliseconds(_seconds(trip, "queue")),
+            "x-inference-time": _milliseconds(_seconds(trip, "forward")),
         }
         response.headers.update(headers)
         return response
 
     return answer
+
+
+def _seconds(trip: metrics.Trip, name: str) -> float:
+    """Return the time that a request spent in a stage."""
+    return sum(stage.ended - stage.began for stage in trip.stages if stage.name == name)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -361,4 +361,5 @@ DIALECT = Dialect(
         Route("/detokenize", detokenize, DetokenizeRequest, aliases=("/v1/detokenize",)),
         Route("/tokenizer_info", tokenizer_info, method="GET"),
     ),
+    prefix="vllm",
 )

@@ -170,6 +170,7 @@ DIALECT = Dialect(
             EmbeddingRequest,
             is_described=False,
             marks=frozenset({"output_dtype", "output_dimension"}),
+            nulls=True,
             purpose="vectors",
         ),
         Route(
@@ -193,6 +194,7 @@ DIALECT = Dialect(
             aliases=("/rerank",),
             is_described=False,
             marks=frozenset({"truncation", "top_k"}),
+            nulls=True,
             foreign=frozenset({"top_n"}),
             purpose="score",
         ),

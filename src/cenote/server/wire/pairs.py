@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import PoolingParams
+from cenote.core import PoolingParams, coalesce
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
@@ -42,6 +42,7 @@ class ScoringFields(Shared):
     max_tokens_per_query: int = Field(0, description="tokens to which queries are cut; 0 = not")
     max_tokens_per_doc: int = Field(0, description="tokens to which documents are cut; 0 = not")
     instruction: str | None = Field(None, description="variable of the model's template")
+    instruct: str | None = Field(None, description="as `instruction` (SGLang)")
     chat_template_kwargs: dict[str, Any] | None = None
     score_type: str | None = Field(None, description="cross-encoder, bi-encoder or late-interaction")
 
@@ -54,7 +55,7 @@ class ScoringFields(Shared):
         return PairOptions.of(
             max_tokens_per_query=self.max_tokens_per_query,
             max_tokens_per_doc=self.max_tokens_per_doc,
-            instruction=self.instruction,
+            instruction=coalesce(self.instruction, self.instruct),
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
@@ -240,8 +241,8 @@ def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
             param="content",
         )
-    message = f"got an object with the keys {sorted(item)}; expected a text, or an object whose "
-    message += f"{' or '.join(fields)} is one"
+    message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
+    message += " or ".join(f"`{field}`" for field in fields)
     if param == "documents":
         message += " (Cohere's `rank_fields` names others)"
     return BadRequest(message, param=param)
