@@ -25,9 +25,10 @@ $(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
 serve: $(VENV)/.serve
 	$(BIN)/cenote serve $(ARGS)
 
-# Two processes. One thread each: the models are so small that threads would only wait for each other. Where a test
-# takes more of them, those that wait sleep: spinning, they take the processor from those that they wait for.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A process more than two cores have, as tests of servers wait for other processes. One thread each: the models are so
+# small that threads would only wait for each other. Where a test takes more of them, those that wait sleep: spinning,
+# they take the processor from those that they wait for.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
 test: $(VENV)/.dev
