@@ -33,7 +33,8 @@ def test_prompts_with_pictures_are_fewer_at_a_time(picture: Any) -> None:
     assert sizes(["a"] * (RENDERED_AT_ONCE + 1)) == [RENDERED_AT_ONCE, 1]
     assert sizes([{"text": "a"}, [1, 2], {"prompt": "a"}]) == [3]
     half = ["a"] * (RENDERED_AT_ONCE // 2)
-    assert sizes([*half, *[picture] * 2]) == [len(half) + 1, 1]
+    rest = PICTURED_AT_ONCE // 2
+    assert sizes([*half, *[picture] * (rest + 1)]) == [len(half) + rest, 1]
     assert sizes([]) == [0]
 
 
@@ -53,9 +54,10 @@ def test_the_model_begins_before_all_pictures_are_decoded(tmp_path: Path, monkey
 
         monkeypatch.setattr(type(renderer), "media", media)
         monkeypatch.setattr(type(llm._service.engine), "submit", submitted)
-        outputs = llm.embed([noise(20, 20, seed) for seed in range(5)], use_tqdm=False)
-    assert len({tuple(output.outputs.embedding) for output in outputs}) == 5
-    assert order == ["decode", "decode", "submit"] * 2 + ["decode", "submit"]
+        count = 2 * PICTURED_AT_ONCE + 1
+        outputs = llm.embed([noise(20, 20, seed) for seed in range(count)], use_tqdm=False)
+    assert len({tuple(output.outputs.embedding) for output in outputs}) == count
+    assert order == [*["decode"] * PICTURED_AT_ONCE, "submit"] * 2 + ["decode", "submit"]
 
 
 def test_pictures_of_a_long_call_are_not_all_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

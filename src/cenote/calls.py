@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 RENDERED_AT_ONCE = 1024
 """Prompts that are rendered at a time, while those before them run."""
-PICTURED_AT_ONCE = 2
-"""Prompts with pictures that are: decoding one takes as long as tokenising some hundred texts."""
+PICTURED_AT_ONCE = 4
+"""Prompts with pictures that are: processing one takes as long as tokenising some hundred texts."""
 R = TypeVar("R")
 
 
