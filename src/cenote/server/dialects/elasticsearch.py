@@ -15,7 +15,7 @@ from cenote.server.dialects import tei
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Many
-from cenote.server.wire.pairs import RankingFields, rank
+from cenote.server.wire.pairs import RankingFields
 from cenote.server.wire.plain import encoded
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from cenote.core import Output
-    from cenote.pipeline.operations import Ranked
     from cenote.pipeline.rendering import Renderer
     from cenote.server.serving import Serving
 
@@ -70,15 +69,8 @@ def _weights(renderer: Renderer, output: Output) -> dict[str, Any]:
 
 async def rerank(serving: Serving, request: Request, body: ElasticRerankRequest) -> Response:
     """The texts by falling relevance to the query, as a bare list."""
-
-    def form(head: dict[str, Any], ranked: list[Ranked], texts: list[str]) -> list[dict[str, Any]]:
-        results: list[dict[str, Any]] = [{"index": rank.index, "score": rank.score} for rank in ranked]
-        if body.shows():
-            results = [result | {"text": texts[result["index"]]} for result in results]
-        return results
-
     documents: Any = body.documents if body.texts is None else body.texts
-    return await rank(serving, request, body, (body.query, documents), form)
+    return await tei.in_order(serving, request, body, (body.query, documents))
 
 
 FORCED = frozenset({"elasticsearch"})

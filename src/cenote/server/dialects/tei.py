@@ -423,6 +423,11 @@ async def similarity(serving: Serving, request: Request, body: SimilarityRequest
 @timed
 async def rerank(serving: Serving, request: Request, body: TeiRerankRequest) -> Response:
     """The texts by falling relevance to the query, as a bare list."""
+    return await in_order(serving, request, body, (body.query, body.texts))
+
+
+async def in_order(serving: Serving, request: Request, body: RankingFields, sides: Any) -> Response:
+    """Answer with the documents by falling relevance to the query, as a bare list; see `rank`."""
 
     def form(head: dict[str, Any], ranked: list[Ranked], texts: list[str]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{"index": rank.index, "score": rank.score} for rank in ranked]
@@ -430,7 +435,7 @@ async def rerank(serving: Serving, request: Request, body: TeiRerankRequest) -> 
             results = [result | {"text": texts[result["index"]]} for result in results]
         return results
 
-    return await rank(serving, request, body, (body.query, body.texts), form)
+    return await rank(serving, request, body, sides, form)
 
 
 OF_TASKS: dict[str, Handler] = {
