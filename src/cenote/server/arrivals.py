@@ -34,11 +34,14 @@ async def fetch(order: Unarrived, files: dict[str, bytes]) -> None:
     """
     turn = asyncio.Semaphore(AT_ONCE)
     loop = asyncio.get_running_loop()
+    size = sum(map(len, files.values()))
 
     async def arrive(url: str) -> None:
+        nonlocal size
         async with turn:
             files[url] = await loop.run_in_executor(FETCHERS, order.fetch, url)
-        if sum(map(len, files.values())) > MOST_BYTES:
+        size += len(files[url])
+        if size > MOST_BYTES:
             raise BadRequest(
                 f"the pictures of a request behind URLs have more than {MOST_BYTES} bytes; send fewer at a time",
                 param=PARAM,
