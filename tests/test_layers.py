@@ -16,7 +16,19 @@ PACKAGE = ROOT / "src" / "cenote"
 LAYERS = (
     (
         "words",
-        ("errors", "core", "outputs", "cl100k", "tasks", "config", "foreign", "settings", "metrics", "tokenizer"),
+        (
+            "errors",
+            "core",
+            "conventions",
+            "outputs",
+            "cl100k",
+            "tasks",
+            "config",
+            "foreign",
+            "settings",
+            "metrics",
+            "tokenizer",
+        ),
     ),
     ("tensors", ("tensors",)),
     ("models", ("models",)),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cenote.core import LoRARequest, PairTemplate, PoolingParams, optional, template_text
+from cenote.conventions import PairTemplate, template_text
+from cenote.core import LoRARequest, PoolingParams, optional
 from cenote.errors import BadRequest, unknown_name
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.inputs import Illustrated, content_of, listed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cenote.core import Media, Pictures, Sequence
+from cenote.conventions import Pictures
+from cenote.core import Media, Sequence
 from cenote.engine.cache import key_of
 from cenote.engine.equal import distinct
 from cenote.tensors import packing

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cenote import tokenizer as tokenizers
-from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, optional, template_text
+from cenote.conventions import MessageTemplate, PairTemplate, Sides, template_text
+from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
 from cenote.models import (
     adapted,

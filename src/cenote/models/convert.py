@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from cenote.config import ModelConfig
-    from cenote.core import PairTemplate
+    from cenote.conventions import PairTemplate
     from cenote.models.families.rerankers import Reranker
 
 REWARDS = ("ForRewardModeling", "RewardModel")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    from cenote.core import Cuts
+    from cenote.conventions import Cuts
     from cenote.models.audit import Audit
 
 CONFIGS = (

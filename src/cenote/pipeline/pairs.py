@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from collections.abc import Sequence as Seq
 
-    from cenote.core import PairTemplate, PoolingParams
+    from cenote.conventions import PairTemplate
+    from cenote.core import PoolingParams
     from cenote.pipeline.inputs import Side
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pictures import PictureRenderer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Pictures, Role
+    from cenote.conventions import Pictures, Role
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.tokenizing import Ids
     from cenote.tensors.positions import Positions, Span

@@ -9,7 +9,7 @@ from operator import not_
 from typing import TYPE_CHECKING
 
 from cenote import tokenizer
-from cenote.core import MOST_PICTURES
+from cenote.conventions import MOST_PICTURES
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.remote import PATIENCE, RemoteEngine
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, Pictures, PoolingParams, Sequence
+    from cenote.conventions import PairTemplate, Pictures
+    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
     from cenote.pipeline.inputs import Prompt

@@ -13,7 +13,8 @@ from itertools import chain, count, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
+from cenote.conventions import Alike
+from cenote.core import UNLIMITED, PoolingParams, Sequence, coalesce
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Pictures, Role, Sides
+    from cenote.conventions import Cuts, MessageTemplate, Pictures, Role, Sides
+    from cenote.core import ModelInfo, Pair
     from cenote.pipeline.inputs import Prompt
     from cenote.pipeline.media import Access
     from cenote.pipeline.prompts import Applied

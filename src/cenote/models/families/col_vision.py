@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from cenote.core import Media, MessageTemplate, Pictures, coalesce, optional
+from cenote.conventions import MessageTemplate, Pictures
+from cenote.core import Media, coalesce, optional
 from cenote.errors import CheckpointError
 from cenote.models.classifiers import linear
 from cenote.models.families.multi_vector import MultiVector, is_one, of_modules

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
-    from cenote.core import MessageTemplate, Sides
+    from cenote.conventions import MessageTemplate, Sides
     from cenote.models.classifiers import Classifier
     from cenote.models.convert import Head
     from cenote.models.facts import Files

@@ -12,7 +12,8 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from cenote.core import Sides, coalesce
+from cenote.conventions import Sides
+from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models.classifiers import linear
 from cenote.models.families.family import Family

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from cenote.core import Sides, coalesce
+from cenote.conventions import Sides
+from cenote.core import coalesce
 from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.convert import Head
