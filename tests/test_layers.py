@@ -20,6 +20,7 @@ LAYERS = (
             "errors",
             "core",
             "conventions",
+            "functions",
             "outputs",
             "cl100k",
             "tasks",

@@ -27,8 +27,9 @@ from pydantic import (
 )
 
 from cenote import cl100k
-from cenote.core import LoraModule, coalesce
+from cenote.core import LoraModule
 from cenote.errors import unknown_name
+from cenote.functions import coalesce
 from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cenote.core import Sequence, optional
+from cenote.core import Sequence
+from cenote.functions import optional
 
 Role = Literal["query", "document"]
 """A side of a search."""

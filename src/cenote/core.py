@@ -9,19 +9,16 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
-
-T = TypeVar("T")
-U = TypeVar("U")
-K = TypeVar("K")
 
 UNLIMITED = 1 << 40
 """A limit that no input reaches."""
@@ -133,24 +130,6 @@ class PoolingParams:
     def given(self) -> list[str]:
         """Return the names of the task parameters that are set."""
         return [f.name for f in fields(self) if f.name not in _NOT_OF_TASKS and getattr(self, f.name) is not None]
-
-
-def coalesce(value: T | None, default: T) -> T:
-    """Return `value`, or `default` if it is `None`, as in SQL."""
-    return default if value is None else value
-
-
-def optional(function: Callable[[T], U], value: T | None) -> U | None:
-    """Return `function(value)`, or `None` for `None`."""
-    return None if value is None else function(value)
-
-
-def places_by(keys: Iterable[K]) -> dict[K, list[int]]:
-    """Return the places of each of `keys`, by its first one."""
-    places: dict[K, list[int]] = {}
-    for place, key in enumerate(keys):
-        places.setdefault(key, []).append(place)
-    return places
 
 
 def _is_integer(value: Any) -> bool:

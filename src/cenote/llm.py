@@ -28,7 +28,8 @@ from cenote.arguments import (
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
+from cenote.core import UNLIMITED, LoRARequest, PoolingParams
+from cenote.functions import coalesce
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,

@@ -16,8 +16,8 @@ import torch
 
 from cenote import tokenizer as tokenizers
 from cenote.conventions import MessageTemplate, PairTemplate, Sides, template_text
-from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce, optional
 from cenote.models import (
     adapted,
     card,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError, ConfigError
+from cenote.functions import coalesce
 from cenote.models.families import rerankers
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cenote.core import places_by
+from cenote.functions import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cenote.core import Report, Sequence, coalesce
+from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
+from cenote.functions import coalesce
 from cenote.models import checkpoint as checkpoints
 from cenote.models import hub, offers, resolve, stacked_lora
 from cenote.models.convert import with_defaults

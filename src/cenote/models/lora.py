@@ -23,8 +23,8 @@ import regex
 import torch
 from torch import nn
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import weights
 from cenote.models.audit import Keys
 from cenote.models.reading import about, load

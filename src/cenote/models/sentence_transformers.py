@@ -16,8 +16,9 @@ import msgspec
 import torch
 from torch import nn
 
-from cenote.core import Similarity, coalesce
+from cenote.core import Similarity
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import keys, remote_code, transformer_module, value_types
 from cenote.models.inside import inside
 from cenote.models.reading import about, check_kind, load, read_json

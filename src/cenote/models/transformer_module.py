@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce, optional
 from cenote.models import keys
 from cenote.models.reading import load
 

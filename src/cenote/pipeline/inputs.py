@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cenote.core import coalesce
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.pipeline.tokenizing import Ids
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from itertools import compress
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import Sequence, coalesce
+from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.functions import coalesce
 from cenote.pipeline.inputs import Illustrated, is_count
 from cenote.pipeline.pair_prompts import Pair, PairPrompt
 from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cenote.core import Media, coalesce
+from cenote.core import Media
 from cenote.errors import BadRequest, ConfigError, TooLong, first_line
+from cenote.functions import coalesce
 from cenote.pipeline import media
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Limits, Memory, Picture

@@ -14,8 +14,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from cenote.conventions import Alike
-from cenote.core import UNLIMITED, PoolingParams, Sequence, coalesce
+from cenote.core import UNLIMITED, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.functions import coalesce
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.media import awaited

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import coalesce
+from cenote.functions import coalesce
 from cenote.tensors import library, native
 from cenote.tensors.native import Chain, Step, drawn
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cenote.config import Isa
-from cenote.core import optional
 from cenote.errors import ConfigError
+from cenote.functions import optional
 from cenote.tensors import library
 from cenote.tensors.packing import spans_of
 

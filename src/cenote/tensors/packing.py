@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from cenote.core import optional
+from cenote.functions import optional
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from cenote.conventions import Sides
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
 from cenote.models.poolers import Pooler, TokenEmbed

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 from cenote.conventions import Pictures
-from cenote.core import optional
+from cenote.functions import optional
 from cenote.models.families.ernie_vl import ErnieVL
 from cenote.models.families.qwen_vl import Published, QwenVL, published
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from cenote.conventions import Sides
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import classifiers
 from cenote.models.convert import Head
 from cenote.models.families.family import Family

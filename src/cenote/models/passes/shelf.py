@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.functions import optional
 from cenote.models import lora
 
 if TYPE_CHECKING:
