@@ -19,6 +19,7 @@ LAYERS = (
         (
             "errors",
             "core",
+            "adapters",
             "conventions",
             "functions",
             "outputs",

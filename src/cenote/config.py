@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from cenote import cl100k
-from cenote.core import LoraModule
+from cenote.adapters import LoraModule
 from cenote.errors import unknown_name
 from cenote.functions import coalesce
 from cenote.tasks import REMOVED, TASKS

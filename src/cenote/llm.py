@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from cenote.adapters import LoRARequest
 from cenote.arguments import (
     as_tensors,
     comparable,
@@ -28,7 +29,7 @@ from cenote.arguments import (
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams
+from cenote.core import UNLIMITED, PoolingParams
 from cenote.functions import coalesce
 from cenote.outputs import (
     ClassificationOutput,

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
+    from cenote.adapters import LoraModule
     from cenote.config import EngineConfig, ModelConfig
     from cenote.conventions import PairTemplate, Pictures
-    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PoolingParams, Sequence
+    from cenote.core import Engine, ModelInfo, Pair, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
     from cenote.pipeline.inputs import Prompt
