@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from cenote.adapters import LoraModule, LoRARequest
-    from cenote.core import Pair, Sequence
-    from cenote.pipeline.inputs import Prompt
+    from cenote.core import Sequence
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
     from cenote.pipeline.pipeline import Service

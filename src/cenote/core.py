@@ -237,10 +237,6 @@ class Sequence:
         return sum(medium.patches for medium in self.media)
 
 
-Pair = tuple[str, str]
-"""Two texts that a model reads together."""
-
-
 @dataclass(slots=True)
 class Output:
     """One sequence's result on the host.

@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     import torch
 
     from cenote.calls import LoraRequests
-    from cenote.core import ModelInfo, Output, Pair, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
     from cenote.pipeline.entities import Entity
-    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.options import TextOptions
 
 log = logging.getLogger(__name__)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from cenote.adapters import LoraModule
     from cenote.config import EngineConfig, ModelConfig
     from cenote.conventions import PairTemplate, Pictures
-    from cenote.core import Engine, ModelInfo, Pair, PoolingParams, Sequence
+    from cenote.core import Engine, ModelInfo, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
-    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.plugins import Plugin
     from cenote.pipeline.rendering import Renderer

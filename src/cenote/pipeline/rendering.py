@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cenote.conventions import Cuts, MessageTemplate, Pictures, Role, Sides
-    from cenote.core import ModelInfo, Pair
-    from cenote.pipeline.inputs import Prompt
+    from cenote.core import ModelInfo
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.media import Access
     from cenote.pipeline.prompts import Applied
 
