@@ -32,8 +32,8 @@ from cenote.engine.scheduler import Scheduler
 from cenote.engine.watchdog import Watchdog
 from cenote.errors import CenoteError, Closed, EngineFailed, EngineGone, Overloaded
 from cenote.functions import coalesce
-from cenote.tensors.packing import common_prefix
 from cenote.tensors.process import release_freed_memory, release_threads
+from cenote.tensors.sharing import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

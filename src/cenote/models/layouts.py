@@ -19,7 +19,8 @@ from cenote.models.traits import block_sparse_length, position_offset, reset_att
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
 from cenote.tensors.native import LONGEST
-from cenote.tensors.packing import Batch, filled, set_apart, share
+from cenote.tensors.packing import Batch, filled, set_apart
+from cenote.tensors.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

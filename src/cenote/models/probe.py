@@ -42,7 +42,8 @@ from cenote.models.traits import (
     vocabulary,
     window,
 )
-from cenote.tensors.packing import SHORTEST_PREFIX, pack
+from cenote.tensors.packing import pack
+from cenote.tensors.sharing import SHORTEST_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
