@@ -231,7 +231,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
         pools=bool(files.st.modes),
-        overrides=_overridden(options),
+        overrides=overridden(options),
         prompts=options.reranker_prompts,
     )
 
@@ -459,7 +459,7 @@ def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: Mod
     """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
     if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
         return 0
-    written = {*load(checkpoint.folder / "config.json"), *_overridden(options)}
+    written = {*load(checkpoint.folder / "config.json"), *overridden(options)}
     sizes = {(*stored[:1], *shape[:1]) for _, stored, shape in report["mismatched_keys"]}
     if written & LABEL_KEYS or len(sizes) != 1:
         return 0
@@ -518,7 +518,7 @@ def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
     return getattr(transformers, AUTO_CLASSES[kind])
 
 
-def _overridden(options: ModelConfig) -> tuple[str, ...]:
+def overridden(options: ModelConfig) -> tuple[str, ...]:
     """Return the keys of the config that the user sets; those that a function sets are not known."""
     return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
 
