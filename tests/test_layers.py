@@ -49,7 +49,7 @@ INNER = {
         ("a model that runs", "traits vision layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
         ("changes of a model", "passes costs"),
-        ("a model to serve", "checkpoint resolve offers model information"),
+        ("a model to serve", "checkpoint building resolve offers model information"),
         ("load", "load"),
     ),
     "server": (
