@@ -413,12 +413,12 @@ def _with_token_dense(st: SentenceTransformer, module: Module, allow_pickle: boo
 
 
 def _with_token_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("token_embeddings",))
+    check_names(module, ("token_embeddings",))
     return replace(st, over_tokens=(*st.over_tokens, Normalized()))
 
 
 def _with_logit_score(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("causal_logits",))
+    check_names(module, ("causal_logits",))
     tokens = (int(module.config["true_token_id"]), module.config.get("false_token_id"))
     return replace(st, logit_score=tokens, result="scores")
 
@@ -433,12 +433,12 @@ def _with_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> 
 def _with_layer_norm(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
     norm = nn.Module()
     norm.norm = nn.LayerNorm(module.config["dimension"], dtype=torch.float32, device="meta")
-    _loaded(norm, module.folder, allow_pickle, ("dimension",))
+    loaded(norm, module.folder, allow_pickle, ("dimension",))
     return replace(st, steps=(*st.steps, norm.norm), dimension=module.config["dimension"])
 
 
 def _with_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("sentence_embedding",))
+    check_names(module, ("sentence_embedding",))
     return replace(st, steps=(*st.steps, normalize))
 
 
@@ -468,7 +468,7 @@ READERS: dict[tuple[str, str], Reader] = {
 """The value that a module reads and its class, to its reader."""
 
 
-def _check_names(module: Module, inputs: Collection[str], outputs: Collection[str] = ()) -> None:
+def check_names(module: Module, inputs: Collection[str], outputs: Collection[str] = ()) -> None:
     """Refuse a module that reads or writes another value than it is at."""
     for key, names in (("module_input_name", inputs), ("module_output_name", outputs or inputs)):
         value = module.config.get(key)
@@ -576,7 +576,7 @@ def dense(
         CheckpointError: a setting is not honoured, or the weights do not fit.
     """
     config = module.config
-    _check_names(module, (over,), outputs)
+    check_names(module, (over,), outputs)
     with torch.device("meta"):
         layer = _Dense(
             config["in_features"],
@@ -585,7 +585,7 @@ def dense(
             activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
             residual=bool(config.get("use_residual", False)),
         )
-    return _loaded(layer, module.folder, allow_pickle, ("out_features", "in_features")), config["out_features"]
+    return loaded(layer, module.folder, allow_pickle, ("out_features", "in_features")), config["out_features"]
 
 
 def activation(name: str, key: str = "activation_function") -> nn.Module:
@@ -607,7 +607,7 @@ def activation(name: str, key: str = "activation_function") -> nn.Module:
         raise CheckpointError(f"{key} is {name!r}, which cannot be made without arguments: {error}") from None
 
 
-def _loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[str]) -> nn.Module:
+def loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[str]) -> nn.Module:
     """Give a module, which is on the meta device, its weights, all of them, and freeze it in float32.
 
     A module without storage cannot ask for more memory than its file has.
