@@ -15,7 +15,7 @@ import torch
 
 from cenote.errors import CheckpointError
 from cenote.functions import coalesce
-from cenote.models.sentence_transformers import activation
+from cenote.models.modules import activation
 from cenote.tensors import heads
 from cenote.tensors.pooling import place_of, pool
 

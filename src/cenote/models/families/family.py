@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from cenote.models.classifiers import Classifier
     from cenote.models.convert import Head
     from cenote.models.facts import Files
+    from cenote.models.modules import Module
     from cenote.models.poolers import Pooler, TaskOutput
     from cenote.models.probe import HeadProbe
-    from cenote.models.sentence_transformers import Kind, Module, SentenceTransformer
+    from cenote.models.sentence_transformers import Kind, SentenceTransformer
     from cenote.tensors.heads import Step
 
 
