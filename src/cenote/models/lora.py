@@ -172,6 +172,10 @@ class Settings(msgspec.Struct, frozen=True):
         layers = as_tuple(self.layers_to_transform)
         return not layers or self._layer_of(path) in layers
 
+    def trains_whole(self, path: str) -> bool:
+        """Return whether the module at `path` of the trained model was trained whole."""
+        return any(_match("modules_to_save", rf"(^|.*\.){name}($|\..*)", path) for name in self.whole)
+
     def _layer_of(self, path: str) -> int | None:
         """Return the number of the layer that a module is in."""
         lists = as_tuple(self.layers_pattern) or (r"[^.]*",)
@@ -426,9 +430,7 @@ class _Reader:
         """Return whether a tensor takes the place of the model's own."""
         if entry == "weight" and named.rpartition(".")[2] in EMBEDDINGS:
             return True
-        return any(
-            _match("modules_to_save", rf"(^|.*\.){name}($|\..*)", named) for name in self._adapter.settings.whole
-        )
+        return self._adapter.settings.trains_whole(named)
 
     def _sort_low_rank(self, match: re.Match[str], tensor: Tensor) -> bool:
         named = match["path"]
