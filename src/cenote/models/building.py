@@ -15,7 +15,7 @@ from cenote.models import (
     adapted,
     configs,
     leftovers,
-    lora,
+    lora_changes,
     remote_code,
     renamed,
     sizes,
@@ -43,7 +43,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     leftovers.check_names(checkpoint.name, checkpoint.tensors)
     model, report = _loaded(checkpoint, options, dtype)
     adapters = checkpoint.base.adapters
-    heads = set().union(*map(lora.trained_heads, adapters))
+    heads = set().union(*map(lora_changes.trained_heads, adapters))
     num_labels = 0 if heads else _labels_of_head(checkpoint, report, options)
     if num_labels:
         checkpoint.config.num_labels = num_labels
@@ -63,7 +63,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
     )
     leftovers.check_dtypes(checkpoint, names)
     for adapter in adapters:
-        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
+        lora_changes.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
     _check_values(checkpoint, model)
     on_device: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return on_device
