@@ -38,8 +38,8 @@ from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, unchanged
 from cenote.models.traits import noting, of_kind
 from cenote.tensors import linear as multiplying
+from cenote.tensors.chains import Chain, Step
 from cenote.tensors.linear import Narrow
-from cenote.tensors.native import Chain, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
     from cenote.models.passes.patches import Forwards
     from cenote.models.passes.subject import Subject
-    from cenote.tensors.native import Kernels, Products
+    from cenote.tensors.chains import Products
+    from cenote.tensors.native import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "SiLUActivation": ("silu", torch.ops.aten.silu_),
     "Tanh": ("", torch.tanh_),
 }
-"""By the class of an activation module: its name among `cenote.tensors.native.ACTIVATIONS`, and its in-place form. The
+"""By the class of an activation module: its name among `cenote.tensors.chains.ACTIVATIONS`, and its in-place form. The
 probe decides whether they are right."""
 
 
