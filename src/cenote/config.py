@@ -98,7 +98,7 @@ def parse_count(value: Any) -> Any:
     return Decimal(match["number"]) * 1000 ** _POWERS[match["unit"]]
 
 
-def _parse_lora_modules(value: Any) -> Any:
+def parse_lora_modules(value: Any) -> Any:
     """Return adapters out of `name=path`, JSON, mappings, or a list of those."""
     if isinstance(value, str):
         value = [value] if value.lstrip().startswith(JSON) else value.split(",")
@@ -201,18 +201,18 @@ def _check_task(task: str | None, known: Collection[str]) -> None:
     raise ValueError(unknown_name("task", task, known))
 
 
-def _one_or_several(value: Any) -> Any:
+def one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
 Overrides = Annotated[dict[str, Any], BeforeValidator(parse_json)]
-Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+Several = Annotated[tuple[str, ...], BeforeValidator(one_or_several)]
 """Texts; a single one may be given by itself."""
 
 
 def _parse_names(value: Any) -> Any:
     """Return texts out of a text, JSON of a list, or a list of those."""
-    entries = _one_or_several(value)
+    entries = one_or_several(value)
     if not isinstance(entries, (list, tuple)):
         return entries
     lists = [parse_json(entry) if str(entry).startswith("[") else [entry] for entry in entries]
@@ -223,7 +223,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
 """Texts; a single one may be given by itself, and several as JSON."""
 
 
-def _parse_counts(value: Any) -> Any:
+def parse_counts(value: Any) -> Any:
     """Return counts by kind; each may also be an object with its count."""
     parsed = parse_json(value)
     if not isinstance(parsed, dict):
@@ -289,7 +289,7 @@ class ModelConfig(BaseModel):
     enable_lora: bool = Field(
         False, description="let a LoRARequest of Python bring a LoRA adapter; layers are not fused then"
     )
-    lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(_parse_lora_modules)] = Field(
+    lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(parse_lora_modules)] = Field(
         (),
         description="LoRA adapters that requests choose by the name of their model: name=folder, name=hub id, or JSON "
         "of name, path and base_model_name; may be given several times",
@@ -305,7 +305,7 @@ class ModelConfig(BaseModel):
     plain_late_interaction: bool = Field(
         False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
     )
-    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(_parse_counts)] = Field(
+    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(parse_counts)] = Field(
         default_factory=dict,
         description='JSON: maximum pictures of a prompt, {"image": 4} or {"image": {"count": 4}} (default: 16)',
     )
