@@ -25,6 +25,7 @@ LAYERS = (
             "outputs",
             "cl100k",
             "tasks",
+            "option_values",
             "config",
             "foreign",
             "settings",

@@ -1,18 +1,15 @@
 """Every option, once: its name, type, default and help. Flags, environment variables and docs derive from here.
 
-Three frozen models, one per layer. `ModelConfig` and `EngineConfig` are also the keyword arguments of `LLM`.
-Names are those that users of vLLM know. `cenote.settings` makes them out of values by name.
+Frozen models, one for each layer and each command with options of its own. `ModelConfig` and `EngineConfig` are also
+the keyword arguments of `LLM`. Names are those that users of vLLM know. `cenote.settings` makes them out of values by
+name.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Collection
-from decimal import Decimal
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,6 +27,15 @@ from cenote import cl100k
 from cenote.adapters import LoraModule
 from cenote.errors import unknown_name
 from cenote.functions import coalesce
+from cenote.option_values import (
+    Names,
+    Overrides,
+    Several,
+    parse_count,
+    parse_counts,
+    parse_json,
+    parse_lora_modules,
+)
 from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
@@ -65,57 +71,6 @@ WEB = ("http://", "https://")
 """Beginnings of addresses."""
 TRACING = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 """Packages of the extra that traces need."""
-JSON = ("{", "[")
-"""Beginnings of JSON of a mapping or a list."""
-
-
-def parse_json(value: Any) -> Any:
-    """Return the content of JSON, or a value that is none as it is.
-
-    Raises:
-        ValueError: a text is not valid JSON.
-    """
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-
-
-_COUNT = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[kmg])|(?P<whole>\d+)(?P<binary>[KMG])")
-_POWERS = {"k": 1, "m": 2, "g": 3}
-
-
-def parse_count(value: Any) -> Any:
-    """Return a number of tokens out of vLLM's short form, or another value as it is.
-
-    A small letter stands for a power of 1000, `25.6k` for 25600; a capital one for a power of 1024, `4K` for 4096.
-    """
-    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    if match["whole"]:
-        return int(match["whole"]) * 1024 ** _POWERS[match["binary"].lower()]
-    return Decimal(match["number"]) * 1000 ** _POWERS[match["unit"]]
-
-
-def parse_lora_modules(value: Any) -> Any:
-    """Return adapters out of `name=path`, JSON, mappings, or a list of those."""
-    if isinstance(value, str):
-        value = [value] if value.lstrip().startswith(JSON) else value.split(",")
-    if isinstance(value, (dict, LoraModule)):
-        value = [value]
-    return [module for entry in value for module in _lora_modules(entry)]
-
-
-def _lora_modules(entry: Any) -> list[Any]:
-    """Return the adapters of one entry of `lora_modules`, which may be JSON of several."""
-    if not isinstance(entry, str):
-        return [entry]
-    if entry.lstrip().startswith(JSON):
-        content = parse_json(entry)
-        return content if isinstance(content, list) else [content]
-    name, _, path = entry.partition("=")
-    return [{"name": name, "path": path}]
 
 
 class PoolerConfig(BaseModel):
@@ -199,36 +154,6 @@ def _check_task(task: str | None, known: Collection[str]) -> None:
     if task in REMOVED:
         raise ValueError(REMOVED[task])
     raise ValueError(unknown_name("task", task, known))
-
-
-def one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Overrides = Annotated[dict[str, Any], BeforeValidator(parse_json)]
-Several = Annotated[tuple[str, ...], BeforeValidator(one_or_several)]
-"""Texts; a single one may be given by itself."""
-
-
-def _parse_names(value: Any) -> Any:
-    """Return texts out of a text, JSON of a list, or a list of those."""
-    entries = one_or_several(value)
-    if not isinstance(entries, (list, tuple)):
-        return entries
-    lists = [parse_json(entry) if str(entry).startswith("[") else [entry] for entry in entries]
-    return [*chain.from_iterable(lists)]
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
-"""Texts; a single one may be given by itself, and several as JSON."""
-
-
-def parse_counts(value: Any) -> Any:
-    """Return counts by kind; each may also be an object with its count."""
-    parsed = parse_json(value)
-    if not isinstance(parsed, dict):
-        return parsed
-    return {kind: one.get("count") if isinstance(one, dict) else one for kind, one in parsed.items()}
 
 
 class ModelConfig(BaseModel):
