@@ -176,8 +176,8 @@ def fuse(
     """
     patches = patches or Patches()
     check = partial(unchanged, probe, probe().clone())
-    seen = _observe(model, probe, patches)
-    seen.constants = _constants(list(filter(patches.is_free, seen.linears)), probe, other)
+    seen = observe(model, probe, patches)
+    seen.constants = constants_of(list(filter(patches.is_free, seen.linears)), probe, other)
     matrices = _Matrices(products)
     matrices.pack(_packable(model, seen, patches))
     trials = _Trials(seen, matrices, kernels, patches, check)
@@ -324,7 +324,7 @@ class _Plan:
         if self._kernels is None:
             return
         for module, gamma_D in self._seen.scales.items():
-            self.forwards[module] = partial(self._kernels.rms_norm, gamma_D=gamma_D, epsilon=_epsilon(module))
+            self.forwards[module] = partial(self._kernels.rms_norm, gamma_D=gamma_D, epsilon=epsilon_of(module))
             self.counts["in one pass"] += 1
 
     def in_place(self) -> None:
@@ -353,7 +353,7 @@ CHANGES: dict[str, Callable[[_Plan], None]] = {
 """By kind, in the order in which they are planned: a Linear is packed with all that it runs."""
 
 
-def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
+def observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
     """Watch one forward."""
     watch = _Watch()
     with ExitStack() as hooks:
@@ -391,7 +391,7 @@ class _Watch:
             return self._activation
         if type(module) is nn.LayerNorm:
             return self._norm
-        if _epsilon(module):
+        if epsilon_of(module):
             return self._scaling
         block = _block(module)
         return None if block is None else partial(self._block, *block)
@@ -494,7 +494,7 @@ def _without_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward.plain if isinstance(forward, Remembered) else forward
 
 
-def _constants(
+def constants_of(
     linears: Iterable[nn.Linear], probe: Callable[[], Tensor], other: Callable[[], Tensor]
 ) -> dict[nn.Linear, Tensor]:
     """Return those of `linears` that are called with the same input in both forwards, and that input."""
@@ -528,7 +528,7 @@ def _block(module: nn.Module) -> tuple[nn.Linear, nn.LayerNorm] | None:
     return None if norm.bias is None else (linear, norm)  # type: ignore[return-value]
 
 
-def _epsilon(module: nn.Module) -> float:
+def epsilon_of(module: nn.Module) -> float:
     """Return the epsilon of a module that holds one vector and nothing else; 0 for any other module."""
     match [*module._parameters.values(), *module._buffers.values(), *module._modules.values()]:
         case [nn.Parameter(ndim=1)]:
@@ -540,16 +540,16 @@ def _epsilon(module: nn.Module) -> float:
 def _scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """Return `factors` if `output` is `args[0] / root mean square * factors`: the module's vector, or 1 + that."""
     (weight,) = module.parameters()
-    if len(args) != 1 or not _is_plain(module) or args[0].shape[-1:] != weight.shape:
+    if len(args) != 1 or not is_plain(module) or args[0].shape[-1:] != weight.shape:
         return None
     for gamma in (weight, 1 + weight):
-        expected = F.rms_norm(args[0].double(), weight.shape, gamma.double(), _epsilon(module))
+        expected = F.rms_norm(args[0].double(), weight.shape, gamma.double(), epsilon_of(module))
         if output.shape == expected.shape and torch.allclose(output.double(), expected, rtol=1e-5, atol=1e-6):
             return gamma.detach().contiguous()
     return None
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Return whether the native kernels take the weights of `module`: all of them are float32 on the CPU."""
     return {(x.dtype, x.device.type) for x in module.parameters()} == {(torch.float32, "cpu")}
 
@@ -557,7 +557,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _packable(model: nn.Module, seen: Seen, patches: Patches) -> list[nn.Linear]:
     """Return the Linears whose matrix nothing but their own, original `forward` reads."""
     times = uses(model)
-    plain = filterfalse(patches.replaces, filter(_is_plain, seen.linears))
+    plain = filterfalse(patches.replaces, filter(is_plain, seen.linears))
     return [linear for linear in plain if times[id(linear.weight)] == 1]
 
 
