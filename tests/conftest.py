@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
-from cenote.core import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
+from cenote.conventions import PairTemplate
+from cenote.core import Engine, ModelInfo, PoolingParams, Sequence
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
 from cenote.models.hub import embedded
 from cenote.pipeline.pipeline import Service

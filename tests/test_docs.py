@@ -15,7 +15,7 @@ from cenote.cli import flags
 from cenote.cli.options import page
 from cenote.cli.serve import engines_of, models_of
 from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, ServerConfig
-from cenote.core import MOST_PICTURES
+from cenote.conventions import MOST_PICTURES
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.settings import LAYERS, resolve

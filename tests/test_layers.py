@@ -16,7 +16,22 @@ PACKAGE = ROOT / "src" / "cenote"
 LAYERS = (
     (
         "words",
-        ("errors", "core", "outputs", "cl100k", "tasks", "config", "foreign", "settings", "metrics", "tokenizer"),
+        (
+            "errors",
+            "core",
+            "adapters",
+            "conventions",
+            "functions",
+            "outputs",
+            "cl100k",
+            "tasks",
+            "option_values",
+            "config",
+            "foreign",
+            "settings",
+            "metrics",
+            "tokenizer",
+        ),
     ),
     ("tensors", ("tensors",)),
     ("models", ("models",)),
@@ -29,13 +44,14 @@ INNER = {
     "models": (
         (
             "files",
-            "audit card facts inside keys reading sizes value_types weights transformer_module sentence_transformers "
-            "configs contents remote_code stacked_lora renamed lora adapted leftovers",
+            "audit card facts inside keys reading sizes value_types weights transformer_module modules "
+            "sentence_transformers configs contents remote_code stacked_lora renamed lora lora_changes adapted "
+            "leftovers",
         ),
         ("a model that runs", "traits vision layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),
         ("changes of a model", "passes costs"),
-        ("a model to serve", "checkpoint resolve offers model information"),
+        ("a model to serve", "checkpoint building resolve offers model information"),
         ("load", "load"),
     ),
     "server": (

@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cenote.adapters import LoRARequest
     from cenote.cli.engine_args import EngineArgs
     from cenote.config import PoolerConfig
-    from cenote.core import LateChunkingParams, LoRARequest, PoolingParams
+    from cenote.core import LateChunkingParams, PoolingParams
     from cenote.errors import CenoteError
     from cenote.llm import LLM
     from cenote.models.convert import default_pooling_type, register_model
@@ -65,7 +66,7 @@ _HOMES = {
     "EngineArgs": "cenote.cli.engine_args",
     "IOProcessor": "cenote.pipeline.plugins",
     "LateChunkingParams": "cenote.core",
-    "LoRARequest": "cenote.core",
+    "LoRARequest": "cenote.adapters",
     "ModelForPooling": "cenote.models.families.own",
     "PoolerConfig": "cenote.config",
     "PoolingOutput": "cenote.outputs",

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cenote.core import LoRARequest, PairTemplate, PoolingParams, optional, template_text
+from cenote.adapters import LoRARequest
+from cenote.conventions import PairTemplate, template_text
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, unknown_name
+from cenote.functions import optional
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.inputs import Illustrated, content_of, listed
 from cenote.pipeline.options import TextOptions

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cenote.arguments import lora_per_prompt, per_prompt
-from cenote.core import LoRARequest, PoolingParams
+from cenote.core import PoolingParams
 from cenote.engine.waiting import UnderWay
 from cenote.errors import BadRequest
 from cenote.pipeline.inputs import has_pictures, listed
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from collections.abc import Sequence as Seq
 
-    from cenote.core import LoraModule, Pair, Sequence
-    from cenote.pipeline.inputs import Prompt
+    from cenote.adapters import LoraModule, LoRARequest
+    from cenote.core import Sequence
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Params
     from cenote.pipeline.pipeline import Service

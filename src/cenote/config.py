@@ -1,18 +1,15 @@
 """Every option, once: its name, type, default and help. Flags, environment variables and docs derive from here.
 
-Three frozen models, one per layer. `ModelConfig` and `EngineConfig` are also the keyword arguments of `LLM`.
-Names are those that users of vLLM know. `cenote.settings` makes them out of values by name.
+Frozen models, one for each layer and each command with options of its own. `ModelConfig` and `EngineConfig` are also
+the keyword arguments of `LLM`. Names are those that users of vLLM know. `cenote.settings` makes them out of values by
+name.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Collection
-from decimal import Decimal
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -27,8 +24,18 @@ from pydantic import (
 )
 
 from cenote import cl100k
-from cenote.core import LoraModule, coalesce
+from cenote.adapters import LoraModule
 from cenote.errors import unknown_name
+from cenote.functions import coalesce
+from cenote.option_values import (
+    Names,
+    Overrides,
+    Several,
+    parse_count,
+    parse_counts,
+    parse_json,
+    parse_lora_modules,
+)
 from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
@@ -64,57 +71,6 @@ WEB = ("http://", "https://")
 """Beginnings of addresses."""
 TRACING = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 """Packages of the extra that traces need."""
-JSON = ("{", "[")
-"""Beginnings of JSON of a mapping or a list."""
-
-
-def parse_json(value: Any) -> Any:
-    """Return the content of JSON, or a value that is none as it is.
-
-    Raises:
-        ValueError: a text is not valid JSON.
-    """
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-
-
-_COUNT = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[kmg])|(?P<whole>\d+)(?P<binary>[KMG])")
-_POWERS = {"k": 1, "m": 2, "g": 3}
-
-
-def parse_count(value: Any) -> Any:
-    """Return a number of tokens out of vLLM's short form, or another value as it is.
-
-    A small letter stands for a power of 1000, `25.6k` for 25600; a capital one for a power of 1024, `4K` for 4096.
-    """
-    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    if match["whole"]:
-        return int(match["whole"]) * 1024 ** _POWERS[match["binary"].lower()]
-    return Decimal(match["number"]) * 1000 ** _POWERS[match["unit"]]
-
-
-def _parse_lora_modules(value: Any) -> Any:
-    """Return adapters out of `name=path`, JSON, mappings, or a list of those."""
-    if isinstance(value, str):
-        value = [value] if value.lstrip().startswith(JSON) else value.split(",")
-    if isinstance(value, (dict, LoraModule)):
-        value = [value]
-    return [module for entry in value for module in _lora_modules(entry)]
-
-
-def _lora_modules(entry: Any) -> list[Any]:
-    """Return the adapters of one entry of `lora_modules`, which may be JSON of several."""
-    if not isinstance(entry, str):
-        return [entry]
-    if entry.lstrip().startswith(JSON):
-        content = parse_json(entry)
-        return content if isinstance(content, list) else [content]
-    name, _, path = entry.partition("=")
-    return [{"name": name, "path": path}]
 
 
 class PoolerConfig(BaseModel):
@@ -200,36 +156,6 @@ def _check_task(task: str | None, known: Collection[str]) -> None:
     raise ValueError(unknown_name("task", task, known))
 
 
-def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Overrides = Annotated[dict[str, Any], BeforeValidator(parse_json)]
-Several = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
-"""Texts; a single one may be given by itself."""
-
-
-def _parse_names(value: Any) -> Any:
-    """Return texts out of a text, JSON of a list, or a list of those."""
-    entries = _one_or_several(value)
-    if not isinstance(entries, (list, tuple)):
-        return entries
-    lists = [parse_json(entry) if str(entry).startswith("[") else [entry] for entry in entries]
-    return [*chain.from_iterable(lists)]
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
-"""Texts; a single one may be given by itself, and several as JSON."""
-
-
-def _parse_counts(value: Any) -> Any:
-    """Return counts by kind; each may also be an object with its count."""
-    parsed = parse_json(value)
-    if not isinstance(parsed, dict):
-        return parsed
-    return {kind: one.get("count") if isinstance(one, dict) else one for kind, one in parsed.items()}
-
-
 class ModelConfig(BaseModel):
     """The checkpoint, and how it is read."""
 
@@ -288,7 +214,7 @@ class ModelConfig(BaseModel):
     enable_lora: bool = Field(
         False, description="let a LoRARequest of Python bring a LoRA adapter; layers are not fused then"
     )
-    lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(_parse_lora_modules)] = Field(
+    lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(parse_lora_modules)] = Field(
         (),
         description="LoRA adapters that requests choose by the name of their model: name=folder, name=hub id, or JSON "
         "of name, path and base_model_name; may be given several times",
@@ -304,7 +230,7 @@ class ModelConfig(BaseModel):
     plain_late_interaction: bool = Field(
         False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
     )
-    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(_parse_counts)] = Field(
+    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(parse_counts)] = Field(
         default_factory=dict,
         description='JSON: maximum pictures of a prompt, {"image": 4} or {"image": {"count": 4}} (default: 16)',
     )

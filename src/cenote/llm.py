@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from cenote.adapters import LoRARequest
 from cenote.arguments import (
     as_tensors,
     comparable,
@@ -28,7 +29,8 @@ from cenote.arguments import (
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
-from cenote.core import UNLIMITED, LoRARequest, PoolingParams, coalesce
+from cenote.core import UNLIMITED, PoolingParams
+from cenote.functions import coalesce
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -56,9 +58,9 @@ if TYPE_CHECKING:
     import torch
 
     from cenote.calls import LoraRequests
-    from cenote.core import ModelInfo, Output, Pair, Sequence
+    from cenote.core import ModelInfo, Output, Sequence
     from cenote.pipeline.entities import Entity
-    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.options import TextOptions
 
 log = logging.getLogger(__name__)

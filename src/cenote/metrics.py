@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cenote.core import coalesce
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from types import TracebackType

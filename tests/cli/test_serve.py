@@ -13,7 +13,7 @@ import pytest
 
 from cenote.cli import main
 from cenote.cli.serve import report
-from cenote.core import PairTemplate
+from cenote.conventions import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.errors import CheckpointError
 from cenote.pipeline.pipeline import Service

@@ -28,8 +28,8 @@ from cenote.models.passes.subject import Outcome, Settings
 from cenote.models.passes.table import prepared
 from cenote.pipeline.pipeline import Service
 from cenote.tensors import linear, native
+from cenote.tensors.chains import Chain
 from cenote.tensors.linear import Narrow
-from cenote.tensors.native import Chain
 from cenote.tensors.packing import pack
 from material.corpus import docstrings
 from material.retrieval import TOKENS, collect, ndcg_at_10

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from cenote import LLM, LoRARequest
 from cenote.errors import BadRequest, CheckpointError
-from cenote.models import lora
+from cenote.models import lora, lora_changes
 from cenote.models.audit import Audit
 from tests import checkpoints
 from tests.checkpoints import edit_json, read_json
@@ -498,12 +498,12 @@ def test_tied_weights(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     adapter = lora.read("a", tmp_path / "a", Audit())
-    lora.merge(model, adapter, Audit())
+    lora_changes.merge(model, adapter, Audit())
     assert same(logits_of(model, base), logits_of(whole, base), 1e-4)
     edit_json(tmp_path / "a" / "adapter_config.json", ensure_weight_tying=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(CheckpointError, match="has the key ensure_weight_tying, .*shares its weight"):
-        lora.merge(model, lora.read("a", tmp_path / "a", Audit()), Audit())
+        lora_changes.merge(model, lora.read("a", tmp_path / "a", Audit()), Audit())
 
 
 def test_every_key_that_peft_writes(tmp_path: Path) -> None:

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForMaskedLM
 
+from cenote.adapters import LoraModule
 from cenote.config import EngineConfig, ModelConfig
-from cenote.core import (
-    LateChunkingParams,
-    LoraModule,
-    MessageTemplate,
-    PairTemplate,
-    Pictures,
-    PoolingParams,
-    Sequence,
-    Sides,
-)
+from cenote.conventions import MessageTemplate, PairTemplate, Pictures, Sides
+from cenote.core import LateChunkingParams, PoolingParams, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
 from cenote.errors import CenoteError, ConfigError

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer
 
-from cenote.core import ModelInfo, PairTemplate, PoolingParams
+from cenote.conventions import PairTemplate
+from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered, TooLong
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions, PairRenderer

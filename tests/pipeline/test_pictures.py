@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cenote.core import Media, Pictures
+from cenote.conventions import Pictures
+from cenote.core import Media
 from cenote.errors import BadRequest, TooLong
 from cenote.pipeline import pictures as module
 from cenote.pipeline.inputs import Illustrated

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cenote import LLM, PoolingParams
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.core import PairTemplate
+from cenote.conventions import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest
 from cenote.pipeline.pipeline import Service

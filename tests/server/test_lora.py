@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
 from cenote import LLM, LoRARequest
+from cenote.adapters import LoraModule
 from cenote.cli.flags import parse
 from cenote.cli.serve import models_of, report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.core import LoraModule
 from cenote.engine.host import Host
 from cenote.errors import BadRequest, ConfigError
 from cenote.pipeline.pipeline import Service

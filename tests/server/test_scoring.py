@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cenote import LLM
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.core import PairTemplate
+from cenote.conventions import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build

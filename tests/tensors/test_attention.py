@@ -24,7 +24,8 @@ from cenote.tensors.attention import (
     packed_attention,
     varlen_kernel,
 )
-from cenote.tensors.packing import Batch, Place, Shared, pack, set_apart, share
+from cenote.tensors.packing import Batch, Place, pack, set_apart
+from cenote.tensors.sharing import Shared, share
 from tests import tape
 
 LENGTHS = (5, 5, 300, 17, 1, 17)

@@ -15,7 +15,8 @@ import torch
 
 from cenote import LLM
 from cenote.tensors import linear, native
-from cenote.tensors.native import Packed, Step
+from cenote.tensors.chains import Step
+from cenote.tensors.native import Packed
 from cenote.tensors.packing import spans_of
 from tests import forked
 from tests.checkpoints import bert

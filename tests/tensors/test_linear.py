@@ -18,8 +18,9 @@ from cenote.config import Isa, ModelConfig
 from cenote.errors import ConfigError
 from cenote.models.load import load
 from cenote.tensors import library, linear, native
+from cenote.tensors.chains import ACTIVATIONS, Chain, Step
 from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
-from cenote.tensors.native import Step, Target
+from cenote.tensors.native import Target
 from tests import checkpoints
 
 if native.chosen("auto") == "none":
@@ -109,10 +110,10 @@ def test_equals_the_same_sums_by_hand(run: Run, shape: tuple[int, int, int], cou
     assert float((expected - exact).norm() / exact.norm()) < 0.03, "the sums stand for those of the Linear"
 
 
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(run: Run, activation: str) -> None:
     x, weight, bias = drawn(33, 130, 97)
-    expected = native.ACTIVATIONS[activation](by_hand(x, weight, bias, run.path))
+    expected = ACTIVATIONS[activation](by_hand(x, weight, bias, run.path))
     assert near(run(x, weight, bias, activation), expected)
 
 
@@ -386,7 +387,7 @@ def test_isa_reaches_the_model(tmp_path: Path) -> None:
         assert llm.info.report.warnings == ("int8 fell back to float32: native kernels are switched off",)
     for isa in ("none", "avx2"):
         model, _ = load(ModelConfig(model=str(folder), isa=isa))
-        chains = [x for x in model.layout.backbone.model.modules() if isinstance(vars(x).get("forward"), native.Chain)]
+        chains = [x for x in model.layout.backbone.model.modules() if isinstance(vars(x).get("forward"), Chain)]
         assert bool(chains) == (isa == "avx2")
 
 

@@ -19,7 +19,8 @@ from cenote.core import Sequence
 from cenote.models.passes.fuse import fuse
 from cenote.tensors import linear, native
 from cenote.tensors.attention import Rule, attend_runs
-from cenote.tensors.native import Kernels, Products, Step
+from cenote.tensors.chains import ACTIVATIONS, Products, Step
+from cenote.tensors.native import Kernels
 from cenote.tensors.packing import pack
 
 if native.chosen("auto") == "none":
@@ -141,7 +142,7 @@ def test_chains_equal_torch(kernels: Kernels, rows: int, into: int, middle: int,
     try:
         torch.set_num_threads(threads)
         with torch.inference_mode():
-            for name, apply in native.ACTIVATIONS.items():
+            for name, apply in ACTIVATIONS.items():
                 steps = (Step(packed[0], activation=name), Step(packed[1], norm=norm))
                 got = kernels.chain(steps)(x, residual)
                 inner = apply(F.linear(x.double(), first.weight.double(), first.bias.double()))
@@ -159,7 +160,7 @@ def test_chains_equal_torch(kernels: Kernels, rows: int, into: int, middle: int,
 def test_activations_in_a_chain_equal_torch_everywhere(kernels: Kernels) -> None:
     x = torch.cat([torch.linspace(-20, 20, 2048), torch.randn(2048) * 3, torch.tensor([-1e4, 1e4, 0.0])])[:, None]
     one = kernels.pack(torch.ones(1, 1))
-    for name, apply in native.ACTIVATIONS.items():
+    for name, apply in ACTIVATIONS.items():
         got = kernels.chain((Step(one, activation=name),))(x)
         assert torch.allclose(got.double(), apply(x.double()), atol=2e-6, rtol=1e-6), name
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cenote.core import Sequence
-from cenote.tensors import packing
-from cenote.tensors.packing import Batch, Run, common_prefix, pack, share
+from cenote.tensors import packing, sharing
+from cenote.tensors.packing import Batch, Run, pack
+from cenote.tensors.sharing import common_prefix, share
 
 sequences = st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=30), min_size=1, max_size=12)
 
@@ -104,7 +105,7 @@ def test_a_common_prefix_is_shared(ids: list[list[int]]) -> None:
     while len(ids) > 1 and all(len(one) > expected + 1 and one[expected] == ids[0][expected] for one in ids):
         expected += 1
     shared = common_prefix(sequences)
-    assert shared == (expected if expected >= packing.SHORTEST_PREFIX else 0)
+    assert shared == (expected if expected >= sharing.SHORTEST_PREFIX else 0)
     small = share(pack(sequences))
     assert (small.batch.tokens if small else sum(map(len, ids))) <= sum(map(len, ids)) - shared * (len(ids) - 1)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from cenote.core import Media, Pictures, Sequence
+from cenote.conventions import Pictures
+from cenote.core import Media, Sequence
 from cenote.engine.cache import key_of
 from cenote.engine.equal import distinct
-from cenote.tensors import packing
-from cenote.tensors.packing import common_prefix, pack, share
+from cenote.tensors import sharing
+from cenote.tensors.packing import pack
 from cenote.tensors.positions import mrope, positions_of
+from cenote.tensors.sharing import common_prefix, share
 
 PLACEHOLDER = 9
-BEGIN, END = [1] * packing.SHORTEST_PREFIX, [2, 3]
+BEGIN, END = [1] * sharing.SHORTEST_PREFIX, [2, 3]
 
 
 def picture(content: str, tokens: int = 4, grid: tuple[int, ...] = (1, 4, 4)) -> Media:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 
 from cenote.cli import flags, lines
-from cenote.core import coalesce
 from cenote.errors import CenoteError
+from cenote.functions import coalesce
 
 
 def main(argv: list[str] | None = None) -> int:

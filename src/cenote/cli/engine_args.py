@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cenote.cli import flags
 from cenote.cli.spelling import SHORT, dashed, take_fields
-from cenote.config import EngineConfig, ModelConfig, parse_count
+from cenote.config import EngineConfig, ModelConfig
 from cenote.foreign import FOREIGN
+from cenote.option_values import parse_count
 from cenote.settings import ALIASES, OFFLINE, kinds_of, known_options
 
 if TYPE_CHECKING:

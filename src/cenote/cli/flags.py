@@ -9,9 +9,10 @@ import argparse
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cenote.cli.spelling import SHORT, dashed, merged, take_fields, take_foreign
-from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig, parse_json
+from cenote.config import BenchConfig, EngineConfig, HostConfig, ModelConfig
 from cenote.errors import ConfigError, unknown_name
 from cenote.foreign import FOREIGN
+from cenote.option_values import parse_json
 from cenote.settings import (
     ALIASES,
     BENCH_ALIASES,

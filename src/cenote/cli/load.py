@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cenote.core import coalesce
 from cenote.errors import CenoteError
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -21,7 +21,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cenote import metrics
-from cenote.core import ModelInfo, Output, Sequence, coalesce
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.engine.cache import copied
 from cenote.engine.equal import distinct
 from cenote.engine.failures import Failures, answer, is_fatal, release
@@ -31,8 +31,9 @@ from cenote.engine.promise import Promise, check_caller
 from cenote.engine.scheduler import Scheduler
 from cenote.engine.watchdog import Watchdog
 from cenote.errors import CenoteError, Closed, EngineFailed, EngineGone, Overloaded
-from cenote.tensors.packing import common_prefix
+from cenote.functions import coalesce
 from cenote.tensors.process import release_freed_memory, release_threads
+from cenote.tensors.sharing import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from cenote.core import places_by
 from cenote.engine.cache import key_of
+from cenote.functions import places_by
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq

@@ -22,7 +22,6 @@ import numpy as np
 
 import cenote
 from cenote.config import LAST_RESORT
-from cenote.core import coalesce
 from cenote.engine.promise import times_of
 from cenote.engine.wire import (
     FLUSH,
@@ -43,6 +42,7 @@ from cenote.engine.wire import (
     fault,
 )
 from cenote.errors import BadRequest, CenoteError, Closed, ConfigError
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq

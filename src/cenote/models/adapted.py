@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cenote.errors import CheckpointError, first_line
-from cenote.models import lora
+from cenote.models import lora, lora_changes
 from cenote.models.inside import inside
 from cenote.models.lora import CONFIG, SUFFIXES
 from cenote.models.reading import about, read_json
@@ -156,7 +156,7 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
     }
     for adapter in adapters:
         task = adapter.settings.task_type
-        shapes = lora.trained_heads(adapter)
+        shapes = lora_changes.trained_heads(adapter)
         if not shapes:
             continue
         if not architecture.endswith(SUFFIXES[task]):

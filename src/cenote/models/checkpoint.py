@@ -1,35 +1,26 @@
-"""From the files of a checkpoint to a loaded backbone, its tokenizer, its head and its family.
-
-A tensor that is missing or left over inside the backbone is an error.
-"""
+"""From the files of a checkpoint to its config, its tokenizer, its head and its family."""
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cenote import tokenizer as tokenizers
-from cenote.core import MessageTemplate, PairTemplate, Sides, coalesce, optional, template_text
+from cenote.conventions import MessageTemplate, PairTemplate, Sides, template_text
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce, optional
 from cenote.models import (
     adapted,
     card,
     configs,
     contents,
     hub,
-    leftovers,
     lora,
-    remote_code,
-    renamed,
     sentence_transformers,
     sizes,
-    stacked_lora,
     weights,
 )
 from cenote.models.audit import Audit
@@ -37,15 +28,13 @@ from cenote.models.convert import Facts, choose_head, conversion, register_insta
 from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.families.sights import needs_pillow
-from cenote.models.reading import REMEDY, about, load
+from cenote.models.reading import REMEDY, about
 from cenote.models.sentence_transformers import SentenceTransformer, pooling_modes
 from cenote.models.transformer_module import FEATURES, OF_TOWER, TransformerModule
 from cenote.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
     from cenote.core import Similarity
@@ -230,7 +219,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=tokenizer.get_vocab().get,
         pools=bool(files.st.modes),
-        overrides=_overridden(options),
+        overrides=overridden(options),
         prompts=options.reranker_prompts,
     )
 
@@ -349,92 +338,6 @@ def locate_adapter(name: str, options: ModelConfig) -> Path:
     return folder
 
 
-def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the backbone of `checkpoint`, or the model that holds it and its head, in eval mode on `device`.
-
-    Raises:
-        CheckpointError: weights are missing, read by nothing, of the wrong shape, or only there as pickles.
-    """
-    leftovers.check_names(checkpoint.name, checkpoint.tensors)
-    model, report = _loaded(checkpoint, options, dtype)
-    adapters = checkpoint.base.adapters
-    heads = set().union(*map(lora.trained_heads, adapters))
-    num_labels = 0 if heads else _labels_of_head(checkpoint, report, options)
-    if num_labels:
-        checkpoint.config.num_labels = num_labels
-        model, report = _loaded(checkpoint, options, dtype)
-    kind = checkpoint.head.kind
-    if kind == "sequence" and "score.bias" in report["unexpected_keys"]:
-        report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
-        bias = weights.tensors(checkpoint.folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
-        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
-    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
-    _fill_absent(checkpoint, model, report)
-    report["missing_keys"] = set(report["missing_keys"]) - heads
-    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
-    names = leftovers.Names(model, needs_pooler=kind == "sequence" or checkpoint.st.has_own_pooler)
-    leftovers.check_tensors(
-        checkpoint, names, report, read=checkpoint.family.tensors, only_embeds=options.convert == "embed"
-    )
-    leftovers.check_dtypes(checkpoint, names)
-    for adapter in adapters:
-        lora.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
-    _check_values(checkpoint, model)
-    on_device: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-    return on_device
-
-
-def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return Transformers' model of `checkpoint`, and its report on tensors that did not fit."""
-    import transformers
-
-    place = leftovers.label_of(checkpoint.folder)
-    with about(f"{place} of {checkpoint.name} as config.json describes it", content=checkpoint.config.to_dict):
-        tensors = renamed.tensors(checkpoint.folder, checkpoint.config, pickles=options.reads_pickles)
-        bounded = sizes.Bounded(configs.CONFIG, checkpoint.config.to_dict(), checkpoint.stored)
-        with _quiet(), bounded, adapted.without_adapter(checkpoint.folder) as shown:
-            kind = _auto_class(checkpoint, transformers)
-            if tensors is not None:
-                with torch.device("meta"):
-                    kind = type(kind.from_config(checkpoint.config))
-            model, report = kind.from_pretrained(
-                shown if tensors is None else None,
-                state_dict=tensors,
-                config=checkpoint.config,
-                dtype=dtype,
-                trust_remote_code=options.trust_remote_code,
-                use_safetensors=None if options.reads_pickles else True,
-                weights_only=True,
-                output_loading_info=True,
-                key_mapping=stacked_lora.PLAIN,
-                **checkpoint.st.transformer.init_kwargs,
-                ignore_mismatched_sizes=True,  # `leftovers` refuses them by name; Transformers' error has no names
-            )
-    return model, report
-
-
-def _check_values(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse weights with values that are not finite, but for those that the user lets go unread.
-
-    Raises:
-        CheckpointError: there are some.
-    """
-    label = leftovers.label_of(checkpoint.folder)
-    plain = leftovers.Names(model, needs_pooler=True).plain
-    files = {plain(name): tensor.file.name for name, tensor in checkpoint.stored.items()}
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not checkpoint.audit.allows(label, name):
-            weights.check_values(f"{files.get(plain(name), label)} of {checkpoint.name}", {name: weight})
-
-
-def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
-    absent = remote_code.absent(checkpoint.config) & set(report["missing_keys"])
-    report["missing_keys"] = set(report["missing_keys"]) - absent
-    for name in absent:
-        torch.nn.init.zeros_(model.get_parameter(name))
-
-
 def _check_padding(name: str, config: PretrainedConfig) -> None:
     """Refuse a padding token that has no row in the token embedding.
 
@@ -450,74 +353,7 @@ def _check_padding(name: str, config: PretrainedConfig) -> None:
         )
 
 
-LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id", "_num_labels"})
-"""Keys by which a config says how many classes its head has."""
-
-
-def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: ModelConfig) -> int:
-    """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
-    if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
-        return 0
-    written = {*load(checkpoint.folder / "config.json"), *_overridden(options)}
-    sizes = {(*stored[:1], *shape[:1]) for _, stored, shape in report["mismatched_keys"]}
-    if written & LABEL_KEYS or len(sizes) != 1:
-        return 0
-    labels, *built = sizes.pop()
-    return int(labels) if built == [checkpoint.config.num_labels] else 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Run the block without Transformers' progress bars and its report on weights, which is checked here."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-
-
-AUTO_CLASSES = {
-    "none": "AutoModel",
-    "modules": "AutoModel",
-    "reward": "AutoModel",
-    "sequence": "AutoModelForSequenceClassification",
-    "token": "AutoModelForTokenClassification",
-    "vocabulary": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "tokens": "AutoModelForMaskedLM",
-}
-"""Kinds of heads to the class that loads a checkpoint with one."""
-
-
-def _auto_class(checkpoint: Checkpoint, transformers: Any) -> Any:
-    """Return the class to load: of encoder-decoder models without a head the encoder alone.
-
-    The config of an encoder that was saved by itself no longer says `is_encoder_decoder`.
-    """
-    config, kind = checkpoint.config, checkpoint.head.kind
-    if checkpoint.family.model_class:
-        return getattr(transformers, checkpoint.family.model_class)
-    if kind in ("none", "modules"):
-        mapping = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-        name = mapping.get(config.model_type, "")
-        if name.endswith("EncoderModel"):
-            return getattr(transformers, name)
-    if kind == "vocabulary" and getattr(config, "vision_config", None) is not None:
-        return transformers.AutoModelForImageTextToText
-    auto_map = getattr(config, "auto_map", None) or {}
-    if auto_map and AUTO_CLASSES[kind] not in auto_map:
-        raise CheckpointError(
-            f"the code of {checkpoint.name} has {', '.join(auto_map)}, and {AUTO_CLASSES[kind]} is needed here; "
-            "without --trust-remote-code Transformers' own class is asked for"
-        )
-    return getattr(transformers, AUTO_CLASSES[kind])
-
-
-def _overridden(options: ModelConfig) -> tuple[str, ...]:
+def overridden(options: ModelConfig) -> tuple[str, ...]:
     """Return the keys of the config that the user sets; those that a function sets are not known."""
     return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError, ConfigError
+from cenote.functions import coalesce
 from cenote.models.families import rerankers
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from cenote.config import ModelConfig
-    from cenote.core import PairTemplate
+    from cenote.conventions import PairTemplate
     from cenote.models.families.rerankers import Reranker
 
 REWARDS = ("ForRewardModeling", "RewardModel")

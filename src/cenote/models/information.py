@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import UNLIMITED, ModelInfo, Report, coalesce
+from cenote.core import UNLIMITED, ModelInfo, Report
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import card
 from cenote.models.families.own import CLASSES
 from cenote.models.poolers import Classify, TokenClassify

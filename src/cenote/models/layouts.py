@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cenote.core import places_by
+from cenote.functions import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
 from cenote.tensors.graphs import Graphs
 from cenote.tensors.native import LONGEST
-from cenote.tensors.packing import Batch, filled, set_apart, share
+from cenote.tensors.packing import Batch, filled, set_apart
+from cenote.tensors.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cenote.core import Report, Sequence, coalesce
+from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
+from cenote.functions import coalesce
+from cenote.models import building, hub, offers, resolve, stacked_lora
 from cenote.models import checkpoint as checkpoints
-from cenote.models import hub, offers, resolve, stacked_lora
 from cenote.models.convert import with_defaults
 from cenote.models.families.sights import refused
 from cenote.models.information import describe
@@ -108,7 +109,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     isa = _isa(options, device)
     stored = getattr(checkpoint.config, "dtype", None)
     dtype, dtype_note = resolve.dtype(options.dtype, stored, device)
-    full = checkpoints.build(checkpoint, options, device, dtype)
+    full = building.build(checkpoint, options, device, dtype)
     checkpoint.family.prepare(full)
     model = checkpoint.family.backbone(full)
     _choose_output(checkpoint, model)

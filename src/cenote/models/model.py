@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cenote.core import ModelInfo, Output, Sequence, optional, places_by
+from cenote.core import ModelInfo, Output, Sequence
 from cenote.errors import BadRequest, CenoteError, EngineFailed
+from cenote.functions import optional, places_by
 from cenote.models import lora
 from cenote.models.audit import Audit
 from cenote.models.classifiers import at_none

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models.probe import EQUAL, Draw, distance
 
 if TYPE_CHECKING:

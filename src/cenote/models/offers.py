@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import classifiers
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_tasks
 from cenote.models.families.family import Loaded, Vectors

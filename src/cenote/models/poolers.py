@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from cenote.core import coalesce
 from cenote.errors import CheckpointError
-from cenote.models.sentence_transformers import activation
+from cenote.functions import coalesce
+from cenote.models.modules import activation
 from cenote.tensors import heads
 from cenote.tensors.pooling import place_of, pool
 

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import Sequence, coalesce
+from cenote.core import Sequence
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models.layouts import Backbone, Padded, candidates, forward
 from cenote.models.traits import (
     block_sparse_length,
@@ -41,7 +42,8 @@ from cenote.models.traits import (
     vocabulary,
     window,
 )
-from cenote.tensors.packing import SHORTEST_PREFIX, pack
+from cenote.tensors.packing import pack
+from cenote.tensors.sharing import SHORTEST_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -9,30 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
 from torch import nn
 
-from cenote.core import Similarity, coalesce
+from cenote.core import Similarity
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import keys, remote_code, transformer_module, value_types
 from cenote.models.inside import inside
-from cenote.models.reading import about, check_kind, load, read_json
+from cenote.models.modules import PACKAGES, Module, Normalized, check_names, dense, loaded
+from cenote.models.reading import about, load, read_json
 from cenote.models.transformer_module import TransformerModule, as_tuple
-from cenote.models.weights import PICKLE, SAFETENSORS, floats
-from cenote.models.weights import read as read_tensors
 from cenote.tensors.heads import Cut, normalize
 from cenote.tensors.pooling import MODES
 from cenote.tensors.similarity import PAIRWISE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
-
-    from torch import Tensor
 
     from cenote.models.audit import Audit
     from cenote.tensors.heads import Step
@@ -52,9 +49,6 @@ TRANSFORMERS = {"Transformer": "feature-extraction", "CLIPModel": "feature-extra
 
 OF_TOWERS = {"CLIPModel"}
 """Those of them whose towers make the vectors, unless their config says otherwise."""
-
-PACKAGES = ("sentence_transformers.", "pylate.")
-"""Packages whose modules are known by the name of their class."""
 
 STANDARD = "sentence_transformers.base.modules.transformer.Transformer"
 
@@ -81,33 +75,6 @@ COMPARED: dict[Kind, tuple[str, ...]] = {
     "sparse": ("vectors", "sparse"),
 }
 """Kinds of embeddings that a model gives to the fields of `Similarity` that its similarity is for."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """One entry of `modules.json`.
-
-    Attributes:
-        type: import path of its class.
-        folder: its files.
-        path: the same, relative to the checkpoint.
-        side: "query" if only queries pass it; empty = every input does.
-    """
-
-    type: str
-    folder: Path
-    path: str = ""
-    side: str = ""
-
-    @property
-    def kind(self) -> str:
-        """Name of the class, without the package; empty if it is of a package that is not known."""
-        return self.type.rpartition(".")[2] if self.type.startswith(PACKAGES) else ""
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """Content of its `config.json`, empty if it has none."""
-        return load(self.folder / "config.json")
 
 
 @dataclass(frozen=True)
@@ -412,12 +379,12 @@ def _with_token_dense(st: SentenceTransformer, module: Module, allow_pickle: boo
 
 
 def _with_token_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("token_embeddings",))
+    check_names(module, ("token_embeddings",))
     return replace(st, over_tokens=(*st.over_tokens, Normalized()))
 
 
 def _with_logit_score(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("causal_logits",))
+    check_names(module, ("causal_logits",))
     tokens = (int(module.config["true_token_id"]), module.config.get("false_token_id"))
     return replace(st, logit_score=tokens, result="scores")
 
@@ -432,12 +399,12 @@ def _with_dense(st: SentenceTransformer, module: Module, allow_pickle: bool) -> 
 def _with_layer_norm(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
     norm = nn.Module()
     norm.norm = nn.LayerNorm(module.config["dimension"], dtype=torch.float32, device="meta")
-    _loaded(norm, module.folder, allow_pickle, ("dimension",))
+    loaded(norm, module.folder, allow_pickle, ("dimension",))
     return replace(st, steps=(*st.steps, norm.norm), dimension=module.config["dimension"])
 
 
 def _with_normalize(st: SentenceTransformer, module: Module, allow_pickle: bool) -> SentenceTransformer:
-    _check_names(module, ("sentence_embedding",))
+    check_names(module, ("sentence_embedding",))
     return replace(st, steps=(*st.steps, normalize))
 
 
@@ -465,14 +432,6 @@ READERS: dict[tuple[str, str], Reader] = {
     ("sentence_embedding", "Dropout"): _with_dropout,
 }
 """The value that a module reads and its class, to its reader."""
-
-
-def _check_names(module: Module, inputs: Collection[str], outputs: Collection[str] = ()) -> None:
-    """Refuse a module that reads or writes another value than it is at."""
-    for key, names in (("module_input_name", inputs), ("module_output_name", outputs or inputs)):
-        value = module.config.get(key)
-        if value is not None and value not in names:
-            raise CheckpointError(f"{module.path}: {key} {value!r} is not honoured here, only {' or '.join(names)}")
 
 
 def _routed(router: Module, audit: Audit) -> list[Module]:
@@ -527,133 +486,3 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
 def _flagged_modes(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the modes whose flags are set."""
     return tuple(mode for flag, mode in LEGACY_MODES.items() if config.get(flag))
-
-
-class Normalized(nn.Module):
-    """`normalize` as a module."""
-
-    def forward(self, x_RD: Tensor) -> Tensor:
-        """`[R, D] -> [R, D]`."""
-        return normalize(x_RD)
-
-
-class _Dense(nn.Module):
-    """Linear, activation, and an optional residual around both."""
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, activation: nn.Module, residual: bool
-    ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=bias, dtype=torch.float32)
-        self.activation = activation
-        self.use_residual = residual
-        self.residual: nn.Module = nn.Identity()
-        if residual and in_features != out_features:
-            self.residual = nn.Linear(in_features, out_features, bias=False, dtype=torch.float32)
-
-    def forward(self, x_RD: Tensor) -> Tensor:
-        """`[R, in] -> [R, out]`."""
-        y_RD: Tensor = self.activation(self.linear(x_RD))
-        return y_RD + self.residual(x_RD) if self.use_residual else y_RD
-
-
-def dense(
-    module: Module,
-    allow_pickle: bool,
-    over: str = "sentence_embedding",
-    outputs: Collection[str] = (),
-) -> tuple[nn.Module, int]:
-    """Return the layer of a Dense module over vectors of the name `over`, and its output size.
-
-    Args:
-        module: the module.
-        allow_pickle: its weights may be pickled.
-        over: name of the value that it reads.
-        outputs: names of the value that it may write; none = the same.
-
-    Raises:
-        CheckpointError: a setting is not honoured, or the weights do not fit.
-    """
-    config = module.config
-    _check_names(module, (over,), outputs)
-    with torch.device("meta"):
-        layer = _Dense(
-            config["in_features"],
-            config["out_features"],
-            bias=config.get("bias", True),
-            activation=activation(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
-            residual=bool(config.get("use_residual", False)),
-        )
-    return _loaded(layer, module.folder, allow_pickle, ("out_features", "in_features")), config["out_features"]
-
-
-def activation(name: str, key: str = "activation_function") -> nn.Module:
-    """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported.
-
-    Args:
-        name: the path.
-        key: its key, for messages.
-
-    Raises:
-        CheckpointError: it is none of them, or needs arguments.
-    """
-    kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise CheckpointError(f"{key} is {name!r}, expected a module of torch.nn")
-    try:
-        return kind()
-    except TypeError as error:
-        raise CheckpointError(f"{key} is {name!r}, which cannot be made without arguments: {error}") from None
-
-
-def _loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[str]) -> nn.Module:
-    """Give a module, which is on the meta device, its weights, all of them, and freeze it in float32.
-
-    A module without storage cannot ask for more memory than its file has.
-    """
-    file = _file(folder, allow_pickle)
-    tensors = floats(f"{file.name} of {folder.name}", read_tensors(file))
-    return fitted(module, tensors, f"{file.name} of {folder.name}, of the {' and '.join(sizes)} in config.json")
-
-
-def fitted(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
-    """Give a module on the meta device its tensors, all of them, and freeze it.
-
-    Args:
-        module: its shape alone.
-        tensors: float32, by their names in it.
-        source: of both, for messages.
-
-    Raises:
-        CheckpointError: they are not the module's, or of other shapes.
-    """
-    with about(source, "correct the sizes, or take the weights that belong to them"):
-        module.load_state_dict(tensors, assign=True)
-        return module.eval().requires_grad_(False)
-
-
-def weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """Return the tensors of a module's folder by name, float32.
-
-    Raises:
-        CheckpointError: there are none, or they are damaged.
-    """
-    file = _file(folder, allow_pickle)
-    return floats(f"{file.name} of {folder.name}", read_tensors(file))
-
-
-def _file(folder: Path, allow_pickle: bool) -> Path:
-    """Return the file of weights in a module's folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    safe, pickled = folder / SAFETENSORS, folder / PICKLE
-    for file in (safe, pickled):
-        check_kind(file)
-    if safe.is_file():
-        return safe
-    if pickled.is_file() and allow_pickle:
-        return pickled
-    hint = " (there is a pytorch_model.bin, which --safetensors-only leaves unread)" if pickled.is_file() else ""
-    raise CheckpointError(f"{folder} has no model.safetensors{hint}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import coalesce, optional
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce, optional
 from cenote.models import keys
 from cenote.models.reading import load
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    from cenote.core import Cuts
+    from cenote.conventions import Cuts
     from cenote.models.audit import Audit
 
 CONFIGS = (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cenote.core import Pictures
+    from cenote.conventions import Pictures
 
 MOST_PATCHES = 4096
 """Patches of a forward of a vision tower; a larger picture has one of its own."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cenote.core import Cuts, LoraModule, MessageTemplate, ModelInfo, PairTemplate, Pictures, Sides
+from cenote.adapters import LoraModule
+from cenote.conventions import Cuts, MessageTemplate, PairTemplate, Pictures, Sides
+from cenote.core import ModelInfo
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.tensors.quantize import Ranges

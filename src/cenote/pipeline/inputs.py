@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from cenote.core import coalesce
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.pipeline.tokenizing import Ids
-
-if TYPE_CHECKING:
-    from cenote.core import Pair
 
 Prompt = str | Ids | Mapping[str, Any] | Any
 """Text, ids, a mapping of either, or a picture: `PIL.Image.Image`, the bytes of a file, or its path."""
+Pair = tuple[str, str]
+"""Two texts that a model reads together."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cenote.core import LISTWISE_MARKERS, Sequence
+from cenote.conventions import LISTWISE_MARKERS
 from cenote.errors import BadRequest
 from cenote.pipeline.pairs import check_no_template
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Output, PoolingParams
+    from cenote.core import Output, PoolingParams, Sequence
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service

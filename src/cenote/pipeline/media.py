@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from cenote.core import optional
 from cenote.errors import BadRequest
+from cenote.functions import optional
 from cenote.pipeline.fetching import Hosts, arrived, fetch
 
 if TYPE_CHECKING:

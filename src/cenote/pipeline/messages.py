@@ -15,7 +15,7 @@ from cenote.pipeline.tokenizing import Text
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from cenote.core import MessageTemplate, Role
+    from cenote.conventions import MessageTemplate, Role
     from cenote.pipeline.prompts import Applied
     from cenote.pipeline.tokenizing import Ids
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Output, Pair, Sequence
+    from cenote.core import Output, Sequence
     from cenote.pipeline.entities import Entity
-    from cenote.pipeline.inputs import Prompt, Side
+    from cenote.pipeline.inputs import Pair, Prompt, Side
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pairs import PairOptions
     from cenote.pipeline.pipeline import Service

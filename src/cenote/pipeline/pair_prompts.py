@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
-    from cenote.core import PairTemplate
+    from cenote.conventions import PairTemplate
     from cenote.pipeline.inputs import Side
     from cenote.pipeline.pictures import PictureRenderer
     from cenote.pipeline.rendering import Renderer

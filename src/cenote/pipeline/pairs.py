@@ -12,8 +12,9 @@ from itertools import compress
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
-from cenote.core import Sequence, coalesce
+from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.functions import coalesce
 from cenote.pipeline.inputs import Illustrated, is_count
 from cenote.pipeline.pair_prompts import Pair, PairPrompt
 from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from collections.abc import Sequence as Seq
 
-    from cenote.core import PairTemplate, PoolingParams
+    from cenote.conventions import PairTemplate
+    from cenote.core import PoolingParams
     from cenote.pipeline.inputs import Side
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pictures import PictureRenderer

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cenote.core import coalesce
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cenote.core import Media, coalesce
+from cenote.core import Media
 from cenote.errors import BadRequest, ConfigError, TooLong, first_line
+from cenote.functions import coalesce
 from cenote.pipeline import media
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Limits, Memory, Picture
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Pictures, Role
+    from cenote.conventions import Pictures, Role
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.tokenizing import Ids
     from cenote.tensors.positions import Positions, Span

@@ -9,7 +9,7 @@ from operator import not_
 from typing import TYPE_CHECKING
 
 from cenote import tokenizer
-from cenote.core import MOST_PICTURES
+from cenote.conventions import MOST_PICTURES
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.remote import PATIENCE, RemoteEngine
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
+    from cenote.adapters import LoraModule
     from cenote.config import EngineConfig, ModelConfig
-    from cenote.core import Engine, LoraModule, ModelInfo, Pair, PairTemplate, Pictures, PoolingParams, Sequence
+    from cenote.conventions import PairTemplate, Pictures
+    from cenote.core import Engine, ModelInfo, PoolingParams, Sequence
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.model import PoolingModel
-    from cenote.pipeline.inputs import Prompt
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.options import TextOptions
     from cenote.pipeline.plugins import Plugin
     from cenote.pipeline.rendering import Renderer

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from cenote.core import Role, plain_name
+from cenote.conventions import Role, plain_name
 from cenote.errors import BadRequest
 
 SPELLINGS: dict[Role, tuple[str, ...]] = {

@@ -13,8 +13,10 @@ from itertools import chain, count, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from cenote.core import UNLIMITED, Alike, PoolingParams, Sequence, coalesce
+from cenote.conventions import Alike
+from cenote.core import UNLIMITED, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
+from cenote.functions import coalesce
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.media import awaited
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import Cuts, MessageTemplate, ModelInfo, Pair, Pictures, Role, Sides
-    from cenote.pipeline.inputs import Prompt
+    from cenote.conventions import Cuts, MessageTemplate, Pictures, Role, Sides
+    from cenote.core import ModelInfo
+    from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.media import Access
     from cenote.pipeline.prompts import Applied
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from cenote.core import Cuts
+    from cenote.conventions import Cuts
 
 ENCODED_AT_ONCE = 256
 """Texts whose encodings are held at once: a token of an encoding takes some hundred bytes."""

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
-from cenote.core import optional
 from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
+from cenote.functions import optional
 from cenote.pipeline import token_ids
 from cenote.pipeline.fetching import Hosts, Unarrived, with_arrived
 from cenote.pipeline.media import Access

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cenote.core import coalesce
+from cenote.functions import coalesce
 from cenote.tensors.packing import Batch
 
 if TYPE_CHECKING:

@@ -22,15 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import coalesce
+from cenote.functions import coalesce
 from cenote.tensors import library, native
-from cenote.tensors.native import Chain, Step, drawn
+from cenote.tensors.chains import ACTIVATIONS, Chain, Step, address_of, numbers_of
+from cenote.tensors.native import drawn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cenote.config import Isa
-    from cenote.tensors.native import Kernels, Products
+    from cenote.tensors.chains import Products
+    from cenote.tensors.native import Kernels
 
 Kind = Literal["int8", "bfloat16", "float16", "float32"]
 
@@ -265,7 +267,7 @@ class Kernel:
         weights = narrow(weight_ND, bias_N, path)
         expected_RN = emulate(x_RD, weight_ND, bias_N, path)
         pairs = [(self.chain((Step(weights),))(x_RD), expected_RN)]
-        for name, apply in native.ACTIVATIONS.items():
+        for name, apply in ACTIVATIONS.items():
             pairs.append((self.chain((Step(weights, name),))(x_RD), apply(expected_RN)))
         normalised_RN = F.layer_norm(expected_RN + residual_RN, norm.normalized_shape, eps=norm.eps)
         pairs.append((self.chain((Step(weights, norm=norm),))(x_RD, residual_RN), normalised_RN))
@@ -273,7 +275,7 @@ class Kernel:
 
 
 class Exact(NamedTuple):
-    """float32, multiplied as exactly as by a BLAS: see `cenote.tensors.native.Products`."""
+    """float32, multiplied as exactly as by a BLAS: see `cenote.tensors.chains.Products`."""
 
     kernel: Kernel
     path: str
@@ -293,11 +295,11 @@ class Exact(NamedTuple):
 
 def _plain(step: Step[Narrow], path: int) -> _Step:
     weights = step.weights
-    gamma, beta, epsilon, activation = native.numbers_of(step)
+    gamma, beta, epsilon, activation = numbers_of(step)
     return _Step(
         weights.panels.data_ptr(),
-        native.address_of(weights.scale),
-        native.address_of(weights.sums),
+        address_of(weights.scale),
+        address_of(weights.sums),
         weights.bias.data_ptr(),
         gamma,
         beta,

@@ -9,7 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from cenote.core import Media, Pictures
+    from cenote.conventions import Pictures
+    from cenote.core import Media
 
     Positions = np.ndarray[Any, np.dtype[np.int64]]
     Span = tuple[int, int]

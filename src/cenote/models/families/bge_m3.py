@@ -16,8 +16,8 @@ from cenote.errors import CheckpointError
 from cenote.models import weights
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned
+from cenote.models.modules import fitted
 from cenote.models.poolers import Embed, Pooler, Rows, TokenEmbed
-from cenote.models.sentence_transformers import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Collection

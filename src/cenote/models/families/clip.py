@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from cenote.core import Media, Pictures
+from cenote.conventions import Pictures
+from cenote.core import Media
 from cenote.models.families.family import Family
 from cenote.models.families.sights import Sight
 from cenote.models.poolers import Embed, Rows

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from cenote.core import Media, MessageTemplate, Pictures, coalesce, optional
+from cenote.conventions import MessageTemplate, Pictures
+from cenote.core import Media
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce, optional
 from cenote.models.classifiers import linear
 from cenote.models.families.multi_vector import MultiVector, is_one, of_modules
 from cenote.models.families.qwen_vl import MARKUP, QwenVL

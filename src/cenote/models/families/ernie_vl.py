@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cenote.core import MessageTemplate, Pictures
+from cenote.conventions import MessageTemplate, Pictures
 from cenote.models.families.qwen_vl import QwenVL
 
 if TYPE_CHECKING:

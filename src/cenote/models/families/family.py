@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cenote.config import ModelConfig
-    from cenote.core import MessageTemplate, Sides
+    from cenote.conventions import MessageTemplate, Sides
     from cenote.models.classifiers import Classifier
     from cenote.models.convert import Head
     from cenote.models.facts import Files
+    from cenote.models.modules import Module
     from cenote.models.poolers import Pooler, TaskOutput
     from cenote.models.probe import HeadProbe
-    from cenote.models.sentence_transformers import Kind, Module, SentenceTransformer
+    from cenote.models.sentence_transformers import Kind, SentenceTransformer
     from cenote.tensors.heads import Step
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from cenote.core import PairTemplate
+from cenote.conventions import PairTemplate
 from cenote.models import classifiers
 from cenote.models.classifiers import linear
 from cenote.models.convert import Head

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from cenote.core import LISTWISE_MARKERS
+from cenote.conventions import LISTWISE_MARKERS
 from cenote.errors import CheckpointError
 from cenote.models.classifiers import linear
 from cenote.models.convert import Head

@@ -12,13 +12,14 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from cenote.core import Sides, coalesce
+from cenote.conventions import Sides
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
+from cenote.models.modules import dense
 from cenote.models.poolers import Pooler, TokenEmbed
 from cenote.models.reading import about, load
-from cenote.models.sentence_transformers import dense
 from cenote.models.transformer_module import as_tuple
 from cenote.tensors.pooling import Clustering
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from cenote.config import ModelConfig
     from cenote.models.facts import Files
     from cenote.models.families.family import Loaded
+    from cenote.models.modules import Module
     from cenote.models.poolers import TaskOutput
-    from cenote.models.sentence_transformers import Module, SentenceTransformer
+    from cenote.models.sentence_transformers import SentenceTransformer
     from cenote.tensors.heads import Step
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cenote.core import Media, MessageTemplate, Pictures
+from cenote.conventions import MessageTemplate, Pictures
+from cenote.core import Media
 from cenote.models.vision import Vision
 from cenote.tensors.packing import Features
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cenote.core import PairTemplate
+from cenote.conventions import PairTemplate
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
-from cenote.core import Pictures, optional
+from cenote.conventions import Pictures
+from cenote.functions import optional
 from cenote.models.families.ernie_vl import ErnieVL
 from cenote.models.families.qwen_vl import Published, QwenVL, published
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from cenote.core import MessageTemplate
+    from cenote.conventions import MessageTemplate
     from cenote.models.facts import Files
     from cenote.models.vision import Vision
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from cenote.core import Media, Pictures, Sides
+from cenote.conventions import Pictures, Sides
+from cenote.core import Media
 from cenote.errors import CheckpointError
 from cenote.models.families.clip import ClipVision, let_stand_end_to_end
 from cenote.models.families.family import Family

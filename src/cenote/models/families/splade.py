@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from cenote.core import Sides, coalesce
+from cenote.conventions import Sides
 from cenote.errors import CheckpointError
+from cenote.functions import coalesce
 from cenote.models import classifiers
 from cenote.models.convert import Head
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned
+from cenote.models.modules import weights
 from cenote.models.poolers import Rows
 from cenote.models.reading import about
-from cenote.models.sentence_transformers import weights
 from cenote.tensors.heads import normalize
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from cenote.models.classifiers import Rows as Logits
     from cenote.models.facts import Files
     from cenote.models.families.family import Loaded
+    from cenote.models.modules import Module
     from cenote.models.poolers import TaskOutput
-    from cenote.models.sentence_transformers import Module, SentenceTransformer
+    from cenote.models.sentence_transformers import SentenceTransformer
     from cenote.tensors.packing import Batch
 
 CHUNK = 512

@@ -26,7 +26,8 @@ from cenote.models.sentence_transformers import READERS, ROUTES
 if TYPE_CHECKING:
     from cenote.config import ModelConfig
     from cenote.models.facts import Files
-    from cenote.models.sentence_transformers import Module, SentenceTransformer
+    from cenote.models.modules import Module
+    from cenote.models.sentence_transformers import SentenceTransformer
 
 FAMILIES: list[type[Family]] = [
     OwnModel,

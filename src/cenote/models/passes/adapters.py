@@ -10,7 +10,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cenote.core import plain_name
+from cenote.conventions import plain_name
 from cenote.errors import CheckpointError
 from cenote.models import lora
 from cenote.models.lora import CONFIG

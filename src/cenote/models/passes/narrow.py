@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from cenote.config import Isa
     from cenote.models.passes.patches import Patches
     from cenote.models.passes.subject import Subject
+    from cenote.tensors.chains import Chain, Products, Step
     from cenote.tensors.linear import Kernel, Kind, Narrow
-    from cenote.tensors.native import Chain, Kernels, Products, Step
+    from cenote.tensors.native import Kernels
 
 NAME = "narrow"
 NEEDS = ("packed",)
@@ -83,7 +84,7 @@ class Pair(NamedTuple):
 
 
 class KeepsNarrow:
-    """Products in float32 that keep narrow weights besides; see `cenote.tensors.native.Products`."""
+    """Products in float32 that keep narrow weights besides; see `cenote.tensors.chains.Products`."""
 
     def __init__(self, exact: Products[Any], narrowing: Narrowing) -> None:
         self._exact = exact

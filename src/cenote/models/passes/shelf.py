@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.core import optional
 from cenote.errors import BadRequest
-from cenote.models import lora
+from cenote.functions import optional
+from cenote.models import lora_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cenote.models.audit import Audit
-    from cenote.models.lora import Adapter, Change
+    from cenote.models.lora import Adapter
+    from cenote.models.lora_changes import Change
     from cenote.models.passes.patches import Hook, Patches
 
 NAME = "adapters"
@@ -68,13 +69,13 @@ class Shelf:
         Raises:
             CheckpointError: it does not fit.
         """
-        changes = lora.changes(self._full, adapter, audit)
+        changes = lora_changes.changes(self._full, adapter, audit)
         parts: dict[str, Change | nn.Module] = {
             path: _ready(self._changed(path, adapter), change) for path, change in changes.outputs.items()
         }
         for path, tensors in changes.whole.items():
             trained = _twin(self._changed(path, adapter))
-            lora.replace_whole(trained, path, tensors, adapter)
+            lora_changes.replace_whole(trained, path, tensors, adapter)
             parts[path] = trained
         for path in parts:
             if path not in self._of_modules and not self._is_open:
@@ -122,11 +123,11 @@ def _ready(module: nn.Module, change: Change) -> Change:
     assert isinstance(weight, torch.Tensor)
 
     def ready(tensor: Tensor) -> Tensor:
-        return tensor.to(lora.device_of(weight), weight.dtype).contiguous()
+        return tensor.to(lora_changes.device_of(weight), weight.dtype).contiguous()
 
     low, factor, shift = change
-    return lora.Change(
-        None if low is None else lora.LowRank(*map(ready, low)),
+    return lora_changes.Change(
+        None if low is None else lora_changes.LowRank(*map(ready, low)),
         optional(ready, factor),
         optional(ready, shift),
     )

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from cenote.models.lora import Adapter
     from cenote.models.passes.shelf import Shelf
     from cenote.models.probe import Probe
+    from cenote.tensors.chains import Products
     from cenote.tensors.linear import Kernel
-    from cenote.tensors.native import Kernels, Products
+    from cenote.tensors.native import Kernels
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import UNLIMITED, PoolingParams, coalesce
+from cenote.core import UNLIMITED, PoolingParams
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.pipeline import operations
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.options import TextOptions

@@ -10,8 +10,9 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from cenote.core import PoolingParams, coalesce, optional
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest, PluginFailed
+from cenote.functions import coalesce, optional
 from cenote.pipeline import operations
 from cenote.pipeline.options import ChatOptions
 from cenote.server.routes import Dialect, Route

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validato
 from pydantic_core import PydanticCustomError
 
 from cenote.config import RENAMED_PARAMS
-from cenote.core import LateChunkingParams, coalesce
+from cenote.core import LateChunkingParams
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.pipeline.options import ChatOptions, TextOptions
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.wire import sizes

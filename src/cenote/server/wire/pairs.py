@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cenote.core import PoolingParams, coalesce
+from cenote.core import PoolingParams
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.pipeline import operations
 from cenote.pipeline.pairs import PairOptions
 from cenote.pipeline.parts import media_type

@@ -6,8 +6,8 @@ import json
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from cenote.core import coalesce
 from cenote.errors import BadRequest
+from cenote.functions import coalesce
 from cenote.tasks import TASKS
 
 if TYPE_CHECKING:

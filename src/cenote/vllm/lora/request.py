@@ -1,5 +1,5 @@
 """The choice of an adapter."""
 
-from cenote.core import LoRARequest
+from cenote.adapters import LoRARequest
 
 __all__ = ["LoRARequest"]
