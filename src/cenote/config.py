@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -33,6 +34,7 @@ from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
+MediaKind = Literal["image", "video", "audio"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 SequencePooling = Literal["CLS", "LAST", "MEAN"]
@@ -304,7 +306,7 @@ class ModelConfig(BaseModel):
     plain_late_interaction: bool = Field(
         False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
     )
-    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(_parse_counts)] = Field(
+    limit_mm_per_prompt: Annotated[dict[MediaKind, NonNegativeInt], BeforeValidator(_parse_counts)] = Field(
         default_factory=dict,
         description='JSON: maximum pictures of a prompt, {"image": 4} or {"image": {"count": 4}} (default: 16)',
     )

@@ -244,7 +244,7 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": [{"role": "user", "content": IMAGE}]}, IMAGES, "messages"),
         (
             {"messages": SAID, "dimensions": 2},
-            "a reward has no dimensions to choose: `dimensions` must be",
+            "Task 'classify' only supports ['use_activation'] parameters, does not support ['dimensions'] parameters",
             "dimensions",
         ),
         ({"messages": SAID, "normalize": True}, "Parameter `normalize` was removed; use `use_acti", "normalize"),

@@ -265,6 +265,8 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     layout, outcomes = subject.layout, subject.outcomes
     linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
     notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(subject.backbone))]
+    if checkpoint.sight is None and options.mm_processor_kwargs:
+        notes.append("mm_processor_kwargs have no effect, as the model takes no pictures")
     for outcome in outcomes.values():
         notes += outcome.notes
     running = Report(
