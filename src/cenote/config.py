@@ -34,6 +34,8 @@ from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
+Quantization = Literal["none", "int8"]
+"""Kinds of `cenote.tensors.linear.FORMS` that Linears may be quantised to."""
 MediaKind = Literal["image", "video", "audio"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -263,7 +265,7 @@ class ModelConfig(BaseModel):
         description="dtype of weights and activations; on a CPU of weights only, and of products where it has AMX "
         "(auto = float32 there)",
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Quantization = Field(
         "none", description="int8: products of Linear layers in 8 bits, on a CPU with AVX2, VNNI or AMX"
     )
     device: str | None = Field(None, description="torch device (default: cuda if there is one, else cpu)")

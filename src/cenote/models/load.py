@@ -101,9 +101,10 @@ class Built:
 def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     """Build Transformers' model, with its weights, on its device."""
     device = resolve.device(options.device)
-    if options.quantization == "int8" and device.type != "cpu":
+    if options.quantization != "none" and device.type != "cpu":
         raise ConfigError(
-            f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
+            f"quantization {options.quantization} is for CPUs, and the device is {device}; leave it out or set device "
+            "to cpu"
         )
     isa = _isa(options, device)
     stored = getattr(checkpoint.config, "dtype", None)
@@ -221,7 +222,7 @@ def _narrowing(built: Built, options: ModelConfig) -> Narrowing:
         return Narrowing()
     dtype = resolve.DTYPES.get(options.dtype, torch.float32)
     return narrow.choose(
-        int8=options.quantization == "int8",
+        quantization=options.quantization,
         dtype=None if dtype is torch.float32 else dtype,
         isa=built.isa,
     )
