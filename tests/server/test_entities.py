@@ -19,7 +19,7 @@ from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.server.wire.entities import form
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, floats, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,13 +127,7 @@ def test_answer(client: TestClient, path: str) -> None:
         {"index": i, "object": "token_classify", "entities": None} for i in range(len(TEXTS))
     ]
     assert answer["data"][-1]["entities"] == []
-    assert answer["usage"] == {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(tokens)
 
 
 def test_keys_of_tokens_and_of_groups(client: TestClient) -> None:
