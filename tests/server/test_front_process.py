@@ -20,6 +20,7 @@ import requests
 from starlette.testclient import TestClient
 
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import LoraModule
 from cenote.engine.host import Host
 from cenote.engine.remote import GONE, LOST
 from cenote.pipeline.pipeline import Service
@@ -27,6 +28,7 @@ from cenote.server.app import build
 from tests import PATIENCE, checkpoints, pictured
 from tests.forked import Forked
 from tests.front import HEADER
+from tests.server.test_lora import write_adapter
 from tests.server.test_process import LARGE, head
 
 if TYPE_CHECKING:
@@ -125,7 +127,12 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Service]:
     checkpoints.classifier(root / "splade", head="ForMaskedLM")
     checkpoints.bert(root / "chat")
     pictured.qwen_vl(root / "pages", "qwen3_vl")
-    options = {"splade": {"convert": "sparse"}, "chat": {"chat_template": CHAT}, "rater": {"chat_template": CHAT}}
+    law = write_adapter(tmp_path_factory.mktemp("adapters") / "law", root / "chat", 0)
+    options = {
+        "splade": {"convert": "sparse"},
+        "chat": {"chat_template": CHAT, "lora_modules": (LoraModule("law", str(law)),)},
+        "rater": {"chat_template": CHAT},
+    }
     return {
         folder.name: Service.open(
             ModelConfig(model=str(folder), served_model_name=(folder.name,), **options.get(folder.name, {})),  # type: ignore[arg-type]
@@ -153,7 +160,7 @@ def front(sockets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A server in front of MiniLM in a process of its own, and of `others`."""
     path = tmp_path_factory.mktemp("engine") / "minilm.sock"
     host = engine(path)
-    made = Front("--engine", str(path), *sockets)
+    made = Front("--enable-tokenizer-info-endpoint", "--engine", str(path), *sockets)
     made.host = host
     made.wait()
     yield made
@@ -165,7 +172,8 @@ def front(sockets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
 def here(others: dict[str, Service]) -> Iterator[TestClient]:
     """The same models in one process."""
     minilm = Service.open(ModelConfig(served_model_name=("minilm",)), EngineConfig())
-    with TestClient(build([minilm, *others.values()], ServerConfig())) as client:
+    config = ServerConfig(enable_tokenizer_info_endpoint=True)
+    with TestClient(build([minilm, *others.values()], config)) as client:
         yield client
 
 
@@ -296,12 +304,13 @@ MARKED: list[tuple[str, dict[str, Any]]] = [
     ("/invocations", {"model": "rater", "text_1": TEXT, "text_2": DOCUMENTS}),
     ("/invocations", RATED),
     ("/invocations", {"input": TEXT}),
+    *((path, {"model": "law", "input": TEXT}) for path in ("/v1/embeddings", "/pooling")),
     ("/v1/embeddings", {"model": "pages", "messages": [{"role": "user", "content": PAGE}]}),
     ("/v1/multimodalembeddings", {"model": "pages", "inputs": [{"content": PAGE}]}),
     ("/rerank", {"model": "pages", "query": TEXT, "documents": [{"content": PAGE}, {"content": [*PAGE, *PAGE]}]}),
     ("/tokenize", {"model": "pages", "messages": [{"role": "user", "content": PAGE}]}),
 ]
-"""Bodies that are told apart on paths of several dialects, and bodies with pictures; all are answered with 200."""
+"""Bodies told apart on paths of several dialects, of an adapter, and with pictures; all are answered by 200."""
 
 GETS = (
     "/health",
@@ -312,6 +321,7 @@ GETS = (
     "/v1/models",
     "/load",
     "/version",
+    "/tokenizer_info",
     "/openapi.json",
     "/docs",
     "/redoc",
@@ -367,7 +377,7 @@ def test_every_route_is_asked(here: TestClient) -> None:
         (method, path, entry.dialect.name, entry.route.handler)
         for (method, path), entries in table.routes.items()
         for entry in entries
-        if method != "HEAD" and path != "/tokenizer_info"  # which is 404 unless the operator wants it
+        if method != "HEAD"
     }
     assert asked == known
 
