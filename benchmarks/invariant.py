@@ -99,7 +99,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
 def layout(make: Callable[[], PreTrainedModel], *, int8: bool, invariant: bool) -> Layout:
     """The model in the layout that is chosen for it, the same weights in both modes."""
     torch.manual_seed(0)
-    kernels, weights = native.load(), narrowing(int8=int8, dtype=None)
+    kernels, weights = native.load(), narrowing(quantization="int8" if int8 else "none")
     settings = Settings(
         max_length=512,
         kernels=kernels,

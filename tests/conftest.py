@@ -121,6 +121,17 @@ def error(client: TestClient, body: Any, path: str = "/v1/embeddings") -> dict[s
     return found
 
 
+def usage(tokens: int) -> dict[str, Any]:
+    """The tokens of a request in OpenAI's five fields, as an answer has them."""
+    return {
+        "prompt_tokens": tokens,
+        "total_tokens": tokens,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+        "completion_tokens_details": None,
+    }
+
+
 def floats(values: Any) -> Any:
     """JSON numbers as the float32 values that they stand for."""
     return np.asarray(values, np.float32).tolist()

@@ -5,6 +5,7 @@ Weights are large enough for a picture to move every row: with small ones wrong 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import struct
@@ -62,6 +63,12 @@ def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     file = BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
+
+
+def url(picture: Image.Image | bytes, kind: str = "image/png") -> str:
+    """The URL of a picture, or of the bytes of a file, that holds it."""
+    file = picture if isinstance(picture, bytes) else saved(picture)
+    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
 def bomb(side: int, depth: int = 1) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +12,7 @@ import pytest
 
 from cenote import LLM
 from tests import pictured
-from tests.pictured import ERNIE_PICTURE, PICTURE, noise, saved
+from tests.pictured import ERNIE_PICTURE, PICTURE, noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         urls = [
-            f"data:image/png;base64,{base64.b64encode(file).decode()}",
+            url(file),
             path.as_uri(),
             f"http://127.0.0.1:{server.server_port}/a.png",
         ]

@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -40,6 +41,9 @@ from cenote.tasks import REMOVED, TASKS
 
 Isa = Literal["auto", "none", "avx2", "avx512", "amx"]
 """Instructions of the CPU kernels: `auto` = the widest that the processor has, `none` = plain torch."""
+Quantization = Literal["none", "int8"]
+"""Kinds of `cenote.tensors.linear.FORMS` that Linears may be quantised to."""
+MediaKind = Literal["image", "video", "audio"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 SequencePooling = Literal["CLS", "LAST", "MEAN"]
@@ -187,7 +191,7 @@ class ModelConfig(BaseModel):
         description="dtype of weights and activations; on a CPU of weights only, and of products where it has AMX "
         "(auto = float32 there)",
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Quantization = Field(
         "none", description="int8: products of Linear layers in 8 bits, on a CPU with AVX2, VNNI or AMX"
     )
     device: str | None = Field(None, description="torch device (default: cuda if there is one, else cpu)")
@@ -230,7 +234,7 @@ class ModelConfig(BaseModel):
     plain_late_interaction: bool = Field(
         False, description="encode queries and documents alike: no markers, expansion, lengths or skip-list, as vLLM"
     )
-    limit_mm_per_prompt: Annotated[dict[str, int], BeforeValidator(parse_counts)] = Field(
+    limit_mm_per_prompt: Annotated[dict[MediaKind, NonNegativeInt], BeforeValidator(parse_counts)] = Field(
         default_factory=dict,
         description='JSON: maximum pictures of a prompt, {"image": 4} or {"image": {"count": 4}} (default: 16)',
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cenote.core import Sequence
+from cenote.errors import ConfigError
 from cenote.functions import optional
 
 Role = Literal["query", "document"]
@@ -245,6 +246,17 @@ def plain_name(name: str) -> str:
 
 
 def template_text(source: str) -> str:
-    """Return a Jinja template out of its text or the path of a file."""
-    is_path = "{" not in source and Path(source).is_file()
-    return Path(source).read_text() if is_path else source
+    """Return a Jinja template out of its text or the path of a file.
+
+    Raises:
+        ConfigError: it is neither: a text without braces would stand in place of every conversation.
+    """
+    if "{" in source:
+        return source
+    try:
+        return Path(source).read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template is {source!r}, which has no braces as a Jinja template has, and is no file that can be "
+            f"read: {error}; expected a template, or the path of one"
+        ) from None

@@ -7,12 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping  # noqa: TC003 (msgspec reads the annotations of `TokenizerSource`)
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -35,15 +36,24 @@ def import_without_torch() -> None:
     imported = list(filter(sys.modules.__contains__, ("torch", "transformers")))
     if imported:
         raise RuntimeError(f"{' and '.join(imported)} is imported already, and torch cannot be left out any more")
-    before = os.environ.get(QUIET)
-    os.environ[QUIET] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment] # to import it is an ImportError, to look for it finds nothing
     try:
-        from transformers.utils.import_utils import is_torch_available
+        with without_advice():
+            from transformers.utils.import_utils import is_torch_available
 
         assert not is_torch_available()
     finally:
         del sys.modules["torch"]
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Keep Transformers from reporting that torch was not found, which it looks for at some imports of its parts."""
+    before = os.environ.get(QUIET)
+    os.environ[QUIET] = "1"
+    try:
+        yield
+    finally:
         if before is None:
             del os.environ[QUIET]
         else:

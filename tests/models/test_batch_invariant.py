@@ -42,7 +42,9 @@ KERNELS = native.chosen("auto") != "none"
 @cache
 def subject(name: str, kind: str = "float32", isa: Isa = "auto", *, invariant: bool = True) -> Subject:
     kernels = native.load(isa)
-    narrowing = narrow.choose(int8=kind == "int8", dtype=torch.bfloat16 if kind == "bfloat16" else None, isa=isa)
+    narrowing = narrow.choose(
+        quantization="int8" if kind == "int8" else "none", dtype=torch.bfloat16 if kind == "bfloat16" else None, isa=isa
+    )
     products = narrow.products(kernels, narrowing, steady=invariant)
     settings = Settings(max_length=150, kernels=kernels, products=products, narrowing=narrowing, invariant=invariant)
     return prepared(build(ROWS[name]), settings, leave_out=("last_layer", "graphs") if invariant else ())

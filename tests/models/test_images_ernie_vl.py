@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import pictured
-from tests.pictured import ERNIE_PICTURE, noise, saved
+from tests.pictured import ERNIE_PICTURE, noise, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,7 +138,7 @@ def of_seed(url: str) -> dict[str, Any]:
 def test_the_documented_body_of_fastdeploy(
     client: TestClient, reference: Reference, route: str, image: Image, most: int
 ) -> None:
-    source = f"data:image/png;base64,{base64.b64encode(saved(image)).decode()}"
+    source = url(image)
     answer = client.post(route, json=of_seed(source))
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -149,6 +148,6 @@ def test_the_documented_body_of_fastdeploy(
     expected = reference.reward(text, [image], size=size)
     assert body["data"][0]["score"] == [pytest.approx(expected, abs=OF_REWARDS)]
     assert body["usage"]["prompt_tokens"] == len(reference.rows(text, [image], size=size))
-    other = f"data:image/png;base64,{base64.b64encode(saved(noise(*image.size, seed=1))).decode()}"
+    other = url(noise(*image.size, seed=1))
     score = client.post(route, json=of_seed(other)).json()["data"][0]["score"][0]
     assert abs(score - expected) > 1e-3, "another picture, another reward"

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from cenote import LLM
+from cenote.config import ServerConfig
 from cenote.models.vision import KeptFeatures, Vision
+from cenote.server.app import build
 from cenote.tensors.packing import Features
 from tests import pictured
-from tests.pictured import noise
+from tests.pictured import noise, url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,6 +82,17 @@ def test_a_picture_goes_through_the_tower_once(open_counted: Callable[..., Count
     assert np.abs(first[0] - first[1]).max() > 1e-3
     model.embed(noise(90, 130, 0))
     assert sum(model.forwards) == 3, "it is known by its content"
+
+
+def test_requests_with_another_salt_share_no_features(open_counted: Callable[..., Counted]) -> None:
+    """Otherwise the time of an answer tells whether somebody else has sent the picture."""
+    model = open_counted()
+    with TestClient(build([model.llm._service], ServerConfig())) as client:
+        for salt, forwards in (("one", 1), ("two", 2), (None, 3), ("one", 3), ("two", 3), (None, 3)):
+            content = [{"type": "image_url", "image_url": {"url": url(A)}}]
+            body = {"messages": [{"role": "user", "content": content}], "cache_salt": salt}
+            assert client.post("/v1/embeddings", json=body).status_code == 200
+            assert sum(model.forwards) == forwards, salt
 
 
 def test_none_is_kept_where_the_option_is_0(open_counted: Callable[..., Counted]) -> None:

@@ -68,7 +68,7 @@ def narrowed(
 
 
 def narrowed_model(model: Any, *, int8: bool = False, dtype: torch.dtype | None = None) -> tuple[Layout, Outcome]:
-    narrowing, kernels = narrow.choose(int8=int8, dtype=dtype), native.load()
+    narrowing, kernels = narrow.choose(quantization="int8" if int8 else "none", dtype=dtype), native.load()
     settings = Settings(kernels=kernels, products=narrow.products(kernels, narrowing), narrowing=narrowing)
     subject = prepared(model, settings)
     return subject.layout, subject.outcomes["narrow"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cenote import LLM, PoolingParams
-from cenote.core import ModelInfo, Output, Sequence
+from cenote.core import LateChunkingParams, ModelInfo, Output, Sequence
 from cenote.engine.cache import CachedEngine
 from cenote.engine.fake import FakeEngine
 from cenote.errors import BadRequest, CenoteError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TEXTS = ["one", "two"]
 LONG = "word " * 100
+CHUNKED = PoolingParams(late_chunking_params=LateChunkingParams(2))
 
 
 @pytest.fixture
@@ -136,6 +137,42 @@ BAD: dict[str, tuple[ModelInfo, Callable[[LLM], Any], str, dict[str, Any]]] = {
         {"queries": "a", "documents": TEXTS, "max_tokens_per_doc": 64},
     ),
     "no documents": (ENCODER, lambda m: m.rerank("a", []), "/rerank", {"query": "a", "documents": []}),
+    "late chunking of ids": (
+        INFO,
+        lambda m: m.embed([5, 6], pooling_params=CHUNKED),
+        "/v1/embeddings",
+        {"input": [5, 6], "late_chunking_params": {"chunk_size": 2}},
+    ),
+    "late chunking of one vector": (
+        INFO,
+        lambda m: m.encode("a", CHUNKED, pooling_task="embed"),
+        "/pooling",
+        {"input": "a", "task": "embed", "late_chunking_params": {"chunk_size": 2}},
+    ),
+    "late chunking of a text too long": (
+        INFO,
+        lambda m: m.embed(LONG, pooling_params=CHUNKED),
+        "/v1/embeddings",
+        {"input": LONG, "late_chunking_params": {"chunk_size": 2}},
+    ),
+    "a reward's dimensions": (
+        CROSS_ENCODER,
+        lambda m: m.reward([5], pooling_params=PoolingParams(dimensions=2)),
+        "/v1/reward",
+        {"prompt_token_ids": [5], "dimensions": 2},
+    ),
+    "a reward of an input too long": (
+        CROSS_ENCODER,
+        lambda m: m.reward([5] * 100),
+        "/v1/reward",
+        {"prompt_token_ids": [5] * 100},
+    ),
+    "a reward of no token": (
+        CROSS_ENCODER,
+        lambda m: m.reward([40_000]),
+        "/v1/reward",
+        {"prompt_token_ids": [40_000]},
+    ),
     "no reward": (ENCODER, lambda m: m.reward([5]), "/v1/reward", {"prompt_token_ids": [5]}),
     "no plugin": (INFO, lambda m: m.encode({"data": 1}), "/pooling", {"data": 1}),
     "a plugin's data for another task": (

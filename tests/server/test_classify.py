@@ -20,7 +20,7 @@ from cenote.errors import BadRequest
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, UNKNOWN_IDS, classes, error, expected, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, UNKNOWN_IDS, classes, error, expected, floats, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,13 +87,7 @@ def test_forms_of_input(client: TestClient, path: str, given: Any, ids: list[lis
     assert answer["data"] == [
         {"index": i, "label": LABELS[int(np.argmax(own))], "num_classes": 3} for i, own in enumerate(values)
     ]
-    assert answer["usage"] == {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(tokens)
 
 
 def test_every_label_is_found(client: TestClient) -> None:

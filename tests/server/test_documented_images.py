@@ -22,7 +22,7 @@ from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import pictured
 from tests.models.test_images_col import OfColQwen3, maxsim
-from tests.pictured import PICTURE, noise, saved
+from tests.pictured import PICTURE, noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -227,14 +227,13 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_reward_of_a_picture_behind_https(tmp_path: Path, host: None) -> None:
     folder = str(pictured.ernie_vl(tmp_path / "RM_v1008"))
     service = Service.open(ModelConfig(model=folder, runner="pooling", convert="embed"), EngineConfig())
-    url = f"data:image/png;base64,{base64.b64encode(saved(FIRST)).decode()}"
-    other = f"data:image/png;base64,{base64.b64encode(saved(SECOND)).decode()}"
+    first, other = url(FIRST), url(SECOND)
     config = ServerConfig(allowed_media_domains=("xxx",), allow_private_media=True)
     with TestClient(build([service], config), raise_server_exceptions=False) as client:
         for route in ("/v1/reward", "/v1/chat/reward"):
             answers = [
                 client.post(route, content=REWARD.replace("https://xxx/a.png", source).encode())
-                for source in ("https://xxx/a.png", url, other)
+                for source in ("https://xxx/a.png", first, other)
             ]
             assert [answer.status_code for answer in answers] == [200] * 3, answers[0].text
             fetched, sent, another = (answer.json()["data"][0]["score"][0] for answer in answers)

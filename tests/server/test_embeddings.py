@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import INFO, error, expected, floats
+from tests.conftest import INFO, error, expected, floats, usage
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
@@ -65,13 +65,7 @@ def test_text_and_ids(client: TestClient, given: Any, ids: list[list[int]]) -> N
     tokens = sum(map(len, ids))
     assert [floats(entry.pop("embedding")) for entry in answer["data"]] == [expected(i) for i in ids]
     assert answer["data"] == [{"index": i, "object": "embedding"} for i in range(len(ids))]
-    assert answer["usage"] == {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(tokens)
     assert list(answer) == ["id", "object", "created", "model", "data", "usage"]
     assert (answer["object"], answer["model"]) == ("list", "fake")
 

@@ -17,9 +17,9 @@ from cenote.errors import BadRequest, EngineFailed
 from cenote.pipeline.entities import AGGREGATIONS
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from cenote.server.dialects.cenote import wire
+from cenote.server.wire.entities import form
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, classes, error, floats, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def test_entities_are_those_of_the_pipeline_and_of_llm(
     own = llm.token_classify(TEXTS, aggregation_strategy=aggregation, use_tqdm=False)
     for text, here, there in zip(TEXTS, got, own, strict=True):
         assert same(here, pipeline(text, aggregation_strategy=aggregation)), text
-        assert same(here, [wire(entity) for entity in there.outputs]), text
+        assert same(here, [form(entity) for entity in there.outputs]), text
     kinds = {entity.get("entity", entity.get("entity_group")) for one in got for entity in one}
     assert len(kinds) > 1, "one kind of entity in all texts: this proves little"
 
@@ -113,7 +113,7 @@ def test_ignored_labels(
     options = {"aggregation_strategy": aggregation, "ignore_labels": ignored}
     (own,) = llm.token_classify(TEXTS[0], use_tqdm=False, **options)
     assert same(got, pipeline(TEXTS[0], **options))
-    assert same(got, [wire(entity) for entity in own.outputs])
+    assert same(got, [form(entity) for entity in own.outputs])
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -127,13 +127,7 @@ def test_answer(client: TestClient, path: str) -> None:
         {"index": i, "object": "token_classify", "entities": None} for i in range(len(TEXTS))
     ]
     assert answer["data"][-1]["entities"] == []
-    assert answer["usage"] == {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(tokens)
 
 
 def test_keys_of_tokens_and_of_groups(client: TestClient) -> None:
@@ -159,7 +153,7 @@ def test_a_text_that_is_cut(client: TestClient, llm: LLM, aggregation: str) -> N
     assert got[-1]["end"] == len(kept)
     assert same(got, found(client, kept, **options)[0])
     (own,) = llm.token_classify(text, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 7}, **options)
-    assert same(got, [wire(entity) for entity in own.outputs])
+    assert same(got, [form(entity) for entity in own.outputs])
 
 
 def test_a_text_that_is_too_long_is_cut_only_when_asked(client: TestClient) -> None:

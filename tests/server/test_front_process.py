@@ -20,17 +20,21 @@ import requests
 from starlette.testclient import TestClient
 
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
+from cenote.core import LoraModule
 from cenote.engine.host import Host
 from cenote.engine.remote import GONE, LOST
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
-from tests import PATIENCE, checkpoints
+from tests import PATIENCE, checkpoints, pictured
 from tests.forked import Forked
 from tests.front import HEADER
+from tests.server.test_lora import write_adapter
 from tests.server.test_process import LARGE, head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from cenote.server.table import Table
 
 TOLERANCE = 1e-6
 NER = ["O", "B-PER", "I-PER", "B-LOC"]
@@ -122,7 +126,13 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Service]:
     checkpoints.classifier(root / "rater", num_labels=1)
     checkpoints.classifier(root / "splade", head="ForMaskedLM")
     checkpoints.bert(root / "chat")
-    options = {"splade": {"convert": "sparse"}, "chat": {"chat_template": CHAT}, "rater": {"chat_template": CHAT}}
+    pictured.qwen_vl(root / "pages", "qwen3_vl")
+    law = write_adapter(tmp_path_factory.mktemp("adapters") / "law", root / "chat", 0)
+    options = {
+        "splade": {"convert": "sparse"},
+        "chat": {"chat_template": CHAT, "lora_modules": (LoraModule("law", str(law)),)},
+        "rater": {"chat_template": CHAT},
+    }
     return {
         folder.name: Service.open(
             ModelConfig(model=str(folder), served_model_name=(folder.name,), **options.get(folder.name, {})),  # type: ignore[arg-type]
@@ -150,7 +160,7 @@ def front(sockets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A server in front of MiniLM in a process of its own, and of `others`."""
     path = tmp_path_factory.mktemp("engine") / "minilm.sock"
     host = engine(path)
-    made = Front("--engine", str(path), *sockets)
+    made = Front("--enable-tokenizer-info-endpoint", "--engine", str(path), *sockets)
     made.host = host
     made.wait()
     yield made
@@ -162,7 +172,8 @@ def front(sockets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
 def here(others: dict[str, Service]) -> Iterator[TestClient]:
     """The same models in one process."""
     minilm = Service.open(ModelConfig(served_model_name=("minilm",)), EngineConfig())
-    with TestClient(build([minilm, *others.values()], ServerConfig())) as client:
+    config = ServerConfig(enable_tokenizer_info_endpoint=True)
+    with TestClient(build([minilm, *others.values()], config)) as client:
         yield client
 
 
@@ -268,6 +279,38 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     },
 }
 """Bodies of every route with the method POST; the first one is answered with 200."""
+PAGE = [{"type": "image_url", "image_url": {"url": pictured.url(pictured.noise(90, 130))}}]
+RATED = {**PAIRS, "model": "rater"}
+MARKED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/embeddings", {"input": TEXT, "output_dtype": "int8", "output_dimension": None}),
+    *((path, {"input": [TEXT], "modality": "text"}) for path in ("/v1/embeddings", "/embeddings")),
+    ("/fastdeploy/v1/embeddings", {"input": TEXT, "normalize": False}),
+    ("/embeddings", {"content": TEXT}),
+    ("/v1/rerank", {**RATED, "documents": [{"text": text} for text in DOCUMENTS], "rank_fields": ["text"]}),
+    *((path, {**RATED, "top_k": 2, "truncation": True}) for path in ("/rerank", "/v1/rerank")),
+    *((path, {**RATED, "raw_scores": True}) for path in ("/rerank", "/v1/rerank")),
+    *((path, {"model": "rater", "query": TEXT, "input": DOCUMENTS}) for path in ("/v1/rerank", "/v1/reranking")),
+    *(
+        (path, {"model": "rater", "query": TEXT, "texts": DOCUMENTS})
+        for path in ("/", "/rerank", "/reranking", "/v1/reranking", "/invocations", "/elasticsearch/rerank")
+    ),
+    ("/elasticsearch", RATED),
+    ("/elasticsearch", {"model": "splade", "inputs": TEXT}),
+    ("/rerank", {**RATED, "property": ""}),
+    *((path, {"model": "rater", "input": [TEXT], "raw_scores": True}) for path in ("/classify", "/v1/classify")),
+    ("/v1/tokenize", {"text": TEXT}),
+    *(("/tokenize", {key: TEXT}) for key in ("inputs", "content")),
+    ("/predict", {"model": "rater", "instances": [{"inputs": TEXT}]}),
+    ("/invocations", {"model": "rater", "text_1": TEXT, "text_2": DOCUMENTS}),
+    ("/invocations", RATED),
+    ("/invocations", {"input": TEXT}),
+    *((path, {"model": "law", "input": TEXT}) for path in ("/v1/embeddings", "/pooling")),
+    ("/v1/embeddings", {"model": "pages", "messages": [{"role": "user", "content": PAGE}]}),
+    ("/v1/multimodalembeddings", {"model": "pages", "inputs": [{"content": PAGE}]}),
+    ("/rerank", {"model": "pages", "query": TEXT, "documents": [{"content": PAGE}, {"content": [*PAGE, *PAGE]}]}),
+    ("/tokenize", {"model": "pages", "messages": [{"role": "user", "content": PAGE}]}),
+]
+"""Bodies told apart on paths of several dialects, of an adapter, and with pictures; all are answered by 200."""
 
 GETS = (
     "/health",
@@ -278,6 +321,7 @@ GETS = (
     "/v1/models",
     "/load",
     "/version",
+    "/tokenizer_info",
     "/openapi.json",
     "/docs",
     "/redoc",
@@ -296,8 +340,11 @@ GETS = (
     "/v2/health/ready",
     "/v2/models/{model}",
     "/v2/models/{model}/ready",
+    "/infinity/models",
+    "/infinity/v1/models",
+    "/infinity/health",
 )
-OF_A_PROCESS = ("id", "created", "created_at", "uptime", "request_id", "total_duration", "modified_at")
+OF_A_PROCESS = ("id", "created", "created_at", "uptime", "unix", "request_id", "total_duration", "modified_at")
 """Fields that differ from answer to answer."""
 
 
@@ -312,28 +359,54 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def row(table: Table, method: str, path: str, body: Any = None) -> Any:
+    """The row of the table that answers a request."""
+    match = table.match(method, path)
+    assert match is not None, path
+    entry = match.entry(body)
+    return method, match.path, entry.dialect.name, entry.route.handler
+
+
 def test_every_route_is_asked(here: TestClient) -> None:
-    known = set(here.app.table.routes)  # type: ignore[attr-defined]
-    assert {path for method, path in known if method == "POST"} == {*BODIES}
-    told = {path for method, path in known if method == "GET"}
-    assert told == {*GETS, "/metrics", "/tokenizer_info"}  # the last one is 404 unless the operator wants it
+    """Each row of the table, also where several dialects have one path."""
+    table: Table = here.app.table  # type: ignore[attr-defined]
+    posts = [*((path, body) for path, bodies in BODIES.items() for body in bodies), *MARKED]
+    asked = {row(table, "POST", path, body) for path, body in posts}
+    asked |= {row(table, "GET", path) for path in (*GETS, "/metrics")}
+    known = {
+        (method, path, entry.dialect.name, entry.route.handler)
+        for (method, path), entries in table.routes.items()
+        for entry in entries
+        if method != "HEAD"
+    }
+    assert asked == known
 
 
 @pytest.mark.parametrize(
     ("path", "number"), [(path, number) for path, bodies in BODIES.items() for number in range(len(bodies))]
 )
 def test_a_route_answers_as_in_one_process(front: Front, here: TestClient, path: str, number: int) -> None:
-    body = BODIES[path][number]
+    status = compare(front, here, path, BODIES[path][number])
+    assert number or status == 200
+
+
+@pytest.mark.parametrize(("path", "body"), MARKED, ids=[f"{path}-{','.join(body)}" for path, body in MARKED])
+def test_a_body_of_each_dialect(front: Front, here: TestClient, path: str, body: dict[str, Any]) -> None:
+    assert compare(front, here, path, body) == 200
+
+
+def compare(front: Front, here: TestClient, path: str, body: dict[str, Any]) -> int:
+    """Both answers are equal; the status is returned."""
     got, expected = front.ask("POST", path, body), here.post(path, json=body)
     assert got.status_code == expected.status_code, got.text
-    assert number or got.status_code == 200, got.text
     if "json" not in got.headers.get("content-type", ""):
         assert got.headers.get("content-type") == expected.headers.get("content-type")
         mine, theirs = (np.frombuffer(answer.content, np.uint8).astype(int) for answer in (got, expected))
         assert mine.shape == theirs.shape
         assert np.abs(mine - theirs).max(initial=0) <= 1  # a rounding apart
-        return
-    assert same(got.json(), expected.json()), (got.text, expected.text)
+    else:
+        assert same(got.json(), expected.json()), (got.text, expected.text)
+    return got.status_code
 
 
 @pytest.mark.parametrize("path", GETS)

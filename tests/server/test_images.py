@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +16,13 @@ from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
-from tests.pictured import PICTURE, noise, saved
+from tests.pictured import PICTURE, noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 A, B = noise(90, 130), noise(64, 64)
-
-
-def url(file: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
 def message(*parts: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import requests
 from PIL import Image
 
 from tests import PATIENCE, checkpoints, pictured
-from tests.pictured import bomb, noise, saved
+from tests.pictured import bomb, noise, saved, url
 from tests.server.test_process import Process
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ class Limited:
         answer = self.post(*sources)
         assert requests.get(f"{self.process.url}/health", timeout=PATIENCE).status_code == 200
         return answer.status_code, answer.json()["error"]["message"]
-
-
-def url(file: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +232,7 @@ def animated(form: str) -> bytes:
 READ = {
     "a broken EXIF block": url(saved(A, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")),
     "the declared type of another format": url(saved(A), "text/html"),
-    "no type": f"data:;base64,{base64.b64encode(saved(A)).decode()}",
+    "no type": url(A, ""),
     "lines": "data:image/png;base64," + base64.encodebytes(saved(A)).decode(),
     "the alphabet of URLs": "data:image/png;base64," + base64.urlsafe_b64encode(saved(A)).decode(),
     "no padding": "data:image/png;base64," + base64.b64encode(saved(A)).decode().rstrip("="),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,7 @@ from cenote import LLM
 from cenote.config import ServerConfig
 from cenote.server.app import build
 from tests import pictured
-from tests.pictured import noise, saved
+from tests.pictured import noise, url
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +20,7 @@ PAGE = noise(90, 130)
 
 
 def test_a_page_of_a_model_without_a_chat_template_is_rendered_by_its_own(tmp_path: Path) -> None:
-    url = f"data:image/png;base64,{base64.b64encode(saved(PAGE)).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the image."}]
+    parts = [{"type": "image_url", "image_url": {"url": url(PAGE)}}, {"type": "text", "text": "Describe the image."}]
     with LLM(str(pictured.colpali(tmp_path / "colpali"))) as llm:
         (output,) = llm.encode([PAGE], use_tqdm=False, pooling_task="token_embed")
         with TestClient(build([llm._service], ServerConfig()), raise_server_exceptions=False) as client:

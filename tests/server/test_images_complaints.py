@@ -26,8 +26,7 @@ from tests.conftest import error
 from tests.models.test_images_heads import NAME, pair
 from tests.models.test_images_heads import Reference as Judge
 from tests.models.test_images_qwen_vl import Reference
-from tests.pictured import PICTURE, bomb, noise, saved
-from tests.server.test_images_bad_input import url
+from tests.pictured import PICTURE, bomb, noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,7 @@ from cenote.errors import BadRequest
 from cenote.server.app import build
 from tests import checkpoints, pictured
 from tests.conftest import error
-from tests.pictured import noise, saved
+from tests.pictured import noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,10 +75,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     yield from opened(LLM(str(checkpoints.bert(tmp_path_factory.mktemp("texts") / "bert"))))
-
-
-def url(image: Any) -> str:
-    return f"data:image/png;base64,{base64.b64encode(saved(image)).decode()}"
 
 
 def part(image: Any) -> dict[str, Any]:

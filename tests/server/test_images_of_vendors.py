@@ -14,7 +14,7 @@ from cenote.config import ServerConfig
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
-from tests.pictured import noise, saved
+from tests.pictured import noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,10 +28,6 @@ TOLERANCE = 2e-6
 
 def base(image: Any) -> str:
     return base64.b64encode(saved(image)).decode()
-
-
-def url(image: Any) -> str:
-    return f"data:image/png;base64,{base(image)}"
 
 
 class Case(NamedTuple):

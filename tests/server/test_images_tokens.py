@@ -17,8 +17,7 @@ from cenote.pipeline.pictures import PictureRenderer
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
-from tests.pictured import PICTURE, noise, saved
-from tests.server.test_images_bad_input import url
+from tests.pictured import PICTURE, noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def merged(base: Path, adapter: Path, folder: Path) -> Path:
                 model.get_submodule(path).weight.add_((2.0 * b.double() @ a.double()).float())
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def together(folder: Path, *sources: Path) -> Path:
+    """A folder with the files of several, as one that a model and its adapter share."""
+    for source in sources:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
     return folder
 
 
@@ -171,11 +179,7 @@ def test_entities(tmp_path: Path) -> None:
     base = checkpoints.classifier(tmp_path / "base", head="ForTokenClassification", num_labels=3)
     heads = {"task_type": "TOKEN_CLS", "modules_to_save": ["classifier"]}
     write_adapter(tmp_path / "law", base, 3, **heads)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for source in (base, tmp_path / "law"):
-        for file in source.iterdir():
-            (whole / file.name).write_bytes(file.read_bytes())
+    whole = together(tmp_path / "whole", base, tmp_path / "law")
     with LLM(str(whole)) as llm:
         (wanted,) = llm.token_classify(TEXTS[0], ignore_labels=(), use_tqdm=False)
     options = {"model": str(base), "served_model_name": "b", "lora_modules": f"law={tmp_path / 'law'}"}
@@ -253,11 +257,7 @@ def test_heads(heads: Path) -> None:
 def test_pairs_of_a_cross_encoder(tmp_path: Path) -> None:
     base = checkpoints.classifier(tmp_path / "base", num_labels=1)
     write_adapter(tmp_path / "law", base, 3)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for source in (base, tmp_path / "law"):
-        for file in source.iterdir():
-            (whole / file.name).write_bytes(file.read_bytes())
+    whole = together(tmp_path / "whole", base, tmp_path / "law")
     with LLM(str(whole)) as llm:
         wanted = [output.outputs.score for output in llm.score(TEXTS[0], TEXTS[1:], use_tqdm=False)]
     with LLM(str(base), lora_modules={"name": "law", "path": str(tmp_path / "law")}) as llm:

@@ -28,6 +28,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v2/embed", {"texts": ["a"], "output_dimension": 4}, "output_dimension"),
     ("/v2/embed", {"texts": ["a"] * 3000}, "texts"),
     ("/v1/embeddings", {"input": ["a"] * 3000}, "input"),
+    ("/v1/embeddings", {"input": [{"image": "https://host/page.png"}]}, "input"),
     ("/score", {"text_1": "a", "text_2": NO_TEXT}, "text_2"),
     ("/score", {"data_1": NO_TEXT, "data_2": "a"}, "data_1"),
     ("/score", {"queries": "a", "items": [NO_TEXT]}, "items"),

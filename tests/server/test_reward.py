@@ -19,7 +19,7 @@ from cenote.errors import BadRequest, CenoteError, CheckpointError, Closed, Engi
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO, UNKNOWN_IDS, classes, error, expected, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, INFO, UNKNOWN_IDS, classes, error, expected, floats, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,13 +86,7 @@ def test_the_documented_request(client: TestClient, ids: list[int], path: str) -
     assert (answer["object"], answer["model"]) == ("object", "fake")
     assert floats(answer["data"][0].pop("score")) == raw(ids)
     assert answer["data"] == [{"index": 0, "object": "reward", "prompt_token_ids": None, "prompt_tokens": None}]
-    assert answer["usage"] == {
-        "prompt_tokens": len(ids),
-        "total_tokens": len(ids),
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(len(ids))
 
 
 def test_embeddings_in_its_form(serve: Serve) -> None:
@@ -244,7 +238,7 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": [{"role": "user", "content": IMAGE}]}, IMAGES, "messages"),
         (
             {"messages": SAID, "dimensions": 2},
-            "a reward has no dimensions to choose: `dimensions` must be",
+            "Task 'classify' only supports ['use_activation'] parameters, does not support ['dimensions'] parameters",
             "dimensions",
         ),
         ({"messages": SAID, "normalize": True}, "Parameter `normalize` was removed; use `use_acti", "normalize"),

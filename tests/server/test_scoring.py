@@ -19,7 +19,7 @@ from cenote.engine.fake import FakeEngine
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import checkpoints
-from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO, classes, error, expected, floats
+from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO, classes, error, expected, floats, usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,13 +101,7 @@ def test_spellings_of_the_two_sides(cross: TestClient, pairs: Pairs, names: tupl
     assert (answer["object"], answer["model"]) == ("list", "fake")
     assert [floats(entry.pop("score")) for entry in answer["data"]] == [pairs.cross(QUERY, d) for d in DOCUMENTS]
     assert answer["data"] == [{"index": i, "object": "score"} for i in range(4)]
-    assert answer["usage"] == {
-        "prompt_tokens": tokens,
-        "total_tokens": tokens,
-        "completion_tokens": 0,
-        "prompt_tokens_details": None,
-        "completion_tokens_details": None,
-    }
+    assert answer["usage"] == usage(tokens)
 
 
 @pytest.mark.parametrize(

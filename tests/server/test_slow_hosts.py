@@ -19,8 +19,7 @@ from cenote.server.admission import RENDER_THREADS
 from cenote.server.app import build
 from tests import PATIENCE, pictured
 from tests.conftest import error
-from tests.pictured import noise, saved
-from tests.server.test_images_bad_input import url
+from tests.pictured import noise, saved, url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from cenote.conventions import Pictures
@@ -52,6 +54,22 @@ def test_pages_of_the_same_ids_share_no_picture() -> None:
     expanded = shared.batch.host_sources_T[shared.expand_T]
     assert expanded.tolist() == pack(pages).host_sources_T.tolist()  # type: ignore[union-attr]
     assert common_prefix([pages[0], pages[2]]) == len(BEGIN) + 4 + len(END) - 1
+
+
+def test_sequences_of_different_salts_share_neither_pictures_nor_prefixes() -> None:
+    """Whether somebody else has sent a picture, or a beginning, would show in the time that a forward takes."""
+    pages = [replace(page(picture("a")), salt=salt) for salt in ("one", "two", "one", None)]
+    batch = pack(pages)
+    assert len({medium.key for medium in batch.media}) == 3
+    assert batch.sources_T is not None
+    assert [int(sources_L.max()) for sources_L in batch.split(batch.sources_T)] == [3, 7, 3, 11]
+    assert batch.media[2].key == b"a", "without a salt the key is that of the content"
+    assert batch.media[0].key == pack(pages[2:]).media[0].key, "in every batch the same"
+    shared = share(batch)
+    assert shared is not None
+    length = len(pages[0])
+    assert shared.batch.tokens == 3 * length + 1, "of the pair with one salt, the second has its last token alone"
+    assert share(pack(pages[:2])) is None
 
 
 def test_a_literal_placeholder_is_a_token_like_any_other() -> None:

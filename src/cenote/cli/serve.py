@@ -261,8 +261,8 @@ def _with_own_adapters(model: ModelConfig, names: Sequence[str]) -> ModelConfig:
             f"an adapter changes one of {', '.join(names)}, got the base_model_name {min(bases, key=str)!r}; "
             "--lora-modules takes JSON"
         )
-    own = tuple(filter(lambda module: module.base_model_name in model.served_model_name, model.lora_modules))
-    return model.model_copy(update={"lora_modules": own})
+    modules = tuple(filter(lambda module: module.base_model_name in model.served_model_name, model.lora_modules))
+    return model.model_copy(update={"lora_modules": modules})
 
 
 def _layers(layers: list[BaseModel]) -> tuple[ModelConfig, EngineConfig, ServerConfig]:

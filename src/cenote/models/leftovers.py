@@ -176,8 +176,8 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
         "has unknown": filter(names.is_foreign, report["unexpected_keys"]),
         "has misshapen": (str(entry[0]) for entry in report["mismatched_keys"]),
     }
-    for verb, found in faults.items():
-        faulty = sorted(found)
+    for verb, tensors in faults.items():
+        faulty = sorted(tensors)
         if faulty:
             label = label_of(files.folder)
             shape = _shape(files, report) if verb == "has misshapen" else ""

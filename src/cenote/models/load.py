@@ -102,9 +102,10 @@ class Built:
 def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
     """Build Transformers' model, with its weights, on its device."""
     device = resolve.device(options.device)
-    if options.quantization == "int8" and device.type != "cpu":
+    if options.quantization != "none" and device.type != "cpu":
         raise ConfigError(
-            f"quantization int8 is for CPUs, and the device is {device}; leave it out or set device to cpu"
+            f"quantization {options.quantization} is for CPUs, and the device is {device}; leave it out or set device "
+            "to cpu"
         )
     isa = _isa(options, device)
     stored = getattr(checkpoint.config, "dtype", None)
@@ -222,7 +223,7 @@ def _narrowing(built: Built, options: ModelConfig) -> Narrowing:
         return Narrowing()
     dtype = resolve.DTYPES.get(options.dtype, torch.float32)
     return narrow.choose(
-        int8=options.quantization == "int8",
+        quantization=options.quantization,
         dtype=None if dtype is torch.float32 else dtype,
         isa=built.isa,
     )
@@ -266,6 +267,8 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
     layout, outcomes = subject.layout, subject.outcomes
     linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
     notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(subject.backbone))]
+    if checkpoint.sight is None and options.mm_processor_kwargs:
+        notes.append("mm_processor_kwargs have no effect, as the model takes no pictures")
     for outcome in outcomes.values():
         notes += outcome.notes
     running = Report(

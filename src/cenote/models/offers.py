@@ -258,8 +258,8 @@ def _pooler(checkpoint: Checkpoint, model: PreTrainedModel, options: ModelConfig
     if st.steps and st.dimension:
         width = st.dimension
     activation = coalesce(config.use_activation, st.normalizes or not st.modes)
-    own = () if config.sequence_pooling else _own_steps(checkpoint, model)
-    return Pooler(modes, (*first, *own, *st.steps), activation, config.dimensions, width)
+    pooling = () if config.sequence_pooling else _own_steps(checkpoint, model)
+    return Pooler(modes, (*first, *pooling, *st.steps), activation, config.dimensions, width)
 
 
 def _own_steps(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Step, ...]:

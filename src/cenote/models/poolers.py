@@ -296,8 +296,8 @@ def _of_torch(path: str, num_labels: int, name: str) -> tuple[str, Callable[[Ten
     if not fits:
         raise CheckpointError(f"{name} was saved with the activation {path!r}, which gives another number of values")
     kind = type(module).__name__
-    known = NAMES.get(kind, kind.lower())
-    return known, ACTIVATIONS.get(known, module)
+    name_of_kind = NAMES.get(kind, kind.lower())
+    return name_of_kind, ACTIVATIONS.get(name_of_kind, module)
 
 
 def _saved_activation(checkpoint: Files) -> str | None:

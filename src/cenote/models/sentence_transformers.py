@@ -314,10 +314,10 @@ def _prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
 
 def _with(st: SentenceTransformer, module: Module, audit: Audit, allow_pickle: bool) -> SentenceTransformer:
     """Return `st` with one more module."""
-    known = keys.MODULES.get(module.kind)
+    entries = keys.MODULES.get(module.kind)
     with about(module.folder / "config.json"):
-        if known is not None:
-            audit.read(f"{module.path}/config.json", module.config, replace(known, types=value_types.MODULE))
+        if entries is not None:
+            audit.read(f"{module.path}/config.json", module.config, replace(entries, types=value_types.MODULE))
         reader = _reader(st, module)
         if reader is None or module.side:
             return replace(st, special=(*st.special, module))

@@ -342,8 +342,8 @@ class _Reader:
         else:
             is_layer = len(path) == 2 and path[0] == "hidden_states" and isinstance(path[1], int)
             is_known = is_layer or path == ("last_hidden_state",)
-            known = "last_hidden_state, pooler_output or hidden_states with a number"
-            self._require(is_known, "method_output_name", written, known)
+            choices = "last_hidden_state, pooler_output or hidden_states with a number"
+            self._require(is_known, "method_output_name", written, choices)
         self._require(result == fitting, "module_output_name", result, f"{fitting} for {written}")
         return path
 

@@ -88,10 +88,10 @@ def tensors(folder: Path, names: Collection[str], *, pickles: bool) -> dict[str,
     """Return the tensors called `names`, whose values are finite."""
     from safetensors import safe_open
 
-    found = stored(folder, pickles=pickles)
+    places = stored(folder, pickles=pickles)
     tensors: dict[str, Tensor] = {}
     for name in names:
-        file = found[name].file
+        file = places[name].file
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 tensors[name] = opened.get_tensor(name)

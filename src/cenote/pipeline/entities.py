@@ -132,9 +132,9 @@ def check_labels(info: ModelInfo) -> None:
 def check_aggregation(aggregation: str) -> None:
     """Raise `BadRequest` if `aggregation` is not one of `AGGREGATIONS`."""
     if aggregation not in AGGREGATIONS:
-        known = ", ".join(AGGREGATIONS)
+        names = ", ".join(AGGREGATIONS)
         raise BadRequest(
-            f"unknown aggregation_strategy {aggregation!r}; known are: {known}", param="aggregation_strategy"
+            f"unknown aggregation_strategy {aggregation!r}; known are: {names}", param="aggregation_strategy"
         )
 
 

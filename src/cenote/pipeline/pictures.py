@@ -20,6 +20,7 @@ from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.media import MOST_MEMORY, PIXEL_BYTES, Access, Limits, Memory, Picture
 from cenote.pipeline.messages import message
 from cenote.tensors.positions import positions_of
+from cenote.tokenizer import without_advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -381,10 +382,11 @@ def _processor(folder: str) -> Any:
         ImportError: it needs a package that is not installed.
         OSError: there are no files of one; also `ValueError`.
     """
-    from transformers import AutoImageProcessor
+    with without_advice():
+        from transformers import AutoImageProcessor
 
-    load: Any = AutoImageProcessor.from_pretrained
-    return load(folder, backend="pil", trust_remote_code=False)
+        load: Any = AutoImageProcessor.from_pretrained
+        return load(folder, backend="pil", trust_remote_code=False)
 
 
 def _runs(ids: Ids, placeholder: int, start: int) -> list[Span]:

@@ -233,12 +233,12 @@ class Serving:
                     return order
 
         while True:
-            made: T | Unarrived = await self.admission.rendering.run(
+            result: T | Unarrived = await self.admission.rendering.run(
                 size, partial(self.in_pool, "render"), make_of_files
             )
-            if not isinstance(made, Unarrived):
-                return made
-            await arrivals.fetch(made, files)
+            if not isinstance(result, Unarrived):
+                return result
+            await arrivals.fetch(result, files)
 
     async def _outputs(
         self, request: Request, service: Service, job: Job[Response], place: EnginePlace

@@ -168,8 +168,8 @@ class Table:
         entries = self.routes.get((method, path))
         if entries:
             return Match(path, entries)
-        found = prefixes and (self._of_dialect(method, path, prefixes) or self._of_model(method, path, prefixes))
-        return found or self._by_pattern(method, path)
+        prefixed = prefixes and (self._of_dialect(method, path, prefixes) or self._of_model(method, path, prefixes))
+        return prefixed or self._by_pattern(method, path)
 
     def methods(self, path: str) -> list[str]:
         """Return the methods of a path, sorted."""
@@ -205,19 +205,19 @@ class Table:
         dialect = self._forced(path)
         if dialect is COMMON:
             return None
-        found = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/", prefixes - 1)
-        if found is None:
+        match = self.match(method, path.removeprefix(f"/{dialect.prefix}") or "/", prefixes - 1)
+        if match is None:
             return None
-        own = tuple(entry for entry in found.entries if entry.dialect is dialect)
-        return replace(found, entries=own or found.entries, forced=found.forced or dialect)
+        of_dialect = tuple(entry for entry in match.entries if entry.dialect is dialect)
+        return replace(match, entries=of_dialect or match.entries, forced=match.forced or dialect)
 
     def _of_model(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that follows the name of a model, the longest of them."""
         for name, rest in self._named(path):
             if not rest and (method, CARD) in self.routes:
                 return Match(CARD, self.routes[method, CARD], None, name)
-            found = self.match(method, rest or "/", prefixes - 1)
-            return found and replace(found, model=found.model or name)
+            match = self.match(method, rest or "/", prefixes - 1)
+            return match and replace(match, model=match.model or name)
         return None
 
     def _by_pattern(self, method: str, path: str) -> Match | None:

@@ -55,14 +55,14 @@ def provider(endpoint: str) -> TracerProvider:
     url = endpoint if urlsplit(endpoint).path.strip("/") else endpoint.rstrip("/") + PATH
     name = os.environ.get("OTEL_SERVICE_NAME", "cenote")
     resource = Resource.create({"service.name": name, "service.version": cenote.__version__})
-    made = TracerProvider(
+    provider = TracerProvider(
         resource=resource,
         shutdown_on_exit=False,
         span_limits=SpanLimits(max_span_attribute_length=LONGEST),
     )
-    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url)))
     log.info("traces go to %s", url)
-    return made
+    return provider
 
 
 class _Status:

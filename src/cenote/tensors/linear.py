@@ -28,13 +28,19 @@ from cenote.tensors.chains import ACTIVATIONS, Chain, Step, address_of, numbers_
 from cenote.tensors.native import drawn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from cenote.config import Isa
     from cenote.tensors.chains import Products
     from cenote.tensors.native import Kernels
 
-Kind = Literal["int8", "bfloat16", "float16", "float32"]
+    Arrays = tuple[Tensor, Tensor | None, Tensor | None]
+    """`Narrow.panels`, `Narrow.scale` and `Narrow.sums`."""
+
+Kind = str
+"""Key of `FORMS`."""
 
 SOURCE = pathlib.Path(__file__).with_name("linear.cpp")
 
@@ -124,25 +130,34 @@ def narrow(weight_ND: Tensor, bias_N: Tensor | None, path: str) -> Narrow:
     """Narrow the weights of a Linear for `path`.
 
     Raises:
-        ValueError: D is larger than `WIDEST`, and the weights are to be int8.
+        ValueError: D is larger than the kernel takes.
     """
     outputs, inputs = weight_ND.shape
-    bias = _padded(bias_N, outputs)
-    kind, _, layout, _, pairs = PATHS[path]
-    if kind == "int8":
-        if inputs > WIDEST:
-            raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
-        codes_ND, scale_N = quantize(weight_ND, pairs=pairs)
-        sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
-        scale, sums = _padded(scale_N, outputs), _padded(sums_N, outputs)
-        return Narrow(path, inputs, outputs, _panels(codes_ND), scale, sums, bias)
-    if layout == "blocks":
-        exact_ND = weight_ND.half() if kind == "float16" else as_stored(weight_ND)
-        return Narrow(path, inputs, outputs, _blocks(exact_ND), None, None, bias)
-    if layout == "panels":
-        return Narrow(path, inputs, outputs, _panels(weight_ND.bfloat16()), None, None, bias)
-    half_ND = F.pad(weight_ND.to(getattr(torch, kind)), (0, 0, 0, -outputs % WIDE_TILE))
-    return Narrow(path, inputs, outputs, half_ND.view(-1, WIDE_TILE, inputs).mT.contiguous(), None, None, bias)
+    form = FORMS[PATHS[path].kind]
+    panels, scale, sums = form.narrow(weight_ND, PATHS[path])
+    return Narrow(path, inputs, outputs, panels, scale, sums, _padded(bias_N, outputs))
+
+
+def _in_bytes(weight_ND: Tensor, path: Path) -> Arrays:
+    """Return weights in int8 as the kernel reads them."""
+    outputs, inputs = weight_ND.shape
+    if inputs > WIDEST:
+        raise ValueError(f"a Linear of {inputs} inputs is too wide, expected at most {WIDEST}")
+    codes_ND, scale_N = quantize(weight_ND, pairs=path.pairs)
+    sums_N = codes_ND.sum(1, dtype=torch.int64) * scale_N
+    return _panels(codes_ND), _padded(scale_N, outputs), _padded(sums_N, outputs)
+
+
+def _in_floats(weight_ND: Tensor, path: Path) -> Arrays:
+    """Return weights of a floating-point kind as the kernel reads them."""
+    outputs, inputs = weight_ND.shape
+    if path.layout == "blocks":
+        exact_ND = weight_ND.half() if path.kind == "float16" else as_stored(weight_ND)
+        return _blocks(exact_ND), None, None
+    if path.layout == "panels":
+        return _panels(weight_ND.bfloat16()), None, None
+    half_ND = F.pad(weight_ND.to(getattr(torch, path.kind)), (0, 0, 0, -outputs % WIDE_TILE))
+    return half_ND.view(-1, WIDE_TILE, inputs).mT.contiguous(), None, None
 
 
 def quantize(weight_ND: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
@@ -339,16 +354,44 @@ def float32(kernels: Kernels | None, *, steady: bool = False) -> Products[Any] |
 
 def emulate(x_RD: Tensor, weight_ND: Tensor, bias_N: Tensor, path: str) -> Tensor:
     """Compute the products of `path` by torch in float64: `[R, N]`."""
-    kind, _, layout, _, pairs = PATHS[path]
-    if kind != "int8":
-        rounded_RD = x_RD.bfloat16() if layout == "panels" else x_RD
-        return F.linear(rounded_RD.double(), weight_ND.to(getattr(torch, kind)).double(), bias_N.double())
-    codes_ND, scale_N = quantize(weight_ND, pairs=pairs)
+    row = PATHS[path]
+    return FORMS[row.kind].emulate(x_RD, weight_ND, row) + bias_N.double()
+
+
+def _of_floats(x_RD: Tensor, weight_ND: Tensor, path: Path) -> Tensor:
+    rounded_RD = x_RD.bfloat16() if path.layout == "panels" else x_RD
+    return F.linear(rounded_RD.double(), weight_ND.to(getattr(torch, path.kind)).double())
+
+
+def _of_bytes(x_RD: Tensor, weight_ND: Tensor, path: Path) -> Tensor:
+    codes_ND, scale_N = quantize(weight_ND, pairs=path.pairs)
     low_R1 = x_RD.amin(1, keepdim=True)
     range_R1 = x_RD.amax(1, keepdim=True) - low_R1
     q_RD = ((x_RD - low_R1) * (torch.full_like(range_R1, 255) / range_R1)).round()
     rounded_RD = q_RD.double() * (range_R1.double() / 255) + low_R1.double()
-    return F.linear(rounded_RD, codes_ND.double() * scale_N.double()[:, None], bias_N.double())
+    return F.linear(rounded_RD, codes_ND.double() * scale_N.double()[:, None])
+
+
+class Form(NamedTuple):
+    """What a kind of weights is made of.
+
+    Attributes:
+        narrow: returns a matrix `[N, D]` as the kernel reads it, with scales and sums if it has any; see `Narrow`.
+        emulate: computes the products of a path by torch in float64, without the bias: `[R, N]`.
+        makes_steps: products make whole steps out of the rounding of their inputs.
+    """
+
+    narrow: Callable[[Tensor, Path], Arrays]
+    emulate: Callable[[Tensor, Tensor, Path], Tensor]
+    makes_steps: bool = False
+
+
+FORMS: dict[str, Form] = {
+    "int8": Form(_in_bytes, _of_bytes, makes_steps=True),
+    **dict.fromkeys(("bfloat16", "float16", "float32"), Form(_in_floats, _of_floats)),
+}
+"""By the kind of the weights. A further quantisation is a row here, one for each of its paths in `PATHS`, an entry of
+`FASTEST`, a path of `linear.cpp`, and its name in `cenote.config.Quantization`."""
 
 
 def load(isa: Isa = "auto") -> Kernel:

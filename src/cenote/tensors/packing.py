@@ -6,6 +6,7 @@ N attention heads, H head size.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -106,7 +107,7 @@ class Batch:
         sequences: source of the rows; `()` where rows are pieces of sequences (`share`, `set_apart`).
         prefixes: per sequence, the rows of this batch that it continues; `None` when no sequence has any.
         blind: a sequence with a prefix sees nothing but it, not even itself.
-        media: the pictures of the sequences, each content once.
+        media: the pictures of the sequences, each content once for each salt.
         host_sources_T: int64 row of the features of `media`, end to end, that each token gets in place of its
             embedding; -1 = it keeps its own; `None` = there are no pictures.
         features: of `media`, once they are computed.
@@ -409,7 +410,10 @@ def _positions(sequences: Seq[Sequence], starts: Ids, lengths: Ids) -> np.ndarra
 
 
 def _media(sequences: Seq[Sequence]) -> tuple[tuple[Media, ...], Ids | None]:
-    """Return the pictures of `sequences`, each content once, and the `Batch.host_sources_T` of their tokens."""
+    """Return the pictures of `sequences`, each content once, and the `Batch.host_sources_T` of their tokens.
+
+    Pictures of sequences with another salt are other pictures: their keys differ, so that no features are shared.
+    """
     if not any(map(attrgetter("media"), sequences)):
         return (), None
     rows: dict[bytes, int] = {}  # the first of each picture, by its key
@@ -419,13 +423,19 @@ def _media(sequences: Seq[Sequence]) -> tuple[tuple[Media, ...], Ids | None]:
     for sequence in sequences:
         sources_L = np.full(len(sequence), -1, dtype=np.int64)
         for medium, (start, stop) in zip(sequence.media, sequence.spans, strict=True):
-            if medium.key not in rows:
-                rows[medium.key] = count
-                media.append(medium)
+            key = _salted(medium.key, sequence.salt)
+            if key not in rows:
+                rows[key] = count
+                media.append(replace(medium, key=key))
                 count += medium.tokens
-            sources_L[start:stop] = rows[medium.key] + np.arange(medium.tokens)
+            sources_L[start:stop] = rows[key] + np.arange(medium.tokens)
         sources.append(sources_L)
     return tuple(media), np.concatenate(sources)
+
+
+def _salted(key: bytes, salt: str | None) -> bytes:
+    """Return the key of a picture for requests with `salt`; `None` = they have none."""
+    return key if salt is None else hashlib.sha256(salt.encode()).digest() + key
 
 
 def _type_ids(sequence: Sequence) -> Ids:

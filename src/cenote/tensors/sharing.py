@@ -104,12 +104,12 @@ def _pieces(batch: Batch, groups: list[Group]) -> list[Piece]:
 
 
 def _common_prefixes(batch: Batch) -> list[Group]:
-    """Return the groups of sequences whose prefixes are to be shared."""
+    """Return the groups of sequences whose prefixes are to be shared: those of one salt, as others are kept apart."""
     ids = [batch.identity_T[rows.start : rows.stop] for rows in batch.rows]
-    alike: dict[bytes, list[int]] = {}
-    for i, ids_T in enumerate(ids):
+    alike: dict[tuple[str | None, bytes], list[int]] = {}
+    for i, (ids_T, sequence) in enumerate(zip(ids, batch.sequences, strict=True)):
         if len(ids_T) > SHORTEST_PREFIX:
-            alike.setdefault(ids_T[:SHORTEST_PREFIX].tobytes(), []).append(i)
+            alike.setdefault((sequence.salt, ids_T[:SHORTEST_PREFIX].tobytes()), []).append(i)
     groups: list[Group] = []
     for members in alike.values():
         if len(members) > 1:

@@ -207,8 +207,8 @@ class ColVision(MultiVector):
         layout = self.layout
         variables = {name: getattr(layout, name) for name in ("prefix", "head", "instruction", "beside", "tail")}
         augmentation = str(tokenizer.pad_token) * layout.augmentation
-        own = {"markup": self.sight(files).pictures.markup, "suffix": augmentation + layout.suffix}
-        return MessageTemplate(TEMPLATE, variables | own, structured=True)
+        placed = {"markup": self.sight(files).pictures.markup, "suffix": augmentation + layout.suffix}
+        return MessageTemplate(TEMPLATE, variables | placed, structured=True)
 
     def outputs(self, loaded: Loaded) -> dict[str, TaskOutput]:
         """Return token vectors, projected; `dims` of a config are those that are kept."""

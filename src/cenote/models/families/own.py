@@ -142,13 +142,13 @@ class OwnEmbed(Embed):
 
 def _own_pooling(loaded: Loaded) -> OneVector | None:
     """Return the class's pooling of whole sequences; `None` if it has none, or the user chose another."""
-    own: Any = getattr(loaded.full, "pool", None)
-    if own is None or loaded.options.pooler_config.sequence_pooling:
+    pool: Any = getattr(loaded.full, "pool", None)
+    if pool is None or loaded.options.pooler_config.sequence_pooling:
         return None
 
     def pooled(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
         bounds = [(batch.starts[i], batch.starts[i + 1]) for i in members]
-        return torch.stack([own(x_TD[first:end], batch.ids_T[first:end]) for first, end in bounds])
+        return torch.stack([pool(x_TD[first:end], batch.ids_T[first:end]) for first, end in bounds])
 
     return pooled
 

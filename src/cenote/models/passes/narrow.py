@@ -43,15 +43,15 @@ NEEDS = ("packed",)
 KIND_OF_DTYPE: dict[torch.dtype, Kind] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def choose(*, int8: bool, dtype: torch.dtype | None, isa: Isa = "auto") -> Narrowing:
+def choose(*, quantization: str = "none", dtype: torch.dtype | None = None, isa: Isa = "auto") -> Narrowing:
     """Return how this CPU runs narrow weights, if there are to be any.
 
     Args:
-        int8: whether Linears are to be quantised.
+        quantization: a kind of `cenote.tensors.linear.FORMS`, or "none".
         dtype: `torch.float16`, `torch.bfloat16` or `None`; see `Narrowing.dtype`.
         isa: instructions that the kernels may use.
     """
-    kinds: list[Kind] = ["int8"] if int8 else []
+    kinds: list[Kind] = [] if quantization == "none" else [quantization]
     if dtype is not None:
         kinds.append(KIND_OF_DTYPE[dtype])
     if not kinds:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.models.audit import Audit
 from cenote.models.passes.patches import Patches
-from cenote.tensors.linear import PATHS
+from cenote.tensors.linear import FORMS, PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +39,11 @@ class Narrowing:
     path: str = ""
     dtype: torch.dtype | None = None
     fault: str = ""
+
+    @property
+    def makes_steps(self) -> bool:
+        """See `cenote.tensors.linear.Form`."""
+        return self.kernel is not None and FORMS[PATHS[self.path].kind].makes_steps
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Settings:
     def keeps_bits(self) -> bool:
         """Whether nothing that depends on the rest of a batch may change by a bit the way in which a row is computed.
 
-        Products in 8 bits make whole steps out of the rounding of their inputs.
+        Products in 8 bits, for instance, make whole steps out of the rounding of their inputs.
         """
-        return self.invariant or (self.narrowing.kernel is not None and PATHS[self.narrowing.path].kind == "int8")
+        return self.invariant or self.narrowing.makes_steps
 
 
 class Outcome(NamedTuple):

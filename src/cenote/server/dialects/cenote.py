@@ -2,68 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from cenote.pipeline import operations
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, with_data
-from cenote.server.wire.fields import Many, Shared, Some
+from cenote.server.wire.entities import EntityFields, entities_of
+from cenote.server.wire.fields import Shared, Some
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cenote.pipeline.entities import Entity
-    from cenote.pipeline.job import Job
+    from cenote.core import Sequence
     from cenote.server.serving import Serving
+    from cenote.server.wire.entities import Forms
 
 
-class EntityRequest(Shared):
+class EntityRequest(Shared, EntityFields):
     """Body of `POST /v1/token_classify`."""
 
     input: str | Some[str]
-    aggregation_strategy: str = Field("none", description="none, simple, first, average or max")
-    ignore_labels: Many[str] = Field(["O"], description="labels that are no entities")
 
 
 async def token_classify(serving: Serving, request: Request, body: EntityRequest) -> Response:
     """The entities of each text, with label, score and character offsets."""
-    service = serving.find(body.model)
     body.refuse_media()
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    serving.check_count(len(texts))
 
-    def make() -> Job[Response]:
-        job = operations.find_entities(
-            service,
-            texts,
-            body.text_options(),
-            aggregation=body.aggregation_strategy,
-            ignore_labels=body.ignore_labels,
-        )
+    def encode(forms: Forms, sequences: Seq[Sequence]) -> Response:
+        data = [{"index": i, "object": "token_classify", "entities": entities} for i, entities in enumerate(forms)]
+        return json_response(with_data(answers.head(serving, request, body, "token_classify", sequences), data))
 
-        def encode(entities: list[list[Entity]]) -> Response:
-            data = [
-                {"index": i, "object": "token_classify", "entities": [wire(entity) for entity in of_text]}
-                for i, of_text in enumerate(entities)
-            ]
-            head = answers.head(serving, request, body, "token_classify", job.sequences)
-            return json_response(with_data(head, data))
-
-        return job.then(encode)
-
-    return await serving.answer(request, service, body, make)
-
-
-def wire(entity: Entity) -> dict[str, Any]:
-    """Return an entity as Transformers' pipeline does: `entity` and `index` of a token, `entity_group` of a group."""
-    place = {"start": entity.start, "end": entity.end}
-    if entity.index is None:
-        return {"entity_group": entity.label, "score": entity.score, "word": entity.word, **place}
-    return {"entity": entity.label, "score": entity.score, "index": entity.index, "word": entity.word, **place}
+    return await entities_of(serving, request, body, body.input, body.text_options(), encode)
 
 
 DIALECT = Dialect(

@@ -245,13 +245,13 @@ class CohereRerankRequest(RankingFields):
 async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) -> Response:
     """The documents by falling relevance to the query; `document` stands in the results on request."""
     version = "1" if body.rank_fields or body.shows() else "2"
-    given = body.documents if isinstance(body.documents, list) else [body.documents]
+    listed = body.documents if isinstance(body.documents, list) else [body.documents]
 
     def result(rank: Ranked) -> dict[str, Any]:
         entry = {"index": rank.index, "relevance_score": rank.score}
         if not body.shows():
             return entry
-        document = given[rank.index]
+        document = listed[rank.index]
         return entry | {"document": {"text": document} if isinstance(document, str) else document}
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:

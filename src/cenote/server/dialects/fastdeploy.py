@@ -12,7 +12,6 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
-from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.server.dialects.openai import EmbeddingRequest, embeddings
 from cenote.server.routes import Dialect, Route
@@ -78,8 +77,6 @@ async def reward(serving: Serving, request: Request, body: RewardRequest) -> Res
     """The reward of a conversation: one number, or one per step from a process reward model."""
     service = serving.find(body.model, any_name=True)
     body.check_media(service)
-    if body.dimensions is not None:
-        raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
 
     def make() -> Job[Response]:
         job = _job(serving, service, body)
@@ -120,7 +117,7 @@ def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Ou
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
         prompt = service.renderer.chat(body.messages, chat, body.mm_processor_kwargs)  # type: ignore[arg-type]
         options = options._replace(rendered=True)
-    params = PoolingParams(use_activation=body.use_activation)
+    params = PoolingParams(use_activation=body.use_activation, dimensions=body.dimensions)
     return operations.reward(service, [prompt], params, options, of_tokens=False)  # the last token is judged
 
 

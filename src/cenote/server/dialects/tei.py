@@ -24,11 +24,11 @@ from cenote.pipeline.entities import softmax
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.tokenizing import FastTokenizer
 from cenote.server.admission import RENDER_THREADS
-from cenote.server.dialects.cenote import wire
 from cenote.server.dialects.home import home
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
+from cenote.server.wire.entities import EntityFields, entities_of
 from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of
 from cenote.server.wire.pairs import DIRECTIONS, Direction, RankingFields, rank
 from cenote.server.wire.plain import encoded
@@ -36,12 +36,12 @@ from cenote.tensors.similarity import pairwise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from collections.abc import Sequence as Seq
 
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cenote.core import ModelInfo, Output
-    from cenote.pipeline.entities import Entity
+    from cenote.core import ModelInfo, Output, Sequence
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Classes, Ranked
     from cenote.pipeline.pipeline import Service
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cenote.server.errors import Fault
     from cenote.server.routes import Handler
     from cenote.server.serving import Serving
+    from cenote.server.wire.entities import Forms
     from cenote.tensors.similarity import Array
 
 Texts = TokenIds | str | Many[str | TokenIds]
@@ -159,12 +160,11 @@ class PredictRequest(TeiFields):
         return PoolingParams(use_activation=False if is_raw else None)
 
 
-class EntitiesRequest(TeiFields):
+class EntitiesRequest(TeiFields, EntityFields):
     """Body of a request for the named entities of texts."""
 
     inputs: str | Some[str]
     aggregation_strategy: str = Field("simple", description="none, simple, first, average or max")
-    ignore_labels: Many[str] = Field(["O"], description="labels that are no entities")
 
 
 class SimilarityRequest(Prompted):
@@ -382,26 +382,11 @@ def _classes(values: Array, info: ModelInfo, body: PredictRequest) -> list[dict[
 @timed
 async def token_classification(serving: Serving, request: Request, body: EntitiesRequest) -> Response:
     """The named entities of a text, or a list of them for each text of a list."""
-    service = serving.find(body.model)
-    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    serving.check_count(len(texts))
 
-    def make() -> Job[Response]:
-        job = operations.find_entities(
-            service,
-            texts,
-            body.text_options(),
-            aggregation=body.aggregation_strategy,
-            ignore_labels=body.ignore_labels,
-        )
+    def encode(forms: Forms, _: Seq[Sequence]) -> Response:
+        return json_response(forms[0] if isinstance(body.inputs, str) else forms)
 
-        def encode(entities: list[list[Entity]]) -> Response:
-            forms = [[*map(wire, of_text)] for of_text in entities]
-            return json_response(forms[0] if isinstance(body.inputs, str) else forms)
-
-        return job.then(encode)
-
-    return await serving.answer(request, service, body, make)
+    return await entities_of(serving, request, body, body.inputs, body.text_options(), encode)
 
 
 @timed

@@ -125,7 +125,7 @@ class Queued(Body):
 
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = Field(0, description="lower runs first")
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="keeps cached results apart from those of other salts"
+        None, description="shares nothing with requests of another salt: results, pictures, common prefixes"
     )
 
     @model_validator(mode="after")

@@ -65,12 +65,12 @@ class TypedFields(PoolingFields):
         return self
 
     def _check_known(self) -> None:
-        known = (*VECTOR_TYPES, *KINDS)
-        unknown = set(self.embedding_types or ()).difference(known)
+        types = (*VECTOR_TYPES, *KINDS)
+        unknown = set(self.embedding_types or ()).difference(types)
         if unknown:
             raise PydanticCustomError(
                 "types",
-                f"Unknown embedding type {min(unknown)!r}; known are: {', '.join(known)}.",
+                f"Unknown embedding type {min(unknown)!r}; known are: {', '.join(types)}.",
                 {"param": "embedding_types"},
             )
 
