@@ -79,9 +79,10 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
         ValueError: they are not understood; also `KeyError` and `ImportError`, as Transformers raises them.
     """
     ends = _ends(Path(source.path))
+    has_code = bool(references(config(Path(source.path)))) and not ends
     tokenizer: PreTrainedTokenizerBase = _kind(Path(source.path)).from_pretrained(
         source.path,
-        trust_remote_code=source.trust_remote_code and not ends,
+        trust_remote_code=source.trust_remote_code and has_code,  # else the code of the model would run, or be asked for
         config=_config(Path(source.path)),
         **source.kwargs,
     )
