@@ -5,8 +5,13 @@ The weights are large enough that every token, position and layer moves the resu
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +33,9 @@ from transformers import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HIDDEN = 32
 POSITIONS = 64
@@ -148,6 +152,31 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     return folder
 
 
+def write(kind: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> Path:
+    """Write a model of the class `kind`, with weights from `seed`, and `tokenizer` into `folder`.
+
+    Equal models are made once a process, and each folder has files of its own.
+    """
+    key = (kind, config.to_json_string(), seed, torch.get_default_dtype())
+    if key not in _WRITTEN:
+        with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on what was made before
+            model = kind(config)
+        randomize(model, seed)
+        model.save_pretrained(Path(_root().name) / str(len(_WRITTEN)))
+        _WRITTEN[key] = Path(_root().name) / str(len(_WRITTEN))
+    shutil.copytree(_WRITTEN[key], folder, dirs_exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_WRITTEN: dict[tuple[Any, ...], Path] = {}
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cenote-checkpoints-")
+
+
 def bert(
     folder: Path,
     *,
@@ -170,7 +199,7 @@ def bert(
             **options,
         }
     )
-    return save((BertForMaskedLM if masked_lm else BertModel)(config), tokenizer, folder, seed)
+    return write(BertForMaskedLM if masked_lm else BertModel, config, tokenizer, folder, seed)
 
 
 _DECODERS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -190,31 +219,25 @@ def decoder(
 ) -> Path:
     """A two-layer causal decoder with grouped key-value heads."""
     tokenizer = tokenizer or byte_level()
-    model, config = _DECODERS[architecture]
-    return save(
-        model(
-            config(
-                **{
-                    "vocab_size": len(tokenizer),
-                    "hidden_size": HIDDEN,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "head_dim": 8,
-                    "intermediate_size": 48,
-                    "max_position_embeddings": 256,
-                    "tie_word_embeddings": False,
-                    "pad_token_id": 0,
-                    "bos_token_id": None,
-                    "eos_token_id": 0,
-                    **options,
-                }
-            )
-        ),
-        tokenizer,
-        folder,
-        seed,
+    model, kind = _DECODERS[architecture]
+    config = kind(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            **options,
+        }
     )
+    return write(model, config, tokenizer, folder, seed)
 
 
 def classifier(
@@ -242,7 +265,7 @@ def classifier(
     }
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     shared = {name: value for name, value in {**shape, **ids}.items() if name in known}
-    return save(getattr(transformers, family + head)(kind(**{**shared, **options})), tokenizer, folder, seed)
+    return write(getattr(transformers, family + head), kind(**{**shared, **options}), tokenizer, folder, seed)
 
 
 def add_head(folder: Path, architecture: str, weights: Mapping[str, Tensor]) -> Path:
@@ -261,6 +284,37 @@ def two_layers(labels: int, *, seed: int = 0) -> dict[str, Tensor]:
         for place, rows in ((0, HIDDEN), (2, labels))
         for kind, shape in (("weight", (rows, HIDDEN)), ("bias", (rows,)))
     }
+
+
+def pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` in eval mode, loaded once for each content of the folder's files.
+
+    For references alone, whose forwards leave it as it is: a model that a test has changed is given to no other.
+    """
+    model, untouched = _pretrained(kind, folder, _digest(folder), tuple(sorted(options.items())))
+    assert _touches(model) == untouched, "a test has changed a model that others share"
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _pretrained(kind: Any, folder: Path, digest: bytes, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    model = kind.from_pretrained(folder, **dict(options)).eval().requires_grad_(False)
+    return model, _touches(model)
+
+
+def _digest(folder: Path) -> bytes:
+    """Hash of all files of `folder`, their names included."""
+    hashed = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        hashed.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return hashed.digest()
+
+
+def _touches(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What differs after a model's tensors, forwards, hooks or mode were changed."""
+    tensors = [(id(tensor), tensor._version) for tensor in model.state_dict(keep_vars=True).values()]
+    return tensors + [("forward" in vars(x), len(x._forward_hooks), x.training) for x in model.modules()]
 
 
 OLD = "sentence_transformers.models."

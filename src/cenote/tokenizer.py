@@ -89,9 +89,10 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
         ValueError: they are not understood; also `KeyError` and `ImportError`, as Transformers raises them.
     """
     ends = _ends(Path(source.path))
+    runs_code = source.trust_remote_code and bool(references(config(Path(source.path)))) and not ends
     tokenizer: PreTrainedTokenizerBase = _kind(Path(source.path)).from_pretrained(
         source.path,
-        trust_remote_code=source.trust_remote_code and not ends,
+        trust_remote_code=runs_code,  # that of the model's config would run, too, or be asked of the hub
         config=_config(Path(source.path)),
         **source.kwargs,
     )

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import dynamic_module_utils
 
 from cenote import LLM
 from cenote.errors import CheckpointError
@@ -161,8 +163,14 @@ def jina(tmp_path_factory: pytest.TempPathFactory) -> Jina:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "trusted"])
 def served(jina: Jina, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM(model=str(jina.folder), trust_remote_code=request.param) as llm:
+    """Code that Transformers' class stands for is neither run nor asked for, also where it may be."""
+    asked = Mock(side_effect=AssertionError("the code was asked for"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "cached_file", asked)
+        llm = LLM(model=str(jina.folder), trust_remote_code=request.param)
+    with llm:
         yield llm
+    assert not asked.called
 
 
 def embedded(llm: LLM, **ask: Any) -> np.ndarray:

@@ -31,7 +31,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cenote.models.layouts import forward
-from cenote.models.passes.observing import ACTIVATIONS, Seen, constants_of, epsilon_of, is_plain, observe
+from cenote.models.passes.observing import ACTIVATIONS, Seen, epsilon_of, is_plain, observe
 from cenote.models.passes.patches import Patches
 from cenote.models.passes.subject import Outcome
 from cenote.models.probe import fault_of, shortened_windows, unchanged
@@ -138,9 +138,8 @@ def fuse(
         kinds: those to try, of `KINDS`.
     """
     patches = patches or Patches()
-    check = partial(unchanged, probe, probe().clone())
-    seen = observe(model, probe, patches)
-    seen.constants = constants_of(list(filter(patches.is_free, seen.linears)), probe, other)
+    rows, seen = observe(model, probe, other, patches)
+    check = partial(unchanged, probe, rows)
     matrices = _Matrices(products)
     matrices.pack(_packable(model, seen, patches))
     trials = _Trials(seen, matrices, kernels, patches, check)
