@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import ExitStack
 from copy import copy
@@ -11,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from starlette.testclient import TestClient
-from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
 from cenote.core import Engine, ModelInfo, PairTemplate, PoolingParams, Sequence
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
-from cenote.models.hub import embedded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +81,23 @@ ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Begin with the same random numbers, whatever ran before: fixtures and tests that draw from the global ones."""
-    torch.manual_seed(0)
+    import torch  # not above, as the process that hands out the tests reads this file and has no use for torch
+
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else `torch.manual_seed` would keep a stack for each kind of device, test by test
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from looking at what is imported and collected, which lives to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,7 +140,7 @@ def floats(values: Any) -> Any:
 
 @dataclass
 class Serve:
-    """Starts applications; each lives until the test ends. Token ids are run as they are, which keeps tests short."""
+    """Starts applications, which live as long as the fixture. Ids are run as they are, which keeps tests short."""
 
     tokenizer: PreTrainedTokenizerBase
     stack: ExitStack = field(default_factory=ExitStack)
@@ -161,6 +175,10 @@ class Serve:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer: BERT, uncased."""
+    from transformers import AutoTokenizer
+
+    from cenote.models.hub import embedded
+
     return AutoTokenizer.from_pretrained(embedded())
 
 
@@ -172,7 +190,15 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
         yield factory
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
+@pytest.fixture(scope="module")
+def serve_all(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
+    """Starts applications that the tests of a file share: they hold nothing once a request is answered."""
+    factory = Serve(tokenizer)
+    with factory.stack:
+        yield factory
+
+
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
     """An application with every option at its default."""
-    return serve()
+    return serve_all()
