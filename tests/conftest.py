@@ -33,15 +33,19 @@ settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
 LONGEST = (
-    "server/test_process", "models/test_multi_vector", "models/test_folder_keys", "models/test_damage",
-    "models/test_rerankers", "models/test_sentence_transformers", "models/test_reentrant", "models/test_classifiers",
-    "models/test_cross_encoders", "models/test_peft", "models/test_checkpoint", "models/test_hub", "cli/test_bench",
-    "models/test_heads", "models/test_images_qwen_vl", "pipeline/test_plugins", "server/test_front_process",
-    "test_docs", "models/test_parity_zoo", "models/test_narrow", "models/test_graphs", "models/test_message_folders",
-    "models/test_batch_invariant", "test_retrieval_quality", "test_benchmarks", "models/test_sparse",
-    "tensors/test_process", "models/test_convert", "pipeline/test_templates", "models/test_folder_values",
-    "server/test_hub_client", "server/test_lost_engine", "test_examples_of_peers", "pipeline/test_similarity",
-    "test_llm", "engine/test_scheduler",
+    "models/test_narrow", "server/test_process", "models/test_remote_code", "models/test_multi_vector",
+    "server/test_front_process", "tensors/test_linear", "models/test_folder_keys",
+    "models/test_sentence_transformers", "server/test_lost_engine", "pipeline/test_chunking", "test_scripts_of_vllm",
+    "models/test_cross_encoders", "test_peers", "models/test_graphs", "models/test_classifiers",
+    "models/test_embedder_families", "models/test_checkpoint", "models/test_sparse", "pipeline/test_plugins",
+    "tensors/test_quantize", "models/test_peft", "server/test_connections", "engine/test_owner",
+    "models/test_reentrant", "models/test_heads", "test_docs", "models/test_hub", "pipeline/test_pairs",
+    "models/test_rerankers", "models/test_batch_invariant", "cli/test_bench", "pipeline/test_entities",
+    "server/test_bad_requests", "models/test_rewards", "models/test_bge_m3", "server/test_cohere",
+    "models/test_damage", "server/test_images_complaints", "server/test_torchless", "models/test_parity_zoo",
+    "models/test_published", "test_retrieval_quality", "test_llm_waiting", "server/test_lora",
+    "pipeline/test_similarity", "models/test_contents", "cli/test_lines", "server/test_images_bad_input",
+    "server/test_fuzz",
 )  # fmt: skip
 """Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}
