@@ -27,8 +27,9 @@ serve: $(VENV)/.serve
 
 # A process more than two cores have, as tests of servers wait for other processes. One thread each: the models are so
 # small that threads would only wait for each other. Where a test takes more of them, those that wait sleep: spinning,
-# they take the processor from those that they wait for.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# they take the processor from those that they wait for. Bytecode is kept, whatever the environment says: these processes
+# and a hundred that they start would compile the same files again and again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
 test: $(VENV)/.dev

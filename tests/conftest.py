@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from contextlib import ExitStack
@@ -12,22 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from starlette.testclient import TestClient
-from transformers import AutoTokenizer
 
 from cenote.config import ServerConfig
 from cenote.conventions import PairTemplate
 from cenote.core import Engine, ModelInfo, PoolingParams, Sequence
 from cenote.engine.fake import FAKE_INFO, FakeEngine, fake_classes, fake_vector
-from cenote.models.hub import embedded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -37,15 +35,19 @@ settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
 LONGEST = (
-    "server/test_process", "models/test_multi_vector", "models/test_folder_keys", "models/test_damage",
-    "models/test_rerankers", "models/test_sentence_transformers", "models/test_reentrant", "models/test_classifiers",
-    "models/test_cross_encoders", "models/test_peft", "models/test_checkpoint", "models/test_hub", "cli/test_bench",
-    "models/test_heads", "models/test_images_qwen_vl", "pipeline/test_plugins", "server/test_front_process",
-    "test_docs", "models/test_parity_zoo", "models/test_narrow", "models/test_graphs", "models/test_message_folders",
-    "models/test_batch_invariant", "test_retrieval_quality", "test_benchmarks", "models/test_sparse",
-    "tensors/test_process", "models/test_convert", "pipeline/test_templates", "models/test_folder_values",
-    "server/test_hub_client", "server/test_lost_engine", "test_examples_of_peers", "pipeline/test_similarity",
-    "test_llm", "engine/test_scheduler",
+    "models/test_narrow", "server/test_process", "models/test_remote_code", "models/test_multi_vector",
+    "server/test_front_process", "tensors/test_linear", "models/test_folder_keys",
+    "models/test_sentence_transformers", "server/test_lost_engine", "pipeline/test_chunking", "test_scripts_of_vllm",
+    "models/test_cross_encoders", "test_peers", "models/test_graphs", "models/test_classifiers",
+    "models/test_embedder_families", "models/test_checkpoint", "models/test_sparse", "pipeline/test_plugins",
+    "tensors/test_quantize", "models/test_peft", "server/test_connections", "engine/test_owner",
+    "models/test_reentrant", "models/test_heads", "test_docs", "models/test_hub", "pipeline/test_pairs",
+    "models/test_rerankers", "models/test_batch_invariant", "cli/test_bench", "pipeline/test_entities",
+    "server/test_bad_requests", "models/test_rewards", "models/test_bge_m3", "server/test_cohere",
+    "models/test_damage", "server/test_images_complaints", "server/test_torchless", "models/test_parity_zoo",
+    "models/test_published", "test_retrieval_quality", "test_llm_waiting", "server/test_lora",
+    "pipeline/test_similarity", "models/test_contents", "cli/test_lines", "server/test_images_bad_input",
+    "server/test_fuzz",
 )  # fmt: skip
 """Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}
@@ -85,7 +87,23 @@ ENCODER = replace(INFO, score_types=("bi-encoder", "late-interaction"))
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Begin with the same random numbers, whatever ran before: fixtures and tests that draw from the global ones."""
-    torch.manual_seed(0)
+    import torch  # not above, as the process that hands out the tests reads this file and has no use for torch
+
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else `torch.manual_seed` would keep a stack for each kind of device, test by test
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from looking at what is imported and collected, which lives to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -139,7 +157,7 @@ def floats(values: Any) -> Any:
 
 @dataclass
 class Serve:
-    """Starts applications; each lives until the test ends. Token ids are run as they are, which keeps tests short."""
+    """Starts applications, which live as long as the fixture. Ids are run as they are, which keeps tests short."""
 
     tokenizer: PreTrainedTokenizerBase
     stack: ExitStack = field(default_factory=ExitStack)
@@ -175,6 +193,10 @@ class Serve:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer: BERT, uncased."""
+    from transformers import AutoTokenizer
+
+    from cenote.models.hub import embedded
+
     return AutoTokenizer.from_pretrained(embedded())
 
 
@@ -186,7 +208,15 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
         yield factory
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
+@pytest.fixture(scope="module")
+def serve_all(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
+    """Starts applications that the tests of a file share: they hold nothing once a request is answered."""
+    factory = Serve(tokenizer)
+    with factory.stack:
+        yield factory
+
+
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
     """An application with every option at its default."""
-    return serve()
+    return serve_all()

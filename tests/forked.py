@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -182,8 +183,11 @@ def _fork(requests: socket.socket) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
     module, arguments = _fork(socket.socket(fileno=os.dup(0)))
     if module == "-c":
         sys.argv = [module, *arguments[1:]]

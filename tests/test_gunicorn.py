@@ -6,10 +6,6 @@ import http.client
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import PATIENCE, checkpoints
+from tests.forked import Forked
 
 APP = """
     import json, os
@@ -58,23 +55,22 @@ def ask(port: int, path: str) -> tuple[int, list[Any]]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_worker_is_told_what_to_do_and_one_that_does_it_answers(tmp_path: Path) -> None:
+def test_a_worker_is_told_what_to_do_and_one_that_does_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoints.bert(tmp_path / "model")
     (tmp_path / "served.py").write_text(textwrap.dedent(APP))
     (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.set_inheritable(True)
-    port = listener.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}", "-c", "config.py", "served:app"],
-        cwd=tmp_path,
-        env={**os.environ, "FOLDER": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        pass_fds=[listener.fileno()],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    listener.close()
+    monkeypatch.chdir(tmp_path)
+    flags = ("--bind", "127.0.0.1:0", "-c", "config.py", "served:app")
+    process = Forked("gunicorn", *flags, environment={**os.environ, "FOLDER": str(folder)})
+    log = ""
     try:
+        while "Listening at" not in log:
+            line = process.stderr.readline()
+            assert line, log
+            log += line
+        port = int(log.rpartition("http://127.0.0.1:")[2].split()[0])
         status, (made, here, message) = ask(port, "/before")
         assert status == 503
         assert made != here
@@ -84,6 +80,7 @@ def test_a_worker_is_told_what_to_do_and_one_that_does_it_answers(tmp_path: Path
         assert len(vector) == 32
         assert any(vector)
     finally:
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, log
+        process.terminate()
+        log += process.stderr.read()
+        process.stderr.close()
+    assert process.wait(PATIENCE) == 0, log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -73,10 +74,20 @@ def name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+NAMES = frozenset(map(name, MODULES))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path, *, at_load: bool = False) -> set[str]:
     """Full names of what `path` imports, in functions too unless `at_load`."""
     found: set[str] = set()
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     nodes = [n for n in tree.body if not isinstance(n, ast.If)] if at_load else list(ast.walk(tree))
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -89,8 +100,7 @@ def imports(path: Path, *, at_load: bool = False) -> set[str]:
 
 def own(path: Path) -> set[str]:
     """Modules of the package that `path` imports, without the package's name."""
-    known = {name(module) for module in MODULES}
-    return {n.removeprefix("cenote.") for n in imports(path) if n.startswith("cenote.")} & known
+    return {n.removeprefix("cenote.") for n in imports(path) if n.startswith("cenote.")} & NAMES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
@@ -126,11 +136,7 @@ def test_no_cycles() -> None:
 
 
 def test_every_module_has_a_header() -> None:
-    missing = [
-        name(path)
-        for path in MODULES
-        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
-    ]
+    missing = [name(path) for path in MODULES if parsed(path).body and not ast.get_docstring(parsed(path))]
     assert not missing
 
 

@@ -25,7 +25,7 @@ from cenote.tasks import TASKS
 from tests import pictured
 from tests.conftest import INFO
 from tests.pictured import bomb, noise, saved, url
-from tests.test_layers import MODULES, name
+from tests.test_layers import MODULES, name, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -279,7 +279,7 @@ def test_no_list_is_created_empty_and_filled_in_a_closure() -> None:
     """An answer that a closure leaves in a list of its surroundings is what a `Job` is for."""
     faults = []
     for path in MODULES:
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in ast.walk(parsed(path)):
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 faults += [f"{name(path)}: {function.name} fills {filled}" for filled in _filled_in_closures(function)]
     assert not faults

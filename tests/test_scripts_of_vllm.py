@@ -32,7 +32,7 @@ from cenote import LLM, EngineArgs, LoRARequest, PoolerConfig, PoolingParams, co
 from cenote.cli.engine_args import FlexibleArgumentParser
 from cenote.foreign import FOREIGN
 from cenote.settings import resolve
-from tests import PATIENCE, checkpoints, pictured
+from tests import PATIENCE, checkpoints, forked, pictured
 from tests.models.test_peft import trained
 from tests.server.test_process import Process
 
@@ -270,16 +270,10 @@ def test_scripts(
         assert re.fullmatch(r"Reward: \[-?[\d.e-]+\] \(size=1\)", lines[-2])
 
 
-def test_a_script_is_a_process(home: Path, tmp_path: Path) -> None:
+def test_a_script_is_a_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a test's process is needed, and flags overrule the script's defaults."""
-    file = tmp_path / "script.py"
-    file.write_text(script("embed"))
-    done = subprocess.run(
-        [sys.executable, str(file), "--model=boltuix/ner", "--pooler_config.seq_pooling_type", "CLS"],
-        capture_output=True,
-        text=True,
-        cwd=home,
-    )
+    monkeypatch.chdir(home)
+    done = forked.run(script("embed"), "--model=boltuix/ner", "--pooler_config.seq_pooling_type", "CLS")
     expected = LLM(str(home / "boltuix/ner"), pooler_config={"pooling_type": "CLS"}).embed(PROMPTS)
     assert done.returncode == 0, done.stderr
     assert_close(json.loads(done.stdout.splitlines()[-1]), embeddings(expected))

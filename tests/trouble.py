@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from cenote.cli import main
+from cenote.engine import engine
 from cenote.models import load
 
 if TYPE_CHECKING:
@@ -87,4 +88,5 @@ if __name__ == "__main__":
         return Troubled(model, kind), checkpoint
 
     load.load = troubled
+    engine.LAST_FORWARDS = 0.5
     sys.exit(main(arguments))

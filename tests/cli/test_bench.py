@@ -82,14 +82,14 @@ def check_rates(result: dict[str, Any]) -> None:
 
 
 def test_the_default_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("--requests", "12", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3", "--streams", "1")
+    argv = ("--requests", "6", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3", "--streams", "1")
     result = bench(*argv, folder=tmp_path)
-    tokens = sum(MIXED[:12])
+    tokens = sum(MIXED[:6])
     assert counts(result) == [
-        ("throughput", 12, 2, 0, 24, 2 * tokens),
-        *[("latency", n, 24, 0, 24, 24 * n) for n in LENGTHS],
-        ("batches", 5, 6, 0, 24, 2 * tokens),
-        ("load", 3, 24, 0, 24, 2 * tokens),
+        ("throughput", 6, 2, 0, 12, 2 * tokens),
+        *[("latency", n, 12, 0, 12, 12 * n) for n in LENGTHS],
+        ("batches", 5, 4, 0, 12, 2 * tokens),
+        ("load", 3, 12, 0, 12, 2 * tokens),
     ]
     check_rates(result)
 
@@ -108,7 +108,7 @@ def test_the_default_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["model"]["threads"] == torch.get_num_threads()
     assert result["versions"]["torch"] == torch.__version__
     assert result["machine"]["cores"] >= 1
-    assert result["options"]["requests"] == 12
+    assert result["options"]["requests"] == 6
 
     shown = capsys.readouterr()
     assert shown.out.endswith(table(result) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cenote.engine import engine as engines
 from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.engine import LocalEngine
@@ -46,7 +47,8 @@ def test_the_late_batches_are_told_once() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda engine: engine, ChunkedEngine, lambda engine: CachedEngine(engine, 1 << 20)])
-def test_a_hung_forward_ends_the_engine_and_answers_all(wrap: Any) -> None:
+def test_a_hung_forward_ends_the_engine_and_answers_all(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "LAST_FORWARDS", 0.1)
     never = threading.Event()
     model = Model(lambda sequences: (len(sequences[0]) == 66 and never.wait(PATIENCE), None)[1])
     engine = wrap(LocalEngine(model, max_batch_tokens=66, streams=1, forward_timeout=0.3))

@@ -27,16 +27,12 @@ def fields(kind: type) -> set[str]:
     return set().union(*(vars(parent).get("__annotations__", {}) for parent in kind.__mro__))
 
 
-SIGHTED = sorted(
-    kind for kind in CONFIG_MAPPING_NAMES if fields(CONFIG_MAPPING[kind]) & {"vision_config", "image_token_id"}
-)
-"""Every `model_type` of Transformers whose config has a part for pictures."""
-
-
 def test_every_config_with_a_part_for_pictures_is_served_or_refused_by_name() -> None:
-    assert len(SIGHTED) > 100
-    for kind in set(SIGHTED).difference(SIGHTS):
-        entries = fields(CONFIG_MAPPING[kind]).intersection(SIGNS)
+    entries_of = {kind: fields(CONFIG_MAPPING[kind]) for kind in CONFIG_MAPPING_NAMES}
+    sighted = {kind for kind, entries in entries_of.items() if entries & {"vision_config", "image_token_id"}}
+    assert len(sighted) > 100
+    for kind in sighted.difference(SIGHTS):
+        entries = entries_of[kind].intersection(SIGNS)
         config = SimpleNamespace(model_type=kind, **dict.fromkeys(entries, 1))
         sight = of_backbone(SimpleNamespace(config=config, architecture=f"{kind}-model"))  # type: ignore[arg-type]
         assert sight is not None, kind

@@ -150,10 +150,10 @@ class Full(FakeEngine):
         raise Overloaded("16384 sequences wait already", retry_after=3)
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
     """A server of a reranker, which also embeds, with a key and small bodies."""
-    return serve(info=CROSS_ENCODER, api_key=["secret"], max_body_bytes=5000)
+    return serve_all(info=CROSS_ENCODER, api_key=["secret"], max_body_bytes=5000)
 
 
 def _refused(client: TestClient, case: Case, path: str, body: Any, status: int, **headers: str) -> str:
@@ -216,26 +216,38 @@ def test_refusals_at_the_gate(client: TestClient, case: Case, path: str, monkeyp
     assert case.read(answer.json()) == "a new request would wait for 20 s"
 
 
+@pytest.fixture(scope="module")
+def full(serve_all: Serve) -> TestClient:
+    """A server whose engine takes nothing more."""
+    return serve_all(Full(CROSS_ENCODER))
+
+
 @pytest.mark.parametrize(("case", "path"), [param for param in PATHS if param.values[0].path != "/tokenize"])  # type: ignore[attr-defined]
-def test_overload_behind_the_gate(serve: Serve, case: Case, path: str) -> None:
-    answer = serve(Full(CROSS_ENCODER)).post(path, json=case.body)
+def test_overload_behind_the_gate(full: TestClient, case: Case, path: str) -> None:
+    answer = full.post(path, json=case.body)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
     assert case.read(answer.json()) == "16384 sequences wait already"
 
 
+@pytest.fixture(scope="module")
+def keyless(serve_all: Serve) -> TestClient:
+    """A server of a reranker without a key."""
+    return serve_all(info=CROSS_ENCODER)
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-def test_a_field_that_is_null_is_not_there(serve: Serve, case: Case) -> None:
+def test_a_field_that_is_null_is_not_there(keyless: TestClient, case: Case) -> None:
     """Also where it would tell the dialect; but Voyage's client names all of its fields, which tells its requests."""
-    client = serve(info=CROSS_ENCODER)
     path = f"/{case.prefix}{case.path}"
-    match = Table(DIALECTS, ()).match("POST", path)
+    table = Table(DIALECTS, ())
+    match = table.match("POST", path)
     assert match is not None
-    shared = Table(DIALECTS, ()).match("POST", case.path)
+    shared = table.match("POST", case.path)
     names = {name for found in (match, shared) if found for entry in found.entries for name in entry.fields}
-    plain = client.post(path, json=case.body)
+    plain = keyless.post(path, json=case.body)
     assert plain.status_code == 200, plain.text
     for name in sorted(names - case.body.keys()):
-        answer = client.post(path, json={**case.body, name: None})
+        answer = keyless.post(path, json={**case.body, name: None})
         assert (answer.status_code, _lasting(answer.json())) == (200, _lasting(plain.json())), name
 
 

@@ -38,9 +38,9 @@ PAIR_IDS = [CLS, HELLO, SEP, WORLD, SEP]
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
-    return serve(info=CLASSIFIER)
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
+    return serve_all(info=CLASSIFIER)
 
 
 def post(client: TestClient, path: str, body: dict[str, Any]) -> Any:

@@ -375,8 +375,8 @@ def test_a_bug_is_not_shown(serve: Serve) -> None:
 
 FLOODS = {
     "nulls": (b'{"input": [' + b"null," * 200_000 + b"null]}", ROUTE),
-    "fractions": (b'{"input": [' + b"1.5," * 1_000_000 + b"1.5]}", ROUTE),
-    "one id each": (b'{"input": [' + b"[1]," * 1_000_000 + b"[1]]}", ROUTE),
+    "fractions": (b'{"input": [' + b"1.5," * 200_000 + b"1.5]}", ROUTE),
+    "one id each": (b'{"input": [' + b"[1]," * 200_000 + b"[1]]}", ROUTE),
     "objects": (b'{"input": [' + b"{}," * 200_000 + b"{}]}", "/classify"),
     "documents": (b'{"query": "a", "documents": [' + b"null," * 200_000 + b"null]}", "/rerank"),
     "messages": (b'{"messages": [' + b"null," * 200_000 + b"null]}", "/tokenize"),

@@ -26,11 +26,11 @@ DOCUMENTS = ["three", "one", "deep water"]
 LONG = "one " * 90
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
     """An embedder, a reranker and a classifier."""
     infos = {"embedder": INFO, "reranker": CROSS_ENCODER, "lab/classifier": CLASSIFIER}
-    return serve.several(**{name: FakeEngine(replace(info, name=name)) for name, info in infos.items()})
+    return serve_all.several(**{name: FakeEngine(replace(info, name=name)) for name, info in infos.items()})
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from tests.conftest import Serve
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
-    return serve.several(embedder=FakeEngine(INFO), reranker=FakeEngine(CROSS_ENCODER))
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
+    return serve_all.several(embedder=FakeEngine(INFO), reranker=FakeEngine(CROSS_ENCODER))
 
 
 NO_TEXT = {"title": "x"}

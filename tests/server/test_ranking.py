@@ -18,9 +18,9 @@ LONG = "one " * 90
 BOOKS = [{"title": "three", "body": "deep"}, {"title": "one", "body": "water"}]
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
-    return serve(info=CROSS_ENCODER)
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
+    return serve_all(info=CROSS_ENCODER)
 
 
 def post(client: TestClient, path: str, **body: Any) -> Any:

@@ -46,9 +46,9 @@ UNKNOWN = "Token id {} is out of vocabulary; fake takes ids from 0 to 30521" + U
 IMAGE = [{"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}, {"type": "text", "text": "hello"}]
 
 
-@pytest.fixture
-def client(serve: Serve) -> TestClient:
-    return serve(info=CROSS_ENCODER, chat_template=TEMPLATE)
+@pytest.fixture(scope="module")
+def client(serve_all: Serve) -> TestClient:
+    return serve_all(info=CROSS_ENCODER, chat_template=TEMPLATE)
 
 
 def post(client: TestClient, path: str = ROUTE, **body: Any) -> Any:
