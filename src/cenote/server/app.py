@@ -117,7 +117,9 @@ class Application:
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         admission = self._serving.admission if serving is None else Admission([], config)
-        gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open, self._is_known)
+        gate = Gate(
+            router, config, self.under_way, admission, self._error_body, self._is_open, self._is_known, self._is_shared
+        )
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
@@ -191,6 +193,11 @@ class Application:
     def _is_known(self, scope: Scope) -> bool:
         """Return whether a request has a route."""
         return self._match(scope) is not None
+
+    def _is_shared(self, scope: Scope) -> bool:
+        """Return whether the path of a request is one of several dialects, of which the body tells."""
+        match = self._match(scope)
+        return match is not None and len(match.entries) > 1
 
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""
