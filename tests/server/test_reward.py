@@ -131,6 +131,8 @@ def test_a_server_of_several_models_does_not(serve: Serve) -> None:
         {"add_generation_prompt": False, "add_special_tokens": False},
         {"return_token_ids": False, "dimensions": None, "truncate_prompt_tokens": None},
         {"use_activation": False},
+        {"normalize": True, "dimensions": 2},
+        {"normalize": False},
     ],
     ids=str,
 )
@@ -242,12 +244,7 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": None}, ONE_SOURCE, "messages"),
         ({"messages": SAID, "prompt_token_ids": [5]}, ONE_SOURCE, "messages"),
         ({"messages": [{"role": "user", "content": IMAGE}]}, IMAGES, "messages"),
-        (
-            {"messages": SAID, "dimensions": 2},
-            "a reward has no dimensions to choose: `dimensions` must be",
-            "dimensions",
-        ),
-        ({"messages": SAID, "normalize": True}, "Parameter `normalize` was removed; use `use_acti", "normalize"),
+        ({"messages": SAID, "softmax": True}, "Parameter `softmax` was removed; use `use_acti", "softmax"),
         ({"messages": SAID, "mm_processor_kwargs": {"a": 1}}, "`mm_processor_kwargs` is not", "mm_processor_kwargs"),
         ({"messages": SAID, "media_io_kwargs": {"image": {}}}, "`media_io_kwargs` is not accepted", "media_io_kwargs"),
         ({"messages": SAID, "chat_template": "x"}, UNTRUSTED, "chat_template"),

@@ -239,8 +239,14 @@ class Application:
         return await route.handler(self._serving, request, body)
 
     def _name_model(self, body: Any, of_path: str | None, purpose: str) -> None:
-        """Let a body name the model of its path, else the one that it names, else one that is made for the route."""
+        """Let a body name the model of its path, else the one that it names, else one that is made for the route.
+
+        An adapter that it names besides takes the model's place.
+        """
         named = of_path or getattr(body, "model", None)
+        adapter = getattr(body, "adapter", None)
+        if adapter:
+            named = self._serving.models.adapted(named, adapter)
         if not named and purpose:
             named = self._serving.models.made_for(purpose)
         if "model" in type(body).model_fields:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
-from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.server.dialects.openai import EmbeddingRequest, embeddings
 from cenote.server.routes import Dialect, Route
@@ -54,10 +53,13 @@ OTHER_NAMES = {"normalize": "use_activation"}
 class RewardRequest(Shared, Chat):
     """Body of `POST /v1/chat/reward`: a conversation whose last message is judged, or token ids."""
 
+    removed = ("softmax", "activation")
+
     messages: Conversation | Some[int] | None = None
     prompt_token_ids: Some[int] | None = None
     return_token_ids: bool | None = None
-    dimensions: int | None = None
+    dimensions: int | None = Field(None, description="no effect, as in FastDeploy: a reward has no dimensions")
+    normalize: bool | None = Field(None, description="no effect, as in FastDeploy: rewards are raw")
     use_activation: bool | None = None
 
     @model_validator(mode="after")
@@ -78,8 +80,6 @@ async def reward(serving: Serving, request: Request, body: RewardRequest) -> Res
     """The reward of a conversation: one number, or one per step from a process reward model."""
     service = serving.find(body.model, any_name=True)
     body.check_media(service)
-    if body.dimensions is not None:
-        raise BadRequest("a reward has no dimensions to choose: `dimensions` must be unset", param="dimensions")
 
     def make() -> Job[Response]:
         job = _job(serving, service, body)

@@ -15,7 +15,7 @@ from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers, items, sizes
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
-from cenote.server.wire.fields import Many, first_of
+from cenote.server.wire.fields import Many, Some, first_of
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
@@ -39,6 +39,7 @@ class EmbeddingRequest(TypedFields):
     modality: str | Many[str] | None = Field(
         None, description="text, image (inputs are URLs) or text_image; or one for each input (NIM, Infinity)"
     )
+    lora_path: str | Some[str | None] | None = Field(None, description="name of an adapter of the model (SGLang)")
     normalized: bool | None = Field(None, description="as `use_activation` (Jina, Mixedbread)")
     return_multivector: Literal[False] = Field(False, description="false (Jina)")
 
@@ -79,6 +80,22 @@ class EmbeddingRequest(TypedFields):
             )
         self.dimensions = self.output_dimension
         return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> EmbeddingRequest:
+        paths = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path]
+        if len({*paths}) > 1:
+            raise PydanticCustomError(
+                "lora_path",
+                "`lora_path` names several adapters; a request runs with one: send one request for each.",
+                {"param": "lora_path"},
+            )
+        return self
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that the request runs with."""
+        return self.lora_path[0] if isinstance(self.lora_path, list) else self.lora_path
 
     def tasks(self, info: ModelInfo) -> tuple[str, ...]:
         """Return the tasks of the request, the first one being that of `embedding`."""
