@@ -106,6 +106,13 @@ def test_embeddings_in_its_form(serve: Serve) -> None:
     assert error(client, {"input": "hello", "normalize": True})["param"] == "normalize", "which vLLM has removed"
 
 
+def test_embeddings_in_its_form_keep_the_last_tokens(serve: Serve) -> None:
+    client, path = serve(), "/fastdeploy/v1/embeddings"
+    for fields, ids in (({}, [WORLD, SEP]), ({"truncation_side": "right"}, [CLS, HELLO])):
+        (entry,) = post(client, path, input="hello world", truncate_prompt_tokens=2, **fields)["data"]
+        assert floats(entry["embedding"]) == floats(expected(ids))
+
+
 @pytest.mark.parametrize("name", [None, "", "fake", "some/other-name"])
 def test_a_server_of_one_model_answers_to_any_name(client: TestClient, ids: list[int], name: str | None) -> None:
     answer = post(client, model=name, messages=SAID)

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 class FastDeployEmbeddingRequest(EmbeddingRequest):
-    """Body of `POST /v1/embeddings` in FastDeploy's form: with `normalize`, and with token ids as `messages`."""
+    """Body of `POST /v1/embeddings` in FastDeploy's form.
+
+    It has `normalize`, may have token ids as `messages`, and keeps the last tokens of an input that is too long.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -40,6 +43,8 @@ class FastDeployEmbeddingRequest(EmbeddingRequest):
         if not isinstance(values, dict):
             return values
         renamed = {OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+        if "truncate_prompt_tokens" in renamed:
+            renamed.setdefault("truncation_side", "left")
         messages = renamed.get("messages")
         if isinstance(messages, list) and messages and all(isinstance(item, int) for item in messages):
             renamed["input"] = renamed.pop("messages")
