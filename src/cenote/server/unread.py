@@ -75,11 +75,12 @@ REFUSED = {
         Refused("lora_path", (), "SGLang", "name the adapter as the `model`"),
         Refused("embed_overrides", (), "SGLang", "vectors cannot take the place of tokens"),
         Refused("embed_override_token_id", (), "SGLang", "vectors cannot take the place of tokens"),
-        Refused("embd_normalize", (2,), "llama.cpp", "send `use_activation`, or the request to /embedding"),
+        Refused("embd_normalize", (2,), "llama.cpp", "send `use_activation`"),
         Refused("image_data", ([],), "llama.cpp", "send content parts of the type `image_url`"),
+        Refused("examples", (), "Cohere's classification", "a classifier answers with labels of its own"),
         Refused("stride", (), "Transformers' pipelines", "a text is read in one piece; divide long ones"),
         Refused("rewrite_query", (False,), "Mixedbread", "queries are rated as they are"),
-        Refused("return_embeddings", (False,), "Jina", "ask /v1/embeddings for vectors"),
+        Refused("return_embeddings", (False,), "Jina", "vectors are embeddings: ask for them apart"),
     )
 }
 

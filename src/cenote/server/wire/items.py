@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 CONTENT = "content"
 """Key of an input that holds content parts."""
@@ -42,8 +42,8 @@ def read(inputs: Any, modality: Any) -> Any:
     Raises:
         PydanticCustomError: the modality is not served, or an input does not fit it.
     """
-    listed = inputs if isinstance(inputs, list) else [inputs]
-    if not listed or isinstance(listed[0], int):
+    listed = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(listed, list) or not listed or isinstance(listed[0], int):
         return inputs
     if modality is None and not any(map(_has_form, listed)):
         return inputs
@@ -53,7 +53,7 @@ def read(inputs: Any, modality: Any) -> Any:
     return items
 
 
-def with_picture(item: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_picture(item: dict[str, Any]) -> dict[str, Any]:
     """Return an object with `image`, and maybe `text`, as one with content parts; any other as it is."""
     if CONTENT in item or not isinstance(item.get("image"), str):
         return item

@@ -17,7 +17,7 @@ from cenote.pipeline.parts import media_type
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Shared, Some
-from cenote.server.wire.items import with_picture
+from cenote.server.wire.items import CONTENT, with_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
@@ -222,6 +222,7 @@ def contents(
 def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq[str]) -> str | Illustrated:
     if isinstance(item, str):
         return item
+    param = CONTENT if CONTENT in item else param
     if fields is PICTURED:
         item, fields = with_picture(item), TEXT
     content = item.get("content", [item])
@@ -247,7 +248,7 @@ def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str
         got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
         return BadRequest(
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
-            param="content",
+            param=param,
         )
     message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
     message += " or ".join(f"`{field}`" for field in fields)
