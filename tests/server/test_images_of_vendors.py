@@ -96,9 +96,10 @@ def test_nim(case: Case) -> None:
     for fields in ({}, {"modality": ["text", "image", "text"]}, {"input_type": "passage", "truncate": "END"}):
         case.check("/v1/embeddings", {"input": inputs, **fields}, prompts)
     case.check("/v1/embeddings", {"input": [url(A), url(B)], "modality": ["image"]}, [A, B])
-    alone = [case.client.post("/v1/embeddings", json={"input": form}).json() for form in (url(A), {"image": base(A)})]
+    alone = [case.client.post("/v1/embeddings", json={"input": form}).json() for form in (url(A), [{"image": base(A)}])]
     assert alone[0]["usage"] == alone[1]["usage"]
     assert alone[0]["data"] == alone[1]["data"]
+    assert error(case.client, {"input": inputs, "late_chunking": True})["code"] == 400
     short = error(case.client, {"input": inputs, "modality": ["text", "image"]})
     assert short["message"].startswith("got 2 modalities of 3 inputs")
 
