@@ -57,8 +57,8 @@ INNER = {
     ),
     "server": (
         ("shared by dialects", "errors turns admission asked arrivals serving wire"),
-        ("dialects", "routes table dialects"),
-        ("application", "connections pages describe gate reading tracing unread app shared ending beside"),
+        ("dialects", "routes unread table dialects"),
+        ("application", "connections pages describe gate reading tracing app shared ending beside"),
     ),
 }
 """Layers of folders, lowest first, by the names of their modules and folders."""

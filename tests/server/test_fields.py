@@ -9,12 +9,13 @@ import pytest
 
 from cenote.server.app import DIALECTS
 from cenote.server.table import IDLE, Table, collisions
-from cenote.server.unread import BEGIN, END, UNREAD, Unread, section
+from cenote.server.unread import BEGIN, END, REFUSED, UNREAD, Unread, section
 from tests.conftest import CROSS_ENCODER
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
 
+    from cenote.server.unread import Refused
     from tests.conftest import Serve
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
@@ -22,6 +23,7 @@ DOCUMENTS = ["water", "deep water", "three more stones"]
 PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "OpenAI": ("/v1/embeddings", {"input": "a"}),
     "Ollama": ("/api/embed", {"input": "a"}),
+    "FastDeploy": ("/v1/reward", {"prompt_token_ids": [5, 6, 7]}),
     "the hub": ("/embed", {"inputs": "a"}),
     "Cohere": ("/v2/rerank", {"query": "a", "documents": DOCUMENTS}),
     "SiliconFlow": ("/v1/rerank", {"query": "a", "documents": DOCUMENTS}),
@@ -55,6 +57,22 @@ def test_a_field_without_effect_has_none(ranking: TestClient, row: Unread) -> No
         plain, sent = (ranking.post(path, json=content) for content in (body, body | added))
         assert (plain.status_code, sent.status_code) == (200, 200), sent.text
         assert _numbers(sent.json()) == _numbers(plain.json())
+
+
+@pytest.mark.parametrize("row", REFUSED.values(), ids=lambda row: row.field)
+def test_a_field_that_is_not_served_is_refused(ranking: TestClient, row: Refused) -> None:
+    bodies = {
+        "/v2/rerank": {"query": "a", "documents": DOCUMENTS},
+        "/v1/rerank": {"query": "a", "documents": DOCUMENTS},
+        "/pooling": {"input": "a"},
+        "/embed": {"inputs": "a"},
+    }
+    for path, body in bodies.items():
+        answer = ranking.post(path, json=body | {row.field: "x"})
+        assert answer.status_code == 400
+        assert f"got `{row.field}`, a field of {row.clients} that is not served here; leave it out: " in answer.text
+        for value in (None, *row.harmless):
+            assert ranking.post(path, json=body | {row.field: value}).status_code == 200
 
 
 def test_the_table_is_current() -> None:

@@ -13,7 +13,7 @@ from cenote import LLM
 from cenote.config import ServerConfig
 from cenote.server.app import build
 from tests import pictured
-from tests.conftest import error
+from tests.conftest import error, expected, floats
 from tests.pictured import noise, saved, url
 
 if TYPE_CHECKING:
@@ -85,6 +85,71 @@ def test_infinity(case: Case) -> None:
     case.check("/embeddings", body, [A, B])
     case.check("/infinity/embeddings", {"input": ["one", TEXT], "modality": "text"}, ["one", TEXT])
     assert "got the modality 'audio'" in error(case.client, body | {"modality": "audio"})["message"]
+
+
+def test_nim(case: Case) -> None:
+    inputs, prompts = [TEXT, url(A), "one"], [TEXT, A, "one"]
+    for fields in ({}, {"modality": ["text", "image", "text"]}, {"input_type": "passage", "truncate": "END"}):
+        case.check("/v1/embeddings", {"input": inputs, **fields}, prompts)
+    case.check("/v1/embeddings", {"input": [url(A), url(B)], "modality": ["image"]}, [A, B])
+    alone = [case.client.post("/v1/embeddings", json={"input": form}).json() for form in (url(A), [{"image": base(A)}])]
+    assert alone[0]["usage"] == alone[1]["usage"]
+    assert alone[0]["data"] == alone[1]["data"]
+    assert error(case.client, {"input": inputs, "late_chunking": True})["code"] == 400
+    short = error(case.client, {"input": inputs, "modality": ["text", "image"]})
+    assert short["message"].startswith("got 2 modalities of 3 inputs")
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+@pytest.mark.parametrize("fields", [{}, {"modality": "text_image"}], ids=str)
+def test_nim_with_a_text_beside_the_picture(case: Case, space: str, fields: dict[str, str]) -> None:
+    body = {"input": [f"{TEXT}{space}{url(A)}", f"one{space}{url(B)}"], **fields}
+    if case.joins:
+        prompts = [{"text": TEXT, "image": A}, {"text": "one", "image": B}]
+        case.check("/v1/embeddings", body, prompts)
+    else:
+        assert "cannot be embedded together" in error(case.client, body)["message"]
+    lone = error(case.client, {"input": TEXT, "modality": "text_image"})
+    assert "got a text without a picture" in lone["message"]
+
+
+def test_the_url_of_a_picture_within_a_text_is_text(case: Case) -> None:
+    for text in ("(data:image/a;base64,AA)", "data:image/a;base64,AA !"):
+        case.check("/v1/embeddings", {"input": ["one", text]}, ["one", text])
+    text = "data:image/a;base64,AA"
+    case.check("/v1/embeddings", {"input": ["one", text], "modality": "text"}, ["one", text])
+
+
+def test_the_url_of_a_picture_is_text_to_a_model_of_texts(client: TestClient, tokenizer: Any) -> None:
+    text = "data:image/a;base64,AA"
+    body = {"input": ["one", text, f"one {text}"]}
+    answer = client.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    lengths = [len(ids) for ids in tokenizer(body["input"])["input_ids"]]
+    assert answer.json()["usage"]["prompt_tokens"] == sum(lengths)
+    for entry, ids in zip(answer.json()["data"], tokenizer(body["input"])["input_ids"], strict=True):
+        assert floats(entry["embedding"]) == expected(ids)
+
+
+@pytest.mark.parametrize("path", ["/v1/ranking", "/nim/v1/ranking"])
+def test_nim_ranking(case: Case, path: str) -> None:
+    passages: list[dict[str, Any]] = [{"image": url(A)}, {"text": "one"}, {"image": url(B)}]
+    documents: list[Any] = [A, "one", B]
+    if case.joins:
+        passages.append({"text": TEXT, "image": url(A)})
+        documents.append({"text": TEXT, "image": A})
+    answer = case.client.post(path, json={"query": {"text": TEXT}, "passages": passages})
+    assert answer.status_code == 200, answer.text
+    (query, *vectors) = [np.array(o.outputs.embedding) for o in case.llm.embed([TEXT, *documents], use_tqdm=False)]
+    expected = [float(query @ vector) for vector in vectors]
+    rankings = answer.json()["rankings"]
+    assert [entry["index"] for entry in rankings] == np.argsort(-np.array(expected)).tolist()
+    for entry in rankings:
+        assert abs(entry["logit"] - expected[entry["index"]]) < TOLERANCE
+    ranked = case.client.post("/rerank", json={"query": TEXT, "documents": passages}).json()["results"]
+    assert [entry["index"] for entry in ranked] == [entry["index"] for entry in rankings]
+    shown = {entry["index"]: entry["document"] for entry in ranked}
+    assert shown[0] == {"text": None, "multi_modal": passages[0]}
 
 
 @pytest.mark.parametrize("kind", ["image_base64", "image_url"])

@@ -158,6 +158,36 @@ def test_scores(client: TestClient, expected: dict[str, np.ndarray], name: str) 
     assert answer["data"][0]["index"] == int(np.argmax(wanted))
 
 
+@pytest.mark.parametrize("fields", [{}, {"model": "b"}, {"model": "law"}], ids=str)
+@pytest.mark.parametrize("path", ["law", ["law"] * 3], ids=str)
+def test_beside_the_name_of_the_model(
+    client: TestClient, expected: dict[str, np.ndarray], fields: dict[str, str], path: Any
+) -> None:
+    """As SGLang has it."""
+    answer = post(client, "/v1/embeddings", input=TEXTS, lora_path=path, **fields)
+    got = np.array([entry["embedding"] for entry in answer["data"]])
+    assert np.abs(got - expected["law"]).max() < 1e-5
+    assert answer["model"] == "law"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("war", "got the adapter 'war' in `lora_path`; expected one that the server was started with "
+         "(--lora-modules): 'law', 'water'"),
+        ("b", "got the adapter 'b' in `lora_path`"),
+        (["law", None, "water"], "`lora_path` names several adapters"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refused_beside_the_name_of_the_model(client: TestClient, path: Any, message: str) -> None:
+    refused = client.post("/v1/embeddings", json={"model": "b", "input": TEXTS, "lora_path": path})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith(message)
+    assert refused.json()["error"]["param"] == "lora_path"
+    assert client.post("/v1/embeddings", json={"model": "b", "input": TEXTS, "lora_path": None}).status_code == 200
+
+
 def test_models(client: TestClient, root: Path) -> None:
     cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
     assert list(cards) == ["b", "law", "water"]

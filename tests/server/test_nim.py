@@ -68,7 +68,8 @@ def test_health(serve: Serve) -> None:
     ("fields", "status", "words"),
     [
         ({"query": None}, 400, "validation error"),
-        ({"passages": [{"image": "x"}]}, 400, "got an object with the keys ['image']"),
+        ({"passages": [{"text": "a", "image": "x"}]}, 400, "fake takes no images, only texts"),
+        ({"passages": [{"words": "x"}]}, 400, "got an object with the keys ['words']"),
         ({"model": "other"}, 404, "The model `other` does not exist."),
         ({"top_k": 0}, 400, "greater than or equal to 1"),
     ],

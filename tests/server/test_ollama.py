@@ -32,6 +32,8 @@ def post(client: TestClient, path: str, body: dict[str, Any]) -> Any:
     ("fields", "ids", "params"),
     [
         ({}, [[CLS, HELLO, SEP], [CLS, ONE, SEP]], {}),
+        ({"input": [LONG], "options": {"num_ctx": 5, "temperature": 0}}, [[CLS, *[ONE] * 3, SEP]], {}),
+        ({"input": [LONG], "options": {"num_ctx": 2048}}, [[CLS, *[ONE] * 62, SEP]], {}),
         ({"input": "hello", "options": {"num_ctx": 9}, "keep_alive": "5m"}, [[CLS, HELLO, SEP]], {}),
         ({"input": "hello", "model": "fake:latest", "truncate": None}, [[CLS, HELLO, SEP]], {}),
         ({"input": "hello", "dimensions": 4}, [[CLS, HELLO, SEP]], {"dimensions": 4}),

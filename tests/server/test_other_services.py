@@ -113,6 +113,8 @@ def test_llama_cpp_tokenize(client: TestClient) -> None:
         {"id": SEP, "piece": "[SEP]"},
     ]
     assert post(client, "/detokenize", {"tokens": [HELLO]})["content"] == "hello"
+    assert post(client, "/tokenize", {"content": "[SEP]", "parse_special": True}) == {"tokens": [SEP]}
+    assert client.post("/tokenize", json={"content": "[SEP]", "parse_special": False}).status_code == 400
 
 
 @pytest.mark.parametrize("path", ["/reranking", "/v1/reranking"])

@@ -33,6 +33,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/score", {"data_1": NO_TEXT, "data_2": "a"}, "data_1"),
     ("/score", {"queries": "a", "items": [NO_TEXT]}, "items"),
     ("/score", {"queries": NO_TEXT, "documents": "a"}, "queries"),
+    ("/v1/embeddings", {"input": [{"image": "data:image/png;base64,AA"}]}, "input"),
+    ("/v1/embeddings", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ("/rerank", {"query": NO_TEXT, "documents": ["a"]}, "query"),
     ("/rerank", {"query": "a", "documents": [NO_TEXT]}, "documents"),
 ]

@@ -175,6 +175,15 @@ def test_tokenize_a_conversation(
     assert answer["tokens"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_tokenize_a_conversation_with_tools(serve: Serve, tokenizer: PreTrainedTokenizerBase) -> None:
+    client = serve(chat_template="{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}end")
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+    tool = {"type": "function", "function": {"name": "hello", "parameters": {}}}
+    for tools, text in ((None, "end"), ([tool, tool], "hello hello end")):
+        answer = post(client, "/tokenize", body | {"tools": tools})
+        assert answer["tokens"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("path", ["/detokenize", "/v1/detokenize"])
 @pytest.mark.parametrize(
     ("ids", "text"), [([CLS, HELLO, WORLD, SEP], "[CLS] hello world [SEP]"), ([HELLO, WORLD], "hello world"), ([], "")]

@@ -100,6 +100,13 @@ def test_embeddings_in_its_form(serve: Serve) -> None:
     assert error(client, {"input": "hello", "normalize": True})["param"] == "normalize", "which vLLM has removed"
 
 
+def test_embeddings_in_its_form_keep_the_last_tokens(serve: Serve) -> None:
+    client, path = serve(), "/fastdeploy/v1/embeddings"
+    for fields, ids in (({}, [WORLD, SEP]), ({"truncation_side": "right"}, [CLS, HELLO])):
+        (entry,) = post(client, path, input="hello world", truncate_prompt_tokens=2, **fields)["data"]
+        assert floats(entry["embedding"]) == floats(expected(ids))
+
+
 @pytest.mark.parametrize("name", [None, "", "fake", "some/other-name"])
 def test_a_server_of_one_model_answers_to_any_name(client: TestClient, ids: list[int], name: str | None) -> None:
     answer = post(client, model=name, messages=SAID)
@@ -125,6 +132,8 @@ def test_a_server_of_several_models_does_not(serve: Serve) -> None:
         {"add_generation_prompt": False, "add_special_tokens": False},
         {"return_token_ids": False, "dimensions": None, "truncate_prompt_tokens": None},
         {"use_activation": False},
+        {"normalize": True, "dimensions": 2},
+        {"normalize": False},
     ],
     ids=str,
 )
@@ -236,12 +245,7 @@ IMAGES = "content parts of type 'image_url' are not supported by this model, onl
         ({"messages": None}, ONE_SOURCE, "messages"),
         ({"messages": SAID, "prompt_token_ids": [5]}, ONE_SOURCE, "messages"),
         ({"messages": [{"role": "user", "content": IMAGE}]}, IMAGES, "messages"),
-        (
-            {"messages": SAID, "dimensions": 2},
-            "Task 'classify' only supports ['use_activation'] parameters, does not support ['dimensions'] parameters",
-            "dimensions",
-        ),
-        ({"messages": SAID, "normalize": True}, "Parameter `normalize` was removed; use `use_acti", "normalize"),
+        ({"messages": SAID, "softmax": True}, "Parameter `softmax` was removed; use `use_acti", "softmax"),
         ({"messages": SAID, "mm_processor_kwargs": {"a": 1}}, "`mm_processor_kwargs` is not", "mm_processor_kwargs"),
         ({"messages": SAID, "media_io_kwargs": {"image": {}}}, "`media_io_kwargs` is not accepted", "media_io_kwargs"),
         ({"messages": SAID, "chat_template": "x"}, UNTRUSTED, "chat_template"),

@@ -216,7 +216,9 @@ def test_what_is_no_text_is_refused(cross: TestClient, path: str, item: Any) -> 
         ("documents", {query: "one", "documents": ["two", item]}),
     ):
         found = error(cross, body, path)
-        assert found["message"].startswith(MEDIA if "content" in item else NO_TEXT.format(sorted(item)))
+        assert found["message"].startswith(
+            MEDIA if item.keys() & {"content", "image"} else NO_TEXT.format(sorted(item))
+        )
         assert (found["type"], found["code"]) == ("BadRequestError", 400)
         assert found["param"] == ("content" if "content" in item else side)
 

@@ -330,6 +330,13 @@ REFUSED: dict[str, tuple[str, Any, int, str, str]] = {
         "Validation",
         "`candidate_labels` ask for zero-shot classification",
     ),
+    "windows": (
+        "/",
+        {"inputs": "a", "parameters": {"stride": 8}},
+        400,
+        "Validation",
+        "`stride` asks for a long text in",
+    ),
     "wrong type": ("/embed", {"inputs": 5}, 400, "Validation", "3 validation errors"),
     "empty": ("/embed", {"inputs": []}, 400, "Validation", "You must pass at least one prompt"),
     "unknown model": ("/embed", {"inputs": "a", "model": "none"}, 404, "Validation", "The model `none` does not exist"),

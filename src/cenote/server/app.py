@@ -121,7 +121,16 @@ class Application:
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
         self.admission = self._serving.admission if serving is None else Admission([], config)
-        gate = Gate(router, config, self.under_way, self.admission, self._error_body, self._is_open, self._is_known)
+        gate = Gate(
+            router,
+            config,
+            self.under_way,
+            self.admission,
+            self._error_body,
+            self._is_open,
+            self._is_known,
+            self._is_shared,
+        )
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
@@ -196,6 +205,11 @@ class Application:
         """Return whether a request has a route."""
         return self._match(scope) is not None
 
+    def _is_shared(self, scope: Scope) -> bool:
+        """Return whether the path of a request is one of several dialects, of which the body tells."""
+        match = self._match(scope)
+        return match is not None and len(match.entries) > 1
+
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""
         path: str = scope["path"]
@@ -236,8 +250,14 @@ class Application:
         return await route.handler(self._serving, request, body)
 
     def _name_model(self, body: Any, of_path: str | None, purpose: str) -> None:
-        """Let a body name the model of its path, else the one that it names, else one that is made for the route."""
+        """Let a body name the model of its path, else the one that it names, else one that is made for the route.
+
+        An adapter that it names besides takes the model's place.
+        """
         named = of_path or getattr(body, "model", None)
+        adapter = getattr(body, "adapter", None)
+        if adapter:
+            named = self._serving.models.adapted(named, adapter)
         if not named and purpose:
             named = self._serving.models.made_for(purpose)
         if "model" in type(body).model_fields:

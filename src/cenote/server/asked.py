@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from cenote.errors import ConfigError, ModelNotFound
+from cenote.errors import BadRequest, ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -101,6 +101,31 @@ class Models:
         if any((self._any_name, any_name and len(self.services) == 1)):
             return self.services[0]
         raise ModelNotFound(f"The model `{model}` does not exist.")
+
+    def adapted(self, model: str | None, adapter: str) -> str:
+        """Return the name of an adapter that a request chooses beside the name of its model.
+
+        Args:
+            model: name in the request.
+            adapter: name of an adapter of that model, or of any model if the request names none.
+
+        Raises:
+            BadRequest: the model has no such adapter.
+            ModelNotFound: no model has that name.
+        """
+        names = {view.adapter for view in self.views if view.adapter and (not model or self._is_of(view, model))}
+        if adapter not in names:
+            known = ", ".join(map(repr, sorted(names))) or "none"
+            raise BadRequest(
+                f"got the adapter {adapter!r} in `lora_path`; expected one that the server was started with "
+                f"(--lora-modules): {known}",
+                param="lora_path",
+            )
+        return adapter
+
+    def _is_of(self, view: Service, model: str) -> bool:
+        """Return whether `view` is of the model with a name, or of the same adapter."""
+        return view.engine is self.find(model).engine
 
     def made_for(self, purpose: str) -> str:
         """Return the name of the model that suits a purpose best, the first of several; else of the first model."""

@@ -84,7 +84,7 @@ SPELLINGS = {
     "documents": ("text_2", "data_2", "items", "texts", "passages", "input"),
     "queries": ("text_1", "data_1", "query"),
     "input": ("inputs", "texts", "content", "instances", "messages"),
-    "messages": ("input", "inputs"),
+    "messages": ("input", "inputs", "images", "documents", "passages", "data_2", "prompt_token_ids"),
     "truncate_prompt_tokens": ("max_tokens", "truncation", "truncate"),
     "use_activation": ("normalize", "raw_scores"),
     "top_n": ("top_k",),

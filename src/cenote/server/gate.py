@@ -13,11 +13,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 
 from cenote import metrics
 from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unauthorized
 from cenote.server import errors
 from cenote.server.admission import Held
+from cenote.server.errors import BadBody
+from cenote.server.reading import parse
 from cenote.server.serving import new_id
 from cenote.server.wire.sizes import echo
 
@@ -41,6 +44,10 @@ JSON_TYPES = frozenset({"application/json", ""})
 """Types of bodies that are read; some clients name none."""
 MOST_DIGITS = 20
 """Digits of a declared length that are read."""
+PEEKED = 16_384
+"""Bytes of a body that is read although its request is refused: its keys tell the dialect of the error."""
+PATIENCE = 0.1
+"""Seconds in which such a body has to arrive."""
 LINGER = 2.0
 """Seconds in which a client may go on sending the body of a request that is refused already."""
 
@@ -102,13 +109,44 @@ class _Reply:
         await self._send(message)
 
 
+class _Incoming:
+    """The way of a body from its client.
+
+    Attributes:
+        content: of the body; of a large one its beginning.
+        is_whole: whether all of the body has been received.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.content = b""
+        self.is_whole = False
+
+    async def __call__(self) -> Message:
+        """Return the next message of the request."""
+        message = await self._receive()
+        self.is_whole = not message.get("more_body", False)
+        if len(self.content) <= PEEKED:
+            self.content += message.get("body", b"")
+        return message
+
+    def value(self) -> Any:
+        """Return the JSON value of the body; `None` of one that is large, is not all here, or is not JSON."""
+        if not self.is_whole or len(self.content) > PEEKED:
+            return None
+        with suppress(BadBody, HTTPException):
+            return parse(self.content)
+        return None
+
+
 class Gate:
     """ASGI middleware. Answers requests that it refuses by itself, in the error shape of their dialect.
 
     Args:
-        error_body: of a request's dialect.
+        error_body: of a request's dialect, which the JSON value of its body may tell.
         is_open: whether a request needs no key.
         is_known: whether a request has a route.
+        is_shared: whether the path of a request is one of several dialects.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
@@ -121,9 +159,10 @@ class Gate:
         config: ServerConfig,
         under_way: UnderWay,
         admission: Admission,
-        error_body: Callable[[Scope], ErrorBody],
+        error_body: Callable[[Scope, Any], ErrorBody],
         is_open: Callable[[Scope], bool],
         is_known: Callable[[Scope], bool],
+        is_shared: Callable[[Scope], bool],
     ) -> None:
         self.app = app
         self.config = config
@@ -132,6 +171,7 @@ class Gate:
         self._error_body = error_body
         self._is_open = is_open
         self._is_known = is_known
+        self._is_shared = is_shared
         self._keys = [key.encode() for key in config.api_key]
 
     def counts(self, scope: Scope) -> bool:
@@ -163,40 +203,54 @@ class Gate:
 
     async def _run(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
         """Answer a request, also where shutting down cuts its answer short before it has begun."""
-        is_answered = await self.under_way.run(self._answer(scope, headers, receive, reply))
+        incoming = _Incoming(receive)
+        is_answered = await self.under_way.run(self._answer(scope, headers, incoming, reply))
         if not is_answered and not reply.is_started:
-            await self._refuse(Closed("the server is shutting down"), scope, receive, reply)
+            await self._refuse(Closed("the server is shutting down"), scope, incoming, reply)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, headers: Headers, incoming: _Incoming, send: Send) -> None:
         held = Held(self.admission)
+        receive: Receive = incoming
         try:
             self._check(scope, headers)
             if scope["method"] == "POST":
-                receive = await self._body(scope, headers, receive, held)
+                receive = await self._body(scope, headers, incoming, held)
         except CenoteError as error:
             held.release()
-            await self._refuse(error, scope, receive, send)
+            await self._refuse(error, scope, incoming, send)
             return
         try:
             await self.app(scope, receive, send)
         finally:
             held.release()
 
-    async def _refuse(self, error: CenoteError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, error: CenoteError, scope: Scope, incoming: _Incoming, send: Send) -> None:
         """Answer with `error`, and let a client that is still sending its body finish: else it sees a reset."""
-        response = errors.respond(error, self._error_body(scope))
+        await self._peek(scope, incoming)
+        response = errors.respond(error, self._error_body(scope, incoming.value()))
 
         async def begin(message: Message) -> None:
             if message["type"] == "http.response.body":
                 message = {**message, "more_body": True}
             await send(message)
 
-        await response(scope, receive, begin)
+        await response(scope, incoming, begin)
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
-                while (await receive()).get("more_body", False):
-                    pass
+                while not incoming.is_whole:
+                    await incoming()
         await send({"type": "http.response.body", "body": b""})
+
+    async def _peek(self, scope: Scope, incoming: _Incoming) -> None:
+        """Receive the body of a refused request if it is small, and its keys may tell the dialect."""
+        headers = Headers(scope=scope)
+        is_small = 0 < _length(headers) <= PEEKED and "expect" not in headers
+        if not is_small or "refusal" in scope["state"] or not self._is_shared(scope):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while not incoming.is_whole:
+                    await incoming()
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raise `CenoteError` for a request that its connection refuses, without a key, or at a bad time."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.errors import BadRequest
 from cenote.server.routes import Dialect
+from cenote.server.unread import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ class Entry:
         return self.route.body.model_fields if self.route.body else {}
 
     def check(self, body: Any) -> None:
-        """Refuse a field of another dialect, which would change the answer there, and has no effect here.
+        """Refuse a field of another dialect or server, which would change the answer there, and has no effect here.
 
         Args:
             body: parsed.
@@ -60,8 +61,9 @@ class Entry:
         Raises:
             BadRequest: it has one.
         """
-        if not self.strangers or not isinstance(body, dict):
+        if not isinstance(body, dict):
             return
+        refuse(body, self.fields)
         for name in sorted(self.strangers.keys() & body.keys()):
             dialect, defaults = self.strangers[name]
             if body[name] is not None and any(body[name] != default for default in defaults):

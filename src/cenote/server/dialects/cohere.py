@@ -24,7 +24,7 @@ from cenote.server.serving import request_id
 from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
 from cenote.server.wire.fields import Body, Many, Queued, Some
-from cenote.server.wire.pairs import RankingFields, Text, meta, rank
+from cenote.server.wire.pairs import TEXT, RankingFields, Text, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
@@ -238,6 +238,8 @@ def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
 class CohereRerankRequest(RankingFields):
     """Body of `POST /v2/rerank`, and of `/v1/rerank` with fields that only Cohere has."""
 
+    keys = TEXT
+
     query: Text
     documents: Text | Many[Text]
 
@@ -286,7 +288,6 @@ async def tokenize(serving: Serving, request: Request, body: CohereTokenizeReque
     return await serving.in_pool("render", tokens)
 
 
-TEXT = ("text",)
 OF_V1 = frozenset({"rank_fields"})
 """Key of a body for the first version, which shares its path with Jina and vLLM."""
 
@@ -297,7 +298,7 @@ DIALECT = Dialect(
         Route("/v1/embed", embed_v1, EmbedRequest, is_described=False, purpose="embed"),
         Route("/v2/rerank", rerank, CohereRerankRequest, purpose="score"),
         Route("/v1/rerank", rerank, CohereRerankRequest, is_described=False, marks=OF_V1, purpose="score"),
-        Route("/v1/tokenize", tokenize, CohereTokenizeRequest, is_described=False, marks=frozenset(TEXT)),
+        Route("/v1/tokenize", tokenize, CohereTokenizeRequest, is_described=False, marks=frozenset({"text"})),
     ),
     prefix="cohere",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cenote.core import PoolingParams
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 class FastDeployEmbeddingRequest(EmbeddingRequest):
-    """Body of `POST /v1/embeddings` in FastDeploy's form: with `normalize`, and with token ids as `messages`."""
+    """Body of `POST /v1/embeddings` in FastDeploy's form.
+
+    It has `normalize`, may have token ids as `messages`, and keeps the last tokens of an input that is too long.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -40,6 +43,8 @@ class FastDeployEmbeddingRequest(EmbeddingRequest):
         if not isinstance(values, dict):
             return values
         renamed = {OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+        if "truncate_prompt_tokens" in renamed:
+            renamed.setdefault("truncation_side", "left")
         messages = renamed.get("messages")
         if isinstance(messages, list) and messages and all(isinstance(item, int) for item in messages):
             renamed["input"] = renamed.pop("messages")
@@ -53,10 +58,13 @@ OTHER_NAMES = {"normalize": "use_activation"}
 class RewardRequest(Shared, Chat):
     """Body of `POST /v1/chat/reward`: a conversation whose last message is judged, or token ids."""
 
+    removed = ("softmax", "activation")
+
     messages: Conversation | Some[int] | None = None
     prompt_token_ids: Some[int] | None = None
     return_token_ids: bool | None = None
-    dimensions: int | None = None
+    dimensions: int | None = Field(None, description="no effect, as in FastDeploy: a reward has no dimensions")
+    normalize: bool | None = Field(None, description="no effect, as in FastDeploy: rewards are raw")
     use_activation: bool | None = None
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ class LlamaTokenizeRequest(Body):
     model: str | None = None
     content: str
     add_special: bool = False
+    parse_special: Literal[True] = Field(True, description="true: texts of special tokens become these tokens")
     with_pieces: bool = False
 
 

@@ -1,6 +1,6 @@
 """The dialect of NVIDIA's NIM: ranking of passages by logits, under `/v1/ranking`, and its probes of health.
 
-Its `/v1/embeddings` is OpenAI's, with `input_type` and `truncate`.
+Its `/v1/embeddings` is OpenAI's, with `input_type`, `truncate` and `modality`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ async def ranking(serving: Serving, request: Request, body: NimRankingRequest) -
     """The passages by falling relevance to the query, with logits."""
     unscaled(serving, body)
 
-    def form(head: dict[str, Any], ranked: list[Ranked], passages: list[str]) -> dict[str, Any]:
+    def form(head: dict[str, Any], ranked: list[Ranked], passages: list[Any]) -> dict[str, Any]:
         rankings = [{"index": rank.index, "logit": rank.score} for rank in ranked]
         return {"rankings": rankings, "usage": short_usage(head)}
 

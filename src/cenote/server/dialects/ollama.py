@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, BaseModel, Field, field_validator
 
 import cenote
 from cenote.core import PoolingParams
@@ -34,18 +34,28 @@ def _untagged(name: str | None) -> str | None:
     return name and name.removesuffix(TAG)
 
 
+class OllamaOptions(BaseModel):
+    """Options of a model, of which vectors depend on one."""
+
+    num_ctx: Annotated[int, Field(ge=0)] = Field(0, description="tokens to which texts are cut; 0 = the model's")
+
+
 class OllamaFields(Queued):
     """Fields of requests for vectors."""
 
     model: str | None = None
     truncate: bool = Field(True, description="cut what is too long")
     dimensions: int | None = None
+    options: OllamaOptions = OllamaOptions(num_ctx=0)
 
     _model = field_validator("model")(_untagged)
 
-    def text_options(self) -> TextOptions:
+    def text_options(self, max_model_len: int) -> TextOptions:
         """Return how text becomes ids."""
-        return TextOptions(-1) if self.truncate else TextOptions(whole=True)
+        if not self.truncate:
+            return TextOptions(whole=True)
+        length = self.options.num_ctx
+        return TextOptions(length if 0 < length < max_model_len else -1)
 
 
 class OllamaEmbedRequest(OllamaFields):
@@ -93,11 +103,12 @@ async def embedding(serving: Serving, request: Request, body: OllamaEmbeddingReq
 async def _vectors(serving: Serving, request: Request, body: OllamaFields, texts: list[str], form: Any) -> Response:
     service = serving.find(body.model)
     params = PoolingParams(dimensions=body.dimensions)
+    options = body.text_options(service.info.limit("embed"))
 
     def encode(outputs: list[Output]) -> Response:
         return json_response(form([np.ascontiguousarray(output.data) for output in outputs]))
 
-    return await encoded(serving, request, service, body, texts, "embed", params, body.text_options(), encode)
+    return await encoded(serving, request, service, body, texts, "embed", params, options, encode)
 
 
 async def tags(serving: Serving, request: Request, body: None) -> Response:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
-from itertools import starmap
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,10 +13,9 @@ from cenote.pipeline import operations
 from cenote.pipeline.prompts import Applied, Prompts
 from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
-from cenote.server.wire import answers, sizes
-from cenote.server.wire.answers import CONTENT
+from cenote.server.wire import answers, items, sizes
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
-from cenote.server.wire.fields import first_of
+from cenote.server.wire.fields import Many, Some, first_of
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
@@ -39,7 +36,10 @@ class EmbeddingRequest(TypedFields):
     output_dimension: int | None = Field(None, description="as `dimensions` (Voyage)")
     task: str | None = Field(None, description="embed, token_embed or sparse; or, as Jina has it, an `input_type`")
 
-    modality: str | None = Field(None, description="text, or image: every input is the URL of a picture (Infinity)")
+    modality: str | Many[str] | None = Field(
+        None, description="text, image (inputs are URLs) or text_image; or one for each input (NIM, Infinity)"
+    )
+    lora_path: str | Some[str | None] | None = Field(None, description="name of an adapter of the model (SGLang)")
     normalized: bool | None = Field(None, description="as `use_activation` (Jina, Mixedbread)")
     return_multivector: Literal[False] = Field(False, description="false (Jina)")
 
@@ -49,13 +49,7 @@ class EmbeddingRequest(TypedFields):
         """Take inputs that are objects as texts, or where one has a picture as content parts; messages have a role."""
         if not isinstance(values, dict) or values.get("input") is None:
             return values
-        inputs = _of_modality(values["input"], values.get("modality"))
-        if not isinstance(inputs, list) or not any(map(_is_object, inputs)):
-            return values
-        items = [*map(_item, inputs)]
-        if any(isinstance(item, dict) and "role" not in item for item in items):
-            items = [{CONTENT: [{"type": "text", "text": item}]} if isinstance(item, str) else item for item in items]
-        return values | {"input": items}
+        return {**values, "input": items.read(values["input"], values.get("modality"))}
 
     @model_validator(mode="after")
     def _one_activation(self) -> EmbeddingRequest:
@@ -72,7 +66,7 @@ class EmbeddingRequest(TypedFields):
         """See `Inputs.conversations`; inputs of content parts have no role."""
         conversations = super().conversations()
         first = first_of(first_of(conversations))
-        return None if _is_object(first) and self.messages is None else conversations
+        return None if items.is_object(first) and self.messages is None else conversations
 
     @model_validator(mode="after")
     def _one_dimension(self) -> EmbeddingRequest:
@@ -86,6 +80,22 @@ class EmbeddingRequest(TypedFields):
             )
         self.dimensions = self.output_dimension
         return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> EmbeddingRequest:
+        paths = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path]
+        if len({*paths}) > 1:
+            raise PydanticCustomError(
+                "lora_path",
+                "`lora_path` names several adapters; a request runs with one: send one request for each.",
+                {"param": "lora_path"},
+            )
+        return self
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that the request runs with."""
+        return self.lora_path[0] if isinstance(self.lora_path, list) else self.lora_path
 
     def tasks(self, info: ModelInfo) -> tuple[str, ...]:
         """Return the tasks of the request, the first one being that of `embedding`."""
@@ -104,51 +114,6 @@ class EmbeddingRequest(TypedFields):
         """See `PoolingFields.applied`."""
         as_type = None if self.task in TASKS else self.task
         return prompts.choose(prompt=self.prompt, name=self.prompt_name, input_type=self.input_type or as_type)
-
-
-def _is_object(item: Any) -> bool:
-    return isinstance(item, dict) and "role" not in item
-
-
-def _of_modality(inputs: Any, modality: str | None) -> Any:
-    """Return inputs that are URLs of pictures as objects, and those of texts as they are."""
-    if modality in (None, "text"):
-        return inputs
-    if modality != "image":
-        raise PydanticCustomError(
-            "modality",
-            f"got the modality {modality!r}; expected 'text' or 'image': nothing else is embedded here",
-            {"param": "modality"},
-        )
-    urls = inputs if isinstance(inputs, list) else [inputs]
-    return [{"image": url} if isinstance(url, str) else url for url in urls]
-
-
-def _item(item: Any) -> Any:
-    """Return the text of an input that is an object, or its content parts; and other inputs as they are."""
-    if not _is_object(item):
-        return item
-    values = {key: item[key] for key in KEYS if item.get(key) is not None}
-    if not values or not all(isinstance(value, str) for value in values.values()):
-        raise PydanticCustomError(
-            "input",
-            f"got an input with the keys {reprlib.repr(sorted(item))}; expected a text, {{'text': ...}}, or "
-            "{'image': URL or base64}; messages have a role",
-            {"param": "input"},
-        )
-    return values["text"] if values.keys() == {"text"} else {CONTENT: [*starmap(_part, values.items())]}
-
-
-KEYS = ("text", "image", "url", "bytes")
-"""Keys of inputs that are objects, as Jina's clients have them; all but the first are pictures."""
-
-
-def _part(key: str, value: str) -> dict[str, Any]:
-    """Return a value of an input that is an object as a content part. A picture is a URL, or its file's base64."""
-    if key == "text":
-        return {"type": "text", "text": value}
-    url = value if ":" in value[:16] else f"data:image/png;base64,{value}"
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 async def embeddings(serving: Serving, request: Request, body: EmbeddingRequest) -> Response:

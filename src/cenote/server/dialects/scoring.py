@@ -110,10 +110,10 @@ async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Res
 
 
 def _shown(document: str | Illustrated, item: Any) -> dict[str, Any]:
-    """Return a document as an answer has it: its text, or the content parts of the request."""
+    """Return a document as an answer has it: its text, or its parts in the request."""
     if isinstance(document, str):
         return {"text": document, "multi_modal": None}
-    return {"text": None, "multi_modal": item["content"]}
+    return {"text": None, "multi_modal": item.get("content", item)}
 
 
 def _result(body: RerankRequest, rank: Ranked, document: dict[str, Any]) -> dict[str, Any]:

@@ -165,6 +165,18 @@ class EntitiesRequest(TeiFields, EntityFields):
 
     inputs: str | Some[str]
     aggregation_strategy: str = Field("simple", description="none, simple, first, average or max")
+    stride: None = Field(None, description="refused")
+
+    @field_validator("stride", mode="before")
+    @classmethod
+    def _one_window(cls, stride: Any) -> None:
+        if stride is not None:
+            raise PydanticCustomError(
+                "stride",
+                "`stride` asks for a long text in windows that overlap, and a text is read in one piece here; leave it "
+                "out, and divide long texts.",
+                {"param": "stride"},
+            )
 
 
 class SimilarityRequest(Prompted):

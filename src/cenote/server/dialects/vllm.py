@@ -93,6 +93,7 @@ class TokenizeRequest(Body, Chat):
     messages: Conversation | None = None
     add_generation_prompt: bool | None = Field(None, description="default: true for `messages`")  # type: ignore[assignment]
     return_token_strs: bool | None = False
+    tools: list[dict[str, Any]] | None = Field(None, description="variable of the chat template")
     mm_processor_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -113,7 +114,8 @@ class TokenizeRequest(Body, Chat):
         opens = self.add_generation_prompt
         if opens is None:
             opens = not self.continue_final_message
-        return ChatOptions(opens, chat.continue_final_message, chat.template, chat.kwargs)
+        tools = {"tools": self.tools} if self.tools else {}
+        return ChatOptions(opens, chat.continue_final_message, chat.template, {**chat.kwargs, **tools})
 
 
 class DetokenizeRequest(Body):

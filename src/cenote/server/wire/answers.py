@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cenote.server.serving import request_id
+from cenote.server.wire.items import CONTENT, PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -86,11 +87,9 @@ def _illustrated(service: Service, body: Inputs, prompt: Any) -> Any:
     """Return a prompt with its pictures, if it is of content parts, and any other as it is."""
     if not isinstance(prompt, dict) or CONTENT not in prompt:
         return prompt
+    if PLAIN in prompt and service.renderer.pictures is None:
+        return prompt[PLAIN]
     return service.renderer.of_parts(prompt[CONTENT], body.mm_processor_kwargs)
-
-
-CONTENT = "content"
-"""Key of an input that holds content parts."""
 
 
 def prompts_of(

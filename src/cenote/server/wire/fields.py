@@ -146,6 +146,8 @@ CUT_SIDES: dict[Any, Literal["left"]] = {"START": "left"}
 class Shared(Queued):
     """Fields of every pooling request."""
 
+    removed: ClassVar[tuple[str, ...]] = ("normalize", "softmax", "activation")
+    """Parameters of earlier releases of vLLM, which are refused with their new name."""
     cuts_unasked: ClassVar[bool | None] = None
     """Whether an input that is too long is cut where the request says nothing; `None` = as the server does."""
 
@@ -168,7 +170,7 @@ class Shared(Queued):
     def _removed(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for old in ("normalize", "softmax", "activation"):
+        for old in cls.removed:
             if values.get(old) is not None:
                 raise PydanticCustomError(
                     "removed_parameter",

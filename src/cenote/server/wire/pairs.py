@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,7 @@ from cenote.pipeline.parts import media_type
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Shared, Some
+from cenote.server.wire.items import CONTENT, with_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from cenote.pipeline.pipeline import Service
     from cenote.server.serving import Serving
 
+TEXT = ("text",)
+PICTURED = ("text", "image")
+"""Keys of objects: of the text, and of the picture as Jina and NIM have it."""
 Text = str | dict[str, Any]
 """A text, or `{"content": [parts]}` of texts and pictures, or `{"text": ...}`."""
 
@@ -75,6 +79,8 @@ class RankingFields(ScoringFields):
     """
 
     cuts_unasked = True
+    keys: ClassVar[tuple[str, ...]] = PICTURED
+    """Keys of documents that are objects, where `rank_fields` names none."""
 
     top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
     top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, Mixedbread, NVIDIA)")
@@ -156,7 +162,7 @@ async def rank(
     """
     service = serving.find(body.model)
     query, documents_of_body = sides
-    documents = contents(documents_of_body, service, body, "documents", body.rank_fields or ("text",))
+    documents = contents(documents_of_body, service, body, "documents", body.rank_fields or body.keys)
     (one_query,) = contents(query, service, body, "queries")
     serving.check_count(len(documents))
     if body.raw_scores:
@@ -195,7 +201,7 @@ def meta(head: dict[str, Any], documents: Sized, version: str = "1") -> dict[str
 
 
 def contents(
-    side: Text | Seq[Text], service: Service, body: Shared, param: str, fields: Seq[str] = ("text",)
+    side: Text | Seq[Text], service: Service, body: Shared, param: str, fields: Seq[str] = PICTURED
 ) -> list[str | Illustrated]:
     """Return one side of the pairs as the operations take them.
 
@@ -204,7 +210,7 @@ def contents(
         service: the model.
         body: of the request, whose `mm_processor_kwargs` count.
         param: name of the side, for errors.
-        fields: keys of objects whose values are read, a line each.
+        fields: keys of objects whose values are read, a line each; of `PICTURED` the second is a picture.
 
     Raises:
         BadRequest: a part is neither a text nor a picture that the model takes, or an object has none of the fields.
@@ -217,6 +223,9 @@ def contents(
 def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq[str]) -> str | Illustrated:
     if isinstance(item, str):
         return item
+    param = CONTENT if CONTENT in item else param
+    if fields is PICTURED:
+        item, fields = with_picture(item), TEXT
     content = item.get("content", [item])
     if isinstance(content, str):
         return content
@@ -240,7 +249,7 @@ def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str
         got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
         return BadRequest(
             f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
-            param="content",
+            param=param,
         )
     message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
     message += " or ".join(f"`{field}`" for field in fields)
