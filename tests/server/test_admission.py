@@ -23,7 +23,6 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app, gate
 from cenote.server.admission import KNOWN_AFTER, SHORT_MEMORY, Admission, EngineLine, Held, Line, RenderLine
-from cenote.server.serving import LONG
 from tests import PATIENCE
 from tests.conftest import INFO, JSON
 
@@ -317,10 +316,14 @@ def post(client: TestClient, given: Any) -> int:
     return client.post(ROUTE, json={"input": given}).status_code
 
 
+SEVERAL = 64
+"""Sequences of a request."""
+
+
 def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Serve) -> None:
     """Of three times as many requests as may wait, with an engine that answers only when it is let."""
     engine = FakeEngine(INFO, held=True)
-    client = serve(engine, max_waiting_time=1, max_client_batch_size=LONG)
+    client = serve(engine, max_waiting_time=1, max_client_batch_size=SEVERAL)
     (line,) = client.app._serving.admission._lines.values()  # type: ignore[attr-defined]
     line.change(10_000)
     clock = Clock(time.monotonic())  # as the engine's
@@ -335,7 +338,7 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
 
     releasing = threading.Thread(target=release)
     with ThreadPoolExecutor(32) as pool:
-        waiting = [pool.submit(post, client, [[5] * 60] * LONG) for _ in range(32)]
+        waiting = [pool.submit(post, client, [[5] * 60] * SEVERAL) for _ in range(32)]
         refused = next(as_completed(waiting, PATIENCE))  # the line is full, and the engine answers nothing yet
         releasing.start()
         statuses = [future.result(PATIENCE) for future in waiting]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RENDER_THREADS = 2
+TOGETHER = 5e-3
+"""Seconds within which the requests of one batch are told that it is finished."""
 KNOWN_AFTER = 0.5
 """Seconds of full work after which a pace is believed."""
 MEMORY, SHORT_MEMORY = 10.0, 2.0
@@ -115,7 +117,7 @@ class Line:
     def finish(self, amount: int, took: float = 0.0, at: float = 0.0) -> None:
         """Note that so much was finished. It stays in the line until `change` takes it away.
 
-        All that is finished at one time, as the parts of a batch, was made since the time before; it counts if the line
+        All that is finished together, as the parts of a batch, was made since the time before; it counts if the line
         was full all the while.
 
         Args:
@@ -124,10 +126,12 @@ class Line:
             at: time of the clock; 0 = now.
         """
         with self._lock:
-            seconds = max(0.0, (at or self._clock()) - self._since)
-            if seconds:
+            seconds = (at or self._clock()) - self._since
+            if seconds > TOGETHER:
                 self._is_counted = self._was_full
                 self._since += seconds
+            else:
+                seconds = 0.0
             self._was_full = self.amount >= self._full
             if self._is_counted:
                 self._add(amount, seconds, took)

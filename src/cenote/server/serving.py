@@ -67,8 +67,6 @@ NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
 LAST_RENDERS = 2.0
 """Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
-LONG = 64
-"""Sequences of a request from which on the pace of its engine is told of its parts, and not when all are done."""
 T = TypeVar("T")
 _ids = random.Random()
 
@@ -242,7 +240,7 @@ class Serving:
         followed = metrics.trip.get()
         if followed is not None:
             followed.model, followed.sequences, followed.tokens = service.names[0], count, tokens
-        parts = _Parts(line, tokens, count) if count >= LONG else None
+        parts = _Parts(line, tokens, count) if count > 1 else None
         finished = partial(_finish, line, tokens if parts is None else 0)
         answer = desk.submit(service.engine, job.sequences, parts, finished)
         watch = desk.loop.call_later(NOTICE, _watch, request, answer)
@@ -269,7 +267,10 @@ class Serving:
 
 
 class _Parts:
-    """Tells a line of the parts of a long request that are finished.
+    """Tells a line of the parts of a request that are finished.
+
+    Under load each batch has a part of every request, and all end at about the same time: a line that is told of whole
+    requests sees nothing finished for long.
 
     Args:
         tokens: of the request.
