@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import signal
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tests.checkpoints import bert, classifier
 from tests.engine.test_engine import Model, check, texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MANY = [f"one two three {i}" for i in range(3000)]
@@ -64,15 +65,25 @@ CALLS: list[tuple[str, Callable[[LLM], Any]]] = [
 ]
 
 
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Send the process one SIGINT, as Ctrl-C does: the caller finds it, whichever thread sends it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    left = [signal.SIGINT]
+    yield lambda: signal.raise_signal(left.pop()) if left else None
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("kind", "call"), CALLS, ids=["embed", "encode", "rerank", "score", "classify", "token_classify"]
 )
 def test_an_interrupted_call_is_cancelled(
-    folders: dict[str, Path], kind: str, call: Callable[[LLM], Any], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path],
+    kind: str,
+    call: Callable[[LLM], Any],
+    interrupt: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     with LLM(str(folders[kind])) as llm:
         monkeypatch.setattr(tqdm, "tqdm", bar_that(interrupt))
         before = done()

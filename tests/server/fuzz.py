@@ -400,8 +400,6 @@ def documented(random: Random) -> Request:
     return Request("documented", path, encoded(value), is_of_a_vendor=True)
 
 
-FREE = ("user", "request_id", "chat_template_kwargs", "unknown", "model", "cache_salt")
-"""Fields with a client's own content."""
 LEAST: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"messages": messages},
     "/pooling": {"messages": messages},
@@ -424,13 +422,24 @@ content = either(
     anything,
 )
 """Contents that are hard to print, to copy or to give back."""
+string = either(surrogate, content)
+mapping = either(lambda random: with_key({}, random), fields({"a": either(deep, content)}), content)
+FREE: dict[str, Draw] = {
+    "user": string,
+    "request_id": string,
+    "model": string,
+    "cache_salt": string,
+    "chat_template_kwargs": mapping,
+    "unknown": content,
+}
+"""Fields with a client's own content, which often has the type that the field takes."""
 
 
 def free(random: Random) -> Request:
     """Draw a request that is valid but for the content of a free field."""
-    route = random.choice([*LEAST])
-    body = fields({**LEAST[route], random.choice(FREE): content})
-    return Request("free fields", route, encoded(body(random)))
+    route, field = random.choice([*LEAST]), random.choice([*FREE])
+    body = fields({**LEAST[route], field: FREE[field]})
+    return Request("free fields", path_of(route, random), encoded(body(random)))
 
 
 LISTS = {
@@ -450,7 +459,7 @@ def lists(random: Random) -> Request:
     route = random.choice([*LISTS])
     count = random.choice((300, 2047, 2049, 30_000))
     values = [*beginnings(random), *[elements(random)] * count]
-    return Request("lists", route, encoded({LISTS[route]: values, **BESIDE.get(route, {})}))
+    return Request("lists", path_of(route, random), encoded({LISTS[route]: values, **BESIDE.get(route, {})}))
 
 
 RAW: dict[str, Callable[[bytes, int], bytes]] = {
