@@ -184,8 +184,8 @@ def test_bad_pictures_are_refused_in_the_same_words(
         offline(pages)
     answer = TestClient(build([pages._service], ServerConfig())).post(path, json=body)
     error = answer.json()["error"]
-    told = (error["message"], error["param"], error["code"])
-    assert told == (refused.value.message, refused.value.param, refused.value.status)
+    assert (error["message"], error["code"]) == (refused.value.message, refused.value.status)
+    assert error["param"] == ("queries" if "queries" in body else refused.value.param)
 
 
 PACKAGE = {

@@ -223,7 +223,7 @@ def contents(
 def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq[str]) -> str | Illustrated:
     if isinstance(item, str):
         return item
-    param = CONTENT if CONTENT in item else param
+    side, param = param, CONTENT if CONTENT in item else param
     if fields is PICTURED:
         item, fields = with_picture(item), TEXT
     content = item.get("content", [item])
@@ -231,7 +231,10 @@ def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq
         return content
     parts = content if isinstance(content, list) else []
     if "content" in item and service.renderer.pictures is not None and media_type([item]):
-        return service.renderer.of_parts(parts, body.mm_processor_kwargs)
+        try:
+            return service.renderer.of_parts(parts, body.mm_processor_kwargs)
+        except BadRequest as error:  # which knows of messages, not of sides
+            raise BadRequest(error.message, param=side) from None
     lines = [line for part in parts for line in _lines(part, fields)]
     if not parts or len(lines) < len(parts):
         raise _no_text(item, service, param, fields)
