@@ -150,6 +150,17 @@ def test_a_prompt_before_many_inputs_is_bounded_with_each(monkeypatch: pytest.Mo
     assert sum(sizes) < 100 * (LIMIT + 1), "the first is refused, the others are not looked at"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_text_that_is_cut_a_part_is_tokenised(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    sizes = count_characters(monkeypatch)
+    text = "one two " * 7_500
+    found = renderer("wordpiece", side, limit=256).render(
+        [text] * 10, "embed", PoolingParams(), TextOptions(truncate=256)
+    )
+    assert {tuple(sequence.ids) for sequence in found} == {tuple(reference("wordpiece", side, text, limit=256))}
+    assert sum(sizes) < 10 * len(text) / 4
+
+
 @pytest.mark.parametrize(
     ("prompts", "options"),
     [
