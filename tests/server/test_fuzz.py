@@ -224,7 +224,10 @@ def ranked(content: Any) -> None:
 
 
 def tokenized(content: Any) -> None:
-    """Check an answer of token ids."""
+    """Check an answer of token ids; llama.cpp's, which a body with `content` gets, has nothing else."""
+    if [*content] == ["tokens"]:
+        assert all(isinstance(token, int) for token in content["tokens"])
+        return
     assert content["count"] == len(content["tokens"])
     assert content["token_strs"] is None or len(content["token_strs"]) == content["count"]
 
@@ -330,7 +333,7 @@ def test_generated_requests(site: Site) -> None:
     for number, burst in enumerate(islice(bursts(seed, AT_ONCE), -(-REQUESTS // AT_ONCE))):
         try:
             site.fire(burst)
-        except AssertionError as error:
+        except Exception as error:
             error.add_note(f"seed {seed}, burst {number}")
             raise
     site.check_rest()
