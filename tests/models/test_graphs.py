@@ -281,7 +281,7 @@ def test_a_forward_that_depends_on_what_it_recorded_is_found_out(monkeypatch: py
 @pytest.mark.usefixtures("like_a_gpu")
 def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of real weights: three batches are launched before the first is finished, as an engine does."""
-    texts = list(docstrings(24))
+    texts = list(docstrings(12))
     reference = SentenceTransformer(str(embedded()), device=str(DEVICE))
     reference.max_seq_length = LENGTH
     expected = reference.encode(texts, batch_size=1)
@@ -289,16 +289,16 @@ def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loading, "settings_of", lambda *args: replace(settings_of(*args), graph_tokens=2048))
     model, checkpoint = loading.load(ModelConfig(device=str(DEVICE), dtype="float32", native_kernels=False))
     ids = checkpoint.tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
-    parts = [[Sequence(own) for own in ids[i : i + 8]] for i in range(0, 24, 8)]
+    parts = [[Sequence(own) for own in ids[i : i + 4]] for i in range(0, 12, 4)]
     token_rows = [replace(s, task="token_embed") for s in parts[0]]
     launched = [model.launch(part) for part in (*parts, token_rows, parts[0])]
     found = [output for pending in launched for output in pending.finish()]
     assert isinstance(model.layout, Packed)
     assert model.layout.graphs is not None
     assert model.layout.graphs.replays
-    vectors = np.array([output.data for output in (*found[:24], *found[32:])])
-    assert np.abs(vectors - np.concatenate((expected, expected[:8]))).max() < TOLERANCE
-    assert [len(output.data) for output in found[24:32]] == [len(s) for s in parts[0]]
+    vectors = np.array([output.data for output in (*found[:12], *found[16:])])
+    assert np.abs(vectors - np.concatenate((expected, expected[:4]))).max() < TOLERANCE
+    assert [len(output.data) for output in found[12:16]] == [len(s) for s in parts[0]]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there, it can be recorded")

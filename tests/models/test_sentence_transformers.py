@@ -375,7 +375,7 @@ def _rows(llm: LLM, texts: list[str], **options: Any) -> np.ndarray:
     return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [40, *(pytest.param(count, marks=pytest.mark.full) for count in (100, 300))])
 def test_embedded_model_equals_sentence_transformers(minilm: LLM, count: int) -> None:
     """On docstrings, from one word to more than the model's 256 tokens."""
     texts = list(corpus.docstrings(count))
@@ -388,7 +388,7 @@ def test_embedded_model_equals_sentence_transformers(minilm: LLM, count: int) ->
     np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [10, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("step", [20, *(pytest.param(step, marks=pytest.mark.full) for step in (10, 4))])
 def test_a_row_does_not_depend_on_its_batch(minilm: LLM, step: int) -> None:
     """Shuffled, split, mixed with other texts, tasks and parameters: no value moves by more than 1e-6."""
     texts = list(corpus.docstrings(300))[::step]

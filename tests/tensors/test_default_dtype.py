@@ -85,20 +85,19 @@ BESIDE = """
     texts = ["old boat", "the lake is deep and clear"] * 8
     with LLM(str(folder)) as llm:
         first = np.array([output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)])
-        ended, largest, runs = threading.Event(), 0.0, 0
+        largest, runs, loads = 0.0, 0, []
 
         def load():
-            while not ended.is_set():
-                AutoModel.from_pretrained(other, dtype=torch.bfloat16)
+            for _ in range(20):
+                loads.append(AutoModel.from_pretrained(other, dtype=torch.bfloat16).dtype)
 
         thread = threading.Thread(target=load)
         thread.start()
-        for runs in range(200):
+        while thread.is_alive():
             rows = np.array([output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)])
-            largest = max(largest, float(np.abs(rows - first).max()))
-        ended.set()
-        thread.join()
+            largest, runs = max(largest, float(np.abs(rows - first).max())), runs + 1
     assert largest < 1e-6, largest
+    assert len(loads) == 20 and runs > 10, (loads, runs)
 """
 
 

@@ -31,12 +31,14 @@ def unit(count: int, width: int = WIDTH, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def real() -> np.ndarray:
-    """Unit vectors of a model, `[200, 384]`."""
+    """Unit vectors of a model, `[50, 384]`."""
     with LLM() as llm:
         outputs = llm.embed(
-            list(corpus.docstrings(200)), use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1}
+            list(corpus.docstrings(50)), use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": -1}
         )
-    return np.array([output.outputs.embedding for output in outputs], np.float32)
+    rows = np.array([output.outputs.embedding for output in outputs], np.float32)
+    rows.flags.writeable = False
+    return rows
 
 
 @pytest.fixture(params=["random", "real"])
