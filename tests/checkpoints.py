@@ -5,6 +5,8 @@ The weights are large enough that every token, position and layer moves the resu
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -261,6 +263,38 @@ def two_layers(labels: int, *, seed: int = 0) -> dict[str, Tensor]:
         for place, rows in ((0, HIDDEN), (2, labels))
         for kind, shape in (("weight", (rows, HIDDEN)), ("bias", (rows,)))
     }
+
+
+def pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` in eval mode, loaded once for each content of the folder's files.
+
+    For references alone, whose forwards leave it as it is: a model that a test has changed is given to no other.
+    """
+    model, untouched = _pretrained(kind, folder, _digest(folder), tuple(sorted(options.items())))
+    assert _touches(model) == untouched, "a test has changed a model that others share"
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _pretrained(kind: Any, folder: Path, digest: bytes, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    with torch.inference_mode(mode=False):  # whose tensors count their changes
+        model = kind.from_pretrained(folder, **dict(options)).eval().requires_grad_(False)
+    return model, _touches(model)
+
+
+def _digest(folder: Path) -> bytes:
+    """Hash of all files of `folder`, their names included."""
+    hashed = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        hashed.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return hashed.digest()
+
+
+def _touches(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What differs after a model's tensors, forwards, hooks or mode were changed."""
+    tensors = [(id(tensor), tensor._version) for tensor in model.state_dict(keep_vars=True).values()]
+    return tensors + [("forward" in vars(x), len(x._forward_hooks), x.training) for x in model.modules()]
 
 
 OLD = "sentence_transformers.models."

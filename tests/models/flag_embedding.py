@@ -6,18 +6,27 @@ largest, without cls, eos, pad and unk. Token vectors: `colbert_linear` of all r
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from tests import checkpoints
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+@functools.lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def reference(folder: Path, text: str) -> dict[str, Any]:
     """Return what FlagEmbedding gives for one text, by task."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = _tokenizer(folder)
+    model = checkpoints.pretrained(AutoModel, folder, dtype=torch.float32)
     layers = [torch.load(folder / name, weights_only=True) for name in ("sparse_linear.pt", "colbert_linear.pt")]
     inputs = tokenizer(text, return_tensors="pt")
     with torch.inference_mode():

@@ -10,8 +10,7 @@ import torch
 from cenote.core import Sequence
 from cenote.models import classifiers
 from cenote.models.layouts import forward
-from cenote.models.passes.table import prepared
-from cenote.models.probe import HeadProbe
+from cenote.models.probe import HeadProbe, choose
 from cenote.tensors.packing import pack
 from material.zoo import FIRST_TOKEN, ZOO, Architecture, build, has_class
 
@@ -23,8 +22,8 @@ NAMED = (
 )
 # fmt: on
 """Architectures that are tried with 1, 2 and 5 labels; the others with 3."""
-FIVE = ("bert", "qwen3")
-"""Those that `make test` tries with 5: that many are 2 once more."""
+ALL = ("bert", "qwen3")
+"""Those that `make test` tries with each of them, the others with 2."""
 
 REFUSED = ("t5", "t5-gated", "mt5", "umt5", "funnel")
 """Sequence heads that are not served: T5's needs its decoder, Funnel's a backbone that shortens its input."""
@@ -36,7 +35,7 @@ def rows(head: str) -> list[Any]:
     """Rows of the zoo that have `head`, and numbers of labels."""
     known = [a for a in ZOO if has_class(a, head) and not (head == SEQUENCE and a.name in REFUSED)]
     cases = [(a, labels) for a in known for labels in ((1, 2, 5) if a.name in NAMED else (3,))]
-    repeated = [case for case in cases if case[1] == 5 and case[0].name not in FIVE]
+    repeated = [case for case in cases if case[1] in (1, 5) and case[0].name not in ALL]
     return [pytest.param(case, marks=pytest.mark.full if case in repeated else ()) for case in cases]
 
 
@@ -65,7 +64,7 @@ def test_sequence_heads(case: tuple[Architecture, int]) -> None:
     expected = torch.stack(alone(model, batch))
     probe = HeadProbe(model, max_length=architecture.max_length)
     classifier = classifiers.of_sequences(model, probe)
-    layout = prepared(model.base_model).layout
+    layout = choose(model.base_model).layout
     with torch.inference_mode():
         packed = pack(batch)
         got = classifier.whole(forward(layout, packed), packed, [4, 0, 1, 2, 3, 5])
@@ -84,7 +83,7 @@ def test_token_heads(case: tuple[Architecture, int]) -> None:
     expected = torch.cat(alone(model, batch))
     probe = HeadProbe(model, max_length=architecture.max_length)
     classifier = classifiers.of_tokens(model, probe)
-    layout = prepared(model.base_model).layout
+    layout = choose(model.base_model).layout
     with torch.inference_mode():
         got = classifier.rows(forward(layout, pack(batch)))
     scale = max(1.0, float(expected.abs().max()))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cenote import LLM, PoolingParams
 from cenote.errors import BadRequest
+from tests import checkpoints
 from tests.checkpoints import classifier, sentinels
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def reference(folder: Path, prompt: Any) -> np.ndarray:
     """Logits by the whole model, one input at a time."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = checkpoints.pretrained(transformers.AutoModelForSequenceClassification, folder)
     texts = prompt if isinstance(prompt, tuple) else (prompt,)
     with torch.inference_mode():
         logits: np.ndarray = model(input_ids=torch.tensor([tokenizer(*texts)["input_ids"]])).logits[0].numpy()

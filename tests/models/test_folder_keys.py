@@ -235,6 +235,7 @@ class Row:
         key: with dots for nested objects, and numbers for entries of a list.
         outcome: see the module.
         others: further keys of the file that the value needs.
+        is_repeated: `make test` has it in other rows.
     """
 
     kind: str
@@ -243,6 +244,7 @@ class Row:
     value: Any
     outcome: Literal["honoured", "idle", "refused"]
     others: tuple[tuple[str, Any], ...] = ()
+    is_repeated: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind} {self.file} {self.key}={json.dumps(self.value)[:40]}"
@@ -274,6 +276,12 @@ PLACES = {
     "trust_remote_code": True,
 }
 """Arguments that say where files are."""
+PLACED = [
+    (section, name, value, section != SECTIONS[0] and name != "cache_dir")
+    for section in SECTIONS
+    for name, value in PLACES.items()
+]
+"""Each of them in each section, and whether `make test` has both apart."""
 ARRANGED = {
     "padding": "max_length",
     "padding_side": "right",
@@ -329,7 +337,10 @@ TRANSFORMER_ROWS = [
     *idle("dense", BERT, "model_kwargs", {"dtype": "float32"}, {"torch_dtype": "float32"}),
     *idle("dense", BERT, "model_kwargs", {"add_pooling_layer": False}),
     *idle("dense", BERT, "model_kwargs", {"use_safetensors": True}, {"low_cpu_mem_usage": True}),
-    *[Row("dense", BERT, section, {name: value}, "idle") for section in SECTIONS for name, value in PLACES.items()],
+    *[
+        Row("dense", BERT, section, {name: value}, "idle", is_repeated=is_repeated)
+        for section, name, value, is_repeated in PLACED
+    ],
     *[Row("dense", BERT, f"processing_kwargs.text.{name}", value, "idle") for name, value in ARRANGED.items()],
     *idle("dense", BERT, "processing_kwargs.common.return_tensors", "pt"),
     *[
@@ -577,7 +588,9 @@ NAMED = {
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")  # of torch, in the reference
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=str(row), marks=pytest.mark.full if row.is_repeated else ()) for row in ROWS]
+)
 def test_a_key(row: Row, plain: Callable[[str], tuple[Path, Rows]], tmp_path: Path) -> None:
     source, before = plain(row.kind)
     folder = shutil.copytree(source, tmp_path / "model")

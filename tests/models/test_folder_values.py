@@ -116,12 +116,17 @@ def scored(folder: Path, pairs: list[tuple[str, str]], **options: Any) -> list[f
         return [llm.score(*pair, use_tqdm=False)[0].outputs.score for pair in pairs]
 
 
-CUTS: list[Any] = [True, "longest_first", "only_first", "only_second"]
+CUTS: list[Any] = [
+    pytest.param(cuts, part, side, id=f"{cuts}-{part}-{side}", marks=pytest.mark.full if is_repeated else ())
+    for cuts in (True, "longest_first", "only_first", "only_second")
+    for part in ("text", "common")
+    for side in ("right", "left")
+    for is_repeated in [part == "common" and (cuts, side) not in ((True, "right"), ("only_first", "left"))]
+]
+"""The key is read from both parts alike: `make test` has two of the other part's."""
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("part", ["text", "common"])
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize(("cuts", "part", "side"), CUTS)
 def test_the_text_that_is_cut(tmp_path: Path, cuts: Any, part: str, side: str) -> None:
     folder = checkpoints.classifier(tmp_path / "model", num_labels=1)
     transformer = {
@@ -155,9 +160,22 @@ def test_a_text_that_cannot_be_cut_enough(tmp_path: Path) -> None:
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<end>"
 
 
-@pytest.mark.parametrize("length", [100, 60, 40])
-@pytest.mark.parametrize("restores", [True, False], ids=["end put back", "end cut off"])
-@pytest.mark.parametrize("side", ["right", "left"])
+LENGTHS = [
+    pytest.param(
+        side,
+        restores,
+        length,
+        id=f"{side}-{'end put back' if restores else 'end cut off'}-{length}",
+        marks=pytest.mark.full if length != 60 and restores != (side == "right") else (),
+    )
+    for side in ("right", "left")
+    for restores in (True, False)
+    for length in (100, 60, 40)
+]
+"""`make test` has the other lengths with two of the four ways to cut."""
+
+
+@pytest.mark.parametrize(("side", "restores", "length"), LENGTHS)
 def test_a_pair_of_messages_is_cut_like_a_text(tmp_path: Path, side: str, restores: bool, length: int) -> None:
     """Its template and its query too, as far as the length asks."""
     tokenizer = checkpoints.byte_level(chat_template=TEMPLATE)

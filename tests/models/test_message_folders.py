@@ -199,12 +199,24 @@ def test_prompts_of_the_folder_come_before_task_instructions(tmp_path: Path) -> 
 
 
 ACTIVATIONS = ["Identity", "Sigmoid", "Softmax", "Tanh", "ReLU", "GELU", "LogSoftmax"]
+PLACES = ["sentence_transformers", "sbert_ce_default_activation_function"]
+PLACED = [
+    pytest.param(
+        place,
+        kind,
+        labels,
+        id=f"{place}-{kind}-{labels}",
+        marks=pytest.mark.full if place == PLACES[1] and kind not in ("Identity", "Sigmoid") else (),
+    )
+    for place in PLACES
+    for kind in ACTIVATIONS
+    for labels in (1, 3)
+]
+"""`make test` finds each activation in one place, and two of them in the other."""
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")  # of torch, in the reference
-@pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("place", ["sentence_transformers", "sbert_ce_default_activation_function"])
+@pytest.mark.parametrize(("place", "kind", "labels"), PLACED)
 def test_activation_in_the_config_of_older_releases(tmp_path: Path, labels: int, kind: str, place: str) -> None:
     folder = checkpoints.classifier(tmp_path, num_labels=labels)
     path = "torch.nn.modules.linear.Identity" if kind == "Identity" else f"torch.nn.modules.activation.{kind}"

@@ -112,7 +112,7 @@ LAYOUTS = {
 
 def last_logits(folder: Path, prompts: Sequence[list[int]]) -> list[Tensor]:
     """The reference: logits of the last token of each prompt, over the whole vocabulary."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model = checkpoints.pretrained(AutoModelForCausalLM, folder, attn_implementation="eager")
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts]
 

@@ -133,8 +133,21 @@ OF_TOKENS: dict[str, tuple[str, str, Callable[[], tuple[dict[str, Tensor], Rows]
 }
 
 
-@pytest.mark.parametrize("name", OF_TOKENS)
-@pytest.mark.parametrize("keep", [True, False], ids=["with lm_head", "without lm_head"])
+KEPT = ("two layers", "below a prefix")
+"""Heads that `make test` tries beside a language model's own, too."""
+HEADS = [
+    pytest.param(
+        keep,
+        name,
+        id=f"{'with' if keep else 'without'} lm_head-{name}",
+        marks=pytest.mark.full if keep and name not in KEPT else (),
+    )
+    for keep in (True, False)
+    for name in OF_TOKENS
+]
+
+
+@pytest.mark.parametrize(("keep", "name"), HEADS)
 def test_rewards_of_tokens(tmp_path: Path, name: str, keep: bool) -> None:
     """`[T, 1]`, raw; of the last token as class; and vectors besides."""
     family, architecture, build = OF_TOKENS[name]
