@@ -7,10 +7,12 @@ tolerance, and the tests say so where a rule could be dropped without a differen
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
 import string
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,7 @@ from tests import checkpoints
 from tests.checkpoints import HIDDEN, POSITIONS, dense
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -103,8 +105,17 @@ def differ(first: Rows, second: Rows) -> bool:
     return any(a.shape != b.shape or np.abs(a - b).max() > 1e-2 for a, b in zip(first, second, strict=True))
 
 
-def agree(folder: Path, *, documents: list[str] = DOCUMENTS, **options: Any) -> dict[str | None, Rows]:
+def agree(folder: Path, **options: Any) -> dict[str | None, Rows]:
     """Assert that both sides, no side, and the scores are the reference's; return the vectors by side."""
+    with agreed(folder, **options) as (_, found):
+        return found
+
+
+@contextmanager
+def agreed(
+    folder: Path, *, documents: list[str] = DOCUMENTS, **options: Any
+) -> Iterator[tuple[LLM, dict[str | None, Rows]]]:
+    """Yield the model, too, after the same assertions."""
     model = MultiVectorEncoder(str(folder), device="cpu")
     found: dict[str | None, Rows] = {}
     references: dict[str | None, Rows] = {}
@@ -120,7 +131,7 @@ def agree(folder: Path, *, documents: list[str] = DOCUMENTS, **options: Any) -> 
         for query, row in zip(QUERIES, expected, strict=True):
             scores = [output.outputs.score for output in llm.score(query, documents, use_tqdm=False)]
             np.testing.assert_allclose(scores, row, rtol=1e-5, atol=1e-5)
-    return found
+        yield llm, found
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +237,24 @@ RULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def rows_of(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], dict[str, Rows]]:
+    """Rows of both sides by a variant, each of which is written and loaded once."""
+
+    @functools.cache
+    def rows(variant: str) -> dict[str, Rows]:
+        folder = written(bert, tmp_path_factory.mktemp("rule") / "model", **json.loads(variant))
+        with LLM(model=str(folder)) as llm:
+            return {side: encoded(llm, texts, side) for side, texts in ALL_TEXTS.items()}
+
+    return lambda variant: rows(json.dumps(variant))
+
+
 @pytest.mark.parametrize(("side", "one", "other"), RULES.values(), ids=RULES)
 def test_every_rule_moves_something(
-    bert: Path, tmp_path: Path, side: str, one: dict[str, Any], other: dict[str, Any]
+    rows_of: Callable[[dict[str, Any]], dict[str, Rows]], side: str, one: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    found = []
-    for name, variant in (("one", one), ("other", other)):
-        with LLM(model=str(written(bert, tmp_path / name, **variant))) as llm:
-            found.append(encoded(llm, QUERIES if side == "query" else DOCUMENTS, side))
-    assert differ(*found)
+    assert differ(rows_of(one)[side], rows_of(other)[side])
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], ...]] = {
@@ -270,15 +290,20 @@ POOLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", POOLINGS.values(), ids=POOLINGS)
-def test_token_pooling(bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    path = pooled(bert, tmp_path / "model", **options)
-    found = agree(path)
+@pytest.fixture(scope="module")
+def unpooled(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    """Numbers of rows before they are joined."""
+    path = pooled(bert, tmp_path_factory.mktemp("unpooled") / "model", pool_factor=2)
     with LLM(model=str(path), plain_late_interaction=True) as llm:
-        whole = {side: [len(rows) for rows in encoded(llm, texts, None)] for side, texts in ALL_TEXTS.items()}
+        return {side: [len(rows) for rows in encoded(llm, texts, None)] for side, texts in ALL_TEXTS.items()}
+
+
+@pytest.mark.parametrize("options", POOLINGS.values(), ids=POOLINGS)
+def test_token_pooling(bert: Path, tmp_path: Path, unpooled: dict[str, list[int]], options: dict[str, Any]) -> None:
+    found = agree(pooled(bert, tmp_path / "model", **options))
     sides, factor = options.get("tasks", "document"), options["pool_factor"]
     protected = options.get("num_protected_tokens", 1)
-    for side, lengths in whole.items():
+    for side, lengths in unpooled.items():
         fewer = [min(n, protected + max(int((n - protected) // factor), 1)) for n in lengths]
         assert [len(rows) for rows in found[side]] == (fewer if side in sides else lengths)
     norms = [np.linalg.norm(rows, axis=1) for rows in found["document"]]
@@ -287,8 +312,7 @@ def test_token_pooling(bert: Path, tmp_path: Path, options: dict[str, Any]) -> N
 
 def test_token_pooling_comes_after_the_skip_list_and_is_for_texts(bert: Path, tmp_path: Path) -> None:
     path = pooled(bert, tmp_path / "model", skipped=PUNCTUATION, query_expansion=FIXED, pool_factor=2)
-    agree(path)
-    with LLM(model=str(path)) as llm:
+    with agreed(path) as (llm, _):
         ids = llm.get_tokenizer()(DOCUMENTS[0])["input_ids"]
         assert len(encoded(llm, [{"prompt_token_ids": ids}], "document")[0]) == len(ids)
 
@@ -520,8 +544,21 @@ HIDES_PADDED = (t5, opt)
 """Those that run padded if tokens are to be hidden."""
 
 
-@pytest.mark.parametrize("attend", [False, True], ids=["hidden", "seen"])
-@pytest.mark.parametrize("made", BACKBONES, ids=lambda made: made.__name__)
+SEEN = (modernbert, qwen, mpnet)
+"""Backbones, local, causal and padded, that `make test` also tries with queries whose filling is seen."""
+FILLED_QUERIES = [
+    pytest.param(
+        made,
+        attend,
+        id=f"{made.__name__}-{'seen' if attend else 'hidden'}",
+        marks=pytest.mark.full if attend and made not in SEEN else (),
+    )
+    for made in BACKBONES
+    for attend in (False, True)
+]
+
+
+@pytest.mark.parametrize(("made", "attend"), FILLED_QUERIES)
 def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) -> None:
     length = 24 if made in BYTE_LEVEL else FILLED  # their tokenizers make more tokens of the same text
     path = written(
@@ -531,9 +568,8 @@ def test_backbone(tmp_path: Path, made: Callable[[Path], Path], attend: bool) ->
         document_length=40,
         skipped=[",", "."],
     )
-    found = agree(path)
-    assert [len(rows) for rows in found["query"]] == [length] * len(QUERIES)
-    with LLM(model=str(path)) as llm:
+    with agreed(path) as (llm, found):
+        assert [len(rows) for rows in found["query"]] == [length] * len(QUERIES)
         assert llm.info.report.layout == ("padded" if made in HIDES_PADDED and not attend else BACKBONES[made])
         ids = llm.encode(QUERIES[:1], input_type="query", use_tqdm=False)[0].prompt_token_ids
         tokenizer = llm.get_tokenizer()
@@ -665,10 +701,10 @@ def test_pylate(tmp_path: Path, settings: dict[str, Any], added: bool) -> None:
     prompts = settings.get("prompts", {})
     if not added and prompts:
         prompts = {"query": "hello ", "document": "[unused1] represent "}
-    found = agree(pylate(backbone, settings={**named, **settings, **({"prompts": prompts} if prompts else {})}))
-    if settings == {}:
-        assert [len(rows) for rows in found["query"]] == [FILLED] * len(QUERIES)
-        with LLM(model=str(backbone)) as llm:
+    folder = pylate(backbone, settings={**named, **settings, **({"prompts": prompts} if prompts else {})})
+    with agreed(folder) as (llm, found):
+        if settings == {}:
+            assert [len(rows) for rows in found["query"]] == [FILLED] * len(QUERIES)
             for side, marker in zip(SIDES, markers, strict=True):
                 ids = llm.encode(["fox"], input_type=side, use_tqdm=False)[0].prompt_token_ids
                 assert ids[1] == llm.get_tokenizer().get_vocab()[marker]
@@ -732,11 +768,10 @@ STANFORD: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize("metadata", STANFORD.values(), ids=STANFORD)
 def test_stanford(tmp_path: Path, metadata: dict[str, Any] | None) -> None:
     folder = colbert(tmp_path / "model", metadata)
-    found = agree(folder)
-    assert {rows.shape[1] for rows in found["query"]} == {WIDTH}
-    assert {len(rows) for rows in found["query"]} == {(metadata or {}).get("query_maxlen", 32)}
     asked = {"query": "query_token_id", "document": "doc_token_id"}
-    with LLM(model=str(folder)) as llm:
+    with agreed(folder) as (llm, found):
+        assert {rows.shape[1] for rows in found["query"]} == {WIDTH}
+        assert {len(rows) for rows in found["query"]} == {(metadata or {}).get("query_maxlen", 32)}
         vocabulary = llm.get_tokenizer().get_vocab()
         for side, default in (("query", "[unused0]"), ("document", "[unused1]")):
             ids = llm.encode(["fox, dog"], input_type=side, use_tqdm=False)[0].prompt_token_ids
@@ -759,13 +794,23 @@ STANFORD_RULES = {
 }
 
 
+def rated(folder: Path, metadata: dict[str, Any]) -> dict[str, Rows]:
+    """Rows of both sides by ColBERT's own layout."""
+    with LLM(model=str(colbert(folder, metadata))) as llm:
+        return {side: encoded(llm, texts, side) for side, texts in ALL_TEXTS.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
+    """Those by all entries of the metadata."""
+    return rated(tmp_path_factory.mktemp("whole") / "model", METADATA)
+
+
 @pytest.mark.parametrize(("side", "change"), STANFORD_RULES.values(), ids=STANFORD_RULES)
-def test_every_entry_of_the_metadata_counts(tmp_path: Path, side: str, change: dict[str, Any]) -> None:
-    found = []
-    for name, metadata in (("one", METADATA), ("other", {**METADATA, **change})):
-        with LLM(model=str(colbert(tmp_path / name, metadata))) as llm:
-            found.append(encoded(llm, QUERIES if side == "query" else DOCUMENTS, side))
-    assert differ(*found)
+def test_every_entry_of_the_metadata_counts(
+    whole: dict[str, Rows], tmp_path: Path, side: str, change: dict[str, Any]
+) -> None:
+    assert differ(whole[side], rated(tmp_path / "model", {**METADATA, **change})[side])
 
 
 def test_damaged_stanford_checkpoints(tmp_path: Path) -> None:
