@@ -79,10 +79,10 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
         ValueError: they are not understood; also `KeyError` and `ImportError`, as Transformers raises them.
     """
     ends = _ends(Path(source.path))
-    has_code = bool(references(config(Path(source.path)))) and not ends
+    runs_code = source.trust_remote_code and bool(references(config(Path(source.path)))) and not ends
     tokenizer: PreTrainedTokenizerBase = _kind(Path(source.path)).from_pretrained(
         source.path,
-        trust_remote_code=source.trust_remote_code and has_code,  # else the code of the model would run, or be asked for
+        trust_remote_code=runs_code,  # that of the model's config would run, too, or be asked of the hub
         config=_config(Path(source.path)),
         **source.kwargs,
     )

@@ -174,9 +174,8 @@ def fuse(
         kinds: those to try, of `KINDS`.
     """
     patches = patches or Patches()
-    check = partial(unchanged, probe, probe().clone())
-    seen = _observe(model, probe, patches)
-    seen.constants = _constants(list(filter(patches.is_free, seen.linears)), probe, other)
+    rows, seen = _observe(model, probe, other, patches)
+    check = partial(unchanged, probe, rows)
     matrices = _Matrices(products)
     matrices.pack(_packable(model, seen, patches))
     trials = _Trials(seen, matrices, kernels, patches, check)
@@ -352,25 +351,35 @@ CHANGES: dict[str, Callable[[_Plan], None]] = {
 """By kind, in the order in which they are planned: a Linear is packed with all that it runs."""
 
 
-def _observe(model: nn.Module, probe: Callable[[], Tensor], patches: Patches) -> Seen:
-    """Watch one forward."""
+def _observe(
+    model: nn.Module, probe: Callable[[], Tensor], other: Callable[[], Tensor], patches: Patches
+) -> tuple[Tensor, Seen]:
+    """Watch the forward of `probe`, and that of `other` if there could be constants; return the output of the first."""
     watch = _Watch()
     with ExitStack() as hooks:
         for module in model.modules():
             hook = watch.hook(module)
             if hook is not None:
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-        probe()
-    return watch.seen(set(filter(patches.is_free, model.modules())))
+        rows = probe().clone()
+    free = set(filter(patches.is_free, model.modules()))
+    seen = watch.seen(free)
+    inputs = {linear: watch.inputs[linear] for linear in seen.linears if linear in free}
+    seen.constants = _constants(inputs, rows.shape[:-1].numel(), other)
+    return rows, seen
 
 
 class _Watch:
     """Follows tensors through a forward, by hooks that note calls.
 
     Lists have an entry for each call of the module, `None` where that call rules a change out.
+
+    Attributes:
+        inputs: of each call of a Linear.
     """
 
     def __init__(self) -> None:
+        self.inputs: defaultdict[nn.Linear, list[Tensor]] = defaultdict(list)
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of them
         self._outputs: dict[int, nn.Linear] = {}
         self._activated: dict[int, nn.Linear | None] = {}
@@ -378,7 +387,7 @@ class _Watch:
         self._activations: Counter[nn.Linear | None] = Counter()
         self._sources: defaultdict[nn.Module, list[nn.Linear | None]] = defaultdict(list)
         self._targets: defaultdict[nn.Linear, list[nn.Linear]] = defaultdict(list)
-        self._inputs: dict[nn.Module, tuple[Any, ...]] = {}
+        self._last: dict[nn.Module, tuple[Any, ...]] = {}
         self._norms: defaultdict[nn.Module, list[tuple[nn.Linear, nn.LayerNorm] | None]] = defaultdict(list)
         self._scales: defaultdict[nn.Module, list[Tensor | None]] = defaultdict(list)
 
@@ -396,7 +405,8 @@ class _Watch:
         return None if block is None else partial(self._block, *block)
 
     def _linear(self, module: nn.Linear, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
-        self._inputs[module] = args
+        self._last[module] = args
+        self.inputs[module].append(args[0])
         before = self._activated.get(id(args[0]))
         if before is not None:
             self._targets[before].append(module)
@@ -412,7 +422,7 @@ class _Watch:
         self._activated[id(output)] = source
 
     def _norm(self, module: nn.LayerNorm, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
-        self._inputs[module] = args
+        self._last[module] = args
 
     def _scaling(self, module: nn.Module, args: tuple[Any, ...], _: dict[str, Any], output: Any) -> None:
         self._scales[module].append(_scale(module, args, output))
@@ -427,7 +437,7 @@ class _Watch:
         output: Any,
     ) -> None:
         """Note whether the output is `norm(linear(first argument) + second argument)`."""
-        of_linear, of_norm = self._inputs.get(linear, ()), self._inputs.get(norm, ())
+        of_linear, of_norm = self._last.get(linear, ()), self._last.get(norm, ())
         adds = (
             (len(args), len(kwargs), len(of_linear), len(of_norm)) == (2, 0, 1, 1)
             and of_linear[0] is args[0]
@@ -494,13 +504,21 @@ def _without_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _constants(
-    linears: Iterable[nn.Linear], probe: Callable[[], Tensor], other: Callable[[], Tensor]
+    inputs: Mapping[nn.Linear, list[Tensor]], tokens: int, other: Callable[[], Tensor]
 ) -> dict[nn.Linear, Tensor]:
-    """Return those of `linears` that are called with the same input in both forwards, and that input."""
-    first, second = _linear_inputs(linears, probe), _linear_inputs(linears, other)
+    """Return the Linears that are called with the same input whatever the tokens are, and that input.
+
+    Args:
+        inputs: of each Linear in a forward.
+        tokens: of that forward. Inputs with a row for each of them depend on them.
+        other: runs a forward over other tokens, if any input has another number of rows.
+    """
+    first = {linear: [x for x in calls if x.shape[:-1].numel() != tokens] for linear, calls in inputs.items()}
+    candidates = list(filter(first.get, first))
+    second = _linear_inputs(candidates, other) if candidates else {}
     constants = {}
-    for linear, inputs in first.items():
-        equal = [x for x, y in product(inputs, second[linear]) if torch.equal(x, y)]
+    for linear in candidates:
+        equal = [x for x, y in product(first[linear], second[linear]) if torch.equal(x, y)]
         if equal:
             constants[linear] = equal[0]
     return constants
