@@ -1,9 +1,16 @@
-"""Every architecture, packed or padded as the probe decides, equals itself: eager, one sequence at a time, fp32."""
+"""Every architecture, packed or padded as the probe decides, equals itself: eager, one sequence at a time, fp32.
+
+And forwards of several threads beside each other equal those, unless the model remembers something between them.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +20,9 @@ from cenote.config import Isa
 from cenote.core import Sequence
 from cenote.errors import ConfigError
 from cenote.models.layouts import forward
-from cenote.models.passes.subject import Settings
+from cenote.models.passes.subject import Settings, Subject
 from cenote.models.passes.table import prepared
+from cenote.models.probe import stable
 from cenote.tensors import linear, native
 from cenote.tensors.packing import pack
 from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
@@ -94,6 +102,22 @@ def kept() -> Isa:
 KEPT = kept()
 
 
+def make(name: str, isa: Isa) -> tuple[Subject, torch.Tensor]:
+    """An architecture after all passes, and its rows of `sequences`, `[T, D]`."""
+    kernels = native.load(isa)
+    model = build(next(row for row in ZOO if row.name == name))
+    subject = prepared(model, Settings(kernels=kernels, products=linear.float32(kernels)))
+    return subject, forward(subject.layout, pack(sequences(model.get_input_embeddings().weight.shape[0])))
+
+
+_once = functools.cache(make)
+
+
+def once(architecture: Architecture, isa: Isa) -> tuple[Subject, torch.Tensor]:
+    """`make`, once where several tests have the same."""
+    return (_once if isa == KEPT else make)(architecture.name, isa)
+
+
 @pytest.mark.parametrize(
     "isa",
     [pytest.param(x, id=name, marks=() if x == KEPT else pytest.mark.full) for name, x in PRODUCTS.items()],
@@ -103,16 +127,15 @@ def test_equals_eager_one_by_one(architecture: Architecture, isa: Isa) -> None:
     """By plain torch, and with the kernels of every instruction set that the processor has."""
     if reason := missing(isa):
         pytest.skip(reason)
-    kernels = native.load(isa)
     model = build(architecture)
     batch = sequences(model.get_input_embeddings().weight.shape[0])
     expected = alone(model, batch)
-    subject = prepared(build(architecture), Settings(kernels=kernels, products=linear.float32(kernels)))
+    subject, rows_TD = once(architecture, isa)
     layout = subject.layout
     assert layout.name == architecture.layout, subject.reasons
-    hidden = forward(layout, pack(batch)).split([len(s) for s in batch])
+    hidden = rows_TD.split([len(s) for s in batch])
     scale = max(1.0, max(float(rows.abs().max()) for rows in expected))
-    if kernels and architecture.name in AMPLIFIES:
+    if isa != "none" and architecture.name in AMPLIFIES:
         exact, furthest = amplified(architecture.name)
         eager_off = float((torch.cat(expected) - exact).abs().max())
         assert (torch.cat(hidden) - exact).abs().max() <= max(eager_off, furthest) + 1e-5 * scale
@@ -131,3 +154,58 @@ def test_equals_eager_one_by_one(architecture: Architecture, isa: Isa) -> None:
         assert got.isnan().all(), "rows that nobody wants were computed"
     spread = torch.stack([rows[-1] for rows in expected]).std(dim=0).mean()
     assert spread > 1e-3, "the tiny checkpoint gives nearly the same rows for all inputs and would prove nothing"
+
+
+# --- beside each other ---------------------------------------------------------------------------------------------
+
+STATEFUL = {"funnel", "llama-dynamic-rope", "phi3-longrope", "recurrent-gemma"}
+"""Architectures whose modules remember something between forwards."""
+BESIDE = ((9, 4), (17, 3, 12), (30,), (5, 5, 5, 22))
+"""Tokens of the sequences of batches that run beside each other."""
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
+def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Architecture, hasty: None) -> None:
+    subject, rows_TD = once(architecture, KEPT)
+    model, layout = subject.full, subject.layout
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    assert torch.equal(forward(layout, pack(sequences(vocabulary))), rows_TD), "another test has changed the model"
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        pack([Sequence(torch.randint(FIRST_TOKEN, vocabulary, (n,), generator=generator).tolist()) for n in lengths])
+        for lengths in BESIDE
+    ]
+
+    def run(number: int) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [forward(layout, batches[number]).clone()]
+
+    fault = stable(model, [partial(run, number) for number in range(2)])
+    assert bool(fault) == (architecture.name in STATEFUL), fault
+    if fault:
+        return
+    alone = [run(number)[0] for number in range(len(batches))]
+    found: list[tuple[int, torch.Tensor]] = []
+
+    def work(start: int) -> None:
+        for number in range(start, start + 6):
+            found.append((number % len(batches), run(number % len(batches))[0]))
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 24
+    for number, hidden_TD in found:
+        scale = max(1.0, float(alone[number].abs().max()))
+        assert torch.allclose(hidden_TD, alone[number], rtol=0, atol=1e-5 * scale)

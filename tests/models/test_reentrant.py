@@ -1,75 +1,16 @@
-"""Which models several threads may run at a time, and that those who may give what they give alone."""
+"""Signs that several threads cannot run a model at a time; `test_parity_zoo` runs every architecture by several."""
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cenote.core import Sequence
-from cenote.models.layouts import forward
-from cenote.models.passes.subject import Settings
-from cenote.models.passes.table import prepared
 from cenote.models.probe import stable
-from cenote.tensors import native
-from cenote.tensors.packing import pack
-from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
-
-STATEFUL = {"funnel", "llama-dynamic-rope", "phi3-longrope", "recurrent-gemma"}
-"""Architectures whose modules remember something between forwards."""
-LENGTHS = ((9, 4), (17, 3, 12), (30,), (5, 5, 5, 22))
-
-
-@pytest.fixture
-def hasty() -> Iterator[None]:
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
-def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Architecture, hasty: None) -> None:
-    model, kernels = build(architecture), native.load()
-    products = kernels if kernels and kernels.can_chain else None
-    layout = prepared(model, Settings(kernels=kernels, products=products)).layout
-    generator = torch.Generator().manual_seed(3)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    batches = [
-        pack([Sequence(torch.randint(FIRST_TOKEN, vocabulary, (n,), generator=generator).tolist()) for n in lengths])
-        for lengths in LENGTHS
-    ]
-
-    def run(number: int) -> list[Tensor]:
-        with torch.inference_mode():
-            return [forward(layout, batches[number]).clone()]
-
-    fault = stable(model, [partial(run, number) for number in range(2)])
-    assert bool(fault) == (architecture.name in STATEFUL), fault
-    if fault:
-        return
-    alone = [run(number)[0] for number in range(len(batches))]
-    found: list[tuple[int, Tensor]] = []
-
-    def work(start: int) -> None:
-        for number in range(start, start + 6):
-            found.append((number % len(batches), run(number % len(batches))[0]))
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 24
-    for number, hidden_TD in found:
-        scale = max(1.0, float(alone[number].abs().max()))
-        assert torch.allclose(hidden_TD, alone[number], rtol=0, atol=1e-5 * scale)
 
 
 class Plain(nn.Module):
