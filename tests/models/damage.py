@@ -646,6 +646,23 @@ def _others() -> Iterator[Damage]:
 
 DAMAGES = [*_values(), *_files(), *_tensors(), *_others()]
 
+WHOLE = ("hidden_size", "num_key_value_heads")
+"""Sizes in whose places `make test` puts each of `NUMBERS`; the others are read by the same code."""
+READ_ALONE = ("config.json", WEIGHTS, "tokenizer.json", "modules.json", PICKLE)
+"""Files to which `make test` does everything that happens to files, each by another reader."""
+OF_NUMBERS = {"zero", "true", "list", "NaN"}
+OF_FILES = {*FILES, *TEXT_FILES} - {"empty", "a folder", "a pipe", "not UTF-8", "a list"}
+
+
+def is_repeated(damage: Damage) -> bool:
+    """Whether `make test` has the same of another key or another file."""
+    if damage.key:
+        is_size = VALUES.get((damage.checkpoint, damage.file), {}).get(damage.key) is NUMBERS
+        return is_size and damage.key not in WHOLE and damage.name in OF_NUMBERS
+    is_read_alike = damage.file not in READ_ALONE and damage.file in DAMAGED_FILES.get(damage.checkpoint, ())
+    return is_read_alike and damage.name in OF_FILES
+
+
 HUGE: dict[tuple[str, str], tuple[str, ...]] = {
     ("bert", "config.json"): (
         "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from itertools import groupby
+from itertools import filterfalse, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,10 @@ from cenote.cli import main
 from cenote.errors import CheckpointError
 from tests import forked
 from tests.checkpoints import assert_same
-from tests.models.damage import CHECKPOINTS, DAMAGES, HUGE_DAMAGES, Damage
+from tests.models.damage import CHECKPOINTS, DAMAGES, HUGE_DAMAGES, Damage, is_repeated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 TEXTS = ["Hello, my name is", "The quick brown fox jumps over the lazy dog.", "one two three"]
@@ -120,7 +120,13 @@ def group(damage: Damage) -> tuple[str, str]:
     return damage.checkpoint, damage.file
 
 
-GROUPS = {place: list(part) for place, part in groupby(sorted(DAMAGES, key=group), key=group)}
+def grouped(damages: Iterable[Damage]) -> dict[tuple[str, str], list[Damage]]:
+    """Damages by checkpoint and file."""
+    return {place: list(part) for place, part in groupby(sorted(damages, key=group), key=group)}
+
+
+GROUPS = grouped(filterfalse(is_repeated, DAMAGES))
+REPEATED = grouped(filter(is_repeated, DAMAGES))
 
 
 def test_there_are_many() -> None:
@@ -131,9 +137,23 @@ def test_there_are_many() -> None:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # torch's remark on a pickle that is not its own
 @pytest.mark.parametrize("place", GROUPS, ids=" ".join)
 def test_damage(place: tuple[str, str], sound: Callable[[str], tuple[Path, Answers]], tmp_path: Path) -> None:
-    source, expected = sound(place[0])
+    run(GROUPS[place], sound, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("place", REPEATED, ids=" ".join)
+def test_the_same_damage_elsewhere(
+    place: tuple[str, str], sound: Callable[[str], tuple[Path, Answers]], tmp_path: Path
+) -> None:
+    run(REPEATED[place], sound, tmp_path)
+
+
+def run(damages: list[Damage], sound: Callable[[str], tuple[Path, Answers]], tmp_path: Path) -> None:
+    """Assert that damages of one checkpoint end well."""
+    source, expected = sound(damages[0].checkpoint)
     faults = {}
-    for number, damage in enumerate(GROUPS[place]):
+    for number, damage in enumerate(damages):
         folder = shutil.copytree(source, tmp_path / str(number))
         damage.change(folder)
         faults[damage.id] = fault(damage, folder, expected)
