@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -239,8 +240,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
 
 def local(folder: Path, **options: Any) -> np.ndarray:
     """The row of a local folder."""
+    return np.array(_local(folder, **options))
+
+
+@functools.cache
+def _local(folder: Path, **options: Any) -> list[float]:
     with LLM(model=str(folder), **options) as llm:
-        return np.array(llm.embed(TEXT, use_tqdm=False)[0].outputs.embedding)
+        return llm.embed(TEXT, use_tqdm=False)[0].outputs.embedding
 
 
 @pytest.mark.parametrize(

@@ -406,18 +406,35 @@ def test_adapters(tmp_path: Path) -> None:
         assert other.min() < 0.99, "another adapter is further away"
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
-def test_heads_stay_in_float32(options: dict[str, Any], tmp_path: Path) -> None:
-    """Scores of a classifier, and the weights of a SPLADE model, whose head holds the token embedding."""
-    classifier = checkpoints.classifier(tmp_path / "classifier", num_labels=3)
-    splade = checkpoints.classifier(tmp_path / "splade", head="ForMaskedLM")
-    scores, weights = [], []
-    for own in ({}, options):
-        with LLM(str(classifier), **own) as llm:
-            scores.append(np.array([o.outputs.probs for o in llm.classify(checkpoints.SHORT, use_tqdm=False)]))
-        with LLM(str(splade), convert="sparse", **own) as llm:
+Headed = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> Headed:
+    """Scores of a classifier, and the weights of a SPLADE model, whose head holds the token embedding, by options."""
+    folder = tmp_path_factory.mktemp("headed")
+    classifier = checkpoints.classifier(folder / "classifier", num_labels=3)
+    splade = checkpoints.classifier(folder / "splade", head="ForMaskedLM")
+
+    def values(**options: Any) -> tuple[np.ndarray, np.ndarray]:
+        with LLM(str(classifier), **options) as llm:
+            scores = np.array([o.outputs.probs for o in llm.classify(checkpoints.SHORT, use_tqdm=False)])
+        with LLM(str(splade), convert="sparse", **options) as llm:
             outputs = llm.encode(checkpoints.SHORT, pooling_task="embed", use_tqdm=False)
-            weights.append(np.array([output.outputs.data.numpy() for output in outputs]))
+            return scores, np.array([output.outputs.data.numpy() for output in outputs])
+
+    return values
+
+
+@pytest.fixture(scope="module")
+def exact(headed: Headed) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float32."""
+    return headed()
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
+def test_heads_stay_in_float32(options: dict[str, Any], headed: Headed, exact: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, weights = zip(exact, headed(**options), strict=True)
     assert 0 < np.abs(scores[0] - scores[1]).max() < 0.1
     cosines = (weights[0] * weights[1]).sum(1) / np.linalg.norm(weights[0], axis=1) / np.linalg.norm(weights[1], axis=1)
     assert cosines.min() > 0.98
