@@ -8,7 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +33,9 @@ from transformers import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HIDDEN = 32
 POSITIONS = 64
@@ -150,6 +152,31 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     return folder
 
 
+def write(kind: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> Path:
+    """Write a model of the class `kind`, with weights from `seed`, and `tokenizer` into `folder`.
+
+    Equal models are made once a process, and each folder has files of its own.
+    """
+    key = (kind, config.to_json_string(), seed, torch.get_default_dtype())
+    if key not in _WRITTEN:
+        with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on what was made before
+            model = kind(config)
+        randomize(model, seed)
+        model.save_pretrained(Path(_root().name) / str(len(_WRITTEN)))
+        _WRITTEN[key] = Path(_root().name) / str(len(_WRITTEN))
+    shutil.copytree(_WRITTEN[key], folder, dirs_exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_WRITTEN: dict[tuple[Any, ...], Path] = {}
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cenote-checkpoints-")
+
+
 def bert(
     folder: Path,
     *,
@@ -172,7 +199,7 @@ def bert(
             **options,
         }
     )
-    return save((BertForMaskedLM if masked_lm else BertModel)(config), tokenizer, folder, seed)
+    return write(BertForMaskedLM if masked_lm else BertModel, config, tokenizer, folder, seed)
 
 
 _DECODERS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -192,31 +219,25 @@ def decoder(
 ) -> Path:
     """A two-layer causal decoder with grouped key-value heads."""
     tokenizer = tokenizer or byte_level()
-    model, config = _DECODERS[architecture]
-    return save(
-        model(
-            config(
-                **{
-                    "vocab_size": len(tokenizer),
-                    "hidden_size": HIDDEN,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "head_dim": 8,
-                    "intermediate_size": 48,
-                    "max_position_embeddings": 256,
-                    "tie_word_embeddings": False,
-                    "pad_token_id": 0,
-                    "bos_token_id": None,
-                    "eos_token_id": 0,
-                    **options,
-                }
-            )
-        ),
-        tokenizer,
-        folder,
-        seed,
+    model, kind = _DECODERS[architecture]
+    config = kind(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            **options,
+        }
     )
+    return write(model, config, tokenizer, folder, seed)
 
 
 def classifier(
@@ -244,7 +265,7 @@ def classifier(
     }
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     shared = {name: value for name, value in {**shape, **ids}.items() if name in known}
-    return save(getattr(transformers, family + head)(kind(**{**shared, **options})), tokenizer, folder, seed)
+    return write(getattr(transformers, family + head), kind(**{**shared, **options}), tokenizer, folder, seed)
 
 
 def add_head(folder: Path, architecture: str, weights: Mapping[str, Tensor]) -> Path:
