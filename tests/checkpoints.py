@@ -298,7 +298,8 @@ def pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _pretrained(kind: Any, folder: Path, digest: bytes, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
-    model = kind.from_pretrained(folder, **dict(options)).eval().requires_grad_(False)
+    with torch.inference_mode(mode=False):  # whose tensors count their changes
+        model = kind.from_pretrained(folder, **dict(options)).eval().requires_grad_(False)
     return model, _touches(model)
 
 
