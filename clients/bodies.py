@@ -1,8 +1,9 @@
 """HTTP requests as YAML: bodies from the sources of applications and from documents of vendors.
 
 An entry has `name`, `path`, and, where they differ from the defaults: `method` (POST with a `body`, else GET), `server`
-(a; b brings its key), `headers`, `body`, `status` (200), `read` and `equals` as a `Call`, `says` (text of the answer),
-`header` (a header of the answer whose value `equals` is), `fails`. `$name` stands for a value, `$name.0` for a part.
+(a; b brings its key), `headers`, `body`, `status` (200), `says` (text of the answer), `header` (a header of the answer
+whose value `equals` is), and `read`, `equals`, `cause` and `fails` as a `Call`. `$name` stands for a value, `$name.0`
+for a part.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def call(entry: dict[str, Any]) -> Call:
     reading: str | Callable[[Any], Any] = entry.get("read", "")
     if "equals" not in entry:
         reading = nothing
-    return Call(entry["name"], partial(send, entry), reading, filled(entry.get("equals")), fails=entry.get("fails", ""))
+    told = {name: entry.get(name, "") for name in ("cause", "fails")}
+    return Call(entry["name"], partial(send, entry), reading, filled(entry.get("equals")), **told)
 
 
 def nothing(answer: Any) -> None:

@@ -36,6 +36,9 @@ class Call:
             all, `a,b` for a list of several; or a function.
         equals: the expected value.
         error: part of the message that the client must raise instead.
+        raises: name of the exception that carries it, or of a base of its class; empty = any.
+        bad: what is bad about the request, one of `refusals.STATUS`; empty = nothing, or something else.
+        cause: what the client needs, one of `needs.NEEDS`; empty = nothing special.
         fails: why the call cannot work, if it cannot: letter of the cause, and a sentence.
     """
 
@@ -44,6 +47,9 @@ class Call:
     read: str | Callable[[Any], Any] = ""
     equals: Any = None
     error: str = ""
+    raises: str = ""
+    bad: str = ""
+    cause: str = ""
     fails: str = ""
 
 

@@ -18,7 +18,16 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 
-INFO = replace(FAKE_INFO, vocab_size=30_522, score_types=("bi-encoder",))
+INFO = replace(
+    FAKE_INFO,
+    tasks=("embed", "token_embed", "classify"),
+    vocab_size=30_522,
+    num_labels=1,
+    labels=("LABEL_0",),
+    score_types=("bi-encoder",),
+    reward="classify",
+)
+"""Of every route that a model may have."""
 MOST_BYTES = 2000
 """Of a body."""
 

@@ -1,7 +1,7 @@
 """`python -m clients.run OUTPUT FILE ...`: make the calls of some files, in an environment of clients.
 
-Writes JSON: for each file its `CALLS` and its `ERRORS`, the name of every call, why it failed, null if it did not, and
-why it cannot work, null if it can.
+Writes JSON: for each file its `CALLS` and its `ERRORS`; of every call the fields that the page needs, and as `trouble`
+why it failed, null if it did not.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ def trouble(call: Call, loop: asyncio.AbstractEventLoop) -> str:
     try:
         return result_of(call, loop)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        kinds, message = [base.__name__ for base in type(error).__mro__], f"{type(error).__name__}: {error}"
         if os.environ.get("CENOTE_CLIENT_TRACE"):
             traceback.print_exc()
     if not call.error:
         return message[:600]
-    return "" if call.error in message else f"the message is {message[:400]!r}, expected {call.error!r}"
+    if call.error not in message:
+        return f"the message is {message[:400]!r}, expected {call.error!r}"
+    return "" if call.raises in ("", *kinds) else f"{kinds[0]} is raised, expected {call.raises}"
 
 
 def entries(calls: Iterable[Call]) -> list[dict[str, Any]]:
@@ -56,7 +58,8 @@ def entries(calls: Iterable[Call]) -> list[dict[str, Any]]:
     results = []
     for call in calls:
         why = trouble(call, loop)
-        results.append({"name": call.name, "trouble": why or None, "fails": call.fails or None})
+        told = {name: getattr(call, name) or None for name in ("name", "fails", "bad", "raises", "cause")}
+        results.append({**told, "trouble": why or None})
     return results
 
 

@@ -63,7 +63,13 @@ TEXTS = {
 }
 CALLS = [
     *(Call(name, lambda make=make: make()(V["texts"]), "", V["vectors"]) for name, make in TEXTS.items()),
-    Call("JinaEmbeddingFunction: late_chunking", lambda: jina(late_chunking=True)(V["parts"]), "", V["chunks"]),
+    Call(
+        "JinaEmbeddingFunction: late_chunking",
+        lambda: jina(late_chunking=True)(V["parts"]),
+        "",
+        V["chunks"],
+        cause="late-chunking",
+    ),
 ]
 ERRORS = [
     Call(

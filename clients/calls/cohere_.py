@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import cohere
 
-from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call, floats
+from clients.call import KEY, VALUES, A, B, Call, floats
+from clients.refusals import BIG, COHERE, LONG, refusals
 
 V = VALUES
 a, b = cohere.ClientV2(api_key="none", base_url=A), cohere.ClientV2(api_key=KEY, base_url=B)
@@ -39,7 +40,13 @@ CONTENT = [{"content": [{"type": "text", "text": text}]} for text in V["texts"]]
 
 CALLS = [
     *(
-        Call(f"embed: input_type {kind}, no prompts", lambda kind=kind: embed(a, kind), FLOATS, V["vectors"])
+        Call(
+            f"embed: input_type {kind}, no prompts",
+            lambda kind=kind: embed(a, kind),
+            FLOATS,
+            V["vectors"],
+            cause="vendors-input-types",
+        )
         for kind in ("search_document", "search_query", "classification", "clustering")
     ),
     Call("embed: float", lambda: embed(b), FLOATS, V["document vectors"]),
@@ -52,7 +59,7 @@ CALLS = [
         V["document vectors"],
     ),
     Call("embed: several types", lambda: embed(b, embedding_types=["int8", "float"]), FLOATS, V["document vectors"]),
-    Call("embed: inputs of content", lambda: embed(a, inputs=CONTENT), FLOATS, V["vectors"]),
+    Call("embed: inputs of content", lambda: embed(a, inputs=CONTENT), FLOATS, V["vectors"], cause="objects-for-texts"),
     Call("embed: output_dimension", lambda: embed(b, output_dimension=V["size"]), FLOATS, V["small document"]),
     Call("embed: too long is cut", lambda: embed(a, texts=[V["long"]]), FLOATS, V["cut"]),
     Call(
@@ -76,15 +83,20 @@ CALLS = [
         lambda: rerank(a, documents=[V["text"], V["long"]]),
         RANKED,
         V["ranked cut"],
+        cause="long-documents",
     ),
     Call(
-        "rerank: max_tokens_per_doc above the model's", lambda: rerank(a, max_tokens_per_doc=4096), RANKED, V["ranked"]
+        "rerank: max_tokens_per_doc above the model's",
+        lambda: rerank(a, max_tokens_per_doc=4096),
+        RANKED,
+        V["ranked"],
+        cause="long-documents",
     ),
     Call("rerank: async", lambda: rerank(asynchronous, "minilm"), RANKED, V["ranked by prompted vectors"]),
     Call("error: model", lambda: embed(a, model="embed-v4.0"), error="The model `embed-v4.0` does not exist"),
     Call("error: input_type", lambda: embed(a, "poem"), error="Unsupported input_type 'poem'"),
     Call("error: key", lambda: embed(wrong), error="missing or wrong API key"),
-    Call("models.list", lambda: a.models.list(), "models.*.name", V["names"]),
+    Call("models.list", lambda: a.models.list(), "models.*.name", V["names"], cause="vendors-paths"),
     Call("models.get", lambda: a.models.get("cross"), "name", "cross"),
     Call("tokenize", lambda: a.tokenize(text=V["text"], model="minilm", offline=False), "tokens", V["ids"][1:-1]),
     Call(
@@ -106,15 +118,39 @@ CALLS = [
         lambda: rerank(old, return_documents=True, top_n=1),
         "results.*.document.text",
         [V["texts"][V["ranked"][0][0]]],
+        cause="answers-of-several-vendors",
     ),
     Call("classify", lambda: a.classify(model="classes", inputs=V["texts"], examples=[]), fails=LEARNS),
     Call("embed_jobs.list", lambda: a.embed_jobs.list(), "embed_jobs", [], fails=JOBS),
 ]
-full, full_old = cohere.ClientV2(api_key="none", base_url=C), cohere.Client(api_key="none", base_url=C)
 ONCE = {"request_options": {"max_retries": 0}}
+
+
+def bad_embed(url: str, key: str = "none", **fields: object) -> object:
+    return embed(cohere.ClientV2(api_key=key, base_url=url), truncate="NONE", **ONCE, **fields)
+
+
+def bad_rerank(url: str, key: str = "none", **fields: object) -> object:
+    model = "cross" if url == A else "minilm"
+    return rerank(cohere.ClientV2(api_key=key, base_url=url), **{"model": model, **ONCE, **fields})
+
+
+def bad_old(url: str, key: str = "none", **fields: object) -> object:
+    return embed(cohere.Client(api_key=key, base_url=url), truncate="NONE", **ONCE, **fields)
+
+
+def bad_async(url: str, key: str = "none", **fields: object) -> object:
+    return embed(cohere.AsyncClientV2(api_key=key, base_url=url), truncate="NONE", **ONCE, **fields)
+
+
+TEXTS = {
+    "long": [LONG],
+    "large": [BIG],
+    "says": {"missing": "Exactly one of texts, images, or inputs must be provided"},
+}
 ERRORS = [
-    Call("overload", lambda: embed(full, **ONCE), error=FULL),
-    Call("overload: rerank", lambda: rerank(full, **ONCE), error=FULL),
-    Call("overload: v1 embed", lambda: embed(full_old, **ONCE), error=FULL),
-    Call("a body that is too large", lambda: embed(full, texts=["deep " * 500], **ONCE), error=LARGE),
+    *refusals(bad_embed, "texts", COHERE, **TEXTS),
+    *refusals(bad_async, "texts", COHERE, of="async", **TEXTS),
+    *refusals(bad_old, "texts", COHERE, of="v1", without=["missing"], **TEXTS),
+    *refusals(bad_rerank, "documents", COHERE, of="rerank", without=["long"]),  # Cohere's always cuts
 ]

@@ -7,6 +7,7 @@ from haystack.components.embedders import AzureOpenAITextEmbedder, OpenAIDocumen
 from haystack.utils import Secret
 
 from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import OPENAI, refusals
 
 V = VALUES
 a = {"api_key": Secret.from_token("none"), "api_base_url": f"{A}/v1", "model": "minilm"}
@@ -41,3 +42,11 @@ CALLS = [
         "AzureOpenAITextEmbedder", lambda: AzureOpenAITextEmbedder(**azure).run(V["text"]), "embedding", V["vectors"][0]
     ),
 ]
+
+
+def bad(url: str, key: str = "none", model: str = "minilm", text: str = V["text"]) -> object:
+    place = {"api_key": Secret.from_token(key), "api_base_url": f"{url}/v1", "max_retries": 0}
+    return OpenAITextEmbedder(model=model, **place).run(text)
+
+
+ERRORS = refusals(bad, "text", OPENAI, without=["missing", "type"])  # the component refuses what is no text

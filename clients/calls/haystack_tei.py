@@ -60,6 +60,7 @@ CALLS = [
         lambda: HuggingFaceTEIRanker(url=A).run(V["question"], documents()),
         ranks,
         V["ranked"],
+        cause="no-model-name",
     ),
 ]
 ERRORS = [

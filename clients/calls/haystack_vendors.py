@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import voyageai._base
 from haystack import Document
 from haystack.utils import Secret
@@ -15,6 +17,7 @@ from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 from haystack_integrations.components.rankers.voyage import VoyageRanker
 
 from clients.call import VALUES, A, Call
+from clients.refusals import refusals
 
 voyageai._base.get_default_base_url = lambda key: f"{A}/v1"  # these components have no parameter of it
 V = VALUES
@@ -71,11 +74,53 @@ CALLS = [
     embed_documents(NvidiaDocumentEmbedder, **nvidia),
     rank(NvidiaRanker, "ranked raw", **nvidia),
 ]
-MISSING = "The model `none` does not exist"
-none = {"api_key": key, "model": "none"}
+
+
+def bad(kind: type, place: str, path: str = "", **options: object) -> Callable[..., object]:
+    """A text for an embedder, whose URL has the parameter `place`."""
+
+    def send(url: str, key: str = "none", model: str = "minilm", text: str = V["text"]) -> object:
+        place_of = {place: url + path} if place else {}
+        return warm(kind(api_key=Secret.from_token(key), model=model, **place_of, **options)).run(text)
+
+    return send
+
+
+def bad_voyage(url: str, key: str = "none", model: str = "minilm", text: str = V["text"]) -> object:
+    """A text for Voyage's embedder, whose URL is that of its library."""
+    base = voyageai._base.get_default_base_url
+    voyageai._base.get_default_base_url = lambda key: f"{url}/v1"
+    try:
+        return bad(VoyageTextEmbedder, "", truncate=False, max_retries=0)(url, key, model, text)
+    finally:
+        voyageai._base.get_default_base_url = base
+
+
+OWN = ["missing", "type"]
+"""Components refuse what is no text."""
 ERRORS = [
-    Call("CohereTextEmbedder", lambda: CohereTextEmbedder(**none, **cohere).run("a"), error=MISSING),
-    Call("JinaTextEmbedder", lambda: JinaTextEmbedder(**none, **jina).run("a"), error=MISSING),
-    Call("VoyageTextEmbedder", lambda: warm(VoyageTextEmbedder(**none)).run("a"), error=MISSING),
-    Call("NvidiaTextEmbedder", lambda: warm(NvidiaTextEmbedder(**none, **nvidia)).run("a"), error=MISSING),
+    *refusals(
+        bad(CohereTextEmbedder, "api_base_url", truncate="NONE"),
+        "text",
+        {
+            400: "BadRequestError",
+            401: "UnauthorizedError",
+            404: "NotFoundError",
+            413: "ApiError",
+            429: "TooManyRequestsError",
+        },
+        of="CohereTextEmbedder",
+        without=OWN,
+    ),
+    *refusals(
+        bad(JinaTextEmbedder, "base_url", "/v1/embeddings"), "text", "RuntimeError", of="JinaTextEmbedder", without=OWN
+    ),
+    *refusals(bad_voyage, "text", "VoyageError", of="VoyageTextEmbedder", without=OWN),
+    *refusals(
+        bad(NvidiaTextEmbedder, "api_url", "/v1", truncate="NONE"),
+        "text",
+        "ValueError",
+        of="NvidiaTextEmbedder",
+        without=OWN,
+    ),
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 
-from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call
+from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import refusals
 
 V = VALUES
 NO_MASK = "fill-mask is no task of a pooling model"
@@ -24,8 +27,8 @@ later = {name: of(name, AsyncInferenceClient) for name in ("minilm", "classes", 
 embed = minilm.feature_extraction
 
 CALLS = [
-    Call("feature_extraction", lambda: embed(V["text"]), "", V["vectors"][:1]),
-    Call("feature_extraction: several", lambda: embed(V["texts"]), "", V["vectors"]),
+    Call("feature_extraction", lambda: embed(V["text"]), "", V["vectors"][:1], cause="url-per-model"),
+    Call("feature_extraction: several", lambda: embed(V["texts"]), "", V["vectors"], cause="hub-and-tei"),
     Call("feature_extraction: normalize False", lambda: embed(V["texts"], normalize=False), "", V["unnormalised"]),
     Call(
         "feature_extraction: truncate",
@@ -47,6 +50,7 @@ CALLS = [
         lambda: InferenceClient(model=A, provider="hf-inference").feature_extraction(V["texts"]),
         "",
         V["vectors"],
+        cause="no-model-name",
     ),
     Call("feature_extraction: async", lambda: later["minilm"].feature_extraction(V["texts"]), "", V["vectors"]),
     Call(
@@ -60,6 +64,7 @@ CALLS = [
         lambda: minilm.sentence_similarity(V["question"], V["texts"]),
         "",
         V["similarities"],
+        cause="hub-and-tei",
     ),
     Call(
         "sentence_similarity: async",
@@ -112,9 +117,40 @@ CALLS = [
         fails=NO_ZERO,
     ),
 ]
-full = InferenceClient(model=C, provider="hf-inference")
+RAISES = {
+    400: "BadRequestError",
+    401: "HfHubHTTPError",
+    404: "HfHubHTTPError",
+    413: "HfHubHTTPError",
+    429: "HfHubHTTPError",
+}
+
+
+def bad(kind: type, task: str, model: str, **body: object) -> Callable[..., object]:
+    """A request of a task; a model that is not served is one in the URL."""
+
+    def send(url: str, key: str = "none", **fields: object) -> object:
+        name = fields.pop("model", model)
+        place = f"{url}/models/{name}" if url == A else url
+        return getattr(kind(model=place, provider="hf-inference", token=key), task)(**{**body, **fields})
+
+    return send
+
+
+OF_VECTORS = {"text": V["text"], "truncate": False}
+OF_SIMILARITY = {"sentence": V["question"], "other_sentences": V["texts"]}
+UNSENT = {"without": ["missing", "type"]}
 ERRORS = [
-    Call("overload", lambda: full.feature_extraction(V["texts"]), error=FULL),
-    Call("overload: sentence_similarity", lambda: full.sentence_similarity(V["question"], V["texts"]), error=FULL),
-    Call("a body that is too large", lambda: full.feature_extraction("deep " * 500), error=LARGE),
+    *refusals(bad(InferenceClient, "feature_extraction", "minilm", **OF_VECTORS), "text", RAISES),
+    *refusals(bad(AsyncInferenceClient, "feature_extraction", "minilm", **OF_VECTORS), "text", RAISES, of="async"),
+    *refusals(
+        bad(InferenceClient, "sentence_similarity", "minilm", **OF_SIMILARITY),
+        "other_sentences",
+        RAISES,
+        of="sentence_similarity",
+        long=[V["long"]],
+    ),
+    *refusals(
+        bad(InferenceClient, "text_classification", "classes", text=V["text"]), "text", RAISES, of="text_classification"
+    ),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from infinity_client.api.default import classify, embeddings, health, models, rerank
 from infinity_client.client import AuthenticatedClient, Client
 from infinity_client.models import (
@@ -12,11 +14,11 @@ from infinity_client.models import (
     RerankInput,
 )
 
-from clients.call import FULL, KEY, LARGE, VALUES, A, B, C, Call
+from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import EXACTLY, refusals
 
 V = VALUES
 a = Client(base_url=f"{A}/infinity")
-strict = Client(base_url=f"{A}/infinity", raise_on_unexpected_status=True)
 b = AuthenticatedClient(base_url=f"{B}/infinity", token=KEY)
 MANY = "data.*.embedding"
 RANKED = "results.*.index,relevance_score"
@@ -38,12 +40,19 @@ def classes(answer: object) -> list[list[list[object]]]:
 
 
 CALLS = [
-    Call("embeddings", lambda: embeddings.sync(client=a, body=text()), MANY, V["vectors"]),
+    Call(
+        "embeddings",
+        lambda: embeddings.sync(client=a, body=text()),
+        MANY,
+        V["vectors"],
+        cause="dimensions-of-the-model",
+    ),
     Call(
         "embeddings: default model",
         lambda: embeddings.sync(client=b, body=text("default/not-specified")),
         MANY,
         V["vectors"],
+        cause="any-model-name",
     ),
     Call(
         "embeddings: base64",
@@ -53,7 +62,9 @@ CALLS = [
         fails=BASE64,
     ),
     Call("embeddings: async", lambda: embeddings.asyncio(client=a, body=text()), MANY, V["vectors"]),
-    Call("rerank", lambda: rerank.sync(client=a, body=ranking()), RANKED, V["ranked"]),
+    Call(
+        "rerank", lambda: rerank.sync(client=a, body=ranking()), RANKED, V["ranked"], cause="answers-of-several-vendors"
+    ),
     Call("rerank: raw_scores", lambda: rerank.sync(client=a, body=ranking(raw_scores=True)), RANKED, V["ranked raw"]),
     Call(
         "classify",
@@ -64,20 +75,33 @@ CALLS = [
     Call("models", lambda: models.sync(client=a), "data.*.id", V["names"]),
     Call("health", lambda: health.sync(client=a), lambda answer: answer["unix"] > 0, True),
 ]
-wrong = AuthenticatedClient(base_url=f"{B}/infinity", token="wrong", raise_on_unexpected_status=True)
-full = Client(base_url=f"{C}/infinity", raise_on_unexpected_status=True)
+
+
+class Body:
+    """A body of one's own, where the client's models refuse it."""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, object]:
+        return self.fields
+
+
+def bad(route: object, **body: object) -> Callable[..., object]:
+    """A request of a route."""
+
+    def send(url: str, key: str = "none", **fields: object) -> object:
+        client = AuthenticatedClient(base_url=f"{url}/infinity", token=key, raise_on_unexpected_status=True)
+        return route.sync(client=client, body=Body(**{**body, **fields}))
+
+    return send
+
+
+OF_EMBEDDINGS = bad(embeddings, model="minilm", input=V["texts"], modality="text")
+OF_RERANK = bad(rerank, model="minilm", query=V["question"], documents=V["texts"], truncate=False)
+OF_CLASSIFY = bad(classify, model="classes", input=V["texts"])
 ERRORS = [
-    Call(
-        "embeddings",
-        lambda: embeddings.sync(client=strict, body=text("none")),
-        error="The model `none` does not exist",
-    ),
-    Call("key", lambda: embeddings.sync(client=wrong, body=text()), error="missing or wrong API key"),
-    Call("overload", lambda: embeddings.sync(client=full, body=text()), error=FULL),
-    Call("overload: rerank", lambda: rerank.sync(client=full, body=ranking()), error=FULL),
-    Call(
-        "a body that is too large",
-        lambda: rerank.sync(client=full, body=RerankInput(query="deep " * 500, documents=V["texts"], model="cross")),
-        error=LARGE,
-    ),
+    *refusals(OF_EMBEDDINGS, "input", "UnexpectedStatus", says=EXACTLY),
+    *refusals(OF_RERANK, "documents", "UnexpectedStatus", of="rerank", long=[V["long"]]),
+    *refusals(OF_CLASSIFY, "input", "UnexpectedStatus", of="classify", long=[V["long"]]),
 ]

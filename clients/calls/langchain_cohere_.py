@@ -6,6 +6,7 @@ from langchain_cohere import CohereEmbeddings, CohereRerank
 from langchain_core.documents import Document
 
 from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import BIG, COHERE, refusals
 
 V = VALUES
 a = CohereEmbeddings(model="minilm", base_url=A, cohere_api_key="none")
@@ -25,7 +26,11 @@ CALLS = [
         "CohereEmbeddings.aembed_documents: prompt", lambda: b.aembed_documents(V["texts"]), "", V["document vectors"]
     ),
     Call(
-        "CohereRerank.rerank", lambda: rerank.rerank(V["texts"], V["question"]), "*.index,relevance_score", V["ranked"]
+        "CohereRerank.rerank",
+        lambda: rerank.rerank(V["texts"], V["question"]),
+        "*.index,relevance_score",
+        V["ranked"],
+        cause="null-fields",
     ),
     Call(
         "CohereRerank.compress_documents",
@@ -34,4 +39,19 @@ CALLS = [
         V["ranked"],
     ),
     Call("error: model", lambda: wrong.rerank(V["texts"], V["question"]), error="The model `none` does not exist"),
+]
+
+
+def bad_embed(url: str, key: str = "none", model: str = "minilm", texts: object = V["texts"]) -> object:
+    return CohereEmbeddings(model=model, base_url=url, cohere_api_key=key, max_retries=0).embed_documents(texts)
+
+
+def bad_rerank(url: str, key: str = "none", model: str = "", texts: object = V["texts"]) -> object:
+    name = model or ("cross" if url == A else "minilm")
+    return CohereRerank(model=name, base_url=url, cohere_api_key=key).rerank(texts, V["question"])
+
+
+ERRORS = [  # texts that are too long are cut
+    *refusals(bad_embed, "texts", COHERE, without=["missing", "long"], large=[BIG]),
+    *refusals(bad_rerank, "texts", COHERE, of="CohereRerank", without=["missing", "type", "long"], large=[BIG]),
 ]

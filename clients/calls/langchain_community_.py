@@ -17,6 +17,7 @@ from langchain_community.embeddings import (
 from langchain_core.documents import Document
 
 from clients.call import VALUES, A, Call
+from clients.refusals import refusals
 
 jina.JINA_API_URL = f"{A}/v1/embeddings"  # these have no parameter of it
 jina_rerank.JINA_API_URL = f"{A}/v1/rerank"
@@ -93,3 +94,15 @@ CALLS = [
         "error: Jina, model", lambda: jina_embeddings("none").embed_query("a"), error="The model `none` does not exist"
     ),
 ]
+
+
+def bad_jina(url: str, key: str = "none", model: str = "minilm", text: object = V["text"]) -> object:
+    """A query for Jina's embeddings, whose URL is a variable of their module."""
+    place, jina.JINA_API_URL = jina.JINA_API_URL, f"{url}/v1/embeddings"
+    try:
+        return JinaEmbeddings(jina_api_key=key, model_name=model).embed_query(text)
+    finally:
+        jina.JINA_API_URL = place
+
+
+ERRORS = refusals(bad_jina, "text", "RuntimeError", of="JinaEmbeddings", says={"missing": "validation error"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from langchain_openai import AzureOpenAIEmbeddings, OpenAIEmbeddings
 
 from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import BIG, LONG, OPENAI, refusals
 
 V = VALUES
 a = {"model": "minilm", "base_url": f"{A}/v1", "api_key": "none"}
@@ -46,9 +47,34 @@ CALLS = [
         "embed_documents: foreign ids are refused",
         lambda: OpenAIEmbeddings(**a).embed_documents(V["texts"]),
         error="check_embedding_ctx_length=False",
+        cause="token-ids-of-another-tokenizer",
     ),
-    Call("embed_documents: ids of cl100k", lambda: OpenAIEmbeddings(**b).embed_documents(V["texts"]), "", V["vectors"]),
     Call(
-        "aembed_documents: ids of cl100k", lambda: OpenAIEmbeddings(**b).aembed_documents(V["texts"]), "", V["vectors"]
+        "embed_documents: ids of cl100k",
+        lambda: OpenAIEmbeddings(**b).embed_documents(V["texts"]),
+        "",
+        V["vectors"],
+        cause="token-ids-of-another-tokenizer",
+    ),
+    Call(
+        "aembed_documents: ids of cl100k",
+        lambda: OpenAIEmbeddings(**b).aembed_documents(V["texts"]),
+        "",
+        V["vectors"],
+        cause="token-ids-of-another-tokenizer",
     ),
 ]
+
+
+def bad(url: str, key: str = "none", model: str = "minilm", texts: object = V["texts"]) -> object:
+    return text({"base_url": f"{url}/v1", "api_key": key}, model=model, max_retries=0).embed_documents(texts)
+
+
+ERRORS = refusals(
+    bad,
+    "texts",
+    OPENAI,
+    without=["missing", "type"],  # it refuses what is no text
+    long=[LONG],
+    large=[BIG],
+)

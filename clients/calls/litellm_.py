@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from itertools import chain
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # its price list lies in the package, too
 
 import litellm
 
 from clients.call import KEY, VALUES, A, B, Call
+from clients.refusals import BIG, EXACTLY, refusals
 
 litellm.suppress_debug_info = True
+logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)  # which would log every error that is wanted
 V = VALUES
 MANY = "data.*.embedding"
 RANKED = "results.*.index,relevance_score"
@@ -75,6 +80,7 @@ def ranking(provider: str, call: object, name: str) -> Call:
         lambda: rerank(provider, call, **place),
         RANKED,
         expected,
+        cause="answers-of-several-vendors",
         fails=UNSERVED.get(provider, ""),
     )
 
@@ -83,8 +89,12 @@ b_cohere = {"api_base": f"{B}/v1/embed", "api_key": KEY}
 small = {"dimensions": V["size"], "allowed_openai_params": ["dimensions"]}
 TOO_LONG = "maximum context length is 256 tokens"
 
+CAUSES = dict.fromkeys(("voyage", "triton"), "no-content-type") | {
+    "azure": "vendors-paths",
+    "huggingface": "hub-and-tei",
+}
 CALLS = [
-    *(Call(f"embedding: {p}", lambda p=p: embed(p), MANY, V["vectors"]) for p in EMBED),
+    *(Call(f"embedding: {p}", lambda p=p: embed(p), MANY, V["vectors"], cause=CAUSES.get(p, "")) for p in EMBED),
     *(Call(f"aembedding: {p}", lambda p=p: embed(p, litellm.aembedding), MANY, V["vectors"]) for p in EMBED),
     *(ranking(provider, litellm.rerank, "rerank") for provider in RERANK),
     *(ranking(provider, litellm.arerank, "arerank") for provider in RERANK),
@@ -104,5 +114,71 @@ CALLS = [
     Call("error: voyage, key", lambda: embed("voyage", api_base=f"{B}/v1"), error="missing or wrong API key"),
     Call(
         "error: cohere, model", lambda: rerank("cohere", model="cohere/none"), error="The model `none` does not exist"
+    ),
+]
+
+
+def bad_embed(provider: str) -> Callable[..., object]:
+    """The embeddings of a provider, of whom some have the name of the model in the URL."""
+
+    def send(url: str, key: str = "none", model: str = "minilm", **fields: object) -> object:
+        place = f"{url}{EMBED[provider].replace('minilm', model)}"
+        return embed(provider, model=f"{provider}/{model}", api_base=place, api_key=key, max_retries=0, **fields)
+
+    return send
+
+
+def bad_rerank(provider: str) -> Callable[..., object]:
+    def send(url: str, key: str = "none", model: str = "", **fields: object) -> object:
+        name = model or ("cross" if url == A else "minilm")
+        place = f"{url}{BASES.get(provider, RERANK[provider]).replace('cross', name)}"
+        return rerank(provider, model=f"{provider}/{name}", api_base=place, api_key=key, max_retries=0, **fields)
+
+    return send
+
+
+BASES = {"fireworks_ai": "/v1"}
+RAISES = {
+    400: "BadRequestError",  # of which `ContextWindowExceededError` is one
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    413: "APIError",
+    429: "RateLimitError",
+}
+KINDS = {"huggingface": {**RAISES, 404: "APIError"}}
+SAID = {
+    "huggingface": {},
+    "jina_ai": {"missing": "validation error"},
+    "cohere": {"missing": "validation error"},
+}
+OWN = {"ollama": ["missing", "type", "long"], "triton": ["missing"], "cohere": ["long"]}
+"""What the client refuses by itself, or what is always cut."""
+OWN_RERANK = {"jina_ai": ["long"], "voyage": ["long"]}
+ERRORS = [
+    *chain.from_iterable(
+        refusals(
+            bad_embed(name),
+            "input",
+            KINDS.get(name, RAISES),
+            of=f"embedding, {name}",
+            says=SAID.get(name, EXACTLY),
+            without=OWN.get(name, []),
+            long=[V["long"]],
+            large=[BIG],
+        )
+        for name in EMBED
+    ),
+    *chain.from_iterable(
+        refusals(
+            bad_rerank(name),
+            "documents",
+            KINDS.get(name, RAISES),
+            of=f"rerank, {name}",
+            says={"model": "does not exist"},
+            without=OWN_RERANK.get(name, ["missing", "type", "long"]),
+            large=[BIG],
+        )
+        for name in RERANK
+        if name not in UNSERVED
     ),
 ]

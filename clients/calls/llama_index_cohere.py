@@ -23,7 +23,13 @@ def rerank(model: str = "cross") -> list[list[object]]:
 
 
 CALLS = [
-    Call("CohereEmbedding", lambda: embedding().get_text_embedding_batch(V["texts"]), "", V["document vectors"]),
+    Call(
+        "CohereEmbedding",
+        lambda: embedding().get_text_embedding_batch(V["texts"]),
+        "",
+        V["document vectors"],
+        cause="any-model-name",
+    ),
     Call(
         "CohereEmbedding: query, async",
         lambda: embedding("search_query").aget_query_embedding(V["question"]),

@@ -41,12 +41,14 @@ CALLS = [
         lambda: embedding(task="retrieval.passage").get_text_embedding_batch(V["texts"]),
         "",
         V["vectors"],
+        cause="vendors-input-types",
     ),
     Call(
         "JinaEmbedding: late_chunking",
         lambda: embedding(late_chunking=True).get_text_embedding_batch(V["parts"]),
         "",
         V["chunks"],
+        cause="late-chunking",
     ),
     Call("JinaRerank", rerank, "", V["ranked"][:2]),
 ]

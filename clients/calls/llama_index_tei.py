@@ -29,7 +29,13 @@ def ranks(ranked: list[NodeWithScore]) -> list[list[object]]:
 
 
 CALLS = [
-    Call("TextEmbeddingsInference: text", lambda: tei.get_text_embedding(V["text"]), "", V["vectors"][0]),
+    Call(
+        "TextEmbeddingsInference: text",
+        lambda: tei.get_text_embedding(V["text"]),
+        "",
+        V["vectors"][0],
+        cause="url-per-model",
+    ),
     Call("TextEmbeddingsInference: batch", lambda: tei.get_text_embedding_batch(V["texts"]), "", V["vectors"]),
     Call("TextEmbeddingsInference: async, key", lambda: keyed.aget_text_embedding_batch(V["texts"]), "", V["vectors"]),
     Call(

@@ -24,9 +24,15 @@ def mem0(**options: object) -> list[float]:
 
 
 CALLS = [
-    Call("mteb: encode", lambda: mteb(384), "", V["vectors"]),
+    Call("mteb: encode", lambda: mteb(384), "", V["vectors"], cause="dimensions-of-the-model"),
     Call("mem0: embed", mem0, "", V["vectors"][0]),
-    Call("mem0: embed, dimensions", lambda: mem0(embedding_dims=V["size"]), "", V["small"][0]),
+    Call(
+        "mem0: embed, dimensions",
+        lambda: mem0(embedding_dims=V["size"]),
+        "",
+        V["small"][0],
+        cause="dimensions-of-the-model",
+    ),
 ]
 ERRORS = [
     Call("mem0: dimensions", lambda: mem0(embedding_dims=100), error="only supports Matryoshka dimensions"),

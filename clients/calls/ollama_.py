@@ -5,12 +5,19 @@ from __future__ import annotations
 from langchain_ollama import OllamaEmbeddings
 from ollama import AsyncClient, Client
 
-from clients.call import FULL, LARGE, VALUES, A, B, C, Call
+from clients.call import VALUES, A, Call
+from clients.refusals import refusals
 
 V = VALUES
 client = Client(host=A)
 CALLS = [
-    Call("embed", lambda: client.embed(model="minilm", input=V["texts"]), "embeddings", V["vectors"]),
+    Call(
+        "embed",
+        lambda: client.embed(model="minilm", input=V["texts"]),
+        "embeddings",
+        V["vectors"],
+        cause="vendors-paths",
+    ),
     Call("embeddings", lambda: client.embeddings(model="minilm", prompt=V["text"]), "embedding", V["vectors"][0]),
     Call("list", client.list, "models.*.model", V["names"]),
     Call(
@@ -23,12 +30,27 @@ CALLS = [
         V["vectors"],
     ),
 ]
-wrong = Client(host=B, headers={"Authorization": "Bearer wrong"})
-full = Client(host=C)
-LONG = "one " * 300
+
+
+def bad(url: str, key: str = "none", **fields: object) -> object:
+    client = Client(host=url, headers={"Authorization": f"Bearer {key}"})
+    return client.embed(**{"model": "minilm", "input": V["text"], "truncate": False, **fields})
+
+
+def bad_old(url: str, key: str = "none", **fields: object) -> object:
+    client = Client(host=url, headers={"Authorization": f"Bearer {key}"})
+    return client.embeddings(**{"model": "minilm", "prompt": V["text"], **fields})
+
+
+def bad_langchain(url: str, key: str = "none", model: str = "minilm", text: str = "a") -> object:
+    options = {"headers": {"Authorization": f"Bearer {key}"}}
+    return OllamaEmbeddings(model=model, base_url=url, client_kwargs=options).embed_documents([text])
+
+
+OWN = ["missing", "type"]
+"""The client refuses these by itself; the other forms always cut."""
 ERRORS = [
-    Call("key", lambda: wrong.embed(model="minilm", input="a"), error="missing or wrong API key"),
-    Call("too long", lambda: client.embed(model="minilm", input=LONG, truncate=False), error="maximum context length"),
-    Call("overload", lambda: full.embed(model="minilm", input="a"), error=FULL),
-    Call("a body that is too large", lambda: full.embed(model="minilm", input="deep " * 500), error=LARGE),
+    *refusals(bad, "input", "ResponseError", without=OWN),
+    *refusals(bad_old, "prompt", "ResponseError", of="embeddings", without=["type", "long"]),
+    *refusals(bad_langchain, "text", "ResponseError", of="OllamaEmbeddings", without=[*OWN, "long"]),
 ]

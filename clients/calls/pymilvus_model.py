@@ -15,7 +15,13 @@ V = VALUES
 RANKED = "*.index,score"
 CALLS = [
     Call("TEIEmbeddingFunction", lambda: TEIEmbeddingFunction(A)(V["texts"]), "", V["vectors"]),
-    Call("TEIRerankFunction", lambda: TEIRerankFunction(A)(V["question"], V["texts"]), RANKED, V["ranked"]),
+    Call(
+        "TEIRerankFunction",
+        lambda: TEIRerankFunction(A)(V["question"], V["texts"]),
+        RANKED,
+        V["ranked"],
+        cause="no-model-name",
+    ),
     Call(
         "JinaEmbeddingFunction",
         lambda: jinaai.JinaEmbeddingFunction("minilm", "none").encode_documents(V["texts"]),

@@ -12,7 +12,7 @@ import OpenAI from "openai";
 import { VoyageAIClient } from "voyageai";
 
 const V = JSON.parse(readFileSync(process.env.CENOTE_CLIENT_VALUES));
-const { a: A, b: B, c: C, key: KEY, texts, question } = V;
+const { a: A, b: B, c: C, texts, question } = V;
 const WITHOUT = "The model `none` does not exist";
 
 const openai = new OpenAI({ apiKey: "none", baseURL: `${A}/v1` });
@@ -76,6 +76,7 @@ export const calls = {
     rerank: {
       run: () => voyageRanks(voyage.rerank({ model: "cross", query: question, documents: texts })),
       equals: V.ranked,
+      cause: "answers-of-several-vendors",
     },
     "rerank: topK": {
       run: () => voyageRanks(voyage.rerank({ model: "cross", query: question, documents: texts, topK: 2 })),
@@ -85,6 +86,7 @@ export const calls = {
   },
   "@huggingface/inference": {
     featureExtraction: {
+      cause: "url-per-model",
       run: () => endpoint("minilm").featureExtraction({ inputs: texts }),
       equals: V.vectors,
     },
@@ -136,6 +138,7 @@ export const calls = {
       equals: V.ranked,
     },
     embed: {
+      cause: "vendors-input-types",
       run: async () => (await embed({ model: sdkCohere.textEmbeddingModel("minilm"), value: V.text })).embedding,
       equals: V.vectors[0],
     },
@@ -155,45 +158,106 @@ export const calls = {
   },
 };
 
-// Messages of ours that reach the user: of clients with none among the calls, and of overload and wrong keys.
-const FULL = "16384 sequences wait already";
-const WRONG_KEY = "missing or wrong API key";
+// Bad requests: each by what is bad about it, with the server's message and the client's own exception.
+const SAYS = {
+  missing: "Field required",
+  type: "validation error",
+  model: WITHOUT,
+  long: "maximum context length is",
+  key: "missing or wrong API key",
+  full: "16384 sequences wait already",
+  large: "at most 2000 are allowed",
+};
+const STATUS = { missing: 400, type: 400, model: 404, long: 400, key: 401, full: 429, large: 413 };
+const EXACTLY = { missing: "Exactly one of `input` and `messages` must be given" };
+const BIG = "deep ".repeat(500);
+
+// `send(url, key, fields)` makes a right request whose input is `field`; `fields` replace those that it has.
+function refusals(send, field, raises, { says = {}, without = [], inputs = {}, of = "" } = {}) {
+  const input = (value) => ({ [field]: value });
+  const requests = {
+    missing: () => send(A, "none", input(null)),
+    type: () => send(A, "none", input(inputs.type ?? [1.5])),
+    model: () => send(A, "none", { model: "none" }),
+    long: () => send(A, "none", input(inputs.long ?? V.long)),
+    key: () => send(B, "wrong", {}),
+    full: () => send(C, "none", {}),
+    large: () => send(C, "none", input(inputs.large ?? BIG)),
+  };
+  const kind = (bad) => (typeof raises === "string" ? raises : raises[STATUS[bad]]);
+  const call = ([bad, run]) => [
+    of ? `${of}: ${bad}` : bad,
+    { run, error: says[bad] ?? SAYS[bad], raises: kind(bad), bad, cause: "readable-errors" },
+  ];
+  return Object.fromEntries(Object.entries(requests).filter(([bad]) => !without.includes(bad)).map(call));
+}
+
 const once = { maxRetries: 0 };
-const openaiAt = (url, apiKey) => new OpenAI({ apiKey, baseURL: `${url}/v1`, ...once }).embeddings.create({ model: "minilm", input: "a" });
-const cohereAt = (url, token) =>
-  new CohereClientV2({ token, environment: url }).rerank({ model: "minilm", query: question, documents: texts }, once);
-const voyageAt = (url, apiKey) =>
-  new VoyageAIClient({ apiKey, environment: `${url}/v1` }).embed({ model: "minilm", input: texts }, once);
-const hubAt = (url, token) => new InferenceClient(token).endpoint(url).featureExtraction({ inputs: "a" });
-const sdkAt = (baseURL, apiKey) =>
-  rerank({ query: question, documents: texts, model: createCohere({ apiKey, baseURL: `${baseURL}/v2` }).reranking("minilm"), ...once });
-const refusals = (at) => ({
-  overload: { run: () => at(C, "none"), error: FULL },
-  key: { run: () => at(B, "wrong"), error: WRONG_KEY },
-});
-const missing = { model: "none", query: question, documents: texts };
+const OPENAI = { 400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "APIError", 429: "RateLimitError" };
+const COHERE = { 400: "BadRequestError", 401: "UnauthorizedError", 404: "NotFoundError", 413: "CohereError", 429: "TooManyRequestsError" };
+const modelAt = (url) => (url === A ? "cross" : "minilm");
+
+const openaiAt = (url, apiKey, fields) =>
+  new OpenAI({ apiKey, baseURL: `${url}/v1`, ...once }).embeddings.create({ model: "minilm", input: "a", ...fields });
+const cohereAt = (url, token, fields) =>
+  new CohereClientV2({ token, environment: url }).embed(
+    { model: "minilm", inputType: "search_document", texts, embeddingTypes: ["float"], truncate: "NONE", ...fields },
+    once,
+  );
+const cohereRerankAt = (url, token, fields) =>
+  new CohereClientV2({ token, environment: url }).rerank({ model: modelAt(url), query: question, documents: texts, ...fields }, once);
+const voyageAt = (url, apiKey, fields) =>
+  new VoyageAIClient({ apiKey, environment: `${url}/v1` }).embed({ model: "minilm", input: texts, truncation: false, ...fields }, once);
+const voyageRerankAt = (url, apiKey, fields) =>
+  new VoyageAIClient({ apiKey, environment: `${url}/v1` }).rerank(
+    { model: modelAt(url), query: question, documents: texts, truncation: false, ...fields },
+    once,
+  );
+const hubAt = (url, token, { model = "minilm", ...fields }) =>
+  new InferenceClient(token)
+    .endpoint(url === A ? `${url}/models/${model}` : url)
+    .featureExtraction({ inputs: "a", truncate: false, ...fields });
+const langchainAt = (url, apiKey, { model = "minilm", text = "a" }) =>
+  new OpenAIEmbeddings({ model, apiKey, ...once, configuration: { baseURL: `${url}/v1` } }).embedDocuments([text]);
+const manyAt = (url, apiKey, { model = "minilm", value = "a" }) =>
+  embedMany({
+    model: createOpenAICompatible({ name: "cenote", baseURL: `${url}/v1`, apiKey }).textEmbeddingModel(model),
+    values: [value],
+    ...once,
+  });
+const sdkAt = (url, apiKey, { model = modelAt(url), documents = texts }) =>
+  rerank({ query: question, documents, model: createCohere({ apiKey, baseURL: `${url}/v2` }).reranking(model), ...once });
+const sdkEmbedAt = (url, apiKey, { model = "minilm", value = "a" }) =>
+  embed({ value, model: createCohere({ apiKey, baseURL: `${url}/v2` }).textEmbeddingModel(model), ...once });
+const langchainCohereAt = (url, token, { model = modelAt(url), documents = texts }) =>
+  new CohereRerank({ client: new CohereClientV2({ token, environment: url, ...once }), model }).rerank(documents, question);
+const ollamaAt = (url, key, fields) =>
+  new Ollama({ host: url, headers: { Authorization: `Bearer ${key}` } }).embed({ model: "minilm", input: "a", truncate: false, ...fields });
+
+// What the client refuses by itself, or what is always cut.
+const OWN = ["missing", "type"];
+const OWN_RERANK = { of: "rerank", without: [...OWN, "long"], inputs: { large: [BIG] } };
+const LISTED = { inputs: { long: [V.long], large: [BIG] } };
+
 export const errors = {
-  openai: refusals(openaiAt),
-  "cohere-ai": refusals(cohereAt),
-  voyageai: refusals(voyageAt),
-  "@huggingface/inference": refusals(hubAt),
+  openai: refusals(openaiAt, "input", OPENAI, { says: EXACTLY }),
+  "cohere-ai": {
+    ...refusals(cohereAt, "texts", COHERE, { ...LISTED, says: { missing: "Exactly one of texts, images, or inputs" }, without: ["type"] }),
+    ...refusals(cohereRerankAt, "documents", COHERE, OWN_RERANK),
+  },
+  voyageai: {
+    ...refusals(voyageAt, "input", "VoyageAIError", { without: OWN }),
+    ...refusals(voyageRerankAt, "documents", "VoyageAIError", { ...LISTED, of: "rerank", without: OWN }),
+  },
+  "@huggingface/inference": refusals(hubAt, "inputs", "InferenceClientProviderApiError"),
   "@langchain/openai, ai": {
-    embedQuery: { run: () => new OpenAIEmbeddings({ model: "none", apiKey: "none", maxRetries: 0, configuration: { baseURL: `${A}/v1` } }).embedQuery("a"), error: WITHOUT },
-    embedMany: {
-      run: () => embedMany({ model: compatible.textEmbeddingModel("none"), values: ["a"], maxRetries: 0 }),
-      error: WITHOUT,
-    },
+    ...refusals(langchainAt, "text", { ...OPENAI, 400: "ContextOverflowError" }, { of: "embedDocuments", without: OWN }),
+    ...refusals(manyAt, "value", "APICallError", { of: "embedMany", says: { missing: SAYS.type } }),
   },
   "@langchain/cohere, @ai-sdk/cohere": {
-    "CohereRerank.rerank": {
-      run: () => new CohereRerank({ client: cohere, model: "none" }).rerank(texts, question),
-      error: WITHOUT,
-    },
-    rerank: { run: () => rerank({ ...missing, model: sdkCohere.reranking("none"), maxRetries: 0 }), error: WITHOUT },
-    ...refusals(sdkAt),
+    ...refusals(sdkAt, "documents", "APICallError", OWN_RERANK),
+    ...refusals(sdkEmbedAt, "value", "APICallError", { of: "embed", says: { missing: SAYS.type }, without: ["long"] }),
+    ...refusals(langchainCohereAt, "documents", COHERE, { ...OWN_RERANK, of: "CohereRerank.rerank" }),
   },
-  ollama: {
-    embed: { run: () => new Ollama({ host: A }).embed({ model: "none", input: "a" }), error: WITHOUT },
-    overload: { run: () => new Ollama({ host: C }).embed({ model: "minilm", input: "a" }), error: FULL },
-  },
+  ollama: refusals(ollamaAt, "input", "ResponseError"),
 };

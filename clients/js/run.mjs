@@ -19,7 +19,7 @@ function difference(found, expected, place = "") {
 }
 
 // Why a call does not do as it should; empty if it does.
-async function trouble({ run, equals, error }) {
+async function trouble({ run, equals, error, raises }) {
   try {
     const found = await run();
     return error ? `no error, expected ${error}` : difference(found, equals);
@@ -28,14 +28,17 @@ async function trouble({ run, equals, error }) {
       .map((part) => (typeof part === "string" ? part : JSON.stringify(part) ?? ""))
       .join(" ");
     if (!error) return `${caught.name}: ${message}`.slice(0, 600);
-    return message.includes(error) ? "" : `the message is ${message.slice(0, 400)}, expected ${error}`;
+    if (!message.includes(error)) return `the message is ${message.slice(0, 400)}, expected ${error}`;
+    const kind = caught.constructor.name;
+    return !raises || kind === raises ? "" : `${kind} is raised, expected ${raises}`;
   }
 }
 
 async function results(entries) {
   const made = [];
   for (const [name, call] of Object.entries(entries)) {
-    made.push({ name, trouble: (await trouble(call)) || null, fails: call.fails ?? null });
+    const { fails = null, bad = null, raises = null, cause = null } = call;
+    made.push({ name, trouble: (await trouble(call)) || null, fails, bad, raises, cause });
   }
   return made;
 }

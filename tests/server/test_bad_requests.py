@@ -264,7 +264,23 @@ PASSING = {"id", "created", "total_duration", "load_duration"}
 def test_a_model_in_the_path_may_be_none(client: TestClient) -> None:
     answer = client.post("/v2/models/other/infer", json={"inputs": [{**TENSOR, "data": ["a"]}]}, headers=KEY)
     assert (answer.status_code, answer.json()) == (404, {"error": "The model `other` does not exist."})
-    assert superset(client.post("/models/other/embed", json={}, headers=KEY).json()) == "Not Found"
+    assert superset(client.post("/models/other/no/route", json={}, headers=KEY).json()) == "Not Found"
+
+
+ONE_NAME = [case for case in CASES if not case.path.endswith(("/infer", "/reward"))]
+"""Routes but those that have a name of their own, or take any."""
+
+
+@pytest.mark.parametrize("name", ["other", "owner/other"])
+@pytest.mark.parametrize("case", ONE_NAME, ids=[case.id for case in ONE_NAME])
+def test_a_model_before_the_path_may_be_none(client: TestClient, case: Case, name: str) -> None:
+    """Clients that know a model by its URL alone read which one is missing, as its dialect tells it."""
+    for head in [f"/models/{name}/{case.prefix}", f"/{case.prefix}/models/{name}"]:
+        path = f"{head}{case.path}".rstrip("/")
+        message = _refused(client, case, path, case.body, 404)
+        assert message == f"The model `{name}` does not exist."
+    card = client.get(f"/models/{name}", headers=KEY)
+    assert (card.status_code, superset(card.json())) == (404, f"The model `{name}` does not exist.")
 
 
 def test_every_dialect_with_a_prefix_has_a_case() -> None:

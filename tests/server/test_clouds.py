@@ -133,3 +133,17 @@ def test_the_card_of_a_name_alone(serve: Serve) -> None:
     assert client.get("/models/lab/fake/health").content == b""
     assert client.get("/models/other").status_code == 404
     assert serve(api_key=["secret"]).get("/models/fake").status_code == 401
+
+
+def test_an_endpoint_of_sagemaker_is_a_model(client: TestClient) -> None:
+    """boto3 sends to the path that SageMaker has before it passes a request on."""
+    answer = client.post("/endpoints/fake/invocations", json={"inputs": "a"})
+    assert answer.json() == client.post("/invocations", json={"inputs": "a"}).json()
+    answer = client.post("/endpoints/other/invocations", json={"inputs": "a"})
+    assert (answer.status_code, answer.json()["message"]) == (404, "The model `other` does not exist.")
+
+
+def test_sagemaker_tells_which_documents_are_missing(client: TestClient) -> None:
+    for body in ({"query": "a"}, {"query": "a", "documents": None}):
+        answer = client.post("/invocations", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body.documents")

@@ -126,7 +126,8 @@ def test_a_model_alone_in_the_path(client: TestClient) -> None:
     assert client.get("/models/lab/embedder").json() == {"from": "plain", "path": "lab/embedder", "body": None}
     assert client.get("/v1/cards/no/such").json()["path"] == "no/such"
     assert client.get("/v1/cards").status_code == 404
-    assert client.post("/models/other/rank", json={}).status_code == 404
+    assert client.post("/models/other/rank", json={}).json()["body"] == "other", "which a route does not find"
+    assert client.get("/models/other/rank").status_code == 405
 
 
 @pytest.mark.parametrize(
@@ -168,3 +169,34 @@ def test_any_name_reaches_the_first_model(tokenizer: PreTrainedTokenizerBase) ->
     )
     answer = TestClient(build([service], ServerConfig(any_model_name=True))).post("/v1/embeddings", json=body)
     assert (answer.status_code, answer.json()["model"]) == (200, "text-embedding-3-small")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "place", "name"),
+    [
+        ("POST", "/models/other/embed", "/embed", "other"),
+        ("POST", "/models/owner/other/embed", "/embed", "owner/other"),
+        ("POST", "/models/other", "/", "other"),
+        ("POST", "/models/other/tei/rerank", "/rerank", "other"),
+        ("POST", "/tei/models/other/rerank", "/rerank", "other"),
+        ("GET", "/models/other", "/v1/models/{model}", "other"),
+        ("GET", "/models/owner/other", "/v1/models/{model}", "owner/other"),
+        ("GET", "/models/lab/other/health", None, None),  # which looks no model up
+        ("POST", "/models/a/b/c/embed", None, None),
+        ("POST", "/models/fake/none", None, None),  # a model that is there
+        ("POST", "/models/fake/owner/embed", None, None),
+        ("POST", "/models/other/v2/models/fake/infer", None, None),  # two names
+        ("POST", "/models/" + "a/" * 30_000, None, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_name_before_a_route_that_no_model_has(method: str, path: str, place: str | None, name: str | None) -> None:
+    match = Table(DIALECTS, ["fake"]).match(method, path)
+    assert (match and match.path, match and match.model) == (place, name)
+
+
+def test_a_name_in_the_path_reaches_the_first_model_where_any_does(tokenizer: PreTrainedTokenizerBase) -> None:
+    service = Service(FakeEngine(INFO), Renderer(tokenizer, INFO), ("fake",))
+    client = TestClient(build([service], ServerConfig(any_model_name=True)))
+    answer = client.post("/models/other/embed", json={"inputs": "a"})
+    assert (answer.status_code, answer.json()) == (200, client.post("/embed", json={"inputs": "a"}).json())

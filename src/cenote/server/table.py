@@ -170,8 +170,14 @@ class Table:
         entries = self.routes.get((method, path))
         if entries:
             return Match(path, entries)
-        prefixed = prefixes and (self._of_dialect(method, path, prefixes) or self._of_model(method, path, prefixes))
-        return prefixed or self._by_pattern(method, path)
+        if not prefixes:
+            return self._by_pattern(method, path)
+        return (
+            self._of_dialect(method, path, prefixes)
+            or self._of_model(method, path, prefixes)
+            or self._by_pattern(method, path)
+            or self._of_stranger(method, path, prefixes)
+        )
 
     def methods(self, path: str) -> list[str]:
         """Return the methods of a path, sorted."""
@@ -220,6 +226,23 @@ class Table:
                 return Match(CARD, self.routes[method, CARD], None, name)
             match = self.match(method, rest or "/", prefixes - 1)
             return match and replace(match, model=match.model or name)
+        return None
+
+    def _of_stranger(self, method: str, path: str, prefixes: int) -> Match | None:
+        """Return the routes of a path that begins with a name that no model has, `NAME` or `OWNER/NAME`.
+
+        The route tells that the model is missing, in its own dialect; so it must be one that looks the model up.
+        """
+        if not path.startswith(OF_MODEL) or any(self._named(path)):
+            return None
+        parts = path.removeprefix(OF_MODEL).split("/")
+        for end in range(1, min(len(parts), 2) + 1):
+            name, rest = "/".join(parts[:end]), "/".join(parts[end:])
+            if not rest and (method, CARD) in self.routes:
+                return Match(CARD, self.routes[method, CARD], None, name)
+            match = self.match(method, f"/{rest}", prefixes - 1)
+            if match and match.model is None and all("model" in entry.fields for entry in match.entries):
+                return replace(match, model=name)
         return None
 
     def _by_pattern(self, method: str, path: str) -> Match | None:
