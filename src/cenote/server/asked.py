@@ -115,10 +115,10 @@ class Models:
         """
         names = {view.adapter for view in self.views if view.adapter and (not model or self._is_of(view, model))}
         if adapter not in names:
-            known = ", ".join(map(repr, sorted(names))) or "none"
+            listed = ", ".join(map(repr, sorted(names))) or "none"
             raise BadRequest(
                 f"got the adapter {adapter!r} in `lora_path`; expected one that the server was started with "
-                f"(--lora-modules): {known}",
+                f"(--lora-modules): {listed}",
                 param="lora_path",
             )
         return adapter
