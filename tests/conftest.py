@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from cenote.pipeline.rendering import Renderer
 from cenote.server.app import build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -140,17 +141,18 @@ class Serve:
         chat_template: str | None = None,
         pair_template: PairTemplate | None = None,
         auto_truncate: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> TestClient:
         tokenizer = copy(self.tokenizer)
         tokenizer.chat_template = chat_template
         engine = engine or FakeEngine(info)
         renderer = Renderer(tokenizer, engine.info, auto_truncate=auto_truncate)
-        return self.of(Service(engine, renderer, names, pair_template), **options)
+        return self.of(Service(engine, renderer, names, pair_template), clock=clock, **options)
 
-    def of(self, *services: Service, **options: Any) -> TestClient:
+    def of(self, *services: Service, clock: Callable[[], float] = time.monotonic, **options: Any) -> TestClient:
         config = ServerConfig(**{"token_ids": "native", **options})
-        client = TestClient(build([*services], config), raise_server_exceptions=False)
+        client = TestClient(build([*services], config, clock=clock), raise_server_exceptions=False)
         return self.stack.enter_context(client)
 
     def several(self, **engines: Engine) -> TestClient:

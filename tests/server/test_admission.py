@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +17,22 @@ from starlette.testclient import TestClient
 
 from cenote import metrics
 from cenote.config import ServerConfig
+from cenote.core import Output
 from cenote.engine.fake import FakeEngine
+from cenote.engine.promise import Timed
 from cenote.errors import Overloaded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app, gate
 from cenote.server.admission import KNOWN_AFTER, SHORT_MEMORY, Admission, EngineLine, Held, Line, RenderLine
-from cenote.server.serving import LONG
 from tests import PATIENCE
 from tests.conftest import INFO, JSON
+from tests.engine.test_remote import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from prometheus_client.metrics import MetricWrapperBase
     from starlette.types import Message
     from transformers import PreTrainedTokenizerBase
 
@@ -161,10 +164,77 @@ def test_a_pace_that_falls_is_believed_sooner_than_one_that_rises() -> None:
     clock = Clock()
     line = Line(100, clock)
     line.change(1000)
-    for pace, seconds, expected in ((100, 20, 10), (50, 3, 17.8), (100, 3, 11.1), (100, 40, 10)):
-        for _ in range(seconds):
-            worked(line, clock, pace)
+    for pace, seconds, expected in ((100, 20, 10), (50, 3, 16.5), (100, 3, 11.1), (100, 40, 10)):
+        for _ in range(10 * seconds):
+            worked(line, clock, pace, 0.1)
         assert line.seconds == pytest.approx(expected, rel=0.02), (pace, seconds)
+
+
+def test_forwards_that_take_longer_than_a_pace_remembers_are_all_of_it() -> None:
+    """Of two streams, whose forwards of 8 seconds end by turns; just after each other, then at the same time."""
+    clock = Clock()
+    line = Line(100, clock)
+    line.change(1000)
+    line.finish(0)
+    for pauses, spread in (((4, 4), 0.05), ((7.9, 0.1), 0.25), ((8, 0), 0.05)):
+        seen = []
+        for _ in range(10):
+            for pause in pauses:
+                clock.now += pause
+                line.finish(400, took=8)
+            seen.append(line.seconds)
+        assert seen[4:] == pytest.approx([10] * 6, rel=spread), pauses
+    for _ in range(200):
+        worked(line, clock, 1000, 0.1)
+    assert line.seconds == pytest.approx(1, rel=0.15), "and are forgotten when others are short"
+
+
+def test_what_is_finished_of_a_request_counts_when_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Requests that have their turns end together: before that nothing would be finished, and then all in a moment."""
+    clock = Clock(1.0)
+    line = EngineLine(INFO, clock)
+    batch = line.batch
+    with ExitStack() as stack:
+        places = [stack.enter_context(line.enter(0)) for _ in range(batch // 100)]
+        futures: list[Timed[None]] = [Timed() for _ in places]
+        for place, future in zip(places, futures, strict=True):
+            place.queue(8 * 100, 8)
+            place.begin(future)
+        line.finish(0, at=clock.now)
+        amounts = []
+        for _ in range(7):
+            clock.now += 1
+            for place, future in zip(places, futures, strict=True):
+                future.times.finished = clock.now
+                place.advance(1)
+            amounts.append(line.amount)
+        tokens = 100 * len(places)
+        assert amounts == [tokens * left for left in range(7, 0, -1)]
+        assert line.wait(800) == pytest.approx(8), "by whole requests, since those that come have their turns as well"
+        clock.now += 1
+        for future in futures:
+            future.times.finished = clock.now
+            future.set_result(None)
+        assert line.amount == 0, "what was not told before is finished at the end"
+        assert line.wait(800) == pytest.approx(8)
+    places[0].advance(1)
+    assert line.amount == line.tokens == 0, "of a request that has left nothing is taken off twice"
+
+
+def test_a_request_that_fails_finishes_nothing() -> None:
+    clock = Clock(1.0)
+    line = EngineLine(INFO, clock)
+    line.change(10 * line.batch)
+    line.finish(0, at=clock.now)
+    clock.now += 1
+    for leave in (lambda future: future.set_exception(Overloaded("no")), lambda future: future.cancel()):
+        with line.enter(0) as place:
+            future: Timed[None] = Timed()
+            place.queue(1_000_000)
+            place.begin(future)
+            leave(future)
+    line.finish(line.batch, at=clock.now)
+    assert line.seconds == pytest.approx(10)
 
 
 def test_a_body_in_the_hands_of_one_thread_is_in_nobody_s_way() -> None:
@@ -234,6 +304,21 @@ def test_a_request_is_refused_when_it_would_wait_too_long(tokenizer: PreTrainedT
         assert refusal.value.retry_after == 9
 
 
+@pytest.mark.parametrize(("longest", "told"), [(10, 10), (0.2, 1)])
+def test_nobody_is_told_to_stay_away_for_longer_than_a_request_may_wait(
+    tokenizer: PreTrainedTokenizerBase, longest: float, told: int
+) -> None:
+    clock = Clock()
+    own, services = admission(clock, tokenizer, max_waiting_time=longest)
+    with ExitStack() as places:
+        for service in services:
+            filled(own.line(service), 100_000, 500, places)
+            worked(own.line(service), clock, 100)
+        with pytest.raises(Overloaded, match="would wait 1000 to 1200 s") as refusal:
+            own.check()
+    assert refusal.value.retry_after == told
+
+
 def test_a_large_request_waits_longer_than_a_small_one(tokenizer: PreTrainedTokenizerBase) -> None:
     clock = Clock()
     own, (first, second) = admission(clock, tokenizer, max_waiting_time=5)
@@ -264,46 +349,37 @@ def test_bytes_of_bodies_are_bounded_but_one_alone_and_small_ones_go(tokenizer: 
     assert own.pending == 0
 
 
+def value(metric: MetricWrapperBase) -> float:
+    return float(next(iter(metric.collect())).samples[0].value)
+
+
 def gauges() -> tuple[float, float]:
-    return metrics.pending_bytes.collect()[0].samples[0].value, metrics.running_requests._value.get()
+    return value(metrics.pending_bytes), value(metrics.running_requests)
 
 
 def refusals(reason: str) -> float:
-    return float(metrics.refusals_of(reason)._value.get())
+    return value(metrics.refusals_of(reason))
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        (ROUTE, {"input": "a"}),
-        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
-        ("/v2/embed", {"texts": ["a"]}),
-        ("/tokenize", {"prompt": "a"}),
-        ("/pooling", {"input": [5]}),
-    ],
-)
-def test_an_overloaded_server_refuses_before_it_parses(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("path", [ROUTE, "/v1/rerank", "/v2/embed", "/tokenize", "/pooling"])
+def test_an_overloaded_server_refuses_before_it_parses(serve: Serve, path: str) -> None:
     engine = FakeEngine(INFO)
-    client = serve(engine, max_waiting_time=2)
-    parsed: list[bytes] = []
-    monkeypatch.setattr(app, "parse", lambda content, *_: parsed.append(content))
-    own = client.app._serving.admission  # type: ignore[attr-defined]
     clock = Clock()
-    (line,) = own._lines.values()
-    line._clock = clock
+    client = serve(engine, max_waiting_time=2, clock=clock)
+    unreadable = b'{"input'
+    assert client.post(path, content=unreadable, headers=JSON).status_code == 400
+    own = admission_of(client)
+    (line,) = own.lines
     places = ExitStack()
     filled(line, 30_000, 500, places)
     worked(line, clock, 10_000)
     before = refusals("waiting")
     for _ in range(3):
-        answer = client.post(path, json=body)
+        answer = client.post(path, content=unreadable, headers=JSON)
         assert answer.status_code == 429
         assert answer.headers["Retry-After"] == "2"
         message = answer.json()["error"]["message"]
         assert message.startswith("the server is overloaded: a new request would wait 3 to 4 s, and at most 2 s")
-    assert parsed == []
     assert engine.submitted == []
     assert refusals("waiting") == before + 3
     for path in ("/health", "/livez", "/readyz", "/metrics", "/load", "/version", "/v1/models"):
@@ -313,18 +389,22 @@ def test_an_overloaded_server_refuses_before_it_parses(
     assert gauges() == (0, 0)
 
 
-def post(client: TestClient, given: Any) -> int:
-    return client.post(ROUTE, json={"input": given}).status_code
+def admission_of(client: TestClient) -> Admission:
+    served: app.Application = client.app  # type: ignore[assignment]
+    return served.admission
+
+
+def post(client: TestClient, inputs: Any) -> int:
+    return client.post(ROUTE, json={"input": inputs}).status_code
 
 
 def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Serve) -> None:
     """Of three times as many requests as may wait, with an engine that answers only when it is let."""
     engine = FakeEngine(INFO, held=True)
-    client = serve(engine, max_waiting_time=1, max_client_batch_size=LONG)
-    (line,) = client.app._serving.admission._lines.values()  # type: ignore[attr-defined]
-    line.change(10_000)
     clock = Clock(time.monotonic())  # as the engine's
-    line._clock = clock
+    client = serve(engine, max_waiting_time=1, max_client_batch_size=64, clock=clock)
+    (line,) = admission_of(client).lines
+    line.change(10_000)
     worked(line, clock, 10_300)
     line.change(-10_000)
     stop = threading.Event()
@@ -335,7 +415,7 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
 
     releasing = threading.Thread(target=release)
     with ThreadPoolExecutor(32) as pool:
-        waiting = [pool.submit(post, client, [[5] * 60] * LONG) for _ in range(32)]
+        waiting = [pool.submit(post, client, [[5] * 60] * 64) for _ in range(32)]
         refused = next(as_completed(waiting, PATIENCE))  # the line is full, and the engine answers nothing yet
         releasing.start()
         statuses = [future.result(PATIENCE) for future in waiting]
@@ -345,7 +425,33 @@ def test_every_request_is_answered_and_the_lines_are_empty_afterwards(serve: Ser
     assert {*statuses} == {200, 429}
     assert line.tokens == line.amount == 0
     assert gauges() == (0, 0)
-    assert client.app._serving.running == 0  # type: ignore[attr-defined]
+    assert client.get("/load").json() == {"server_load": 0}
+
+
+class Stepping(FakeEngine):
+    """Tells of each sequence of a request when it is let."""
+
+    def submit(self, sequences: Any, *, progress: Any = None) -> Future[list[Output]]:
+        self.progress = progress
+        return super().submit(sequences)
+
+
+def test_a_server_counts_what_is_finished_of_a_request(serve: Serve) -> None:
+    engine = Stepping(INFO, held=True)
+    client = serve(engine)
+    (line,) = admission_of(client).lines
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, client, [[5] * 10, [6] * 20, [7] * 30])
+        until(lambda: bool(engine.submitted))
+        amounts = [line.amount]
+        for _ in range(2):
+            engine.progress(1)
+            amounts.append(line.amount)
+        assert amounts == [60, 40, 20]
+        assert line.tokens == 60
+        engine.release()
+        assert waiting.result(PATIENCE) == 200
+    assert line.amount == line.tokens == 0
 
 
 def test_a_client_that_still_sends_is_let_finish_before_its_refusal_ends() -> None:
@@ -410,7 +516,8 @@ def test_the_second_listener_tells_of_the_first_and_nothing_else(serve: Serve) -
     assert {path for _, path in beside.table.routes} == {
         "/health", "/ping", "/livez", "/readyz", "/version", "/load", "/metrics",
     }  # fmt: skip
-    assert beside._serving is client.app._serving  # type: ignore[attr-defined]
+    client.app.begin_end()  # type: ignore[attr-defined]
+    assert TestClient(beside).get("/readyz").status_code == 503
     assert client.post(ROUTE, content=b"{}", headers=JSON).status_code == 400
 
 

@@ -265,8 +265,8 @@ def held(app: Application) -> dict[str, float]:
         "running": metrics.running_requests._value.get(),
         "computed": serving.running,
         "bytes": metrics.pending_bytes.collect()[0].samples[0].value,
-        "rendering": serving.admission.rendering.amount,
-        "tokens": sum(line.amount + line.tokens for line in {*serving.admission._lines.values()}),
+        "rendering": app.admission.rendering.amount,
+        "tokens": sum(line.amount + line.tokens for line in app.admission.lines),
     }
 
 

@@ -138,6 +138,7 @@ class ChunkedEngine:
         parts, groups = split(sequences, limit)
         promise: Promise[list[Output]] = Promise()
         inner = self._engine.submit(parts, progress=progress and _scaled(progress, len(groups), len(parts)))
+        promise.future.times = times_of(inner)
         weak_inner = weakref.ref(inner)  # a cycle would keep the outputs until the garbage is collected
 
         def leave(outer: Future[list[Output]]) -> None:

@@ -195,6 +195,8 @@ class _Flight:
     def tell(self, count: int) -> None:
         """Pass the engine's progress to the owner; other requests advance when the flight is over."""
         self.told += count
+        if self.inner is not None:
+            self.owner.future.times = times_of(self.inner)
         self.owner.advance(count)
 
 

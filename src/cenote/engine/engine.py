@@ -461,7 +461,7 @@ class LocalEngine:
             if isinstance(output, Output):
                 done[entry.request] += len(entry.places)
         metrics.sequences_of("done").inc(done.total())
-        _note_finished(run.batch)
+        _note_finished(run.batch, time.monotonic() - run.began)
         for request, count in done.items():
             request.advance(count)
         for entry, output in results:
@@ -563,11 +563,12 @@ def _requests(batch: list[_Entry]) -> Iterable[_Request]:
     return dict.fromkeys(entry.request for entry in batch)
 
 
-def _note_finished(batch: list[_Entry]) -> None:
-    """Note that a forward of these sequences has ended."""
+def _note_finished(batch: list[_Entry], took: float = 0.0) -> None:
+    """Note that a forward of these sequences has ended, and the seconds that it took."""
     now = time.monotonic()
     for request in _requests(batch):
-        request.future.times.finished = now
+        times = request.future.times
+        times.finished, times.took = now, took
 
 
 def _use_threads(count: int | None) -> None:

@@ -71,7 +71,7 @@ class FakeEngine:
     fault: str = ""
     closed: bool = False
     submitted: list[Sequence] = field(default_factory=list)
-    _open: list[tuple[Timed[list[Output]], list[Output]]] = field(default_factory=list)
+    _open: list[tuple[Timed[list[Output]], list[Output], Callable[[int], None] | None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def submit(
@@ -87,10 +87,8 @@ class FakeEngine:
             future.set_exception(self.failures.pop(0))
             return future
         outputs = [self._output(sequence) for sequence in sequences]
-        if progress is not None:
-            progress(len(outputs))
         with self._lock:
-            self._open.append((future, outputs))
+            self._open.append((future, outputs, progress))
         if not self.held:
             self.release()
         return future
@@ -99,10 +97,13 @@ class FakeEngine:
         """Answer every open request that was not cancelled."""
         with self._lock:
             waiting, self._open = self._open, []
-        for future, outputs in waiting:
+        for future, outputs, progress in waiting:
             future.times.launched = future.times.finished = time.monotonic()
-            if future.set_running_or_notify_cancel():
-                future.set_result(outputs)
+            if not future.set_running_or_notify_cancel():
+                continue
+            if progress is not None:
+                progress(len(outputs))
+            future.set_result(outputs)
 
     def healthy(self) -> bool:
         """See `cenote.core.Engine.healthy`."""

@@ -23,7 +23,7 @@ import numpy as np
 import cenote
 from cenote.config import LAST_RESORT
 from cenote.core import coalesce
-from cenote.engine.promise import times_of
+from cenote.engine.promise import Times, times_of
 from cenote.engine.wire import (
     FLUSH,
     FRONT_DECODER,
@@ -207,7 +207,9 @@ class _Front:
         future.add_done_callback(partial(self._answer, frame.number))
 
     def _report(self, number: int, count: int) -> None:
-        self._channel.send(Progress(number, count))
+        future = self._running.get(number)
+        times = Times() if future is None else times_of(future)  # the first forward may end before it is there
+        self._channel.send(Progress(number, count, times))
 
     def _answer(self, number: int, future: Future[list[Output]]) -> None:
         """Send the outcome of a request. A front that has cancelled it ignores the answer."""

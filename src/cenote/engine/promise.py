@@ -38,15 +38,19 @@ def check_caller() -> None:
 class Times:
     """Times of a request, in seconds of the monotonic clock, which all processes of a machine share; 0 = not reached.
 
+    The last forward is that of the sequences whose progress was told last.
+
     Attributes:
         accepted: the engine took it.
         launched: its first forward began.
         finished: its last forward ended.
+        took: seconds of its last forward.
     """
 
     accepted: float = 0.0
     launched: float = 0.0
     finished: float = 0.0
+    took: float = 0.0
 
 
 class Timed(Future[T]):

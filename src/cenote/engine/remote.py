@@ -220,6 +220,7 @@ class RemoteEngine:
         with self._lock:
             promise = self._pending.get(frame.number)
         if promise is not None:
+            promise.future.times = frame.times
             promise.advance(frame.count)
 
     def _lose(self) -> None:

@@ -114,10 +114,11 @@ class Fault(msgspec.Struct, tag="fault"):
 
 
 class Progress(msgspec.Struct, tag="progress"):
-    """`count` more sequences of request `number` are finished."""
+    """`count` more sequences of request `number` are finished, with the times of the work so far."""
 
     number: int
     count: int
+    times: Times = msgspec.field(default_factory=Times)
 
 
 class Health(msgspec.Struct, tag="health"):

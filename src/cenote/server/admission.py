@@ -12,14 +12,16 @@ import math
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cenote import metrics
+from cenote.engine.promise import Times, times_of
 from cenote.engine.scheduler import BULK
 from cenote.errors import Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+    from concurrent.futures import Future
     from types import TracebackType
     from typing import Self
 
@@ -33,6 +35,8 @@ KNOWN_AFTER = 0.5
 """Seconds of full work after which a pace is believed."""
 MEMORY, SHORT_MEMORY = 10.0, 2.0
 """Seconds of full work that the two paces of a line remember; older work counts ever less. The slower one counts."""
+KEPT = 0.75
+"""Part of its memory that a pace keeps at least when work ends: where each forward takes long, it knows several."""
 MARGIN = 1.2
 """Part of its estimate that a wait may take: a pace may fall by a tenth while requests wait, and then they run."""
 BYTES_PER_TOKEN = 4
@@ -63,11 +67,14 @@ class Pace:
         Args:
             amount: of work.
             seconds: since other work was finished.
-            took: seconds that it took in all. Only its end counts if that is more than is remembered.
+            took: seconds of the forward. Only the end of it counts if that is more than is remembered.
         """
-        kept = max(0.0, self._memory - seconds) / max(self._seconds, self._memory - seconds, 1e-9)
-        self._seconds = kept * self._seconds + seconds
-        self._finished = kept * self._finished + amount * min(1.0, self._memory / max(took, self._memory))
+        if seconds:
+            kept = min(1.0, max(KEPT, (self._memory - seconds) / max(self._seconds, 1e-9)))
+            self._seconds = kept * self._seconds + seconds
+            self._finished *= kept
+        span = max(self._memory, self._seconds)
+        self._finished += amount * min(1.0, span / max(took, span))
 
     def seconds_of(self, amount: float) -> float:
         """Return the seconds that so much work takes; 0 while the pace is not known."""
@@ -158,6 +165,13 @@ class Place:
             self._line.change(amount - self._amount)
             self._amount = amount
 
+    def shrink(self, amount: int) -> None:
+        """Let at most so much be left of the work. Any thread may call it, also when the place was left."""
+        with self._lock:
+            left = min(amount, self._amount)
+            self._line.change(left - self._amount)
+            self._amount = left
+
     def __enter__(self) -> Self:
         return self
 
@@ -245,6 +259,10 @@ class EngineLine(Line):
 class EnginePlace:
     """A request's place in the line before an engine, left at the end of the block.
 
+    Its tokens are finished as its sequences are. The scheduler gives each request its turn, so that requests that came
+    together end together: by whole requests, nothing would be finished for seconds, and then as much in a moment. In
+    the wait of others it counts whole until it is left, since those that come later have their turn as well.
+
     Args:
         line: where it waits.
         tokens: a guess of its tokens.
@@ -254,14 +272,41 @@ class EnginePlace:
         self._line = line
         self._tokens = min(line.most, tokens)
         self._queued: Place | None = None
+        self._left = 0
+        self._mean = 0.0
+        self._future: weakref.ref[Future[Any]] | None = None
         line.count(self._tokens, 1)
 
-    def queue(self, tokens: int) -> None:
-        """Note that the engine has the request, and how many tokens it has indeed."""
+    def queue(self, tokens: int, sequences: int = 1) -> None:
+        """Note that the engine has the request, how many tokens it has indeed, and in how many sequences."""
         self._leave()
         self._tokens = min(self._line.most, tokens)
         self._line.count(self._tokens, 1)
         self._queued = Place(self._line, self._tokens)
+        self._left = tokens
+        self._mean = tokens / max(1, sequences)
+
+    def begin(self, future: Future[Any]) -> None:
+        """Follow the engine's future of the request, which has the times of the work."""
+        self._future = weakref.ref(future)  # which calls this place when it is done
+        future.add_done_callback(self._end)
+
+    def advance(self, sequences: int) -> None:
+        """Note that so many more sequences are finished. Called in threads of the engine's, one at a time."""
+        future = None if self._future is None else self._future()
+        self._finish(min(self._left, round(sequences * self._mean)), Times() if future is None else times_of(future))
+
+    def _end(self, future: Future[Any]) -> None:
+        """Note that all is finished, unless the request has failed."""
+        if not future.cancelled() and future.exception() is None:
+            self._finish(self._left, times_of(future))
+
+    def _finish(self, tokens: int, times: Times) -> None:
+        """Tell the line of finished tokens, by the times of the engine: those of a batch are the same."""
+        self._left -= tokens
+        self._line.finish(tokens, times.took, times.finished)
+        if self._queued is not None:
+            self._queued.shrink(self._left)
 
     def _leave(self) -> None:
         self._line.count(self._tokens, -1)
@@ -319,6 +364,7 @@ class Admission:
 
     Attributes:
         rendering: line before the render threads.
+        lines: those before the engines, one of each model.
         pending: bytes of bodies that are received and not answered.
         max_bytes: maximum of `pending`.
     """
@@ -330,15 +376,17 @@ class Admission:
         self.pending: int = 0
         self.max_bytes = config.max_pending_bytes
         self._longest = config.max_waiting_time
-        self._lines: dict[tuple[str, ...], EngineLine] = {}
+        self.lines: list[EngineLine] = []
+        self._line_of: dict[tuple[str, ...], EngineLine] = {}
         for service in services:
             line = EngineLine(service.info, clock)
-            self._lines |= dict.fromkeys([view.names for view in service.views], line)
+            self.lines.append(line)
+            self._line_of |= dict.fromkeys([view.names for view in service.views], line)
         _OPEN.add(self)
 
     def line(self, service: Service) -> EngineLine:
         """Return the line before the engine of `service`."""
-        return self._lines[service.names]
+        return self._line_of[service.names]
 
     @property
     def seconds(self) -> float:
@@ -347,7 +395,7 @@ class Admission:
 
     def _seconds(self, body_bytes: int) -> float:
         tokens = body_bytes // BYTES_PER_TOKEN
-        return self.rendering.seconds + min((line.wait(tokens) for line in self._lines.values()), default=0.0)
+        return self.rendering.seconds + min((line.wait(tokens) for line in self.lines), default=0.0)
 
     def check(self, body_bytes: int = 0) -> None:
         """Raise `Overloaded` if a new request would wait too long for any model.
@@ -359,7 +407,7 @@ class Admission:
 
     def check_model(self, service: Service, body_bytes: int = 0) -> None:
         """Raise `Overloaded` if a new request would wait too long for this one of several models."""
-        if len(self._lines) > 1:
+        if len(self._line_of) > 1:
             wait = self.line(service).wait(body_bytes // BYTES_PER_TOKEN)
             self._check(self.rendering.seconds + wait)
 
@@ -373,5 +421,9 @@ class Admission:
             )
 
     def retry_after(self, seconds: float) -> int:
-        """Return the seconds after which of a wait of `seconds` half of the longest one is left, at least 1."""
-        return max(1, math.ceil(seconds - self._longest / 2))
+        """Return the seconds after which of a wait of `seconds` half of the longest one is left.
+
+        At least 1, and at most the longest wait: no estimate says more of a line that was not longer when its last
+        request was admitted, and by then there is another one.
+        """
+        return max(1, math.ceil(min(seconds - self._longest / 2, self._longest)))

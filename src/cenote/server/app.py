@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,10 @@ class Application:
         config: of the server.
         dialects: whose routes it has.
         serving: the models, if another application serves them too and owns them.
+        clock: see `cenote.server.admission.Admission`.
 
     Attributes:
+        admission: decides which requests may wait.
         table: of the routes.
         under_way: requests that are being answered.
     """
@@ -107,8 +110,9 @@ class Application:
         config: ServerConfig,
         dialects: Sequence[Dialect] = DIALECTS,
         serving: Serving | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._serving = serving or Serving(services, config)
+        self._serving = serving or Serving(services, config, clock)
         self._config = config
         self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
         self._serving.paths = self._serving.paths or _paths(dialects)
@@ -116,8 +120,8 @@ class Application:
         self.table = Table(dialects, self._serving.models.names)
         self.under_way = UnderWay()
         router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
-        admission = self._serving.admission if serving is None else Admission([], config)
-        gate = Gate(router, config, self.under_way, admission, self._error_body, self._is_open, self._is_known)
+        self.admission = self._serving.admission if serving is None else Admission([], config)
+        gate = Gate(router, config, self.under_way, self.admission, self._error_body, self._is_open, self._is_known)
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
@@ -266,6 +270,11 @@ def _for_pages(app: ASGIApp, config: ServerConfig) -> ASGIApp:
     )
 
 
-def build(services: list[Service], config: ServerConfig, dialects: Sequence[Dialect] = DIALECTS) -> Application:
+def build(
+    services: list[Service],
+    config: ServerConfig,
+    dialects: Sequence[Dialect] = DIALECTS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Application:
     """Return the application that serves `services`; see `Application`."""
-    return Application(services, config, dialects)
+    return Application(services, config, dialects, clock=clock)

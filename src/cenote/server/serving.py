@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cenote.core import Engine, Output, Sequence
     from cenote.pipeline.job import Job
     from cenote.pipeline.pipeline import Service
-    from cenote.server.admission import EngineLine
+    from cenote.server.admission import EnginePlace
     from cenote.server.wire.fields import Queued
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,17 @@ NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
 LAST_RENDERS = 2.0
 """Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
-LONG = 64
-"""Sequences of a request from which on the pace of its engine is told of its parts, and not when all are done."""
 T = TypeVar("T")
 _ids = random.Random()
 
 
 class Serving:
     """The models of one server, and the way to them.
+
+    Args:
+        services: the models.
+        config: of the server.
+        clock: see `Admission`.
 
     Attributes:
         models: the models by their names.
@@ -84,14 +87,16 @@ class Serving:
         paths: of the routes, by the names of their dialects, for people.
     """
 
-    def __init__(self, services: list[Service], config: ServerConfig) -> None:
+    def __init__(
+        self, services: list[Service], config: ServerConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.models = Models(services, any_name=config.any_model_name)
         self.services = services
         self.config = config
         self.started = int(time.time())
         self.running = 0
         self.is_ending = False
-        self.admission = Admission(services, config)
+        self.admission = Admission(services, config, clock)
         hosts = Hosts(frozenset(map(str.lower, config.allowed_media_domains)), config.allow_private_media)
         access = Access(
             optional(Path, config.allowed_local_media_path), hosts=hosts, trusts_kwargs=config.trust_request_mm_kwargs
@@ -201,10 +206,10 @@ class Serving:
                     job = await self.rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
-                place.queue(job.tokens)
+                place.queue(job.tokens, len(job.sequences))
                 request.state.render_seconds = time.monotonic() - began
                 request.state.tokens = job.tokens
-                outputs = await self._outputs(request, service, job, line)
+                outputs = await self._outputs(request, service, job, place)
         finally:
             self.running -= 1
         if job.is_slow or _numbers(outputs) > LARGE:
@@ -235,16 +240,16 @@ class Serving:
                 return made
             await arrivals.fetch(made, files)
 
-    async def _outputs(self, request: Request, service: Service, job: Job[Response], line: EngineLine) -> list[Output]:
+    async def _outputs(
+        self, request: Request, service: Service, job: Job[Response], place: EnginePlace
+    ) -> list[Output]:
         """Wait for the outputs of `job`, or until the client leaves."""
         desk = self._desk_here()
-        count, tokens = len(job.sequences), job.tokens
+        count = len(job.sequences)
         followed = metrics.trip.get()
         if followed is not None:
-            followed.model, followed.sequences, followed.tokens = service.names[0], count, tokens
-        parts = _Parts(line, tokens, count) if count >= LONG else None
-        finished = partial(_finish, line, tokens if parts is None else 0)
-        answer = desk.submit(service.engine, job.sequences, parts, finished)
+            followed.model, followed.sequences, followed.tokens = service.names[0], count, job.tokens
+        answer = desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
         watch = desk.loop.call_later(NOTICE, _watch, request, answer)
         try:
             return await answer
@@ -268,34 +273,17 @@ class Serving:
             log.critical("%s; the process ends with an error", self._fault)
 
 
-class _Parts:
-    """Tells a line of the parts of a long request that are finished.
-
-    Args:
-        tokens: of the request.
-        count: its sequences.
-    """
-
-    def __init__(self, line: EngineLine, tokens: int, count: int) -> None:
-        self._line = line
-        self._mean = tokens / count
-
-    def __call__(self, count: int) -> None:
-        """Note that `count` more sequences are finished."""
-        self._line.finish(round(count * self._mean))
-
-
 class _Held(NamedTuple):
     """A request that is to reach an engine.
 
     Attributes:
         answer: ends as the request does.
-        callbacks: called with the engine's future when that is done, on a thread of the engine's.
+        followers: called with the engine's future once there is one.
     """
 
     submit: Callable[[], Future[list[Output]]]
     answer: asyncio.Future[list[Output]]
-    callbacks: tuple[Callable[[Future[list[Output]]], None], ...]
+    followers: tuple[Callable[[Future[list[Output]]], None], ...]
 
 
 class Desk:
@@ -322,7 +310,7 @@ class Desk:
         engine: Engine,
         sequences: list[Sequence],
         progress: Callable[[int], None] | None = None,
-        *callbacks: Callable[[Future[list[Output]]], None],
+        *followers: Callable[[Future[list[Output]]], None],
     ) -> asyncio.Future[list[Output]]:
         """Return a future of the outputs of `sequences`, or of the engine's refusal. To cancel it cancels the work.
 
@@ -330,13 +318,13 @@ class Desk:
             engine: runs them.
             sequences: of one request.
             progress: see `cenote.core.Engine.submit`.
-            callbacks: see `_Held`.
+            followers: see `_Held`.
         """
         answer: asyncio.Future[list[Output]] = self.loop.create_future()
         trip = metrics.trip.get()
         if trip is not None:
-            callbacks = (*callbacks, partial(_note_stages, trip))
-        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, callbacks))
+            followers = (*followers, partial(_note_stages, trip))
+        self._held.append(_Held(partial(engine.submit, sequences, progress=progress), answer, followers))
         if len(self._held) == 1:
             self._held_since = time.monotonic()
             self.loop.call_soon(self._hold, 1, 0)
@@ -361,7 +349,7 @@ class Desk:
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
-            submit, answer, callbacks = self._held.popleft()
+            submit, answer, followers = self._held.popleft()
             if answer.done():  # cancelled
                 continue
             try:
@@ -369,8 +357,8 @@ class Desk:
             except Exception as error:  # the engine's refusal is the answer
                 answer.set_exception(error)
                 continue
-            for callback in callbacks:
-                future.add_done_callback(callback)
+            for follow in followers:
+                follow(future)
             self._follow(future, answer)
             answer.add_done_callback(partial(_drop, future))
 
@@ -389,15 +377,12 @@ class Desk:
             self._answers.call(partial(_resolve, *self._done.popleft()))
 
 
-def _finish(line: EngineLine, tokens: int, future: Future[list[Output]]) -> None:
-    """Tell a line that a request is finished, by the times of its engine: those of a batch are the same."""
-    if not future.cancelled() and future.exception() is None:
-        times = times_of(future)
-        line.finish(tokens, times.finished - times.launched, times.finished)
-
-
 def _note_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
-    """Add the stages of a request in its engine, as far as it has come."""
+    """Add the stages of a request in its engine, as far as it has come, once it is done."""
+    future.add_done_callback(partial(_add_stages, trip))
+
+
+def _add_stages(trip: metrics.Trip, future: Future[list[Output]]) -> None:
     times = times_of(future)
     if times.launched:
         trip.stages.append(metrics.Stage("queue", times.accepted, times.launched))
