@@ -49,6 +49,7 @@ class Server:
 
     Args:
         flags: further ones.
+        command: module that is run, and its first arguments.
 
     Attributes:
         port: that it listens on.
@@ -56,11 +57,11 @@ class Server:
         operations: address of its second listener, with `--metrics-port`.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, command: tuple[str, ...] = ("cenote", "serve")) -> None:
         began = time.perf_counter()
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cenote", "serve", "--port", "0", "--auto-truncate", *flags],
+            [sys.executable, "-m", *command, "--port", "0", "--auto-truncate", *flags],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
