@@ -105,10 +105,10 @@ def test_a_refusal_does_not_wait_for_many_that_are_accepted(
     async def ask(key: str) -> int:
         sent: list[Message] = []
         body = json.dumps({"input": "old boat"}).encode()
-        message = {"type": "http.request", "body": body, "more_body": False}
+        coming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
-            return message
+            return coming.pop() if coming else await asyncio.Future()
 
         async def send(message: Message) -> None:
             sent.append(message)
