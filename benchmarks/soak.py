@@ -55,6 +55,8 @@ ERRORS = 3.0
 """Standard errors on each side of a growth."""
 MOST_OTHERS = 0.7
 """Share of the cores that other processes may take; readings beyond it are left out."""
+FEWEST = 20
+"""Readings without which nothing is told."""
 LAG = 0.9
 """Maximum autocorrelation that is believed."""
 
@@ -264,6 +266,8 @@ def growth(values: list[float], times: list[float], others: list[float], limit: 
         limit: of a flat figure.
     """
     count = len(values)
+    if count < FEWEST:
+        return Growth(1.0, 0.0, 1e3, limit)
     loads = -np.log1p(-np.minimum(others, 0.99))  # a wait for a core is as much longer as less of the cores is left
     design_NV = np.stack([np.ones(count), np.asarray(times), loads - loads.mean()], 1)
     inverse_VV = np.linalg.pinv(design_NV.T @ design_NV)

@@ -95,6 +95,10 @@ def test_readings_that_follow_each_other_say_less() -> None:
     assert widths[1] > 2 * widths[0]
 
 
+def test_a_machine_that_others_have_all_the_while_tells_nothing() -> None:
+    assert status(judged(readings(0, np.full(COUNT, 0.9))), Counter()) == 2
+
+
 def test_a_wrong_answer_fails_a_flat_run() -> None:
     growths = judged(readings(0, quiet()))
     assert [status(growths, wrong) for wrong in (Counter[str](), Counter({"/nowhere: 200": 1}))] == [0, 1]
