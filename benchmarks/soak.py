@@ -54,7 +54,7 @@ SHARED = {"cpu_ms_per_1000_tokens", "p50_ms", "p95_ms"}
 ERRORS = 3.0
 """Standard errors on each side of a growth."""
 MOST_OTHERS = 0.7
-"""Share of the cores that other processes may take; readings beyond it are left out."""
+"""Share of the cores that other processes may take; readings of `SHARED` beyond it are left out."""
 FEWEST = 20
 """Readings without which nothing is told."""
 LAG = 0.9
@@ -284,13 +284,11 @@ def growth(values: list[float], times: list[float], others: list[float], limit: 
 def judged(readings: list[dict[str, float]]) -> dict[str, Growth]:
     """Return the growth of each figure over the readings, of which the first quarter warms up."""
     times = np.linspace(-1 / 3, 1, len(readings))
-    kept = [
-        (float(at), reading)
-        for at, reading in zip(times, readings, strict=True)
-        if at >= 0 and (reading["others"] <= MOST_OTHERS)
-    ]
+    warm = [(float(at), reading) for at, reading in zip(times, readings, strict=True) if at >= 0]
     growths = {}
     for name, limit in LIMITS.items():
+        most = MOST_OTHERS if name in SHARED else 1.0
+        kept = [(at, reading) for at, reading in warm if reading["others"] <= most]
         others = [reading["others"] if name in SHARED else 0.0 for _, reading in kept]
         growths[name] = growth([reading[name] for _, reading in kept], [at for at, _ in kept], others, limit)
     return growths

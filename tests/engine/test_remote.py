@@ -474,7 +474,7 @@ def test_a_host_that_closes_answers_what_it_accepted(seam: Seam) -> None:
 
 def test_a_host_that_closes_has_a_bound(seam: Seam) -> None:
     engine = FakeEngine(held=True)
-    engine.close = lambda: until(lambda: all(future.done() for future, _ in engine._open))  # type: ignore[method-assign]
+    engine.close = lambda: until(lambda: all(future.done() for future, *_ in engine._open))  # type: ignore[method-assign]
     host = seam.host(engine)
     answer = seam.front().submit([Sequence([1])])
     until(lambda: len(engine._open) == 1)
