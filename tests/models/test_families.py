@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cenote.core import Sides
+from cenote.conventions import Sides
 from cenote.errors import CheckpointError
 from cenote.models.families.family import Family
 from cenote.models.lexical import pruned

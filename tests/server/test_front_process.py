@@ -19,8 +19,8 @@ import pytest
 import requests
 from starlette.testclient import TestClient
 
+from cenote.adapters import LoraModule
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
-from cenote.core import LoraModule
 from cenote.engine.host import Host
 from cenote.engine.remote import GONE, LOST
 from cenote.pipeline.pipeline import Service
@@ -243,6 +243,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     **{
         key: [{"inputs": TEXT}] for key in ("/", "/embed", "/pipeline/feature-extraction", "/embed_all", "/invocations")
     },
+    "/endpoints/{model}/invocations": [{"inputs": TEXT}],
     "/embed_sparse": [{"model": "splade", "inputs": TEXT}],
     **{key: [{"model": "rater", "inputs": TEXT}] for key in ("/predict", "/pipeline/text-classification")},
     "/pipeline/token-classification": [{"model": "ner", "inputs": TEXT}],
@@ -304,6 +305,10 @@ MARKED: list[tuple[str, dict[str, Any]]] = [
     ("/invocations", {"model": "rater", "text_1": TEXT, "text_2": DOCUMENTS}),
     ("/invocations", RATED),
     ("/invocations", {"input": TEXT}),
+    ("/endpoints/rater/invocations", {"text_1": TEXT, "text_2": DOCUMENTS}),
+    ("/endpoints/rater/invocations", PAIRS),
+    ("/endpoints/rater/invocations", {"query": TEXT, "texts": DOCUMENTS}),
+    ("/endpoints/minilm/invocations", {"input": TEXT}),
     *((path, {"model": "law", "input": TEXT}) for path in ("/v1/embeddings", "/pooling")),
     ("/v1/embeddings", {"model": "pages", "messages": [{"role": "user", "content": PAGE}]}),
     ("/v1/multimodalembeddings", {"model": "pages", "inputs": [{"content": PAGE}]}),
