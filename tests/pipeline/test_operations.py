@@ -155,12 +155,6 @@ BAD: dict[str, tuple[ModelInfo, Callable[[LLM], Any], str, dict[str, Any]]] = {
         "/v1/embeddings",
         {"input": LONG, "late_chunking_params": {"chunk_size": 2}},
     ),
-    "a reward's dimensions": (
-        CROSS_ENCODER,
-        lambda m: m.reward([5], pooling_params=PoolingParams(dimensions=2)),
-        "/v1/reward",
-        {"prompt_token_ids": [5], "dimensions": 2},
-    ),
     "a reward of an input too long": (
         CROSS_ENCODER,
         lambda m: m.reward([5] * 100),

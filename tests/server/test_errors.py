@@ -240,9 +240,9 @@ def test_unknown_model(client: TestClient, path: str) -> None:
     }
 
 
-def test_messages_show_no_path_and_no_broken_text(client: TestClient) -> None:
-    assert error(client, {"input": "a", "model": "/srv/models/secret"})["message"] == (
-        "The model `<path>` does not exist."
+def test_messages_show_the_name_that_was_sent_and_no_broken_text(client: TestClient) -> None:
+    assert error(client, {"input": "a", "model": "/srv/models/mine"})["message"] == (
+        "The model `/srv/models/mine` does not exist."
     )
     assert error(client, {"input": "a", "model": "\ud800"})["message"] == "The model `?` does not exist."
 

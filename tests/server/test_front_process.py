@@ -419,7 +419,7 @@ def test_what_is_only_looked_at(front: Front, here: TestClient, path: str) -> No
     got, expected = front.ask("GET", path), here.get(path)
     assert got.status_code == expected.status_code == (204 if "well-known" in path else 200)
     if "json" in expected.headers.get("content-type", ""):
-        assert same(got.json(), expected.json())
+        assert same(got.json(), expected.json()), f"{got.text}\n{expected.text}"
 
 
 def test_metrics_and_the_report(front: Front) -> None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote import metrics
-from cenote.errors import CenoteError, EngineGone, Overloaded, TooManyConnections, Unauthorized, plural
+from cenote.errors import CenoteError, EngineGone, ModelNotFound, Overloaded, TooManyConnections, Unauthorized, plural
 from cenote.server.wire.encoding import to_json
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
-    return Fault(error.status, _presentable(error.message), error.type, error.param, error, _headers(error))
+    bounded = _bounded if isinstance(error, ModelNotFound) else _presentable  # the name sent may be a path
+    return Fault(error.status, bounded(error.message), error.type, error.param, error, _headers(error))
 
 
 def reason_of(error: Exception) -> str:
@@ -159,9 +160,14 @@ def _headers(error: CenoteError) -> dict[str, str]:
 
 def _presentable(message: str) -> str:
     """Return `message` bounded, without paths of files and without lone surrogates."""
+    return _PATH.sub("<path>", _bounded(message))
+
+
+def _bounded(message: str) -> str:
+    """Return `message` bounded and without lone surrogates."""
     if len(message) > LONGEST_MESSAGE:
         message = f"{message[:LONGEST_MESSAGE]}..."
-    return _PATH.sub("<path>", message).encode(errors="replace").decode()
+    return message.encode(errors="replace").decode()
 
 
 def _json(content: dict[str, Any], status: int, headers: Mapping[str, str] | None) -> Response:
