@@ -35,6 +35,11 @@ def post(client: TestClient, path: str, body: dict[str, Any]) -> Any:
         ({"input": [LONG], "options": {"num_ctx": 5, "temperature": 0}}, [[CLS, *[ONE] * 3, SEP]], {}),
         ({"input": [LONG], "options": {"num_ctx": 2048}}, [[CLS, *[ONE] * 62, SEP]], {}),
         ({"input": "hello", "options": {"num_ctx": 9}, "keep_alive": "5m"}, [[CLS, HELLO, SEP]], {}),
+        (
+            {"input": "hello", "options": {"num_ctx": None, "stop": None}},
+            [[CLS, HELLO, SEP]],
+            {},
+        ),  # LangChain
         ({"input": "hello", "model": "fake:latest", "truncate": None}, [[CLS, HELLO, SEP]], {}),
         ({"input": "hello", "dimensions": 4}, [[CLS, HELLO, SEP]], {"dimensions": 4}),
         ({"input": [LONG]}, [[CLS, *[ONE] * 62, SEP]], {}),

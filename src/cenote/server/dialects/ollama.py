@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 import cenote
 from cenote.core import PoolingParams
@@ -34,7 +34,7 @@ def _untagged(name: str | None) -> str | None:
     return name and name.removesuffix(TAG)
 
 
-class OllamaOptions(BaseModel):
+class OllamaOptions(Body):
     """Options of a model, of which vectors depend on one."""
 
     num_ctx: Annotated[int, Field(ge=0)] = Field(0, description="tokens to which texts are cut; 0 = the model's")
