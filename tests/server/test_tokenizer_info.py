@@ -23,6 +23,7 @@ def test_the_tokenizer_is_told_if_the_operator_wants_it(serve: Serve) -> None:
     assert (told["unk_token"], told["do_lower_case"]) == ("[UNK]", True)
     assert told["tokenizer_class"] == "BertTokenizer"
     assert not [value for value in told.values() if "/" in str(value)]
+    assert not {"is_local", "local_files_only"} & told.keys()
 
 
 def test_defaults_of_variables_of_templates(serve: Serve) -> None:

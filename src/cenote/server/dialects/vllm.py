@@ -352,8 +352,8 @@ async def tokenizer_info(serving: Serving, request: Request, body: None) -> Resp
 
 PLAIN = (str, int, float, type(None))
 """Types of settings of a tokenizer that are told; others are objects of Transformers."""
-PATHS = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
-"""Settings that lead to files of the server."""
+PATHS = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file", "is_local", "local_files_only"}
+"""Settings that lead to files of the server, or say how these were found."""
 
 DIALECT = Dialect(
     "vLLM",
