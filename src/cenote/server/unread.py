@@ -95,7 +95,7 @@ def refuse(body: Mapping[str, Any], fields: Collection[str]) -> None:
     Raises:
         BadRequest: it has one.
     """
-    for name in REFUSED.keys() & body.keys():
+    for name in sorted(REFUSED.keys() & body.keys()):
         row = REFUSED[name]
         if name not in fields and body[name] not in (None, *row.harmless):
             message = f"got `{name}`, a field of {row.clients} that is not served here; leave it out: {row.advice}"
