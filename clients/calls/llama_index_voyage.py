@@ -37,11 +37,11 @@ CALLS = [
     ),
     Call("VoyageAIRerank", rerank, "", V["ranked"][:2]),
 ]
-ERRORS = [  # this release fails on an `error` that is an object, so errors before a body is read need the prefix
+ERRORS = [  # this release fails on an `error` that is an object: the keys of the body tell the dialect
     Call(
         "VoyageEmbedding: key",
-        lambda: embedding(url=f"{B}/voyage/v1").get_query_embedding("a"),
+        lambda: embedding(url=f"{B}/v1").get_query_embedding("a"),
         error="missing or wrong API key",
     ),
-    Call("VoyageEmbedding: overload", lambda: embedding(url=f"{C}/voyage/v1").get_query_embedding("a"), error=FULL),
+    Call("VoyageEmbedding: overload", lambda: embedding(url=f"{C}/v1").get_query_embedding("a"), error=FULL),
 ]
