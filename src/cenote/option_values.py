@@ -66,6 +66,7 @@ def _lora_modules(entry: Any) -> list[Any]:
 
 
 def one_or_several(value: Any) -> Any:
+    """Return a text as a tuple of one, or another value as it is."""
     return (value,) if isinstance(value, str) else value
 
 
