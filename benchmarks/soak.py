@@ -3,7 +3,8 @@
     python -m benchmarks.soak [--minutes 20] [--leak memory | time] [--save NAME]
 
 Some clients wait for their answers, others leave before; there are short texts and requests of many, long texts that
-are cut, bodies that are refused, and texts in all encodings. There is a reading every six seconds, and a row a minute.
+are cut, bodies that are refused, and texts in all encodings. Each client sends all of these in turn, in an order of its
+own, so that every half minute has the same mixture. There is a reading every half minute, and a row a minute.
 
 The first quarter of the readings warms up. Through the logarithms of each figure in the rest goes a straight line. Its
 slope is the growth over that time, with three standard errors to both sides, wider where readings resemble those before
@@ -43,7 +44,9 @@ from material.corpus import docstrings
 
 CLIENTS = 6
 REFUSED = 429
-READINGS = 10
+ASKING = 3
+"""Clients that send the short query whose latencies are taken."""
+READINGS = 2
 """Readings of each minute."""
 LIMITS = {
     "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "p50_ms": 1.25, "p95_ms": 1.5,
@@ -65,7 +68,7 @@ class Kind(NamedTuple):
     """A kind of request.
 
     Attributes:
-        weight: how often it is sent.
+        weight: how often a client sends it in turn.
         path: of its route.
         body: JSON.
         status: of its answer.
@@ -119,7 +122,7 @@ class Clients:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(CLIENTS)]
-        self._threads += [threading.Thread(target=work) for work in (self._ask, self._leave)]
+        self._threads += [threading.Thread(target=work) for work in (*[self._ask] * ASKING, self._leave)]
         for thread in self._threads:
             thread.start()
 
@@ -135,11 +138,12 @@ class Clients:
         return taken
 
     def _run(self, number: int) -> None:
-        generator, connection = random.Random(number), http.client.HTTPConnection("127.0.0.1", self._port)
-        all_kinds = kinds()
-        weights = [kind.weight for kind in all_kinds]
-        while not self._stopped.is_set():
-            (kind,) = generator.choices(all_kinds, weights)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        requests = [kind for kind in kinds() for _ in range(kind.weight)]
+        random.Random(number).shuffle(requests)
+        for kind in itertools.cycle(requests):
+            if self._stopped.is_set():
+                break
             if self._send(connection, kind) == REFUSED:
                 self._stopped.wait(1)
         connection.close()
@@ -147,7 +151,7 @@ class Clients:
     def _ask(self) -> None:
         """Send a short query from time to time, on a new connection."""
         kind = kinds()[0]
-        while not self._stopped.wait(0.2):
+        while not self._stopped.wait(0.1):
             connection = http.client.HTTPConnection("127.0.0.1", self._port)
             began = time.perf_counter()
             if self._send(connection, kind) == kind.status:

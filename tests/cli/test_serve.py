@@ -120,36 +120,6 @@ def test_models_that_were_loaded_are_closed_when_another_cannot_be(
     assert [engine.closed for engine in engines] == [True, True]
 
 
-def test_waiting_requests_are_seldom_looked_through_for_garbage() -> None:
-    """What a thousand of them hold takes a tenth of a second, in which the server refuses none; cycles do not stay."""
-    code = """
-import gc, weakref
-from cenote.cli.serve import few_full_collections
-
-class Node:
-    pass
-
-def cycle():
-    node = Node()
-    node.itself = node
-    return weakref.ref(node)
-
-with few_full_collections():
-    loaded = [[] for _ in range(100_000)]
-assert gc.get_freeze_count() > 100_000
-before = gc.get_stats()[2]["collections"]
-held = [[] for _ in range(300_000)]
-assert gc.get_stats()[2]["collections"] == before, "a full collection"
-cycles = [cycle() for _ in range(1000)]
-held += [[] for _ in range(10_000)]
-assert not any(reference() for reference in cycles)
-held += [[] for _ in range(700_000)]
-assert gc.get_stats()[2]["collections"] > before, "no full collection"
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (0, "")
-
-
 SET = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")
 
 

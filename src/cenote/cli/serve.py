@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import textwrap
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from operator import attrgetter
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
+from cenote.cli import garbage
 from cenote.cli.flags import OF_ENGINES
 from cenote.cli.lines import set_format
 from cenote.cli.listening import address, bound, certificates
@@ -26,7 +26,7 @@ from cenote.errors import ConfigError, plural
 from cenote.settings import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pydantic import BaseModel
 
@@ -40,9 +40,6 @@ log = logging.getLogger("cenote")
 
 LONG = 300
 """Most characters of a line about a checkpoint's files."""
-MIDDLE_COLLECTIONS = 100
-"""Collections of the middle generation of objects between two of all; Python has 10."""
-NEVER = 1 << 30
 ANY_NAME = "*"
 """As a served name: `any_model_name`."""
 OF_FASTDEPLOY = {"engine_worker_queue_port", "cache_queue_port", "graph_optimization_config", "load_choices"}
@@ -66,7 +63,7 @@ def _serve(arguments: dict[str, Any]) -> int:
     server = plan.server
     log_to_stderr(server.log_level, plan.notes, server.log_format)
     share_cores()
-    with few_full_collections():
+    with garbage.left_alone():
         if plan.engine is None:
             tokenizer.import_without_torch()
         from cenote.server.app import build
@@ -95,6 +92,7 @@ def _serve(arguments: dict[str, Any]) -> int:
         )
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
+        running.enter_context(garbage.collected())
         for other in others:
             running.enter_context(beside(app.operations(), other, allowed))
         running.callback(ignore_signals)  # so that a late one does not change the exit status
@@ -199,24 +197,6 @@ def engines_of(arguments: dict[str, Any]) -> tuple[ModelConfig, ServerConfig, li
     if names and len(names) != len(server.engine):
         raise ConfigError(f"{len(server.engine)} engines need as many names: --served-model-name gives {len(names)}")
     return model, server, notes
-
-
-@contextmanager
-def few_full_collections() -> Iterator[None]:
-    """Let the garbage collector look at young objects only, and leave the objects of the block out of it for good.
-
-    Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second. After the
-    block a full collection looks at what requests left, which stops the interpreter for a tenth of a second while a
-    thousand requests wait. Almost no garbage lives that long, so that it comes a tenth as often as Python's default.
-    """
-    young, middle, full = gc.get_threshold()
-    gc.set_threshold(young, middle, NEVER)
-    try:
-        yield
-        gc.freeze()
-        full = MIDDLE_COLLECTIONS
-    finally:
-        gc.set_threshold(young, middle, full)
 
 
 def share_cores() -> None:
