@@ -50,9 +50,15 @@ def _libgomp() -> ctypes.CDLL | None:
     return library if hasattr(library, "omp_pause_resource_all") and not is_other else None
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """Return the C library; each further object of it would be a class that only the garbage collector frees."""
+    return ctypes.CDLL(None)
+
+
 def release_freed_memory() -> None:
     """Give freed memory of replaced weights back to the system. Without effect on allocators other than glibc's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
@@ -99,7 +105,7 @@ def _leave(kind: re.Pattern[str]) -> None:
             for mapping in mappings:
                 begin, end = (int(x, 16) for x in mapping.split()[0].split("-"))
                 if not _is_written(pages, begin, end):
-                    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+                    _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
     except OSError:
         return
 
