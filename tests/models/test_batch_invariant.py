@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from material.zoo import FIRST_TOKEN, VOCABULARY, ZOO, build
 from tests.checkpoints import classifier, decoder
 from tests.models.test_bge_m3 import m3
 from tests.models.test_parity_zoo import missing
+from tests.threads import threads
 
 ROWS = {row.name: row for row in ZOO}
 TOGETHER = ("bert", "xlm-roberta", "modernbert", "qwen3", "gemma3", "electra", "nomic-bert")
@@ -79,16 +80,6 @@ def companies() -> Iterator[tuple[list[list[int]], int]]:
 def rows(subject: Subject, batch: list[list[int]], place: int) -> Tensor:
     with torch_on_one_thread():
         return forward(subject.layout, pack([Sequence(ids) for ids in batch])).split(list(map(len, batch)))[place]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check(subject: Subject) -> None:

@@ -16,6 +16,7 @@ from cenote.models.layouts import Backbone, Packed, Padded
 from cenote.models.probe import ROUNDINGS, Draw, choose, distance, one_by_one
 from cenote.tensors import native
 from material.zoo import ZOO, build
+from tests.threads import threads
 
 ROWS = {row.name: row for row in ZOO}
 LAYOUTS = json.loads((Path(__file__).parents[1] / "data" / "layouts.json").read_text())
@@ -25,11 +26,10 @@ DEEP = {"num_experts": 32, "num_experts_per_tok": 8, "hidden_size": 128, "num_hi
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def count(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads that torch has."""
+    with threads(request.param):
+        yield request.param
 
 
 def mixture(**options: Any) -> Any:
@@ -64,12 +64,12 @@ class Deaf(Leaky):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_take_their_layout_with_any_number_of_threads(name: str, threads: int) -> None:
+def test_experts_take_their_layout_with_any_number_of_threads(name: str, count: int) -> None:
     layout = choose(build(ROWS[name]), max_length=ROWS[name].max_length, kernels=native.load()).layout
     assert layout.name == LAYOUTS[name]["layout"]
 
 
-def test_rounding_that_moves_rows_is_below_the_error_of_float32(threads: int) -> None:
+def test_rounding_that_moves_rows_is_below_the_error_of_float32(count: int) -> None:
     """The rows of a deep mixture move with their neighbours; by less than they are away from float64 anyway."""
     model, exact = mixture(**DEEP), mixture(**DEEP).double()
     exact.set_experts_implementation("eager")  # grouped products take no float64

@@ -1007,8 +1007,8 @@ def test_the_page(capsys: pytest.CaptureFixture[str], start: Start) -> None:
 
 
 def test_a_server_whose_plugin_is_missing(installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = checkpoints.bert(tmp_path / "model")
-    assert main(["serve", str(folder), "--port", "0", "--io-processor-plugin", "chunks"]) == 2
+    """It is told before anything is loaded: the folder has no checkpoint."""
+    assert main(["serve", str(tmp_path), "--port", "0", "--io-processor-plugin", "chunks"]) == 2
     told = capsys.readouterr().err
     assert told.splitlines()[-1].startswith(
         "cenote: The model requires the 'chunks' IO Processor plugin but it is not installed. Available plugins: ["

@@ -253,6 +253,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown key": ([{"promt": "a"}], r"keys that are not supported: \['promt'\]"),
     "media": ([{"prompt": "a", "multi_modal_data": {"image": b""}}], "tiny takes no images, only texts"),
     "sound": ([{"prompt": "a", "multi_modal_data": {"audio": b""}}], "only `image` is supported"),
+    "no media": ([{"prompt": "a", "multi_modal_data": 5}], "multi_modal_data of a prompt must be a dict, got 5"),
+    "no kwargs": (
+        [{"prompt": "a", "multi_modal_data": {"image": b""}, "mm_processor_kwargs": ["size"]}],
+        r"mm_processor_kwargs of a prompt must be a dict, got \['size'\]",
+    ),
     "both": ([{"prompt": "a", "prompt_token_ids": [5]}], "either `prompt` or `prompt_token_ids`"),
     "neither": ([{}], "either `prompt` or `prompt_token_ids`"),
     "surrogate": (["\ud800"], "text must be valid Unicode, without lone surrogates"),

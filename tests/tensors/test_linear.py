@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cenote.tensors.chains import ACTIVATIONS, Chain, Step
 from cenote.tensors.linear import FASTEST, PATHS, Exact, Kernel, narrow, quantize
 from cenote.tensors.native import Target
 from tests import checkpoints
+from tests.threads import threads
 
 if native.chosen("auto") == "none":
     pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)
@@ -89,16 +89,6 @@ def by_hand(x: Tensor, weight: Tensor, bias: Tensor, path: str) -> Tensor:
 
 def near(got: Tensor, expected: Tensor) -> bool:
     return torch.allclose(got.double(), expected, rtol=1e-5, atol=2e-6 * max(1.0, float(expected.abs().max())))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("shape", "count"), list(itertools.product(SHAPES, [1, 3])))

@@ -121,14 +121,21 @@ def _of_mapping(prompt: Mapping[str, Any], place: int) -> str | Ids | Illustrate
     if len(names) != 1:
         raise BadRequest("a prompt has either `prompt` or `prompt_token_ids`", param="input")
     content = _plain(prompt[names.pop()], place)
-    sources = _sources(coalesce(prompt.get("multi_modal_data"), {}))
-    if not sources:
-        return content
-    return Illustrated(content, sources, coalesce(prompt.get("mm_processor_kwargs"), {}))
+    media, kwargs = (_mapping(prompt, name) for name in OF_MEDIA)
+    sources = _sources(media)
+    return Illustrated(content, sources, kwargs) if sources else content
 
 
 CONTENTS = {"prompt", "prompt_token_ids"}
 OF_MEDIA = ("multi_modal_data", "mm_processor_kwargs")
+
+
+def _mapping(prompt: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the dict that a prompt has under `name`, by default an empty one."""
+    value = coalesce(prompt.get(name), {})
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"{name} of a prompt must be a dict, got {value!r:.80}", param="input")
+    return value
 
 
 def _sources(data: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -130,10 +130,12 @@ class Service:
 
         Raises:
             CheckpointError: the checkpoint cannot be honoured.
-            ConfigError: an option does not fit it.
+            ConfigError: an option does not fit it, or names a plugin that is not installed.
         """
         from cenote.models.load import load
 
+        if model.io_processor_plugin:
+            plugins.check_installed(model.io_processor_plugin)
         is_idle = model.enable_lora and not (model.lora_modules or adds_adapters)
         options = model.model_copy(update={"enable_lora": False}) if is_idle else model
         pooling_model, checkpoint = load(options)

@@ -244,6 +244,15 @@ def load(name: str | None, checkpoint: Checkpoint, renderer: Renderer) -> Plugin
     return Plugin(name, processor)
 
 
+def check_installed(name: str) -> None:
+    """Refuse a plugin that is not installed: cheap, while `load` needs the model's tokenizer.
+
+    Raises:
+        ConfigError: the plugin is not installed.
+    """
+    _entries(name)
+
+
 def _find(name: str) -> type:
     """Return the class of an installed plugin."""
     kind = next(filter(None, map(_loaded, _entries(name))), None)
