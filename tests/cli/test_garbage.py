@@ -7,7 +7,7 @@ import sys
 
 BEGINNING = """
 import gc, time, weakref
-from cenote.cli.garbage import collected, left_alone
+from cenote.cli.garbage import collections_by_the_clock, no_full_collections
 
 class Node:
     pass
@@ -30,13 +30,13 @@ def run(program: str) -> None:
 def test_what_is_loaded_is_never_looked_through() -> None:
     run("""
 before, thresholds = full(), gc.get_threshold()
-with left_alone():
+with no_full_collections():
     loaded = [[] for _ in range(200_000)]
 assert full() == before
 assert gc.get_freeze_count() > 200_000
 assert gc.get_threshold() == thresholds
 try:
-    with left_alone():
+    with no_full_collections():
         raise OSError
 except OSError:
     assert gc.get_threshold() == thresholds
@@ -47,7 +47,7 @@ def test_many_waiting_requests_are_no_reason_to_look_through_all() -> None:
     """A thousand of them hold 150,000 objects; young cycles are collected meanwhile."""
     run("""
 thresholds = gc.get_threshold()
-with collected(3600):
+with collections_by_the_clock(3600):
     before = full()
     held = [[] for _ in range(300_000)]
     assert full() == before
@@ -65,7 +65,7 @@ node = Node()
 node.itself = node
 reference = weakref.ref(node)
 gc.collect()
-with collected(0.01):
+with collections_by_the_clock(0.01):
     del node
     deadline = time.monotonic() + 60
     while reference() is not None and time.monotonic() < deadline:

@@ -20,7 +20,7 @@ NEVER = 1 << 30
 
 
 @contextmanager
-def left_alone() -> Iterator[None]:
+def no_full_collections() -> Iterator[None]:
     """Collect young objects only, and leave the objects of the block out of all collections for good.
 
     Little of what is imported and loaded is garbage, and looking through all of it takes a fifth of a second.
@@ -35,7 +35,7 @@ def left_alone() -> Iterator[None]:
 
 
 @contextmanager
-def collected(seconds: float = MINUTE) -> Iterator[None]:
+def collections_by_the_clock(seconds: float = MINUTE) -> Iterator[None]:
     """Collect all objects every so many seconds of the block, and by no other rule."""
     before = gc.get_threshold()
     ended = threading.Event()

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from cenote.cli import garbage
+from cenote.cli.garbage import collections_by_the_clock, no_full_collections
 from cenote.cli.serve import log_to_stderr, report, share_cores
 from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig, time_of_requests
 from cenote.errors import ConfigError
@@ -36,12 +36,12 @@ def run(arguments: dict[str, Any]) -> int:
         raise ConfigError("io_processor_plugin has no effect here: plugins run in the server's process, with the model")
     log_to_stderr(options.log_level, notes, options.log_format)
     share_cores()
-    with garbage.left_alone():
+    with no_full_collections():
         host = _start(model, engine, options)
     ended = threading.Event()
     defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in _signals()}
     log.info("listening on %s, %.1f s after start", options.listen, time.monotonic() - began)
-    with garbage.collected():
+    with collections_by_the_clock():
         host.wait(ended)
     for number, default in defaults.items():  # a second signal ends the process at once
         signal.signal(number, default)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cenote
 from cenote import tokenizer
-from cenote.cli import garbage
 from cenote.cli.flags import OF_ENGINES
+from cenote.cli.garbage import collections_by_the_clock, no_full_collections
 from cenote.cli.lines import set_format
 from cenote.cli.listening import address, bound, certificates
 from cenote.cli.logs import Writer
@@ -63,7 +63,7 @@ def _serve(arguments: dict[str, Any]) -> int:
     server = plan.server
     log_to_stderr(server.log_level, plan.notes, server.log_format)
     share_cores()
-    with garbage.left_alone():
+    with no_full_collections():
         if plan.engine is None:
             tokenizer.import_without_torch()
         from cenote.server.app import build
@@ -92,7 +92,7 @@ def _serve(arguments: dict[str, Any]) -> int:
         )
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
-        running.enter_context(garbage.collected())
+        running.enter_context(collections_by_the_clock())
         for other in others:
             running.enter_context(beside(app.operations(), other, allowed))
         running.callback(ignore_signals)  # so that a late one does not change the exit status
