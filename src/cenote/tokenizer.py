@@ -223,7 +223,8 @@ def keep_whole(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None
     """
     from tokenizers import AddedToken
 
-    vocabulary = tokenizer.get_vocab()
+    texts = [*texts]
+    vocabulary = tokenizer.get_vocab() if texts else {}  # a copy of all of it
     split = []
     for text in texts:
         spellings = (text, *text.split(None, 1)[:1])

@@ -217,7 +217,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         scored_by_modules=files.st.is_scored_by_modules,
         step=options.pooler_config.token_pooling == "STEP",
         step_columns=options.pooler_config.returned_token_ids or (),
-        token_id=tokenizer.get_vocab().get,
+        token_id=lambda token: tokenizer.get_vocab().get(token),
         pools=bool(files.st.modes),
         overrides=overridden(options),
         prompts=options.reranker_prompts,
@@ -242,7 +242,8 @@ def _tokenizer(files: Files, options: ModelConfig) -> tuple[PreTrainedTokenizerB
     with about(place, _remedy(folder)):
         tokenizer = tokenizers.load(source)
         tokenizers.try_out(tokenizer)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # Transformers makes one up without files
+    special = set(tokenizer.all_special_tokens)
+    if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):  # Transformers made it up
         raise CheckpointError(f"cannot read {place}: it has no vocabulary; {REMEDY}")
     return tokenizer, source
 

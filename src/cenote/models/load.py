@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LARGE_MODEL = 16 << 20
+"""Bytes of weights of which loading leaves behind so much memory that it is worth giving back."""
 LARGE_BATCH = 1024
 """Tokens of a batch whose activations stay in the process on a CPU, if no sequence is longer. Ours are smaller."""
 
@@ -302,7 +304,8 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
             model.warn(f"runs one batch at a time, because {why_not}")
     if layout.backbone.vision is not None and subject.shelf is None:  # adapters may change the tower
         layout.backbone.vision.kept.capacity = options.picture_cache_size << 20
-    process.leave_unused_memory()
+    if sum(weight.nbytes for weight in subject.full.parameters()) > LARGE_MODEL:
+        process.leave_unused_memory()
     return model
 
 

@@ -3,7 +3,8 @@
 Nothing that Cenote assumes of a model is looked up by its name: it is proved on the model at hand, by a batch of short
 random sequences.
 
-- *Equal*: rows are those of the model's own forward over one sequence at a time, within `EQUAL`.
+- *Equal*: rows are those of the model's own forward over one sequence at a time, within `EQUAL`; also where a batch has
+  more tokens than the model has positions.
 - *Isolated*: when the tokens of a sequence change, the rows of its neighbours do not move by more than `ROUNDINGS`
   times what rounding by itself moves them. Rounding is measured without any neighbour's content: each sequence in a
   batch of copies of itself. In most models nothing moves by a bit; grouped products over experts are cut among threads
@@ -153,6 +154,7 @@ class Probe:
         sequences: at least two.
         other: takes the place of the second sequence, to see whether rows of the others move.
         run: the rows `[T, D]` of a batch.
+        crowd: number of copies of the third sequence in a batch of their own.
 
     Attributes:
         batch: the sequences.
@@ -171,10 +173,12 @@ class Probe:
         sequences: list[Sequence],
         other: Sequence,
         run: Callable[[Batch], Tensor],
+        crowd: int = 0,
     ) -> None:
         self.model = model
         self.sequences = sequences
         self.other = other
+        self.crowd = crowd
         self.tolerance = EQUAL.get(model.dtype, 1e-1)
         self.batch = pack(sequences, model.device)
         self.swapped = pack([sequences[0], other, *sequences[2:]], model.device)
@@ -193,12 +197,22 @@ class Probe:
     def fault(self, layout: Layout) -> str:
         """Return why `layout` is not exact, or an empty string."""
         rows_TD = forward(layout, self.batch)
-        return self.equal(rows_TD) or self.isolated(layout, rows_TD)
+        return self.equal(rows_TD) or self.isolated(layout, rows_TD) or self.crowded(layout)
 
     def equal(self, rows_TD: Tensor) -> str:
         """Return how rows differ from the model's own, or an empty string."""
         moved = distance(rows_TD, self.rows_TD)
         fault = f"differs from the model's own output by {moved:.1e} (allowed {self.tolerance:.1e})"
+        return fault_beyond(self.tolerance, moved, fault)
+
+    def crowded(self, layout: Layout) -> str:
+        """Return how rows of the crowd differ from the model's own, or an empty string."""
+        if not self.crowd:
+            return ""
+        rows_TD = forward(layout, pack(self.sequences[2:3] * self.crowd, self.model.device))
+        own_TD = self.rows_TD[self.batch.starts[2] : self.batch.starts[3]].repeat(self.crowd, 1)
+        moved = distance(rows_TD, own_TD, among=self.rows_TD)
+        fault = f"differs from the model's own output by {moved:.1e} in a batch of {len(own_TD)} tokens"
         return fault_beyond(self.tolerance, moved, fault)
 
     def equal_at(self, layout: Layout, place: Place) -> str:
@@ -264,10 +278,9 @@ def one_by_one(backbone: Backbone, longest: int) -> Probe:
     if position_offset(model) and third > 2:
         ids[3][1] = position_offset(model) - 1
     # Models that check the length of their input must see a batch longer than their positions.
-    rows = position_rows(model)
-    while rows in range(sum(map(len, ids)), MOST_REAL_POSITIONS):
-        ids.append(draw(len(ids[2])))
-    return Probe(model, _texts(ids), Sequence(other), _alone(backbone))
+    rows = coalesce(position_rows(model), 0)
+    crowd = rows // len(ids[2]) + 1 if rows in range(sum(map(len, ids)), MOST_REAL_POSITIONS) else 0
+    return Probe(model, _texts(ids), Sequence(other), _alone(backbone), crowd)
 
 
 def filled(model: PreTrainedModel, length: int) -> Probe:
