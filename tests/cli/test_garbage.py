@@ -72,3 +72,25 @@ with collections_by_the_clock(0.01):
         time.sleep(0.01)
     assert reference() is None
 """)
+
+
+def test_a_busy_server_puts_it_off_four_times() -> None:
+    run("""
+events = []
+
+def collected(phase, info):
+    if phase == "stop" and info["generation"] == 2:
+        events.append("collected")
+
+def is_busy():
+    events.append("asked")
+    return len(events) < 16
+
+gc.callbacks.append(collected)
+with collections_by_the_clock(0.001, is_busy):
+    deadline = time.monotonic() + 60
+    while len(events) < 18 and time.monotonic() < deadline:
+        time.sleep(0.001)
+busy = [*["asked"] * 5, "collected"]
+assert events[:18] == [*busy, *busy, "asked", "asked", "asked", "asked", "collected", "asked"], events
+""")

@@ -40,6 +40,8 @@ log = logging.getLogger("cenote")
 
 LONG = 300
 """Most characters of a line about a checkpoint's files."""
+MANY_REQUESTS = 200
+"""Requests under way with which a server puts off what stops it for the longer the more there are."""
 ANY_NAME = "*"
 """As a served name: `any_model_name`."""
 OF_FASTDEPLOY = {"engine_worker_queue_port", "cache_queue_port", "graph_optimization_config", "load_choices"}
@@ -92,7 +94,7 @@ def _serve(arguments: dict[str, Any]) -> int:
         )
     listener.listen(config.backlog)  # a reader of the line below may connect at once
     with ExitStack() as running:
-        running.enter_context(collections_by_the_clock())
+        running.enter_context(collections_by_the_clock(is_busy=lambda: app.under_way.count > MANY_REQUESTS))
         for other in others:
             running.enter_context(beside(app.operations(), other, allowed))
         running.callback(ignore_signals)  # so that a late one does not change the exit status

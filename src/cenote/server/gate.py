@@ -59,6 +59,11 @@ class UnderWay:
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_over = False
 
+    @property
+    def count(self) -> int:
+        """Number of them."""
+        return len(self._tasks)
+
     async def run(self, answer: Coroutine[Any, Any, None]) -> bool:
         """Await `answer`, and return whether it ended by itself: `end` may cut it short, or come before it."""
         task = asyncio.current_task()
