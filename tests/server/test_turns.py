@@ -13,7 +13,7 @@ from cenote.engine.fake import FakeEngine
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import app
-from cenote.server.turns import A_TURN, Turns
+from cenote.server.turns import A_CROWDED_TURN, A_TURN, Turns
 from tests.conftest import INFO
 
 if TYPE_CHECKING:
@@ -32,12 +32,13 @@ async def turns_of(loop: asyncio.AbstractEventLoop, counts: list[int], seen: Cal
         await asyncio.sleep(0)
 
 
-def test_so_much_is_done_in_a_turn_and_in_order() -> None:
+@pytest.mark.parametrize(("is_crowded", "most"), [(False, A_TURN), (True, A_CROWDED_TURN)])
+def test_so_much_is_done_in_a_turn_and_in_order(*, is_crowded: bool, most: int) -> None:
     done: list[int] = []
     counts: list[int] = []
 
     async def run() -> None:
-        turns = Turns(asyncio.get_running_loop())
+        turns = Turns(asyncio.get_running_loop(), lambda: is_crowded)
         for i in range(MANY):
             turns.call(lambda i=i: done.append(i))  # type: ignore[misc]
         assert turns.is_busy
@@ -47,13 +48,13 @@ def test_so_much_is_done_in_a_turn_and_in_order() -> None:
     asyncio.run(run())
     assert done == [*range(MANY)]
     steps = [after - before for before, after in zip([0, *counts], counts, strict=False)]
-    assert max(steps) == A_TURN
-    assert len(counts) <= MANY // A_TURN + 2
+    assert max(steps) == most
+    assert len(counts) <= MANY // most + 2
 
 
 def test_who_comes_alone_does_not_wait() -> None:
     async def run() -> list[bool]:
-        turns = Turns(asyncio.get_running_loop())
+        turns = Turns(asyncio.get_running_loop(), lambda: False)
         waits = []
         for _ in range(3):
             began = asyncio.get_running_loop().create_future()
@@ -67,9 +68,23 @@ def test_who_comes_alone_does_not_wait() -> None:
     assert asyncio.run(run()) == [False] * 3
 
 
+def test_less_is_done_from_the_turn_on_in_which_there_is_a_crowd() -> None:
+    counts: list[int] = []
+    done: list[int] = []
+
+    async def run() -> None:
+        turns = Turns(asyncio.get_running_loop(), lambda: len(done) >= 2 * A_TURN)
+        for i in range(MANY):
+            turns.call(lambda i=i: done.append(i))  # type: ignore[misc]
+        await turns_of(asyncio.get_running_loop(), counts, lambda: len(done))
+
+    asyncio.run(run())
+    assert counts[:4] == [A_TURN, 2 * A_TURN, 2 * A_TURN + A_CROWDED_TURN, 2 * (A_TURN + A_CROWDED_TURN)]
+
+
 def test_a_caller_that_gives_up_keeps_nobody_waiting() -> None:
     async def run() -> list[str]:
-        turns = Turns(asyncio.get_running_loop())
+        turns = Turns(asyncio.get_running_loop(), lambda: False)
         tasks = [asyncio.ensure_future(turns.wait()) for _ in range(3 * A_TURN)]
         await asyncio.sleep(0)
         for task in tasks[A_TURN:-1]:
@@ -135,5 +150,5 @@ def test_a_refusal_does_not_wait_for_many_that_are_accepted(
         await asyncio.gather(*tasks)
         return between
 
-    assert asyncio.run(run()) <= 3 * A_TURN
+    assert asyncio.run(run()) <= 3 * A_CROWDED_TURN + A_TURN  # until it is a crowd, the loop does more in a turn
     assert sorted(statuses) == [200] * MANY + [401]

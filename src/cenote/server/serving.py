@@ -61,6 +61,8 @@ QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
+CROWD = 128
+"""Requests being computed from which on the loop does less for them in a turn."""
 MANY_HELD = 64
 """Requests with which they do so even if others wait for their turn."""
 NOTICE = 1.0
@@ -260,7 +262,7 @@ class Serving:
         """Return the desk of the running event loop."""
         loop = asyncio.get_running_loop()
         if self._desk is None or self._desk.loop is not loop:
-            self._desk = Desk(loop)
+            self._desk = Desk(loop, lambda: self.running > CROWD)
         return self._desk
 
     def close(self) -> None:
@@ -292,14 +294,18 @@ class Desk:
     Requests are handed over once no other has come for some turns of the loop, and the loop is woken once for all
     answers that are there by then.
 
+    Args:
+        loop: the event loop.
+        is_crowded: whether many requests are under way.
+
     Attributes:
         renders: turns of requests that are rendered on the loop.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, is_crowded: Callable[[], bool] = lambda: False) -> None:
         self.loop = loop
-        self.renders = Turns(loop)
-        self._answers = Turns(loop)
+        self.renders = Turns(loop, is_crowded)
+        self._answers = Turns(loop, is_crowded)
         self._held: deque[_Held] = deque()
         self._held_since = 0.0
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
