@@ -4,7 +4,7 @@
 
 Some clients wait for their answers, others leave before; there are short texts and requests of many, long texts that
 are cut, bodies that are refused, and texts in all encodings. Each client sends all of these in turn, in an order of its
-own, so that every half minute has the same mixture. There is a reading every half minute, and a row a minute.
+own, so that every half minute has the same mixture. There is a reading every six seconds, and a row a minute.
 
 The first quarter of the readings warms up. Through the logarithms of each figure in the rest goes a straight line. Its
 slope is the growth over that time, with three standard errors to both sides, wider where readings resemble those before
@@ -46,14 +46,15 @@ CLIENTS = 6
 REFUSED = 429
 ASKING = 3
 """Clients that send the short query whose latencies are taken."""
-READINGS = 2
+READINGS = 10
 """Readings of each minute."""
 LIMITS = {
-    "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "p50_ms": 1.25, "p95_ms": 1.5,
+    "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "mean_ms": 1.25, "p95_ms": 1.5,
 }  # fmt: skip
 """How many times as large the figures may be at the end as at the beginning."""
-SHARED = {"cpu_ms_per_1000_tokens", "p50_ms", "p95_ms"}
-"""Figures that other processes change."""
+SHARED = {"cpu_ms_per_1000_tokens", "mean_ms", "p95_ms"}
+"""Figures that other processes change. A short query waits for a long batch or does not, so that the median of its
+latencies jumps between the two; the mean does not."""
 ERRORS = 3.0
 """Standard errors on each side of a growth."""
 MOST_OTHERS = 0.7
@@ -224,7 +225,7 @@ class Meter:
         return {
             **state(self._server),
             "cpu_ms_per_1000_tokens": spent["server"] / max(1, spent["tokens"]) * 1e6,
-            "p50_ms": statistics.median(latencies) * 1e3,
+            "mean_ms": statistics.mean(latencies) * 1e3,
             "p95_ms": float(np.quantile(latencies, 0.95)) * 1e3,
             "others": min(1.0, max(0.0, others)),
         }
