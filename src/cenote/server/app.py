@@ -199,7 +199,7 @@ class Application:
     def _is_open(self, scope: Scope) -> bool:
         """Return whether a request needs no key."""
         match = self._match(scope)
-        return match is not None and match.entry().route.is_open
+        return match is not None and match.default.route.is_open
 
     def _is_known(self, scope: Scope) -> bool:
         """Return whether a request has a route."""

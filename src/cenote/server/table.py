@@ -7,6 +7,7 @@ body do (`Route.marks`), else the first route that needs none of them answers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cenote.errors import BadRequest
@@ -91,9 +92,16 @@ class Match:
     forced: Dialect | None = None
     model: str | None = None
 
+    @cached_property
+    def default(self) -> Entry:
+        """The route for a body without keys."""
+        return self.entry({})
+
     def entry(self, body: Any = None) -> Entry:
         """Return the route for a parsed body."""
         fields = body if isinstance(body, dict) else {}
+        if len(self.entries) == 1:
+            return self.entries[0]
         return min(self.entries, key=lambda entry: entry.route.distance(fields))
 
     def dialect(self, body: Any = None) -> Dialect:
@@ -146,6 +154,7 @@ class Table:
             for route in dialect.routes:
                 self._add(Entry(dialect, route))
         self.routes = {key: _acquainted(entries) for key, entries in self.routes.items()}
+        self._matches = {key: Match(key[1], entries) for key, entries in self.routes.items()}
         self._names = sorted(names, key=len, reverse=True)
         self._prefixed = {dialect.prefix: dialect for dialect in dialects if dialect.prefix}
         patterns = [key for key in self.routes if MODEL in key[1]]
@@ -167,9 +176,9 @@ class Table:
             path: of the request.
             prefixes: maximum prefixes of dialects and models before the path of a route.
         """
-        entries = self.routes.get((method, path))
-        if entries:
-            return Match(path, entries)
+        match = self._matches.get((method, path))
+        if match is not None:
+            return match
         if not prefixes:
             return self._by_pattern(method, path)
         return (
