@@ -49,7 +49,8 @@ ASKING = 3
 READINGS = 10
 """Readings of each minute."""
 LIMITS = {
-    "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "mean_ms": 1.25, "p95_ms": 1.5,
+    "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "mean_ms": 1.25,
+    "p95_ms": 1.5,
 }  # fmt: skip
 """How many times as large the figures may be at the end as at the beginning."""
 SHARED = {"cpu_ms_per_1000_tokens", "mean_ms", "p95_ms"}
