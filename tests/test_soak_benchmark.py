@@ -87,10 +87,10 @@ def test_a_growth_is_that_of_the_line() -> None:
 
 def test_readings_that_follow_each_other_say_less() -> None:
     generator = np.random.default_rng(0)
-    noise = 0.1 * generator.standard_normal(200)
-    times = [*np.linspace(0, 1, 200)]
-    free = growth([*np.exp(noise)], times, [0.0] * 200, 1.1)
-    held = growth([*np.exp(np.repeat(noise[::20], 20))], times, [0.0] * 200, 1.1)
+    noise = 0.1 * generator.standard_normal(COUNT)
+    times = [*np.linspace(0, 1, COUNT)]
+    free = growth([*np.exp(noise)], times, [0.0] * COUNT, 1.1)
+    held = growth([*np.exp(np.repeat(noise[::20], 20))], times, [0.0] * COUNT, 1.1)
     widths = [np.log(line.high / line.low) for line in (free, held)]
     assert widths[1] > 2 * widths[0]
 

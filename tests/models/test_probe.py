@@ -54,6 +54,17 @@ class Leaky(nn.Module):
         return (hidden + self.leak * input_ids.float().mean(),)
 
 
+class Strict(Leaky):
+    """A model that takes no input of more tokens than it has positions."""
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor]:
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(f"{input_ids.shape[1]} tokens")
+        return super().forward(input_ids, position_ids, attention_mask)
+
+
 class Deaf(Leaky):
     """A model that sees padding."""
 
@@ -136,3 +147,12 @@ def test_distance() -> None:
     assert distance(ones / 2, ones / 4) == 0.25
     assert distance(ones, torch.ones(2, 3)) == float("inf")
     assert not distance(ones * torch.nan, ones) <= 1
+
+
+def test_a_model_that_checks_the_length_of_its_input_is_not_packed() -> None:
+    """The probe's sequences together have fewer tokens than it has positions; only their crowd has more."""
+    net: Any = Strict(build(ROWS["bert"]), 0.0)
+    proved = choose(net)
+    assert proved.probe.batch.tokens < net.config.max_position_embeddings
+    assert proved.layout.name == "padded"
+    assert any(reason.startswith("packed: ValueError: ") for reason in proved.reasons), proved.reasons

@@ -61,10 +61,10 @@ QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
 """Seconds after which they do so even if others keep coming."""
-CROWD = 128
-"""Requests being computed from which on the loop does less for them in a turn."""
 MANY_HELD = 64
 """Requests with which they do so even if others wait for their turn."""
+CROWD = 128
+"""Requests being computed from which on the loop does less for them in a turn."""
 NOTICE = 1.0
 """Seconds after which it is noticed that a client has left."""
 LAST_RENDERS = 2.0

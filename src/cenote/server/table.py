@@ -99,9 +99,9 @@ class Match:
 
     def entry(self, body: Any = None) -> Entry:
         """Return the route for a parsed body."""
-        fields = body if isinstance(body, dict) else {}
         if len(self.entries) == 1:
             return self.entries[0]
+        fields = body if isinstance(body, dict) else {}
         return min(self.entries, key=lambda entry: entry.route.distance(fields))
 
     def dialect(self, body: Any = None) -> Dialect:
