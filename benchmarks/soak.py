@@ -3,8 +3,9 @@
     python -m benchmarks.soak [--minutes 20] [--leak memory | time] [--save NAME]
 
 Some clients wait for their answers, others leave before; there are short texts and requests of many, long texts that
-are cut, bodies that are refused, and texts in all encodings. Each client sends all of these in turn, in an order of its
-own, so that every half minute has the same mixture. There is a reading every six seconds, and a row a minute.
+are cut, bodies that are refused, and texts in all encodings. In a round, each client sends all of these, in an order of
+its own that stays the same, and waits for the others. So all rounds, of about half a minute, have the same mixture, and
+each has one reading.
 
 The first quarter of the readings warms up. Through the logarithms of each figure in the rest goes a straight line. Its
 slope is the growth over that time, with three standard errors to both sides, wider where readings resemble those before
@@ -32,8 +33,9 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -42,12 +44,15 @@ from benchmarks.harness import row, save
 from benchmarks.serve import QUERY, Server, busy
 from material.corpus import docstrings
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CLIENTS = 6
 REFUSED = 429
 ASKING = 3
 """Clients that send the short query whose latencies are taken."""
-READINGS = 10
-"""Readings of each minute."""
+LOOK = 1.0
+"""Seconds between two looks at memory, descriptors and threads, of which a reading has the means."""
 LIMITS = {
     "megabytes": 1.03, "descriptors": 1.1, "threads": 1.1, "cpu_ms_per_1000_tokens": 1.1, "mean_ms": 1.25,
     "p95_ms": 1.5,
@@ -108,6 +113,10 @@ def kinds() -> list[Kind]:
 class Clients:
     """Threads that send requests until they are stopped.
 
+    Args:
+        port: of the server.
+        end_round: called at the end of each round, while no client sends but those that ask and leave.
+
     Attributes:
         latencies: seconds of the short query, since they were last taken.
         statuses: of all answers.
@@ -115,7 +124,7 @@ class Clients:
         left: requests whose client left.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, end_round: Callable[[], None]) -> None:
         self.latencies: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.wrong: Counter[str] = Counter()
@@ -123,14 +132,19 @@ class Clients:
         self._port = port
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._round = threading.Barrier(CLIENTS, end_round)
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(CLIENTS)]
         self._threads += [threading.Thread(target=work) for work in (*[self._ask] * ASKING, self._leave)]
+
+    def start(self) -> None:
+        """Begin to send."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Wait for the answers under way, and stop."""
         self._stopped.set()
+        self._round.abort()
         for thread in self._threads:
             thread.join()
 
@@ -143,12 +157,17 @@ class Clients:
         connection = http.client.HTTPConnection("127.0.0.1", self._port)
         requests = [kind for kind in kinds() for _ in range(kind.weight)]
         random.Random(number).shuffle(requests)
-        for kind in itertools.cycle(requests):
-            if self._stopped.is_set():
-                break
+        with suppress(threading.BrokenBarrierError):
+            while not self._stopped.is_set():
+                self._send_all(connection, requests)
+                self._round.wait()
+        connection.close()
+
+    def _send_all(self, connection: http.client.HTTPConnection, requests: list[Kind]) -> None:
+        """Send the requests of a round, or those until the end."""
+        for kind in itertools.takewhile(lambda _: not self._stopped.is_set(), requests):
             if self._send(connection, kind) == REFUSED:
                 self._stopped.wait(1)
-        connection.close()
 
     def _ask(self) -> None:
         """Send a short query from time to time, on a new connection."""
@@ -200,10 +219,16 @@ def answered(connection: http.client.HTTPConnection, kind: Kind) -> int:
 class Meter:
     """Reads figures of a server, and those of the time since the last reading."""
 
-    def __init__(self, server: Server, clients: Clients) -> None:
+    def __init__(self, server: Server) -> None:
+        self.readings: list[dict[str, float]] = []
+        self.clients = Clients(server.port, self.read)
         self._server = server
-        self._clients = clients
+        self._states: list[dict[str, float]] = []
         self._last = self._sums()
+
+    def look(self) -> None:
+        """Look at memory, descriptors and threads of the server."""
+        self._states.append(state(self._server))
 
     def _sums(self) -> dict[str, float]:
         """Return what grows all the time: seconds, CPU seconds of all, the server and the clients, and tokens."""
@@ -217,19 +242,22 @@ class Meter:
             "tokens": float(tokens),
         }
 
-    def read(self) -> dict[str, float]:
-        """Return the figures by their names; `others` is the share of the cores that other processes took."""
+    def read(self) -> None:
+        """Take the figures by their names; `others` is the share of the cores that other processes took."""
         before, self._last = self._last, self._sums()
         spent = {name: value - before[name] for name, value in self._last.items()}
-        latencies = self._clients.take() or [spent["seconds"]]  # none has come: they take longer
+        latencies = self.clients.take() or [spent["seconds"]]  # none has come: they take longer
+        states, self._states = self._states or [state(self._server)], []
         others = (spent["all"] - spent["server"] - spent["clients"]) / spent["seconds"] / (os.cpu_count() or 1)
-        return {
-            **state(self._server),
+        reading = {
+            **{name: statistics.mean(each[name] for each in states) for name in states[0]},
             "cpu_ms_per_1000_tokens": spent["server"] / max(1, spent["tokens"]) * 1e6,
             "mean_ms": statistics.mean(latencies) * 1e3,
             "p95_ms": float(np.quantile(latencies, 0.95)) * 1e3,
             "others": min(1.0, max(0.0, others)),
         }
+        self.readings.append(reading)
+        row(f"round {len(self.readings)}, {spent['seconds']:.0f} s", told(reading))
 
 
 def state(server: Server) -> dict[str, float]:
@@ -300,11 +328,10 @@ def judged(readings: list[dict[str, float]]) -> dict[str, Growth]:
     return growths
 
 
-def minute(readings: list[dict[str, float]]) -> str:
-    """Return the medians of some readings, for people."""
-    medians = {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
-    share = medians.pop("others")
-    return "  ".join([*(f"{name} {value:.0f}" for name, value in medians.items()), f"others {share:.0%}"])
+def told(reading: dict[str, float]) -> str:
+    """Return a reading, for people."""
+    figures = [f"{name} {value:.0f}" for name, value in reading.items() if name != "others"]
+    return "  ".join([*figures, f"others {reading['others']:.0%}"])
 
 
 def status(growths: dict[str, Growth], wrong: Counter[str]) -> int:
@@ -318,26 +345,24 @@ def status(growths: dict[str, Growth], wrong: Counter[str]) -> int:
 def main() -> int:
     """Run, print, and return the exit status; `--save` writes a JSON beside the earlier results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=int, default=20)
+    parser.add_argument("--minutes", type=int, default=20, help="of fewer than 12 the rounds are too few to tell")
     parser.add_argument("--leak", choices=("memory", "time"), help="serve with an engine that leaks")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     command = ("cenote", "serve") if options.leak is None else ("benchmarks.leaking", options.leak)
     server = Server("--metrics-port", "0", command=command)
-    clients = Clients(server.port)
-    readings: list[dict[str, float]] = []
+    meter = Meter(server)
+    meter.clients.start()
     try:
-        meter = Meter(server, clients)
-        for number in range(options.minutes):
-            for _ in range(READINGS):
-                time.sleep(60 / READINGS)
-                readings.append(meter.read())
-            row(f"minute {number}", minute(readings[-READINGS:]), "warm-up" if number < options.minutes / 4 else "")
+        for _ in range(round(options.minutes * 60 / LOOK)):
+            time.sleep(LOOK)
+            meter.look()
     finally:
-        clients.stop()
+        meter.clients.stop()
         time.sleep(3)
         rest = state(server)
         server.stop()
+    clients, readings = meter.clients, meter.readings
     growths = judged(readings)
     for name, growth in growths.items():
         interval = f"{growth.times:.3f} x ({growth.low:.3f} to {growth.high:.3f})"
