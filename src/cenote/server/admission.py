@@ -111,7 +111,7 @@ class Line:
 
     def _seconds_of(self, amount: int) -> float:
         """Return the seconds that so much work takes by the slower pace; 0 while none is known."""
-        return max(pace.seconds_of(amount) for pace in self._paces)
+        return max(pace.seconds_of(amount) for pace in self._paces) if amount else 0.0
 
     def change(self, amount: int) -> None:
         """Add work, or take it away."""
@@ -227,6 +227,7 @@ class EngineLine(Line):
         self.most = BULK * self.batch
         self._counts = [0] * (self.most.bit_length() + 1)
         self._tokens = [0] * (self.most.bit_length() + 1)
+        self._before_short = 0  # tokens that come before a request of at most a batch
 
     @property
     def tokens(self) -> int:
@@ -239,9 +240,14 @@ class EngineLine(Line):
 
     def wait(self, tokens: int = 0) -> float:
         """Return the seconds that a new request of so many tokens would wait; 0 while the pace is not known."""
-        share = min(max(tokens, self.batch), self.most)
-        classes = zip(self._counts, self._tokens, strict=True)
-        return self._seconds_of(sum(min(total, count * share) for count, total in classes))
+        if tokens <= self.batch:
+            return self._seconds_of(self._before_short)
+        share = min(tokens, self.most)
+        return self._seconds_of(sum(self._before(place, share) for place in range(len(self._counts))))
+
+    def _before(self, place: int, share: int) -> int:
+        """Return the tokens of a class that come before a request, of each request at most `share`."""
+        return min(self._tokens[place], self._counts[place] * share)
 
     def count(self, tokens: int, by: int) -> None:
         """Count a request of so many tokens, or no longer.
@@ -252,8 +258,10 @@ class EngineLine(Line):
         """
         with self._lock:
             place = tokens.bit_length()
+            self._before_short -= self._before(place, self.batch)
             self._counts[place] += by
             self._tokens[place] += by * tokens
+            self._before_short += self._before(place, self.batch)
 
 
 class EnginePlace:
