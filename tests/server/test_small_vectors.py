@@ -313,7 +313,6 @@ def test_calibration_of_vectors_that_are_always_shortened(folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("ranges.json", '{"low": [0, 0], "high": [1, 1]}', "has ranges for 2 dimensions, but the vectors have 32"),
         ("ranges.json", '{"low": [0, 0]}', "cannot take the ranges of int8 from"),
         ("ranges.csv", "", "must end in .json or .npy, got 'ranges.csv'"),
         ("texts.txt", None, "cannot read the texts of .*texts.txt"),
@@ -321,13 +320,27 @@ def test_calibration_of_vectors_that_are_always_shortened(folder: Path, tmp_path
         ("texts.txt", b"\xff\xfe", "cannot read the texts of"),
         ("texts.jsonl", '"one"\ntwo\n', "a line of .*texts.jsonl is not valid JSON"),
         ("texts.jsonl", '"one"\n{"content": "two"}\n', "must be a JSON string or have one under 'text', got {"),
-        ("texts.jsonl", '"one"\n"\\ud800"\n', "a text of .* cannot be embedded: text must be valid Unicode"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_calibration_refuses(folder: Path, tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_a_file_to_calibrate_by_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "no checkpoint", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ranges.json", '{"low": [0, 0], "high": [1, 1]}', "has ranges for 2 dimensions, but the vectors have 32"),
+        ("texts.jsonl", '"one"\n"\\ud800"\n', "a text of .* cannot be embedded: text must be valid Unicode"),
+    ],
+)
+def test_calibration_refuses(folder: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(folder, tmp_path / name)
 

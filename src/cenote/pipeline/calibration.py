@@ -25,6 +25,18 @@ AT_ONCE = 256
 """Texts that are rendered and run at a time."""
 
 
+def check_file(path: str) -> None:
+    """Refuse a file that cannot be read: cheap, while `load` needs the model.
+
+    Raises:
+        ConfigError: it has another form, or too few texts.
+    """
+    if Path(path).suffix in OF_TEXTS:
+        _texts_to_calibrate(path)
+    else:
+        Ranges.load(path)
+
+
 def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Ranges:
     """Return the ranges in a file of ranges, or those of the embeddings of a file of texts.
 
@@ -45,13 +57,19 @@ def load(path: str, dimension: int, renderer: Renderer, engine: Engine) -> Range
         raise ConfigError(f"calibration is for int8 and uint8 embeddings, and {renderer.info.name} gives none")
     if Path(path).suffix not in OF_TEXTS:
         return Ranges.load(path, dimension)
-    texts = read_texts(Path(path))
-    if len(texts) < 2:
-        raise ConfigError(f"{path} must have at least 2 texts to calibrate by, better 1,000; got {len(texts)}")
+    texts = _texts_to_calibrate(path)
     rows: list[np.ndarray] = []
     for start in range(0, len(texts), AT_ONCE):
         rows += _embeddings(texts[start : start + AT_ONCE], path, renderer, engine)
     return Ranges.calibrated(np.stack(rows))
+
+
+def _texts_to_calibrate(path: str) -> list[str]:
+    """Return the texts of a file, at least two."""
+    texts = read_texts(Path(path))
+    if len(texts) < 2:
+        raise ConfigError(f"{path} must have at least 2 texts to calibrate by, better 1,000; got {len(texts)}")
+    return texts
 
 
 def _embeddings(texts: list[str], path: str, renderer: Renderer, engine: Engine) -> list[np.ndarray]:

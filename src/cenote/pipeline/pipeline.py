@@ -136,6 +136,8 @@ class Service:
 
         if model.io_processor_plugin:
             plugins.check_installed(model.io_processor_plugin)
+        if model.calibration is not None:
+            calibration.check_file(model.calibration)
         is_idle = model.enable_lora and not (model.lora_modules or adds_adapters)
         options = model.model_copy(update={"enable_lora": False}) if is_idle else model
         pooling_model, checkpoint = load(options)
