@@ -79,7 +79,8 @@ fuzz: SEED ?= $(shell date +%s)
 fuzz: $(VENV)/.dev
 	FUZZ_REQUESTS=$(REQUESTS) FUZZ_SEED=$(SEED) $(PYTEST) -n 0 -s --show-capture=no tests/server/test_fuzz.py $(ARGS)
 
-# A server under mixed load: memory, descriptors, threads and latencies must stay flat. 20 minutes; ARGS="--minutes 1".
+# A server under mixed load: memory, descriptors, threads and latencies must stay flat. 20 minutes; fewer than 12
+# (ARGS="--minutes 12") are too few to tell.
 soak: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
