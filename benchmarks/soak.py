@@ -217,7 +217,12 @@ def answered(connection: http.client.HTTPConnection, kind: Kind) -> int:
 
 
 class Meter:
-    """Reads figures of a server, and those of the time since the last reading."""
+    """Reads figures of a server, and those of the time since the last reading.
+
+    Attributes:
+        clients: of the server; each of their rounds ends with a reading.
+        readings: the figures by their names, see `read`.
+    """
 
     def __init__(self, server: Server) -> None:
         self.readings: list[dict[str, float]] = []
@@ -243,7 +248,7 @@ class Meter:
         }
 
     def read(self) -> None:
-        """Take the figures by their names; `others` is the share of the cores that other processes took."""
+        """Add the figures to the readings and tell them; `others` is the share of the cores that others took."""
         before, self._last = self._last, self._sums()
         spent = {name: value - before[name] for name, value in self._last.items()}
         latencies = self.clients.take() or [spent["seconds"]]  # none has come: they take longer

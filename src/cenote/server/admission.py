@@ -258,10 +258,10 @@ class EngineLine(Line):
         """
         with self._lock:
             place = tokens.bit_length()
-            self._before_short -= self._before(place, self.batch)
+            before = self._before(place, self.batch)
             self._counts[place] += by
             self._tokens[place] += by * tokens
-            self._before_short += self._before(place, self.batch)
+            self._before_short += self._before(place, self.batch) - before
 
 
 class EnginePlace:
