@@ -24,6 +24,7 @@ def test_measures_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert saved["MiniLM"]["cosine_to_float32"]["between_texts"] < 0.5
 
 
+@pytest.mark.full
 def test_measures_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, with a tiny model in the place of MiniLM."""
     folder = gpu.large(tmp_path, gpu.TINY, torch.device("cpu"))
@@ -58,6 +59,7 @@ def test_nothing_is_begun_after_the_deadline(tmp_path: Path, monkeypatch: pytest
     assert json.loads((tmp_path / "dry.json").read_text())["checked"] == []
 
 
+@pytest.mark.full
 def test_the_check_tells_right_from_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path, monkeypatch, "--check", "--save", "right") == 0
     right = json.loads((tmp_path / "right.json").read_text())["checked"]

@@ -171,6 +171,7 @@ def test_a_sparse_vector_is_read_as_lists() -> None:
     assert json.dumps(dataclasses.asdict(output)) == '{"indices": [3, 9], "values": [0.5, 2.0], "tokens": ["a", "b"]}'
 
 
+@pytest.mark.full
 def test_results_take_little_more_than_their_numbers() -> None:
     with LLM() as llm:
         llm.embed(["a text"], use_tqdm=False)

@@ -56,6 +56,7 @@ def _worker(folder: Path, variant: str = "threads") -> Iterator[Worker]:
         worker.stop()
 
 
+@pytest.mark.full
 def test_a_worker_answers_with_arrays_and_counts_the_time_of_its_children(tmp_path: Path) -> None:
     with _worker(tmp_path) as worker:
         cpu, wall, (array,) = worker.run("embed", ["a", "b", "c"])
@@ -72,6 +73,7 @@ def test_a_failed_order_is_one_line_without_paths_and_the_worker_goes_on(tmp_pat
         assert worker.run("embed", ["a"])[2][0].shape == (1, 2)
 
 
+@pytest.mark.full
 def test_a_worker_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
     with _worker(tmp_path) as worker:
         with pytest.raises(PeerError, match="ended .exit status 3"):
@@ -84,6 +86,7 @@ def test_a_worker_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
         assert not worker.alive
 
 
+@pytest.mark.full
 def test_stopping_takes_the_children_too(tmp_path: Path) -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     server = Server(("{python}", "-c", code), Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
@@ -93,6 +96,7 @@ def test_stopping_takes_the_children_too(tmp_path: Path) -> None:
         os.killpg(group, 0)
 
 
+@pytest.mark.full
 def test_nothing_outlives_the_benchmark(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     server = Server(("{python}", "-c", code), Path(sys.executable), tmp_path, 1, {}, tmp_path / "log")
@@ -175,6 +179,7 @@ def test_every_row_names_what_there_is() -> None:
     assert len({peer.name for peer in PEERS}) == len(PEERS)
 
 
+@pytest.mark.full
 def test_texts_have_the_lengths_that_they_promise() -> None:
     folder = embedded()
     made = texts.workloads(folder, 120)
@@ -269,6 +274,7 @@ def _clients(port: int) -> Iterator[Clients]:
         clients.stop()
 
 
+@pytest.mark.full
 def test_load_counts_answers_and_measures_from_the_arrival() -> None:
     with _slow_server(0.05) as port, _clients(port) as side:
         found = counted(lambda: side.closed(["text"], clients=4, seconds=0.5))

@@ -220,6 +220,7 @@ def test_seconds_of_products_grow_with_their_rows() -> None:
     assert 0 < few < many
 
 
+@pytest.mark.full
 def test_texts_of_a_file(tmp_path: Path) -> None:
     """They are taken in turn; latency is by the powers of two that hold their tokens."""
     texts = ["a", "a cat", "word " * 30, "word " * 100]
@@ -710,6 +711,7 @@ def test_a_plot_needs_matplotlib(
     assert message.endswith("pip install 'cenote[bench]'\n")
 
 
+@pytest.mark.full
 def test_plots(reranker: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     from cenote.cli.figures import picture

@@ -88,6 +88,7 @@ def test_the_reason_of_an_early_end_is_a_line(restored: None, caplog: pytest.Log
     assert [(entry.levelname, entry.getMessage()) for entry in caplog.records] == [("CRITICAL", "cannot listen")]
 
 
+@pytest.mark.full
 def test_every_line_of_a_server_is_an_object() -> None:
     """A real process from start to end, with uvicorn's lines: of its own, and of each request."""
     began = datetime.now(UTC)

@@ -517,6 +517,7 @@ engine.close()
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch has no OpenMP")
 def test_threads_that_have_loaded_a_model_are_given_back() -> None:

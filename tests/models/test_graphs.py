@@ -278,6 +278,7 @@ def test_a_forward_that_depends_on_what_it_recorded_is_found_out(monkeypatch: py
     assert layout.unrecorded
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("like_a_gpu")
 def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of real weights: three batches are launched before the first is finished, as an engine does."""

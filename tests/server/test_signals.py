@@ -100,7 +100,13 @@ def start() -> Iterator[Callable[..., Process]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)], ids=lambda x: str(x)
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_one_signal_lets_requests_finish_and_a_second_ends_them(
     start: Callable[..., Process], number: signal.Signals, status: int

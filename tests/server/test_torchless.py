@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from transformers import AutoTokenizer
 
 from cenote.models.hub import embedded
@@ -59,6 +60,7 @@ def test_threads_of_a_process_without_torch_are_left_alone() -> None:
     assert python(program) == "None False"
 
 
+@pytest.mark.full
 def test_transformers_tokenizers_work_without_torch() -> None:
     """Also their chat templates; a later import of torch is not in the way."""
     folder = embedded()
@@ -80,6 +82,7 @@ print(torch.ones(1).item())
     assert python(program).splitlines() == [f"{ids} {tokenizer.decode([7592, 102])}", "a!", "False False", "1.0"]
 
 
+@pytest.mark.full
 def test_torch_that_is_imported_cannot_be_left_out() -> None:
     program = """
 import torch

@@ -55,6 +55,7 @@ assert torch.get_num_threads() == 3, "what the library has noted stays"
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
 def test_what_only_importing_has_run_of_libraries_leaves_memory() -> None:
     done = subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True)
@@ -63,6 +64,7 @@ def test_what_only_importing_has_run_of_libraries_leaves_memory() -> None:
     assert after < before / 2
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings are read from /proc")
 def test_weights_in_a_mapped_file_leave_memory_and_come_back(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -111,6 +113,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch has no OpenMP")
 def test_each_thread_gives_back_its_own_threads_and_makes_new_ones() -> None:
