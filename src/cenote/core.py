@@ -30,7 +30,8 @@ class LateChunkingParams:
 
     Attributes:
         chunk_size: tokens of a chunk, special tokens included; the last chunk may have fewer.
-        ends: the token behind each chunk, rising, where chunks have lengths of their own; empty = `chunk_size` says.
+        ends: the token behind each chunk, rising, where Cenote has read chunks with
+            lengths of their own; empty = `chunk_size` says.
 
     Raises:
         BadRequest: the size is not an integer from 1 to 2^63 - 1.

@@ -343,8 +343,8 @@ def test_default_of_a_classifier(tmp_path: Path, kind: str) -> None:
             (output,) = llm.encode(TEXTS[0], pooling_task="token_classify", use_tqdm=False)
             assert np.allclose(output.outputs.data, wanted(TEXTS[0]), atol=1e-5)
             params = llm._service.renderer.check("token_classify", PoolingParams())
-            ((sequence, _),) = llm._service.renderer.annotated([TEXTS[0]], "token_classify", params)
-            assert sequence.adapter == "separation"
+            (annotated,) = llm._service.renderer.annotated([TEXTS[0]], "token_classify", params)
+            assert annotated.sequence.adapter == "separation"
     adapted = wanted(TEXTS[0])
     whole.roberta = pure
     assert np.abs(adapted - wanted(TEXTS[0])).max() > 1e-2

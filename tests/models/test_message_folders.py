@@ -12,7 +12,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from cenote import LLM
-from cenote.core import PoolingParams
+from cenote.core import LateChunkingParams, PoolingParams
 from cenote.errors import BadRequest, CheckpointError
 from cenote.pipeline.options import TextOptions
 from tests import checkpoints
@@ -95,6 +95,9 @@ def test_a_conversation_is_rendered_once(chat: Path) -> None:
         assert list(once.ids) == list(as_text.ids) == renderer.tokenize(text, add_special_tokens=False)
         with pytest.raises(BadRequest, match="renders texts by a chat template"):
             renderer.annotated(["hello"], "embed", PoolingParams())
+        params = PoolingParams(late_chunking_params=LateChunkingParams(2))
+        with pytest.raises(BadRequest, match="renders texts by a chat template"):
+            llm.encode("hello", params, pooling_task="token_embed", use_tqdm=False)
 
 
 def test_messages_without_a_template_are_refused(chat: Path, tmp_path: Path) -> None:

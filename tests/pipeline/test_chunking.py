@@ -573,6 +573,25 @@ def test_special_tokens_may_be_left_out(plain: LLM, reference: Reference) -> Non
     assert [c.char_range for c in output.late_chunking.chunks] == [(0, 5), (6, 11)]
 
 
+def test_a_model_without_special_tokens_has_none_here(tmp_path: Path) -> None:
+    folder = checkpoints.write_modules(checkpoints.bert(tmp_path), checkpoints.pooling("mean"))
+    settings = {"processing_kwargs": {"text": {"add_special_tokens": False}}}
+    checkpoints.write_json(folder / "sentence_bert_config.json", settings)
+    with LLM(model=str(folder)) as llm:
+        (output,) = late(llm, "water stone", 1)
+        (whole,) = llm.encode("water stone", pooling_task="token_embed", use_tqdm=False)
+    ids = Reference(folder).ids("water stone", add_special_tokens=False)
+    assert output.prompt_token_ids == whole.prompt_token_ids == ids
+    assert [c.char_range for c in output.late_chunking.chunks] == [(0, 5), (6, 11)]
+
+
+@pytest.mark.parametrize("ends", [(2, 10**6), (1, 4)], ids=str)
+def test_ends_are_not_for_callers(plain: LLM, ends: tuple[int, ...]) -> None:
+    params = PoolingParams(late_chunking_params=LateChunkingParams(4, ends))
+    with pytest.raises(BadRequest, match="chunks have `chunk_size` tokens each; leave out `ends`"):
+        plain.encode("water stone", params, pooling_task="token_embed", use_tqdm=False)
+
+
 @pytest.mark.parametrize("size", [0, -1, True, 1.5, "2", 2**63, None])
 def test_sizes_that_are_refused(size: Any) -> None:
     with pytest.raises(BadRequest, match="chunk_size must be an integer from 1"):
@@ -643,7 +662,7 @@ def test_scores_do_not_take_it(plain: LLM, score_type: str) -> None:
 def test_a_python_tokenizer_keeps_no_offsets(tmp_path: Path) -> None:
     with (
         LLM(model=str(checkpoints.bert(tmp_path, tokenizer=ByT5Tokenizer()))) as llm,
-        pytest.raises(BadRequest, match="needs a fast tokenizer"),
+        pytest.raises(BadRequest, match="keeps no character offsets"),
     ):
         late(llm, "a", 2)
 

@@ -165,6 +165,26 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked(client: TestClient) -> N
     assert same(answer["data"][0]["entities"], found(client, "one two " * 31, ignore_labels=[])[0])
 
 
+@pytest.mark.parametrize("repeated", [60, 400], ids="times {}".format)
+def test_a_text_that_loses_its_beginning(tmp_path: Path, repeated: int) -> None:
+    """Of a long one only an end is tokenised; characters are those of the whole text."""
+    tokenizer = checkpoints.wordpiece(truncation_side="left")
+    folder = checkpoints.classifier(
+        tmp_path, head="ForTokenClassification", tokenizer=tokenizer, seed=5, id2label=dict(enumerate(LABELS))
+    )
+    end = "three four five"
+    text = "one two " * repeated + end
+    options = {"ignore_labels": [], "use_tqdm": False}
+    with LLM(str(folder)) as llm:
+        (cut,) = llm.token_classify(text, tokenization_kwargs={"truncate_prompt_tokens": 5}, **options)
+        (alone,) = llm.token_classify(end, **options)
+    moved = len(text) - len(end)
+    assert [text[entity.start : entity.end] for entity in cut.outputs] == end.split()
+    assert [(e.start - moved, e.end - moved, e.word, e.label) for e in cut.outputs] == [
+        (e.start, e.end, e.word, e.label) for e in alone.outputs
+    ]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 WITHOUT_HEAD = (

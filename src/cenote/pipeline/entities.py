@@ -78,17 +78,19 @@ def entities(
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    first: int = 0,
     aggregation: str = "none",
     ignore_labels: Collection[str] = ("O",),
 ) -> list[Entity]:
     """Return the entities of `text` in reading order.
 
     Args:
-        text: the text that was encoded; offsets count its characters.
-        encoding: the tokenizer's encoding of `text`, special tokens included.
+        text: the whole text.
+        encoding: the tokenizer's encoding of `text` or of a part of it, special tokens included.
         scores_TC: float32 probabilities, a row for each token of `encoding`.
         labels: name of each class, in the order of the columns.
         tokenizer: the fast tokenizer that made `encoding`.
+        first: character of `text` from which the offsets of `encoding` count.
         aggregation: one of `AGGREGATIONS`. "none" gives every token; "simple" joins neighbouring tokens of one type;
             "first", "average" and "max" label whole words, by the first token, the mean of the tokens or the most
             certain token, and join neighbouring words of one type.
@@ -101,7 +103,7 @@ def entities(
     check_aggregation(aggregation)
     if len(encoding) != len(scores_TC):
         raise ValueError(f"{len(scores_TC)} rows of scores for {len(encoding)} tokens")
-    tokens = _tokens(text, encoding, tokenizer)
+    tokens = _tokens(text, encoding, tokenizer, first)
     if aggregation in PER_TOKEN:
         parts = [_labelled(token.word, [token], scores_TC[token.index], labels) for token in tokens]
     else:
@@ -138,7 +140,7 @@ def check_aggregation(aggregation: str) -> None:
         )
 
 
-def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> list[_Token]:
+def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, first: int) -> list[_Token]:
     """Return the tokens of the text, without special tokens.
 
     Where the tokenizer marks continuations ("##ing"), a token continues a word if it is not as long as its stretch of
@@ -148,9 +150,10 @@ def _tokens(text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -
     marks = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
     pieces = tokenizer.convert_ids_to_tokens(encoding.ids)
     tokens = []
-    for index, (piece, (start, end)) in enumerate(zip(pieces, encoding.offsets, strict=True)):
+    for index, (piece, offsets) in enumerate(zip(pieces, encoding.offsets, strict=True)):
         if encoding.special_tokens_mask[index]:
             continue
+        start, end = (first + offset for offset in offsets)
         surface = text[start:end]
         if encoding.ids[index] == tokenizer.unk_token_id:
             piece, continues = surface, False

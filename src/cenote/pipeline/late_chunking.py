@@ -13,7 +13,6 @@ from cenote.core import LateChunk, LateChunkingMetadata, LateChunkingParams, Seq
 from cenote.errors import BadRequest
 from cenote.pipeline.inputs import is_ids
 from cenote.pipeline.options import PLAIN, Budget
-from cenote.pipeline.tokenizing import FastTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 REFUSED = {"truncate_prompt_tokens": "truncate", "truncation_side": "side", "padding": "pad"}
 """Parameters that late chunking does not take, with their fields of `TextOptions`."""
+PARAM = "late_chunking_params"
+"""The parameter of a request that asks for it."""
 
 
 def late(
@@ -40,10 +41,12 @@ def late(
     assert params.late_chunking_params is not None
     _check(renderer, prompts, options)
     size = params.late_chunking_params.chunk_size
+    if params.late_chunking_params.ends:
+        raise BadRequest("late_chunking_params: chunks have `chunk_size` tokens each; leave out `ends`", param=PARAM)
     prompt = options.prompt or renderer.prompts.choose()
     texts = [prompt.text + _text(content) for content in prompts]
-    tokenizer = _fast(renderer)
-    options = options._replace(limit=renderer.info.limit(task))
+    tokenizer = renderer.counting(PARAM)
+    options = renderer.resolve(options._replace(whole=True), task)
     encodings = tokenizer.encodings(renderer.bounded(texts, options), special=options.add_special_tokens)
     sequences = []
     budget = Budget(renderer.bounds.tokens)
@@ -70,8 +73,8 @@ def joined(renderer: Renderer, documents: Seq[Seq[str]], params: PoolingParams, 
     params = renderer.check("token_embed", params)
     _check(renderer, documents, options)
     prompt = options.prompt or renderer.prompts.choose()
-    tokenizer = _fast(renderer)
-    options = options._replace(limit=renderer.info.limit("token_embed"))
+    tokenizer = renderer.counting(PARAM)
+    options = renderer.resolve(options._replace(whole=True), "token_embed")
     budget = Budget(renderer.bounds.tokens)
     sequences = []
     for chunks in documents:
@@ -116,27 +119,13 @@ def _ends(offsets: Seq[tuple[int, int]], bounds: Seq[int]) -> tuple[int, ...]:
     return (*content[places].tolist(), len(offsets))
 
 
-def _fast(renderer: Renderer) -> FastTokenizer:
-    """Return the tokenizer of a model.
-
-    Raises:
-        BadRequest: it keeps no offsets.
-    """
-    if isinstance(renderer.backend, FastTokenizer):
-        return renderer.backend
-    raise BadRequest(
-        f"late chunking needs a fast tokenizer: that of {renderer.info.name} keeps no character offsets",
-        param="late_chunking_params",
-    )
-
-
 def _check(renderer: Renderer, prompts: Seq[Any], options: TextOptions) -> None:
     """Raise `BadRequest` if the model or the options do not go with late chunking, or there is no prompt."""
     if renderer.prompts.two_sided:
         raise BadRequest(
             f"late_chunking_params: {renderer.info.name} is a late-interaction model, whose vectors are compared token "
             "by token and not by chunks",
-            param="late_chunking_params",
+            param=PARAM,
         )
     refused = [name for name, field in REFUSED.items() if getattr(options, field) != getattr(PLAIN, field)]
     if refused:

@@ -150,17 +150,18 @@ def find_entities(
         return [
             entities(
                 text,
-                encoding,
+                part.encoding,
                 softmax(output.data),
                 service.info.labels,
                 service.renderer.tokenizer,
+                first=part.first,
                 aggregation=aggregation,
                 ignore_labels=ignore_labels,
             )
-            for text, (_, encoding), output in zip(texts, annotated, outputs, strict=True)
+            for text, part, output in zip(texts, annotated, outputs, strict=True)
         ]
 
-    return Job([sequence for sequence, _ in annotated], finish, is_slow=True)
+    return Job([part.sequence for part in annotated], finish, is_slow=True)
 
 
 def score(

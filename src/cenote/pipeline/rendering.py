@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain, count, islice
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cenote.conventions import Alike
 from cenote.core import UNLIMITED, PoolingParams, Sequence
@@ -44,6 +44,20 @@ COUNTED = 250
 """Characters per allowed token up to which a text that is refused for its tokens is told how many it has."""
 REMEMBERED, LONGEST_REMEMBERED = 128, 4096
 """Parameters that are remembered as checked, and characters of prompts whose lengths are: most requests repeat them."""
+
+
+class Annotated(NamedTuple):
+    """A text of which each token has its place.
+
+    Attributes:
+        sequence: of the text.
+        encoding: its tokens, special tokens included, and their characters.
+        first: character of the text from which these count.
+    """
+
+    sequence: Sequence
+    encoding: Encoding
+    first: int
 
 
 class Renderer:
@@ -504,7 +518,7 @@ class Renderer:
 
     def annotated(
         self, texts: Seq[str], task: str, params: PoolingParams, options: TextOptions = PLAIN
-    ) -> list[tuple[Sequence, Encoding]]:
+    ) -> list[Annotated]:
         """Return sequences for `texts`, each with its encoding, which maps tokens to characters.
 
         Raises:
@@ -512,29 +526,45 @@ class Renderer:
         """
         params = self.check(task, params)
         options = self.resolve(options)
-        if self._messages is not None:
-            raise BadRequest(
-                f"{self.info.name} renders texts by a chat template, so the characters of its tokens are not those of "
-                "the text, and cannot be counted"
-            )
+        backend = self.counting()
         if options.side is not None or options.pad:
             raise BadRequest(
                 "`truncation_side` and `padding` are not supported where characters are counted",
                 param="truncation_side",
             )
-        if not isinstance(self.backend, FastTokenizer):
-            raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets")
-        texts = self.bounded(texts, options)
+        parts = self.bounded(texts, options)
+        cuts_beginnings = self._cuts_beginnings(options.content_side)
         budget = Budget(self.bounds.tokens)
         special, limit = options.add_special_tokens, options.content_limit
         adapter = self.prompts.choose().adapter
-        annotated: list[tuple[Sequence, Encoding]] = []
-        for text, encoding in zip(texts, self.backend.encodings(texts, special=special), strict=True):
+        annotated: list[Annotated] = []
+        for text, part, encoding in zip(texts, parts, backend.encodings(parts, special=special), strict=True):
             if len(encoding) > limit:
-                encoding = self.backend.cut_encoding(text, limit, special=special, side=options.content_side)
-            fitted = self.fit(self.backend.text_of(encoding), options, budget)
-            annotated.append((Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter), encoding))
+                encoding = backend.cut_encoding(part, limit, special=special, side=options.content_side)
+            fitted = self.fit(backend.text_of(encoding), options, budget)
+            sequence = Sequence(fitted.ids, task, params, fitted.type_ids, adapter=adapter)
+            first = len(text) - len(part) if cuts_beginnings else 0
+            annotated.append(Annotated(sequence, encoding, first))
         return annotated
+
+    def counting(self, param: str | None = None) -> FastTokenizer:
+        """Return the tokenizer, which counts the characters of its tokens.
+
+        Args:
+            param: of the request, for the error.
+
+        Raises:
+            BadRequest: it keeps no offsets, or its tokens are not those of the text alone.
+        """
+        if self._messages is not None:
+            raise BadRequest(
+                f"{self.info.name} renders texts by a chat template, so the characters of its tokens are not those of "
+                "the text, and cannot be counted",
+                param=param,
+            )
+        if not isinstance(self.backend, FastTokenizer):
+            raise BadRequest(f"the tokenizer of {self.info.name} keeps no character offsets", param=param)
+        return self.backend
 
     def fit(self, text: Text, options: TextOptions, budget: Budget) -> Text:
         """Cut finished ids on an explicit side, pad, and take the tokens off the request's budget.
