@@ -234,6 +234,7 @@ TOKENIZATION: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "number": ({"truncate_prompt_tokens": 5}, _hugging_face(truncation=True, max_length=5)),
     "maximum": ({"truncate_prompt_tokens": -1}, _hugging_face(truncation=True, max_length=64)),
     "truncation": ({"truncation": True, "max_length": 6}, _hugging_face(truncation=True, max_length=6)),
+    "no length": ({"truncation": True, "max_length": None}, _hugging_face(truncation=True, max_length=64)),
     "longest first": ({"truncation": "longest_first"}, _hugging_face(truncation=True, max_length=64)),
     "right": ({"truncate_prompt_tokens": 5, "truncation_side": "right"}, [ids[:5] for ids in WHOLE]),
     "left": ({"truncate_prompt_tokens": 5, "truncation_side": "left"}, [ids[-5:] for ids in WHOLE]),
@@ -254,6 +255,16 @@ def test_tokenization_kwargs(llm: LLM, kwargs: dict[str, Any], expected: list[li
     assert [output.prompt_token_ids for output in outputs] == expected
     by_ids = llm.embed([output.prompt_token_ids for output in outputs], use_tqdm=False)
     np.testing.assert_allclose(vectors(outputs), vectors(by_ids), rtol=0, atol=1e-6)
+
+
+def test_the_task_of_parameters(llm: LLM) -> None:
+    for params in (PoolingParams(task="token_embed"), [PoolingParams(task="token_embed")] * 2):
+        outputs = llm.encode(SHORT[:2], params, use_tqdm=False)
+        assert [list(output.outputs.data.shape) for output in outputs] == [
+            [len(ids), checkpoints.HIDDEN] for ids in IDS[:2]
+        ]
+    with pytest.raises(BadRequest, match="pooling_params name the task 'embed', and the call has 'classify'"):
+        llm.classify(SHORT[0], pooling_params=PoolingParams(task="embed"), use_tqdm=False)
 
 
 def test_without_special_tokens(llm: LLM) -> None:
@@ -295,6 +306,17 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "side": ("a", {"tokenization_kwargs": {"truncation_side": "top"}}, "truncation_side must be 'left' or 'right'"),
     "padding": ("a", {"tokenization_kwargs": {"padding": "longest"}}, "padding must be 'max_length' or 'do_not_pad'"),
     "truncation": ("a", {"tokenization_kwargs": {"truncation": "only_first"}}, "truncation must be True, False, 'long"),
+    "length alone": ("a", {"tokenization_kwargs": {"max_length": 8}}, "max_length is for truncation=True, without"),
+    "padding to a length": (
+        "a",
+        {"tokenization_kwargs": {"padding": "max_length", "max_length": 32}},
+        "max_length is for truncation=True, without truncate_prompt_tokens; got {'padding': 'max_length', 'max_len",
+    ),
+    "two lengths": (
+        "a",
+        {"tokenization_kwargs": {"truncation": True, "max_length": 8, "truncate_prompt_tokens": 5}},
+        "max_length is for truncation=True, without truncate_prompt_tokens",
+    ),
     "truncate below": (
         "a",
         {"tokenization_kwargs": {"truncate_prompt_tokens": -2}},
@@ -304,12 +326,24 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "truncate bool": ("a", {"tokenization_kwargs": {"truncate_prompt_tokens": True}}, "an integer >= -1, got True"),
     "truncate above": ("a", {"tokenization_kwargs": {"truncate_prompt_tokens": 65}}, "greater than max_model_len"),
     "dimensions": ("a", {"pooling_params": PoolingParams(dimensions=4)}, "does not support Matryoshka embeddings"),
+    "another task": (
+        "a",
+        {"pooling_params": PoolingParams(task="classify"), "pooling_task": "embed"},
+        "pooling_params name the task 'classify', and the call has 'embed'; leave one of them out",
+    ),
+    "two tasks": (
+        ["a", "b"],
+        {"pooling_params": [PoolingParams(task="token_embed"), PoolingParams(task="embed")]},
+        "pooling_params name the task '(token_)?embed', and the call has",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("prompts", "options", "sentence"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("method", ["embed", "encode"])
 def test_faults(llm: LLM, method: str, prompts: Any, options: dict[str, Any], sentence: str) -> None:
+    if method == "embed":
+        options = {name: value for name, value in options.items() if name != "pooling_task"}
     with pytest.raises(BadRequest, match=sentence) as caught:
         getattr(llm, method)(prompts, use_tqdm=False, **options)
     assert isinstance(caught.value, ValueError)

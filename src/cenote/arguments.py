@@ -11,7 +11,7 @@ from cenote.adapters import LoRARequest
 from cenote.conventions import PairTemplate, template_text
 from cenote.core import PoolingParams
 from cenote.errors import BadRequest, unknown_name
-from cenote.functions import optional
+from cenote.functions import coalesce, optional
 from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.inputs import Illustrated, content_of, listed
 from cenote.pipeline.options import TextOptions
@@ -101,9 +101,15 @@ def text_options(tokenization_kwargs: Mapping[str, Any] | None) -> TextOptions:
 
 def _truncation(kwargs: Mapping[str, Any]) -> int | None:
     """Return the number of tokens to which inputs are cut: -1 = the model's maximum, `None` = they are not."""
-    length = kwargs.get("truncate_prompt_tokens")
-    if length is None and kwargs.get("truncation") in (True, "longest_first"):
-        length = kwargs.get("max_length", -1)
+    length, max_length = kwargs.get("truncate_prompt_tokens"), kwargs.get("max_length")
+    cuts = kwargs.get("truncation") in (True, "longest_first")
+    if max_length is not None and (length is not None or not cuts):
+        raise BadRequest(
+            f"max_length is for truncation=True, without truncate_prompt_tokens; got {dict(kwargs)!r}",
+            param="max_length",
+        )
+    if length is None and cuts:
+        length = coalesce(max_length, -1)
     if length is None:
         return None
     if type(length) is not int or length < -1:
@@ -194,6 +200,24 @@ def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
     if isinstance(params, PoolingParams):
         return params
     return _as_many(params, count, "pooling_params")
+
+
+def tasks_of(params: Any, tasks: str | Iterable[str] | None) -> list[str]:
+    """Return the tasks of a call: those that it names, else the one that its parameters name.
+
+    Raises:
+        BadRequest: the parameters name another one, or several.
+    """
+    each = params if isinstance(params, (list, tuple)) else [params]
+    of_params = list(filter(None, (getattr(one, "task", None) for one in each)))
+    of_call = listed_texts(tasks or of_params[:1])
+    others = [task for task in of_params if task not in of_call]
+    if others:
+        raise BadRequest(
+            f"pooling_params name the task {others[0]!r}, and the call has {of_call[0]!r}; leave one of them out",
+            param="task",
+        )
+    return of_call
 
 
 def _as_many(values: Iterable[T], count: int, name: str) -> list[T]:

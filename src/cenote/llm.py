@@ -25,12 +25,12 @@ from cenote.arguments import (
     side,
     single,
     sparse_embedding,
+    tasks_of,
     text_options,
 )
 from cenote.calls import Calls
 from cenote.config import EngineConfig, ModelConfig, PoolerConfig
 from cenote.core import UNLIMITED, PoolingParams
-from cenote.functions import coalesce
 from cenote.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -144,7 +144,8 @@ class LLM:
             use_tqdm: show a progress bar.
             pooling_params: for all prompts, or one for each.
             lora_request: adapter for all prompts, or one or `None` for each.
-            tokenization_kwargs: `truncate_prompt_tokens`, `truncation_side`, `padding`, `add_special_tokens`.
+            tokenization_kwargs: `truncate_prompt_tokens`, `truncation_side`, `padding`, `add_special_tokens`, or
+                Hugging Face's `truncation` and `max_length`.
             prompt: text put before every input.
             prompt_name: one of the model's prompts, put before every input.
             input_type: "query", "document", or one of the model's prompts.
@@ -153,7 +154,7 @@ class LLM:
             BadRequest: a `ValueError`: an argument or a prompt is wrong.
         """
         options = self._text_options(tokenization_kwargs, prompt, prompt_name, input_type)
-        task = self._vector_task(pooling_params)
+        (task,) = tasks_of(pooling_params, self._vector_task(pooling_params))
         results = self._calls.run(
             prompts,
             pooling_params,
@@ -200,8 +201,7 @@ class LLM:
             BadRequest: as `embed`; or there is no plugin, or it refuses the data.
             PluginFailed: the plugin fails.
         """
-        tasks = listed_texts(coalesce(pooling_task, ()))
-        tasks = tasks or listed_texts(coalesce(getattr(pooling_params, "task", None), ()))
+        tasks = tasks_of(pooling_params, pooling_task)
         if PLUGIN in tasks[:1] or (hasattr(prompts, "keys") and "data" in prompts):
             return self._run_plugin(
                 prompts, next(iter(tasks), None), pooling_params, use_tqdm, lora_request, tokenization_kwargs
@@ -299,6 +299,7 @@ class LLM:
             BadRequest: the model has no classification head, or as `embed`.
         """
         options = text_options(tokenization_kwargs)
+        tasks_of(pooling_params, "classify")
         results = self._calls.run(
             prompts,
             pooling_params,

@@ -111,6 +111,13 @@ def test_no_prompt_no_details(client: TestClient) -> None:
             "only one of prompt and input_type can be given",
             "prompt",
         ),
+        (
+            "prompted",
+            {"prompt_name": "query", "prompt": ""},
+            "only one of prompt and prompt_name can be given",
+            "prompt",
+        ),
+        ("prompted", {"prompt_name": "", "input_type": "query"}, "only one of prompt_name and input_type", None),
         ("splade", {"top_k": 3, "task": "embed"}, "Task 'embed' only supports", "top_k"),
         (
             "splade",

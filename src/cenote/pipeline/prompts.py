@@ -79,14 +79,14 @@ class Prompts:
             BadRequest: more than one is asked for, or the model has no such prompt.
         """
         parameters = {"prompt": prompt, "prompt_name": name, "input_type": input_type}
-        sent = [key for key, value in parameters.items() if value]
-        if len(sent) > 1:
-            raise BadRequest(f"only one of {' and '.join(sent)} can be given", param=sent[0])
+        sent = [(key, value) for key, value in parameters.items() if value is not None]
+        if not sent:
+            return self._default
+        (key, value), *others = sent
+        if others:
+            raise BadRequest(f"only one of {' and '.join(dict(sent))} can be given", param=key)
         choices = {"prompt": self._by_text, "prompt_name": self._by_name, "input_type": self._by_type}
-        for key, value in parameters.items():
-            if value is not None:
-                return choices[key](value)
-        return self._default
+        return choices[key](value)
 
     def of(self, role: Role) -> Applied:
         """Return the prompt of one side, empty if the model has none; the default where it has no sides at all."""
