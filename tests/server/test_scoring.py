@@ -46,6 +46,16 @@ def bi(serve: Serve) -> TestClient:
     return serve(info=ENCODER)
 
 
+@pytest.mark.parametrize("limit", [9, 8])
+def test_both_sides_of_a_request_are_one_request(serve: Serve, limit: int) -> None:
+    """Queries and documents are rendered apart: `[CLS] one two [SEP]` and `[CLS] one two three [SEP]`."""
+    client = serve(info=ENCODER, max_request_tokens=limit)
+    answer = client.post("/score", json={"queries": QUERY, "documents": f"{QUERY} three"})
+    assert answer.status_code == (200 if limit == 9 else 400)
+    if limit == 8:
+        assert answer.json()["error"]["message"].startswith("the request has at least 9 tokens to run")
+
+
 class Pairs:
     """What the fake models say of texts that the tokenizer joins."""
 

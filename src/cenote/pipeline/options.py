@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cenote.core import UNLIMITED
@@ -10,8 +11,9 @@ from cenote.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from collections.abc import Sequence as Seq
 
-    from cenote.core import Media
+    from cenote.core import Media, Sequence
     from cenote.pipeline.prompts import Applied
 
 
@@ -68,6 +70,19 @@ class Bounds:
     template_steps: int = 1 << 20
     template_seconds: float = 5
     picture_bytes: int = UNLIMITED
+
+    def check(self, sequences: Seq[Sequence]) -> None:
+        """Refuse a request whose parts are within the bounds, and all of them are not.
+
+        Args:
+            sequences: all that it is to run.
+
+        Raises:
+            BadRequest: there are too many tokens, or bytes of pictures.
+        """
+        budget = Budget(self.tokens, self.picture_bytes)
+        budget.spend(sum(map(len, sequences)))
+        budget.hold(chain.from_iterable(sequence.media for sequence in sequences))
 
 
 class Budget:

@@ -206,6 +206,7 @@ class Serving:
                         job = make()
                 else:
                     job = await self.rendered(make, size)
+                service.renderer.bounds.check(job.sequences)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
                 place.queue(job.tokens, len(job.sequences))
