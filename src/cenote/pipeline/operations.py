@@ -247,9 +247,6 @@ def reward(
         BadRequest: as `encode`.
     """
     task, activates = reward_task(service.info, of_tokens=of_tokens)
-    rates_tokens = task == "token_classify" and not service.info.step
-    if rates_tokens and not of_tokens and "classify" in service.info.tasks:
-        task = "classify"
 
     def filled(params: PoolingParams) -> PoolingParams:
         return replace(params, use_activation=params.activates(activates))

@@ -8,13 +8,11 @@ with pictures needs a template, which has places for them, and is never cut.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import compress
-from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
-from cenote.functions import coalesce
+from cenote.functions import coalesce, map_apart
 from cenote.pipeline.inputs import Illustrated, is_count
 from cenote.pipeline.pair_prompts import Pair, PairPrompt
 from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places
@@ -124,13 +122,12 @@ class PairRenderer:
         """
         self.check(options)
         has_pictures = [any(isinstance(side, Illustrated) for side in pair) for pair in pairs]
-        if not any(has_pictures):
-            return self._of_texts(pairs, task, params, text_options, options)
-        with_pictures = list(compress(pairs, has_pictures))
-        rest = list(compress(pairs, map(not_, has_pictures)))
-        pictured = iter(self._with_pictures(with_pictures, task, params, text_options, options))
-        of_texts = iter(self._of_texts(rest, task, params, text_options, options))
-        return [next(pictured if is_pictured else of_texts) for is_pictured in has_pictures]
+        return map_apart(
+            has_pictures,
+            lambda part: self._with_pictures(part, task, params, text_options, options),
+            lambda part: self._of_texts(part, task, params, text_options, options),
+            pairs,
+        )
 
     def _with_pictures(
         self,

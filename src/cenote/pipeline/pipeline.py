@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import compress, filterfalse
-from operator import not_
-from typing import TYPE_CHECKING
+from itertools import filterfalse
+from typing import TYPE_CHECKING, Any
 
 from cenote import tokenizer
 from cenote.conventions import MOST_PICTURES
@@ -14,6 +13,7 @@ from cenote.engine.blocks import ChunkedEngine
 from cenote.engine.cache import CachedEngine
 from cenote.engine.remote import PATIENCE, RemoteEngine
 from cenote.errors import ConfigError
+from cenote.functions import map_apart
 from cenote.pipeline import calibration, plugins
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.late_chunking import late
@@ -107,14 +107,13 @@ class Service:
         if params.late_chunking_params is not None:
             return late(self.renderer, prompts, task, params, options)
         pairs = [_pair(prompt) for prompt in prompts]
-        if not any(pairs):
-            return self.renderer.render(prompts, task, params, options)
-        joined = self.pairs.render(list(filter(None, pairs)), task, params, options)
-        if all(pairs):
-            return joined
-        others = list(compress(prompts, map(not_, pairs)))
-        of_pairs, of_others = iter(joined), iter(self.renderer.render(others, task, params, options))
-        return [next(of_pairs if pair else of_others) for pair in pairs]
+        items: list[Any] = [pair or prompt for pair, prompt in zip(pairs, prompts, strict=True)]
+        return map_apart(
+            [pair is not None for pair in pairs],
+            lambda part: self.pairs.render(part, task, params, options),
+            lambda part: self.renderer.render(part, task, params, options),
+            items,
+        )
 
     @classmethod
     def open(

@@ -194,18 +194,21 @@ def _not_scored(info: ModelInfo) -> NotScored:
     return NotScored(f"This model does not support the Scoring API. It offers: {', '.join(info.tasks)}")
 
 
-def reward_task(info: ModelInfo, *, of_tokens: bool = False) -> tuple[str, bool]:
+def reward_task(info: ModelInfo, *, of_tokens: bool) -> tuple[str, bool]:
     """Return the task that gives a model's reward, and whether its activation is applied by default.
 
     By default the classes of a step are probabilities, and the reward of an input or a token is the head's raw number.
 
     Args:
         info: of the model.
-        of_tokens: a model that rates tokens and is no reward model gives the rows of `token_classify`.
+        of_tokens: a model that rates tokens gives the rows of `token_classify`, also one that is not a reward model.
 
     Raises:
         TaskNotOffered: the model gives no reward.
     """
+    rates_tokens = info.reward == "token_classify" and not info.step
+    if rates_tokens and not of_tokens and "classify" in info.tasks:
+        return "classify", info.activates_reward
     if info.reward:
         return info.reward, info.activates_reward
     if of_tokens and "token_classify" in info.tasks:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cenote.conventions import Alike
 from cenote.core import UNLIMITED, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
-from cenote.functions import coalesce
+from cenote.functions import coalesce, map_apart
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
 from cenote.pipeline.inputs import Illustrated, content_of, flattened
 from cenote.pipeline.media import awaited
@@ -152,21 +152,22 @@ class Renderer:
         self._await(contents)
         text_options = self._of_side(options, applied.role)
         budget = Budget(self.bounds.tokens, self.bounds.picture_bytes)
-        texts = (content for content in contents if isinstance(content, str))
-        tokenised, skip = self._prompted(texts, applied, text_options)
-        illustrated = partial(self._illustrated, processed={})
 
-        def of_text(text: Text) -> Sequence:
-            text = self.fit(text, text_options, budget)
-            sequence = Sequence(text.ids, task, params, text.type_ids, skip, adapter=applied.adapter)
-            return self._sides.of_text(sequence, applied.role)
+        def of_texts(texts: Iterable[Any]) -> Iterator[Sequence]:
+            tokenised, skip = self._prompted(texts, applied, text_options)
+            for text in tokenised:
+                fitted = self.fit(text, text_options, budget)
+                sequence = Sequence(fitted.ids, task, params, fitted.type_ids, skip, adapter=applied.adapter)
+                yield self._sides.of_text(sequence, applied.role)
 
-        def of_others(content: Ids | Illustrated) -> Sequence:
-            render: Any = illustrated if isinstance(content, Illustrated) else self._of_ids
-            sequence: Sequence = render(content, applied, options, budget)
-            return replace(sequence, task=task, params=params)
+        def of_others(others: Iterable[Any]) -> Iterator[Sequence]:
+            illustrated = partial(self._illustrated, processed={})
+            for content in others:
+                render = illustrated if isinstance(content, Illustrated) else self._of_ids
+                yield replace(render(content, applied, options, budget), task=task, params=params)
 
-        return [of_text(next(tokenised)) if isinstance(content, str) else of_others(content) for content in contents]
+        is_text = [isinstance(content, str) for content in contents]
+        return map_apart(is_text, of_texts, of_others, contents)
 
     def _await(self, contents: Iterable[str | Ids | Illustrated]) -> None:
         """Ask for all pictures of a request at once, where a server fetches them before it is rendered.
