@@ -257,6 +257,12 @@ def test_tokenization_kwargs(llm: LLM, kwargs: dict[str, Any], expected: list[li
     np.testing.assert_allclose(vectors(outputs), vectors(by_ids), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", ["false", "no", 2], ids=str)
+def test_use_activation_is_a_bool(value: Any) -> None:
+    with pytest.raises(BadRequest, match=f"use_activation must be true or false, got {value!r}"):
+        PoolingParams(use_activation=value)
+
+
 def test_the_task_of_parameters(llm: LLM) -> None:
     for params in (PoolingParams(task="token_embed"), [PoolingParams(task="token_embed")] * 2):
         outputs = llm.encode(SHORT[:2], params, use_tqdm=False)

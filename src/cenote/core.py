@@ -110,6 +110,10 @@ class PoolingParams:
     requires_token_ids: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.use_activation not in (None, True, False):
+            raise BadRequest(
+                f"use_activation must be true or false, got {self.use_activation!r}", param="use_activation"
+            )
         for name in ("dimensions", "step_tag_id", "top_k"):
             value = getattr(self, name)
             if value is not None and not _is_integer(value):
@@ -167,7 +171,6 @@ class Media:
         patches: rows of the vision tower that it takes.
         grid: frames, rows and columns of patches; empty where all pictures have one size.
         arrays: the model's own inputs, without a dimension for the batch.
-        kind: "image".
         pixels: of the picture as it came, before it was resized.
     """
 
@@ -176,14 +179,12 @@ class Media:
     patches: int
     grid: tuple[int, ...] = ()
     arrays: Arrays = field(default_factory=dict, compare=False)
-    kind: str = "image"
+    pixels: int = field(default=0, compare=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
         return sum(array.nbytes for array in self.arrays.values())
-
-    pixels: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -350,8 +351,8 @@ class ModelInfo:
         activation: function from a classifier's logits to its output: "softmax", "sigmoid" or "none".
         classifies: whether `activation` is applied unless a request says otherwise.
         vector_task: task of requests for embeddings that name none.
-        score_types: ways in which the model can rate a pair, the default first: "cross-encoder", "bi-encoder",
-            "late-interaction", "listwise".
+        score_types: ways in which the model can rate a pair, the default first: rows of
+            `cenote.pipeline.ranking.WAYS`.
         similarity: how embeddings are compared where pairs are rated by them.
         reward: task that gives this model's reward; empty if it is not a reward model.
         activates_reward: whether `activation` is applied to a reward unless a request says otherwise.

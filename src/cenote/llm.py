@@ -288,8 +288,8 @@ class LLM:
         """Return the value of every class per prompt, in order.
 
         Args:
-            prompts: as for `embed`; also pairs of texts, `{"text": ..., "text_pair": ...}` or tuples of two, for models
-                that classify pairs (NLI, cross-encoders).
+            prompts: as for `embed`; also pairs of texts, `{"text": ..., "text_pair": ...}` or, in a list, tuples of
+                two, for models that classify pairs (NLI, cross-encoders).
             use_tqdm: show a progress bar.
             pooling_params: `use_activation=False` gives logits.
             lora_request: as for `embed`.
@@ -378,7 +378,8 @@ class LLM:
             lora_request: adapter to run with.
             tokenization_kwargs: as for `embed`.
             chat_template: Jinja template over messages `query` and `document` instead of the model's (cross-encoders).
-            score_type: "cross-encoder", "bi-encoder" or "late-interaction"; default: the model's first.
+            score_type: "cross-encoder", "bi-encoder", "late-interaction", "sparse", "hybrid" or "listwise", one of
+                `info.score_types`; default: the first of these.
             options: `max_tokens_per_query`, `max_tokens_per_doc`, `instruction`, `chat_template_kwargs`.
 
         Raises:

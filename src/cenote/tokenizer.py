@@ -93,7 +93,7 @@ def load(source: TokenizerSource) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _kind(Path(source.path)).from_pretrained(
         source.path,
         trust_remote_code=runs_code,  # that of the model's config would run, too, or be asked of the hub
-        config=_config(Path(source.path)),
+        config=_model_config(Path(source.path)),
         **source.kwargs,
     )
     for name, is_added in ends.items():
@@ -172,7 +172,7 @@ CODE = re.compile(r'"(?:[^"]*--)?([^"]+\.[^"]+)"')
 """Import paths in an `auto_map`, whose keys have no dot; the repository before them is left out."""
 
 
-def _config(folder: Path) -> PretrainedConfig | None:
+def _model_config(folder: Path) -> PretrainedConfig | None:
     """Return the config by which the class of a tokenizer is chosen; `None` = Transformers reads it by itself.
 
     It does not where a dtype is written as torch prints it, `torch.float16`.

@@ -87,6 +87,6 @@ class MessageRenderer:
         return Text([*text.ids[: len(text.ids) - len(end)], *end], text.type_ids)
 
     def _measured_end(self, prompt: str, task: Role | None) -> Ids:
-        """Return the tokens at the end that two renderings have in common; none where they have all in common."""
+        """Return the tokens behind every text, as the template has them."""
         first, second = (self._tokenize(self.text(filler, prompt, task)) for filler in FILLERS)
         return common_end(first, second)

@@ -16,7 +16,7 @@ from cenote.pipeline.inputs import is_count
 from cenote.pipeline.job import Job
 from cenote.pipeline.late_chunking import joined
 from cenote.pipeline.pairs import CUTS_TEXTS, check_no_template, texts_of
-from cenote.pipeline.ranking import Sides, Way, check_pairing, choose, reward_task
+from cenote.pipeline.ranking import SideOutputs, Way, check_pairing, choose, reward_task
 from cenote.tasks import PLUGIN, check_task
 from cenote.tensors.similarity import ranking
 
@@ -201,7 +201,7 @@ def score(
     assert compare is not None
 
     def finish(outputs: list[Output]) -> Array:
-        return compare(Sides(outputs[:count], outputs[count:]), similarity)
+        return compare(SideOutputs(outputs[:count], outputs[count:]), similarity)
 
     return Job(sequences, finish, is_slow=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cenote.errors import BadRequest
 from cenote.pipeline.inputs import Illustrated
 from cenote.pipeline.messages import FILLERS, common_end, message
-from cenote.pipeline.pictures import shown, texts
+from cenote.pipeline.pictures import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ Content = str | list[dict[str, Any]]
 """Content of a message: a text, or parts."""
 
 
-class Pair(NamedTuple):
+class PairTexts(NamedTuple):
     """A pair to render.
 
     Attributes:
@@ -61,7 +61,7 @@ class PairPrompt:
     kwargs: Mapping[str, Any]
     special: bool
 
-    def ids(self, pairs: Seq[Pair]) -> list[Ids]:
+    def ids(self, pairs: Seq[PairTexts]) -> list[Ids]:
         """Render and tokenise pairs; a text that comes several times is tokenised once."""
         return self._tokenised(self._texts(pairs))
 
@@ -88,7 +88,7 @@ class PairPrompt:
     @cached_property
     def _begins_with_document(self) -> bool:
         """Whether the template puts the document before the query, as a pair of two known texts shows."""
-        (parts,) = self._texts([Pair(*PROBED)])
+        (parts,) = self._texts([PairTexts(*PROBED)])
         query, document = map("".join(parts).find, PROBED)
         return -1 < document < query
 
@@ -98,7 +98,7 @@ class PairPrompt:
             return side
         if self.template.structured and isinstance(side.content, tuple):
             return list(map(shown, side.content))
-        return markup * len(side.sources) + "".join(texts(side))
+        return markup * len(side.sources) + "".join(side.texts)
 
     def _tokenised(self, rendered: Seq[list[str]]) -> list[Ids]:
         """Return the ids of prompts, the texts of each of which are tokenised apart."""
@@ -111,24 +111,24 @@ class PairPrompt:
 
     def end(self) -> Ids:
         """Return the tokens that the template puts at the end of every prompt."""
-        first, second = self.ids([Pair(text, text) for text in FILLERS])
+        first, second = self.ids([PairTexts(text, text) for text in FILLERS])
         return common_end(first, second)
 
-    def _texts(self, pairs: Seq[Pair]) -> list[list[str]]:
+    def _texts(self, pairs: Seq[PairTexts]) -> list[list[str]]:
         """Render pairs: of each the texts that are tokenised apart. Parts without messages are rendered once."""
         template = self.template
         fixed: dict[str | None, str] = {
-            part: self._render(Pair("", ""), part) for part in template.parts if MESSAGES not in part
+            part: self._render(PairTexts("", ""), part) for part in template.parts if MESSAGES not in part
         }
 
-        def rendered(pair: Pair) -> list[str]:
+        def rendered(pair: PairTexts) -> list[str]:
             if pair.is_rendered:
                 return [pair.query + pair.document + template.suffix]
             return [fixed.get(source) or self._render(pair, source) for source in template.sources]
 
         return list(map(rendered, pairs))
 
-    def _render(self, pair: Pair, source: str | None) -> str:
+    def _render(self, pair: PairTexts, source: str | None) -> str:
         return self._of_contents({"query": pair.query, "document": pair.document}, source)
 
     def _of_contents(self, contents: Mapping[str, Content], source: str | None) -> str:

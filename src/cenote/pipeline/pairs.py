@@ -14,7 +14,7 @@ from cenote.core import Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.functions import coalesce, map_apart
 from cenote.pipeline.inputs import Illustrated, is_count
-from cenote.pipeline.pair_prompts import Pair, PairPrompt
+from cenote.pipeline.pair_prompts import PairPrompt, PairTexts
 from cenote.pipeline.tokenizing import MOST_CUTS, Text, kept_places
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class PairRenderer:
         special, limit = text_options.add_special_tokens, text_options.content_limit
         skip = 0
         if template is None:
-            short = self._shortened([Pair(*pair) for pair in pairs], text_options, options)
+            short = self._shortened([PairTexts(*pair) for pair in pairs], text_options, options)
             prompted = [(prompt.text + pair.query, pair.document) for pair in short]
             texts = self._renderer.backend.join(prompted, limit, special=special)
             skip = self._renderer.skip(prompt.text, text_options)
@@ -203,16 +203,16 @@ class PairRenderer:
     def _template(self, options: PairOptions) -> PairTemplate | None:
         return options.template or self.template
 
-    def _shortened(self, pairs: Seq[Pair], text_options: TextOptions, options: PairOptions) -> list[Pair]:
+    def _shortened(self, pairs: Seq[PairTexts], text_options: TextOptions, options: PairOptions) -> list[PairTexts]:
         """Return `pairs` with each side cut to its limit; a query that comes several times is cut once."""
         queries = list(dict.fromkeys(pair.query for pair in pairs))
         short_query = dict(zip(queries, self.cut(queries, options.max_tokens_per_query), strict=True))
         documents = self.cut([pair.document for pair in pairs], options.max_tokens_per_doc)
         short = zip(pairs, documents, strict=True)
-        shortened = [Pair(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
+        shortened = [PairTexts(short_query[pair.query], document, pair.is_rendered) for pair, document in short]
         return [self._bounded(pair, text_options) for pair in shortened]
 
-    def _bounded(self, pair: Pair, options: TextOptions) -> Pair:
+    def _bounded(self, pair: PairTexts, options: TextOptions) -> PairTexts:
         """Return a pair, of a long side only a part that has all tokens that count.
 
         "Longest first" compares the two sides, so that one loses characters only if the other is surely the shorter.
@@ -229,7 +229,7 @@ class PairRenderer:
     def _cut(self, text: str, limit: int) -> str:
         return self._renderer.backend.beginning(self._renderer.enough(text, limit, "right"), limit)
 
-    def _cut_whole(self, pairs: list[Pair], prompt: PairPrompt, limit: int) -> list[Text]:
+    def _cut_whole(self, pairs: list[PairTexts], prompt: PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long is cut like a text, and gets the end of the template back."""
         prompts = prompt.ids(pairs)
         if max(map(len, prompts), default=0) <= limit:
@@ -238,12 +238,12 @@ class PairRenderer:
         end = prompt.end()[-limit:] if prompt.template.restores else []
         return [Text(_ending(ids[kept], end) if len(ids) > limit else ids) for ids in prompts]
 
-    def _by_template(self, pairs: list[Pair], prompt: PairPrompt, limit: int) -> list[Text]:
+    def _by_template(self, pairs: list[PairTexts], prompt: PairPrompt, limit: int) -> list[Text]:
         """Render prompts. One that is too long and may be cut loses tokens of its document, and nothing else."""
         prompts = zip(prompt.ids(pairs), pairs, strict=True)
         return [Text(self._fitting(prompt, pair, ids, limit)) for ids, pair in prompts]
 
-    def _fitting(self, prompt: PairPrompt, pair: Pair, ids: Ids, limit: int) -> Ids:
+    def _fitting(self, prompt: PairPrompt, pair: PairTexts, ids: Ids, limit: int) -> Ids:
         """Return the `ids` of a prompt, with a shorter document if they are too many.
 
         Raises:
@@ -286,11 +286,11 @@ def _ending(ids: Ids, end: Ids) -> Ids:
     return [*ids[: len(ids) - len(end)], *end]
 
 
-def _marked(query: str, document: str, template: PairTemplate) -> Pair:
+def _marked(query: str, document: str, template: PairTemplate) -> PairTexts:
     """Return a pair, without the template's suffix and marked as such if its client has rendered it."""
     if template.is_rendered(query, document):
-        return Pair(query, document.removesuffix(template.suffix), True)
-    return Pair(query, document)
+        return PairTexts(query, document.removesuffix(template.suffix), True)
+    return PairTexts(query, document)
 
 
 def check_no_template(model: str, way: str, options: PairOptions, read: Collection[str] = ()) -> None:

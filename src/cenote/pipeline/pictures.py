@@ -1,6 +1,6 @@
 """Prompts with pictures: from sources to sequences whose tokens stand for patches.
 
-Everything that can be refused is refused before a picture is decoded: its header says how many tokens it takes.
+A prompt that the model cannot read is refused before a picture of it is decoded: headers tell how many tokens it has.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class PictureRenderer:
                 "increase this limit.",
                 param="image",
             )
-        if self.is_apart and (len(content.sources) != 1 or any(texts(content))):
+        if self.is_apart and (len(content.sources) != 1 or others_of(content)):
             raise BadRequest(
                 "text and an image cannot be embedded together by this model; send one text or one image as an input",
                 param="image",
@@ -369,8 +369,8 @@ def shown(part: str | None) -> dict[str, Any]:
     return {"type": "image"} if part is None else {"type": "text", "text": part}
 
 
-def texts(content: Illustrated) -> list[str]:
-    """Return the texts of a prompt that are not empty."""
+def others_of(content: Illustrated) -> list[Any]:
+    """Return what a prompt has beside pictures, texts or ids, without empty ones."""
     parts: Seq[Any] = content.content if isinstance(content.content, tuple) else (content.content,)
     return [part for part in parts if part]
 

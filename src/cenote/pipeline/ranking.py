@@ -29,7 +29,7 @@ HYBRID_WEIGHTS = (0.4, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
-class Sides:
+class SideOutputs:
     """Outputs of the queries and of the documents of a request, one query for each document or one for all.
 
     Attributes:
@@ -45,9 +45,9 @@ class Sides:
         queries = [*self.queries] * (len(self.documents) // len(self.queries))
         return list(zip(queries, self.documents, strict=True))
 
-    def of(self, task: str) -> Sides:
+    def of(self, task: str) -> SideOutputs:
         """Return the outputs of a further task."""
-        return Sides(_others(self.queries, task), _others(self.documents, task))
+        return SideOutputs(_others(self.queries, task), _others(self.documents, task))
 
 
 def _others(outputs: Iterable[Output], task: str) -> list[Output]:
@@ -58,20 +58,20 @@ def _data(outputs: Iterable[Output]) -> list[Array]:
     return [output.data for output in outputs]
 
 
-def _cross_encoder(sides: Sides, _: Similarity) -> Array:
+def _cross_encoder(sides: SideOutputs, _: Similarity) -> Array:
     return np.concatenate(_data(sides.documents))
 
 
-def _bi_encoder(sides: Sides, similarity: Similarity) -> Array:
+def _bi_encoder(sides: SideOutputs, similarity: Similarity) -> Array:
     queries, documents = zip(*sides.pairs, strict=True)
     return pairwise(_data(queries), _data(documents), similarity.vectors)
 
 
-def _late_interaction(sides: Sides, similarity: Similarity) -> Array:
+def _late_interaction(sides: SideOutputs, similarity: Similarity) -> Array:
     return _late(sides, similarity.tokens, similarity)
 
 
-def _late(sides: Sides, name: str, similarity: Similarity) -> Array:
+def _late(sides: SideOutputs, name: str, similarity: Similarity) -> Array:
     if len(sides.queries) == 1:
         query, documents = sides.queries[0].data, _data(sides.documents)
         return late_interaction(query, documents, name, is_apart=similarity.is_apart)
@@ -79,7 +79,7 @@ def _late(sides: Sides, name: str, similarity: Similarity) -> Array:
     return np.concatenate(scores)
 
 
-def _sparse(sides: Sides, similarity: Similarity) -> Array:
+def _sparse(sides: SideOutputs, similarity: Similarity) -> Array:
     scores = [sparse_similarity(_entries(q), _entries(d), similarity.sparse) for q, d in sides.pairs]
     return np.array(scores, dtype=np.float32)
 
@@ -89,7 +89,7 @@ def _entries(output: Output) -> Sparse:
     return output.indices, output.data
 
 
-def _hybrid(sides: Sides, similarity: Similarity) -> Array:
+def _hybrid(sides: SideOutputs, similarity: Similarity) -> Array:
     tokens = sides.of("token_embed")
     dense = np.array([query.data @ document.data for query, document in sides.pairs], dtype=np.float32)
     lengths = np.array([len(query.data) for query, _ in tokens.pairs], dtype=np.float32)
@@ -113,7 +113,7 @@ class Way:
 
     name: str
     task: str
-    scores: Callable[[Sides, Similarity], Array] | None = None
+    scores: Callable[[SideOutputs, Similarity], Array] | None = None
     also: tuple[str, ...] = ()
     of_pairs: bool = False
     of_lists: bool = False

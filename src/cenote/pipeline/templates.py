@@ -241,7 +241,7 @@ class Environment(ImmutableSandboxedEnvironment):
             trim_blocks=source.trim_blocks,
             lstrip_blocks=source.lstrip_blocks,
             extensions=[type(extension) for extension in source.extensions.values()],
-            finalize=_finalized,
+            finalize=_weighed,
         )
         self.filters = {name: _guarded(name, function) for name, function in source.filters.items()}
         self.tests = dict(source.tests)
@@ -293,11 +293,6 @@ def _through(name: str, node: Any) -> nodes.Expr:
 def _weighed(value: Any) -> Any:
     _make(_whole(value))
     return value
-
-
-def _finalized(value: Any) -> Any:
-    """Charge for a value that is written."""
-    return _weighed(value)
 
 
 def _operated_size(operator: str, left: Any, right: Any) -> int:
