@@ -166,7 +166,8 @@ def side(items: Any, renderer: Renderer) -> list[str | Illustrated]:
 def _side(item: Any, place: int, renderer: Renderer) -> str | Illustrated:
     if isinstance(item, Mapping) and isinstance(item.get("content"), (str, list, tuple)):
         content = item["content"]
-        return renderer.of_parts([content] if isinstance(content, str) else content, item.get("mm_processor_kwargs"))
+        parts = [content] if isinstance(content, str) else content
+        return renderer.conversations.of_parts(parts, item.get("mm_processor_kwargs"))
     prompt = content_of(item, place)
     if isinstance(prompt, list):
         raise BadRequest("queries and documents are texts or pictures, got token ids", param="documents")

@@ -88,7 +88,7 @@ def test_a_cut_text_keeps_the_end_of_its_template(chat: Path, tmp_path: Path, le
 def test_a_conversation_is_rendered_once(chat: Path) -> None:
     with LLM(model=str(chat)) as llm:
         renderer = llm._service.renderer
-        text = renderer.chat_text([{"role": "user", "content": "hello"}])
+        text = renderer.conversations.text([{"role": "user", "content": "hello"}])
         options = TextOptions(add_special_tokens=False)
         (once,) = renderer.render([text], "embed", PoolingParams(), options._replace(rendered=True))
         (as_text,) = renderer.render(["hello"], "embed", PoolingParams(), options)

@@ -145,7 +145,7 @@ def test_pairs_messages_and_offsets_are_rendered_alike(both: tuple[Service, Serv
             PairOptions(3, kwargs={"instruction": "now"}),
         ),
         lambda own: own.render(["the quick brown fox"], "token_embed", late, TextOptions()),
-        lambda own: own.render([own.renderer.chat_text(messages)], "embed", PoolingParams(), TextOptions(10)),
+        lambda own: own.render([own.renderer.conversations.text(messages)], "embed", PoolingParams(), TextOptions(10)),
     ):
         assert outcome(lambda work=work: work(both[0])) == outcome(lambda work=work: work(both[1]))
 

@@ -356,12 +356,12 @@ def chatty() -> Renderer:
     ],
 )
 def test_messages(options: ChatOptions, expected: str) -> None:
-    assert chatty().chat_text(MESSAGES, options) == expected
+    assert chatty().conversations.text(MESSAGES, options) == expected
 
 
 def test_content_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "one"}, "two", {"text": "three"}]
-    assert chatty().chat_text([{"role": "user", "content": parts}]) == "<user>one\ntwo\nthree"
+    assert chatty().conversations.text([{"role": "user", "content": parts}]) == "<user>one\ntwo\nthree"
 
 
 CHAT_FAULTS: dict[str, tuple[Any, ChatOptions, str]] = {
@@ -388,12 +388,12 @@ CHAT_FAULTS: dict[str, tuple[Any, ChatOptions, str]] = {
 @pytest.mark.parametrize(("messages", "options", "sentence"), CHAT_FAULTS.values(), ids=CHAT_FAULTS)
 def test_faults_of_messages(messages: Any, options: ChatOptions, sentence: str) -> None:
     with pytest.raises(BadRequest, match=sentence):
-        chatty().chat_text(messages, options)
+        chatty().conversations.text(messages, options)
 
 
 def test_messages_without_a_template() -> None:
     with pytest.raises(BadRequest, match="tiny has no chat template, so `messages` cannot be rendered"):
-        renderer(tokenizer_of("wordpiece")).chat_text(MESSAGES)
+        renderer(tokenizer_of("wordpiece")).conversations.text(MESSAGES)
 
 
 @pytest.mark.parametrize("name", ["wordpiece", "byte level", "python"])

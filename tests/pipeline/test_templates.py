@@ -65,7 +65,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase) -> Renderer:
 @pytest.mark.parametrize("template", FAITHFUL, ids=range(len(FAITHFUL)))
 def test_templates_render_as_transformers_renders_them(renderer: Renderer, template: str) -> None:
     expected = renderer.tokenizer.apply_chat_template(SAID, tokenize=False, chat_template=template, **KWARGS)
-    assert renderer.apply_template(SAID, template, KWARGS) == expected
+    assert renderer.template.apply(SAID, template, KWARGS) == expected
     assert expected
 
 
@@ -75,7 +75,7 @@ def test_templates_render_as_transformers_renders_them(renderer: Renderer, templ
 def test_flags_are_those_of_transformers(renderer: Renderer, flags: dict[str, bool]) -> None:
     template = FAITHFUL[0] + "{% if add_generation_prompt %}go{% endif %}"
     expected = renderer.tokenizer.apply_chat_template(SAID, tokenize=False, chat_template=template, **flags)
-    assert renderer.chat_text(SAID, ChatOptions(template=template, **flags)) == expected
+    assert renderer.conversations.text(SAID, ChatOptions(template=template, **flags)) == expected
 
 
 COUNTED = {"loops that pass nothing": 1 << 16, "macros": 1 << 16, "a chain of maps": 1 << 16}
@@ -122,11 +122,11 @@ ENDLESS = {
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_a_template_that_would_not_end_is_refused(renderer: Renderer, kind: str) -> None:
     steps = COUNTED.get(kind, 1 << 20)
-    assert renderer.bounds.template_steps == 1 << 20
-    renderer.bounds = Bounds(template_steps=steps)
+    assert renderer.template.bounds.template_steps == 1 << 20
+    renderer.template.bounds = Bounds(template_steps=steps)
     refusal = f"^the chat template refuses these messages: it takes more than {steps} steps \\(--max-template-steps\\)"
     with pytest.raises(BadRequest, match=refusal):
-        renderer.chat_text(SAID, ChatOptions(template=ENDLESS[kind]))
+        renderer.conversations.text(SAID, ChatOptions(template=ENDLESS[kind]))
 
 
 @pytest.mark.parametrize(
@@ -149,31 +149,31 @@ def test_a_template_that_would_not_end_is_refused(renderer: Renderer, kind: str)
 )
 def test_whatever_a_template_raises_is_the_clients_fault(renderer: Renderer, template: str, message: str) -> None:
     with pytest.raises(BadRequest, match="^the chat template refuses these messages: ") as refusal:
-        renderer.chat_text(SAID, ChatOptions(template=template))
+        renderer.conversations.text(SAID, ChatOptions(template=template))
     assert message in refusal.value.message
     assert refusal.value.param == "messages"
 
 
 def test_time_bounds_what_is_not_counted(renderer: Renderer) -> None:
     """Comparisons of long texts cost no step."""
-    renderer.bounds = Bounds(template_steps=1 << 40, template_seconds=0.2)
+    renderer.template.bounds = Bounds(template_steps=1 << 40, template_seconds=0.2)
     template = "{% set x = 'a' * 10000000 %}{% for i in range(99999) %}{{ 'b' in x }}{{ x == x[1:] }}{% endfor %}"
     with pytest.raises(BadRequest, match=r"more than 0\.2 s of CPU time \(--max-template-seconds\)"):
-        renderer.chat_text(SAID, ChatOptions(template=template))
+        renderer.conversations.text(SAID, ChatOptions(template=template))
 
 
 def test_a_long_conversation_has_steps_enough(renderer: Renderer) -> None:
     messages = [{"role": "user", "content": "a text of some length " * 50}] * 2000
-    text = renderer.chat_text(messages, ChatOptions(template=FAITHFUL[0]))
+    text = renderer.conversations.text(messages, ChatOptions(template=FAITHFUL[0]))
     assert len(text) > 2_000_000
     assert text == renderer.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=FAITHFUL[0])
 
 
 def test_the_environment_of_transformers_stays_as_it_is(renderer: Renderer) -> None:
-    renderer.chat_text(SAID, ChatOptions(template=FAITHFUL[0]))
-    renderer.bounds = Bounds(template_steps=1)
+    renderer.conversations.text(SAID, ChatOptions(template=FAITHFUL[0]))
+    renderer.template.bounds = Bounds(template_steps=1)
     with pytest.raises(BadRequest, match="it takes more than 1 steps"):
-        renderer.chat_text(SAID, ChatOptions(template="{{ 1 }}{{ 2 }}" + "x" * 300))
+        renderer.conversations.text(SAID, ChatOptions(template="{{ 1 }}{{ 2 }}" + "x" * 300))
     assert renderer.tokenizer.apply_chat_template(SAID, tokenize=False, chat_template="{{ 3 }}") == "3"
 
 

@@ -138,7 +138,7 @@ class PairPrompt:
             contents = {"system": system, **contents}
         structured = self.template.structured
         messages = [message(role, content, structured=structured) for role, content in contents.items()]
-        return self.renderer.apply_template(messages, source, {**self.template.kwargs, **self.kwargs})
+        return self.renderer.template.apply(messages, source, {**self.template.kwargs, **self.kwargs})
 
     def _first(self) -> list[int]:
         """Return the tokens before the parts."""

@@ -1,4 +1,4 @@
-"""From text, token ids or messages to sequences: prompt, template, tokenise, cut or refuse.
+"""From text, token ids or prompts with pictures to sequences: prompt, template, tokenise, cut or refuse.
 
 Cutting follows Hugging Face by default (content is cut, special tokens stay); with an explicit side it follows vLLM
 (the finished ids are cut).
@@ -18,11 +18,11 @@ from cenote.core import UNLIMITED, PoolingParams, Sequence
 from cenote.errors import BadRequest, TooLong
 from cenote.functions import coalesce, map_apart
 from cenote.pipeline.checks import check_types, check_vocabulary, checked, too_long, unknown_token
-from cenote.pipeline.inputs import Illustrated, content_of, flattened
+from cenote.pipeline.conversations import ChatTemplate, Conversations
+from cenote.pipeline.inputs import Illustrated, content_of
 from cenote.pipeline.media import awaited
 from cenote.pipeline.messages import MessageRenderer
-from cenote.pipeline.options import PLAIN, PLAIN_CHAT, Bounds, Budget, ChatOptions, TextOptions
-from cenote.pipeline.parts import media_type, read, texts_and_pictures
+from cenote.pipeline.options import PLAIN, Bounds, Budget, TextOptions
 from cenote.pipeline.pictures import PictureRenderer, Placed, Processed, kept
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.tokenizing import ENCODED_AT_ONCE, FastTokenizer, Ids, Text, fast_or_slow
@@ -77,9 +77,10 @@ class Renderer:
         pictures: how the model's inputs hold pictures; `None` = it has no part for them.
 
     Attributes:
-        bounds: of one request's work; a server sets them.
-        template_defaults: variables of chat templates that requests do not set, likewise.
-        read_ids: reads token ids that a request brings; `None` = they are run as they are.
+        bounds: of one request's work, see `restrict`.
+        read_ids: reads token ids that a request brings, likewise; `None` = they are run as they are.
+        template: the chat template of the tokenizer.
+        conversations: makes prompts of messages and of content parts.
     """
 
     def __init__(
@@ -102,21 +103,22 @@ class Renderer:
         self.prompts = prompts or Prompts()
         self._sides = sides or Alike()
         self._include_prompt = include_prompt
+        self.template = ChatTemplate(tokenizer)
         self._messages: MessageRenderer | None = None
         if messages is not None:
-            self._messages = MessageRenderer(messages, self.apply_template, self._rendered_ids)
+            self._messages = MessageRenderer(messages, self.template.apply, self._rendered_ids)
         self._special_tokens = special_tokens
         self.auto_truncate = auto_truncate
         self.bounds = Bounds()
-        self.template_defaults: Mapping[str, Any] = {}
         self.read_ids: Callable[[Ids], Ids | str] | None = None
         self.backend = fast_or_slow(tokenizer, lowercase=lowercase, cuts=cuts)
         self.pictures: PictureRenderer | None = None
         if pictures is not None:
             has_template = bool(tokenizer.chat_template)
             self.pictures = PictureRenderer(
-                pictures, info.name, self.apply_template, self._rendered_ids, self.token_strings, has_template
+                pictures, info.name, self.template.apply, self._rendered_ids, self.token_strings, has_template
             )
+        self.conversations = Conversations(info.name, self.template, self.pictures)
         self._allowed = lru_cache(REMEMBERED)(partial(checked, info))
         self._length = lru_cache(REMEMBERED)(self._prompt_length)
 
@@ -126,8 +128,24 @@ class Renderer:
         other.prompts = prompts
         return other
 
-    def allow(self, access: Access) -> None:
-        """Let pictures be read from other places than any."""
+    def restrict(
+        self,
+        bounds: Bounds,
+        access: Access,
+        template_defaults: Mapping[str, Any],
+        read_ids: Callable[[Ids], Ids | str] | None,
+    ) -> None:
+        """Take what a server says of requests.
+
+        Args:
+            bounds: of one request's work.
+            access: places from which pictures may be read.
+            template_defaults: variables of chat templates that requests do not set.
+            read_ids: see `read_ids`.
+        """
+        self.bounds = self.template.bounds = bounds
+        self.template.defaults = template_defaults
+        self.read_ids = read_ids
         if self.pictures is not None:
             self.pictures.allow(access)
 
@@ -309,109 +327,6 @@ class Renderer:
             BadRequest: the model does not offer the task or a parameter.
         """
         return self._allowed(task, params)
-
-    def chat_text(
-        self, messages: Seq[Mapping[str, Any]], options: ChatOptions = PLAIN_CHAT, *, structured: bool = False
-    ) -> str:
-        """Return the text of one conversation, by the request's or the model's chat template.
-
-        Args:
-            messages: of the conversation.
-            options: how they become text.
-            structured: the template gets contents that are lists of parts as they are, not joined to one text.
-
-        Raises:
-            BadRequest: there is no template, or it refuses these messages.
-        """
-        if options.add_generation_prompt and options.continue_final_message:
-            raise BadRequest("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
-        if not messages:
-            raise BadRequest("`messages` must not be empty", param="messages")
-        if options.template is None and not self.tokenizer.chat_template:
-            raise BadRequest(
-                f"{self.info.name} has no chat template, so `messages` cannot be rendered; send `input`, "
-                "or start the server with --chat-template",
-                param="messages",
-            )
-        kwargs = {
-            "add_generation_prompt": options.add_generation_prompt,
-            "continue_final_message": options.continue_final_message,
-            **options.kwargs,
-        }
-        shown = list(map(flattened, messages)) if not structured else [*map(dict, messages)]
-        return self.apply_template(shown, options.template, kwargs)
-
-    def chat(
-        self,
-        messages: Seq[Mapping[str, Any]],
-        options: ChatOptions = PLAIN_CHAT,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> str | Illustrated:
-        """Return the prompt of one conversation, whose content parts may be pictures.
-
-        Args:
-            messages: of the conversation.
-            options: how they become text.
-            kwargs: arguments of the image processor.
-
-        Raises:
-            BadRequest: as `chat_text`; or the model takes no pictures, or a part is neither text nor a picture.
-        """
-        kind = media_type(messages)
-        if kind is None:
-            return self.chat_text(messages, options)
-        renderer = self._reading(kind)
-        shown, sources = read(messages, renderer.placeholder)
-        content: Any = texts_and_pictures(shown)
-        if options.template or self.tokenizer.chat_template or not renderer.has_own_template:
-            content = self.chat_text(shown, options, structured=True)
-        return Illustrated(content, tuple(sources), coalesce(kwargs, {}))
-
-    def of_parts(self, parts: Seq[Any], kwargs: Mapping[str, Any] | None = None) -> str | Illustrated:
-        """Return the prompt of content parts: texts alone are a line each; the model's template renders pictures.
-
-        Args:
-            parts: content parts of one input.
-            kwargs: arguments of the image processor.
-
-        Raises:
-            BadRequest: the model takes no pictures, or a part is neither text nor a picture.
-        """
-        messages = [{"role": "user", "content": [*parts]}]
-        kind = media_type(messages)
-        if kind is None:
-            return str(flattened(messages[0])["content"])
-        shown, sources = read(messages, self._reading(kind).placeholder)
-        return Illustrated(texts_and_pictures(shown), tuple(sources), coalesce(kwargs, {}))
-
-    def _reading(self, kind: str) -> PictureRenderer:
-        """Return the renderer of pictures, which reads content parts of type `kind`.
-
-        Raises:
-            BadRequest: the model takes no pictures.
-        """
-        if self.pictures is None:
-            raise BadRequest(
-                f"content parts of type {kind!r} are not supported by this model, only text: {self.info.name} takes no "
-                "images, only texts",
-                param="messages",
-            )
-        return self.pictures
-
-    def apply_template(self, messages: list[dict[str, Any]], template: str | None, kwargs: Mapping[str, Any]) -> str:
-        """Render `messages` by `template` (default: the tokenizer's).
-
-        Raises:
-            BadRequest: the template refuses them.
-        """
-        from cenote.pipeline import templates
-
-        meter = templates.Meter(self.bounds.template_steps, self.bounds.template_seconds)
-        try:
-            return templates.apply(self.tokenizer, messages, template, {**self.template_defaults, **kwargs}, meter)
-        except Exception as error:  # anything: a template is a program
-            reason = str(error) or type(error).__name__
-            raise BadRequest(f"the chat template refuses these messages: {reason}", param="messages") from error
 
     def tokenize_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[Ids]:
         """Return the token ids of each of `texts`, of any length."""

@@ -104,17 +104,15 @@ class Serving:
             optional(Path, config.allowed_local_media_path), hosts=hosts, trusts_kwargs=config.trust_request_mm_kwargs
         )
         read_ids = token_ids.reader(config)
+        bounds = Bounds(
+            config.max_request_tokens,
+            config.max_text_characters,
+            config.max_template_steps,
+            config.max_template_seconds,
+            config.max_picture_bytes,
+        )
         for view in self.models.views:
-            view.renderer.bounds = Bounds(
-                config.max_request_tokens,
-                config.max_text_characters,
-                config.max_template_steps,
-                config.max_template_seconds,
-                config.max_picture_bytes,
-            )
-            view.renderer.template_defaults = config.default_chat_template_kwargs
-            view.renderer.allow(access)
-            view.renderer.read_ids = read_ids(view.renderer)
+            view.renderer.restrict(bounds, access, config.default_chat_template_kwargs, read_ids(view.renderer))
         self.paths: dict[str, list[str]] = {}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="cenote-render")
         self._desk: Desk | None = None

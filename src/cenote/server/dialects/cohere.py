@@ -195,7 +195,7 @@ def _prompts(serving: Serving, service: Service, body: EmbedRequest) -> tuple[li
         return body.illustrated() or list(body.texts or ()), options._replace(prompt=applied)
     _refuse_images(service, body)
     if inputs and renderer.tokenizer.chat_template:
-        prompts: list[str | Illustrated] = [renderer.chat_text(_messages(entry, applied)) for entry in inputs]
+        prompts: list[str | Illustrated] = [renderer.conversations.text(_messages(entry, applied)) for entry in inputs]
         unprompted = replace(applied, text="")
         return prompts, options._replace(prompt=unprompted, add_special_tokens=False, rendered=True)
     return [*(body.texts or (entry.text for entry in inputs))], options._replace(prompt=applied)

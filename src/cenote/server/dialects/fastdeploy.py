@@ -123,7 +123,7 @@ def _job(serving: Serving, service: Service, body: RewardRequest) -> Job[list[Ou
     if prompt is None:
         body.chat_template = body.chat_template or None
         chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
-        prompt = service.renderer.chat(body.messages, chat, body.mm_processor_kwargs)  # type: ignore[arg-type]
+        prompt = service.renderer.conversations.prompt(body.messages, chat, body.mm_processor_kwargs)  # type: ignore[arg-type]
         options = options._replace(rendered=True)
     params = PoolingParams(use_activation=body.use_activation)
     return operations.reward(service, [prompt], params, options, of_tokens=False)  # the last token is judged

@@ -202,7 +202,7 @@ def _tokens(serving: Serving, service: Service, body: TokenizeRequest) -> list[i
         special = coalesce(special, True)
     else:
         chat = body.tokenized_chat(trust_template=serving.config.trust_request_chat_template)
-        content = service.renderer.chat(body.messages, chat, body.mm_processor_kwargs)
+        content = service.renderer.conversations.prompt(body.messages, chat, body.mm_processor_kwargs)
     text = content if isinstance(content, str) else "".join(content.texts)
     serving.check_size(text, "prompt" if body.messages is None else "messages")
     if isinstance(content, str):

@@ -111,7 +111,7 @@ async def multimodal(serving: Serving, request: Request, body: MultimodalRequest
     serving.check_count(len(body.inputs))
 
     def make() -> Job[Response]:
-        prompts = [service.renderer.of_parts(entry.content) for entry in body.inputs]
+        prompts = [service.renderer.conversations.of_parts(entry.content) for entry in body.inputs]
         job = operations.encode(service, prompts, "embed", params, options)
         count = sizes.numbers(service.info, job.sequences)
         sizes.check(serving.config.max_response_bytes, count, sizes.FORMS[body.output_dtype])

@@ -89,7 +89,7 @@ def _illustrated(service: Service, body: Inputs, prompt: Any) -> Any:
         return prompt
     if PLAIN in prompt and service.renderer.pictures is None:
         return prompt[PLAIN]
-    return service.renderer.of_parts(prompt[CONTENT], body.mm_processor_kwargs)
+    return service.renderer.conversations.of_parts(prompt[CONTENT], body.mm_processor_kwargs)
 
 
 def prompts_of(
@@ -109,5 +109,5 @@ def prompts_of(
     serving.check_count(len(conversations))  # before any is rendered
     chat = body.chat_options(trust_template=serving.config.trust_request_chat_template)
     kwargs = body.mm_processor_kwargs
-    prompts = [service.renderer.chat(conversation, chat, kwargs) for conversation in conversations]
+    prompts = [service.renderer.conversations.prompt(conversation, chat, kwargs) for conversation in conversations]
     return prompts, options._replace(rendered=True)

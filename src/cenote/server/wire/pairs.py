@@ -232,7 +232,7 @@ def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq
     parts = content if isinstance(content, list) else []
     if "content" in item and service.renderer.pictures is not None and media_type([item]):
         try:
-            return service.renderer.of_parts(parts, body.mm_processor_kwargs)
+            return service.renderer.conversations.of_parts(parts, body.mm_processor_kwargs)
         except BadRequest as error:  # which knows of messages, not of sides
             raise BadRequest(error.message, param=side) from None
     lines = [line for part in parts for line in _lines(part, fields)]
