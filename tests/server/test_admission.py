@@ -117,6 +117,22 @@ def test_a_request_waits_for_as_much_of_another_as_it_has_itself() -> None:
         assert line.wait(1000 * batch) == pytest.approx(8.25)
 
 
+def test_of_each_request_a_batch_at_most_comes_before_a_short_one() -> None:
+    """Also of two that are counted together, one shorter than a batch and one longer."""
+    clock = Clock()
+    line = EngineLine(INFO, clock)
+    batch = line.batch
+    shorter, longer = batch - batch // 8, batch + batch // 8
+    assert shorter.bit_length() == longer.bit_length(), "no power of two lies between them"
+    with ExitStack() as places:
+        filled(line, 100 * batch, batch, places)
+        worked(line, clock, batch)
+    with line.enter(0) as first, line.enter(0) as second:
+        first.queue(shorter)
+        second.queue(longer)
+        assert line.wait() == pytest.approx((shorter + batch) / batch)
+
+
 def test_what_is_not_rendered_says_nothing_of_the_engine_s_pace() -> None:
     clock = Clock()
     line = EngineLine(INFO, clock)

@@ -227,7 +227,7 @@ class EngineLine(Line):
         self.most = BULK * self.batch
         self._counts = [0] * (self.most.bit_length() + 1)
         self._tokens = [0] * (self.most.bit_length() + 1)
-        self._before_short = 0  # tokens that come before a request of at most a batch
+        self._before_short = 0  # tokens that come before a request of at most a batch: of each one a batch at most
 
     @property
     def tokens(self) -> int:
@@ -249,19 +249,29 @@ class EngineLine(Line):
         """Return the tokens of a class that come before a request, of each request at most `share`."""
         return min(self._tokens[place], self._counts[place] * share)
 
-    def count(self, tokens: int, by: int) -> None:
-        """Count a request of so many tokens, or no longer.
+    def count(self, tokens: int, instead: int | None = None) -> None:
+        """Count a request.
 
         Args:
-            tokens: at most `most`.
-            by: 1 or -1.
+            tokens: of it, at most `most`.
+            instead: number under which it is counted already.
         """
         with self._lock:
-            place = tokens.bit_length()
-            before = self._before(place, self.batch)
-            self._counts[place] += by
-            self._tokens[place] += by * tokens
-            self._before_short += self._before(place, self.batch) - before
+            if instead is not None:
+                self._add_request(instead, -1)
+            self._add_request(tokens, 1)
+
+    def leave(self, tokens: int) -> None:
+        """Count a request of so many tokens no longer."""
+        with self._lock:
+            self._add_request(tokens, -1)
+
+    def _add_request(self, tokens: int, by: int) -> None:
+        """Add a request, or take it away. Under the lock."""
+        place = tokens.bit_length()
+        self._counts[place] += by
+        self._tokens[place] += by * tokens
+        self._before_short += by * min(tokens, self.batch)
 
 
 class EnginePlace:
@@ -283,13 +293,12 @@ class EnginePlace:
         self._left = 0
         self._mean = 0.0
         self._future: weakref.ref[Future[Any]] | None = None
-        line.count(self._tokens, 1)
+        line.count(self._tokens)
 
     def queue(self, tokens: int, sequences: int = 1) -> None:
         """Note that the engine has the request, how many tokens it has indeed, and in how many sequences."""
-        self._leave()
-        self._tokens = min(self._line.most, tokens)
-        self._line.count(self._tokens, 1)
+        guess, self._tokens = self._tokens, min(self._line.most, tokens)
+        self._line.count(self._tokens, guess)
         self._queued = Place(self._line, self._tokens)
         self._left = tokens
         self._mean = tokens / max(1, sequences)
@@ -316,16 +325,13 @@ class EnginePlace:
         if self._queued is not None:
             self._queued.shrink(self._left)
 
-    def _leave(self) -> None:
-        self._line.count(self._tokens, -1)
-        if self._queued is not None:
-            self._queued.resize(0)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._leave()
+        self._line.leave(self._tokens)
+        if self._queued is not None:
+            self._queued.resize(0)
 
 
 class Held:
