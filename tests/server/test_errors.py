@@ -291,6 +291,18 @@ def test_body_too_large_in_chunks(serve: Serve) -> None:
     assert answer.json()["error"]["message"] == "the request body has more than the 100 bytes that are allowed"
 
 
+def test_a_route_without_a_body_reads_none(serve: Serve) -> None:
+    """Nor does it need a key, so that a body is nothing that a stranger could fill memory with."""
+    client = serve(max_body_bytes=100, api_key=["secret"])
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b" " * 1000
+
+    assert client.post("/ping", content=chunks()).status_code == 200
+    assert client.post("/none", content=chunks()).status_code == 401
+
+
 @pytest.mark.parametrize(
     "body",
     [{"input": ["a"] * 4}, {"input": [[5]] * 4}, {"messages": [SAID] * 4}],

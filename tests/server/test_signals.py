@@ -37,7 +37,7 @@ sys.stdin.read()
 sys.exit(server.status)
 """
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-HALF = b"POST /ping HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab"
+HALF = b"POST /unknown HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab"
 
 
 class Process:

@@ -119,18 +119,9 @@ class Application:
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
         self.table = Table(dialects, self._serving.models.names)
         self.under_way = UnderWay()
-        router = Router(default=self._respond, redirect_slashes=False, lifespan=self._lifespan)
+        others = Router(default=_close, redirect_slashes=False, lifespan=self._lifespan)
         self.admission = self._serving.admission if serving is None else Admission([], config)
-        gate = Gate(
-            router,
-            config,
-            self.under_way,
-            self.admission,
-            self._error_body,
-            self._is_open,
-            self._is_known,
-            self._is_shared,
-        )
+        gate = Gate(self._respond, others, config, self.under_way, self.admission, self._find, self._error_body)
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
     def operations(self) -> Application:
@@ -164,17 +155,15 @@ class Application:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the route of a request and answer it, errors in the body of its dialect."""
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1000})
-            return
-        match = self._match(scope)
+        match = self._find(scope)
         scope["route_path"] = match.path if match else "other"
         request = Request(scope, receive, send)
         value = None
         try:
             if match is None:
                 raise self._unknown(scope)
-            value = await self._value(match, request)
+            if match.takes_body:
+                value = await self._parsed(request, partial(parse, scope["state"]["body"]))
             response = await self._answer(match, value, request)
         except errors.Failures as error:
             response = errors.respond(error, self._error_body(scope, value), value)
@@ -183,8 +172,8 @@ class Application:
             response = errors.respond(error, self._error_body(scope, value))
         await response(scope, receive, send)
 
-    def _match(self, scope: Scope) -> Match | None:
-        """Return the routes of a request, which are looked up once."""
+    def _find(self, scope: Scope) -> Match | None:
+        """Return the routes of a request, which are looked up once; `None` if it has none."""
         if MATCH not in scope:
             scope[MATCH] = self.table.match(scope["method"], self._path(scope))
         match: Match | None = scope[MATCH]
@@ -192,23 +181,9 @@ class Application:
 
     def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
         """Return the function that makes the body of an error in the dialect of a request with the body `value`."""
-        match = self._match(scope)
+        match = self._find(scope)
         dialect = match.dialect(value) if match else self.table.dialect(self._path(scope))
         return dialect.error
-
-    def _is_open(self, scope: Scope) -> bool:
-        """Return whether a request needs no key."""
-        match = self._match(scope)
-        return match is not None and match.default.route.is_open
-
-    def _is_known(self, scope: Scope) -> bool:
-        """Return whether a request has a route."""
-        return self._match(scope) is not None
-
-    def _is_shared(self, scope: Scope) -> bool:
-        """Return whether the path of a request is one of several dialects, of which the body tells."""
-        match = self._match(scope)
-        return match is not None and len(match.entries) > 1
 
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""
@@ -225,16 +200,9 @@ class Application:
             return HTTPException(404, "Not Found")
         return HTTPException(405, "Method Not Allowed", {"Allow": ", ".join(allowed)})
 
-    async def _value(self, match: Match, request: Request) -> Any:
-        """Return the parsed body of a request; `None` if its route takes none."""
-        if all(entry.route.body is None for entry in match.entries):
-            return None
-        content = await request.body()
-        return await self._parsed(request, lambda: parse(content))
-
     async def _parsed(self, request: Request, work: Callable[[], Any]) -> Any:
         """Return the result of work on a body, off the event loop if the body is large."""
-        if request.state.body_bytes <= LARGE:
+        if request.scope["state"]["body_bytes"] <= LARGE:
             return work()
         return await self._serving.in_pool("parse", work)
 
@@ -242,7 +210,7 @@ class Application:
         entry = match.entry(value)
         entry.check(value)
         route = entry.route
-        request.state.model = match.model
+        request.scope["state"]["model"] = match.model
         body = None
         if route.body is not None:
             body = await self._parsed(request, partial(validate, value, route.body, self._limits))
@@ -254,14 +222,20 @@ class Application:
 
         An adapter that it names besides takes the model's place.
         """
-        named = of_path or getattr(body, "model", None)
+        of_body = getattr(body, "model", None)
+        named = of_path or of_body
         adapter = getattr(body, "adapter", None)
         if adapter:
             named = self._serving.models.adapted(named, adapter)
         if not named and purpose:
             named = self._serving.models.made_for(purpose)
-        if "model" in type(body).model_fields:
+        if named != of_body and "model" in type(body).model_fields:
             body.model = named
+
+
+async def _close(scope: Scope, receive: Receive, send: Send) -> None:
+    """End a connection of a protocol that is not served."""
+    await send({"type": "websocket.close", "code": 1000})
 
 
 def _paths(dialects: Sequence[Dialect]) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """The gate that every request passes before its route: request id, API key, content type, admission, body limit,
 metrics.
 
-Plain ASGI, so that a handler can still see the client leave. The body is read here, bounded, and replayed.
+Plain ASGI, so that a handler can still see the client leave. The body is read here, bounded, and is `body` in the
+state of the scope.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from cenote import metrics
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.server.admission import Admission
     from cenote.server.errors import Fault
+    from cenote.server.table import Match
 
     ErrorBody = Callable[[Fault], dict[str, Any]]
     """Makes the body of an error in the shape of a dialect."""
@@ -99,18 +101,18 @@ class _Reply:
         status: of the answer; 500 until it is started.
     """
 
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
-        self._headers = headers
+        self._request_id = (b"x-request-id", request_id.encode())
         self.is_started = False
         self.status = 500
 
     async def __call__(self, message: Message) -> None:
-        """Send a message of the answer, the first one with further headers."""
+        """Send a message of the answer, the first one with the id of the request."""
         if message["type"] == "http.response.start":
             self.is_started = True
             self.status = message["status"]
-            MutableHeaders(scope=message).update(self._headers)
+            message = {**message, "headers": [*message["headers"], self._request_id]}
         await self._send(message)
 
 
@@ -148,51 +150,53 @@ class Gate:
     """ASGI middleware. Answers requests that it refuses by itself, in the error shape of their dialect.
 
     Args:
-        error_body: of a request's dialect, which the JSON value of its body may tell.
-        is_open: whether a request needs no key.
-        is_known: whether a request has a route.
-        is_shared: whether the path of a request is one of several dialects.
-
-    Attributes:
+        app: answers requests.
+        others: answers connections of other protocols, and of the server itself.
+        config: of the server.
         under_way: requests whose body is read or whose answer is not sent.
         admission: decides which requests may wait.
+        find: returns the routes of a request; `None` if it has none.
+        error_body: of a request's dialect, which the JSON value of its body may tell.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        others: ASGIApp,
         config: ServerConfig,
         under_way: UnderWay,
         admission: Admission,
+        find: Callable[[Scope], Match | None],
         error_body: Callable[[Scope, Any], ErrorBody],
-        is_open: Callable[[Scope], bool],
-        is_known: Callable[[Scope], bool],
-        is_shared: Callable[[Scope], bool],
     ) -> None:
         self.app = app
+        self.others = others
         self.config = config
         self.under_way = under_way
         self.admission = admission
+        self._find = find
         self._error_body = error_body
-        self._is_open = is_open
-        self._is_known = is_known
-        self._is_shared = is_shared
         self._keys = [key.encode() for key in config.api_key]
 
     def counts(self, scope: Scope) -> bool:
         """Return whether a request is in the metrics: those about health and load are not."""
         return not (scope["path"] in UNCOUNTED or self._is_open(scope))
 
+    def _is_open(self, scope: Scope) -> bool:
+        """Return whether a request needs no key."""
+        match = self._find(scope)
+        return match is not None and match.default.route.is_open
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self.others(scope, receive, send)
             return
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id")
         number = new_id()
         scope.setdefault("state", {}).update(request_id=request_id, new_id=number, body_bytes=0)
-        reply = _Reply(send, {"X-Request-Id": _ascii(echo(request_id)) or number})
+        reply = _Reply(send, _ascii(echo(request_id)) if request_id else number)
         if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
             return
@@ -215,17 +219,17 @@ class Gate:
 
     async def _answer(self, scope: Scope, headers: Headers, incoming: _Incoming, send: Send) -> None:
         held = Held(self.admission)
-        receive: Receive = incoming
         try:
-            self._check(scope, headers)
+            declared = _length(headers)
+            self._check(scope, headers, declared)
             if scope["method"] == "POST":
-                receive = await self._body(scope, headers, incoming, held)
+                scope["state"]["body"] = await self._body(scope, declared, incoming, held)
         except CenoteError as error:
             held.release()
             await self._refuse(error, scope, incoming, send)
             return
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, incoming, send)
         finally:
             held.release()
 
@@ -250,14 +254,15 @@ class Gate:
         """Receive the body of a refused request if it is small, and its keys may tell the dialect."""
         headers = Headers(scope=scope)
         is_small = 0 < _length(headers) <= PEEKED and "expect" not in headers
-        if not is_small or "refusal" in scope["state"] or not self._is_shared(scope):
+        match = self._find(scope)
+        if not is_small or "refusal" in scope["state"] or match is None or not match.is_shared:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
                 while not incoming.is_whole:
                     await incoming()
 
-    def _check(self, scope: Scope, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers, declared: int) -> None:
         """Raise `CenoteError` for a request that its connection refuses, without a key, or at a bad time."""
         if self._is_open(scope):
             return
@@ -268,9 +273,9 @@ class Gate:
             self._check_key(next(filter(None, map(headers.get, KEY_HEADERS)), ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind not in JSON_TYPES and self._is_known(scope):
+            if kind not in JSON_TYPES and self._find(scope) is not None:
                 raise _UnsupportedMediaType("Unsupported Media Type: Only 'application/json' is allowed")
-            self.admission.check(_length(headers))
+            self.admission.check(declared)
 
     def _check_key(self, authorization: str) -> None:
         scheme, _, token = authorization.partition(" ")
@@ -278,10 +283,24 @@ class Gate:
         if not any(hmac.compare_digest(key, valid) for valid in self._keys):
             raise Unauthorized("missing or wrong API key")
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive, held: Held) -> Receive:
-        """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""
+    async def _body(self, scope: Scope, declared: int, receive: Receive, held: Held) -> bytes:
+        """Return the whole body, at most the limit, and note its size; nothing where no route takes one.
+
+        Args:
+            scope: of the request.
+            declared: bytes, by its head.
+            receive: gives the parts of the body.
+            held: counts them.
+
+        Raises:
+            BodyTooLarge: it has more bytes than are allowed.
+            Overloaded: all bodies together have.
+            CenoteError: it is sent too slowly.
+        """
+        match = self._find(scope)
+        if match is not None and not match.takes_body:
+            return b""
         limit = self.config.max_body_bytes
-        declared = _length(headers)
         if declared > limit:
             raise BodyTooLarge(f"the request body has {declared} bytes; at most {limit} are allowed")
         chunks: list[bytes] = []
@@ -296,17 +315,12 @@ class Gate:
             if held.size > limit:
                 raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
         scope["state"]["body_bytes"] = held.size
-        pending: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
-
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
-
-        return replay
+        return b"".join(chunks)
 
 
-def _ascii(text: str | None) -> str:
+def _ascii(text: str) -> str:
     """Return a text for a header: other characters, which not all clients can read there, become question marks."""
-    return (text or "").encode("ascii", errors="replace").decode()
+    return text.encode("ascii", errors="replace").decode()
 
 
 def _length(headers: Headers) -> int:

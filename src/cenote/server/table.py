@@ -95,13 +95,30 @@ class Match:
     @cached_property
     def default(self) -> Entry:
         """The route for a body without keys."""
-        return self.entry({})
+        return self._nearest({})
+
+    @cached_property
+    def takes_body(self) -> bool:
+        """Whether a route takes a body."""
+        return any(entry.route.body is not None for entry in self.entries)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several dialects have the path, of which the body tells."""
+        return len(self.entries) > 1
+
+    @cached_property
+    def _telling(self) -> frozenset[str]:
+        """Keys of which one at least is in every body that is not for the default route."""
+        return frozenset().union(*(entry.route.marks | entry.route.either for entry in self.entries))
 
     def entry(self, body: Any = None) -> Entry:
         """Return the route for a parsed body."""
-        if len(self.entries) == 1:
-            return self.entries[0]
-        fields = body if isinstance(body, dict) else {}
+        if not isinstance(body, dict) or self._telling.isdisjoint(body):
+            return self.default
+        return self._nearest(body)
+
+    def _nearest(self, fields: Mapping[str, Any]) -> Entry:
         return min(self.entries, key=lambda entry: entry.route.distance(fields))
 
     def dialect(self, body: Any = None) -> Dialect:
