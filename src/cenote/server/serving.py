@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -192,7 +192,8 @@ class Serving:
             HTTPException: the client left.
         """
         began = time.monotonic()
-        size = request.state.body_bytes
+        state = request.scope["state"]
+        size = state["body_bytes"]
         self.admission.check_model(service, size)
         line = self.admission.line(service)
         self.running += 1
@@ -207,9 +208,9 @@ class Serving:
                 service.renderer.bounds.check(job.sequences)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
-                place.queue(job.tokens, len(job.sequences))
-                request.state.render_seconds = time.monotonic() - began
-                request.state.tokens = job.tokens
+                tokens = job.tokens
+                place.queue(tokens, len(job.sequences))
+                state.update(render_seconds=time.monotonic() - began, tokens=tokens)
                 outputs = await self._outputs(request, service, job, place)
         finally:
             self.running -= 1
@@ -399,14 +400,14 @@ def _resolve(answer: asyncio.Future[T], future: Future[T]) -> None:
     """End `answer` as `future` ended, unless it has ended already."""
     if answer.done():
         return
-    if future.cancelled():
+    try:
+        result = future.result()
+    except CancelledError:
         answer.cancel()
-        return
-    error = future.exception()
-    if error is not None:
+    except BaseException as error:
         answer.set_exception(error)
     else:
-        answer.set_result(future.result())
+        answer.set_result(result)
 
 
 def _numbers(outputs: Iterable[Output]) -> int:
@@ -433,8 +434,8 @@ def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
 
 def request_id(request: Request, of_body: str | None) -> str:
     """Return the header `X-Request-Id`, else the body's `request_id`, else the one that the answer's header has."""
-    state = request.state
-    return echo(state.request_id or of_body) or str(state.new_id)
+    state = request.scope["state"]
+    return echo(state["request_id"] or of_body) or str(state["new_id"])
 
 
 def new_id() -> str:

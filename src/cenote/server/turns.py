@@ -51,6 +51,11 @@ class Turns:
 
     async def wait(self) -> None:
         """Wait for a turn with room. What the caller does until it waits the next time is the work."""
+        if not self._is_counting:
+            self._count()
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
         turn: asyncio.Future[None] = self._loop.create_future()
         self.call(partial(_end, turn))
         await turn

@@ -49,11 +49,12 @@ class EmbeddingRequest(TypedFields):
         """Take inputs that are objects as texts, or where one has a picture as content parts; messages have a role."""
         if not isinstance(values, dict) or values.get("input") is None:
             return values
-        return {**values, "input": items.read(values["input"], values.get("modality"))}
+        inputs = items.read(values["input"], values.get("modality"))
+        return values if inputs is values["input"] else {**values, "input": inputs}
 
     @model_validator(mode="after")
     def _one_activation(self) -> EmbeddingRequest:
-        if self.use_activation is None:
+        if self.use_activation is None and self.normalized is not None:
             self.use_activation = self.normalized
         return self
 

@@ -53,7 +53,7 @@ def _no_words(value: Any, read: Callable[[Any], list[int]]) -> list[int]:
 
 _WORDS = {str, bool}
 TokenIds = Annotated[list[int], Field(fail_fast=True), WrapValidator(_no_words)]
-TextInput = TokenIds | Many[TokenIds] | str | Many[str]
+TextInput = str | Many[str] | TokenIds | Many[TokenIds]
 _SALT = re.compile(r"[@/\\\0]")
 
 
@@ -92,7 +92,7 @@ class Body(BaseModel):
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
         """Leave out fields that are null and have another default: some clients name every field."""
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or None not in values.values():
             return values
         return {name: value for name, value in values.items() if value is not None or name not in _defaulted(cls)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class TypedFields(PoolingFields):
 
     @model_validator(mode="after")
     def _types(self) -> TypedFields:
-        fields = self._fields()
+        fields = self._type_fields
         if not fields:
             return self
         field = fields[0]
@@ -87,6 +88,8 @@ class TypedFields(PoolingFields):
 
     def vector_types(self) -> tuple[VectorType, ...]:
         """Return the small forms of the request, each once; none if `encoding_format` alone is the form."""
+        if not self._type_fields:
+            return ()
         forms = self._forms()
         return () if forms in ENCODINGS else forms
 
@@ -99,7 +102,7 @@ class TypedFields(PoolingFields):
         types = self.vector_types()
         if not types:
             return None
-        field = self._fields()[0]
+        field = self._type_fields[0]
         if "embed" not in tasks:
             raise BadRequest(
                 f"`{field}` is for dense embeddings (task 'embed'), and the task is {' and '.join(map(repr, tasks))}",
@@ -109,14 +112,15 @@ class TypedFields(PoolingFields):
         as_base64 = self.encoding_format == "base64"
         return lambda vectors: typed_values(vectors, types, ranges, as_base64=as_base64)
 
-    def _fields(self) -> list[str]:
-        """Return the names of the fields that ask for types."""
+    @cached_property
+    def _type_fields(self) -> list[str]:
+        """Names of the fields that ask for types."""
         return [name for name in SPELLINGS if getattr(self, name)]
 
     def _forms(self) -> tuple[VectorType, ...]:
         """Return the types of the request, each once, without kinds of embeddings."""
         names: list[Any] = []
-        for field in self._fields():
+        for field in self._type_fields:
             value = getattr(self, field)
             names += [value] if isinstance(value, str) else value
         return tuple(dict.fromkeys(filter(VECTOR_TYPES.__contains__, names)))
