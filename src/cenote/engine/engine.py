@@ -49,6 +49,8 @@ HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 LAST_FORWARDS = 5.0
 """Seconds that the other streams of an engine that is lost have to end."""
+TICK = 0.1
+"""Seconds between looks at the fault of an engine that ends."""
 REST, LONG_WORK = 2.0, 10.0
 """Seconds without work, and seconds of work with pauses, after which freed memory goes back to the system."""
 
@@ -299,8 +301,14 @@ class LocalEngine:
         _RUNNING.discard(self)
         for thread in self._threads:
             if thread is not threading.current_thread():  # an owner may be garbage-collected there
-                thread.join(LAST_FORWARDS if self.fault else None)
+                self._join(thread)
         self._watchdog.stop()
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Wait until a device thread ends; from a fault on, which may come meanwhile, at most `LAST_FORWARDS`."""
+        while thread.is_alive() and not self.fault:
+            thread.join(TICK)
+        thread.join(LAST_FORWARDS)
 
     def _make_room(self, count: int) -> None:
         """Raise `Overloaded` if `count` more sequences may not wait; cancelled ones are dropped first."""
