@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -482,6 +485,53 @@ def test_a_host_that_closes_has_a_bound(seam: Seam) -> None:
     error = answer.exception(PATIENCE)
     assert isinstance(error, Closed)
     assert str(error) == "the engine dropped the request"
+
+
+SCARCE = """
+import contextlib, json, logging, os, resource, socket, sys, time
+from cenote.engine.fake import FakeEngine
+from cenote.engine.host import TICK, Host
+from cenote.engine.remote import RemoteEngine
+
+class Log(logging.Handler):
+    lines = []
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+logging.getLogger("cenote.engine.host").addHandler(Log())
+host = Host(FakeEngine(), sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+taken = []
+with contextlib.suppress(OSError):
+    while True:
+        taken.append(os.dup(0))
+os.close(taken.pop())
+late = socket.socket(socket.AF_UNIX)
+late.settimeout(float(sys.argv[2]))
+late.connect(sys.argv[1])
+while not Log.lines:
+    time.sleep(TICK / 10)
+time.sleep(5 * TICK)
+for number in taken:
+    os.close(number)
+greeted = bool(late.recv(1))
+front = RemoteEngine(sys.argv[1])
+print(json.dumps([greeted, front.healthy(), host.fronts, Log.lines]))
+front.close()
+host.close()
+"""
+"""A host whose process has no descriptor left for a front, until others are given back."""
+
+
+def test_a_lack_of_descriptors_passes(seam: Seam) -> None:
+    command = [sys.executable, "-c", SCARCE, str(seam.path), str(PATIENCE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    greeted, is_healthy, fronts, lines = json.loads(done.stdout)
+    assert greeted, "who connected meanwhile has waited in the queue of the socket"
+    assert is_healthy
+    assert fronts == 2
+    assert lines == ["fronts cannot connect for now: [Errno 24] Too many open files"]
 
 
 def test_a_closed_front_refuses_and_leaves_the_engine_alone(seam: Seam) -> None:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK = 0.1
-"""Seconds between looks at the engine."""
+"""Seconds between looks at the engine, and between attempts to accept a front."""
 
 
 class Host:
@@ -77,7 +77,7 @@ class Host:
         self._doctor = ThreadPoolExecutor(1, thread_name_prefix="cenote-health")
         self._listener = listening_at(self._path)
         self._inode = self._path.stat().st_ino
-        self._is_closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._accept, name="cenote-host", daemon=True)
         self._thread.start()
 
@@ -105,9 +105,9 @@ class Host:
         Returns:
             Whether the engine has ended well; otherwise it has a fault, or hangs in a forward.
         """
-        if self._is_closing:
+        if self._closing.is_set():
             return True
-        self._is_closing = True
+        self._closing.set()
         if self._path.exists() and self._path.stat().st_ino == self._inode:  # no other host has taken the place
             self._path.unlink()
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -132,13 +132,18 @@ class Host:
         return not fault
 
     def _accept(self) -> None:
-        while True:
+        """Take fronts until the host closes; those that come while it has no descriptor for them wait."""
+        is_failing = False
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if not self._is_closing:
-                    log.error("fronts can connect no more: %s", error)
-                return
+                if not is_failing and not self._closing.is_set():
+                    log.error("fronts cannot connect for now: %s", error)
+                is_failing = True
+                self._closing.wait(TICK)
+                continue
+            is_failing = False
             front = _Front(connection, self._engine, self._card, self._doctor)
             with self._lock:
                 self._fronts.add(front)
