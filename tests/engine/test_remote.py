@@ -534,6 +534,16 @@ def test_a_lack_of_descriptors_passes(seam: Seam) -> None:
     assert lines == ["fronts cannot connect for now: [Errno 24] Too many open files"]
 
 
+def test_closing_twice_says_twice_how_it_ended(seam: Seam) -> None:
+    engine = FakeEngine()
+    host = seam.host(engine)
+    assert host.close()
+    assert host.close()
+    hung = seam.host(FakeEngine(fault="the device hangs"))
+    assert not hung.close()
+    assert not hung.close()
+
+
 def test_a_closed_front_refuses_and_leaves_the_engine_alone(seam: Seam) -> None:
     engine = FakeEngine(held=True)
     host = seam.host(engine)

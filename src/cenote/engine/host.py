@@ -78,6 +78,7 @@ class Host:
         self._listener = listening_at(self._path)
         self._inode = self._path.stat().st_ino
         self._closing = threading.Event()
+        self._trouble = ""
         self._thread = threading.Thread(target=self._accept, name="cenote-host", daemon=True)
         self._thread.start()
 
@@ -106,7 +107,7 @@ class Host:
             Whether the engine has ended well; otherwise it has a fault, or hangs in a forward.
         """
         if self._closing.is_set():
-            return True
+            return not self._trouble
         self._closing.set()
         if self._path.exists() and self._path.stat().st_ino == self._inode:  # no other host has taken the place
             self._path.unlink()
@@ -126,10 +127,10 @@ class Host:
             front.close()
         self._doctor.shutdown(wait=False)
         hangs = "the process does not end by itself: something hangs" if ending.is_alive() else ""
-        fault = self.fault or hangs
-        if fault:
-            log.critical("%s", fault)
-        return not fault
+        self._trouble = self.fault or hangs
+        if self._trouble:
+            log.critical("%s", self._trouble)
+        return not self._trouble
 
     def _accept(self) -> None:
         """Take fronts until the host closes; those that come while it has no descriptor for them wait."""
