@@ -439,6 +439,32 @@ def test_sending_to_a_front_that_does_not_read_does_not_block(seam: Seam) -> Non
     frames.close()
 
 
+class Ended:
+    """A socket that takes nothing at once; the connection ends as soon as the rest was sent."""
+
+    channel: Channel[Any]
+
+    def send(self, _: memoryview, __: int) -> int:
+        raise BlockingIOError
+
+    def sendall(self, _: memoryview) -> None:
+        self.channel._end()
+
+    def shutdown(self, _: int) -> None:
+        pass
+
+
+def test_a_connection_may_end_while_the_last_bytes_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    connection = Ended()
+    connection.channel = Channel(connection, wire.HOST_DECODER, wire.LARGEST_ANSWER)  # type: ignore[arg-type]
+    connection.channel.send(Hello("1"))
+    connection.channel._writer.join(PATIENCE)
+    assert not connection.channel._writer.is_alive()
+    assert raised == []
+
+
 def test_each_request_is_answered_once_however_it_ends(seam: Seam) -> None:
     """Hosts come and go under a load; each future ends, with an output or with `EngineGone`."""
     answered: Counter[int] = Counter()

@@ -283,6 +283,8 @@ class Channel(Generic[F]):
                 self._end()
                 return
             with self._ready:
+                if self._is_over:
+                    return
                 self._waiting.popleft()
                 self._ready.notify_all()
 
