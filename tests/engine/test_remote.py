@@ -401,6 +401,48 @@ def test_a_host_of_another_model_is_not_taken(seam: Seam, caplog: pytest.LogCapt
     assert sum("restart this server" in record.message for record in caplog.records) == 1
 
 
+def test_a_host_that_runs_the_same_model_in_another_way_is_taken(seam: Seam) -> None:
+    host = seam.host(about={"names": ["a"], "ranges": [[-0.25], [0.25]]})
+    front = seam.front()
+    sever(host)
+    info = FAKE_INFO.reported(
+        device="cuda:0",
+        layout="padded",
+        linears="int8",
+        shares_prefixes=True,
+        company="forwards are apart",
+        streams=3,
+        batch_tokens=2048,
+        warnings=("slow",),
+    )
+    seam.host(FakeEngine(info), {"names": ["a"], "ranges": [[-0.25], [0.2500001]]})
+    until(lambda: front.healthy() or "restart this server" in front._why_not)
+    assert front._why_not == remote.GONE
+    assert front.info.report == info.report, "its report is of the engine that runs"
+    assert front.about == {"names": ["a"], "ranges": [[-0.25], [0.25]]}, "codes of int8 stay the same"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"info": FAKE_INFO.reported(dtype="bfloat16")},
+        {"info": FAKE_INFO.reported(revision="abc")},
+        {"about": {"names": ["b"]}},
+        {"about": None},
+    ],
+    ids=["dtype", "revision", "names", "nothing"],
+)
+def test_a_host_that_answers_otherwise_is_not_taken(seam: Seam, changed: dict[str, Any]) -> None:
+    card = {"info": FAKE_INFO, "about": {"names": ["a"]}}
+    host = seam.host(about=card["about"])
+    front = seam.front()
+    sever(host)
+    card |= changed
+    seam.host(FakeEngine(card["info"]), card["about"])
+    until(lambda: front.healthy() or "restart this server" in front._why_not)
+    assert not front.healthy()
+
+
 def test_many_requests_of_many_fronts_get_each_their_own_answer(seam: Seam) -> None:
     seam.host()
     fronts = [seam.front() for _ in range(4)]

@@ -62,13 +62,13 @@ class Host:
     Args:
         engine: runs their requests; closed with the host.
         path: path of the socket. Its folder is made if there is none, for the user alone.
-        about: plain data that every front gets beside the model's `info`.
+        about: plain data by name that every front gets beside the model's `info`.
 
     Raises:
         ConfigError: the socket cannot be made, or another host listens there.
     """
 
-    def __init__(self, engine: Engine, path: str | Path, about: Any = None) -> None:
+    def __init__(self, engine: Engine, path: str | Path, about: dict[str, Any] | None = None) -> None:
         self._engine = engine
         self._card = Card(engine.info, about)
         self._path = Path(path)
