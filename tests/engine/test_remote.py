@@ -300,6 +300,10 @@ def test_an_error_that_is_none_of_ours_is_a_failure_of_the_engine(seam: Seam) ->
     assert str(caught) == "the engine failed: ZeroDivisionError: by zero"
 
 
+def chunked(*ends: int) -> Sequence:
+    return Sequence([1, 2, 3, 4], "token_embed", PoolingParams(late_chunking_params=LateChunkingParams(4, ends)))
+
+
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
@@ -310,6 +314,15 @@ def test_an_error_that_is_none_of_ours_is_a_failure_of_the_engine(seam: Seam) ->
         (Sequence([1, 1000]), "got a token id out of 0 to 999"),
         (Sequence([-1]), "got a token id out of 0 to 999"),
         (Sequence([1, 2], type_ids=[0]), "got 1 type ids for 2 tokens"),
+        (Sequence([1, 2], skip=-1), "got -1 skipped and 0 hidden of 2 tokens"),
+        (Sequence([1, 2], hidden=2), "got 0 skipped and 2 hidden of 2 tokens"),
+        (Sequence([1, 2], hidden=-1), "got 0 skipped and -1 hidden of 2 tokens"),
+        (Sequence([1, 2], keep=(0, 2)), "got a kept place out of 0 to 1"),
+        (Sequence([1, 2], keep=(-1,)), "got a kept place out of 0 to 1"),
+        *(
+            (chunked(*ends), "got chunks that end at .*, expected rising ends up to 4")
+            for ends in ((2, 10**6), (2, 3), (3, 2, 4), (2, 2, 4), (0, 4), (-1, 4), (5,))
+        ),
     ],
 )
 def test_what_no_renderer_makes_is_refused(seam: Seam, sequence: Sequence, message: str) -> None:
@@ -318,6 +331,25 @@ def test_what_no_renderer_makes_is_refused(seam: Seam, sequence: Sequence, messa
     with pytest.raises(BadRequest, match=message):
         seam.front().submit([Sequence([1]), sequence]).result(PATIENCE)
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        Sequence([1, 2], skip=3),  # a prompt of which an explicit side has cut a part
+        Sequence([1, 2], hidden=1),
+        Sequence([1, 2], task="token_embed", keep=()),
+        Sequence([1, 2], task="token_embed", keep=(1, 0)),
+        chunked(),
+        chunked(4),
+        chunked(1, 2, 4),
+    ],
+)
+def test_what_a_renderer_makes_is_run(seam: Seam, sequence: Sequence) -> None:
+    engine = FakeEngine()
+    seam.host(engine)
+    seam.front().submit([sequence]).result(PATIENCE)
+    assert len(engine.submitted) == 1
 
 
 def test_progress_crosses_as_counts(seam: Seam) -> None:

@@ -241,7 +241,8 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
     """Refuse sequences that no renderer makes: they could fail a batch, and with it the requests of others.
 
     Raises:
-        BadRequest: a task is not offered, there are no ids or too many, or one is outside the vocabulary.
+        BadRequest: a task is not offered, there are no ids or too many, one is outside the vocabulary, or another field
+            names tokens that there are not.
     """
     for sequence in sequences:
         foreign = {sequence.task, *sequence.also} - {*info.tasks}
@@ -254,6 +255,7 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
         if sequence.type_ids is not None:
             _check_types(sequence.type_ids, len(sequence.ids), info.type_vocab_size)
+        _check_rows(sequence)
         _check_media(sequence)
 
 
@@ -262,6 +264,22 @@ def _check_types(types: Seq[int], length: int, rows: int) -> None:
         raise BadRequest(f"got {len(types)} type ids for {length} tokens")
     if rows and (min(types) < 0 or max(types) >= rows):
         raise BadRequest(f"got a type id out of 0 to {rows - 1}")
+
+
+def _check_rows(sequence: Sequence) -> None:
+    """Refuse rows to pool that are not the sequence's: they would be those of its neighbours, or of no memory at all.
+
+    A prompt that pooling skips may be longer than a sequence that was cut.
+    """
+    length = len(sequence.ids)
+    if sequence.skip < 0 or not 0 <= sequence.hidden < length:
+        raise BadRequest(f"got {sequence.skip} skipped and {sequence.hidden} hidden of {length} tokens")
+    if set(coalesce(sequence.keep, ())).difference(range(length)):
+        raise BadRequest(f"got a kept place out of 0 to {length - 1}")
+    late = sequence.params.late_chunking_params
+    ends = () if late is None else late.ends
+    if ends and sorted({0, *ends, length}) != [0, *ends]:
+        raise BadRequest(f"got chunks that end at {ends}, expected rising ends up to {length}")
 
 
 def _check_media(sequence: Sequence) -> None:
