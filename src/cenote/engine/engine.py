@@ -314,9 +314,13 @@ class LocalEngine:
         """Raise `Overloaded` if `count` more sequences may not wait; cancelled ones are dropped first."""
         if not self._is_full(count):
             return
-        self._scheduler.drop_cancelled()
+        self._drop_cancelled()
         if self._is_full(count):
             raise self._overloaded(count)
+
+    def _drop_cancelled(self) -> None:
+        """Forget sequences whose request needs them no more. Under the lock."""
+        _count("dropped", self._scheduler.drop_cancelled())
 
     def _is_full(self, count: int) -> bool:
         depth = self._scheduler.depth
@@ -349,7 +353,8 @@ class LocalEngine:
         except BaseException as error:  # the thread is lost: nobody may wait for it
             began.abort()
             log.exception("the device thread died")
-            self._die(error, [*batch, *chain.from_iterable(run.batch for run in running)])
+            under_way = chain(batch, *(run.batch for run in running))
+            self._die(error, [*dict.fromkeys(under_way)])  # the last batch is under way, too
 
     def _wait(self, stream: _Stream) -> list[_Entry]:
         """Wait for the next batch of `stream`, which runs nothing; an empty one means that the engine closes."""
@@ -370,9 +375,7 @@ class LocalEngine:
     def _take(self, stream: _Stream) -> list[_Entry]:
         """Take a batch for `stream`, if there is one, and wake another stream for the rest."""
         with self._lock:
-            dropped = self._scheduler.drop_cancelled()
-            if dropped:
-                metrics.sequences_of("dropped").inc(dropped)
+            self._drop_cancelled()
             batch = self._scheduler.next_batch(stream.number) if stream in self._takers() else []
             if batch:
                 is_lone = len(batch) == 1 and not self._busy
@@ -465,11 +468,11 @@ class LocalEngine:
     def _answer(self, run: _Run, results: list[_Result]) -> None:
         """Hand the outputs of a run to its requests."""
         self._succeeded(run)
+        answered = [entry for entry, output in results if isinstance(output, Output)]
+        _count("done", answered)
         done: Counter[_Request] = Counter()
-        for entry, output in results:
-            if isinstance(output, Output):
-                done[entry.request] += len(entry.places)
-        metrics.sequences_of("done").inc(done.total())
+        for entry in answered:
+            done[entry.request] += len(entry.places)
         _note_finished(run.batch, time.monotonic() - run.began)
         for request, count in done.items():
             request.advance(count)
@@ -477,7 +480,7 @@ class LocalEngine:
             if isinstance(output, Output):
                 entry.request.put(entry.places, output)
             else:
-                self._failures.note(output, 1)
+                self._failures.note(output, _count("failed", [entry]))
                 entry.request.fail(output)
 
     def _succeeded(self, run: _Run) -> None:
@@ -516,12 +519,13 @@ class LocalEngine:
 
     def _run_again(self, part: list[_Entry]) -> BaseException | None:
         """Run a part of a failed batch and answer it; return the exception if it fails too."""
-        part = [entry for entry in part if not entry.request.cancelled()]
-        if not part:
+        awaited = [entry for entry in part if not entry.request.cancelled()]
+        _count("dropped", set(part).difference(awaited))
+        if not awaited:
             return None
         metrics.forwards_again.inc()
         try:
-            run = self._begin(part)
+            run = self._begin(awaited)
             results = self._finish(run)
         except BaseException as error:
             return error
@@ -530,7 +534,7 @@ class LocalEngine:
 
     def _fail(self, part: list[_Entry], error: BaseException) -> None:
         """Fail the requests of a sequence that failed alone, or of all that failed with the device."""
-        self._failures.note(error, len(part))
+        self._failures.note(error, _count("failed", part))
         failure = answer(error)
         _note_finished(part)
         for request in _requests(part):
@@ -552,8 +556,10 @@ class LocalEngine:
         with self._lock:
             self.fault = self.fault or fault
             self._closing = True
+            self._drop_cancelled()
             waiting = self._scheduler.drain()
             self._wake()
+        _count("failed", chain(lost, waiting))
         for request in _requests(lost):
             request.fail(failure)
         for request in _requests(waiting):
@@ -565,6 +571,13 @@ def _leave(scheduler: Scheduler[_Entry], request: weakref.ref[_Request], future:
     settled = request()  # a reference of its own would be a cycle, which keeps outputs until the garbage is collected
     if settled is not None and (future.cancelled() or future.exception() is not None):
         scheduler.cancel(settled)
+
+
+def _count(outcome: str, entries: Iterable[_Entry]) -> int:
+    """Count sequences that have ended in one way, equal ones of a request each by itself; return their number."""
+    number = sum(len(entry.places) for entry in entries)
+    metrics.sequences_of(outcome).inc(number)
+    return number
 
 
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:

@@ -226,9 +226,9 @@ class Scheduler(Generic[I]):
         """Note that the sequences of a request need not run. Any thread may call it, without a lock."""
         self._cancelled.append(request)
 
-    def drop_cancelled(self) -> int:
-        """Forget cancelled requests; return the number of sequences that need not run."""
-        dropped = 0
+    def drop_cancelled(self) -> list[I]:
+        """Forget cancelled requests; return their sequences, which need not run."""
+        dropped: list[I] = []
         while self._cancelled:
             waiting = self._waiting.get(self._cancelled.popleft())
             if waiting is not None:
@@ -239,13 +239,14 @@ class Scheduler(Generic[I]):
         """Forget all requests; return the sequences that waited."""
         drained: list[I] = []
         for waiting in [*self._waiting.values()]:
-            drained += waiting.items
-            self._forget(waiting)
+            drained += self._forget(waiting)
         return drained
 
     def next_batch(self, stream: int = 0) -> list[I]:
-        """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
-        self.drop_cancelled()
+        """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there.
+
+        Cancelled requests are dropped by `drop_cancelled`, not here.
+        """
         self.done(stream)
         lanes, tokens, is_long_bulk = self._admitted()
         is_mixed = self._is_mixed()
@@ -385,10 +386,10 @@ class Scheduler(Generic[I]):
             kept = [item for item in items if id(item) not in taken]
             waiting.replace(len(items), kept)
 
-    def _forget(self, waiting: _Waiting[I]) -> int:
-        """Remove a request; return the number of its sequences that were waiting."""
+    def _forget(self, waiting: _Waiting[I]) -> deque[I]:
+        """Remove a request; return its sequences that were waiting."""
         self._lane(waiting).remove(waiting)
         del self._waiting[waiting.request]
         self.depth -= len(waiting.items)
         self.tokens -= sum(map(len, waiting.items))
-        return len(waiting.items)
+        return waiting.items
