@@ -571,6 +571,24 @@ def test_the_batch_of_a_dead_device_thread_is_counted_once() -> None:
     assert outcomes() - before == {"failed": 2}
 
 
+class Uncopied(np.ndarray):
+    """A vector for whose copy there is no memory."""
+
+    def copy(self, order: object = "C") -> np.ndarray:
+        raise MemoryError
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_batch_that_a_device_thread_dies_of_is_answered() -> None:
+    class Full(Model):
+        def launch(self, sequences: Seq[Sequence]) -> Done:
+            return Done([Output(fake_vector(s, 8).view(Uncopied)) for s in sequences], ready=lambda: False)
+
+    engine = LocalEngine(Full(), streams=1)
+    with pytest.raises(EngineFailed, match="device thread died: MemoryError"):
+        engine.submit(texts(5) * 2).result(PATIENCE)
+
+
 def test_progress_counts_every_sequence() -> None:
     engine = LocalEngine(Model(), max_batch_tokens=20)
     counts: list[int] = []

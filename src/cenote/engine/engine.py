@@ -349,7 +349,8 @@ class LocalEngine:
                 elif not running:
                     return
                 while running and (not batch or len(running) > 1 or running[0].launched.ready()):
-                    self._deliver(running.popleft())
+                    self._deliver(running[0])
+                    running.popleft()
         except BaseException as error:  # the thread is lost: nobody may wait for it
             began.abort()
             log.exception("the device thread died")
