@@ -307,15 +307,22 @@ class Scheduler(Generic[I]):
     def _beside_bulk(self) -> _Admission[I]:
         """Return the next batch's admission where other requests are waiting beside bulk, or expected to come."""
         long = sum(self._under_way.values())
-        self._passed_over = bool(self._others) and (long > 0 or not self._passed_over)
+        without_long = self.streams - long
+        if self._others and not long:
+            self._passed_over = not self._passed_over
+        else:
+            self._passed_over = bool(self._others)
         if self._passed_over:
+            # Others run without bulk: always beside a long batch of it, else every other time.
             return _Admission([self._others], self._even(self._others))
-        free = self.streams - long
-        if long and free == 1 and self._wary > WARY - RESERVED:
+        if long and without_long == 1 and self._wary > WARY - RESERVED:
+            # The last stream without a long batch is reserved for others, which may come any moment.
             return _Admission([], 0)
         self._wary -= 1
-        if free > 1:
+        if without_long > 1:
+            # Another stream is left for others.
             return _Admission([self._bulk], self.max_tokens, is_long_bulk=True)
+        # There is no other stream, so that the batch is short, and takes others along.
         short = max(self.max_tokens // SHORT, self._worth(self._bulk))
         return _Admission([self._bulk, self._others], min(self.max_tokens, short))
 
