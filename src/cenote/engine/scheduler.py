@@ -207,17 +207,13 @@ class Scheduler(Generic[I]):
         self.tokens = 0
 
     def add(self, request: Request, items: list[I]) -> None:
-        """Queue all sequences of a request."""
+        """Queue all sequences of a request, none of which wait already."""
         if not items:
             return
-        waiting = self._waiting.get(request)
-        if waiting is None:
-            waiting = self._waiting[request] = _Waiting(request, self._batches)
-        else:
-            self._lane(waiting).remove(waiting)
+        waiting = self._waiting[request] = _Waiting(request, self._batches)
         tokens = sum(map(len, items))
         waiting.items.extend(items)
-        waiting.left += tokens - request.shared * len(items)
+        waiting.left = tokens - request.shared * len(items)
         self._put_behind(waiting)
         self.depth += len(items)
         self.tokens += tokens
