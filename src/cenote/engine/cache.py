@@ -162,7 +162,7 @@ class _Request(Promise[list[Any]]):
 
 
 _Places = list[tuple[int, int]]
-"""_Places of outputs: in a flight, and in a request."""
+"""Places of outputs: in a flight, and in a request."""
 
 
 class _Flight:

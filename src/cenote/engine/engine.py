@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}
-DEFAULT_STREAMS = {"cpu": 2}
-"""Streams of models that are reentrant."""
+DEFAULT_STREAMS = 2
+"""Streams on a CPU, of models that are reentrant."""
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 LAST_FORWARDS = 5.0
@@ -243,7 +243,7 @@ class LocalEngine:
         """Return the number of forwards that run at a time."""
         if device != "cpu" or not getattr(self._model, "is_reentrant", False):
             return 1
-        return coalesce(streams, DEFAULT_STREAMS[device])
+        return coalesce(streams, DEFAULT_STREAMS)
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
@@ -409,8 +409,8 @@ class LocalEngine:
         """Wake a stream that can take work; when closing, all streams, which may have to end."""
         woken = self._streams
         if not self._closing:
-            woken = [stream for stream in self._takers() if stream not in self._busy]
-            woken = woken[: min(1, self._scheduler.depth)]
+            idle = [stream for stream in self._takers() if stream not in self._busy]
+            woken = idle[:1] if self._scheduler.depth else []
         for stream in woken:
             stream.woken.notify()
 
