@@ -656,6 +656,22 @@ def test_a_broken_progress_bar_stops_nothing(
     assert caplog.text.count("the progress callback failed") == 2
 
 
+def test_a_progress_callback_may_not_wait_for_what_is_under_way() -> None:
+    """It would join the flight that its own thread is to finish, and the wrapped engine would never hear of it."""
+    engine = CachedEngine(LocalEngine(Model(), max_batch_tokens=2), ROOM)
+    refused: list[str] = []
+
+    def progress(_: int) -> None:
+        try:
+            engine.submit(texts(2))
+        except EngineFailed as error:
+            refused.append(str(error))
+
+    check(engine.submit(texts(1, 2), progress=progress), texts(1, 2))
+    assert ["progress callback" in message for message in refused] == [True, True]
+    engine.close()
+
+
 # --- threads -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import CancelledError, Future, wait
@@ -248,6 +249,94 @@ def test_a_full_queue_refuses_the_whole_request() -> None:
     engine.close()
 
 
+def outcomes() -> Counter[str]:
+    """Return how many sequences have ended in which way."""
+    values = {
+        name: metrics.REGISTRY.get_sample_value("cenote_sequences_total", {"outcome": name})
+        for name in ("done", "failed", "dropped")
+    }
+    return Counter({name: int(value or 0) for name, value in values.items()})
+
+
+def unlucky(sequences: Seq[Sequence]) -> None:
+    if any(len(s) == 13 for s in sequences):
+        raise ValueError("13 is unlucky")
+
+
+@pytest.mark.parametrize(("length", "outcome"), [(5, "done"), (13, "failed")])
+def test_equal_sequences_are_counted_each(length: int, outcome: str) -> None:
+    before = outcomes()
+    engine = LocalEngine(Model(unlucky))
+    engine.submit(texts(length) * 10).exception(PATIENCE)
+    engine.close()
+    assert outcomes() - before == {outcome: 10}
+
+
+def test_an_output_that_is_an_error_is_counted_for_all_equal_sequences() -> None:
+    class Sick(Model):
+        def launch(self, sequences: Seq[Sequence]) -> Done:
+            return Done([EngineFailed("NaN") for _ in sequences])
+
+    before = outcomes()
+    engine = LocalEngine(Sick())
+    engine.submit(texts(5) * 10).exception(PATIENCE)
+    engine.close()
+    assert outcomes() - before == {"failed": 10}
+
+
+def test_sequences_that_make_room_are_counted() -> None:
+    before = outcomes()
+    held = Held()
+    engine = LocalEngine(held.model, max_batch_tokens=10, max_queued=3)
+    first = engine.submit(texts(10))
+    assert held.begun.wait(PATIENCE)
+    engine.submit(texts(5, 5) + texts(5, 5)).cancel()  # two entries, in two places each
+    second = engine.submit(texts(4, 4))
+    assert outcomes() - before == {"dropped": 4}
+    held.go.set()
+    wait([first, second], PATIENCE)
+    engine.close()
+    assert outcomes() - before == {"dropped": 4, "done": 3}
+
+
+def test_the_rest_of_a_failed_request_is_counted() -> None:
+    before = outcomes()
+    engine = LocalEngine(Model(unlucky), max_batch_tokens=4000)
+    engine.submit([*texts(13), *texts(*range(20, 83)), *texts(13)]).exception(PATIENCE)
+    engine.close()
+    assert outcomes() - before == {"failed": 2, "dropped": 63}, "the first one is in two places"
+
+
+def test_sequences_of_an_engine_that_is_lost_are_counted() -> None:
+    before = outcomes()
+    held = Held()
+    engine = LocalEngine(held.model, max_batch_tokens=10)
+    lost = engine.submit(texts(10) * 3)
+    assert held.begun.wait(PATIENCE)
+    waiting = engine.submit(texts(9, 9))
+    engine.submit(texts(8, 8)).cancel()
+    engine._die(SystemExit(), [entry for _, batch in engine._watchdog._under_way.values() for entry in batch])
+    for future in (lost, waiting):
+        assert isinstance(future.exception(PATIENCE), CenoteError)
+    assert outcomes() - before == {"failed": 3 + 2, "dropped": 2}
+    held.go.set()
+    engine.close()
+
+
+def test_each_accepted_sequence_is_counted_once() -> None:
+    before = outcomes()
+    engine = LocalEngine(Streamed(unlucky), threads=2, streams=2, max_batch_tokens=40)
+    requests = [texts(*(1 + (i * j) % 29 for j in range(1, 2 + i % 9))) * (1 + i % 2) for i in range(200)]
+    for i, request in enumerate(requests):
+        future = engine.submit(request)
+        if i % 3 == 0:
+            future.cancel()
+    engine.close()
+    counts = outcomes() - before
+    assert counts.total() == sum(map(len, requests))
+    assert min(counts[name] for name in ("done", "failed", "dropped")) > 0
+
+
 def test_close_finishes_what_was_accepted() -> None:
     held = Held()
     engine = LocalEngine(held.model, max_batch_tokens=10)
@@ -471,6 +560,33 @@ def test_a_dead_device_thread_answers_everybody() -> None:
         with pytest.raises(EngineGone, match="device thread died"):
             refused()
     assert not engine.healthy()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_batch_of_a_dead_device_thread_is_counted_once() -> None:
+    before = outcomes()
+    engine = LocalEngine(Mortal(), streams=1)
+    with pytest.raises(EngineFailed, match="device thread died"):
+        engine.submit(texts(66) * 2).result(PATIENCE)
+    assert outcomes() - before == {"failed": 2}
+
+
+class Uncopied(np.ndarray):
+    """A vector for whose copy there is no memory."""
+
+    def copy(self, order: object = "C") -> np.ndarray:
+        raise MemoryError
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_batch_that_a_device_thread_dies_of_is_answered() -> None:
+    class Full(Model):
+        def launch(self, sequences: Seq[Sequence]) -> Done:
+            return Done([Output(fake_vector(s, 8).view(Uncopied)) for s in sequences], ready=lambda: False)
+
+    engine = LocalEngine(Full(), streams=1)
+    with pytest.raises(EngineFailed, match="device thread died: MemoryError"):
+        engine.submit(texts(5) * 2).result(PATIENCE)
 
 
 def test_progress_counts_every_sequence() -> None:

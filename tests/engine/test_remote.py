@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -297,6 +300,10 @@ def test_an_error_that_is_none_of_ours_is_a_failure_of_the_engine(seam: Seam) ->
     assert str(caught) == "the engine failed: ZeroDivisionError: by zero"
 
 
+def chunked(*ends: int) -> Sequence:
+    return Sequence([1, 2, 3, 4], "token_embed", PoolingParams(late_chunking_params=LateChunkingParams(4, ends)))
+
+
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
@@ -307,6 +314,15 @@ def test_an_error_that_is_none_of_ours_is_a_failure_of_the_engine(seam: Seam) ->
         (Sequence([1, 1000]), "got a token id out of 0 to 999"),
         (Sequence([-1]), "got a token id out of 0 to 999"),
         (Sequence([1, 2], type_ids=[0]), "got 1 type ids for 2 tokens"),
+        (Sequence([1, 2], skip=-1), "got -1 skipped and 0 hidden of 2 tokens"),
+        (Sequence([1, 2], hidden=2), "got 0 skipped and 2 hidden of 2 tokens"),
+        (Sequence([1, 2], hidden=-1), "got 0 skipped and -1 hidden of 2 tokens"),
+        (Sequence([1, 2], keep=(0, 2)), "got a kept place out of 0 to 1"),
+        (Sequence([1, 2], keep=(-1,)), "got a kept place out of 0 to 1"),
+        *(
+            (chunked(*ends), "got chunks that end at .*, expected rising ends up to 4")
+            for ends in ((2, 10**6), (2, 3), (3, 2, 4), (2, 2, 4), (0, 4), (-1, 4), (5,))
+        ),
     ],
 )
 def test_what_no_renderer_makes_is_refused(seam: Seam, sequence: Sequence, message: str) -> None:
@@ -315,6 +331,25 @@ def test_what_no_renderer_makes_is_refused(seam: Seam, sequence: Sequence, messa
     with pytest.raises(BadRequest, match=message):
         seam.front().submit([Sequence([1]), sequence]).result(PATIENCE)
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        Sequence([1, 2], skip=3),  # a prompt of which an explicit side has cut a part
+        Sequence([1, 2], hidden=1),
+        Sequence([1, 2], task="token_embed", keep=()),
+        Sequence([1, 2], task="token_embed", keep=(1, 0)),
+        chunked(),
+        chunked(4),
+        chunked(1, 2, 4),
+    ],
+)
+def test_what_a_renderer_makes_is_run(seam: Seam, sequence: Sequence) -> None:
+    engine = FakeEngine()
+    seam.host(engine)
+    seam.front().submit([sequence]).result(PATIENCE)
+    assert len(engine.submitted) == 1
 
 
 def test_progress_crosses_as_counts(seam: Seam) -> None:
@@ -398,6 +433,48 @@ def test_a_host_of_another_model_is_not_taken(seam: Seam, caplog: pytest.LogCapt
     assert sum("restart this server" in record.message for record in caplog.records) == 1
 
 
+def test_a_host_that_runs_the_same_model_in_another_way_is_taken(seam: Seam) -> None:
+    host = seam.host(about={"names": ["a"], "ranges": [[-0.25], [0.25]]})
+    front = seam.front()
+    sever(host)
+    info = FAKE_INFO.reported(
+        device="cuda:0",
+        layout="padded",
+        linears="int8",
+        shares_prefixes=True,
+        company="forwards are apart",
+        streams=3,
+        batch_tokens=2048,
+        warnings=("slow",),
+    )
+    seam.host(FakeEngine(info), {"names": ["a"], "ranges": [[-0.25], [0.2500001]]})
+    until(lambda: front.healthy() or "restart this server" in front._why_not)
+    assert front._why_not == remote.GONE
+    assert front.info.report == info.report, "its report is of the engine that runs"
+    assert front.about == {"names": ["a"], "ranges": [[-0.25], [0.25]]}, "codes of int8 stay the same"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"info": FAKE_INFO.reported(dtype="bfloat16")},
+        {"info": FAKE_INFO.reported(revision="abc")},
+        {"about": {"names": ["b"]}},
+        {"about": None},
+    ],
+    ids=["dtype", "revision", "names", "nothing"],
+)
+def test_a_host_that_answers_otherwise_is_not_taken(seam: Seam, changed: dict[str, Any]) -> None:
+    card = {"info": FAKE_INFO, "about": {"names": ["a"]}}
+    host = seam.host(about=card["about"])
+    front = seam.front()
+    sever(host)
+    card |= changed
+    seam.host(FakeEngine(card["info"]), card["about"])
+    until(lambda: front.healthy() or "restart this server" in front._why_not)
+    assert not front.healthy()
+
+
 def test_many_requests_of_many_fronts_get_each_their_own_answer(seam: Seam) -> None:
     seam.host()
     fronts = [seam.front() for _ in range(4)]
@@ -434,6 +511,32 @@ def test_sending_to_a_front_that_does_not_read_does_not_block(seam: Seam) -> Non
     frames = channel.frames()
     assert [type(next(frames)) for _ in range(3)] == [Hello, Card, Answer]
     frames.close()
+
+
+class Ended:
+    """A socket that takes nothing at once; the connection ends as soon as the rest was sent."""
+
+    channel: Channel[Any]
+
+    def send(self, _: memoryview, __: int) -> int:
+        raise BlockingIOError
+
+    def sendall(self, _: memoryview) -> None:
+        self.channel._end()
+
+    def shutdown(self, _: int) -> None:
+        pass
+
+
+def test_a_connection_may_end_while_the_last_bytes_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    connection = Ended()
+    connection.channel = Channel(connection, wire.HOST_DECODER, wire.LARGEST_ANSWER)  # type: ignore[arg-type]
+    connection.channel.send(Hello("1"))
+    connection.channel._writer.join(PATIENCE)
+    assert not connection.channel._writer.is_alive()
+    assert raised == []
 
 
 def test_each_request_is_answered_once_however_it_ends(seam: Seam) -> None:
@@ -482,6 +585,63 @@ def test_a_host_that_closes_has_a_bound(seam: Seam) -> None:
     error = answer.exception(PATIENCE)
     assert isinstance(error, Closed)
     assert str(error) == "the engine dropped the request"
+
+
+SCARCE = """
+import contextlib, json, logging, os, resource, socket, sys, time
+from cenote.engine.fake import FakeEngine
+from cenote.engine.host import TICK, Host
+from cenote.engine.remote import RemoteEngine
+
+class Log(logging.Handler):
+    lines = []
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+logging.getLogger("cenote.engine.host").addHandler(Log())
+host = Host(FakeEngine(), sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+taken = []
+with contextlib.suppress(OSError):
+    while True:
+        taken.append(os.dup(0))
+os.close(taken.pop())
+late = socket.socket(socket.AF_UNIX)
+late.settimeout(float(sys.argv[2]))
+late.connect(sys.argv[1])
+while not Log.lines:
+    time.sleep(TICK / 10)
+time.sleep(5 * TICK)
+for number in taken:
+    os.close(number)
+greeted = bool(late.recv(1))
+front = RemoteEngine(sys.argv[1])
+print(json.dumps([greeted, front.healthy(), host.fronts, Log.lines]))
+front.close()
+host.close()
+"""
+"""A host whose process has no descriptor left for a front, until others are given back."""
+
+
+def test_a_lack_of_descriptors_passes(seam: Seam) -> None:
+    command = [sys.executable, "-c", SCARCE, str(seam.path), str(PATIENCE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    greeted, is_healthy, fronts, lines = json.loads(done.stdout)
+    assert greeted, "who connected meanwhile has waited in the queue of the socket"
+    assert is_healthy
+    assert fronts == 2
+    assert lines == ["fronts cannot connect for now: [Errno 24] Too many open files"]
+
+
+def test_closing_twice_says_twice_how_it_ended(seam: Seam) -> None:
+    engine = FakeEngine()
+    host = seam.host(engine)
+    assert host.close()
+    assert host.close()
+    hung = seam.host(FakeEngine(fault="the device hangs"))
+    assert not hung.close()
+    assert not hung.close()
 
 
 def test_a_closed_front_refuses_and_leaves_the_engine_alone(seam: Seam) -> None:

@@ -190,10 +190,13 @@ def test_cancelled_requests_cost_nothing(lengths: list[list[int]], cancelled: in
         scheduler.add(request, pieces(request, one))
     gone = requests[cancelled % len(requests)]
     scheduler.cancel(gone)
+    dropped = scheduler.drop_cancelled()
+    assert [item.length for item in dropped] == lengths[cancelled % len(requests)]
+    assert {item.request for item in dropped} == {gone}
     ran = [item for batch in drain(scheduler) for item in batch]
     assert not any(item.request is gone for item in ran)
     scheduler.cancel(gone)
-    assert scheduler.drop_cancelled() == 0, "it waits no more"
+    assert scheduler.drop_cancelled() == [], "it waits no more"
     assert len(ran) == sum(map(len, lengths)) - len(lengths[cancelled % len(requests)])
     assert scheduler.depth == scheduler.tokens == 0
 
@@ -317,7 +320,7 @@ def test_a_request_that_is_cancelled_twice_and_one_that_is_unknown_are_nothing()
     scheduler.add(request, pieces(request, [5, 6]))
     for gone in (request, request, other):
         scheduler.cancel(gone)
-    assert scheduler.drop_cancelled() == 2
+    assert [item.length for item in scheduler.drop_cancelled()] == [5, 6]
     assert scheduler.depth == scheduler.tokens == 0
     assert scheduler.next_batch() == []
 

@@ -93,7 +93,7 @@ def work(waiting: int, priorities: int, count: int, length: int, bulk: int) -> C
         assert scheduler.next_batch()
     counted("batches")
     scheduler.cancel(requests[-1])
-    assert scheduler.drop_cancelled() <= bulk
+    assert len(scheduler.drop_cancelled()) <= bulk
     counted("a cancelled request")
     return steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -67,6 +68,26 @@ def test_a_hung_forward_ends_the_engine_and_answers_all(wrap: Any, monkeypatch: 
     closer.start()
     closer.join(PATIENCE)
     assert not closer.is_alive(), "a thread that hangs is not waited for"
+    never.set()
+
+
+def test_closing_ends_if_the_hang_is_noticed_after_it_began() -> None:
+    begun, never = threading.Event(), threading.Event()
+    model = Model(lambda _: (begun.set(), never.wait(2 * PATIENCE), None)[2])
+    engine = LocalEngine(model, streams=1)
+    stuck = engine.submit(texts(5))
+    assert begun.wait(PATIENCE)
+    closer = threading.Thread(target=engine.close, daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "LAST_FORWARDS", 0.1)
+        closer.start()
+        closer.join(0.3)
+        assert closer.is_alive(), "without a fault a forward may take its time"
+        engine._hang([*map(itemgetter(1), engine._watchdog._under_way.values())])
+        closer.join(PATIENCE)
+        assert not closer.is_alive()
+    with pytest.raises(EngineGone, match="the device hangs"):
+        stuck.result(0)
     never.set()
 
 

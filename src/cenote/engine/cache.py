@@ -26,7 +26,7 @@ import numpy as np
 
 from cenote import metrics
 from cenote.engine.owner import Owner
-from cenote.engine.promise import Promise, times_of
+from cenote.engine.promise import Promise, check_caller, times_of
 from cenote.errors import Closed
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class _Request(Promise[list[Any]]):
 
 
 _Places = list[tuple[int, int]]
-"""_Places of outputs: in a flight, and in a request."""
+"""Places of outputs: in a flight, and in a request."""
 
 
 class _Flight:
@@ -231,8 +231,12 @@ class CachedEngine:
         An error fails the request that owns the flight, and the requests that joined it. If the flight has several
         sequences, it is not known which of them failed: those that others need are then computed once more, for each
         request by itself.
+
+        Raises:
+            EngineFailed: it is called in a forked child, or from a progress callback.
         """
         self._owner.check()
+        check_caller()
         keys = [key_of(sequence) for sequence in sequences]
         request = _Request(len(keys), progress)
         flight = _Flight(request)

@@ -43,12 +43,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}
-DEFAULT_STREAMS = {"cpu": 2}
-"""Streams of models that are reentrant."""
+DEFAULT_STREAMS = 2
+"""Streams on a CPU, of models that are reentrant."""
 HEALTH_PATIENCE = 30.0
 """Seconds that a health check waits for its own forward."""
 LAST_FORWARDS = 5.0
 """Seconds that the other streams of an engine that is lost have to end."""
+TICK = 0.1
+"""Seconds between looks at the fault of an engine that ends."""
 REST, LONG_WORK = 2.0, 10.0
 """Seconds without work, and seconds of work with pauses, after which freed memory goes back to the system."""
 
@@ -241,7 +243,7 @@ class LocalEngine:
         """Return the number of forwards that run at a time."""
         if device != "cpu" or not getattr(self._model, "is_reentrant", False):
             return 1
-        return coalesce(streams, DEFAULT_STREAMS[device])
+        return coalesce(streams, DEFAULT_STREAMS)
 
     def submit(
         self, sequences: Seq[Sequence], *, progress: Callable[[int], None] | None = None
@@ -299,16 +301,26 @@ class LocalEngine:
         _RUNNING.discard(self)
         for thread in self._threads:
             if thread is not threading.current_thread():  # an owner may be garbage-collected there
-                thread.join(LAST_FORWARDS if self.fault else None)
+                self._join(thread)
         self._watchdog.stop()
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Wait until a device thread ends; from a fault on, which may come meanwhile, at most `LAST_FORWARDS`."""
+        while thread.is_alive() and not self.fault:
+            thread.join(TICK)
+        thread.join(LAST_FORWARDS)
 
     def _make_room(self, count: int) -> None:
         """Raise `Overloaded` if `count` more sequences may not wait; cancelled ones are dropped first."""
         if not self._is_full(count):
             return
-        self._scheduler.drop_cancelled()
+        self._drop_cancelled()
         if self._is_full(count):
             raise self._overloaded(count)
+
+    def _drop_cancelled(self) -> None:
+        """Forget sequences whose request needs them no more. Under the lock."""
+        _count("dropped", self._scheduler.drop_cancelled())
 
     def _is_full(self, count: int) -> bool:
         depth = self._scheduler.depth
@@ -337,11 +349,13 @@ class LocalEngine:
                 elif not running:
                     return
                 while running and (not batch or len(running) > 1 or running[0].launched.ready()):
-                    self._deliver(running.popleft())
+                    self._deliver(running[0])
+                    running.popleft()
         except BaseException as error:  # the thread is lost: nobody may wait for it
             began.abort()
             log.exception("the device thread died")
-            self._die(error, [*batch, *chain.from_iterable(run.batch for run in running)])
+            under_way = chain(batch, *(run.batch for run in running))
+            self._die(error, [*dict.fromkeys(under_way)])  # the last batch is under way, too
 
     def _wait(self, stream: _Stream) -> list[_Entry]:
         """Wait for the next batch of `stream`, which runs nothing; an empty one means that the engine closes."""
@@ -362,9 +376,7 @@ class LocalEngine:
     def _take(self, stream: _Stream) -> list[_Entry]:
         """Take a batch for `stream`, if there is one, and wake another stream for the rest."""
         with self._lock:
-            dropped = self._scheduler.drop_cancelled()
-            if dropped:
-                metrics.sequences_of("dropped").inc(dropped)
+            self._drop_cancelled()
             batch = self._scheduler.next_batch(stream.number) if stream in self._takers() else []
             if batch:
                 is_lone = len(batch) == 1 and not self._busy
@@ -397,8 +409,8 @@ class LocalEngine:
         """Wake a stream that can take work; when closing, all streams, which may have to end."""
         woken = self._streams
         if not self._closing:
-            woken = [stream for stream in self._takers() if stream not in self._busy]
-            woken = woken[: min(1, self._scheduler.depth)]
+            idle = [stream for stream in self._takers() if stream not in self._busy]
+            woken = idle[:1] if self._scheduler.depth else []
         for stream in woken:
             stream.woken.notify()
 
@@ -457,11 +469,11 @@ class LocalEngine:
     def _answer(self, run: _Run, results: list[_Result]) -> None:
         """Hand the outputs of a run to its requests."""
         self._succeeded(run)
+        answered = [entry for entry, output in results if isinstance(output, Output)]
+        _count("done", answered)
         done: Counter[_Request] = Counter()
-        for entry, output in results:
-            if isinstance(output, Output):
-                done[entry.request] += len(entry.places)
-        metrics.sequences_of("done").inc(done.total())
+        for entry in answered:
+            done[entry.request] += len(entry.places)
         _note_finished(run.batch, time.monotonic() - run.began)
         for request, count in done.items():
             request.advance(count)
@@ -469,7 +481,7 @@ class LocalEngine:
             if isinstance(output, Output):
                 entry.request.put(entry.places, output)
             else:
-                self._failures.note(output, 1)
+                self._failures.note(output, _count("failed", [entry]))
                 entry.request.fail(output)
 
     def _succeeded(self, run: _Run) -> None:
@@ -508,12 +520,13 @@ class LocalEngine:
 
     def _run_again(self, part: list[_Entry]) -> BaseException | None:
         """Run a part of a failed batch and answer it; return the exception if it fails too."""
-        part = [entry for entry in part if not entry.request.cancelled()]
-        if not part:
+        awaited = [entry for entry in part if not entry.request.cancelled()]
+        _count("dropped", set(part).difference(awaited))
+        if not awaited:
             return None
         metrics.forwards_again.inc()
         try:
-            run = self._begin(part)
+            run = self._begin(awaited)
             results = self._finish(run)
         except BaseException as error:
             return error
@@ -522,7 +535,7 @@ class LocalEngine:
 
     def _fail(self, part: list[_Entry], error: BaseException) -> None:
         """Fail the requests of a sequence that failed alone, or of all that failed with the device."""
-        self._failures.note(error, len(part))
+        self._failures.note(error, _count("failed", part))
         failure = answer(error)
         _note_finished(part)
         for request in _requests(part):
@@ -544,8 +557,10 @@ class LocalEngine:
         with self._lock:
             self.fault = self.fault or fault
             self._closing = True
+            self._drop_cancelled()
             waiting = self._scheduler.drain()
             self._wake()
+        _count("failed", chain(lost, waiting))
         for request in _requests(lost):
             request.fail(failure)
         for request in _requests(waiting):
@@ -557,6 +572,13 @@ def _leave(scheduler: Scheduler[_Entry], request: weakref.ref[_Request], future:
     settled = request()  # a reference of its own would be a cycle, which keeps outputs until the garbage is collected
     if settled is not None and (future.cancelled() or future.exception() is not None):
         scheduler.cancel(settled)
+
+
+def _count(outcome: str, entries: Iterable[_Entry]) -> int:
+    """Count sequences that have ended in one way, equal ones of a request each by itself; return their number."""
+    number = sum(len(entry.places) for entry in entries)
+    metrics.sequences_of(outcome).inc(number)
+    return number
 
 
 def _requests(batch: list[_Entry]) -> Iterable[_Request]:

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cenote import metrics
 from cenote.errors import CenoteError, EngineFailed, first_line
 
 if TYPE_CHECKING:
@@ -61,8 +60,7 @@ class Failures:
         self._untold: Counter[str] = Counter()
 
     def note(self, error: BaseException, failed: int) -> None:
-        """Count `failed` sequences that `error` was raised for, and release the memory that its traceback holds."""
-        metrics.sequences_of("failed").inc(failed)
+        """Note `failed` sequences that `error` was raised for, and release the memory that its traceback holds."""
         if not isinstance(error, CenoteError) or error.status >= 500:
             self._tell(error, failed)
         release(error)

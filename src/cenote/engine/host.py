@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK = 0.1
-"""Seconds between looks at the engine."""
+"""Seconds between looks at the engine, and between attempts to accept a front."""
 
 
 class Host:
@@ -62,13 +62,13 @@ class Host:
     Args:
         engine: runs their requests; closed with the host.
         path: path of the socket. Its folder is made if there is none, for the user alone.
-        about: plain data that every front gets beside the model's `info`.
+        about: plain data by name that every front gets beside the model's `info`.
 
     Raises:
         ConfigError: the socket cannot be made, or another host listens there.
     """
 
-    def __init__(self, engine: Engine, path: str | Path, about: Any = None) -> None:
+    def __init__(self, engine: Engine, path: str | Path, about: dict[str, Any] | None = None) -> None:
         self._engine = engine
         self._card = Card(engine.info, about)
         self._path = Path(path)
@@ -77,7 +77,8 @@ class Host:
         self._doctor = ThreadPoolExecutor(1, thread_name_prefix="cenote-health")
         self._listener = listening_at(self._path)
         self._inode = self._path.stat().st_ino
-        self._is_closing = False
+        self._closing = threading.Event()
+        self._trouble = ""
         self._thread = threading.Thread(target=self._accept, name="cenote-host", daemon=True)
         self._thread.start()
 
@@ -105,9 +106,9 @@ class Host:
         Returns:
             Whether the engine has ended well; otherwise it has a fault, or hangs in a forward.
         """
-        if self._is_closing:
-            return True
-        self._is_closing = True
+        if self._closing.is_set():
+            return not self._trouble
+        self._closing.set()
         if self._path.exists() and self._path.stat().st_ino == self._inode:  # no other host has taken the place
             self._path.unlink()
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -126,19 +127,24 @@ class Host:
             front.close()
         self._doctor.shutdown(wait=False)
         hangs = "the process does not end by itself: something hangs" if ending.is_alive() else ""
-        fault = self.fault or hangs
-        if fault:
-            log.critical("%s", fault)
-        return not fault
+        self._trouble = self.fault or hangs
+        if self._trouble:
+            log.critical("%s", self._trouble)
+        return not self._trouble
 
     def _accept(self) -> None:
-        while True:
+        """Take fronts until the host closes; those that come while it has no descriptor for them wait."""
+        is_failing = False
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if not self._is_closing:
-                    log.error("fronts can connect no more: %s", error)
-                return
+                if not is_failing and not self._closing.is_set():
+                    log.error("fronts cannot connect for now: %s", error)
+                is_failing = True
+                self._closing.wait(TICK)
+                continue
+            is_failing = False
             front = _Front(connection, self._engine, self._card, self._doctor)
             with self._lock:
                 self._fronts.add(front)
@@ -235,7 +241,8 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
     """Refuse sequences that no renderer makes: they could fail a batch, and with it the requests of others.
 
     Raises:
-        BadRequest: a task is not offered, there are no ids or too many, or one is outside the vocabulary.
+        BadRequest: a task is not offered, there are no ids or too many, one is outside the vocabulary, or another field
+            names tokens that there are not.
     """
     for sequence in sequences:
         foreign = {sequence.task, *sequence.also} - {*info.tasks}
@@ -248,6 +255,7 @@ def _check(sequences: list[Sequence], info: ModelInfo) -> None:
             raise BadRequest(f"got a token id out of 0 to {info.vocab_size - 1}")
         if sequence.type_ids is not None:
             _check_types(sequence.type_ids, len(sequence.ids), info.type_vocab_size)
+        _check_rows(sequence)
         _check_media(sequence)
 
 
@@ -256,6 +264,22 @@ def _check_types(types: Seq[int], length: int, rows: int) -> None:
         raise BadRequest(f"got {len(types)} type ids for {length} tokens")
     if rows and (min(types) < 0 or max(types) >= rows):
         raise BadRequest(f"got a type id out of 0 to {rows - 1}")
+
+
+def _check_rows(sequence: Sequence) -> None:
+    """Refuse rows to pool that are not the sequence's: they would be those of its neighbours, or of no memory at all.
+
+    A prompt that pooling skips may be longer than a sequence that was cut.
+    """
+    length = len(sequence.ids)
+    if sequence.skip < 0 or not 0 <= sequence.hidden < length:
+        raise BadRequest(f"got {sequence.skip} skipped and {sequence.hidden} hidden of {length} tokens")
+    if set(coalesce(sequence.keep, ())).difference(range(length)):
+        raise BadRequest(f"got a kept place out of 0 to {length - 1}")
+    late = sequence.params.late_chunking_params
+    ends = () if late is None else late.ends
+    if ends and sorted({0, *ends, length}) != [0, *ends]:
+        raise BadRequest(f"got chunks that end at {ends}, expected rising ends up to {length}")
 
 
 def _check_media(sequence: Sequence) -> None:

@@ -36,7 +36,7 @@ class _Length:
     since: int = 0
     pause: int = SOONEST
 
-    def fastest(self) -> bool:
+    def is_wide_faster(self) -> bool:
         """Return whether all cores have been faster; true until both ways are known."""
         wide, narrow = self.seconds[True], self.seconds[False]
         return not wide or not narrow or median(wide) <= median(narrow)
@@ -56,14 +56,14 @@ class Lone:
         if not length.seconds[False]:
             return False
         is_trial = length.since >= length.pause
-        return length.fastest() != is_trial
+        return length.is_wide_faster() != is_trial
 
     def note(self, tokens: int, *, is_wide: bool, seconds: float) -> None:
         """Remember how long a lone sequence took."""
         length = self._of(tokens)
-        was_fastest = length.fastest()
+        was_wide_faster = length.is_wide_faster()
         length.seconds[is_wide].append(seconds)
-        if is_wide == was_fastest:
+        if is_wide == was_wide_faster:
             length.since += 1
             return
         length.since = 0

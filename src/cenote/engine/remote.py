@@ -39,6 +39,7 @@ from cenote.engine.wire import (
     error_of,
 )
 from cenote.errors import CenoteError, Closed, ConfigError, EngineGone
+from cenote.functions import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -72,8 +73,9 @@ class RemoteEngine:
         patience: seconds to wait until there is a host.
 
     Attributes:
-        info: the model, as the host described it at the first connection.
-        about: the host's plain data beside `info`.
+        info: the model, as the host described it at the last connection. Only the report of how it runs may change, and
+            the layers above may keep what they took from an earlier one: a server estimates waits by its first one.
+        about: the host's plain data beside `info`, as it was at the first connection.
         fault: always empty: a host that is lost may come back.
 
     Raises:
@@ -271,6 +273,7 @@ class RemoteEngine:
                 self._refuse(error.message)
                 continue
             if _contract(card) == _contract(Card(self.info, self.about)):
+                self.info = card.info
                 return channel, frames
             channel.close()
             frames.close()
@@ -320,9 +323,14 @@ def _introduction(path: str, frames: Frames) -> Card:
 
 
 def _contract(card: Card) -> tuple[ModelInfo, Any]:
-    """Return the parts of a card that must not change while a front runs: all but the device and the speed."""
-    info = card.info.reported(device="", layout="", linears="", shares_prefixes=False, streams=1, warnings=())
-    return info, card.about
+    """Return the parts of a card that must not change while a front runs: all but the device, the speed and the ranges.
+
+    Ranges of int8 that come from texts differ by rounding at each start. A front goes on with its own.
+    """
+    info = card.info.reported(
+        device="", layout="", linears="", shares_prefixes=False, company="", streams=1, batch_tokens=0, warnings=()
+    )
+    return info, {**coalesce(card.about, {}), "ranges": None}
 
 
 def _plain(sequence: Sequence) -> Sequence:

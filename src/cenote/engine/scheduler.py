@@ -207,17 +207,13 @@ class Scheduler(Generic[I]):
         self.tokens = 0
 
     def add(self, request: Request, items: list[I]) -> None:
-        """Queue all sequences of a request."""
+        """Queue all sequences of a request, none of which wait already."""
         if not items:
             return
-        waiting = self._waiting.get(request)
-        if waiting is None:
-            waiting = self._waiting[request] = _Waiting(request, self._batches)
-        else:
-            self._lane(waiting).remove(waiting)
+        waiting = self._waiting[request] = _Waiting(request, self._batches)
         tokens = sum(map(len, items))
         waiting.items.extend(items)
-        waiting.left += tokens - request.shared * len(items)
+        waiting.left = tokens - request.shared * len(items)
         self._put_behind(waiting)
         self.depth += len(items)
         self.tokens += tokens
@@ -226,9 +222,9 @@ class Scheduler(Generic[I]):
         """Note that the sequences of a request need not run. Any thread may call it, without a lock."""
         self._cancelled.append(request)
 
-    def drop_cancelled(self) -> int:
-        """Forget cancelled requests; return the number of sequences that need not run."""
-        dropped = 0
+    def drop_cancelled(self) -> list[I]:
+        """Forget cancelled requests; return their sequences, which need not run."""
+        dropped: list[I] = []
         while self._cancelled:
             waiting = self._waiting.get(self._cancelled.popleft())
             if waiting is not None:
@@ -239,13 +235,14 @@ class Scheduler(Generic[I]):
         """Forget all requests; return the sequences that waited."""
         drained: list[I] = []
         for waiting in [*self._waiting.values()]:
-            drained += waiting.items
-            self._forget(waiting)
+            drained += self._forget(waiting)
         return drained
 
     def next_batch(self, stream: int = 0) -> list[I]:
-        """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there."""
-        self.drop_cancelled()
+        """Take the next batch for `stream`, whose last one is done; empty if nothing waits that may run there.
+
+        Cancelled requests are dropped by `drop_cancelled`, not here.
+        """
         self.done(stream)
         lanes, tokens, is_long_bulk = self._admitted()
         is_mixed = self._is_mixed()
@@ -306,15 +303,22 @@ class Scheduler(Generic[I]):
     def _beside_bulk(self) -> _Admission[I]:
         """Return the next batch's admission where other requests are waiting beside bulk, or expected to come."""
         long = sum(self._under_way.values())
-        self._passed_over = bool(self._others) and (long > 0 or not self._passed_over)
+        without_long = self.streams - long
+        if self._others and not long:
+            self._passed_over = not self._passed_over
+        else:
+            self._passed_over = bool(self._others)
         if self._passed_over:
+            # Others run without bulk: always beside a long batch of it, else every other time.
             return _Admission([self._others], self._even(self._others))
-        free = self.streams - long
-        if long and free == 1 and self._wary > WARY - RESERVED:
+        if long and without_long == 1 and self._wary > WARY - RESERVED:
+            # The last stream without a long batch is reserved for others, which may come any moment.
             return _Admission([], 0)
         self._wary -= 1
-        if free > 1:
+        if without_long > 1:
+            # Another stream is left for others.
             return _Admission([self._bulk], self.max_tokens, is_long_bulk=True)
+        # There is no other stream, so that the batch is short, and takes others along.
         short = max(self.max_tokens // SHORT, self._worth(self._bulk))
         return _Admission([self._bulk, self._others], min(self.max_tokens, short))
 
@@ -385,10 +389,10 @@ class Scheduler(Generic[I]):
             kept = [item for item in items if id(item) not in taken]
             waiting.replace(len(items), kept)
 
-    def _forget(self, waiting: _Waiting[I]) -> int:
-        """Remove a request; return the number of its sequences that were waiting."""
+    def _forget(self, waiting: _Waiting[I]) -> deque[I]:
+        """Remove a request; return its sequences that were waiting."""
         self._lane(waiting).remove(waiting)
         del self._waiting[waiting.request]
         self.depth -= len(waiting.items)
         self.tokens -= sum(map(len, waiting.items))
-        return len(waiting.items)
+        return waiting.items

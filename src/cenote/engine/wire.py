@@ -60,11 +60,11 @@ class Card(msgspec.Struct, tag="card"):
     """The model of the host.
 
     Attributes:
-        about: plain data of the layer above.
+        about: plain data of the layer above, by name.
     """
 
     info: ModelInfo
-    about: Any
+    about: dict[str, Any] | None
 
 
 class Submit(msgspec.Struct, tag="submit"):
@@ -283,6 +283,8 @@ class Channel(Generic[F]):
                 self._end()
                 return
             with self._ready:
+                if self._is_over:
+                    return
                 self._waiting.popleft()
                 self._ready.notify_all()
 
