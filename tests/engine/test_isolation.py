@@ -135,6 +135,21 @@ def test_an_error_of_the_device_fails_the_batch_at_once() -> None:
     assert not is_fatal(type("OutOfMemoryError", (RuntimeError,), {})("CUDA error: out of memory"))
 
 
+def test_an_error_of_the_device_in_a_part_fails_the_rest_of_the_batch() -> None:
+    forwards: list[list[int]] = []
+
+    def before(sequences: Seq[Sequence]) -> None:
+        forwards.append(list(map(len, sequences)))
+        if len(sequences) == 4:
+            raise IndexError("index out of range in self")
+        if len(sequences) == 2:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    results = behind_a_held_batch(Model(before), [texts(4), texts(5), texts(6), texts(7)])
+    assert all(isinstance(result, EngineFailed) for result in results)
+    assert [len(lengths) for lengths in forwards] == [1, 4, 2]
+
+
 def test_an_error_of_cenote_is_the_answer_itself() -> None:
     results = behind_a_held_batch(Model(poisoned(lambda: BadRequest("no end token"))), [texts(3), texts(POISON)])
     assert not isinstance(results[0], BaseException)

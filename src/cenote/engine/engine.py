@@ -506,6 +506,9 @@ class LocalEngine:
         while parts:
             part = parts.popleft()
             failure = self._run_again(part)
+            if failure is not None and is_fatal(failure):
+                part = [*part, *chain.from_iterable(parts)]
+                parts.clear()
             if failure is not None:
                 parts.extendleft(reversed(self._halves(part, failure)))
 
