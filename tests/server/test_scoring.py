@@ -346,8 +346,10 @@ def test_too_many_pairs(serve: Serve) -> None:
     engine = FakeEngine(CROSS_ENCODER)
     client = serve(engine, max_client_batch_size=3)
     for path, query in (("/score", "queries"), ("/rerank", "query")):
-        found = error(client, {query: "one", "documents": ["two"] * 4}, path)
-        assert found["message"] == "the request has 4 inputs; at most 3 are allowed"
+        for document in ("two", {"text": "two"}):
+            found = error(client, {query: "one", "documents": [document] * 4}, path)
+            assert found["message"] == "the request has 4 inputs; at most 3 are allowed"
+            assert found["param"] == "documents"
     assert not engine.submitted
     assert len(scores(client, "one", ["two"] * 3)) == 3
 

@@ -134,12 +134,12 @@ class Serving:
         """Return the model's name in an answer: that of the request, else the first."""
         return echo(model) or self.services[0].names[0]
 
-    def check_count(self, count: int) -> None:
-        """Refuse requests with too many inputs."""
+    def check_count(self, count: int, param: str = "input") -> None:
+        """Refuse requests with too many inputs in `param`."""
         if count > self.config.max_client_batch_size:
             raise BadRequest(
                 f"the request has {count} inputs; at most {self.config.max_client_batch_size} are allowed",
-                param="input",
+                param=param,
             )
 
     def check_size(self, text: str, param: str) -> None:

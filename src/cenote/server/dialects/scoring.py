@@ -70,7 +70,8 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
     assert sides is not None
     queries = contents(sides[0], service, body, "queries")
     documents = contents(sides[1], service, body, "documents")
-    serving.check_count(max(len(queries), len(documents)))
+    serving.check_count(len(queries), "queries")
+    serving.check_count(len(documents), "documents")
     params = PoolingParams(use_activation=body.use_activation)
 
     def make() -> Job[Response]:

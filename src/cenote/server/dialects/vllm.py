@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -231,8 +232,10 @@ async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest
         except TypeError as error:
             raise plugin.failed(ValueError(f"its answer does not fit into JSON: {error}")) from error
 
+    check_count = partial(serving.check_count, param="data")
+
     def make() -> Job[Response]:
-        job = operations.plugin(service, body.data, number, options, check_count=serving.check_count)
+        job = operations.plugin(service, body.data, number, options, check_count=check_count)
         return job.then(encode)
 
     try:

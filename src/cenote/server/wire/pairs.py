@@ -164,7 +164,7 @@ async def rank(
     query, documents_of_body = sides
     documents = contents(documents_of_body, service, body, "documents", body.rank_fields or body.keys)
     (one_query,) = contents(query, service, body, "queries")
-    serving.check_count(len(documents))
+    serving.check_count(len(documents), "documents")
     if body.raw_scores:
         unscaled(serving, body)
     params = PoolingParams(use_activation=body.use_activation)
