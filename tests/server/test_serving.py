@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 
 from cenote.config import ServerConfig
+from cenote.conventions import MessageTemplate, Pictures
 from cenote.core import Output, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.errors import EngineFailed, Overloaded
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.server import serving
 from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
-from tests.conftest import expected, floats
+from tests import pictured
+from tests.conftest import CLASSIFIER, INFO, expected, floats
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.conftest import Serve
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -201,6 +207,19 @@ def test_what_the_engine_refuses_is_the_answer_of_that_request_alone() -> None:
     assert [len(first), len(third)] == [1, 1]
 
 
+def rendering_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that will have the names of the threads that render."""
+    names: list[str] = []
+    render = Renderer.render
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render", watched)
+    return names
+
+
 @pytest.mark.parametrize(
     ("body", "on_the_loop"),
     [
@@ -214,21 +233,60 @@ def test_what_the_engine_refuses_is_the_answer_of_that_request_alone() -> None:
 def test_only_short_plain_requests_are_rendered_on_the_event_loop(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], on_the_loop: bool
 ) -> None:
-    ran: list[str] = []
-    render = Renderer.render
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        ran.append(threading.current_thread().name)
-        return render(*args, **kwargs)
-
-    monkeypatch.setattr(Renderer, "render", watched)
+    ran = rendering_threads(monkeypatch)
     client = serve(chat_template=TEMPLATE, auto_truncate=True)
     assert client.post("/v1/embeddings", json=body).status_code == 200
     assert [name.startswith("cenote-render") for name in ran] == [not on_the_loop]
 
 
+LONG_PROMPT = {"prompts": Prompts({"long": "long " * 100})}
+LONG_DEFAULT = {"prompts": Prompts({"long": "long " * 100}, default="long")}
+TEMPLATED = {"messages": MessageTemplate(TEMPLATE)}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "body", "on_the_loop"),
+    [
+        ("/v1/embeddings", {}, {"input": ["a", "b"], "padding": "do_not_pad"}, True),
+        ("/v1/embeddings", {}, {"input": ["a", "b"], "padding": "max_length"}, False),
+        ("/v1/embeddings", TEMPLATED, {"input": ["hello", "world"]}, False),
+        ("/embed", TEMPLATED, {"inputs": ["hello", "world"]}, False),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 10}, True),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 5, "prompt_name": "long"}, True),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 10, "prompt_name": "long"}, False),
+        ("/v1/embeddings", LONG_DEFAULT, {"input": ["a"] * 10}, False),
+        ("/embed", LONG_PROMPT, {"inputs": ["a"] * 5, "prompt_name": "long"}, True),
+        ("/embed", LONG_PROMPT, {"inputs": ["a"] * 10, "prompt_name": "long"}, False),
+        ("/embed", LONG_DEFAULT, {"inputs": ["a"] * 10}, False),
+        ("/classify", LONG_DEFAULT, {"input": ["a"]}, True),
+        ("/classify", LONG_DEFAULT, {"input": ["a"] * 10}, False),
+        ("/classify", {}, {"input": ["a"], "padding": "max_length"}, False),
+    ],
+)
+def test_short_is_said_of_the_work_and_not_of_the_body(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    options: dict[str, Any],
+    body: dict[str, Any],
+    on_the_loop: bool,
+) -> None:
+    ran = rendering_threads(monkeypatch)
+    renderer = Renderer(serve.tokenizer, CLASSIFIER, auto_truncate=True, **options)
+    client = serve.of(Service(FakeEngine(CLASSIFIER), renderer, ("fake",)))
+    assert client.post(path, json=body).status_code == 200
+    assert [name.startswith("cenote-render") for name in ran] == [not on_the_loop]
+
+
+def test_a_blank_picture_is_not_made_on_the_event_loop(tmp_path: Path) -> None:
+    tokenizer = pictured.write_qwen_files(tmp_path, "qwen2_vl")
+    assert Renderer(tokenizer, INFO).renders_quickly
+    pictures = Pictures(str(tmp_path), "grid", 5, blank=28)
+    assert not Renderer(tokenizer, INFO, pictures=pictures).renders_quickly
+
+
 def test_a_slow_tokenizer_stays_off_the_event_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Renderer, "is_fast", False)
+    monkeypatch.setattr(Renderer, "renders_quickly", False)
     ran: list[str] = []
     check = Renderer.check
     monkeypatch.setattr(Renderer, "check", lambda *args: (ran.append(threading.current_thread().name), check(*args))[1])

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.core import Engine, Output, Sequence
     from cenote.pipeline.job import Job
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pipeline import Service
     from cenote.server.admission import EnginePlace
     from cenote.server.wire.fields import Queued
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 SHORT = 4096
-"""Bytes of a body up to which text is rendered on the event loop."""
+"""Bytes of a body, and of the prompt before each of its inputs, up to which text is rendered on the event loop."""
 LARGE = 65_536
 """Answers of more numbers than this are encoded off the event loop."""
 QUIET = 2
@@ -156,6 +157,19 @@ class Serving:
                 param=param,
             )
 
+    def is_short(self, request: Request, service: Service, count: int, options: TextOptions) -> bool:
+        """Return whether the inputs of a request are tokenised in a moment, so that they may be on the event loop.
+
+        Args:
+            request: with its size in bytes.
+            service: the model.
+            count: number of inputs, each behind the prompt.
+            options: how they become ids. Padding makes much of a short text.
+        """
+        prompt = options.prompt or service.renderer.prompts.choose()
+        size = request.state.body_bytes + count * len(prompt.text)
+        return size <= SHORT and not options.pad and service.renderer.renders_quickly
+
     async def in_pool(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on a render thread, which keeps no threads of torch's afterwards, and time it as `stage`."""
 
@@ -178,7 +192,7 @@ class Serving:
         body: Queued,
         make: Callable[[], Job[Response]],
         *,
-        is_plain: bool = False,
+        is_short: bool = False,
     ) -> Response:
         """Make the job of a request, compute its outputs, and finish it.
 
@@ -187,7 +201,7 @@ class Serving:
             service: the model.
             body: of the request: its priority, and the salt of its cached results.
             make: makes the job, whose answer is the response.
-            is_plain: `make` only tokenises text of the body.
+            is_short: `make` only tokenises text, as `is_short` says.
 
         Raises:
             CenoteError: the operation or the engine refuses the request, or fails.
@@ -200,7 +214,7 @@ class Serving:
         self.running += 1
         try:
             with line.enter(size) as place:
-                if is_plain and size <= SHORT and service.renderer.is_fast:
+                if is_short:
                     await self._desk_here().renders.wait()
                     with metrics.timed("render"):
                         job = make()

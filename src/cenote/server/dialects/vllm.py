@@ -162,7 +162,8 @@ async def classify(serving: Serving, request: Request, body: ClassifyRequest) ->
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
+    is_short = answers.is_short(serving, request, service, body)
+    return await serving.answer(request, service, body, make, is_short=is_short)
 
 
 async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) -> Response:
@@ -290,7 +291,8 @@ async def answer_vectors(
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
+    is_short = answers.is_short(serving, request, service, body, applied)
+    return await serving.answer(request, service, body, make, is_short=is_short)
 
 
 def _check_float(body: PoolingFields) -> None:
