@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.server import serving
+from cenote.server.admission import RenderLine
 from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
 from tests import pictured
-from tests.conftest import CLASSIFIER, INFO, expected, floats
+from tests.conftest import CLASSIFIER, INFO, JSON, expected, floats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -293,6 +295,29 @@ def test_a_slow_tokenizer_stays_off_the_event_loop(serve: Serve, monkeypatch: py
     answer = serve().post("/v1/embeddings", json={"input": [[5, 6]]})
     assert floats(answer.json()["data"][0]["embedding"]) == expected([5, 6])
     assert ran[0].startswith("cenote-render")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", {"inputs": ["a", "b"]}),
+        ("/tokenize", {"content": "a"}),
+        ("/v1/tokenize", {"text": "a"}),
+        ("/detokenize", {"tokens": [5, 6]}),
+        ("/decode", {"ids": [5, 6]}),
+    ],
+)
+def test_what_tokenises_alone_is_in_the_line_before_the_render_threads(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(RenderLine, "rendered", lambda line, size, seconds: sizes.append(size))
+    content = json.dumps(body)
+    answer = serve(chat_template=TEMPLATE).post(path, content=content, headers=JSON)
+    assert answer.status_code == 200
+    assert sizes == [len(content)]
 
 
 def test_ids_are_of_32_digits_and_differ() -> None:

@@ -188,7 +188,7 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
     """The text of token ids, as vLLM, Cohere and llama.cpp call it: a body does not tell which of them is meant."""
     service = serving.find(body.model)
-    text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
+    text = await serving.rendered(lambda: service.renderer.detokenize(body.tokens), request.state.body_bytes)
     return json_response({"prompt": text, "text": text, "content": text})
 
 
