@@ -20,6 +20,7 @@ from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unautho
 from cenote.server import errors
 from cenote.server.admission import Held
 from cenote.server.errors import BadBody
+from cenote.server.leaving import Left
 from cenote.server.reading import parse
 from cenote.server.serving import new_id
 from cenote.server.wire.sizes import echo
@@ -220,7 +221,7 @@ class Gate:
             self._check(scope, headers)
             if scope["method"] == "POST":
                 receive = await self._body(scope, headers, incoming, held)
-        except CenoteError as error:
+        except (CenoteError, Left) as error:
             held.release()
             await self._refuse(error, scope, incoming, send)
             return
@@ -229,7 +230,7 @@ class Gate:
         finally:
             held.release()
 
-    async def _refuse(self, error: CenoteError, scope: Scope, incoming: _Incoming, send: Send) -> None:
+    async def _refuse(self, error: CenoteError | Left, scope: Scope, incoming: _Incoming, send: Send) -> None:
         """Answer with `error`, and let a client that is still sending its body finish: else it sees a reset."""
         await self._peek(scope, incoming)
         response = errors.respond(error, self._error_body(scope, incoming.value()))
@@ -279,7 +280,12 @@ class Gate:
             raise Unauthorized("missing or wrong API key")
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive, held: Held) -> Receive:
-        """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again."""
+        """Read the whole body, at most the limit, note its size, and return a `receive` that gives it again.
+
+        Raises:
+            CenoteError: the body is too large, or comes too slowly.
+            Left: the client left before its end.
+        """
         limit = self.config.max_body_bytes
         declared = _length(headers)
         if declared > limit:
@@ -290,7 +296,9 @@ class Gate:
             message = await receive()
             if "refusal" in scope["state"]:  # it is sent too slowly
                 raise scope["state"]["refusal"]
-            chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
+            if message["type"] == "http.disconnect":
+                raise Left
+            chunks.append(message.get("body", b""))
             held.add(len(chunks[-1]))
             is_open = message.get("more_body", False)
             if held.size > limit:

@@ -1,10 +1,11 @@
 """The part of a request's trip that all dialects share: find the model, render, submit, wait, encode.
 
-A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
-request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
-every step of the way to a thread and back waits for the interpreter's lock. Requests that arrive together reach the
-engine together, so that the first of many is not a batch of one. Of these, and of answers that come together, the loop
-does some in each of its turns (`cenote.server.turns`), so that refusals do not wait for them.
+A client that leaves cancels its work, wherever it waits (`cenote.server.leaving`). Rendering and large encodings run in
+a small pool of threads. Only a short request without a template is rendered on the event loop: a query's tokens take
+some hundredths of a millisecond, and every step of the way to a thread and back waits for the interpreter's lock.
+Requests that arrive together reach the engine together, so that the first of many is not a batch of one. Of these, and
+of answers that come together, the loop does some in each of its turns (`cenote.server.turns`), so that refusals do not
+wait for them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from starlette.exceptions import HTTPException
-
 from cenote import metrics
 from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
@@ -32,6 +31,7 @@ from cenote.pipeline.options import Bounds
 from cenote.server import arrivals
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
+from cenote.server.leaving import Awaited
 from cenote.server.turns import Turns
 from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLIENT_CLOSED = 499
 SHORT = 4096
 """Bytes of a body, and of the prompt before each of its inputs, up to which text is rendered on the event loop."""
 LARGE = 65_536
@@ -66,8 +65,6 @@ MANY_HELD = 64
 """Requests with which they do so even if others wait for their turn."""
 CROWD = 128
 """Requests being computed from which on the loop does less for them in a turn."""
-NOTICE = 1.0
-"""Seconds after which it is noticed that a client has left."""
 LAST_RENDERS = 2.0
 """Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
 T = TypeVar("T")
@@ -205,7 +202,7 @@ class Serving:
 
         Raises:
             CenoteError: the operation or the engine refuses the request, or fails.
-            HTTPException: the client left.
+            Left: the client left.
         """
         began = time.monotonic()
         size = request.state.body_bytes
@@ -213,19 +210,19 @@ class Serving:
         line = self.admission.line(service)
         self.running += 1
         try:
-            with line.enter(size) as place:
+            with Awaited(request), line.enter(size) as place:
                 if is_short:
                     await self._desk_here().renders.wait()
                     with metrics.timed("render"):
                         job = make()
                 else:
-                    job = await self.rendered(make, size)
+                    job = await self._rendered(make, size)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
                 place.queue(job.tokens, len(job.sequences))
                 request.state.render_seconds = time.monotonic() - began
                 request.state.tokens = job.tokens
-                outputs = await self._outputs(request, service, job, place)
+                outputs = await self._outputs(service, job, place)
         finally:
             self.running -= 1
         if job.is_slow or _numbers(outputs) > LARGE:
@@ -233,7 +230,16 @@ class Serving:
         with metrics.timed("encode"):
             return job.finish(outputs)
 
-    async def rendered(self, make: Callable[[], T], size: int) -> T:
+    async def rendered(self, request: Request, make: Callable[[], T]) -> T:
+        """Call `make` on a render thread, for a request that no engine runs.
+
+        Raises:
+            Left: the client left.
+        """
+        with Awaited(request):
+            return await self._rendered(make, request.state.body_bytes)
+
+    async def _rendered(self, make: Callable[[], T], size: int) -> T:
         """Call `make` on a render thread, for a body of `size` bytes.
 
         It is called again when the pictures behind URLs have arrived that it asks for, so that no render thread waits
@@ -256,21 +262,14 @@ class Serving:
                 return result
             await arrivals.fetch(result, files)
 
-    async def _outputs(
-        self, request: Request, service: Service, job: Job[Response], place: EnginePlace
-    ) -> list[Output]:
-        """Wait for the outputs of `job`, or until the client leaves."""
+    async def _outputs(self, service: Service, job: Job[Response], place: EnginePlace) -> list[Output]:
+        """Wait for the outputs of `job`."""
         desk = self._desk_here()
         count = len(job.sequences)
         followed = metrics.trip.get()
         if followed is not None:
             followed.model, followed.sequences, followed.tokens = service.names[0], count, job.tokens
-        answer = desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
-        watch = desk.loop.call_later(NOTICE, _watch, request, answer)
-        try:
-            return await answer
-        finally:
-            watch.cancel()
+        return await desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
 
     def _desk_here(self) -> Desk:
         """Return the desk of the running event loop."""
@@ -431,19 +430,6 @@ def _numbers(outputs: Iterable[Output]) -> int:
 
 def _drop(work: Future[Any], _: asyncio.Future[Any]) -> None:
     work.cancel()
-
-
-def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
-    """Give up `answer` when the client leaves."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if not answer.done():
-            answer.set_exception(HTTPException(CLIENT_CLOSED, "the client closed the connection"))
-
-    watching = asyncio.ensure_future(leave())
-    answer.add_done_callback(lambda _: watching.cancel())
 
 
 def request_id(request: Request, of_body: str | None) -> str:

@@ -285,7 +285,7 @@ async def tokenize(serving: Serving, request: Request, body: CohereTokenizeReque
         strings = renderer.token_strings(ids)
         return json_response({"tokens": ids, "token_strings": strings, "meta": {"api_version": {"version": "1"}}})
 
-    return await serving.rendered(tokens, request.state.body_bytes)
+    return await serving.rendered(request, tokens)
 
 
 OF_V1 = frozenset({"rank_fields"})

@@ -466,7 +466,7 @@ async def tokenize(serving: Serving, request: Request, body: TeiTokenizeRequest)
             serving.check_size(text, "inputs")
         return json_response([[*_tokens(renderer, text, special=body.add_special_tokens)] for text in prompted])
 
-    return await serving.rendered(tokens, request.state.body_bytes)
+    return await serving.rendered(request, tokens)
 
 
 def _tokens(renderer: Renderer, text: str, *, special: bool) -> Iterator[dict[str, Any]]:
@@ -496,7 +496,7 @@ async def decode(serving: Serving, request: Request, body: DecodeRequest) -> Res
         skip = body.skip_special_tokens
         return json_response([renderer.detokenize(ids, skip_special_tokens=skip) for ids in lists])
 
-    return await serving.rendered(texts, request.state.body_bytes)
+    return await serving.rendered(request, texts)
 
 
 async def info(serving: Serving, request: Request, body: None) -> Response:

@@ -182,13 +182,13 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
             }
         )
 
-    return await serving.rendered(answered, request.state.body_bytes)
+    return await serving.rendered(request, answered)
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
     """The text of token ids, as vLLM, Cohere and llama.cpp call it: a body does not tell which of them is meant."""
     service = serving.find(body.model)
-    text = await serving.rendered(lambda: service.renderer.detokenize(body.tokens), request.state.body_bytes)
+    text = await serving.rendered(request, lambda: service.renderer.detokenize(body.tokens))
     return json_response({"prompt": text, "text": text, "content": text})
 
 
