@@ -31,6 +31,7 @@ from cenote.pipeline.options import Bounds
 from cenote.server import arrivals
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
+from cenote.server.health import Probe
 from cenote.server.leaving import Awaited
 from cenote.server.turns import Turns
 from cenote.server.wire.sizes import echo
@@ -81,6 +82,7 @@ class Serving:
 
     Attributes:
         models: the models by their names.
+        probes: of the health of each model.
         running: requests being computed.
         is_ending: whether the server is shutting down.
         admission: decides which requests may wait.
@@ -92,6 +94,7 @@ class Serving:
     ) -> None:
         self.models = Models(services, any_name=config.any_model_name)
         self.services = services
+        self.probes = [Probe(service.engine) for service in services]
         self.config = config
         self.started = int(time.time())
         self.running = 0
