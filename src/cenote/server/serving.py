@@ -271,7 +271,9 @@ class Serving:
         count = len(job.sequences)
         followed = metrics.trip.get()
         if followed is not None:
-            followed.model, followed.sequences, followed.tokens = service.names[0], count, job.tokens
+            followed.model = service.names[0]
+            followed.sequences += count  # of Vertex' instances, each comes here
+            followed.tokens += job.tokens
         return await desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
 
     def _desk_here(self) -> Desk:
