@@ -131,6 +131,7 @@ class Application:
             self._is_open,
             self._is_known,
             self._is_shared,
+            self._route_path,
         )
         self._app = _for_pages(traced(gate, config.otlp_traces_endpoint), config)
 
@@ -169,7 +170,7 @@ class Application:
             await send({"type": "websocket.close", "code": 1000})
             return
         match = self._match(scope)
-        scope["route_path"] = match.path if match else "other"
+        scope["route_path"] = self._route_path(scope)
         request = Request(scope, receive, send)
         value = None
         try:
@@ -190,6 +191,11 @@ class Application:
             scope[MATCH] = self.table.match(scope["method"], self._path(scope))
         match: Match | None = scope[MATCH]
         return match
+
+    def _route_path(self, scope: Scope) -> str:
+        """Return the path of a request as the table has it; "other" if it does not have it."""
+        match = self._match(scope)
+        return match.path if match else "other"
 
     def _error_body(self, scope: Scope, value: Any = None) -> ErrorBody:
         """Return the function that makes the body of an error in the dialect of a request with the body `value`."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     """Makes the body of an error in the shape of a dialect."""
 
 UNCOUNTED = frozenset({"/metrics", "/load", "/version"})
-"""Paths whose requests are not in the metrics, as those of health that need no key."""
+"""Paths of routes whose requests are not in the metrics, as those of health that need no key."""
 KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 """Headers that may bring the key; the last two are those of Azure's clients and of gateways."""
 JSON_TYPES = frozenset({"application/json", ""})
@@ -153,6 +153,7 @@ class Gate:
         is_open: whether a request needs no key.
         is_known: whether a request has a route.
         is_shared: whether the path of a request is one of several dialects.
+        path_of: path of a request's route, as the table has it.
 
     Attributes:
         under_way: requests whose body is read or whose answer is not sent.
@@ -169,6 +170,7 @@ class Gate:
         is_open: Callable[[Scope], bool],
         is_known: Callable[[Scope], bool],
         is_shared: Callable[[Scope], bool],
+        path_of: Callable[[Scope], str],
     ) -> None:
         self.app = app
         self.config = config
@@ -178,11 +180,12 @@ class Gate:
         self._is_open = is_open
         self._is_known = is_known
         self._is_shared = is_shared
+        self._path_of = path_of
         self._keys = [key.encode() for key in config.api_key]
 
     def counts(self, scope: Scope) -> bool:
         """Return whether a request is in the metrics: those about health and load are not."""
-        return not (scope["path"] in UNCOUNTED or self._is_open(scope))
+        return not (self._path_of(scope) in UNCOUNTED or self._is_open(scope))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
