@@ -33,11 +33,18 @@ if TYPE_CHECKING:
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
+def following(desk: Desk, future: Future[int]) -> asyncio.Future[int]:
+    """A future of the loop that ends as `future` does."""
+    answer: asyncio.Future[int] = desk.loop.create_future()
+    desk._follow(future, answer)
+    return answer
+
+
 def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
     async def ask() -> list[Any]:
         desk = Desk(asyncio.get_running_loop())
         futures: list[Future[int]] = [Future() for _ in range(400)]
-        waiting = [desk.of(future) for future in futures]
+        waiting = [following(desk, future) for future in futures]
 
         def settle(start: int) -> None:
             for i in range(start, len(futures), 4):
@@ -85,12 +92,12 @@ def test_the_loop_is_woken_once_for_all_that_are_done() -> None:
         desk, wake, woken = Desk(loop), loop.call_soon_threadsafe, []
         loop.call_soon_threadsafe = lambda *args: (woken.append(args), wake(*args))[1]  # type: ignore[method-assign,assignment,misc]
         futures: list[Future[int]] = [Future() for _ in range(8)]
-        waiting = [desk.of(future) for future in futures]
+        waiting = [following(desk, future) for future in futures]
         for i, future in enumerate(futures):
             future.set_result(i)
         first = await asyncio.gather(*waiting)
         again: Future[int] = Future()
-        last = desk.of(again)
+        last = following(desk, again)
         again.set_result(8)
         return len(woken), [*first, await last]
 
@@ -103,7 +110,7 @@ def test_those_who_gave_up_do_not_keep_others_from_their_answers() -> None:
         left: Future[int] = Future()
         cancelled: Future[int] = Future()
         kept: Future[int] = Future()
-        gone, dropped, waiting = desk.of(left), desk.of(cancelled), desk.of(kept)
+        gone, dropped, waiting = following(desk, left), following(desk, cancelled), following(desk, kept)
         gone.cancel()
         left.set_result(1)
         cancelled.cancel()

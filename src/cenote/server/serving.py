@@ -354,12 +354,6 @@ class Desk:
             self.loop.call_soon(self._hold, 1, 0)
         return answer
 
-    def of(self, future: Future[T]) -> asyncio.Future[T]:
-        """Return a future of the loop that ends as `future` does."""
-        answer: asyncio.Future[T] = self.loop.create_future()
-        self._follow(future, answer)
-        return answer
-
     def _hold(self, count: int, quiet: int) -> None:
         """Hand the held requests over, or wait for another turn of the loop.
 
@@ -387,6 +381,8 @@ class Desk:
             answer.add_done_callback(partial(_drop, future))
 
     def _follow(self, future: Future[T], answer: asyncio.Future[T]) -> None:
+        """Let `answer` end as `future` does."""
+
         def done(future: Future[T]) -> None:
             self._done.append((answer, future))
             if not self._woken:  # else `_settle` has not begun yet and will find it
