@@ -569,8 +569,8 @@ def test_requests_that_are_refused(start: Start, body: dict[str, Any], message: 
 def test_other_refusals(start: Start) -> None:
     client = start(Echo, max_client_batch_size=2)
     assert len(post(client, {"prompts": ["a", "a"]})["ids"]) == 2
-    message, _ = refused(client, {"data": {"prompts": ["a"] * 3}})
-    assert message == "the request has 3 inputs; at most 2 are allowed"
+    message, param = refused(client, {"data": {"prompts": ["a"] * 3}})
+    assert (message, param) == ("the request has 3 inputs; at most 2 are allowed", "data")
     message, param = refused(client, {"data": {"prompts": "a"}, "mm_processor_kwargs": {"a": 1}})
     assert param == "mm_processor_kwargs"
     assert refused(client, {"data": {"prompts": "a"}, "model": "other"}, 404)[0] == "The model `other` does not exist."

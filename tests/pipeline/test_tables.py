@@ -72,7 +72,7 @@ def test_a_type_beyond_the_table_is_refused(tmp_path: Path) -> None:
 def test_text_that_is_no_unicode_is_refused_alike(tmp_path: Path, kind: str) -> None:
     tokenizer = wordpiece() if kind == "fast" else ByT5Tokenizer()
     with LLM(str(classifier(tmp_path / "model", num_labels=1, tokenizer=tokenizer))) as llm:
-        assert llm._service.renderer.is_fast == (kind == "fast")
+        assert llm._service.renderer.renders_quickly == (kind == "fast")
         for call in (
             lambda: llm.embed(["well", "a\ud800b"], use_tqdm=False),
             lambda: llm.embed(["a\udfff" * 100], tokenization_kwargs={"truncate_prompt_tokens": 5}, use_tqdm=False),

@@ -117,6 +117,10 @@ def test_the_root_is_a_page_in_browsers_alone(serve: Serve) -> None:
     for text in ("&lt;model&gt;, other: embed", "POST /v1/embeddings", 'href="/docs"', "POST /api/embed"):
         assert text in page.text
     assert "<model>" not in page.text
+    assert [line for line in page.text.splitlines() if "<a " in line] == [
+        '<p><a href="/docs">the API</a></p>',
+        '<p><a href="/openapi.json">its description for programs</a></p>',
+    ]
 
 
 def test_the_page_keeps_what_needs_a_key(serve: Serve) -> None:

@@ -120,6 +120,16 @@ def test_another_protocol_is_not_spoken_and_not_logged(
     assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
 
 
+@pytest.mark.parametrize("request_line", [b"GET", b"NONE / HTTP/1.1", b"GET / HTTP/9.9", b"\x16\x03\x01"], ids=repr)
+def test_what_is_no_request_is_answered_and_not_logged(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, request_line: bytes
+) -> None:
+    client = run().connect(request_line + b"\r\n\r\n")
+    assert client.recv(65_536).startswith(b"HTTP/1.1 400 ")
+    assert is_closed(client)
+    assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
+
+
 def test_connections_beyond_the_limit_are_answered_503(run: Callable[..., Running]) -> None:
     server = run(max_connections=3)
     before = refused("connections")

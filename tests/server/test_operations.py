@@ -266,7 +266,8 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
 
 def test_watching_is_not_counted(client: TestClient) -> None:
     before = metrics(client)
-    for path in ("/health", "/ping", "/load", "/version", "/metrics"):
+    paths = ("/health", "/ping", "/load", "/version", "/metrics")
+    for path in (*paths, "/metrics/", "/vllm/load", "/models/fake/metrics"):
         assert client.get(path).status_code == 200
     after = metrics(client)
     assert {k: v for k, v in after.items() if k[0] == "cenote_requests_total"} == {

@@ -183,6 +183,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "shape of larger numbers": ("embedder", {"inputs": [INFER["inputs"][0] | {"shape": [2**63]}]}, 400, "less_than"),
     "shape of many numbers": ("embedder", {"inputs": [INFER["inputs"][0] | {"shape": [1] * 9}]}, 400, "too_long"),
     "no inputs": ("embedder", {}, 400, "validation error"),
+    "two outputs": (
+        "embedder",
+        INFER | {"outputs": [{"name": "a"}, {"name": "b"}]},
+        400,
+        "List should have at most 1 item after validation, not 2",
+    ),
     "unknown model": ("none", INFER, 404, "The model `none` does not exist."),
 }
 

@@ -47,6 +47,34 @@ def test_params_of_errors(client: TestClient, path: str, body: dict[str, Any], p
     assert answer.json()["error"]["param"] == param
 
 
+LISTS: list[tuple[str, dict[str, Any], str, Any]] = [
+    ("/rerank", {"query": "a"}, "documents", "a"),
+    ("/rerank", {"query": "a"}, "documents", {"text": "a"}),
+    ("/score", {"text_1": "a"}, "text_2", "a"),
+    ("/score", {"data_2": "a"}, "data_1", {"text": "a"}),
+    ("/v1/embeddings", {}, "input", {"text": "a"}),
+]
+"""Routes, bodies, and a list that they lack with an element of it."""
+
+
+@pytest.mark.parametrize("count", [2049, 5000])
+@pytest.mark.parametrize(("path", "body", "param", "element"), LISTS, ids=str)
+def test_a_list_that_is_too_long_is_told_by_its_name(
+    client: TestClient, path: str, body: dict[str, Any], param: str, element: Any, count: int
+) -> None:
+    found = client.post(path, json={**body, param: [element] * count}).json()["error"]
+    assert (found["code"], found["param"]) == (400, param)
+    assert found["message"] == f"the request has {count} inputs; at most 2048 are allowed"
+
+
+def test_a_conversation_has_messages(client: TestClient) -> None:
+    for param in ("messages", "input"):
+        body = {param: [{"role": "user", "content": "a"}] * 5000}
+        found = client.post("/v1/embeddings", json=body).json()["error"]
+        assert (found["code"], found["param"]) == (400, param)
+        assert found["message"] == "the request has 5000 messages; at most 4096 are allowed"
+
+
 def test_other_params_stay() -> None:
     assert as_sent(None, {"output_dimension": 4}) is None
     assert as_sent("dimensions", {}) == "dimensions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from cenote.conventions import PairTemplate
 from cenote.engine.fake import FakeEngine
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
+from cenote.server.wire import pairs as wire_pairs
 from tests import checkpoints
 from tests.conftest import CLASSIFIER, CROSS_ENCODER, ENCODER, INFO, classes, error, expected, floats, usage
 
@@ -356,10 +358,33 @@ def test_too_many_pairs(serve: Serve) -> None:
     engine = FakeEngine(CROSS_ENCODER)
     client = serve(engine, max_client_batch_size=3)
     for path, query in (("/score", "queries"), ("/rerank", "query")):
-        found = error(client, {query: "one", "documents": ["two"] * 4}, path)
-        assert found["message"] == "the request has 4 inputs; at most 3 are allowed"
+        for document in ("two", {"text": "two"}):
+            found = error(client, {query: "one", "documents": [document] * 4}, path)
+            assert found["message"] == "the request has 4 inputs; at most 3 are allowed"
+            assert found["param"] == "documents"
     assert not engine.submitted
     assert len(scores(client, "one", ["two"] * 3)) == 3
+
+
+def test_objects_are_read_on_the_render_threads_once_they_are_counted(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    read = wire_pairs._content
+
+    def watched(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*args, **options)
+
+    monkeypatch.setattr(wire_pairs, "_content", watched)
+    client = serve(info=CROSS_ENCODER, max_client_batch_size=2)
+    for path, query in (("/score", "queries"), ("/rerank", "query")):
+        assert error(client, {query: "one", "documents": [{"text": "two"}] * 3}, path)["param"] == "documents"
+        assert threads == []
+        assert post(client, path, {query: "one", "documents": [{"text": "two"}] * 2})
+        assert {name.rpartition("_")[0] for name in threads} == {"cenote-render"}
+        assert len(threads) == 3
+        threads.clear()
 
 
 # --- what is run -------------------------------------------------------------------------------------------------

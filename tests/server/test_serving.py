@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -11,25 +12,39 @@ import numpy as np
 import pytest
 
 from cenote.config import ServerConfig
+from cenote.conventions import MessageTemplate, Pictures
 from cenote.core import Output, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.errors import EngineFailed, Overloaded
+from cenote.pipeline.pipeline import Service
+from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
 from cenote.server import serving
+from cenote.server.admission import RenderLine
 from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
-from tests.conftest import expected, floats
+from tests import pictured
+from tests.conftest import CLASSIFIER, INFO, JSON, expected, floats
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.conftest import Serve
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def following(desk: Desk, future: Future[int]) -> asyncio.Future[int]:
+    """A future of the loop that ends as `future` does."""
+    answer: asyncio.Future[int] = desk.loop.create_future()
+    desk._follow(future, answer)
+    return answer
 
 
 def test_every_answer_reaches_the_one_who_waits_for_it() -> None:
     async def ask() -> list[Any]:
         desk = Desk(asyncio.get_running_loop())
         futures: list[Future[int]] = [Future() for _ in range(400)]
-        waiting = [desk.of(future) for future in futures]
+        waiting = [following(desk, future) for future in futures]
 
         def settle(start: int) -> None:
             for i in range(start, len(futures), 4):
@@ -77,12 +92,12 @@ def test_the_loop_is_woken_once_for_all_that_are_done() -> None:
         desk, wake, woken = Desk(loop), loop.call_soon_threadsafe, []
         loop.call_soon_threadsafe = lambda *args: (woken.append(args), wake(*args))[1]  # type: ignore[method-assign,assignment,misc]
         futures: list[Future[int]] = [Future() for _ in range(8)]
-        waiting = [desk.of(future) for future in futures]
+        waiting = [following(desk, future) for future in futures]
         for i, future in enumerate(futures):
             future.set_result(i)
         first = await asyncio.gather(*waiting)
         again: Future[int] = Future()
-        last = desk.of(again)
+        last = following(desk, again)
         again.set_result(8)
         return len(woken), [*first, await last]
 
@@ -95,7 +110,7 @@ def test_those_who_gave_up_do_not_keep_others_from_their_answers() -> None:
         left: Future[int] = Future()
         cancelled: Future[int] = Future()
         kept: Future[int] = Future()
-        gone, dropped, waiting = desk.of(left), desk.of(cancelled), desk.of(kept)
+        gone, dropped, waiting = following(desk, left), following(desk, cancelled), following(desk, kept)
         gone.cancel()
         left.set_result(1)
         cancelled.cancel()
@@ -201,6 +216,19 @@ def test_what_the_engine_refuses_is_the_answer_of_that_request_alone() -> None:
     assert [len(first), len(third)] == [1, 1]
 
 
+def rendering_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that will have the names of the threads that render."""
+    names: list[str] = []
+    render = Renderer.render
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render", watched)
+    return names
+
+
 @pytest.mark.parametrize(
     ("body", "on_the_loop"),
     [
@@ -214,27 +242,89 @@ def test_what_the_engine_refuses_is_the_answer_of_that_request_alone() -> None:
 def test_only_short_plain_requests_are_rendered_on_the_event_loop(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], on_the_loop: bool
 ) -> None:
-    ran: list[str] = []
-    render = Renderer.render
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        ran.append(threading.current_thread().name)
-        return render(*args, **kwargs)
-
-    monkeypatch.setattr(Renderer, "render", watched)
+    ran = rendering_threads(monkeypatch)
     client = serve(chat_template=TEMPLATE, auto_truncate=True)
     assert client.post("/v1/embeddings", json=body).status_code == 200
     assert [name.startswith("cenote-render") for name in ran] == [not on_the_loop]
 
 
+LONG_PROMPT = {"prompts": Prompts({"long": "long " * 100})}
+LONG_DEFAULT = {"prompts": Prompts({"long": "long " * 100}, default="long")}
+TEMPLATED = {"messages": MessageTemplate(TEMPLATE)}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "body", "on_the_loop"),
+    [
+        ("/v1/embeddings", {}, {"input": ["a", "b"], "padding": "do_not_pad"}, True),
+        ("/v1/embeddings", {}, {"input": ["a", "b"], "padding": "max_length"}, False),
+        ("/v1/embeddings", TEMPLATED, {"input": ["hello", "world"]}, False),
+        ("/embed", TEMPLATED, {"inputs": ["hello", "world"]}, False),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 10}, True),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 5, "prompt_name": "long"}, True),
+        ("/v1/embeddings", LONG_PROMPT, {"input": ["a"] * 10, "prompt_name": "long"}, False),
+        ("/v1/embeddings", LONG_DEFAULT, {"input": ["a"] * 10}, False),
+        ("/embed", LONG_PROMPT, {"inputs": ["a"] * 5, "prompt_name": "long"}, True),
+        ("/embed", LONG_PROMPT, {"inputs": ["a"] * 10, "prompt_name": "long"}, False),
+        ("/embed", LONG_DEFAULT, {"inputs": ["a"] * 10}, False),
+        ("/classify", LONG_DEFAULT, {"input": ["a"]}, True),
+        ("/classify", LONG_DEFAULT, {"input": ["a"] * 10}, False),
+        ("/classify", {}, {"input": ["a"], "padding": "max_length"}, False),
+    ],
+)
+def test_short_is_said_of_the_work_and_not_of_the_body(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    options: dict[str, Any],
+    body: dict[str, Any],
+    on_the_loop: bool,
+) -> None:
+    ran = rendering_threads(monkeypatch)
+    renderer = Renderer(serve.tokenizer, CLASSIFIER, auto_truncate=True, **options)
+    client = serve.of(Service(FakeEngine(CLASSIFIER), renderer, ("fake",)))
+    assert client.post(path, json=body).status_code == 200
+    assert [name.startswith("cenote-render") for name in ran] == [not on_the_loop]
+
+
+def test_a_blank_picture_is_not_made_on_the_event_loop(tmp_path: Path) -> None:
+    tokenizer = pictured.write_qwen_files(tmp_path, "qwen2_vl")
+    assert Renderer(tokenizer, INFO).renders_quickly
+    pictures = Pictures(str(tmp_path), "grid", 5, blank=28)
+    assert not Renderer(tokenizer, INFO, pictures=pictures).renders_quickly
+
+
 def test_a_slow_tokenizer_stays_off_the_event_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Renderer, "is_fast", False)
+    monkeypatch.setattr(Renderer, "renders_quickly", False)
     ran: list[str] = []
     check = Renderer.check
     monkeypatch.setattr(Renderer, "check", lambda *args: (ran.append(threading.current_thread().name), check(*args))[1])
     answer = serve().post("/v1/embeddings", json={"input": [[5, 6]]})
     assert floats(answer.json()["data"][0]["embedding"]) == expected([5, 6])
     assert ran[0].startswith("cenote-render")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", {"inputs": ["a", "b"]}),
+        ("/tokenize", {"content": "a"}),
+        ("/v1/tokenize", {"text": "a"}),
+        ("/detokenize", {"tokens": [5, 6]}),
+        ("/decode", {"ids": [5, 6]}),
+    ],
+)
+def test_what_tokenises_alone_is_in_the_line_before_the_render_threads(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(RenderLine, "rendered", lambda line, size, seconds: sizes.append(size))
+    content = json.dumps(body)
+    answer = serve(chat_template=TEMPLATE).post(path, content=content, headers=JSON)
+    assert answer.status_code == 200
+    assert sizes == [len(content)]
 
 
 def test_ids_are_of_32_digits_and_differ() -> None:

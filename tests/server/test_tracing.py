@@ -226,6 +226,17 @@ def test_an_error_of_the_server_is_one_of_the_span(serve: Serve) -> None:
     assert collector.paths == {"/any/path"}
 
 
+def test_a_request_of_several_instances_has_the_tokens_of_all(serve: Serve) -> None:
+    with listening() as collector:
+        client = serve(otlp_traces_endpoint=collector.url)
+        body = {"instances": [{"inputs": "deep water"}, {"inputs": ["water", "stones and water"]}]}
+        assert client.post("/vertex", json=body).status_code == 200
+        serve.stack.close()
+    (request,) = [span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER]
+    found = attributes(request)
+    assert (found["cenote.sequences"], found["gen_ai.usage.input_tokens"]) == (3, 4 + 3 + 5)
+
+
 def test_requests_are_answered_without_a_collector(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -338,9 +338,10 @@ class Renderer:
         return ids
 
     @property
-    def is_fast(self) -> bool:
-        """Whether the tokenizer has a fast backend, which needs no lock."""
-        return isinstance(self.backend, FastTokenizer)
+    def renders_quickly(self) -> bool:
+        """Whether texts are only tokenised, by a fast backend, which needs no lock: no template, no pictures."""
+        others = (self._messages, self.pictures)
+        return isinstance(self.backend, FastTokenizer) and others == (None, None)
 
     def token_strings(self, ids: Seq[int]) -> list[str]:
         """Return the vocabulary entries of `ids`."""

@@ -229,11 +229,6 @@ class EngineLine(Line):
         self._tokens = [0] * (self.most.bit_length() + 1)
         self._before_short = 0  # tokens that come before a request of at most a batch: of each one a batch at most
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all requests in the line, of each at most those of a bulk request that others wait for."""
-        return sum(self._tokens)
-
     def enter(self, body_bytes: int) -> EnginePlace:
         """Return the place of a request that is not tokenised yet."""
         return EnginePlace(self, body_bytes // BYTES_PER_TOKEN)

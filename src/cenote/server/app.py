@@ -39,6 +39,7 @@ from cenote.server.dialects import (
     weaviate,
 )
 from cenote.server.gate import Gate, UnderWay
+from cenote.server.leaving import Awaited
 from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
 from cenote.server.table import Table
@@ -204,7 +205,8 @@ class Application:
         """Return the result of work on a body, off the event loop if the body is large."""
         if request.scope["state"]["body_bytes"] <= LARGE:
             return work()
-        return await self._serving.in_pool("parse", work)
+        with Awaited(request):
+            return await self._serving.in_pool("parse", work)
 
     async def _answer(self, match: Match, value: Any, request: Request) -> Response:
         entry = match.entry(value)

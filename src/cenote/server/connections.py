@@ -1,7 +1,8 @@
 """Connections and their limits: how many there are, how large a head is, and how long one waits for its client.
 
 uvicorn's protocol reads requests; this one counts and looks at the clock. The clock is looked at once a second for all
-connections, so that a request costs no timer.
+connections, so that heads, bodies and answers that nobody reads cost no timers. Idle connections are uvicorn's, which
+has a timer after each answer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from cenote.server.app import Application
 
 log = logging.getLogger(__name__)
+SILENT = logging.getLogger("uvicorn.error.connection")
+"""uvicorn's log of connections, of errors alone: a client could fill it by requests that are none."""
+SILENT.setLevel(logging.ERROR)
 
 SPARE = 256
 """Connections beyond the limit that are answered 503, where the system allows so many; see `Limits`."""
@@ -93,8 +97,9 @@ def descriptors() -> int:
 class Connection(HttpToolsProtocol):
     """A connection of a client. Make a subclass by `limited`.
 
-    A request that is refused for its head, and one of a connection too many, reaches the application with the error as
-    `refusal` in the state of its scope, so that it is answered in its dialect.
+    A request with too many headers, and one of a connection too many, reaches the application with the error as
+    `refusal` in the state of its scope, so that it is answered in its dialect. One whose head is too large or too slow
+    is answered here in the common form, since its path need not be there.
     """
 
     limits: ClassVar[Limits]
@@ -103,6 +108,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.logger = SILENT
         self._awaits_head = True
         self._is_idle = False
         self._is_refused = False
@@ -205,9 +211,6 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         self._is_idle = not self._awaits_head
         self._since = self.loop.time()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Write no line about a request for another protocol, which is answered as any: clients could fill the log."""
 
     def look(self, now: float) -> None:
         """End the connection if its client takes too long.

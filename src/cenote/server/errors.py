@@ -194,8 +194,10 @@ def _farthest(errors: Sequence[Any]) -> list[Any]:
     error names the element at fault; the others fail at the first.
     """
     places = [*map(_place, errors)]
-    farthest = dict(sorted(places))  # the last one of each field stays
-    return [error for error, (field, place) in zip(errors, places, strict=True) if farthest[field] == place]
+    farthest: dict[tuple[str, ...], list[int]] = {}
+    for name, place in places:
+        farthest[name] = max(place, farthest.get(name, []))
+    return [error for error, (name, place) in zip(errors, places, strict=True) if farthest[name] == place]
 
 
 def _place(error: Any) -> tuple[tuple[str, ...], list[int]]:

@@ -21,6 +21,7 @@ from cenote.errors import BadRequest, BodyTooLarge, CenoteError, Closed, Unautho
 from cenote.server import errors
 from cenote.server.admission import Held
 from cenote.server.errors import BadBody
+from cenote.server.leaving import Left
 from cenote.server.reading import parse
 from cenote.server.serving import new_id
 from cenote.server.wire.sizes import echo
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     """Makes the body of an error in the shape of a dialect."""
 
 UNCOUNTED = frozenset({"/metrics", "/load", "/version"})
-"""Paths whose requests are not in the metrics, as those of health that need no key."""
+"""Paths of routes whose requests are not in the metrics, as those of health that need no key."""
 KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 """Headers that may bring the key; the last two are those of Azure's clients and of gateways."""
 JSON_TYPES = frozenset({"application/json", ""})
@@ -180,7 +181,8 @@ class Gate:
 
     def counts(self, scope: Scope) -> bool:
         """Return whether a request is in the metrics: those about health and load are not."""
-        return not (scope["path"] in UNCOUNTED or self._is_open(scope))
+        match = self._find(scope)
+        return match is None or not (match.path in UNCOUNTED or match.default.route.is_open)
 
     def _is_open(self, scope: Scope) -> bool:
         """Return whether a request needs no key."""
@@ -224,7 +226,7 @@ class Gate:
             self._check(scope, headers, declared)
             if scope["method"] == "POST":
                 scope["state"]["body"] = await self._body(scope, declared, incoming, held)
-        except CenoteError as error:
+        except (CenoteError, Left) as error:
             held.release()
             await self._refuse(error, scope, incoming, send)
             return
@@ -233,7 +235,7 @@ class Gate:
         finally:
             held.release()
 
-    async def _refuse(self, error: CenoteError, scope: Scope, incoming: _Incoming, send: Send) -> None:
+    async def _refuse(self, error: CenoteError | Left, scope: Scope, incoming: _Incoming, send: Send) -> None:
         """Answer with `error`, and let a client that is still sending its body finish: else it sees a reset."""
         await self._peek(scope, incoming)
         response = errors.respond(error, self._error_body(scope, incoming.value()))
@@ -293,9 +295,8 @@ class Gate:
             held: counts them.
 
         Raises:
-            BodyTooLarge: it has more bytes than are allowed.
-            Overloaded: all bodies together have.
-            CenoteError: it is sent too slowly.
+            CenoteError: the body is too large, or comes too slowly.
+            Left: the client left before its end.
         """
         match = self._find(scope)
         if match is not None and not match.takes_body:
@@ -309,7 +310,9 @@ class Gate:
             message = await receive()
             if "refusal" in scope["state"]:  # it is sent too slowly
                 raise scope["state"]["refusal"]
-            chunks.append(message.get("body", b""))  # a client that leaves sends a message without one
+            if message["type"] == "http.disconnect":
+                raise Left
+            chunks.append(message.get("body", b""))
             held.add(len(chunks[-1]))
             is_open = message.get("more_body", False)
             if held.size > limit:

@@ -1,10 +1,11 @@
 """The part of a request's trip that all dialects share: find the model, render, submit, wait, encode.
 
-A client that leaves cancels its work. Rendering and large encodings run in a small pool of threads. Only a short
-request without a template is rendered on the event loop: a query's tokens take some hundredths of a millisecond, and
-every step of the way to a thread and back waits for the interpreter's lock. Requests that arrive together reach the
-engine together, so that the first of many is not a batch of one. Of these, and of answers that come together, the loop
-does some in each of its turns (`cenote.server.turns`), so that refusals do not wait for them.
+A client that leaves cancels its work, wherever it waits (`cenote.server.leaving`). Rendering and large encodings run in
+a small pool of threads. Only a short request without a template is rendered on the event loop: a query's tokens take
+some hundredths of a millisecond, and every step of the way to a thread and back waits for the interpreter's lock.
+Requests that arrive together reach the engine together, so that the first of many is not a batch of one. Of these, and
+of answers that come together, the loop does some in each of its turns (`cenote.server.turns`), so that refusals do not
+wait for them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from starlette.exceptions import HTTPException
-
 from cenote import metrics
 from cenote.engine.promise import times_of
 from cenote.errors import BadRequest
@@ -32,6 +31,8 @@ from cenote.pipeline.options import Bounds
 from cenote.server import arrivals
 from cenote.server.admission import RENDER_THREADS, Admission
 from cenote.server.asked import Models
+from cenote.server.health import Probe
+from cenote.server.leaving import Awaited
 from cenote.server.turns import Turns
 from cenote.server.wire.sizes import echo
 from cenote.tensors.process import release_threads
@@ -46,15 +47,15 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.core import Engine, Output, Sequence
     from cenote.pipeline.job import Job
+    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pipeline import Service
     from cenote.server.admission import EnginePlace
     from cenote.server.wire.fields import Queued
 
 log = logging.getLogger(__name__)
 
-CLIENT_CLOSED = 499
 SHORT = 4096
-"""Bytes of a body up to which text is rendered on the event loop."""
+"""Bytes of a body, and of the prompt before each of its inputs, up to which text is rendered on the event loop."""
 LARGE = 65_536
 """Answers of more numbers than this are encoded off the event loop."""
 QUIET = 2
@@ -65,8 +66,6 @@ MANY_HELD = 64
 """Requests with which they do so even if others wait for their turn."""
 CROWD = 128
 """Requests being computed from which on the loop does less for them in a turn."""
-NOTICE = 1.0
-"""Seconds after which it is noticed that a client has left."""
 LAST_RENDERS = 2.0
 """Seconds that a server which ends waits for a render thread, whose request was answered 503 long ago."""
 T = TypeVar("T")
@@ -83,6 +82,7 @@ class Serving:
 
     Attributes:
         models: the models by their names.
+        probes: of the health of each model.
         running: requests being computed.
         is_ending: whether the server is shutting down.
         admission: decides which requests may wait.
@@ -94,6 +94,7 @@ class Serving:
     ) -> None:
         self.models = Models(services, any_name=config.any_model_name)
         self.services = services
+        self.probes = [Probe(service.engine) for service in services]
         self.config = config
         self.started = int(time.time())
         self.running = 0
@@ -132,12 +133,12 @@ class Serving:
         """Return the model's name in an answer: that of the request, else the first."""
         return echo(model) or self.services[0].names[0]
 
-    def check_count(self, count: int) -> None:
-        """Refuse requests with too many inputs."""
+    def check_count(self, count: int, param: str = "input") -> None:
+        """Refuse requests with too many inputs in `param`."""
         if count > self.config.max_client_batch_size:
             raise BadRequest(
                 f"the request has {count} inputs; at most {self.config.max_client_batch_size} are allowed",
-                param="input",
+                param=param,
             )
 
     def check_size(self, text: str, param: str) -> None:
@@ -153,6 +154,19 @@ class Serving:
                 "Send it in parts, or start the server with a larger --max-tokenize-bytes",
                 param=param,
             )
+
+    def is_short(self, request: Request, service: Service, count: int, options: TextOptions) -> bool:
+        """Return whether the inputs of a request are tokenised in a moment, so that they may be on the event loop.
+
+        Args:
+            request: with its size in bytes.
+            service: the model.
+            count: number of inputs, each behind the prompt.
+            options: how they become ids. Padding makes much of a short text.
+        """
+        prompt = options.prompt or service.renderer.prompts.choose()
+        size = request.state.body_bytes + count * len(prompt.text)
+        return size <= SHORT and not options.pad and service.renderer.renders_quickly
 
     async def in_pool(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on a render thread, which keeps no threads of torch's afterwards, and time it as `stage`."""
@@ -176,7 +190,7 @@ class Serving:
         body: Queued,
         make: Callable[[], Job[Response]],
         *,
-        is_plain: bool = False,
+        is_short: bool = False,
     ) -> Response:
         """Make the job of a request, compute its outputs, and finish it.
 
@@ -185,11 +199,11 @@ class Serving:
             service: the model.
             body: of the request: its priority, and the salt of its cached results.
             make: makes the job, whose answer is the response.
-            is_plain: `make` only tokenises text of the body.
+            is_short: `make` only tokenises text, as `is_short` says.
 
         Raises:
             CenoteError: the operation or the engine refuses the request, or fails.
-            HTTPException: the client left.
+            Left: the client left.
         """
         began = time.monotonic()
         state = request.scope["state"]
@@ -198,20 +212,20 @@ class Serving:
         line = self.admission.line(service)
         self.running += 1
         try:
-            with line.enter(size) as place:
-                if is_plain and size <= SHORT and service.renderer.is_fast:
+            with Awaited(request), line.enter(size) as place:
+                if is_short:
                     await self._desk_here().renders.wait()
                     with metrics.timed("render"):
                         job = make()
                 else:
-                    job = await self.rendered(make, size)
+                    job = await self._rendered(make, size)
                 service.renderer.bounds.check(job.sequences)
                 job = job.queued(priority=body.priority, salt=body.cache_salt)
                 job = job.adapted([service.adapter] * len(job.sequences))
                 tokens = job.tokens
                 place.queue(tokens, len(job.sequences))
                 state.update(render_seconds=time.monotonic() - began, tokens=tokens)
-                outputs = await self._outputs(request, service, job, place)
+                outputs = await self._outputs(service, job, place)
         finally:
             self.running -= 1
         if job.is_slow or _numbers(outputs) > LARGE:
@@ -219,7 +233,16 @@ class Serving:
         with metrics.timed("encode"):
             return job.finish(outputs)
 
-    async def rendered(self, make: Callable[[], T], size: int) -> T:
+    async def rendered(self, request: Request, make: Callable[[], T]) -> T:
+        """Call `make` on a render thread, for a request that no engine runs.
+
+        Raises:
+            Left: the client left.
+        """
+        with Awaited(request):
+            return await self._rendered(make, request.state.body_bytes)
+
+    async def _rendered(self, make: Callable[[], T], size: int) -> T:
         """Call `make` on a render thread, for a body of `size` bytes.
 
         It is called again when the pictures behind URLs have arrived that it asks for, so that no render thread waits
@@ -242,21 +265,16 @@ class Serving:
                 return result
             await arrivals.fetch(result, files)
 
-    async def _outputs(
-        self, request: Request, service: Service, job: Job[Response], place: EnginePlace
-    ) -> list[Output]:
-        """Wait for the outputs of `job`, or until the client leaves."""
+    async def _outputs(self, service: Service, job: Job[Response], place: EnginePlace) -> list[Output]:
+        """Wait for the outputs of `job`."""
         desk = self._desk_here()
         count = len(job.sequences)
         followed = metrics.trip.get()
         if followed is not None:
-            followed.model, followed.sequences, followed.tokens = service.names[0], count, job.tokens
-        answer = desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
-        watch = desk.loop.call_later(NOTICE, _watch, request, answer)
-        try:
-            return await answer
-        finally:
-            watch.cancel()
+            followed.model = service.names[0]
+            followed.sequences += count  # of Vertex' instances, each comes here
+            followed.tokens += job.tokens
+        return await desk.submit(service.engine, job.sequences, place.advance if count > 1 else None, place.begin)
 
     def _desk_here(self) -> Desk:
         """Return the desk of the running event loop."""
@@ -336,12 +354,6 @@ class Desk:
             self.loop.call_soon(self._hold, 1, 0)
         return answer
 
-    def of(self, future: Future[T]) -> asyncio.Future[T]:
-        """Return a future of the loop that ends as `future` does."""
-        answer: asyncio.Future[T] = self.loop.create_future()
-        self._follow(future, answer)
-        return answer
-
     def _hold(self, count: int, quiet: int) -> None:
         """Hand the held requests over, or wait for another turn of the loop.
 
@@ -369,6 +381,8 @@ class Desk:
             answer.add_done_callback(partial(_drop, future))
 
     def _follow(self, future: Future[T], answer: asyncio.Future[T]) -> None:
+        """Let `answer` end as `future` does."""
+
         def done(future: Future[T]) -> None:
             self._done.append((answer, future))
             if not self._woken:  # else `_settle` has not begun yet and will find it
@@ -417,19 +431,6 @@ def _numbers(outputs: Iterable[Output]) -> int:
 
 def _drop(work: Future[Any], _: asyncio.Future[Any]) -> None:
     work.cancel()
-
-
-def _watch(request: Request, answer: asyncio.Future[Any]) -> None:
-    """Give up `answer` when the client leaves."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if not answer.done():
-            answer.set_exception(HTTPException(CLIENT_CLOSED, "the client closed the connection"))
-
-    watching = asyncio.ensure_future(leave())
-    answer.add_done_callback(lambda _: watching.cancel())
 
 
 def request_id(request: Request, of_body: str | None) -> str:

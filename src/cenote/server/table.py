@@ -229,9 +229,11 @@ class Table:
 
     def _named(self, path: str) -> Iterator[tuple[str, str]]:
         """Yield the names of models that a path begins with, the longest first, each with the path behind it."""
+        if not path.startswith(OF_MODEL):
+            return
         after = f"{path.removeprefix(OF_MODEL)}/"
         for name in self._names:
-            if path.startswith(OF_MODEL) and after.startswith(f"{name}/"):
+            if after.startswith(f"{name}/"):
                 yield name, after.removeprefix(name).rstrip("/")
 
     def _of_dialect(self, method: str, path: str, prefixes: int) -> Match | None:
@@ -247,12 +249,17 @@ class Table:
 
     def _of_model(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that follows the name of a model, the longest of them."""
-        for name, rest in self._named(path):
-            if not rest and (method, CARD) in self.routes:
-                return Match(CARD, self.routes[method, CARD], None, name)
-            match = self.match(method, rest or "/", prefixes - 1)
-            return match and replace(match, model=match.model or name)
-        return None
+        named = next(self._named(path), None)
+        if named is None:
+            return None
+        name, rest = named
+        match = self._card(method, name, rest) or self.match(method, rest or "/", prefixes - 1)
+        return match and replace(match, model=match.model or name)
+
+    def _card(self, method: str, name: str, rest: str) -> Match | None:
+        """Return the routes of a model's card, if nothing follows its name."""
+        entries = () if rest else self.routes.get((method, CARD), ())
+        return Match(CARD, entries, None, name) if entries else None
 
     def _of_stranger(self, method: str, path: str, prefixes: int) -> Match | None:
         """Return the routes of a path that begins with a name that no model has, `NAME` or `OWNER/NAME`.
@@ -264,8 +271,9 @@ class Table:
         parts = path.removeprefix(OF_MODEL).split("/")
         for end in range(1, min(len(parts), 2) + 1):
             name, rest = "/".join(parts[:end]), "/".join(parts[end:])
-            if not rest and (method, CARD) in self.routes:
-                return Match(CARD, self.routes[method, CARD], None, name)
+            card = self._card(method, name, rest)
+            if card is not None:
+                return card
             match = self.match(method, f"/{rest}", prefixes - 1)
             if match and match.model is None and all("model" in entry.fields for entry in match.entries):
                 return replace(match, model=name)

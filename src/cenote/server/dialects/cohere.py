@@ -24,7 +24,7 @@ from cenote.server.serving import request_id
 from cenote.server.wire import sizes
 from cenote.server.wire.encoding import VectorType, json_response, short_usage, typed
 from cenote.server.wire.fields import Body, Many, Queued, Some
-from cenote.server.wire.pairs import TEXT, RankingFields, Text, meta, rank
+from cenote.server.wire.pairs import RankingFields, Text, listed, meta, rank
 from cenote.server.wire.vectors import ranges_for
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _messages(entry: Input, applied: Applied) -> list[dict[str, Any]]:
 class CohereRerankRequest(RankingFields):
     """Body of `POST /v2/rerank`, and of `/v1/rerank` with fields that only Cohere has."""
 
-    keys = TEXT
+    pictured = False
 
     query: Text
     documents: Text | Many[Text]
@@ -247,13 +247,13 @@ class CohereRerankRequest(RankingFields):
 async def rerank(serving: Serving, request: Request, body: CohereRerankRequest) -> Response:
     """The documents by falling relevance to the query; `document` stands in the results on request."""
     version = "1" if body.rank_fields or body.shows() else "2"
-    listed = body.documents if isinstance(body.documents, list) else [body.documents]
+    items = listed(body.documents)
 
     def result(rank: Ranked) -> dict[str, Any]:
         entry = {"index": rank.index, "relevance_score": rank.score}
         if not body.shows():
             return entry
-        document = listed[rank.index]
+        document = items[rank.index]
         return entry | {"document": {"text": document} if isinstance(document, str) else document}
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
@@ -285,7 +285,7 @@ async def tokenize(serving: Serving, request: Request, body: CohereTokenizeReque
         strings = renderer.token_strings(ids)
         return json_response({"tokens": ids, "token_strings": strings, "meta": {"api_version": {"version": "1"}}})
 
-    return await serving.in_pool("render", tokens)
+    return await serving.rendered(request, tokens)
 
 
 OF_V1 = frozenset({"rank_fields"})

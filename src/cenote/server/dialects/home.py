@@ -35,7 +35,7 @@ PAGE = """<!doctype html>
 """
 HIDDEN = "<p>The models are at <code>/v1/models</code>, with a key.</p>"
 """Stands for the models on a server that asks for keys, since this page does not."""
-LINKS = (("docs", "the API, to try out"), ("redoc", "the API, to read"), ("openapi.json", "its description"))
+LINKS = (("docs", "the API"), ("openapi.json", "its description for programs"))
 """Pages of the description, and what they show."""
 
 

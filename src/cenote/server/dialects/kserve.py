@@ -72,7 +72,7 @@ class KserveInferRequest(Queued):
     model: str | None = None
     id: str | None = None
     inputs: Some[KserveTensor]
-    outputs: Some[KserveOutput] | None = None
+    outputs: Annotated[Some[KserveOutput], Field(max_length=1)] | None = None
 
     def texts(self) -> list[str]:
         """Return the texts of the only input.

@@ -78,7 +78,7 @@ async def tokenize(serving: Serving, request: Request, body: LlamaTokenizeReques
         pieces = zip(ids, renderer.token_strings(ids), strict=True)
         return json_response({"tokens": [{"id": number, "piece": piece} for number, piece in pieces]})
 
-    return await serving.in_pool("render", tokens)
+    return await serving.rendered(request, tokens)
 
 
 CONTENT = frozenset({"content"})

@@ -11,7 +11,7 @@ from cenote.server.dialects import operations
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import short_usage
 from cenote.server.wire.fields import Many
-from cenote.server.wire.pairs import RankingFields, rank, unscaled
+from cenote.server.wire.pairs import RankingFields, rank
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -30,13 +30,13 @@ class NimRankingRequest(RankingFields):
 
 async def ranking(serving: Serving, request: Request, body: NimRankingRequest) -> Response:
     """The passages by falling relevance to the query, with logits."""
-    unscaled(serving, body)
 
     def form(head: dict[str, Any], ranked: list[Ranked], passages: list[Any]) -> dict[str, Any]:
         rankings = [{"index": rank.index, "logit": rank.score} for rank in ranked]
         return {"rankings": rankings, "usage": short_usage(head)}
 
-    return await rank(serving, request, body, (body.query, body.passages), form)
+    unscaled = body.model_copy(update={"raw_scores": True})
+    return await rank(serving, request, unscaled, (body.query, body.passages), form)
 
 
 DIALECT = Dialect(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 async def health(serving: Serving, request: Request, body: None) -> Response:
     """200 if every model's last forward succeeded, or a new one does; else 503 with the reason."""
-    well = await asyncio.gather(*(asyncio.to_thread(service.engine.healthy) for service in serving.services))
+    well = await asyncio.gather(*(probe.healthy() for probe in serving.probes))
     if all(well):
         return Response()
     return Response(serving.fault or "the last forward failed, and a new one does", 503, media_type="text/plain")

@@ -13,7 +13,7 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, short_usage, with_data
 from cenote.server.wire.fields import Many
-from cenote.server.wire.pairs import RankingFields, ScoringFields, Text, contents, meta, rank
+from cenote.server.wire.pairs import RankingFields, ScoringFields, Text, contents, listed, meta, rank
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -68,12 +68,14 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
     service = serving.find(body.model)
     sides = body.sides()
     assert sides is not None
-    queries = contents(sides[0], service, body, "queries")
-    documents = contents(sides[1], service, body, "documents")
-    serving.check_count(max(len(queries), len(documents)))
+    items_of_queries, items_of_documents = map(listed, sides)
+    serving.check_count(len(items_of_queries), "queries")
+    serving.check_count(len(items_of_documents), "documents")
     params = PoolingParams(use_activation=body.use_activation)
 
     def make() -> Job[Response]:
+        queries = contents(items_of_queries, service, body, "queries")
+        documents = contents(items_of_documents, service, body, "documents")
         job = operations.score(
             service, queries, documents, params, body.text_options(), body.pair_options(), body.score_type
         )
@@ -90,7 +92,7 @@ async def score(serving: Serving, request: Request, body: ScoreRequest) -> Respo
 async def rerank(serving: Serving, request: Request, body: RerankRequest) -> Response:
     """The documents by falling relevance to the query."""
 
-    items = body.documents if isinstance(body.documents, list) else [body.documents]
+    items = listed(body.documents)
 
     def form(head: dict[str, Any], ranked: list[Ranked], documents: list[Any]) -> dict[str, Any]:
         """Return the keys that clients of Jina, Cohere and vLLM read, and `data` for those of Voyage and Pinecone."""

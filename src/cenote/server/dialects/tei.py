@@ -226,7 +226,7 @@ class DecodeRequest(Body):
     skip_special_tokens: bool = True
 
 
-def timed(handler: Handler) -> Handler:
+def with_times(handler: Handler) -> Handler:
     """Return a handler that tells in headers what a request took."""
 
     @wraps(handler)
@@ -264,7 +264,7 @@ def _milliseconds(seconds: float) -> str:
     return str(round(1000 * seconds))
 
 
-@timed
+@with_times
 async def embed(serving: Serving, request: Request, body: TeiEmbedRequest) -> Response:
     """One vector per input, normalised unless `normalize` is false."""
     params = PoolingParams(use_activation=body.normalize, dimensions=body.dimensions)
@@ -278,7 +278,7 @@ async def embed(serving: Serving, request: Request, body: TeiEmbedRequest) -> Re
     return await _encoded(serving, request, body, "embed", params, encode)
 
 
-@timed
+@with_times
 async def embed_all(serving: Serving, request: Request, body: TeiEmbedRequest) -> Response:
     """One vector per token of each input, special tokens included; not normalised."""
 
@@ -289,7 +289,7 @@ async def embed_all(serving: Serving, request: Request, body: TeiEmbedRequest) -
     return await _encoded(serving, request, body, "token_embed", params, encode)
 
 
-@timed
+@with_times
 async def embed_sparse(serving: Serving, request: Request, body: TeiEmbedRequest) -> Response:
     """The entries of the vocabulary with a weight, per input."""
 
@@ -322,14 +322,14 @@ async def _encoded(
     )
 
 
-@timed
+@with_times
 async def predict(serving: Serving, request: Request, body: PredictRequest) -> Response:
     """The classes of a text or a pair by falling score; a list of such lists for a list of lists."""
     is_one = isinstance(body.inputs, str) or isinstance(first_of(body.inputs), str)
     return await _classified(serving, request, body, [body.inputs] if is_one else body.inputs, is_flat=is_one)
 
 
-@timed
+@with_times
 async def text_classification(serving: Serving, request: Request, body: PredictRequest) -> Response:
     """A list of classes by falling score for each input, also for one; a list of texts is not a pair here."""
     is_one = isinstance(body.inputs, str)
@@ -391,7 +391,7 @@ def _classes(values: Array, info: ModelInfo, body: PredictRequest) -> list[dict[
     return answers.classes(info, values, body.top_k)
 
 
-@timed
+@with_times
 async def token_classification(serving: Serving, request: Request, body: EntitiesRequest) -> Response:
     """The named entities of a text, or a list of them for each text of a list."""
 
@@ -401,7 +401,7 @@ async def token_classification(serving: Serving, request: Request, body: Entitie
     return await entities_of(serving, request, body, body.inputs, body.text_options(), encode)
 
 
-@timed
+@with_times
 async def similarity(serving: Serving, request: Request, body: SimilarityRequest) -> Response:
     """The cosine of a sentence with each of several others."""
     service = serving.find(body.model)
@@ -417,7 +417,7 @@ async def similarity(serving: Serving, request: Request, body: SimilarityRequest
     )
 
 
-@timed
+@with_times
 async def rerank(serving: Serving, request: Request, body: TeiRerankRequest) -> Response:
     """The texts by falling relevance to the query, as a bare list."""
     return await in_order(serving, request, body, (body.query, body.texts))
@@ -466,7 +466,7 @@ async def tokenize(serving: Serving, request: Request, body: TeiTokenizeRequest)
             serving.check_size(text, "inputs")
         return json_response([[*_tokens(renderer, text, special=body.add_special_tokens)] for text in prompted])
 
-    return await serving.in_pool("render", tokens)
+    return await serving.rendered(request, tokens)
 
 
 def _tokens(renderer: Renderer, text: str, *, special: bool) -> Iterator[dict[str, Any]]:
@@ -496,7 +496,7 @@ async def decode(serving: Serving, request: Request, body: DecodeRequest) -> Res
         skip = body.skip_special_tokens
         return json_response([renderer.detokenize(ids, skip_special_tokens=skip) for ids in lists])
 
-    return await serving.in_pool("render", texts)
+    return await serving.rendered(request, texts)
 
 
 async def info(serving: Serving, request: Request, body: None) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
@@ -161,7 +162,8 @@ async def classify(serving: Serving, request: Request, body: ClassifyRequest) ->
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
+    is_short = answers.is_short(serving, request, service, body)
+    return await serving.answer(request, service, body, make, is_short=is_short)
 
 
 async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) -> Response:
@@ -180,13 +182,13 @@ async def tokenize(serving: Serving, request: Request, body: TokenizeRequest) ->
             }
         )
 
-    return await serving.rendered(answered, request.state.body_bytes)
+    return await serving.rendered(request, answered)
 
 
 async def detokenize(serving: Serving, request: Request, body: DetokenizeRequest) -> Response:
     """The text of token ids, as vLLM, Cohere and llama.cpp call it: a body does not tell which of them is meant."""
     service = serving.find(body.model)
-    text = await serving.in_pool("render", lambda: service.renderer.detokenize(body.tokens))
+    text = await serving.rendered(request, lambda: service.renderer.detokenize(body.tokens))
     return json_response({"prompt": text, "text": text, "content": text})
 
 
@@ -231,8 +233,10 @@ async def answer_plugin(serving: Serving, request: Request, body: PoolingRequest
         except TypeError as error:
             raise plugin.failed(ValueError(f"its answer does not fit into JSON: {error}")) from error
 
+    check_count = partial(serving.check_count, param="data")
+
     def make() -> Job[Response]:
-        job = operations.plugin(service, body.data, number, options, check_count=serving.check_count)
+        job = operations.plugin(service, body.data, number, options, check_count=check_count)
         return job.then(encode)
 
     try:
@@ -287,7 +291,8 @@ async def answer_vectors(
 
         return job.then(encode)
 
-    return await serving.answer(request, service, body, make, is_plain=body.is_plain)
+    is_short = answers.is_short(serving, request, service, body, applied)
+    return await serving.answer(request, service, body, make, is_short=is_short)
 
 
 def _check_float(body: PoolingFields) -> None:

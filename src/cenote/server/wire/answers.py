@@ -92,6 +92,16 @@ def _illustrated(service: Service, body: Inputs, prompt: Any) -> Any:
     return service.renderer.conversations.of_parts(prompt[CONTENT], body.mm_processor_kwargs)
 
 
+def is_short(
+    serving: Serving, request: Request, service: Service, body: Inputs, applied: Applied | None = None
+) -> bool:
+    """Return whether a request with `input` or `messages` is rendered in a moment, see `Serving.is_short`."""
+    if not body.is_plain:
+        return False
+    options = body.options(is_chat=False)._replace(prompt=applied)
+    return serving.is_short(request, service, len(body.prompts()), options)
+
+
 def prompts_of(
     serving: Serving, service: Service, body: Inputs, applied: Applied | None = None
 ) -> tuple[list[Any], TextOptions]:

@@ -57,6 +57,10 @@ TextInput = str | Many[str] | TokenIds | Many[TokenIds]
 _SALT = re.compile(r"[@/\\\0]")
 
 
+CONVERSED = frozenset({"messages", "input"})
+"""Fields whose lists may be conversations; those of other fields are inputs, whatever keys they have."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Lengths of the lists of a request body.
@@ -71,9 +75,9 @@ class Limits:
     messages: int
     ids: int
 
-    def of(self, first: Any) -> tuple[int, str]:
-        """Return the maximum length of a list that begins with `first`, and the noun of its elements."""
-        if isinstance(first, dict):
+    def of(self, first: Any, param: str) -> tuple[int, str]:
+        """Return the maximum length of a list under `param` that begins with `first`, and the noun of its elements."""
+        if param in CONVERSED and isinstance(first, dict) and "role" in first:
             return max(self.messages, self.inputs), "messages"
         if isinstance(first, (int, float)):
             return self.ids, "token ids"
@@ -104,20 +108,21 @@ class Body(BaseModel):
             BadRequest: a list is longer than `limits` allow.
         """
         if isinstance(values, dict):
-            for name in cls.model_fields.keys() & values.keys() - cls.uncounted:
-                _check_length(values[name], limits)
+            for name in values:
+                if name in cls.model_fields and name not in cls.uncounted:
+                    _check_length(values[name], limits, name)
 
 
-def _check_length(value: Any, limits: Limits) -> None:
+def _check_length(value: Any, limits: Limits, param: str) -> None:
     if not isinstance(value, list):
         return
     first = first_of(value)
-    limit, noun = limits.of(first)
+    limit, noun = limits.of(first, param)
     if len(value) > limit:
-        raise BadRequest(f"the request has {len(value)} {noun}; at most {limit} are allowed", param="input")
+        raise BadRequest(f"the request has {len(value)} {noun}; at most {limit} are allowed", param=param)
     if isinstance(first, list):
         for element in value:
-            _check_length(element, limits)
+            _check_length(element, limits, param)
 
 
 class Queued(Body):

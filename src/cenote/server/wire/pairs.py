@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from cenote.core import ModelInfo
     from cenote.pipeline.inputs import Illustrated
     from cenote.pipeline.job import Job
     from cenote.pipeline.operations import Ranked
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
     from cenote.server.serving import Serving
 
 TEXT = ("text",)
-PICTURED = ("text", "image")
-"""Keys of objects: of the text, and of the picture as Jina and NIM have it."""
+"""Keys of the texts of objects."""
 Text = str | dict[str, Any]
 """A text, or `{"content": [parts]}` of texts and pictures, or `{"text": ...}`."""
 
@@ -79,8 +79,8 @@ class RankingFields(ScoringFields):
     """
 
     cuts_unasked = True
-    keys: ClassVar[tuple[str, ...]] = PICTURED
-    """Keys of documents that are objects, where `rank_fields` names none."""
+    pictured: ClassVar[bool] = True
+    """Whether documents that are objects have a picture at `image`, where `rank_fields` names no keys."""
 
     top_n: int | None = Field(None, ge=0, description="number of results; 0 = all")
     top_k: int | None = Field(None, ge=1, description="as `top_n` (Voyage, Mixedbread, NVIDIA)")
@@ -114,6 +114,14 @@ class RankingFields(ScoringFields):
     def count(self) -> int | None:
         """Number of results; `None` = all."""
         return self.top_n or self.top_k
+
+    def activation(self, info: ModelInfo) -> bool | None:
+        """Return `use_activation` for a model: false where `raw_scores` asks for the logits of a cross-encoder.
+
+        Similarities have no other scale.
+        """
+        has_logits = info.score_types[:1] == ("cross-encoder",)
+        return False if self.raw_scores and has_logits else self.use_activation
 
     def shows(self, *, unasked: bool = False) -> bool:
         """Return whether the results have the documents.
@@ -161,16 +169,16 @@ async def rank(
         BadRequest: the documents are too many, or neither texts nor pictures.
     """
     service = serving.find(body.model)
-    query, documents_of_body = sides
-    documents = contents(documents_of_body, service, body, "documents", body.rank_fields or body.keys)
-    (one_query,) = contents(query, service, body, "queries")
-    serving.check_count(len(documents))
-    if body.raw_scores:
-        unscaled(serving, body)
-    params = PoolingParams(use_activation=body.use_activation)
+    query, items_of_body = sides
+    items = listed(items_of_body)
+    serving.check_count(len(items), "documents")
+    params = PoolingParams(use_activation=body.activation(service.info))
     pair_options = body.clamped(service.info.max_model_len)
+    pictured = body.pictured and not body.rank_fields
 
     def make() -> Job[Response]:
+        documents = contents(items, service, body, "documents", body.rank_fields or TEXT, pictured=pictured)
+        (one_query,) = contents([query], service, body, "queries")
         number = body.count or count
         job = operations.rerank(
             service, one_query, documents, number, params, body.text_options(), pair_options, body.score_type
@@ -185,12 +193,6 @@ async def rank(
     return await serving.answer(request, service, body, make)
 
 
-def unscaled(serving: Serving, body: RankingFields) -> None:
-    """Let a body ask for logits, if the model it names rates pairs by a head. Similarities have no other scale."""
-    if serving.find(body.model).info.score_types[:1] == ("cross-encoder",):
-        body.use_activation = False
-
-
 def meta(head: dict[str, Any], documents: Sized, version: str = "1") -> dict[str, Any]:
     """Return the part of an answer that Cohere's clients read. A search unit is up to 100 documents."""
     return {
@@ -200,62 +202,81 @@ def meta(head: dict[str, Any], documents: Sized, version: str = "1") -> dict[str
     }
 
 
+def listed(side: Text | Seq[Text]) -> Seq[Text]:
+    """Return the items of one side of the pairs."""
+    return [side] if isinstance(side, (str, dict)) else side
+
+
 def contents(
-    side: Text | Seq[Text], service: Service, body: Shared, param: str, fields: Seq[str] = PICTURED
+    items: Seq[Text], service: Service, body: Shared, side: str, keys: Seq[str] = TEXT, *, pictured: bool = True
 ) -> list[str | Illustrated]:
     """Return one side of the pairs as the operations take them.
 
     Args:
-        side: texts, or objects with texts and pictures.
+        items: texts, or objects with texts and pictures.
         service: the model.
         body: of the request, whose `mm_processor_kwargs` count.
-        param: name of the side, for errors.
-        fields: keys of objects whose values are read, a line each; of `PICTURED` the second is a picture.
+        side: its name, for errors.
+        keys: of objects whose values are read, a line each.
+        pictured: whether the value at `image` is a picture, as Jina and NIM have it.
 
     Raises:
-        BadRequest: a part is neither a text nor a picture that the model takes, or an object has none of the fields.
+        BadRequest: a part is neither a text nor a picture that the model takes, or an object has none of the keys.
     """
     body.check_media(service)
-    items = [side] if isinstance(side, (str, dict)) else side
-    return [_content(item, service, body, param, fields) for item in items]
+    return [_content(item, service, body, side, keys, pictured=pictured) for item in items]
 
 
-def _content(item: Text, service: Service, body: Shared, param: str, fields: Seq[str]) -> str | Illustrated:
+def _content(
+    item: Text, service: Service, body: Shared, side: str, keys: Seq[str], *, pictured: bool
+) -> str | Illustrated:
     if isinstance(item, str):
         return item
-    side, param = param, CONTENT if CONTENT in item else param
-    if fields is PICTURED:
-        item, fields = with_picture(item), TEXT
-    content = item.get("content", [item])
+    shown = with_picture(item) if pictured else item
+    if CONTENT not in shown:
+        return _of_keys(shown, side, keys)
+    content = shown[CONTENT]
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    if "content" in item and service.renderer.pictures is not None and media_type([item]):
-        try:
-            return service.renderer.conversations.of_parts(parts, body.mm_processor_kwargs)
-        except BadRequest as error:  # which knows of messages, not of sides
-            raise BadRequest(error.message, param=side) from None
-    lines = [line for part in parts for line in _lines(part, fields)]
+    kind = media_type([{CONTENT: parts}])
+    if kind and service.renderer.pictures is not None:
+        return _of_pictures(parts, service, body, side)
+    lines = [line for part in parts for line in _lines(part, keys)]
     if not parts or len(lines) < len(parts):
-        raise _no_text(item, service, param, fields)
+        raise _no_text(kind, service, param=CONTENT if CONTENT in item else side)
     return "\n".join(lines)
 
 
-def _lines(part: Any, fields: Seq[str]) -> list[str]:
-    values = [part.get(field) for field in fields] if isinstance(part, dict) else []
+def _of_pictures(parts: list[Any], service: Service, body: Shared, side: str) -> str | Illustrated:
+    """Return content parts, some of which are pictures, as an input."""
+    try:
+        return service.renderer.conversations.of_parts(parts, body.mm_processor_kwargs)
+    except BadRequest as error:  # which knows of messages, not of sides
+        raise BadRequest(error.message, param=side) from None
+
+
+def _of_keys(item: dict[str, Any], side: str, keys: Seq[str]) -> str:
+    """Return the texts of an object under `keys`, a line each."""
+    lines = _lines(item, keys)
+    if lines:
+        return "\n".join(lines)
+    message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
+    message += " or ".join(f"`{key}`" for key in keys)
+    if side == "documents":
+        message += " (Cohere's `rank_fields` names others)"
+    raise BadRequest(message, param=side)
+
+
+def _lines(part: Any, keys: Seq[str]) -> list[str]:
+    values = [part.get(key) for key in keys] if isinstance(part, dict) else []
     return [value for value in values if isinstance(value, str)]
 
 
-def _no_text(item: dict[str, Any], service: Service, param: str, fields: Seq[str]) -> BadRequest:
-    if "content" in item:
-        kind = media_type([item])
-        got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
-        return BadRequest(
-            f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
-            param=param,
-        )
-    message = f"got an object with the keys {sorted(item)}; expected a text, or an object with one under "
-    message += " or ".join(f"`{field}`" for field in fields)
-    if param == "documents":
-        message += " (Cohere's `rank_fields` names others)"
-    return BadRequest(message, param=param)
+def _no_text(kind: str | None, service: Service, param: str) -> BadRequest:
+    """Return the error of content parts that are no texts, of which one is of `kind`."""
+    got = f"; got {kind!r}, and {service.info.name} takes no images, only texts" if kind else ""
+    return BadRequest(
+        f"MultiModalParam is not supported for {service.info.architecture}: only parts of type 'text' are{got}",
+        param=param,
+    )

@@ -66,4 +66,5 @@ async def encoded(
         sizes.check(limit, count, sizes.JSON_NUMBER)
         return replace(job, is_slow=is_slow).then(checked)
 
-    return await serving.answer(request, service, body, make, is_plain=True)
+    is_short = serving.is_short(request, service, len(prompts), options)
+    return await serving.answer(request, service, body, make, is_short=is_short)

@@ -1,0 +1,46 @@
+"""The health of the models: one probe of each is under way, whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cenote.core import Engine
+
+
+class Probe:
+    """The health of one engine, of which a probe may take half a minute where the engine hangs.
+
+    Those that ask meanwhile, on any event loop, wait for the probe that is under way. It has a thread of its own, which
+    neither the end of the process nor other work waits for.
+
+    Args:
+        engine: of a model.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._under_way: Future[bool] | None = None
+
+    async def healthy(self) -> bool:
+        """See `cenote.core.Engine.healthy`."""
+        return await asyncio.wrap_future(self._future())
+
+    def _future(self) -> Future[bool]:
+        """Return the future of the probe that is under way, or of a new one. Whoever gives up does not cancel it."""
+        with self._lock:
+            if self._under_way is None or self._under_way.done():
+                self._under_way = Future()
+                self._under_way.set_running_or_notify_cancel()
+                threading.Thread(target=self._run, args=(self._under_way,), name="cenote-health", daemon=True).start()
+            return self._under_way
+
+    def _run(self, future: Future[bool]) -> None:
+        try:
+            future.set_result(self._engine.healthy())
+        except Exception as error:  # the answer of those who wait
+            future.set_exception(error)
