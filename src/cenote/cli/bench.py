@@ -24,7 +24,6 @@ from cenote.cli.targets import Local, Remote
 from cenote.cli.texts import Texts
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig
 from cenote.core import UNLIMITED
-from cenote.engine.engine import DEFAULT_BATCH_TOKENS
 from cenote.errors import ConfigError
 from cenote.pipeline.calibration import read_texts
 from cenote.settings import resolve
@@ -112,7 +111,7 @@ def _measure_model(
     service = Service.around(pooling_model, checkpoint, model, engine, max_queued=UNLIMITED)
     try:
         about = _about(service.info) | {"threads": torch.get_num_threads()}
-        batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
+        batch = service.info.report.batch_tokens
         return about, _measure(bench, texts, Local(service, bench.task), pooling_model, batch)
     finally:
         service.engine.close()
