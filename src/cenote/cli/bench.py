@@ -50,13 +50,12 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     """Run the command: measure, print the table, write the files.
 
     Args:
-        arguments: as `cenote.cli.flags.parse` understood `argv`.
+        arguments: options, as `cenote.cli.flags.parse` understood `argv`.
         argv: for the record.
 
     Raises:
         CenoteError: an option is wrong, the model cannot be loaded, the server not be reached, or nothing is answered.
     """
-    arguments.pop("command")
     (model, engine, _, bench), notes = resolve(arguments, (ModelConfig, EngineConfig, ServerConfig, BenchConfig))
     assert isinstance(model, ModelConfig)
     assert isinstance(engine, EngineConfig)

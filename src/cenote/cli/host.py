@@ -23,9 +23,8 @@ log = logging.getLogger("cenote")
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Run the command that `cenote.cli.flags.parse` understood."""
+    """Run the command, with the options that `cenote.cli.flags.parse` understood."""
     began = time.monotonic()
-    arguments.pop("command")
     # Variables and files that are shared with servers may hold their options, too.
     (model, engine, _, options), notes = resolve(arguments, (ModelConfig, EngineConfig, ServerConfig, HostConfig))
     assert isinstance(model, ModelConfig)
