@@ -191,24 +191,17 @@ async def model(serving: Serving, request: Request, body: None) -> Response:
     })  # fmt: skip
 
 
-ENDPOINTS = {"embed": "embed", "classify": "classify"}
-"""Cohere's names of endpoints, by our tasks."""
-
-
 PIPELINES = {"classify": "text-classification", "token_classify": "token-classification"}
 """The hub's names of pipelines, by our tasks; of others it has one."""
 
 
 def _pipeline(info: ModelInfo) -> str:
-    is_ranker = info.score_types[:1] in (("cross-encoder",), ("listwise",))
-    return "text-ranking" if is_ranker else PIPELINES.get(info.default_task, "feature-extraction")
+    return "text-ranking" if answers.is_ranker(info) else PIPELINES.get(info.default_task, "feature-extraction")
 
 
 def _cohere_card(service: Service, name: str) -> dict[str, Any]:
-    info = service.info
-    endpoints = [ENDPOINTS[task] for task in info.tasks if task in ENDPOINTS]
-    endpoints += ["rerank"] if info.score_types else []
-    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": info.max_model_len}
+    endpoints, length = answers.capabilities(service.info), service.info.max_model_len
+    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": length}
 
 
 def _card(serving: Serving, service: Service, name: str) -> dict[str, Any]:

@@ -295,10 +295,7 @@ class Inputs(Shared, Chat):
 
     def prompts(self) -> list[Any]:
         """Return `input` as a list of prompts."""
-        source: Any = self.input
-        if isinstance(source, str) or isinstance(first_of(source), int):
-            return [source]
-        return list(source or [])
+        return prompts_in(self.input)
 
     def options(self, *, is_chat: bool) -> TextOptions:
         """Return how text becomes ids."""
@@ -308,6 +305,16 @@ class Inputs(Shared, Chat):
 def first_of(value: Any) -> Any:
     """Return the first element of a list, which stands for the kind of all; `None` for anything else."""
     return value[0] if isinstance(value, list) and value else None
+
+
+def is_prompt(source: Any) -> bool:
+    """Return whether the source of a request is one text or the ids of one, and no list of such."""
+    return isinstance(source, str) or isinstance(first_of(source), int)
+
+
+def prompts_in(source: Any) -> list[Any]:
+    """Return the texts and ids of a request, whose source may be one alone."""
+    return [source] if is_prompt(source) else list(source or [])
 
 
 class LateChunking(BaseModel):
