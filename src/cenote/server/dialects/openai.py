@@ -11,11 +11,11 @@ from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.prompts import Applied, Prompts
-from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers, items, sizes
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
 from cenote.server.wire.fields import Many, Some, first_of
+from cenote.server.wire.pooling import answer_vectors
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
