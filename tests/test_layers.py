@@ -23,6 +23,7 @@ LAYERS = (
             "adapters",
             "conventions",
             "functions",
+            "signals",
             "outputs",
             "cl100k",
             "tasks",

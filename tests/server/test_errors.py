@@ -425,7 +425,7 @@ def test_a_large_wrong_body_is_refused_by_a_short_report(
     assert len(answer.content) < 100_000
     assert all(count <= 6 for count in reported)
     (thread,) = threads
-    assert thread.startswith("cenote-render") == (len(body) > app.LARGE)
+    assert thread.startswith("cenote-render") == (len(body) > app.LARGE_BODY)
 
 
 @pytest.mark.parametrize("route", ["/v1/embeddings", "/pooling", "/classify", "/rerank", "/score", "/tokenize"])

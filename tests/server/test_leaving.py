@@ -18,7 +18,7 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server import leaving
 from cenote.server.admission import RENDER_THREADS
-from cenote.server.app import LARGE, Application, build
+from cenote.server.app import LARGE_BODY, Application, build
 from cenote.server.leaving import Awaited, Left
 from cenote.server.serving import SHORT, Serving
 from tests import PATIENCE
@@ -86,7 +86,7 @@ async def until(condition: Callable[[], bool]) -> None:
     ("path", "body"),
     [
         ("/v1/embeddings", {"input": LONG}),
-        ("/v1/embeddings", {"input": "a", "ignored": "x" * LARGE}),
+        ("/v1/embeddings", {"input": "a", "ignored": "x" * LARGE_BODY}),
         ("/tokenize", {"prompt": "a"}),
         ("/tei/tokenize", {"inputs": "a"}),
         ("/decode", {"ids": [5, 6]}),

@@ -24,7 +24,6 @@ from cenote.cli.targets import Local, Remote
 from cenote.cli.texts import Texts
 from cenote.config import BenchConfig, EngineConfig, ModelConfig, ServerConfig
 from cenote.core import UNLIMITED
-from cenote.engine.engine import DEFAULT_BATCH_TOKENS
 from cenote.errors import ConfigError
 from cenote.pipeline.calibration import read_texts
 from cenote.settings import resolve
@@ -51,13 +50,12 @@ def run(arguments: dict[str, Any], argv: Seq[str]) -> int:
     """Run the command: measure, print the table, write the files.
 
     Args:
-        arguments: as `cenote.cli.flags.parse` understood `argv`.
+        arguments: options, as `cenote.cli.flags.parse` understood `argv`.
         argv: for the record.
 
     Raises:
         CenoteError: an option is wrong, the model cannot be loaded, the server not be reached, or nothing is answered.
     """
-    arguments.pop("command")
     (model, engine, _, bench), notes = resolve(arguments, (ModelConfig, EngineConfig, ServerConfig, BenchConfig))
     assert isinstance(model, ModelConfig)
     assert isinstance(engine, EngineConfig)
@@ -112,7 +110,7 @@ def _measure_model(
     service = Service.around(pooling_model, checkpoint, model, engine, max_queued=UNLIMITED)
     try:
         about = _about(service.info) | {"threads": torch.get_num_threads()}
-        batch = engine.max_num_batched_tokens or DEFAULT_BATCH_TOKENS["cpu"]
+        batch = service.info.report.batch_tokens
         return about, _measure(bench, texts, Local(service, bench.task), pooling_model, batch)
     finally:
         service.engine.close()

@@ -40,9 +40,9 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         """Return the values of known flags, and the arguments that are left."""
         if args is None:
             args = sys.argv[1:]
-        flags = self._option_string_actions
-        argv = [argument if argument.partition("=")[0] in flags else dashed([argument])[0] for argument in args]
-        names = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+        actions = self._option_string_actions
+        argv = [argument if argument.partition("=")[0] in actions else dashed([argument])[0] for argument in args]
+        names = {flag.removeprefix("--").replace("-", "_") for flag in actions if flag.startswith("--")}
         argv, objects = take_fields(argv, names)
         argv += [f"--{name.replace('_', '-')}={json.dumps(content)}" for name, content in objects.items()]
         return super().parse_known_args(argv, namespace)

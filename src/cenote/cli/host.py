@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from cenote import signals
 from cenote.cli.garbage import collections_by_the_clock, no_full_collections
 from cenote.cli.serve import log_to_stderr, report, share_cores
 from cenote.config import EngineConfig, HostConfig, ModelConfig, ServerConfig, time_of_requests
@@ -22,9 +23,8 @@ log = logging.getLogger("cenote")
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Run the command that `cenote.cli.flags.parse` understood."""
+    """Run the command, with the options that `cenote.cli.flags.parse` understood."""
     began = time.monotonic()
-    arguments.pop("command")
     # Variables and files that are shared with servers may hold their options, too.
     (model, engine, _, options), notes = resolve(arguments, (ModelConfig, EngineConfig, ServerConfig, HostConfig))
     assert isinstance(model, ModelConfig)
@@ -39,7 +39,7 @@ def run(arguments: dict[str, Any]) -> int:
     with no_full_collections():
         host = _start(model, engine, options)
     ended = threading.Event()
-    defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in _signals()}
+    defaults = {number: signal.signal(number, lambda *_: ended.set()) for number in signals.heard()}
     log.info("listening on %s, %.1f s after start", options.listen, time.monotonic() - began)
     with collections_by_the_clock():
         host.wait(ended)
@@ -49,12 +49,6 @@ def run(arguments: dict[str, Any]) -> int:
         logging.shutdown()
         os._exit(1)
     return 0
-
-
-def _signals() -> list[int]:
-    """Return the signals that end an engine: those that end a process and that its parent does not ignore."""
-    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    return [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _start(model: ModelConfig, engine: EngineConfig, options: HostConfig) -> Host:

@@ -18,8 +18,7 @@ QUIET = "warning"
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Run the command that `cenote.cli.flags.parse` understood."""
-    arguments.pop("command")
+    """Run the command, with the options that `cenote.cli.flags.parse` understood."""
     as_json = arguments.pop("json", False)
     # Variables and files that are shared with servers may hold their options, too.
     (model, engine, _), notes = resolve(arguments, (ModelConfig, EngineConfig, ServerConfig))

@@ -13,7 +13,6 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cenote
 from cenote import tokenizer
 from cenote.cli.flags import OF_ENGINES
 from cenote.cli.garbage import collections_by_the_clock, no_full_collections
@@ -49,18 +48,9 @@ OF_FASTDEPLOY = {"engine_worker_queue_port", "cache_queue_port", "graph_optimiza
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Run the command that `cenote.cli.flags.parse` understood."""
-    command = arguments.pop("command")
-    if command == "version":
-        print(cenote.__version__)
-    elif command == "serve":
-        return _serve(_with_any_name(arguments))
-    return 0
-
-
-def _serve(arguments: dict[str, Any]) -> int:
-    """Serve until a signal, and return the exit status."""
+    """Serve until a signal, with the options that `cenote.cli.flags.parse` understood, and return the exit status."""
     began = time.monotonic()
+    arguments = _with_any_name(arguments)
     plan = _remote_models(arguments) if arguments.get("engine") else _local_models(arguments)
     server = plan.server
     log_to_stderr(server.log_level, plan.notes, server.log_format)

@@ -44,7 +44,7 @@ from cenote.server.reading import parse, validate
 from cenote.server.serving import Serving
 from cenote.server.table import Table
 from cenote.server.tracing import traced
-from cenote.server.wire.fields import Limits
+from cenote.server.wire.fields import Lengths
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -81,7 +81,7 @@ DIALECTS: tuple[Dialect, ...] = (
     fastdeploy.DIALECT,
     operations.DIALECT,
 )
-LARGE = 65_536
+LARGE_BODY = 65_536
 """Bodies with more bytes than this are parsed off the event loop."""
 MATCH = "cenote.match"
 """Key of a connection's scope with the routes of its request."""
@@ -115,7 +115,7 @@ class Application:
     ) -> None:
         self._serving = serving or Serving(services, config, clock)
         self._config = config
-        self._limits = Limits(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
+        self._lengths = Lengths(config.max_client_batch_size, MOST_MESSAGES, config.max_tokenize_bytes)
         self._serving.paths = self._serving.paths or _paths(dialects)
         dialects = [*dialects] if config.disable_fastapi_docs else [*dialects, described(dialects, config)]
         self.table = Table(dialects, self._serving.models.names)
@@ -203,7 +203,7 @@ class Application:
 
     async def _parsed(self, request: Request, work: Callable[[], Any]) -> Any:
         """Return the result of work on a body, off the event loop if the body is large."""
-        if request.scope["state"]["body_bytes"] <= LARGE:
+        if request.scope["state"]["body_bytes"] <= LARGE_BODY:
             return work()
         with Awaited(request):
             return await self._serving.in_pool("parse", work)
@@ -215,7 +215,7 @@ class Application:
         request.scope["state"]["model"] = match.model
         body = None
         if route.body is not None:
-            body = await self._parsed(request, partial(validate, value, route.body, self._limits))
+            body = await self._parsed(request, partial(validate, value, route.body, self._lengths))
             self._name_model(body, match.model, route.purpose)
         return await route.handler(self._serving, request, body)
 

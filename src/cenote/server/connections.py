@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from cenote import metrics
 from cenote.errors import CenoteError, HeadTooLarge, TooManyConnections, TooSlow
 from cenote.server import errors
+from cenote.server.gate import LINGER
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,8 +38,6 @@ SPARE = 256
 """Connections beyond the limit that are answered 503, where the system allows so many; see `Limits`."""
 RESERVED = 256
 """Descriptors of the process that are not for connections: files of models, sockets of engines."""
-LINGER = 2.0
-"""Seconds in which a refused client may go on sending, so that it reads the refusal and not a reset."""
 TICKS = 10
 """Ticks of uvicorn's clock, tenths of a second, between two looks at the connections."""
 SLOWEST = 16_384

@@ -9,9 +9,9 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from itertools import filterfalse
 from typing import TYPE_CHECKING, NoReturn
 
+from cenote import signals
 from cenote.config import LAST_RESORT
 from cenote.server import connections
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that end a server; a terminal sends the last one when it is closed."""
 STATUSES: dict[int, int] = {signal.SIGINT: 130}
 """Exit statuses of the process by the signal that ended it, as shells have them, where they are not 0."""
 TICK = 0.1
@@ -66,7 +64,7 @@ class Server(connections.Server):
 
     def take_signals(self) -> None:
         """Let the signals that end a process end the server, but for those that its parent ignores, as `nohup` does."""
-        for number in filterfalse(_is_ignored, SIGNALS):
+        for number in signals.heard():
             signal.signal(number, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -118,13 +116,9 @@ class Server(connections.Server):
                 connection.transport.abort()
 
 
-def _is_ignored(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
-
-
 def ignore_signals() -> None:
     """Ignore the signals that have ended the server from now on."""
-    for number in SIGNALS:
+    for number in signals.ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -79,6 +79,11 @@ def openai_error(fault: Fault) -> dict[str, Any]:
     return {"error": fields, "detail": fault.message, "message": fault.message}
 
 
+def text_error(fault: Fault) -> dict[str, Any]:
+    """Return the body of KServe, Ollama and Weaviate, whose clients read `error` as a text."""
+    return {"error": fault.message}
+
+
 SPELLINGS = {
     "dimensions": ("output_dimension", "truncate_dim"),
     "documents": ("text_2", "data_2", "items", "texts", "passages", "input"),

@@ -52,7 +52,7 @@ PEEKED = 16_384
 PATIENCE = 0.1
 """Seconds in which such a body has to arrive."""
 LINGER = 2.0
-"""Seconds in which a client may go on sending the body of a request that is refused already."""
+"""Seconds in which a refused client may go on sending, so that it reads the refusal and not a reset."""
 
 
 class UnderWay:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from cenote.server.wire.fields import Limits
+    from cenote.server.wire.fields import Lengths
 
 DEEPEST = 200
 """Levels of lists and objects, pydantic's own limit: no walk through a body may run out of stack."""
@@ -38,15 +38,15 @@ def parse(content: bytes) -> Any:
     return _parsed(content)
 
 
-def validate(value: Any, kind: type[BaseModel], limits: Limits) -> Any:
+def validate(value: Any, kind: type[BaseModel], lengths: Lengths) -> Any:
     """Return a parsed body as `kind`.
 
     Raises:
         BadBody: it does not fit `kind`.
-        BadRequest: a list in it is longer than `limits` allow.
+        BadRequest: a list in it is longer than `lengths` allow.
     """
     if issubclass(kind, Body):
-        kind.check_lengths(value, limits)
+        kind.check_lengths(value, lengths)
     try:
         return _adapter(kind).validate_python(value, from_attributes=True)
     except ValidationError as error:

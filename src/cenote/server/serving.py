@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 SHORT = 4096
 """Bytes of a body, and of the prompt before each of its inputs, up to which text is rendered on the event loop."""
-LARGE = 65_536
+LARGE_ANSWER = 65_536
 """Answers of more numbers than this are encoded off the event loop."""
 QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
@@ -228,7 +228,7 @@ class Serving:
                 outputs = await self._outputs(service, job, place)
         finally:
             self.running -= 1
-        if job.is_slow or _numbers(outputs) > LARGE:
+        if job.is_slow or _numbers(outputs) > LARGE_ANSWER:
             return await self.in_pool("encode", lambda: job.finish(outputs))
         with metrics.timed("encode"):
             return job.finish(outputs)

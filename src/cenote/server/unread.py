@@ -51,6 +51,7 @@ UNREAD = (
     Unread("error", "", "Weaviate", "its client sends the form of an answer, unfilled"),
     Unread("config.pooling_strategy", "masked_mean", "Weaviate", "a checkpoint says how it is pooled"),
 )
+"""Fields without effect: for the table of the docs, and for tests that nothing comes of them."""
 
 
 class Refused(NamedTuple):

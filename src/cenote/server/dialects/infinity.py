@@ -99,24 +99,18 @@ async def classify(serving: Serving, request: Request, body: InfinityClassifyReq
     return await serving.answer(request, service, body, make)
 
 
-CAPABILITIES = {"embed": "embed", "classify": "classify"}
-"""Infinity's names of capabilities, by our tasks."""
-
-
 async def models(serving: Serving, request: Request, body: None) -> Response:
     """One card per name under which a model is served. What waits is counted for the whole server."""
     stats = {"queue_fraction": 0.0, "queue_absolute": 0, "results_pending": serving.running}
     cards = []
     for view in serving.models.views:
-        capabilities = [CAPABILITIES[task] for task in view.info.tasks if task in CAPABILITIES]
-        capabilities += ["rerank"] if view.info.score_types else []
         card = {
             "stats": {**stats, "batch_size": view.info.report.batch_tokens},
             "object": "model",
             "owned_by": "infinity",
             "created": serving.started,
             "backend": "torch",
-            "capabilities": capabilities,
+            "capabilities": answers.capabilities(view.info),
         }
         cards += [{"id": name, **card} for name in view.names]
     return json_response({"object": "list", "data": cards})

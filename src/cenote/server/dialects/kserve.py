@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
@@ -16,6 +16,7 @@ from cenote.core import PoolingParams
 from cenote.errors import BadRequest, TaskNotOffered
 from cenote.pipeline.options import TextOptions
 from cenote.server.dialects import operations
+from cenote.server.errors import text_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Many, Queued, Some
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from cenote.core import ModelInfo, Output
-    from cenote.server.errors import Fault
     from cenote.server.serving import Serving
 
 MOST_SIDES = 8
@@ -146,11 +146,6 @@ async def model_ready(serving: Serving, request: Request, body: None) -> Respons
     return await operations.ready(serving, request, body)
 
 
-def error(fault: Fault) -> dict[str, Any]:
-    """Return the body of an error, whose clients read `error` as a text."""
-    return {"error": fault.message}
-
-
 DIALECT = Dialect(
     "KServe",
     (
@@ -161,6 +156,6 @@ DIALECT = Dialect(
         Route("/v2/models/{model}/ready", model_ready, method="GET"),
         Route("/v2/models/{model}/infer", infer, KserveInferRequest),
     ),
-    error,
+    text_error,
     prefix="kserve",
 )

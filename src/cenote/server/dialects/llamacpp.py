@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,7 +12,7 @@ from cenote.pipeline.options import TextOptions
 from cenote.server.dialects import scoring
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
-from cenote.server.wire.fields import Body, Queued, TextInput, first_of
+from cenote.server.wire.fields import Body, Queued, TextInput, is_prompt, prompts_in
 from cenote.server.wire.plain import encoded
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class LlamaTokenizeRequest(Body):
 
 async def embedding(serving: Serving, request: Request, body: LlamaEmbeddingRequest) -> Response:
     """`{"embedding"}` of one text, as older servers; of a list an entry each, whose vector is in a list."""
-    content: Any = body.content
-    is_one = isinstance(content, str) or isinstance(first_of(content), int)
+    is_one = is_prompt(body.content)
 
     def encode(outputs: list[Output]) -> Response:
         vectors = [np.ascontiguousarray(output.data) for output in outputs]
@@ -62,7 +61,7 @@ async def embedding(serving: Serving, request: Request, body: LlamaEmbeddingRequ
             return json_response({"index": 0, "embedding": vectors[0]})
         return json_response([{"index": i, "embedding": [vector]} for i, vector in enumerate(vectors)])
 
-    service, prompts = serving.find(body.model), [content] if is_one else content
+    service, prompts = serving.find(body.model), prompts_in(body.content)
     return await encoded(serving, request, service, body, prompts, "embed", body.params(), TextOptions(), encode)
 
 

@@ -12,6 +12,7 @@ from pydantic import AliasChoices, Field, field_validator
 import cenote
 from cenote.core import PoolingParams
 from cenote.pipeline.options import TextOptions
+from cenote.server.errors import text_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Body, Many, Queued
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from cenote.core import Output
     from cenote.pipeline.pipeline import Service
-    from cenote.server.errors import Fault
     from cenote.server.serving import Serving
 
 TAG = ":latest"
@@ -171,11 +171,6 @@ def _started(serving: Serving) -> str:
     return datetime.fromtimestamp(serving.started, UTC).isoformat()
 
 
-def error(fault: Fault) -> dict[str, Any]:
-    """Return the body of an error, whose clients read `error` as a text."""
-    return {"error": fault.message}
-
-
 DIALECT = Dialect(
     "Ollama",
     (
@@ -185,6 +180,6 @@ DIALECT = Dialect(
         Route("/api/show", show, OllamaShowRequest),
         Route("/api/version", version, method="GET"),
     ),
-    error,
+    text_error,
     prefix="ollama",
 )

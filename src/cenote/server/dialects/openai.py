@@ -11,11 +11,11 @@ from cenote.core import ModelInfo, PoolingParams
 from cenote.errors import BadRequest
 from cenote.pipeline import operations
 from cenote.pipeline.prompts import Applied, Prompts
-from cenote.server.dialects.vllm import answer_vectors
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers, items, sizes
 from cenote.server.wire.encoding import entries, json_response, vectors_response, with_data
 from cenote.server.wire.fields import Many, Some, first_of
+from cenote.server.wire.pooling import answer_vectors
 from cenote.server.wire.vectors import TypedFields
 from cenote.tasks import KINDS, TASKS
 
@@ -192,24 +192,17 @@ async def model(serving: Serving, request: Request, body: None) -> Response:
     })  # fmt: skip
 
 
-ENDPOINTS = {"embed": "embed", "classify": "classify"}
-"""Cohere's names of endpoints, by our tasks."""
-
-
 PIPELINES = {"classify": "text-classification", "token_classify": "token-classification"}
 """The hub's names of pipelines, by our tasks; of others it has one."""
 
 
 def _pipeline(info: ModelInfo) -> str:
-    is_ranker = info.score_types[:1] in (("cross-encoder",), ("listwise",))
-    return "text-ranking" if is_ranker else PIPELINES.get(info.default_task, "feature-extraction")
+    return "text-ranking" if answers.is_ranker(info) else PIPELINES.get(info.default_task, "feature-extraction")
 
 
 def _cohere_card(service: Service, name: str) -> dict[str, Any]:
-    info = service.info
-    endpoints = [ENDPOINTS[task] for task in info.tasks if task in ENDPOINTS]
-    endpoints += ["rerank"] if info.score_types else []
-    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": info.max_model_len}
+    endpoints, length = answers.capabilities(service.info), service.info.max_model_len
+    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": length}
 
 
 def _card(serving: Serving, service: Service, name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from cenote.server.routes import Dialect, Route
 from cenote.server.wire import answers
 from cenote.server.wire.encoding import json_response, typed
 from cenote.server.wire.entities import EntityFields, entities_of
-from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of
+from cenote.server.wire.fields import Body, Many, Queued, Some, TokenIds, first_of, prompts_in
 from cenote.server.wire.pairs import DIRECTIONS, Direction, RankingFields, rank
 from cenote.server.wire.plain import encoded
 from cenote.tensors.similarity import pairwise
@@ -128,10 +128,7 @@ class TeiEmbedRequest(Prompted):
 
     def prompts(self) -> list[Any]:
         """Return the inputs as a list of prompts."""
-        inputs: Any = self.inputs
-        if isinstance(inputs, str) or isinstance(first_of(inputs), int):
-            return [inputs]
-        return list(inputs)
+        return prompts_in(self.inputs)
 
 
 class PredictRequest(TeiFields):
@@ -538,7 +535,7 @@ def _model_type(service: Service) -> dict[str, Any]:
         "id2label": dict(zip(map(str, numbers), labels, strict=True)),
         "label2id": dict(zip(labels, numbers, strict=True)),
     }
-    if info.score_types[:1] in (("cross-encoder",), ("listwise",)):
+    if answers.is_ranker(info):
         return {"reranker": names}
     if info.default_task in ("classify", "token_classify"):
         return {"classifier": names}

@@ -12,6 +12,7 @@ import cenote
 from cenote.core import PoolingParams
 from cenote.pipeline.options import TextOptions
 from cenote.server.dialects import operations
+from cenote.server.errors import text_error
 from cenote.server.routes import Dialect, Route
 from cenote.server.wire.encoding import json_response
 from cenote.server.wire.fields import Many, Queued
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from cenote.core import Output
     from cenote.pipeline.operations import Ranked
-    from cenote.server.errors import Fault
     from cenote.server.serving import Serving
 
 
@@ -91,11 +91,6 @@ async def meta(serving: Serving, request: Request, body: None) -> Response:
     )
 
 
-def error(fault: Fault) -> dict[str, Any]:
-    """Return the body of an error, whose client reads `error` as a text."""
-    return {"error": fault.message}
-
-
 DIALECT = Dialect(
     "Weaviate",
     (
@@ -107,6 +102,6 @@ DIALECT = Dialect(
         Route("/.well-known/ready", ready, method="GET", is_open=True),
         Route("/meta", meta, method="GET"),
     ),
-    error,
+    text_error,
     prefix="weaviate",
 )

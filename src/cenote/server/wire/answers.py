@@ -83,6 +83,17 @@ def classes(info: ModelInfo, values: Array, count: int | None = None) -> list[di
     return [{"label": names[i], "score": values[i]} for i in order.tolist()]
 
 
+def is_ranker(info: ModelInfo) -> bool:
+    """Return whether a model is made to rate pairs, and does not compare vectors."""
+    return info.score_types[:1] in (("cross-encoder",), ("listwise",))
+
+
+def capabilities(info: ModelInfo) -> list[str]:
+    """Return the kinds of requests that a model answers, in the words of Cohere and of Infinity."""
+    tasks = [task for task in info.tasks if task in ("embed", "classify")]
+    return [*tasks, "rerank"] if info.score_types else tasks
+
+
 def _illustrated(service: Service, body: Inputs, prompt: Any) -> Any:
     """Return a prompt with its pictures, if it is of content parts, and any other as it is."""
     if not isinstance(prompt, dict) or CONTENT not in prompt:

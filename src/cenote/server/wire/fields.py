@@ -62,8 +62,8 @@ CONVERSED = frozenset({"messages", "input"})
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Lengths of the lists of a request body.
+class Lengths:
+    """Maximum lengths of the lists of a request body.
 
     Attributes:
         inputs: maximum inputs.
@@ -101,28 +101,28 @@ class Body(BaseModel):
         return {name: value for name, value in values.items() if value is not None or name not in _defaulted(cls)}
 
     @classmethod
-    def check_lengths(cls, values: Any, limits: Limits) -> None:
+    def check_lengths(cls, values: Any, lengths: Lengths) -> None:
         """Count the lists of a parsed body before their elements are validated.
 
         Raises:
-            BadRequest: a list is longer than `limits` allow.
+            BadRequest: a list is longer than `lengths` allow.
         """
         if isinstance(values, dict):
             for name in values:
                 if name in cls.model_fields and name not in cls.uncounted:
-                    _check_length(values[name], limits, name)
+                    _check_length(values[name], lengths, name)
 
 
-def _check_length(value: Any, limits: Limits, param: str) -> None:
+def _check_length(value: Any, lengths: Lengths, param: str) -> None:
     if not isinstance(value, list):
         return
     first = first_of(value)
-    limit, noun = limits.of(first, param)
+    limit, noun = lengths.of(first, param)
     if len(value) > limit:
         raise BadRequest(f"the request has {len(value)} {noun}; at most {limit} are allowed", param=param)
     if isinstance(first, list):
         for element in value:
-            _check_length(element, limits, param)
+            _check_length(element, lengths, param)
 
 
 class Queued(Body):
@@ -295,10 +295,7 @@ class Inputs(Shared, Chat):
 
     def prompts(self) -> list[Any]:
         """Return `input` as a list of prompts."""
-        source: Any = self.input
-        if isinstance(source, str) or isinstance(first_of(source), int):
-            return [source]
-        return list(source or [])
+        return prompts_in(self.input)
 
     def options(self, *, is_chat: bool) -> TextOptions:
         """Return how text becomes ids."""
@@ -308,6 +305,16 @@ class Inputs(Shared, Chat):
 def first_of(value: Any) -> Any:
     """Return the first element of a list, which stands for the kind of all; `None` for anything else."""
     return value[0] if isinstance(value, list) and value else None
+
+
+def is_prompt(source: Any) -> bool:
+    """Return whether the source of a request is one text or the ids of one, and no list of such."""
+    return isinstance(source, str) or isinstance(first_of(source), int)
+
+
+def prompts_in(source: Any) -> list[Any]:
+    """Return the texts and ids of a request, whose source may be one alone."""
+    return [source] if is_prompt(source) else list(source or [])
 
 
 class LateChunking(BaseModel):
