@@ -394,6 +394,15 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     checkpoints.assert_same(merged, whole)
 
 
+def test_several_end_tokens(tmp_path: Path) -> None:
+    """Llama 3.1's and Gemma 3's configs have a list of them."""
+    folder = checkpoints.decoder(tmp_path / "model", "LlamaForCausalLM", eos_token_id=[0, 9])
+    with LLM(str(folder)) as llm:
+        assert llm.info.report.layout == "packed"
+        (output,) = llm.embed(TEXT, use_tqdm=False)
+    np.testing.assert_allclose(output.outputs.embedding, POOLED["LAST"](hidden(folder, TEXT)), rtol=0, atol=1e-5)
+
+
 # --- Matryoshka --------------------------------------------------------------------------------------------------
 
 

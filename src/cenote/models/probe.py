@@ -43,6 +43,7 @@ from cenote.models.traits import (
     vocabulary,
     window,
 )
+from cenote.models.transformer_module import as_tuple
 from cenote.tensors.packing import pack
 from cenote.tensors.sharing import SHORTEST_PREFIX
 
@@ -91,9 +92,11 @@ class Draw:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        self._ids = torch.tensor(sorted(set(range(min(vocabulary(model), 5000))) - special) or [0])
-        self._end: list[int] = [config.eos_token_id] if getattr(config, "is_encoder_decoder", False) else []
+        names = ("pad", "bos", "eos", "sep", "cls")
+        special = {name: as_tuple(getattr(config, f"{name}_token_id", None)) for name in names}
+        ordinary = set(range(min(vocabulary(model), 5000))).difference(*special.values())
+        self._ids = torch.tensor(sorted(ordinary) or [0])
+        self._end: tuple[int, ...] = special["eos"][:1] if getattr(config, "is_encoder_decoder", False) else ()
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, count: int) -> list[int]:
