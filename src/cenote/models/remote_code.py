@@ -161,6 +161,9 @@ NOMIC_NAMES = {
 }
 """Names in nomic-ai/nomic-bert-2048 to those of Transformers."""
 
+NOMIC_THETA = 10_000.0
+"""Base of rotary positions in nomic-ai/nomic-bert-2048 where a config names none; Transformers' class has another."""
+
 NOMIC_READ = ("pad_vocab_size_multiple", "rotary_emb_base", "rotary_scaling_factor", "max_trained_positions")
 
 
@@ -174,8 +177,9 @@ def _nomic(config: Config) -> Config | None:
     renamed = {NOMIC_NAMES.get(key, key): value for key, value in _without(config, *NOMIC, *NOMIC_READ).items()}
     multiple, size = int(config.get("pad_vocab_size_multiple", 1)), int(config["vocab_size"])
     renamed |= {"model_type": "nomic_bert", "hidden_act": "silu", "vocab_size": -(-size // multiple) * multiple}
-    if "rotary_emb_base" in config:
-        renamed["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rotary_emb_base", rope.get("rope_theta", NOMIC_THETA))
+    renamed["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": float(theta)}
     factor = config.get("rotary_scaling_factor")
     if factor:
         renamed["rope_parameters"] |= {"rope_type": "dynamic", "factor": float(factor)}
