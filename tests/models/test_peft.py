@@ -170,6 +170,32 @@ def test_added_later(adapted: tuple[Path, Path, np.ndarray]) -> None:
             llm.embed(TEXTS, lora_request=LoRARequest("one", 1, "elsewhere"), use_tqdm=False)
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, "all-linear"], ids=str)
+def test_added_beside_one_named_at_load(
+    base: Path, alone: np.ndarray, other: tuple[Path, np.ndarray], tmp_path: Path, targets: Any
+) -> None:
+    """Room for further adapters is as with `enable_lora` alone, and the one that is there stays what it is."""
+    path, with_other = other
+    whole = trained(transformers.AutoModel.from_pretrained(base), tmp_path / "late", target_modules=targets)
+    late = LoRARequest("late", 2, str(tmp_path / "late"))
+    with LLM(str(base), enable_lora=True, lora_modules=[f"other={path}"]) as llm:
+        assert np.abs(embedded(llm, lora_request=late) - states(whole, base)).max() < 1e-5
+        assert np.abs(embedded(llm, lora_request=LoRARequest("other", 1, str(path))) - with_other).max() < 1e-5
+        assert np.abs(embedded(llm) - alone).max() < checkpoints.ROUNDING
+
+
+def test_adapters_named_at_load_leave_no_room_for_others(
+    base: Path, other: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    """Fused layers run past a hook that comes later."""
+    path, with_other = other
+    trained(transformers.AutoModel.from_pretrained(base), tmp_path / "late", target_modules="all-linear")
+    with LLM(str(base), lora_modules=[f"other={path}"]) as llm:
+        with pytest.raises(BadRequest, match="load it with enable_lora, or name the adapter in lora_modules"):
+            embedded(llm, lora_request=LoRARequest("late", 2, str(tmp_path / "late")))
+        assert np.abs(embedded(llm, lora_request=LoRARequest("other", 1, str(path))) - with_other).max() < 1e-5
+
+
 def test_without_room_for_adapters(tmp_path: Path) -> None:
     base = bert(tmp_path / "base")
     trained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter", target_modules=ATTENTION)

@@ -205,7 +205,7 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unst
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
         adapters=_adapters(checkpoint, options, unstacked),
-        reserves_adapters=options.enable_lora and not options.lora_modules,
+        reserves_adapters=options.enable_lora,
         audit=checkpoint.audit,
         narrowing=narrowing,
         invariant=options.batch_invariant,
