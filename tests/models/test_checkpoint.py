@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer as SentenceTransformers
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
 from cenote import LLM, PoolerConfig, PoolingParams
@@ -392,6 +393,29 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     assert np.abs(merged - plain).max() > 1e-3
     whole = rows(qwen, hf_overrides={"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
     checkpoints.assert_same(merged, whole)
+
+
+def test_mappings_of_config_kwargs_are_whole(tmp_path: Path) -> None:
+    """As sentence-transformers hands them to Transformers: entries that are not named are gone."""
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = checkpoints.decoder(tmp_path / "model", rope_parameters={**yarn, "attention_factor": 3.0})
+    merged = rows(folder, hf_overrides={"rope_parameters": yarn})
+    changes = {"config_kwargs": {"rope_parameters": yarn}}
+    checkpoints.write_modules(folder, pooling("lasttoken"), NORMALIZE, transformer=changes)
+    expected = SentenceTransformers(str(folder), device="cpu").encode(SHORT, batch_size=1)
+    np.testing.assert_allclose(rows(folder), expected, rtol=0, atol=1e-5)
+    assert np.abs(merged - expected).max() > 1e-2
+
+
+def test_hf_overrides_replace_labels(tmp_path: Path) -> None:
+    """Their numbers are texts in JSON; a model of two classes still has two."""
+    folder = checkpoints.classifier(tmp_path / "model", num_labels=2)
+    labels = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    with LLM(str(folder)) as llm, LLM(str(folder), hf_overrides=labels) as named:
+        assert llm.info.labels == ("LABEL_0", "LABEL_1")
+        assert named.info.labels == ("no", "yes")
+        expected, found = ([x.outputs.probs for x in model.classify(SHORT, use_tqdm=False)] for model in (llm, named))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_several_end_tokens(tmp_path: Path) -> None:

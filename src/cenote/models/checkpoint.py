@@ -104,7 +104,7 @@ def read(location: Location, options: ModelConfig) -> Files:
     if st is None:
         st = _bare(base.folder, config)
     sizes.check_counts("sentence_bert_config.json", {"config_kwargs": st.transformer.config_kwargs}, stored)
-    config = _override(config, _known(config, st))
+    config = _override(config, _known(config, st), merges=False)
     architecture = _architecture(config, st)
     config = _override(config, options.hf_overrides)
     if config.architectures:
@@ -359,22 +359,42 @@ def overridden(options: ModelConfig) -> tuple[str, ...]:
     return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
 
 
-def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
-    """Apply `hf_overrides`: a function of the config, or a mapping merged into it, nested mappings likewise."""
+LABELS = frozenset({"id2label", "label2id"})
+"""Keys of mappings that are one value: one with other entries names other classes."""
+
+
+def _override(config: PretrainedConfig, overrides: Any, *, merges: bool = True) -> PretrainedConfig:
+    """Apply `hf_overrides`, or changes that files ask for: a function of the config, or a mapping merged into it.
+
+    Args:
+        config: is changed.
+        overrides: the function or mapping.
+        merges: nested mappings are merged likewise; else only nested configs are, as by Transformers.
+    """
     if callable(overrides):
         changed: PretrainedConfig = overrides(config)
         return changed
     for key, value in (overrides or {}).items():
-        setattr(config, key, _merged(getattr(config, key, None), value))
+        setattr(config, key, _overridden(key, getattr(config, key, None), value, merges))
     return config
 
 
-def _merged(current: Any, value: Any) -> Any:
-    """Return `value`, or if it is a mapping, the mapping or config `current` with its entries."""
+def _overridden(key: str, current: Any, value: Any, merges: bool) -> Any:
+    """Return the value of `key` in a config where it was `current`; the numbers of labels, in JSON texts, are numbers.
+
+    Args:
+        key: of the config.
+        current: its value before.
+        value: the override.
+        merges: see `_override`.
+    """
     from transformers import PretrainedConfig
 
     if not isinstance(value, dict):
         return value
     if isinstance(current, PretrainedConfig):
-        return _override(current, value)
-    return {**current, **value} if isinstance(current, dict) else value
+        return _override(current, value, merges=merges)
+    if key == "id2label":
+        return {int(number): name for number, name in value.items()}
+    is_part = merges and key not in LABELS and isinstance(current, dict)
+    return {**current, **value} if is_part else value
