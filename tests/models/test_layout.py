@@ -58,6 +58,37 @@ def test_windows_longer_than_the_probe_are_honoured(name: str) -> None:
     assert torch.allclose(forward(layout, pack(sequences)), expected, atol=2e-5)
 
 
+LLAMA4: dict[str, Any] = {
+    **{key: value for key, value in SMALL.items() if key != "cls_token_id"},
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 2,
+    "max_position_embeddings": 2048,
+    "attn_implementation": "eager",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({"attention_chunk_size": 600, "no_rope_layers": [1, 1, 1], "attn_temperature_tuning": False}, "padded"),
+        ({"attention_chunk_size": 2048, "no_rope_layers": [0, 0, 0], "floor_scale": 600}, "padded"),
+        ({"attention_chunk_size": 2048, "no_rope_layers": [0, 0, 0], "attn_temperature_tuning": False}, "packed"),
+    ],
+    ids=["chunks", "scaled by positions", "neither"],
+)
+def test_lengths_beyond_which_llama4_attends_otherwise(options: dict[str, Any], layout: str) -> None:
+    """Chunks are in the mask alone, and queries are scaled by their place in the batch."""
+    torch.manual_seed(0)
+    net = transformers.Llama4TextModel(transformers.Llama4TextConfig(**{**LLAMA4, **options})).eval()
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+    sequences = draw(590, 20, 700)
+    expected = alone(net, sequences)
+    proved, reasons = choose(net)
+    assert proved.name == layout, reasons
+    assert torch.allclose(forward(proved, pack(sequences)), expected, atol=1e-4)
+
+
 def test_packing_can_be_switched_off() -> None:
     net = model("bert")
     layout, reasons = choose(net, packed=False)

@@ -144,8 +144,9 @@ def reset_attention(model: PreTrainedModel) -> None:
         model.set_attention_type("block_sparse")  # type: ignore[operator]
 
 
-WINDOWS = ("sliding_window",)
-"""Names of lengths in tokens, in configs and modules, beyond which a model attends to less than all."""
+WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale")
+"""Names of lengths in tokens, in configs and modules, beyond which a model attends to less than all, or scales its
+queries (`transformers/models/llama4/modeling_llama4.py`)."""
 
 
 class Window(NamedTuple):
