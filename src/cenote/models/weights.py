@@ -6,7 +6,9 @@ read by torch's restricted unpickler, which takes tensors out of them and runs n
 
 from __future__ import annotations
 
+import math
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +84,19 @@ def stored(folder: Path, *, pickles: bool) -> dict[str, Stored]:
             )
         tensors |= of_file
     return tensors
+
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names of floating-point dtypes in safetensors to those in torch."""
+
+
+def dtype_of(stored: Mapping[str, Stored]) -> str | None:
+    """Return the name in torch of the dtype of most floating-point values of a checkpoint; `None` if it has none."""
+    counts: Counter[str] = Counter()
+    for tensor in stored.values():
+        if tensor.is_floating:
+            counts[FLOATS.get(tensor.dtype, tensor.dtype)] += math.prod(tensor.shape)
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def tensors(folder: Path, names: Collection[str], *, pickles: bool) -> dict[str, Tensor]:
