@@ -250,8 +250,6 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
     head = OwnHead(model)
-    batch, x_TD = probe.batch, probe.rows_TD
-    everyone = list(range(batch.size))
     faults = []
     for name, place in (("first", at_first), ("last", partial(at_last, head.pad)), ("padded", at_none)):
         whole = getattr(head, name)
@@ -261,10 +259,11 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
             return Classifier(head.rows, whole, name == "last", probe.width, place)
         faults.append(f"{name}: {fault}")
     together = Together(model)
-    with torch.inference_mode():
-        if probe.agrees(list(together(x_TD, batch, everyone))):
-            log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
-            return Classifier(head.rows, together, False, probe.width, at_none)
+    fault = fault_of(partial(_head_fault, together, probe))
+    if not fault:
+        log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
+        return Classifier(head.rows, together, False, probe.width, at_none)
+    faults.append(f"together: {fault}")
     raise CheckpointError(
         f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
     )
