@@ -292,6 +292,15 @@ def test_in_the_folder_of_the_backbone(tmp_path: Path) -> None:
     assert np.abs(vectors(base) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", [".", "../base"])
+def test_in_the_working_directory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = bert(tmp_path / "base")
+    whole = trained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter", target_modules=ATTENTION)
+    shutil.copytree(tmp_path / "adapter", base, dirs_exist_ok=True)
+    monkeypatch.chdir(base)
+    assert np.abs(vectors(Path(name)) - states(whole, base)).max() < 1e-5
+
+
 def test_not_beside_the_backbone(tmp_path: Path) -> None:
     """Sentence-transformers does not look there."""
     base = sentence_transformer(tmp_path / "base", "0_Transformer")

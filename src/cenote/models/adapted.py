@@ -181,6 +181,7 @@ def without_adapter(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory(prefix="cenote-") as place:
+        folder = folder.resolve()
         shown = Path(place) / folder.name
-        shutil.copytree(folder.resolve(), shown, copy_function=os.symlink, ignore=shutil.ignore_patterns("adapter_*"))
+        shutil.copytree(folder, shown, copy_function=os.symlink, ignore=shutil.ignore_patterns("adapter_*"))
         yield shown
