@@ -321,6 +321,17 @@ def test_base_of_sentence_transformers(tmp_path: Path) -> None:
         assert llm._service.renderer.prompts.named == {"query": "query: "}
 
 
+def test_base_whose_modules_are_numbered_otherwise(tmp_path: Path) -> None:
+    """The order of modules.json counts, and not its numbers."""
+    base, folder = sentence_transformer(tmp_path / "base", "0_Transformer"), tmp_path / "adapter"
+    listed = read_json(base / "modules.json")
+    checkpoints.write_json(base / "modules.json", [{**entry, "idx": 9 - entry["idx"]} for entry in listed])
+    model = transformers.AutoModel.from_pretrained(base / "0_Transformer")
+    whole = trained(model, folder, base=base, target_modules=ATTENTION)
+    expected = states(whole, base / "0_Transformer", lambda x: x.mean(0))
+    assert np.abs(vectors(folder) - expected).max() < 1e-5
+
+
 def test_tokenizer_of_the_adapter(tmp_path: Path) -> None:
     base, folder = bert(tmp_path / "base"), tmp_path / "adapter"
     whole = trained(transformers.AutoModel.from_pretrained(base), folder, base=base, target_modules=ATTENTION)

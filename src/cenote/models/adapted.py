@@ -122,8 +122,7 @@ def _backbone(path: Path) -> Path:
         return path
     entries = read_json(file)
     with about(file):
-        first = min(entries, key=lambda entry: int(entry["idx"]))
-        return inside(path, str(first["path"]), file.name)
+        return inside(path, str(entries[0]["path"]), file.name)
 
 
 def _has_weights(folder: Path) -> bool:
