@@ -7,6 +7,7 @@ the audit here: used, left with the reason, or refused by name.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -59,6 +60,10 @@ SHOWN = 3
 
 DECODER = "the encoder runs alone"
 POOLER = "no task pools by it"
+PASSED_OVER = "Transformers' class has no place for it, and passes over it"
+
+LAYER = re.compile(r".*?\.\d+(?=\.)|.*")
+"""The beginning of a tensor's name up to the first number; the whole name if it has none."""
 
 TWINS = {
     "_orig_mod.": "torch.compile puts it there; save `model._orig_mod` or take it off the names",
@@ -108,6 +113,30 @@ class Names:
         children = chain(self.model.named_children(), self.model.base_model.named_children())
         return frozenset(dict(children))
 
+    def layer(self, name: str) -> str:
+        """Return the beginning of a tensor's name that is its layer; the whole name if it is in none."""
+        layer = LAYER.match(self.plain(name))
+        assert layer is not None
+        return layer[0]
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The layers of the model, and the names of its tensors outside of any."""
+        return frozenset(map(self.layer, self.model.state_dict()))
+
+    def is_passed_over(self, name: str) -> bool:
+        """Return whether Transformers passes over a tensor or a layer that the model lacks, without a word.
+
+        In a layer that it has, tensors of other names become its own: matrices of experts are joined.
+        """
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return self.layer(name) not in self.layers and any(re.search(pattern, name) for pattern in patterns)
+
+    def listed(self, name: str) -> str:
+        """Return the entry of the audit that a tensor is in: its module, or one layer of that, which is left alone."""
+        module = self.module(name)
+        return self.layer(name) if module in self.modules and self.is_passed_over(name) else module
+
     def is_needed(self, name: str) -> bool:
         """Return whether the model cannot do without a tensor of its own: a head that runs is no leftover."""
         idle = BUFFERS if self.needs_pooler else {**BUFFERS, "*pooler.*": POOLER}
@@ -150,23 +179,28 @@ def check_tensors(
     reasons |= dict.fromkeys(map(names.plain, read))
     files.audit.enter(
         label_of(files.folder),
-        {name: _reason_to_leave(names, names.plain(name), reasons) for name in files.tensors},
+        {name: _reason_to_leave(names, name, reasons) for name in files.tensors},
         f"the class that runs has no such weights; architectures in config.json is {files.architecture!r}. "
         "--convert embed leaves them out and serves the hidden states",
         noun="the tensor",
-        listed=names.module,
+        listed=names.listed,
     )
 
 
-def _reason_to_leave(names: Names, plain: str, reasons: Mapping[str, str | None]) -> str | None:
+def _reason_to_leave(names: Names, name: str, reasons: Mapping[str, str | None]) -> str | None:
     """Return why a tensor is left, empty if nobody knows; `None` = it is read, by the model or a family.
 
     Transformers passes over some tensors without a word: those are not among `reasons`, its own and the family's.
+    Others that the model lacks by their name become some of its own.
     """
+    plain = names.plain(name)
     if plain in reasons:
         return reasons[plain]
     is_elsewhere = "pooler." in plain or names.module(plain) not in names.modules
-    return (names.reason(plain) or None) if is_elsewhere else None
+    reason = names.reason(plain) if is_elsewhere else ""
+    if not reason and names.is_passed_over(name):
+        return PASSED_OVER
+    return reason or None
 
 
 def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
