@@ -24,7 +24,7 @@ from cenote.models import (
     weights,
 )
 from cenote.models.audit import Audit
-from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
+from cenote.models.convert import Facts, check_convert, choose_head, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.families.sights import needs_pillow
@@ -172,7 +172,7 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     """
     st = files.st
     tokenizer, source = _tokenizer(files, options)
-    conversion(files.architecture, options.convert, pools=st.pools)
+    check_convert(files.architecture, options.convert, pools=st.pools)
     family = table.recognise(files, options)
     if st.transformer.output == FEATURES and family.embeds_tokens:
         raise CheckpointError(
