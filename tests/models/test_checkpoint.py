@@ -20,7 +20,7 @@ from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
-from cenote.models import hub, resolve
+from cenote.models import hub, resolve, weights
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
@@ -121,6 +121,20 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
         r"^model\.safetensors of .*query\.weight has values that are not finite",
     ),
 }
+
+
+def test_a_pickle_is_read_once_for_all_of_its_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once more than for its header."""
+    expected = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected, folder / "pytorch_model.bin")
+    spy = Mock(wraps=weights._pickled)
+    monkeypatch.setattr(weights, "_pickled", spy)
+    names = list(expected)[:5]
+    tensors = weights.tensors(folder, names, pickles=True)
+    assert list(tensors) == names
+    assert all(torch.equal(tensors[name], expected[name]) for name in names)
+    assert spy.call_count == 2
 
 
 @pytest.mark.parametrize(("tensors", "sentence"), DAMAGES.values(), ids=DAMAGES)
