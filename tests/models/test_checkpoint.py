@@ -490,6 +490,15 @@ def test_dimensions_cut_tokens_too(bert: Path) -> None:
     np.testing.assert_allclose(output.outputs.data.numpy(), expected, rtol=0, atol=1e-5)
 
 
+def test_truncate_dim_cuts_tokens_behind_the_modules(folder: Path) -> None:
+    """The size of an answer is counted by the length of its vectors."""
+    modules = (pooling("mean"), dense(HIDDEN, 24), NORMALIZE)
+    checkpoints.write_modules(folder, *modules, settings={"model_type": "SentenceTransformer", "truncate_dim": 10})
+    with LLM(model=str(folder)) as llm:
+        (output,) = llm.encode(TEXT, pooling_task="token_embed", use_tqdm=False)
+        assert (llm.info.dimension, llm.info.report.token_dimension, output.outputs.data.shape[1]) == (10, 10, 10)
+
+
 def test_listed_dimensions(folder: Path) -> None:
     checkpoints.edit_json(folder / "config.json", matryoshka_dimensions=[8, 16])
     with LLM(model=str(folder)) as llm:
