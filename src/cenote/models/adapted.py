@@ -141,8 +141,8 @@ def keep_code(config: PretrainedConfig, base: Base) -> None:
             classes[name] = f"{base.config}--{reference}"
 
 
-def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Adapter, ...]) -> str:
-    """Set the class and the labels of a model whose head adapters bring; returns the architecture.
+def adapt_config(config: PretrainedConfig, adapters: tuple[Adapter, ...]) -> None:
+    """Set the class and the labels of a model whose head adapters bring.
 
     Raises:
         CheckpointError: Transformers has no such class for the model.
@@ -158,6 +158,7 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
         shapes = lora_changes.trained_heads(adapter)
         if not shapes:
             continue
+        architecture = config.architectures[0] if config.architectures else ""
         if not architecture.endswith(SUFFIXES[task]):
             architecture = names[task].get(config.model_type, "")
         if not architecture:
@@ -166,7 +167,6 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
         labels = {shape[0] for key, shape in shapes.items() if key.endswith(LAST)}
         if len(labels) == 1:
             config.num_labels = labels.pop()
-    return architecture
 
 
 LAST = ("score.weight", "classifier.weight", "out_proj.weight")
