@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from cenote.errors import CheckpointError
 from cenote.models import sizes
@@ -87,6 +87,43 @@ def check_names(name: str, tensors: Collection[str]) -> None:
             )
 
 
+class Misshapen(NamedTuple):
+    """A tensor of another shape than its model's.
+
+    Attributes:
+        name: in the model.
+        stored: its shape.
+        built: that of the model's.
+    """
+
+    name: str
+    stored: tuple[int, ...]
+    built: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """The tensors of a checkpoint and of its model that do not fit, as Transformers reports them.
+
+    Attributes:
+        missing: names of those of the model that the checkpoint has not.
+        unexpected: names of those of the checkpoint that the model has not.
+        misshapen: those of other shapes, by name.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    misshapen: tuple[Misshapen, ...]
+
+    def without(self, *, of_model: Collection[str], of_checkpoint: Collection[str]) -> Misfits:
+        """Return the others than these, which are accounted for: names in the model, and in the checkpoint."""
+        return Misfits(
+            self.missing.difference(of_model),
+            self.unexpected.difference(of_checkpoint),
+            tuple(entry for entry in self.misshapen if entry.name not in of_model),
+        )
+
+
 @dataclass(frozen=True)
 class Names:
     """Names of tensors as a model sees them: without the prefix of a backbone that was saved with its head.
@@ -156,26 +193,22 @@ class Names:
         return reason_in(IDLE, plain)
 
 
-def check_tensors(
-    files: Files, names: Names, report: Mapping[str, Any], *, read: Collection[str], only_embeds: bool
-) -> None:
+def check_tensors(files: Files, names: Names, misfits: Misfits, *, read: Collection[str], only_embeds: bool) -> None:
     """Enter all tensors of a checkpoint into its audit.
 
     Args:
         files: of the checkpoint.
         names: by the model with its weights.
-        report: Transformers' own, of the tensors that did not fit.
+        misfits: those that nothing has accounted for.
         read: names of the tensors that a family reads besides the model.
         only_embeds: the user wants the hidden states, so heads that are not known are left out.
 
     Raises:
         CheckpointError: the model lacks tensors, or the checkpoint has some that nothing reads.
     """
-    _check_fit(files, names, report)
+    _check_fit(files, names, misfits)
     default = _reason_of_all(files, only_embeds=only_embeds)
-    reasons: dict[str, str | None] = {
-        names.plain(name): names.reason(name) or default for name in report["unexpected_keys"]
-    }
+    reasons: dict[str, str | None] = {names.plain(name): names.reason(name) or default for name in misfits.unexpected}
     reasons |= dict.fromkeys(map(names.plain, read))
     files.audit.enter(
         label_of(files.folder),
@@ -203,18 +236,18 @@ def _reason_to_leave(names: Names, name: str, reasons: Mapping[str, str | None])
     return reason or None
 
 
-def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
+def _check_fit(files: Files, names: Names, misfits: Misfits) -> None:
     """Refuse weights that are missing, unknown or of another shape in the modules of the model."""
     faults = {
-        "lacks": filter(names.is_needed, report["missing_keys"]),
-        "has unknown": filter(names.is_foreign, report["unexpected_keys"]),
-        "has misshapen": (str(entry[0]) for entry in report["mismatched_keys"]),
+        "lacks": filter(names.is_needed, misfits.missing),
+        "has unknown": filter(names.is_foreign, misfits.unexpected),
+        "has misshapen": (entry.name for entry in misfits.misshapen),
     }
     for verb, tensors in faults.items():
         faulty = sorted(tensors)
         if faulty:
             label = label_of(files.folder)
-            shape = _shape(files, report) if verb == "has misshapen" else ""
+            shape = _shape(files, misfits.misshapen[0]) if verb == "has misshapen" else ""
             shown = shortened(faulty, SHOWN)
             raise CheckpointError(
                 f"{files.name} {verb} weights for {type(names.model).__name__}: {shown}, in {label}; "
@@ -222,9 +255,9 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
             )
 
 
-def _shape(files: Files, report: Mapping[str, Any]) -> str:
-    """Return how the first tensor of another shape differs, and the keys of the config that may say so."""
-    name, stored, built = sorted(report["mismatched_keys"], key=lambda entry: str(entry[0]))[0]
+def _shape(files: Files, misshapen: Misshapen) -> str:
+    """Return how the shape of a tensor differs, and the keys of the config that may say so."""
+    name, stored, built = misshapen
     by = sizes.keys_of(files.config.to_dict(), {*built} - {*stored})
     return f"{name} is {list(stored)}, and {list(built)} by config.json{by}; "
 
