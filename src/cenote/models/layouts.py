@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cenote.core import UNLIMITED
 from cenote.functions import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
-UNLIMITED = 1 << 62
 STEADY_ROWS = 32
 """Tokens of which a forward has a multiple, where no operator may meet the end of a tensor's vectors."""
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
