@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch, Place
 
-    Rows = Callable[[Tensor], Tensor]
+    Logits = Callable[[Tensor], Tensor]
     """Logits of rows: `[R, D] -> [R, C]`, float32."""
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Classifier:
         place: the only token of each sequence that `whole` depends on, `(batch, members) -> place`, if there is one.
     """
 
-    rows: Rows
+    rows: Logits
     whole: Callable[[Tensor, Batch, list[int]], Tensor] | None
     per_token: bool
     num_labels: int
@@ -376,7 +376,7 @@ def of_modules(module: nn.Module, num_labels: int) -> Classifier:
     return Classifier(rows, of_last(rows), True, num_labels, partial(at_last, None))
 
 
-def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
+def of_last(rows: Logits) -> Callable[[Tensor, Batch, list[int]], Tensor]:
     """Return `rows` over each sequence's last token."""
 
     def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:
