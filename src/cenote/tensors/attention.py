@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Keys, Place, Run, Static
 
-    Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", "Rule"], Tensor]
+    Varlen = Callable[[Tensor, Tensor, Tensor, "Spans", "Rule"], Tensor]
 
 NAME = "cenote"
 FUSED_ON = frozenset({"cuda"})
@@ -384,7 +384,7 @@ def attend_fused(
     return kernel(q_1NTH, k_1NTH, v_1NTH, spans, rule)
 
 
-def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Kernel | None:
+def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Varlen | None:
     """Return the fused kernel that does all sequences at once by `rule`, or `None`.
 
     Flash attention takes half types and heads of up to 256, on GPUs from Ampere (sm80) on; torch's has no softcap,
