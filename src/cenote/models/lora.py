@@ -67,7 +67,7 @@ Names = str | list[str]
 """Names of modules or the ends of their paths, or a regular expression of whole paths."""
 
 
-class Settings(msgspec.Struct, frozen=True):
+class LoraSettings(msgspec.Struct, frozen=True):
     """The settings of an adapter that change its results, under PEFT's names.
 
     Attributes:
@@ -215,7 +215,7 @@ class Adapter:
     name: str
     folder: Path
     place: str
-    settings: Settings
+    settings: LoraSettings
 
     @property
     def file(self) -> Path:
@@ -245,7 +245,7 @@ def read(name: str, folder: Path, audit: Audit, *, place: str = "", applies: boo
         return Adapter(name, folder, place, _settings(name, folder, audit, place, applies))
 
 
-def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) -> Settings:
+def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) -> LoraSettings:
     """Return the settings of the adapter in `folder`; see `read`."""
     content = load(folder / CONFIG)
     kind = content.get("peft_type")
@@ -253,7 +253,7 @@ def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) 
         hint = f"; to go on without it: --allow-unread {name}" if place else ""
         raise CheckpointError(f"adapter {name!r} is of the peft_type {kind!r}; only LORA is supported{hint}")
     content = _audited(place + CONFIG, content, audit, applies)
-    settings = msgspec.convert(content, Settings)
+    settings = msgspec.convert(content, LoraSettings)
     for key, patterns in settings.patterns.items():
         with about(f"the regular expressions of {key} in {CONFIG}"):
             for pattern in patterns:
