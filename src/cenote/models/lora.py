@@ -57,7 +57,7 @@ UNSET: tuple[Any, ...] = (None, "", [], {})
 """Values that settings have which nobody has set, besides false."""
 PLAIN_STARTS = (True, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is. The others change it whenever PEFT loads the adapter."""
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+HEADS_OF_TASKS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """Modules that PEFT trains whole and saves, by the type of the task."""
 SUFFIXES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """Ends of the names of the classes that PEFT trains, by the type of the task."""
@@ -123,7 +123,7 @@ class LoraSettings(msgspec.Struct, frozen=True):
     @property
     def whole(self) -> list[str]:
         """Names of the modules that were trained whole, with the head that the type of the task has."""
-        return [*self.modules_to_save, *HEADS.get(self.task_type, ())]
+        return [*self.modules_to_save, *HEADS_OF_TASKS.get(self.task_type, ())]
 
     def rank(self, path: str) -> int:
         """Return the rank of the change of the module at `path`."""

@@ -39,7 +39,7 @@ def native(config: Config) -> Config | None:
     for name in NATIVE.keys() & names:
         return NATIVE[name](config)
     classes = {name.rpartition(".")[2] for name in names}
-    return config if classes & HEADS & {*(config.get("architectures") or ())} else None
+    return config if classes & HEAD_CLASSES & {*(config.get("architectures") or ())} else None
 
 
 def _agrees(config: Config, settings: Mapping[str, Any]) -> bool:
@@ -236,7 +236,7 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
 }
 """Code, without the repository that it lies in, to a function that returns its config in Transformers' words."""
 
-HEADS = frozenset(
+HEAD_CLASSES = frozenset(
     {
         "EurusRewardModel",
         "INFORMForSequenceClassification",
