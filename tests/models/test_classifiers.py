@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 from cenote.core import Sequence
+from cenote.errors import CheckpointError
 from cenote.models import classifiers
 from cenote.models.layouts import forward
 from cenote.models.probe import HeadProbe, choose
@@ -73,6 +75,30 @@ def test_sequence_heads(case: tuple[Architecture, int]) -> None:
     assert classifier.num_labels == labels
     assert torch.allclose(got, expected[[4, 0, 1, 2, 3, 5]], rtol=0, atol=1e-5 * scale)
     assert float(expected.std(dim=0).min()) > 1e-3, "all inputs give nearly the same logits: this proves nothing"
+
+
+class Peeking(BertForSequenceClassification):
+    """A model whose head looks into the backbone."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits + self.bert.embeddings(input_ids).mean()
+        return output
+
+
+def test_faults_of_a_head_are_all_named() -> None:
+    """Its backbone is packed already, so that the whole model does not run either."""
+    bert = next(architecture for architecture in ZOO if architecture.name == "bert")
+    net = Peeking(build(bert, head=SEQUENCE).config).eval()
+    probe = HeadProbe(net, max_length=64)
+    assert choose(net.base_model).layout.name == "packed"
+    fault = "AttributeError: '_Stub' object has no attribute 'embeddings'"
+    faults = "; ".join(f"{place}: {fault}" for place in ("first", "last", "padded"))
+    packed = "together: RuntimeError: packed attention was called outside a packed forward"
+    message = f"the head of Peeking cannot be run apart from its backbone: {faults}; {packed}"
+    with pytest.raises(CheckpointError) as caught:
+        classifiers.of_sequences(net, probe)
+    assert caught.value.message == message
 
 
 @pytest.mark.parametrize("case", rows(TOKEN), ids=name_of)

@@ -1,4 +1,4 @@
-"""What an architecture's name decides: runner, conversion and default pooling; and how a model of one's own says it."""
+"""What an architecture's name decides: whether it only generates and how it pools; and how one's own model says it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from cenote import LLM, default_pooling_type, register_model
 from cenote.errors import CheckpointError, ConfigError
-from cenote.models.convert import CLS_FAMILIES, MEAN_FAMILIES, architecture_pooling, conversion
+from cenote.models.convert import CLS_FAMILIES, MEAN_FAMILIES, architecture_pooling, check_convert, is_reward
 from tests import checkpoints, forked
 from tests.checkpoints import HIDDEN, NORMALIZE, SHORT, pooling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-# --- the suffix table --------------------------------------------------------------------------------------------
+# --- endings of names ---------------------------------------------------------------------------------------------
 
 GENERATES = ("LlamaForCausalLM", "T5ForConditionalGeneration", "QWenChatModel", "GPT2LMHeadModel", "ChatModel")
 EMBEDS = (
@@ -44,22 +44,21 @@ CLASSIFIES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("names", "by_none", "by_auto"),
-    [(GENERATES, None, "embed"), (EMBEDS, "embed", "embed"), (CLASSIFIES, "classify", "classify")],
-)
-def test_conversion(names: tuple[str, ...], by_none: str | None, by_auto: str) -> None:
-    for name in names:
-        assert conversion(name, "auto", pools=False) == by_auto
-        if by_none is None:
-            with pytest.raises(CheckpointError, match=f"^{name} generates text and `convert` is 'none', so there is"):
-                conversion(name, "none", pools=False)
-        else:
-            assert conversion(name, "none", pools=False) == by_none
-        for convert in ("auto", "none"):
-            assert conversion(name, convert, pools=True) == "embed"
-        for convert in ("embed", "classify"):
-            assert conversion(name, convert, pools=False) == convert
+@pytest.mark.parametrize("name", [*GENERATES, *EMBEDS, *CLASSIFIES])
+@pytest.mark.parametrize("convert", ["auto", "none", "embed", "classify", "sparse"])
+@pytest.mark.parametrize("pools", [False, True])
+def test_only_a_model_that_generates_needs_converting(name: str, convert: str, pools: bool) -> None:
+    """A user who converts nothing gets one that has another purpose by its name, or by a module that pools."""
+    if name in GENERATES and convert == "none" and not pools:
+        with pytest.raises(CheckpointError, match=f"^{name} generates text and `convert` is 'none', so there is"):
+            check_convert(name, convert, pools=pools)
+    else:
+        check_convert(name, convert, pools=pools)
+
+
+def test_names_of_reward_models() -> None:
+    names = [name for name in (*GENERATES, *EMBEDS, *CLASSIFIES) if is_reward(name)]
+    assert names == ["InternLM2ForRewardModeling", "LlamaRewardModel"]
 
 
 def _rows(folder: Path, **options: Any) -> np.ndarray:

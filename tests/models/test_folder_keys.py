@@ -310,6 +310,7 @@ TRANSFORMER_ROWS = [
     *honoured("pairs", BERT, "processing_kwargs.text.return_token_type_ids", False),
     *honoured("pairs", BERT, "tokenizer_args", {"model_max_length": 12}),
     *honoured("pairs", BERT, "config_args", {"hidden_act": "relu"}),
+    *idle("classes", BERT, "config_kwargs", {"id2label": {"0": "no", "1": "maybe", "2": "yes"}}),
     *honoured("sparse", BERT, "processing_kwargs.text.max_length", 6),
     *honoured("sparse", BERT, "query_length", 5),
     *honoured("tokens", BERT, "query_length", 5),

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 
 from cenote import LLM, PoolingParams
 from cenote.errors import CheckpointError, EngineFailed, TaskNotOffered
+from cenote.models.leftovers import Names
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, byte_level, wordpiece
 
@@ -552,6 +553,45 @@ def test_heads_of_the_training_are_left_with_a_reason(
         assert all("allowed" not in reason for reason in left(llm).values())
         assert llm.info.tasks == ("embed", "token_embed")
         assert used(llm) - modules
+
+
+GLM = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+PASSED_OVER = [
+    ("Esm", {"position_embedding_type": "rotary"}, "esm.embeddings.position_embeddings.weight"),
+    ("Glm4Moe", GLM, "model.layers.46.eh_proj.weight"),
+]
+"""Classes of Transformers that say nothing of a tensor that they lack."""
+
+
+@pytest.mark.parametrize(("family", "options", "name"), PASSED_OVER, ids=["Esm", "Glm4Moe"])
+def test_tensors_that_transformers_passes_over_are_left_with_a_reason(
+    tmp_path: Path, family: str, options: dict[str, Any], name: str
+) -> None:
+    """Rotary ESM-2 has a table of positions, and GLM-4.5 a layer that predicts several tokens at a time."""
+    kind = {"Esm": "ForMaskedLM", "Glm4Moe": "ForCausalLM"}[family]
+    folder = checkpoints.classifier(tmp_path, family, kind, **options)
+    with LLM(model=str(folder)) as llm:
+        plain, before = llm.embed(TEXTS, use_tqdm=False), left(llm)
+    with LLM(model=str(add(folder, {name: torch.ones(HIDDEN, HIDDEN)}))) as llm:
+        after = left(llm)
+        modules = used(llm)
+        outputs = llm.embed(TEXTS, use_tqdm=False)
+    entry = {"Esm": "embeddings.position_embeddings.weight", "Glm4Moe": "layers.46"}[family]
+    assert after == {**before, entry: "Transformers' class has no place for it, and passes over it"}
+    assert {"Esm": {"embeddings", "encoder"}, "Glm4Moe": {"embed_tokens", "layers", "norm"}}[family] <= modules
+    for output, expected in zip(outputs, plain, strict=True):
+        checkpoints.assert_same(np.array(output.outputs.embedding), np.array(expected.outputs.embedding))
+
+
+@pytest.mark.parametrize("count", [46, 47])
+def test_a_layer_that_a_larger_model_has_is_not_passed_over(count: int) -> None:
+    """GLM-4.5-Air ends before layer 46, and GLM-4.5 goes on; its experts are stored one by one."""
+    with torch.device("meta"):
+        config = transformers.Glm4MoeConfig(**GLM, hidden_size=32, num_hidden_layers=count, vocab_size=16, head_dim=8)
+        names = Names(transformers.Glm4MoeModel(config), needs_pooler=False)
+    name = "model.layers.46.mlp.experts.0.up_proj.weight"
+    assert names.is_passed_over(name) == (count == 46)
+    assert names.listed(name) == {46: "layers.46", 47: "layers"}[count]
 
 
 @pytest.mark.parametrize(("prefix", "cause"), [("_orig_mod.", "torch.compile"), ("module.", "DataParallel")])

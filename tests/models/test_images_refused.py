@@ -117,21 +117,42 @@ def row(kind: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, **types)[0][0, -1]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", LATER)
-def test_texts_go_on_and_a_picture_is_refused(kind: str, tmp_path: Path) -> None:
+def saved(kind: str, config: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of that architecture, with weights from a seed."""
     tokenizer = pictured.byte_pairs(("<pad>", "<bos>", "<eos>", "<image>"), 600)
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **LATER[kind]))
-    pictured.write_model(tmp_path, pictured.randomised(model))
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **config))
+    pictured.write_model(folder, pictured.randomised(model))
+
+
+def agree(kind: str, outputs: list[Any], folder: Path) -> None:
+    """Assert that the vectors are those of Transformers, one text at a time."""
+    reference = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    for output in outputs:
+        ids = torch.tensor([list(output.prompt_token_ids)])
+        expected = torch.nn.functional.normalize(row(kind, reference, ids), dim=-1)
+        assert float((torch.tensor(output.outputs.embedding) - expected).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_texts_go_on_and_a_picture_is_refused(kind: str, tmp_path: Path) -> None:
+    saved(kind, LATER[kind], tmp_path)
     with LLM(str(tmp_path)) as llm:
         outputs = llm.embed(["what is the revenue", "a page of a report"], use_tqdm=False)
         reason = f"pictures (and sound )?for {llm.info.architecture} are not served yet, only texts"
         with pytest.raises(BadRequest, match=reason):
             llm.embed([noise(30, 30)], use_tqdm=False)
-    reference = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    for output in outputs:
-        ids = torch.tensor([list(output.prompt_token_ids)])
-        expected = torch.nn.functional.normalize(row(kind, reference, ids), dim=-1)
-        assert float((torch.tensor(output.outputs.embedding) - expected).abs().max()) < TOLERANCE
+    agree(kind, outputs, tmp_path)
+
+
+def test_windows_of_a_config_within_another(tmp_path: Path) -> None:
+    """The mask is made by the text's config, and each layer has a window of its own: texts are packed by both."""
+    text = {**LATER["gemma3"]["text_config"], "sliding_window": 540, "max_position_embeddings": 700}
+    saved("gemma3", {**LATER["gemma3"], "text_config": text}, tmp_path)
+    with LLM(str(tmp_path)) as llm:
+        assert llm.info.report.layout == "packed"
+        outputs = llm.embed(["what is the revenue", "a page of a report", "q w x z " * 80], use_tqdm=False)
+    assert len(outputs[-1].prompt_token_ids) > 560
+    agree("gemma3", outputs, tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cenote.core import Sequence
 from cenote.errors import CheckpointError
@@ -17,7 +18,7 @@ from cenote.models.passes.table import prepared
 from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.models.traits import position_offset, position_rows
 from cenote.tensors.packing import pack
-from material.zoo import FIRST_TOKEN, ZOO, build
+from material.zoo import FIRST_TOKEN, SMALL, ZOO, build
 
 ROWS = {architecture.name: architecture for architecture in ZOO}
 
@@ -57,6 +58,37 @@ def test_windows_longer_than_the_probe_are_honoured(name: str) -> None:
     assert torch.allclose(forward(layout, pack(sequences)), expected, atol=2e-5)
 
 
+LLAMA4: dict[str, Any] = {
+    **{key: value for key, value in SMALL.items() if key != "cls_token_id"},
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 2,
+    "max_position_embeddings": 2048,
+    "attn_implementation": "eager",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({"attention_chunk_size": 600, "no_rope_layers": [1, 1, 1], "attn_temperature_tuning": False}, "padded"),
+        ({"attention_chunk_size": 2048, "no_rope_layers": [0, 0, 0], "floor_scale": 600}, "padded"),
+        ({"attention_chunk_size": 2048, "no_rope_layers": [0, 0, 0], "attn_temperature_tuning": False}, "packed"),
+    ],
+    ids=["chunks", "scaled by positions", "neither"],
+)
+def test_lengths_beyond_which_llama4_attends_otherwise(options: dict[str, Any], layout: str) -> None:
+    """Chunks are in the mask alone, and queries are scaled by their place in the batch."""
+    torch.manual_seed(0)
+    net = transformers.Llama4TextModel(transformers.Llama4TextConfig(**{**LLAMA4, **options})).eval()
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+    sequences = draw(590, 20, 700)
+    expected = alone(net, sequences)
+    proved, reasons = choose(net)
+    assert proved.name == layout, reasons
+    assert torch.allclose(forward(proved, pack(sequences)), expected, atol=1e-4)
+
+
 def test_packing_can_be_switched_off() -> None:
     net = model("bert")
     layout, reasons = choose(net, packed=False)
@@ -76,6 +108,27 @@ def test_a_rejected_layout_leaves_the_attention_as_it_was() -> None:
     before = net.config._attn_implementation
     choose(net)
     assert net.config._attn_implementation == before
+
+
+def test_a_rejected_layout_leaves_the_attention_of_each_part_as_it_was() -> None:
+    """Gemma 2 within PaliGemma 2 has no other attention than eager, and its tower has."""
+    text = {**{key: SMALL[key] for key in SMALL if not key.startswith(("cls", "sep", "mask"))}, "model_type": "gemma2"}
+    tower = {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "hidden_size": 32}
+    config = transformers.PaliGemmaConfig(
+        text_config={**text, "sliding_window": 32},
+        vision_config={**tower, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32},
+        projection_dim=64,
+        image_token_id=10,
+    )
+    net: Any = transformers.PaliGemmaModel(config).eval()
+    assert [part._attn_implementation for part in (net.config, net.config.text_config)] == ["sdpa", "eager"]
+    layout, reasons = choose(net)
+    assert layout.name == "padded"
+    assert reasons
+    parts = (net.config, net.config.text_config, net.config.vision_config)
+    assert [part._attn_implementation for part in parts] == ["sdpa", "eager", "sdpa"]
+    sequences = draw(3, 40)
+    assert torch.allclose(forward(layout, pack(sequences)), alone(net, sequences), atol=1e-5)
 
 
 def test_padded_batches_are_small_sorted_and_complete() -> None:

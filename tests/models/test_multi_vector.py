@@ -263,6 +263,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], ...]] = {
     "two": (lambda: projection(24), lambda: projection(inputs=24, bias=True, seed=1), lambda: NORMALIZE),
     "none": (lambda: NORMALIZE,),
     "not normalised": (lambda: projection(),),
+    "normalised first": (lambda: NORMALIZE, lambda: projection(bias=True)),
+    "normalised before and behind": (lambda: NORMALIZE, lambda: projection(bias=True), lambda: NORMALIZE),
+    "normalised between": (lambda: projection(24), lambda: NORMALIZE, lambda: projection(inputs=24, bias=True, seed=1)),
 }
 
 

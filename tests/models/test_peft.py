@@ -170,6 +170,32 @@ def test_added_later(adapted: tuple[Path, Path, np.ndarray]) -> None:
             llm.embed(TEXTS, lora_request=LoRARequest("one", 1, "elsewhere"), use_tqdm=False)
 
 
+@pytest.mark.parametrize("targets", [ATTENTION, "all-linear"], ids=str)
+def test_added_beside_one_named_at_load(
+    base: Path, alone: np.ndarray, other: tuple[Path, np.ndarray], tmp_path: Path, targets: Any
+) -> None:
+    """Room for further adapters is as with `enable_lora` alone, and the one that is there stays what it is."""
+    path, with_other = other
+    whole = trained(transformers.AutoModel.from_pretrained(base), tmp_path / "late", target_modules=targets)
+    late = LoRARequest("late", 2, str(tmp_path / "late"))
+    with LLM(str(base), enable_lora=True, lora_modules=[f"other={path}"]) as llm:
+        assert np.abs(embedded(llm, lora_request=late) - states(whole, base)).max() < 1e-5
+        assert np.abs(embedded(llm, lora_request=LoRARequest("other", 1, str(path))) - with_other).max() < 1e-5
+        assert np.abs(embedded(llm) - alone).max() < checkpoints.ROUNDING
+
+
+def test_adapters_named_at_load_leave_no_room_for_others(
+    base: Path, other: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    """Fused layers run past a hook that comes later."""
+    path, with_other = other
+    trained(transformers.AutoModel.from_pretrained(base), tmp_path / "late", target_modules="all-linear")
+    with LLM(str(base), lora_modules=[f"other={path}"]) as llm:
+        with pytest.raises(BadRequest, match="load it with enable_lora, or name the adapter in lora_modules"):
+            embedded(llm, lora_request=LoRARequest("late", 2, str(tmp_path / "late")))
+        assert np.abs(embedded(llm, lora_request=LoRARequest("other", 1, str(path))) - with_other).max() < 1e-5
+
+
 def test_without_room_for_adapters(tmp_path: Path) -> None:
     base = bert(tmp_path / "base")
     trained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter", target_modules=ATTENTION)
@@ -266,6 +292,15 @@ def test_in_the_folder_of_the_backbone(tmp_path: Path) -> None:
     assert np.abs(vectors(base) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", [".", "../base"])
+def test_in_the_working_directory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = bert(tmp_path / "base")
+    whole = trained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter", target_modules=ATTENTION)
+    shutil.copytree(tmp_path / "adapter", base, dirs_exist_ok=True)
+    monkeypatch.chdir(base)
+    assert np.abs(vectors(Path(name)) - states(whole, base)).max() < 1e-5
+
+
 def test_not_beside_the_backbone(tmp_path: Path) -> None:
     """Sentence-transformers does not look there."""
     base = sentence_transformer(tmp_path / "base", "0_Transformer")
@@ -284,6 +319,17 @@ def test_base_of_sentence_transformers(tmp_path: Path) -> None:
     with LLM(str(folder)) as llm:
         assert np.abs(embedded(llm) - expected).max() < 1e-5
         assert llm._service.renderer.prompts.named == {"query": "query: "}
+
+
+def test_base_whose_modules_are_numbered_otherwise(tmp_path: Path) -> None:
+    """The order of modules.json counts, and not its numbers."""
+    base, folder = sentence_transformer(tmp_path / "base", "0_Transformer"), tmp_path / "adapter"
+    listed = read_json(base / "modules.json")
+    checkpoints.write_json(base / "modules.json", [{**entry, "idx": 9 - entry["idx"]} for entry in listed])
+    model = transformers.AutoModel.from_pretrained(base / "0_Transformer")
+    whole = trained(model, folder, base=base, target_modules=ATTENTION)
+    expected = states(whole, base / "0_Transformer", lambda x: x.mean(0))
+    assert np.abs(vectors(folder) - expected).max() < 1e-5
 
 
 def test_tokenizer_of_the_adapter(tmp_path: Path) -> None:

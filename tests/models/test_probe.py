@@ -141,6 +141,11 @@ def test_ids_are_ordinary_and_the_same_at_every_start() -> None:
     assert len(Draw(model).text(1)) == 1
 
 
+def test_ids_are_none_of_several_end_tokens() -> None:
+    model = build(ROWS["llama"], eos_token_id=[2, 7])
+    assert not {2, 7} & set(Draw(model)(4000))
+
+
 def test_distance() -> None:
     ones = torch.ones(2, 2)
     assert distance(ones, 3 * ones) == pytest.approx(2 / 3)

@@ -409,6 +409,32 @@ def test_nomic(tmp_path: Path) -> None:
     close(rows(folder, pooler_config={"pooling_type": "MEAN"}), reference(model, checkpoints.wordpiece(), "mean"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"rotary_scaling_factor": 2.0}], ids=["plain", "scaled"])
+def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Scaling begins at the trained positions, which no text here reaches."""
+    folder = tmp_path / "nomic"
+    nomic(folder, **settings)
+    content = checkpoints.read_json(folder / "config.json")
+    del content["rotary_emb_base"]
+    checkpoints.write_json(folder / "config.json", content)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    model = transformers.NomicBertModel.from_pretrained(
+        folder,
+        config=transformers.NomicBertConfig(
+            vocab_size=content["vocab_size"],
+            hidden_size=HIDDEN,
+            num_hidden_layers=content["n_layer"],
+            num_attention_heads=HEADS,
+            intermediate_size=content["n_inner"],
+            layer_norm_eps=content["layer_norm_epsilon"],
+            rope_parameters=rope,
+        ),
+        attn_implementation="eager",
+    )
+    expected = reference(model, checkpoints.wordpiece(), "mean")
+    close(rows(folder, pooler_config={"pooling_type": "MEAN"}, max_model_len=64), expected)
+
+
 def test_nomic_beyond_its_trained_positions(tmp_path: Path) -> None:
     """Its dynamic scaling counts from the trained positions on."""
     folder = tmp_path / "nomic"

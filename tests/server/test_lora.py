@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from cenote.cli.serve import models_of, report
 from cenote.config import EngineConfig, ModelConfig, ServerConfig
 from cenote.engine.host import Host
 from cenote.errors import BadRequest, ConfigError
+from cenote.models.passes.patches import Patches
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from cenote.server.serving import Serving
@@ -398,3 +400,18 @@ def test_room_for_adapters_that_no_request_brings(root: Path) -> None:
     finally:
         served.engine.close()
         kept.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("enable_lora", "adds_adapters", "count"), [(False, True, 4), (True, False, 4), (True, True, 21)], ids=str
+)
+def test_a_server_with_adapters_leaves_no_other_layers_unfused(
+    root: Path, enable_lora: bool, adds_adapters: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooked = Mock(wraps=Patches.hook)
+    monkeypatch.setattr(Patches, "hook", lambda *args: hooked(*args))
+    model = ModelConfig.model_validate(
+        {"model": str(root / "base"), "lora_modules": f"law={root / 'law'}", "enable_lora": enable_lora}
+    )
+    Service.open(model, EngineConfig(), adds_adapters=adds_adapters).engine.close()
+    assert hooked.call_count == count

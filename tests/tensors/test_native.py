@@ -267,6 +267,50 @@ def test_fusing_never_changes_the_result(
     assert (block.up.weight.device.type == "meta") == with_kernels, "the plain matrix is freed where it is not needed"
 
 
+class Named(nn.Module):
+    """A feed-forward block that calls Linears with their input's name: `up`, `down` or both."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 8)
+        self.activation = nn.GELU()
+        self.names = names
+
+    def _run(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        linear = getattr(self, name)
+        y: torch.Tensor = linear(input=x) if name in self.names else linear(x)
+        return y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self._run("down", self.activation(self._run("up", x))))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ((), ("packed", "activated", "chained")),
+        (("down",), ("packed", "activated")),
+        (("up",), ("packed",)),
+        (("up", "down"), ("packed",)),
+    ],
+    ids=str,
+)
+def test_linears_that_are_called_by_keyword_stay_as_they_are(
+    kernels: Kernels, products: Products[Any], names: tuple[str, ...], kinds: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    block = Named(*names).eval()
+    x, other = torch.randn(1, 9, 32), torch.randn(1, 5, 32)
+    with torch.inference_mode():
+        expected, unseen = block(x).clone(), block(other).clone()
+        assert fuse(block, lambda: block(x), lambda: block(other), kernels, products) == kinds
+        assert torch.allclose(block(x), expected, atol=2e-6)
+        assert torch.allclose(block(other), unseen, atol=2e-6)
+    stays = {name for name in ("up", "down", "last") if getattr(block, name).weight.device.type == "cpu"}
+    assert stays == set(names)
+
+
 class Residual(nn.Module):
     """A Linear, a residual and a LayerNorm; `twist` changes how they are joined."""
 

@@ -122,8 +122,7 @@ def _backbone(path: Path) -> Path:
         return path
     entries = read_json(file)
     with about(file):
-        first = min(entries, key=lambda entry: int(entry["idx"]))
-        return inside(path, str(first["path"]), file.name)
+        return inside(path, str(entries[0]["path"]), file.name)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -142,8 +141,8 @@ def keep_code(config: PretrainedConfig, base: Base) -> None:
             classes[name] = f"{base.config}--{reference}"
 
 
-def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Adapter, ...]) -> str:
-    """Set the class and the labels of a model whose head adapters bring; returns the architecture.
+def adapt_config(config: PretrainedConfig, adapters: tuple[Adapter, ...]) -> None:
+    """Set the class and the labels of a model whose head adapters bring.
 
     Raises:
         CheckpointError: Transformers has no such class for the model.
@@ -159,6 +158,7 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
         shapes = lora_changes.trained_heads(adapter)
         if not shapes:
             continue
+        architecture = config.architectures[0] if config.architectures else ""
         if not architecture.endswith(SUFFIXES[task]):
             architecture = names[task].get(config.model_type, "")
         if not architecture:
@@ -167,7 +167,6 @@ def adapt_config(config: PretrainedConfig, architecture: str, adapters: tuple[Ad
         labels = {shape[0] for key, shape in shapes.items() if key.endswith(LAST)}
         if len(labels) == 1:
             config.num_labels = labels.pop()
-    return architecture
 
 
 LAST = ("score.weight", "classifier.weight", "out_proj.weight")
@@ -181,6 +180,7 @@ def without_adapter(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory(prefix="cenote-") as place:
+        folder = folder.resolve()
         shown = Path(place) / folder.name
-        shutil.copytree(folder.resolve(), shown, copy_function=os.symlink, ignore=shutil.ignore_patterns("adapter_*"))
+        shutil.copytree(folder, shown, copy_function=os.symlink, ignore=shutil.ignore_patterns("adapter_*"))
         yield shown

@@ -6,6 +6,7 @@ A tensor that is missing or left over inside the backbone is an error.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from cenote.models import (
     weights,
 )
 from cenote.models.checkpoint import overridden
+from cenote.models.leftovers import Misfits, Misshapen
 from cenote.models.reading import about, load
 
 if TYPE_CHECKING:
@@ -41,35 +43,30 @@ def build(checkpoint: Checkpoint, options: ModelConfig, device: torch.device, dt
         CheckpointError: weights are missing, read by nothing, of the wrong shape, or only there as pickles.
     """
     leftovers.check_names(checkpoint.name, checkpoint.tensors)
-    model, report = _loaded(checkpoint, options, dtype)
-    adapters = checkpoint.base.adapters
-    heads = set().union(*map(lora_changes.trained_heads, adapters))
-    num_labels = 0 if heads else _labels_of_head(checkpoint, report, options)
+    model, misfits = _loaded(checkpoint, options, dtype)
+    heads = set(chain.from_iterable(map(lora_changes.trained_heads, checkpoint.base.adapters)))
+    num_labels = 0 if heads else _labels_of_head(checkpoint, misfits, options)
     if num_labels:
         checkpoint.config.num_labels = num_labels
-        model, report = _loaded(checkpoint, options, dtype)
-    kind = checkpoint.head.kind
-    if kind == "sequence" and "score.bias" in report["unexpected_keys"]:
-        report["unexpected_keys"].remove("score.bias")  # vLLM's conversion writes one; Transformers has none
-        bias = weights.tensors(checkpoint.folder, ["score.bias"], pickles=options.reads_pickles)["score.bias"]
-        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
-    report["unexpected_keys"] = set(report["unexpected_keys"]).difference(stacked_lora.parts(report["unexpected_keys"]))
-    _fill_absent(checkpoint, model, report)
-    report["missing_keys"] = set(report["missing_keys"]) - heads
-    report["mismatched_keys"] = [entry for entry in report["mismatched_keys"] if entry[0] not in heads]
-    names = leftovers.Names(model, needs_pooler=kind == "sequence" or checkpoint.st.has_own_pooler)
+        model, misfits = _loaded(checkpoint, options, dtype)
+    misfits = misfits.without(
+        of_model={*heads, *_fill_absent(checkpoint, model, misfits)},
+        of_checkpoint={*stacked_lora.parts(misfits.unexpected), *_take_bias(checkpoint, model, misfits, options)},
+    )
+    needs_pooler = checkpoint.head.kind == "sequence" or checkpoint.st.has_own_pooler
+    names = leftovers.Names(model, needs_pooler=needs_pooler)
     leftovers.check_tensors(
-        checkpoint, names, report, read=checkpoint.family.tensors, only_embeds=options.convert == "embed"
+        checkpoint, names, misfits, read=checkpoint.family.tensors, only_embeds=options.convert == "embed"
     )
     leftovers.check_dtypes(checkpoint, names)
-    for adapter in adapters:
+    for adapter in checkpoint.base.adapters:
         lora_changes.merge(model, adapter, checkpoint.audit, spares_head=options.convert == "embed")
     _check_values(checkpoint, model)
     on_device: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return on_device
 
 
-def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) -> tuple[Any, Misfits]:
     """Return Transformers' model of `checkpoint`, and its report on tensors that did not fit."""
     import transformers
 
@@ -95,7 +92,11 @@ def _loaded(checkpoint: Checkpoint, options: ModelConfig, dtype: torch.dtype) ->
                 **checkpoint.st.transformer.init_kwargs,
                 ignore_mismatched_sizes=True,  # `leftovers` refuses them by name; Transformers' error has no names
             )
-    return model, report
+    return model, Misfits(
+        frozenset(report["missing_keys"]),
+        frozenset(report["unexpected_keys"]),
+        tuple(sorted(Misshapen(str(name), *shapes) for name, *shapes in report["mismatched_keys"])),
+    )
 
 
 def _check_values(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -112,24 +113,34 @@ def _check_values(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             weights.check_values(f"{files.get(plain(name), label)} of {checkpoint.name}", {name: weight})
 
 
-def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Set to zero the tensors that the checkpoint's own code does not have, and Transformers' class does."""
-    absent = remote_code.absent(checkpoint.config) & set(report["missing_keys"])
-    report["missing_keys"] = set(report["missing_keys"]) - absent
+def _fill_absent(checkpoint: Checkpoint, model: PreTrainedModel, misfits: Misfits) -> set[str]:
+    """Set to zero the tensors that Transformers' class has and the checkpoint's code has not; return their names."""
+    absent = remote_code.absent(checkpoint.config) & misfits.missing
     for name in absent:
         torch.nn.init.zeros_(model.get_parameter(name))
+    return absent
+
+
+def _take_bias(checkpoint: Checkpoint, model: Any, misfits: Misfits, options: ModelConfig) -> set[str]:
+    """Give a score layer the bias that vLLM's conversion writes, and Transformers' class has not; return its name."""
+    name = "score.bias"
+    if checkpoint.head.kind != "sequence" or name not in misfits.unexpected:
+        return set()
+    bias = weights.tensors(checkpoint.folder, [name], pickles=options.reads_pickles)[name]
+    model.score.bias = torch.nn.Parameter(bias.to(model.score.weight.dtype))
+    return {name}
 
 
 LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id", "_num_labels"})
 """Keys by which a config says how many classes its head has."""
 
 
-def _labels_of_head(checkpoint: Checkpoint, report: dict[str, Any], options: ModelConfig) -> int:
+def _labels_of_head(checkpoint: Checkpoint, misfits: Misfits, options: ModelConfig) -> int:
     """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
     if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
         return 0
     written = {*load(checkpoint.folder / "config.json"), *overridden(options)}
-    sizes = {(*stored[:1], *shape[:1]) for _, stored, shape in report["mismatched_keys"]}
+    sizes = {(*stored[:1], *built[:1]) for _, stored, built in misfits.misshapen}
     if written & LABEL_KEYS or len(sizes) != 1:
         return 0
     labels, *built = sizes.pop()

@@ -24,7 +24,7 @@ from cenote.models import (
     weights,
 )
 from cenote.models.audit import Audit
-from cenote.models.convert import Facts, choose_head, conversion, register_installed, unnamed
+from cenote.models.convert import Facts, check_convert, choose_head, register_installed, unnamed
 from cenote.models.facts import Files
 from cenote.models.families import table
 from cenote.models.families.sights import needs_pillow
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ModelConfig
     from cenote.core import Similarity
+    from cenote.models.adapted import Base
     from cenote.models.convert import Head
     from cenote.models.facts import Location
     from cenote.models.families.family import Family
@@ -104,18 +105,10 @@ def read(location: Location, options: ModelConfig) -> Files:
     if st is None:
         st = _bare(base.folder, config)
     sizes.check_counts("sentence_bert_config.json", {"config_kwargs": st.transformer.config_kwargs}, stored)
-    config = _override(config, _known(config, st))
-    architecture = _architecture(config, st)
-    config = _override(config, options.hf_overrides)
-    if config.architectures:
-        architecture = config.architectures[0]
-    adapted.keep_code(config, base)
-    if options.convert != "embed":
-        architecture = adapted.adapt_config(config, architecture, base.adapters)
+    config = _changed(config, st, base, options)
     st = _with_instructions(st, config, audit)
     _check_padding(location.name, config)
-    if not config.architectures:
-        architecture = unnamed(config, stored)
+    architecture = config.architectures[0] if config.architectures else unnamed(config, stored)
     notes += contents.pickled_note(base.folder, pickles=options.reads_pickles)
     return Files(location, st, config, architecture, stored, audit, notes, base)
 
@@ -135,24 +128,34 @@ def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
     return SentenceTransformer(module, modes=pooling_modes({"pooling_mode": pooler}), normalizes=True)
 
 
+def _changed(config: PretrainedConfig, st: SentenceTransformer, base: Base, options: ModelConfig) -> PretrainedConfig:
+    """Return the config with the changes that Sentence-Transformers files, the user and adapters ask for, in turn."""
+    config = _override(config, _known(config, st), merges=False)
+    if st.transformer.task == "sequence-classification":
+        _make_classifier(config, st)
+    config = _override(config, options.hf_overrides)
+    adapted.keep_code(config, base)
+    if options.convert != "embed":
+        adapted.adapt_config(config, base.adapters)
+    return config
+
+
 def _known(config: PretrainedConfig, st: SentenceTransformer) -> dict[str, Any]:
     """Return the changes of a config that Sentence-Transformers files ask for; Transformers ignores unknown names."""
     changes = {name: value for name, value in st.transformer.config_kwargs.items() if hasattr(config, name)}
     return {**changes, "dtype": coalesce(st.transformer.dtype, config.dtype)}
 
 
-def _architecture(config: PretrainedConfig, st: SentenceTransformer) -> str:
-    """Return the architecture of a config, which gets the one that the Transformer's task asks for.
+def _make_classifier(config: PretrainedConfig, st: SentenceTransformer) -> None:
+    """Give a config whose architecture is no classifier of sequences the one of its kind.
 
-    As in sentence-transformers, a classifier of a config that names none has one label, unless its files say otherwise.
+    As in sentence-transformers, it has one label then, unless the files say otherwise.
     """
-    name = type(config).__name__.removesuffix("Config")
-    architecture = (config.architectures or [f"{name}Model"])[0]
-    if st.transformer.task == "sequence-classification" and not architecture.endswith("ForSequenceClassification"):
-        config.num_labels = st.transformer.config_kwargs.get("num_labels", 1)
-        architecture = f"{name}ForSequenceClassification"
-        config.architectures = [architecture]
-    return architecture
+    suffix = "ForSequenceClassification"
+    if config.architectures and config.architectures[0].endswith(suffix):
+        return
+    config.num_labels = st.transformer.config_kwargs.get("num_labels", 1)
+    config.architectures = [type(config).__name__.removesuffix("Config") + suffix]
 
 
 def _with_instructions(st: SentenceTransformer, config: PretrainedConfig, audit: Audit) -> SentenceTransformer:
@@ -172,7 +175,7 @@ def choose(files: Files, options: ModelConfig) -> Checkpoint:
     """
     st = files.st
     tokenizer, source = _tokenizer(files, options)
-    conversion(files.architecture, options.convert, pools=st.pools)
+    check_convert(files.architecture, options.convert, pools=st.pools)
     family = table.recognise(files, options)
     if st.transformer.output == FEATURES and family.embeds_tokens:
         raise CheckpointError(
@@ -359,22 +362,42 @@ def overridden(options: ModelConfig) -> tuple[str, ...]:
     return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
 
 
-def _override(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
-    """Apply `hf_overrides`: a function of the config, or a mapping merged into it, nested mappings likewise."""
+LABELS = frozenset({"id2label", "label2id"})
+"""Keys of mappings that are one value: one with other entries names other classes."""
+
+
+def _override(config: PretrainedConfig, overrides: Any, *, merges: bool = True) -> PretrainedConfig:
+    """Apply `hf_overrides`, or changes that files ask for: a function of the config, or a mapping merged into it.
+
+    Args:
+        config: is changed.
+        overrides: the function or mapping.
+        merges: nested mappings are merged likewise; else only nested configs are, as by Transformers.
+    """
     if callable(overrides):
         changed: PretrainedConfig = overrides(config)
         return changed
     for key, value in (overrides or {}).items():
-        setattr(config, key, _merged(getattr(config, key, None), value))
+        setattr(config, key, _overridden(key, getattr(config, key, None), value, merges))
     return config
 
 
-def _merged(current: Any, value: Any) -> Any:
-    """Return `value`, or if it is a mapping, the mapping or config `current` with its entries."""
+def _overridden(key: str, current: Any, value: Any, merges: bool) -> Any:
+    """Return the value of `key` in a config where it was `current`; the numbers of labels, in JSON texts, are numbers.
+
+    Args:
+        key: of the config.
+        current: its value before.
+        value: the override.
+        merges: see `_override`.
+    """
     from transformers import PretrainedConfig
 
     if not isinstance(value, dict):
         return value
     if isinstance(current, PretrainedConfig):
-        return _override(current, value)
-    return {**current, **value} if isinstance(current, dict) else value
+        return _override(current, value, merges=merges)
+    if key == "id2label":
+        return {int(number): name for number, name in value.items()}
+    is_part = merges and key not in LABELS and isinstance(current, dict)
+    return {**current, **value} if is_part else value

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cenote.tensors.heads import Step
     from cenote.tensors.packing import Batch, Place
 
-    Rows = Callable[[Tensor], Tensor]
+    Logits = Callable[[Tensor], Tensor]
     """Logits of rows: `[R, D] -> [R, C]`, float32."""
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Classifier:
         place: the only token of each sequence that `whole` depends on, `(batch, members) -> place`, if there is one.
     """
 
-    rows: Rows
+    rows: Logits
     whole: Callable[[Tensor, Batch, list[int]], Tensor] | None
     per_token: bool
     num_labels: int
@@ -250,8 +250,6 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
         CheckpointError: given the same states, the head does not repeat the model's own logits.
     """
     head = OwnHead(model)
-    batch, x_TD = probe.batch, probe.rows_TD
-    everyone = list(range(batch.size))
     faults = []
     for name, place in (("first", at_first), ("last", partial(at_last, head.pad)), ("padded", at_none)):
         whole = getattr(head, name)
@@ -261,10 +259,11 @@ def of_sequences(model: PreTrainedModel, probe: HeadProbe) -> Classifier:
             return Classifier(head.rows, whole, name == "last", probe.width, place)
         faults.append(f"{name}: {fault}")
     together = Together(model)
-    with torch.inference_mode():
-        if probe.agrees(list(together(x_TD, batch, everyone))):
-            log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
-            return Classifier(head.rows, together, False, probe.width, at_none)
+    fault = fault_of(partial(_head_fault, together, probe))
+    if not fault:
+        log.info("%s runs its head together with its backbone: %s", type(model).__name__, "; ".join(faults))
+        return Classifier(head.rows, together, False, probe.width, at_none)
+    faults.append(f"together: {fault}")
     raise CheckpointError(
         f"the head of {type(model).__name__} cannot be run apart from its backbone: {'; '.join(faults)}"
     )
@@ -377,7 +376,7 @@ def of_modules(module: nn.Module, num_labels: int) -> Classifier:
     return Classifier(rows, of_last(rows), True, num_labels, partial(at_last, None))
 
 
-def of_last(rows: Rows) -> Callable[[Tensor, Batch, list[int]], Tensor]:
+def of_last(rows: Logits) -> Callable[[Tensor, Batch, list[int]], Tensor]:
     """Return `rows` over each sequence's last token."""
 
     def whole(x_TD: Tensor, batch: Batch, members: list[int]) -> Tensor:

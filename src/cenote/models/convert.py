@@ -1,6 +1,6 @@
 """From an architecture's name: whether and how it becomes a pooling model, with which head, and how it pools.
 
-The suffix table and the defaults are vLLM's, so that the same checkpoint pools alike here and there.
+The endings and the defaults are vLLM's, so that the same checkpoint pools alike here and there.
 """
 
 from __future__ import annotations
@@ -30,39 +30,10 @@ if TYPE_CHECKING:
     from cenote.models.families.rerankers import Reranker
 
 REWARDS = ("ForRewardModeling", "RewardModel")
-
-
-class Suffix(NamedTuple):
-    """A row about architectures.
-
-    Attributes:
-        endings: of their names.
-        runner: for which they are made.
-        conversion: how they become pooling models.
-    """
-
-    endings: tuple[str, ...]
-    runner: Literal["generate", "pooling"]
-    conversion: Literal["none", "embed", "classify"]
-
+"""Ends of the names of reward models."""
 
 GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
-CLASSIFYING = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForAudioClassification",
-    "ForImageClassification",
-    "ForVideoClassification",
-    "ClassificationModel",
-)
-SUFFIXES = (
-    Suffix(GENERATIVE, "generate", "none"),
-    Suffix(("ForTextEncoding", "EmbeddingModel"), "pooling", "embed"),
-    Suffix(CLASSIFYING, "pooling", "classify"),
-    Suffix(REWARDS, "pooling", "embed"),
-    Suffix(("Model",), "pooling", "embed"),
-)
-"""The first that matches counts."""
+"""Ends of the names of models that generate text."""
 
 # fmt: off
 CLS_FAMILIES = frozenset({
@@ -170,8 +141,8 @@ def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group="cenote.models"))
 
 
-def conversion(architecture: str, convert: str, *, pools: bool) -> str:
-    """Return how `architecture` becomes a pooling model: "embed", "classify" or "sparse".
+def check_convert(architecture: str, convert: str, *, pools: bool) -> None:
+    """Refuse a model that only generates, if nothing is to make a pooling model of it.
 
     Args:
         architecture: first entry of the config's `architectures`.
@@ -179,21 +150,13 @@ def conversion(architecture: str, convert: str, *, pools: bool) -> str:
         pools: the checkpoint has a Sentence-Transformers Pooling module.
 
     Raises:
-        CheckpointError: `convert` is "none" and the model only generates.
+        CheckpointError: `convert` is "none", and neither the name nor a module says how the model pools.
     """
-    row = _suffix(architecture)
-    if convert in ("embed", "classify", "sparse"):
-        return convert
-    if pools:
-        return "embed"
-    if row.conversion != "none":
-        return row.conversion
-    if convert == "none":
+    if convert == "none" and architecture.endswith(GENERATIVE) and not pools:
         raise CheckpointError(
             f"{architecture} generates text and `convert` is 'none', so there is nothing to pool; "
             "use convert 'auto' or 'embed' to serve its hidden states"
         )
-    return "embed"
 
 
 @dataclass(frozen=True)
@@ -383,7 +346,7 @@ def _vocabulary_head(facts: Facts, tokens: Tokens) -> Head | None:
 
 def _step_head(facts: Facts, tokens: Tokens) -> Head | None:
     """Return the language-model head, if it is to rate steps."""
-    if facts.step and _suffix(facts.architecture).runner == "generate":
+    if facts.step and facts.architecture.endswith(GENERATIVE):
         return Head("vocabulary", facts.step_columns, name="its language-model head")
     return None
 
@@ -446,14 +409,6 @@ def _token_id(token: str, facts: Facts) -> int:
     return token_id
 
 
-def _suffix(architecture: str) -> Suffix:
-    """Return the row of an architecture; one that is in none is like the last."""
-    for row in SUFFIXES:
-        if architecture.endswith(row.endings):
-            return row
-    return SUFFIXES[-1]
-
-
 def unnamed(config: Any, tensors: Collection[str]) -> str:
     """Return the architecture of a checkpoint whose config names none: the class with the fewest other tensors.
 
@@ -495,7 +450,7 @@ def is_in_layer(name: str) -> bool:
 
 def is_reward(architecture: str) -> bool:
     """Return whether `architecture` is the name of a reward model."""
-    return _suffix(architecture).endings is REWARDS
+    return architecture.endswith(REWARDS)
 
 
 def architecture_pooling(model: PreTrainedModel) -> str:

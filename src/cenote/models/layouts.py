@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cenote.core import UNLIMITED
 from cenote.functions import places_by
 from cenote.models.traits import block_sparse_length, position_offset, reset_attention, reset_rope, rope_class
 from cenote.tensors import attention
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from cenote.models.vision import Vision
     from cenote.tensors.native import Kernels
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 PADDED_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Sequences of a padded forward, by the type of the device."""
-UNLIMITED = 1 << 62
 STEADY_ROWS = 32
 """Tokens of which a forward has a multiple, where no operator may meet the end of a tensor's vectors."""
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
@@ -149,28 +149,23 @@ class Packed:
         self.graphs: Graphs | None = None
         self.unrecorded = ""
         self._longest = UNLIMITED if kernels is None else LONGEST
-        self._own_attention = backbone.model.config._attn_implementation
+        self._own_attention = _implementations(backbone.model.config)
 
     def install(self) -> None:
         """Make the model call `cenote.tensors.attention`, but for its vision tower."""
-        self._set(attention.register())
+        name, vision = attention.register(), self.backbone.vision
+        self.backbone.model.set_attn_implementation(name if vision is None else vision.attention(name))
         for module in self.backbone.model.modules():
             if hasattr(module, "compute_bias"):
                 _bound_bias(module)
 
     def remove(self) -> None:
         """Give the model its own attention back."""
-        self._set(self._own_attention)
-        for module in self.backbone.model.modules():
+        model = self.backbone.model
+        if _implementations(model.config) != self._own_attention:
+            model.set_attn_implementation(self._own_attention)
+        for module in model.modules():
             vars(module).pop("compute_bias", None)
-
-    def _set(self, name: str) -> None:
-        """Give the model the attention called `name`, if it has another."""
-        model, vision = self.backbone.model, self.backbone.vision
-        if vision is not None:
-            model.set_attn_implementation(vision.attention(name))
-        elif model.config._attn_implementation != name:
-            model.set_attn_implementation(name)
 
     @contextmanager
     def own_attention(self) -> Iterator[Backbone]:
@@ -384,6 +379,13 @@ def candidates(
     yield Padded(backbone)
     yield Padded(backbone, equal=True)
     yield Padded(backbone, equal=True, size=1)
+
+
+def _implementations(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the names of the attention of a model and of its parts, as `set_attn_implementation` takes them."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    nested = {name: _implementations(part) for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **nested}
 
 
 def _bound_bias(module: nn.Module) -> None:

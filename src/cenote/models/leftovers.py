@@ -7,10 +7,11 @@ the audit here: used, left with the reason, or refused by name.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from cenote.errors import CheckpointError
 from cenote.models import sizes
@@ -59,6 +60,10 @@ SHOWN = 3
 
 DECODER = "the encoder runs alone"
 POOLER = "no task pools by it"
+PASSED_OVER = "Transformers' class has no place for it, and passes over it"
+
+LAYER = re.compile(r".*?\.\d+(?=\.)|.*")
+"""The beginning of a tensor's name up to the first number; the whole name if it has none."""
 
 TWINS = {
     "_orig_mod.": "torch.compile puts it there; save `model._orig_mod` or take it off the names",
@@ -80,6 +85,43 @@ def check_names(name: str, tensors: Collection[str]) -> None:
             raise CheckpointError(
                 f"{name}: the names of all weights begin with {prefix!r}, expected those of the model; {remedy}"
             )
+
+
+class Misshapen(NamedTuple):
+    """A tensor of another shape than its model's.
+
+    Attributes:
+        name: in the model.
+        stored: its shape.
+        built: that of the model's.
+    """
+
+    name: str
+    stored: tuple[int, ...]
+    built: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """The tensors of a checkpoint and of its model that do not fit, as Transformers reports them.
+
+    Attributes:
+        missing: names of those of the model that the checkpoint has not.
+        unexpected: names of those of the checkpoint that the model has not.
+        misshapen: those of other shapes, by name.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    misshapen: tuple[Misshapen, ...]
+
+    def without(self, *, of_model: Collection[str], of_checkpoint: Collection[str]) -> Misfits:
+        """Return the others than these, which are accounted for: names in the model, and in the checkpoint."""
+        return Misfits(
+            self.missing.difference(of_model),
+            self.unexpected.difference(of_checkpoint),
+            tuple(entry for entry in self.misshapen if entry.name not in of_model),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +150,30 @@ class Names:
         children = chain(self.model.named_children(), self.model.base_model.named_children())
         return frozenset(dict(children))
 
+    def layer(self, name: str) -> str:
+        """Return the beginning of a tensor's name that is its layer; the whole name if it is in none."""
+        layer = LAYER.match(self.plain(name))
+        assert layer is not None
+        return layer[0]
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The layers of the model, and the names of its tensors outside of any."""
+        return frozenset(map(self.layer, self.model.state_dict()))
+
+    def is_passed_over(self, name: str) -> bool:
+        """Return whether Transformers passes over a tensor or a layer that the model lacks, without a word.
+
+        In a layer that it has, tensors of other names become its own: matrices of experts are joined.
+        """
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return self.layer(name) not in self.layers and any(re.search(pattern, name) for pattern in patterns)
+
+    def listed(self, name: str) -> str:
+        """Return the entry of the audit that a tensor is in: its module, or one layer of that, which is left alone."""
+        module = self.module(name)
+        return self.layer(name) if module in self.modules and self.is_passed_over(name) else module
+
     def is_needed(self, name: str) -> bool:
         """Return whether the model cannot do without a tensor of its own: a head that runs is no leftover."""
         idle = BUFFERS if self.needs_pooler else {**BUFFERS, "*pooler.*": POOLER}
@@ -127,60 +193,61 @@ class Names:
         return reason_in(IDLE, plain)
 
 
-def check_tensors(
-    files: Files, names: Names, report: Mapping[str, Any], *, read: Collection[str], only_embeds: bool
-) -> None:
+def check_tensors(files: Files, names: Names, misfits: Misfits, *, read: Collection[str], only_embeds: bool) -> None:
     """Enter all tensors of a checkpoint into its audit.
 
     Args:
         files: of the checkpoint.
         names: by the model with its weights.
-        report: Transformers' own, of the tensors that did not fit.
+        misfits: those that nothing has accounted for.
         read: names of the tensors that a family reads besides the model.
         only_embeds: the user wants the hidden states, so heads that are not known are left out.
 
     Raises:
         CheckpointError: the model lacks tensors, or the checkpoint has some that nothing reads.
     """
-    _check_fit(files, names, report)
+    _check_fit(files, names, misfits)
     default = _reason_of_all(files, only_embeds=only_embeds)
-    reasons: dict[str, str | None] = {
-        names.plain(name): names.reason(name) or default for name in report["unexpected_keys"]
-    }
+    reasons: dict[str, str | None] = {names.plain(name): names.reason(name) or default for name in misfits.unexpected}
     reasons |= dict.fromkeys(map(names.plain, read))
     files.audit.enter(
         label_of(files.folder),
-        {name: _reason_to_leave(names, names.plain(name), reasons) for name in files.tensors},
+        {name: _reason_to_leave(names, name, reasons) for name in files.tensors},
         f"the class that runs has no such weights; architectures in config.json is {files.architecture!r}. "
         "--convert embed leaves them out and serves the hidden states",
         noun="the tensor",
-        listed=names.module,
+        listed=names.listed,
     )
 
 
-def _reason_to_leave(names: Names, plain: str, reasons: Mapping[str, str | None]) -> str | None:
+def _reason_to_leave(names: Names, name: str, reasons: Mapping[str, str | None]) -> str | None:
     """Return why a tensor is left, empty if nobody knows; `None` = it is read, by the model or a family.
 
     Transformers passes over some tensors without a word: those are not among `reasons`, its own and the family's.
+    Others that the model lacks by their name become some of its own.
     """
+    plain = names.plain(name)
     if plain in reasons:
         return reasons[plain]
     is_elsewhere = "pooler." in plain or names.module(plain) not in names.modules
-    return (names.reason(plain) or None) if is_elsewhere else None
+    reason = names.reason(plain) if is_elsewhere else ""
+    if not reason and names.is_passed_over(name):
+        return PASSED_OVER
+    return reason or None
 
 
-def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
+def _check_fit(files: Files, names: Names, misfits: Misfits) -> None:
     """Refuse weights that are missing, unknown or of another shape in the modules of the model."""
     faults = {
-        "lacks": filter(names.is_needed, report["missing_keys"]),
-        "has unknown": filter(names.is_foreign, report["unexpected_keys"]),
-        "has misshapen": (str(entry[0]) for entry in report["mismatched_keys"]),
+        "lacks": filter(names.is_needed, misfits.missing),
+        "has unknown": filter(names.is_foreign, misfits.unexpected),
+        "has misshapen": (entry.name for entry in misfits.misshapen),
     }
     for verb, tensors in faults.items():
         faulty = sorted(tensors)
         if faulty:
             label = label_of(files.folder)
-            shape = _shape(files, report) if verb == "has misshapen" else ""
+            shape = _shape(files, misfits.misshapen[0]) if verb == "has misshapen" else ""
             shown = shortened(faulty, SHOWN)
             raise CheckpointError(
                 f"{files.name} {verb} weights for {type(names.model).__name__}: {shown}, in {label}; "
@@ -188,9 +255,9 @@ def _check_fit(files: Files, names: Names, report: Mapping[str, Any]) -> None:
             )
 
 
-def _shape(files: Files, report: Mapping[str, Any]) -> str:
-    """Return how the first tensor of another shape differs, and the keys of the config that may say so."""
-    name, stored, built = sorted(report["mismatched_keys"], key=lambda entry: str(entry[0]))[0]
+def _shape(files: Files, misshapen: Misshapen) -> str:
+    """Return how the shape of a tensor differs, and the keys of the config that may say so."""
+    name, stored, built = misshapen
     by = sizes.keys_of(files.config.to_dict(), {*built} - {*stored})
     return f"{name} is {list(stored)}, and {list(built)} by config.json{by}; "
 

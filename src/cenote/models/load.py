@@ -1,4 +1,4 @@
-"""From options to a model that runs, in seven steps.
+"""From options to a model that runs, in eight steps.
 
 1. *Find* the files, in a folder or on the hub.
 2. *Read* them, but for weights and tokenizer.
@@ -7,7 +7,8 @@
 5. *Prove* which layout is exact, and that heads can be run over its rows.
 6. *Prepare* it: the passes, each of which is proved in that layout. They come last, because they change the model by
    which the layout and the heads were proved, and because most of them change how that layout runs.
-7. *Report* its properties and the way it runs, once it has run.
+7. *Report* its properties and the way it runs.
+8. *Try it out*: its first forward, and several at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,7 @@ from torch import nn
 from cenote.core import Report, Sequence
 from cenote.errors import CenoteError, CheckpointError, ConfigError, first_line
 from cenote.functions import coalesce
-from cenote.models import building, hub, offers, resolve, stacked_lora
+from cenote.models import building, hub, offers, resolve, stacked_lora, weights
 from cenote.models import checkpoint as checkpoints
 from cenote.models.convert import with_defaults
 from cenote.models.families.sights import refused
@@ -41,12 +43,14 @@ from cenote.models.traits import of_kind, token_types, tokens_beyond, vocabulary
 from cenote.tensors import linear, native, process
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cenote.config import Isa, ModelConfig
+    from cenote.core import ModelInfo
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.lora import Adapter
     from cenote.models.offers import Offer
@@ -80,7 +84,12 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             subject, offer = prove(checkpoint, built, options, unstacked)
         prepare(subject, options)
     checkpoint = seeing(checkpoint, subject)
-    model = report(checkpoint, built, subject, offer, options)
+    info = report(checkpoint, built, subject, offer, options)
+    model = PoolingModel(info, subject.layout, offer.outputs, subject.shelf, invariant=options.batch_invariant)
+    try_out(model, subject, offer)
+    keep_pictures(subject, options)
+    if sum(weight.nbytes for weight in subject.full.parameters()) > LARGE_MODEL:
+        process.leave_unused_memory()
     return model, checkpoint
 
 
@@ -110,7 +119,7 @@ def build(checkpoint: Checkpoint, options: ModelConfig) -> Built:
             "to cpu"
         )
     isa = _isa(options, device)
-    stored = getattr(checkpoint.config, "dtype", None)
+    stored = coalesce(getattr(checkpoint.config, "dtype", None), weights.dtype_of(checkpoint.stored))
     dtype, dtype_note = resolve.dtype(options.dtype, stored, device)
     full = building.build(checkpoint, options, device, dtype)
     checkpoint.family.prepare(full)
@@ -205,7 +214,7 @@ def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unst
         fused=narrow.NEEDS if options.plain else None,
         graph_tokens=_graph_tokens(built, options),
         adapters=_adapters(checkpoint, options, unstacked),
-        reserves_adapters=options.enable_lora and not options.lora_modules,
+        reserves_adapters=options.enable_lora,
         audit=checkpoint.audit,
         narrowing=narrowing,
         invariant=options.batch_invariant,
@@ -264,16 +273,31 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
     table.prepare(subject, leave_out)
 
 
-def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> PoolingModel:
-    """Return the model to serve, which has run once, with its description."""
-    layout, outcomes = subject.layout, subject.outcomes
-    linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
-    notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(subject.backbone))]
+def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> ModelInfo:
+    """Return the description of the model to serve, with a report of how it runs."""
+    backbone, vision = subject.backbone, subject.layout.backbone.vision
+    notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(backbone))]
     if checkpoint.sight is None and options.mm_processor_kwargs:
         notes.append("mm_processor_kwargs have no effect, as the model takes no pictures")
-    for outcome in outcomes.values():
-        notes += outcome.notes
-    running = Report(
+    notes += chain.from_iterable(outcome.notes for outcome in subject.outcomes.values())
+    return describe(
+        checkpoint,
+        offer,
+        options,
+        built.length,
+        _running(subject, offer, notes),
+        vocab_size=vocabulary(backbone),
+        type_vocab_size=token_types(backbone),
+        adapters=subject.shelf.names if subject.shelf else (),
+        patch_cost=vision.cost() if vision else 0.0,
+    )
+
+
+def _running(subject: Subject, offer: Offer, notes: Iterable[str]) -> Report:
+    """Return how a model runs, with warnings, of which some may be empty."""
+    layout, outcomes = subject.layout, subject.outcomes
+    linears = [outcomes.get(name, Outcome()).text for name in ("narrow", "fuse")]
+    return Report(
         model_class=type(subject.full).__name__,
         dtype=str(_dtype_of(subject)).removeprefix("torch."),
         device=str(layout.backbone.device),
@@ -284,29 +308,28 @@ def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer,
         token_dimension=offer.token_dimension,
         warnings=tuple(filter(None, notes)),
     )
-    info = describe(
-        checkpoint,
-        offer,
-        options,
-        built.length,
-        running,
-        vocab_size=vocabulary(subject.backbone),
-        type_vocab_size=token_types(subject.backbone),
-        adapters=subject.shelf.names if subject.shelf else (),
-        patch_cost=layout.backbone.vision.cost() if layout.backbone.vision else 0.0,
-    )
-    model = PoolingModel(info, layout, offer.outputs, subject.shelf, invariant=options.batch_invariant)
+
+
+def try_out(model: PoolingModel, subject: Subject, offer: Offer) -> None:
+    """Run a model once, and on a CPU in several threads, to see whether they may launch it at a time.
+
+    Raises:
+        CheckpointError: see `_check_first_forward`.
+    """
     _check_first_forward(model, offer)
-    if layout.backbone.device.type == "cpu":
-        why_not = _fault_beside(model, subject)
-        model.is_reentrant = not why_not
-        if why_not:
-            model.warn(f"runs one batch at a time, because {why_not}")
-    if layout.backbone.vision is not None and subject.shelf is None:  # adapters may change the tower
-        layout.backbone.vision.kept.capacity = options.picture_cache_size << 20
-    if sum(weight.nbytes for weight in subject.full.parameters()) > LARGE_MODEL:
-        process.leave_unused_memory()
-    return model
+    if model.layout.backbone.device.type != "cpu":
+        return
+    why_not = _fault_beside(model, subject)
+    model.is_reentrant = not why_not
+    if why_not:
+        model.warn(f"runs one batch at a time, because {why_not}")
+
+
+def keep_pictures(subject: Subject, options: ModelConfig) -> None:
+    """Keep the features of pictures, as many as the options say, unless adapters may change the tower."""
+    vision = subject.layout.backbone.vision
+    if vision is not None and subject.shelf is None:
+        vision.kept.capacity = options.picture_cache_size << 20
 
 
 def _dtype_of(subject: Subject) -> torch.dtype:

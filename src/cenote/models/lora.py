@@ -57,7 +57,7 @@ UNSET: tuple[Any, ...] = (None, "", [], {})
 """Values that settings have which nobody has set, besides false."""
 PLAIN_STARTS = (True, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is. The others change it whenever PEFT loads the adapter."""
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+HEADS_OF_TASKS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """Modules that PEFT trains whole and saves, by the type of the task."""
 SUFFIXES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """Ends of the names of the classes that PEFT trains, by the type of the task."""
@@ -67,7 +67,7 @@ Names = str | list[str]
 """Names of modules or the ends of their paths, or a regular expression of whole paths."""
 
 
-class Settings(msgspec.Struct, frozen=True):
+class LoraSettings(msgspec.Struct, frozen=True):
     """The settings of an adapter that change its results, under PEFT's names.
 
     Attributes:
@@ -123,7 +123,7 @@ class Settings(msgspec.Struct, frozen=True):
     @property
     def whole(self) -> list[str]:
         """Names of the modules that were trained whole, with the head that the type of the task has."""
-        return [*self.modules_to_save, *HEADS.get(self.task_type, ())]
+        return [*self.modules_to_save, *HEADS_OF_TASKS.get(self.task_type, ())]
 
     def rank(self, path: str) -> int:
         """Return the rank of the change of the module at `path`."""
@@ -215,7 +215,7 @@ class Adapter:
     name: str
     folder: Path
     place: str
-    settings: Settings
+    settings: LoraSettings
 
     @property
     def file(self) -> Path:
@@ -245,7 +245,7 @@ def read(name: str, folder: Path, audit: Audit, *, place: str = "", applies: boo
         return Adapter(name, folder, place, _settings(name, folder, audit, place, applies))
 
 
-def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) -> Settings:
+def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) -> LoraSettings:
     """Return the settings of the adapter in `folder`; see `read`."""
     content = load(folder / CONFIG)
     kind = content.get("peft_type")
@@ -253,7 +253,7 @@ def _settings(name: str, folder: Path, audit: Audit, place: str, applies: bool) 
         hint = f"; to go on without it: --allow-unread {name}" if place else ""
         raise CheckpointError(f"adapter {name!r} is of the peft_type {kind!r}; only LORA is supported{hint}")
     content = _audited(place + CONFIG, content, audit, applies)
-    settings = msgspec.convert(content, Settings)
+    settings = msgspec.convert(content, LoraSettings)
     for key, patterns in settings.patterns.items():
         with about(f"the regular expressions of {key} in {CONFIG}"):
             for pattern in patterns:

@@ -22,7 +22,7 @@ from torch import nn
 
 from cenote.functions import coalesce
 from cenote.models import weights
-from cenote.models.lora import CONFIG, HEADS, WEIGHTS
+from cenote.models.lora import CONFIG, HEADS_OF_TASKS, WEIGHTS
 from cenote.models.reading import about
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, audit: Audit, spares_head: bool) -> None:
         self._model = model
-        self._not_run = NOT_RUN.union(*HEADS.values()) if spares_head else NOT_RUN
+        self._not_run = NOT_RUN.union(*HEADS_OF_TASKS.values()) if spares_head else NOT_RUN
         self._adapter = adapter
         self._audit = audit
         self._modules = dict(model.named_modules())
@@ -203,7 +203,7 @@ class _Reader:
 
     def _hint(self, named: str) -> str:
         """Return the remedy for a head that the model lacks, if it is one."""
-        is_head = not set(named.split(".")).isdisjoint(HEADS["SEQ_CLS"])
+        is_head = not set(named.split(".")).isdisjoint(HEADS_OF_TASKS["SEQ_CLS"])
         return "; a head of an adapter needs a base with a head of the same kind" if is_head else ""
 
     def _change(self, path: str, parts: _Parts) -> Change:
@@ -355,7 +355,7 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
 
 def trained_heads(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of heads that were trained whole, by their names in the model."""
-    names = set(HEADS.get(adapter.settings.task_type, ()))
+    names = set(HEADS_OF_TASKS.get(adapter.settings.task_type, ()))
     shapes = {key.removeprefix("base_model.model."): tensor.shape for key, tensor in weights.read(adapter.file).items()}
     return {
         key: tuple(shape)

@@ -84,8 +84,11 @@ class PoolingModel:
             BadRequest: the model was loaded without room for adapters (`enable_lora`).
             CheckpointError: it cannot be honoured.
         """
-        if self._adapters is None:
-            raise BadRequest("this model was loaded without enable_lora, so no adapter can be added to it")
+        if self._adapters is None or not self._adapters.is_reserved:
+            raise BadRequest(
+                "this model was loaded without enable_lora, so no adapter can be added to it; load it with "
+                "enable_lora, or name the adapter in lora_modules"
+            )
         audit = Audit()
         self._adapters.add(lora.read(name, folder, audit), audit)
         self.info = replace(self.info, adapters=self._adapters.names)

@@ -119,23 +119,20 @@ def dense(
     return loaded(layer, module.folder, allow_pickle, ("out_features", "in_features")), config["out_features"]
 
 
-def activation(name: str, key: str = "activation_function") -> nn.Module:
+def activation(name: str) -> nn.Module:
     """Return an activation by its import path; only classes of `torch.nn` are looked up, nothing is imported.
-
-    Args:
-        name: the path.
-        key: its key, for messages.
 
     Raises:
         CheckpointError: it is none of them, or needs arguments.
     """
     kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise CheckpointError(f"{key} is {name!r}, expected a module of torch.nn")
+        raise CheckpointError(f"activation_function is {name!r}, expected a module of torch.nn")
     try:
         return kind()
     except TypeError as error:
-        raise CheckpointError(f"{key} is {name!r}, which cannot be made without arguments: {error}") from None
+        message = f"activation_function is {name!r}, which cannot be made without arguments: {error}"
+        raise CheckpointError(message) from None
 
 
 def loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[str]) -> nn.Module:
@@ -143,9 +140,8 @@ def loaded(module: nn.Module, folder: Path, allow_pickle: bool, sizes: Sequence[
 
     A module without storage cannot ask for more memory than its file has.
     """
-    file = _file(folder, allow_pickle)
-    tensors = floats(f"{file.name} of {folder.name}", read_tensors(file))
-    return fitted(module, tensors, f"{file.name} of {folder.name}, of the {' and '.join(sizes)} in config.json")
+    source = f"{_file(folder, allow_pickle).name} of {folder.name}, of the {' and '.join(sizes)} in config.json"
+    return fitted(module, weights(folder, allow_pickle), source)
 
 
 def fitted(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> nn.Module:

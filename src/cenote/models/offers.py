@@ -16,6 +16,7 @@ from cenote.models.families.family import Loaded, Vectors
 from cenote.models.model_outputs import OwnPooler
 from cenote.models.poolers import Calibration, Classify, Embed, Pooler, TokenClassify, TokenEmbed, activation_of
 from cenote.models.traits import of_kind
+from cenote.tensors.heads import Cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,12 +52,20 @@ class Offer:
 
     @property
     def token_dimension(self) -> int:
-        """Length of a token's vector: that of the last layer over tokens, if there is one."""
+        """Length of a token's vector: that of the last step over tokens that has one, if any does."""
         output = self.outputs.get("token_embed")
-        steps = output.pooler.steps if isinstance(output, TokenEmbed) else ()
-        layers = nn.ModuleList(step for step in steps if isinstance(step, nn.Module))
-        widths = [layer.out_features for layer in of_kind(layers, nn.Linear)]
-        return widths[-1] if widths else self.vectors.dimension
+        width = self.vectors.dimension
+        for step in output.pooler.steps if isinstance(output, TokenEmbed) else ():
+            width = _width(step, width)
+        return width
+
+
+def _width(step: Step, width: int) -> int:
+    """Return the length of vectors behind a step over those of length `width`."""
+    if isinstance(step, Cut):
+        return min(step.length, width)
+    layers = of_kind(step, nn.Linear) if isinstance(step, nn.Module) else []
+    return layers[-1].out_features if layers else width
 
 
 def offer(checkpoint: Checkpoint, options: ModelConfig, full: PreTrainedModel, probe: HeadProbe | None) -> Offer:

@@ -41,8 +41,9 @@ from cenote.models.traits import (
     position_rows,
     reset_attention,
     vocabulary,
-    window,
+    windows,
 )
+from cenote.models.transformer_module import as_tuple
 from cenote.tensors.packing import pack
 from cenote.tensors.sharing import SHORTEST_PREFIX
 
@@ -91,9 +92,11 @@ class Draw:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
-        self._ids = torch.tensor(sorted(set(range(min(vocabulary(model), 5000))) - special) or [0])
-        self._end: list[int] = [config.eos_token_id] if getattr(config, "is_encoder_decoder", False) else []
+        names = ("pad", "bos", "eos", "sep", "cls")
+        special = {name: as_tuple(getattr(config, f"{name}_token_id", None)) for name in names}
+        ordinary = set(range(min(vocabulary(model), 5000))).difference(*special.values())
+        self._ids = torch.tensor(sorted(ordinary) or [0])
+        self._end: tuple[int, ...] = special["eos"][:1] if getattr(config, "is_encoder_decoder", False) else ()
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, count: int) -> list[int]:
@@ -487,19 +490,18 @@ def _layout_fault(layout: Layout, probe: Probe, further: Mapping[str, Probe]) ->
 @contextmanager
 def shortened_windows(model: PreTrainedModel) -> Iterator[int]:
     """Yield a window length that a probe can exceed cheaply; long windows are shortened for the time being."""
-    holders: tuple[Any, ...] = (model.config, *model.modules())
-    sizes = [(holder, size) for holder, size in zip(holders, map(window, holders), strict=True) if size is not None]
-    longest = max((size for _, size in sizes), default=0)
+    places = windows(model)
+    longest = max((place.size for place in places), default=0)
     if longest <= LONGEST_REAL_WINDOW:
         yield max(longest, PROBE_WINDOW)
         return
     try:
-        for holder, _ in sizes:
-            holder.sliding_window = PROBE_WINDOW
+        for holder, name, size in places:
+            setattr(holder, name, min(size, PROBE_WINDOW))
         yield PROBE_WINDOW
     finally:
-        for holder, size in sizes:
-            holder.sliding_window = size
+        for holder, name, size in places:
+            setattr(holder, name, size)
 
 
 def finite(values: Tensor) -> str:

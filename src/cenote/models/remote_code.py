@@ -39,7 +39,7 @@ def native(config: Config) -> Config | None:
     for name in NATIVE.keys() & names:
         return NATIVE[name](config)
     classes = {name.rpartition(".")[2] for name in names}
-    return config if classes & HEADS & {*(config.get("architectures") or ())} else None
+    return config if classes & HEAD_CLASSES & {*(config.get("architectures") or ())} else None
 
 
 def _agrees(config: Config, settings: Mapping[str, Any]) -> bool:
@@ -161,6 +161,9 @@ NOMIC_NAMES = {
 }
 """Names in nomic-ai/nomic-bert-2048 to those of Transformers."""
 
+NOMIC_THETA = 10_000.0
+"""Base of rotary positions in nomic-ai/nomic-bert-2048 where a config names none; Transformers' class has another."""
+
 NOMIC_READ = ("pad_vocab_size_multiple", "rotary_emb_base", "rotary_scaling_factor", "max_trained_positions")
 
 
@@ -174,8 +177,9 @@ def _nomic(config: Config) -> Config | None:
     renamed = {NOMIC_NAMES.get(key, key): value for key, value in _without(config, *NOMIC, *NOMIC_READ).items()}
     multiple, size = int(config.get("pad_vocab_size_multiple", 1)), int(config["vocab_size"])
     renamed |= {"model_type": "nomic_bert", "hidden_act": "silu", "vocab_size": -(-size // multiple) * multiple}
-    if "rotary_emb_base" in config:
-        renamed["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rotary_emb_base", rope.get("rope_theta", NOMIC_THETA))
+    renamed["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": float(theta)}
     factor = config.get("rotary_scaling_factor")
     if factor:
         renamed["rope_parameters"] |= {"rope_type": "dynamic", "factor": float(factor)}
@@ -232,7 +236,7 @@ NATIVE: Mapping[str, Callable[[Config], Config | None]] = {
 }
 """Code, without the repository that it lies in, to a function that returns its config in Transformers' words."""
 
-HEADS = frozenset(
+HEAD_CLASSES = frozenset(
     {
         "EurusRewardModel",
         "INFORMForSequenceClassification",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -143,7 +144,40 @@ def reset_attention(model: PreTrainedModel) -> None:
         model.set_attention_type("block_sparse")  # type: ignore[operator]
 
 
-def window(holder: Any) -> int | None:
-    """Return the sliding window of a config or a module, in tokens, or `None` if it has none."""
-    size = getattr(holder, "sliding_window", None)
-    return size if type(size) is int else None
+WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale")
+"""Names of lengths in tokens, in configs and modules, beyond which a model attends to less than all, or scales its
+queries (`transformers/models/llama4/modeling_llama4.py`)."""
+
+
+class Window(NamedTuple):
+    """A window of a model.
+
+    Attributes:
+        holder: the config or module that has it.
+        name: of the attribute.
+        size: in tokens.
+    """
+
+    holder: Any
+    name: str
+    size: int
+
+
+def windows(model: PreTrainedModel) -> list[Window]:
+    """Return the windows that a model's modules and configs have, and configs within these: each may be read."""
+    configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
+    holders = chain(_nested(model.config), *map(_nested, configs), model.modules())
+    by_place = {
+        (id(holder), name): Window(holder, name, getattr(holder, name, 0)) for holder in holders for name in WINDOWS
+    }
+    return [window for window in by_place.values() if type(window.size) is int and window.size > 0]
+
+
+def _nested(config: Any) -> Iterator[Any]:
+    """Yield a config and those within it."""
+    from transformers import PretrainedConfig
+
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _nested(value)

@@ -6,7 +6,9 @@ read by torch's restricted unpickler, which takes tensors out of them and runs n
 
 from __future__ import annotations
 
+import math
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,21 +86,39 @@ def stored(folder: Path, *, pickles: bool) -> dict[str, Stored]:
     return tensors
 
 
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names of floating-point dtypes in safetensors to those in torch."""
+
+
+def dtype_of(stored: Mapping[str, Stored]) -> str | None:
+    """Return the name in torch of the dtype of most floating-point values of a checkpoint; `None` if it has none."""
+    counts: Counter[str] = Counter()
+    for tensor in stored.values():
+        if tensor.is_floating:
+            counts[FLOATS.get(tensor.dtype, tensor.dtype)] += math.prod(tensor.shape)
+    return max(counts, key=counts.__getitem__, default=None)
+
+
 def tensors(folder: Path, names: Collection[str], *, pickles: bool) -> dict[str, Tensor]:
     """Return the tensors called `names`, whose values are finite."""
-    from safetensors import safe_open
-
     places = stored(folder, pickles=pickles)
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = places[name].file
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                tensors[name] = opened.get_tensor(name)
-        else:
-            tensors[name] = _pickled(file)[name]
-        check_values(f"{file.name} of {folder.name}", {name: tensors[name]})
+    for file in dict.fromkeys(places[name].file for name in names):
+        of_file = _some(file, [name for name in names if places[name].file == file])
+        check_values(f"{file.name} of {folder.name}", of_file)
+        tensors |= of_file
     return tensors
+
+
+def _some(file: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file called `names`, of which a pickle is read whole."""
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors":
+        pickled = _pickled(file)
+        return {name: pickled[name] for name in names}
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def _indexed(index: Path) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ class Service:
             model: the checkpoint.
             engine: how its work is batched.
             max_queued: maximum sequences that wait; `None` = the engine's option.
-            adds_adapters: the caller calls `add_adapter`. Else `enable_lora` alone leaves no layer unfused.
+            adds_adapters: the caller calls `add_adapter`. Else `enable_lora` leaves no layer unfused.
 
         Raises:
             CheckpointError: the checkpoint cannot be honoured.
@@ -137,10 +137,9 @@ class Service:
             plugins.check_installed(model.io_processor_plugin)
         if model.calibration is not None:
             calibration.check_file(model.calibration)
-        is_idle = model.enable_lora and not (model.lora_modules or adds_adapters)
-        options = model.model_copy(update={"enable_lora": False}) if is_idle else model
+        options = model.model_copy(update={"enable_lora": model.enable_lora and adds_adapters})
         pooling_model, checkpoint = load(options)
-        if is_idle:
+        if model.enable_lora and not (adds_adapters or model.lora_modules):
             pooling_model.warn("enable_lora has no effect without lora_modules: no request brings an adapter here")
         return cls.around(pooling_model, checkpoint, options, engine, max_queued=max_queued)
 

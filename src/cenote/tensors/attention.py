@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from cenote.tensors.native import Kernels
     from cenote.tensors.packing import Keys, Place, Run, Static
 
-    Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", "Rule"], Tensor]
+    Varlen = Callable[[Tensor, Tensor, Tensor, "Spans", "Rule"], Tensor]
 
 NAME = "cenote"
 FUSED_ON = frozenset({"cuda"})
 """Devices whose kernels do sequences of many lengths at once."""
 QUERY_BLOCK = 256
 LARGEST_FLASH_HEAD = 256
-UNLIMITED = -1
+UNBOUNDED = -1
 """Flash kernels' number for a reach without limit."""
 CAUSAL_FROM_THE_END = 2
 """torch's number of the mask in which the last query sees the last key (`torch.nn.attention.bias.CausalVariant`)."""
@@ -384,7 +384,7 @@ def attend_fused(
     return kernel(q_1NTH, k_1NTH, v_1NTH, spans, rule)
 
 
-def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Kernel | None:
+def varlen_kernel(q_1NTH: Tensor, v_1NTH: Tensor, rule: Rule) -> Varlen | None:
     """Return the fused kernel that does all sequences at once by `rule`, or `None`.
 
     Flash attention takes half types and heads of up to 256, on GPUs from Ampere (sm80) on; torch's has no softcap,
@@ -451,7 +451,7 @@ def _flash(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, rule: R
 
     A sink takes the share of the weight that its logit has beside the others'.
     """
-    left, right = rule.reach(UNLIMITED)
+    left, right = rule.reach(UNBOUNDED)
     out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
         *_varlen_states(q_1NTH, k_1NTH, v_1NTH, spans),
         spans.cu_seqlens,
@@ -483,7 +483,7 @@ def _flash_attn(q_1NTH: Tensor, k_1NTH: Tensor, v_1NTH: Tensor, spans: Spans, ru
         spans.keys.max_length,
         softmax_scale=_scale(q_1NTH, rule),
         causal=rule.causal,
-        window_size=rule.reach(UNLIMITED),
+        window_size=rule.reach(UNBOUNDED),
         softcap=rule.softcap or 0.0,
     )
     return out_TNH[None, ..., : v_1NTH.shape[-1]]

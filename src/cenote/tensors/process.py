@@ -74,7 +74,7 @@ def keep_freed_memory(largest: int) -> None:
     """
     import torch
 
-    del [torch.empty(min(max(largest, 8 << 20), 31 << 20), dtype=torch.uint8)][0]
+    torch.empty(min(max(largest, 8 << 20), 31 << 20), dtype=torch.uint8)
 
 
 def leave_unused_memory() -> None:

@@ -21,6 +21,7 @@ from cenote.models.modules import dense
 from cenote.models.poolers import Pooler, TokenEmbed
 from cenote.models.reading import about, load
 from cenote.models.transformer_module import as_tuple
+from cenote.tensors.heads import normalize
 from cenote.tensors.pooling import Clustering
 
 if TYPE_CHECKING:
@@ -255,10 +256,25 @@ def is_one(st: SentenceTransformer) -> bool:
 
 
 def _plain(st: SentenceTransformer, allow_pickle: bool) -> MultiVector:
-    """Return the projection and normalisation of a Sentence-Transformers or PyLate folder."""
-    layers = [dense(module, allow_pickle, over="token_embeddings") for module in st.special if module.kind == "Dense"]
-    normalizes = any(_normalizes_tokens(module) for module in st.special)
-    return MultiVector(steps=tuple(layer for layer, _ in layers), normalizes=normalizes or _is_pylate(st.settings))
+    """Return the modules over token vectors of a Sentence-Transformers or PyLate folder.
+
+    A closing Normalize is an activation, which requests can leave out; PyLate always normalises at the end.
+    """
+    steps = _steps(st, allow_pickle)
+    is_closed = steps[-1:] == (normalize,)
+    return MultiVector(steps=steps[:-1] if is_closed else steps, normalizes=is_closed or _is_pylate(st.settings))
+
+
+def _steps(st: SentenceTransformer, allow_pickle: bool) -> tuple[Step, ...]:
+    """Return the modules over token vectors, in the order of `modules.json`."""
+    steps: list[Step] = []
+    for module in st.special:
+        if module.kind == "Dense":
+            layer, _ = dense(module, allow_pickle, over="token_embeddings")
+            steps.append(layer)
+        elif _normalizes_tokens(module):
+            steps.append(normalize)
+    return tuple(steps)
 
 
 def _normalizes_tokens(module: Module) -> bool:

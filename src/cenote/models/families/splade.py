@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from cenote.config import ModelConfig
     from cenote.core import PoolingParams
-    from cenote.models.classifiers import Rows as Logits
+    from cenote.models.classifiers import Logits
     from cenote.models.facts import Files
     from cenote.models.families.family import Loaded
     from cenote.models.modules import Module

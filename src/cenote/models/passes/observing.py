@@ -44,7 +44,7 @@ class Seen:
     """Observations of one probe forward. But for `linears`, they are of modules without patches and hooks.
 
     Attributes:
-        linears: Linears that were called.
+        linears: Linears that were called, by no keyword.
         activations: activation modules whose every input is the untouched output of a Linear, with those Linears.
         next: the only Linear that takes the activated output of a Linear.
         norms: blocks that add a Linear's output to their second argument and normalise, with the Linear and the norm.
@@ -72,7 +72,7 @@ def observe(
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         rows = probe().clone()
     free = set(filter(patches.is_free, model.modules()))
-    seen = watch.seen(free)
+    seen = watch.seen(free - watch.by_keyword)
     inputs = {linear: watch.inputs[linear] for linear in seen.linears if linear in free}
     seen.constants = _constants(inputs, rows.shape[:-1].numel(), other)
     return rows, seen
@@ -85,10 +85,12 @@ class _Watch:
 
     Attributes:
         inputs: of each call of a Linear.
+        by_keyword: Linears whose input has its name in a call, which no other `forward` takes.
     """
 
     def __init__(self) -> None:
         self.inputs: defaultdict[nn.Linear, list[Tensor]] = defaultdict(list)
+        self.by_keyword: set[nn.Module] = set()
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of them
         self._outputs: dict[int, nn.Linear] = {}
         self._activated: dict[int, nn.Linear | None] = {}
@@ -115,6 +117,9 @@ class _Watch:
 
     def _linear(self, module: nn.Linear, args: tuple[Any, ...], _: dict[str, Any], output: Tensor) -> None:
         self._last[module] = args
+        if not args:
+            self.by_keyword.add(module)
+            return
         self.inputs[module].append(args[0])
         before = self._activated.get(id(args[0]))
         if before is not None:
@@ -158,7 +163,7 @@ class _Watch:
     def seen(self, free: set[nn.Module]) -> Seen:
         """Return the observations; `free` are the modules without patches and hooks."""
         return Seen(
-            linears=list(self._calls),
+            linears=[linear for linear in self._calls if linear not in self.by_keyword],
             activations=self._only_activated(free),
             next=self._only_next(free),
             norms={block: pairs[0] for block, pairs in _complete(self._norms).items() if pairs[0][0] in free},
@@ -216,7 +221,7 @@ def _linear_inputs(linears: Iterable[nn.Linear], run: Callable[[], Tensor]) -> d
     inputs: defaultdict[nn.Linear, list[Tensor]] = defaultdict(list)
 
     def note(module: nn.Linear, args: tuple[Any, ...], _: dict[str, Any]) -> None:
-        inputs[module].append(args[0])
+        inputs[module] += args[:1]
 
     with noting(linears, note):
         run()

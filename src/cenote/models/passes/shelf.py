@@ -46,22 +46,24 @@ class Shelf:
 
     Attributes:
         names: of the adapters.
+        is_reserved: every layer that an adapter may change is hooked, so that adapters can be added when passes have
+            changed the others.
     """
 
     def __init__(self, full: PreTrainedModel, backbone: PreTrainedModel, patches: Patches) -> None:
         self.names: tuple[str, ...] = ()
+        self.is_reserved = False
         self._full = full
         self._has_head = full is not backbone
         self._patches = patches
         self._of_modules: dict[str, dict[str, Change | nn.Module]] = {}
-        self._is_open = True
 
     def reserve(self) -> None:
-        """Hook every layer that a later adapter may change, so that no pass replaces it, and take no hooks after."""
+        """Hook every layer that a later adapter may change, so that no pass replaces it."""
         for path, module in self._full.named_modules():
             if type(module).__name__ in HOOKED:
                 self._hooked(path)
-        self._is_open = False
+        self.is_reserved = True
 
     def add(self, adapter: Adapter, audit: Audit) -> None:
         """Hook an adapter in.
@@ -77,9 +79,6 @@ class Shelf:
             trained = _twin(self._changed(path, adapter))
             lora_changes.replace_whole(trained, path, tensors, adapter)
             parts[path] = trained
-        for path in parts:
-            if path not in self._of_modules and not self._is_open:
-                raise adapter.fault(f"changes {path}, a layer that no adapter can change once a model is loaded")
         for path, part in parts.items():
             self._hooked(path)[adapter.name] = part
         self.names = (*self.names, adapter.name)

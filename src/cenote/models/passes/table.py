@@ -25,27 +25,25 @@ class Pass:
 
     Attributes:
         name: key of its outcome.
-        purpose: for readers.
         only_faster: whether it changes no answer but for rounding, so that `--plain` leaves it out.
         apply: changes the subject, proves it, and returns lines for the report at start.
         undo: takes everything back; `None` if that cannot be done. Passes are taken back in reverse order.
     """
 
     name: str
-    purpose: str
     only_faster: bool
     apply: Callable[[Subject], Outcome]
     undo: Callable[[Subject], None] | None
 
 
 PASSES = (
-    Pass("adapters", "LoRA adapters, of which each sequence may choose one", False, adapters.apply, adapters.undo),
-    Pass("prefixes", "common beginnings of sequences run once", True, prefixes.apply, prefixes.undo),
-    Pass("fuse", "Linear layers run with what follows them, on a CPU", True, fuse.apply, fuse.undo),
-    Pass("last_layer", "the last layer runs for pooled tokens alone", True, last_layer.apply, last_layer.undo),
-    Pass("graphs", "a GPU replays forwards", True, graphs.apply, graphs.undo),
-    Pass("narrow", "weights in int8, bfloat16 or float16 on a CPU", False, narrow.apply, None),
-    Pass("company", "sequences share forwards, if no bit may depend on it", False, company.apply, company.undo),
+    Pass("adapters", False, adapters.apply, adapters.undo),
+    Pass("prefixes", True, prefixes.apply, prefixes.undo),
+    Pass("fuse", True, fuse.apply, fuse.undo),
+    Pass("last_layer", True, last_layer.apply, last_layer.undo),
+    Pass("graphs", True, graphs.apply, graphs.undo),
+    Pass("narrow", False, narrow.apply, None),
+    Pass("company", False, company.apply, company.undo),
 )
 ONLY_FASTER = frozenset(row.name for row in PASSES if row.only_faster)
 """Names of the passes that `--plain` leaves out."""
