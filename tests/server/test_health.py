@@ -114,3 +114,21 @@ def test_a_probe_that_fails_is_the_failure_of_those_who_wait(monkeypatch: pytest
     for _ in range(2):
         with pytest.raises(RuntimeError, match="boom"):
             asyncio.run(Probe(FakeEngine(INFO)).healthy())
+
+
+def test_a_process_without_memory_for_a_thread_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first probe fails, and no later one waits for it; once there is a thread, none has to be started."""
+    probe = Probe(FakeEngine(INFO))
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            asyncio.run(probe.healthy())
+    assert asyncio.run(probe.healthy())
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", start)
+        assert asyncio.run(probe.healthy())
+    probe.close()

@@ -151,6 +151,7 @@ class Application:
 
     @asynccontextmanager
     async def _lifespan(self, _: Any) -> AsyncIterator[None]:
+        await asyncio.to_thread(int)  # starts the thread, which a process that is short of memory could not at its end
         yield
         await asyncio.to_thread(self._serving.close)
 

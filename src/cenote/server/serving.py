@@ -285,6 +285,8 @@ class Serving:
 
     def close(self) -> None:
         """Finish the accepted work and stop. A render thread that hangs is left, and is the `fault`."""
+        for probe in self.probes:
+            probe.close()
         for service in self.services:
             service.engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
