@@ -35,8 +35,11 @@ class Probe:
         return await asyncio.wrap_future(self._future())
 
     def close(self) -> None:
-        """Let the thread end after the probe that is under way."""
-        self._asked.put(None)
+        """Let the thread end after the probe that is under way; a later one has another."""
+        with self._lock:
+            if self._thread is not None:
+                self._asked.put(None)
+                self._thread = None
 
     def _future(self) -> Future[bool]:
         """Return the future of the probe that is under way, or of a new one. Whoever gives up does not cancel it."""
