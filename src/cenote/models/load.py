@@ -1,4 +1,4 @@
-"""From options to a model that runs, in eight steps.
+"""From options to a model that runs, in seven steps.
 
 1. *Find* the files, in a folder or on the hub.
 2. *Read* them, but for weights and tokenizer.
@@ -7,8 +7,7 @@
 5. *Prove* which layout is exact, and that heads can be run over its rows.
 6. *Prepare* it: the passes, each of which is proved in that layout. They come last, because they change the model by
    which the layout and the heads were proved, and because most of them change how that layout runs.
-7. *Report* its properties and the way it runs.
-8. *Try it out*: its first forward, and several at a time.
+7. *Report* its properties and the way it runs, and try it out: its first forward, and several at a time.
 """
 
 from __future__ import annotations
