@@ -378,8 +378,7 @@ class LLM:
             lora_request: adapter to run with.
             tokenization_kwargs: as for `embed`.
             chat_template: Jinja template over messages `query` and `document` instead of the model's (cross-encoders).
-            score_type: "cross-encoder", "bi-encoder", "late-interaction", "sparse", "hybrid" or "listwise", one of
-                `info.score_types`; default: the first of these.
+            score_type: one of `info.score_types`, as "cross-encoder" or "bi-encoder"; default: the first of them.
             options: `max_tokens_per_query`, `max_tokens_per_doc`, `instruction`, `chat_template_kwargs`.
 
         Raises:
