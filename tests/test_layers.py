@@ -57,7 +57,7 @@ INNER = {
         ("load", "load"),
     ),
     "server": (
-        ("shared by dialects", "errors turns admission asked arrivals leaving health serving wire"),
+        ("shared by dialects", "errors turns desk admission asked arrivals leaving health serving wire"),
         ("dialects", "routes unread table dialects"),
         ("application", "connections pages describe gate reading tracing app shared ending beside"),
     ),

@@ -19,9 +19,10 @@ from cenote.errors import EngineFailed, Overloaded
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.prompts import Prompts
 from cenote.pipeline.rendering import Renderer
-from cenote.server import serving
+from cenote.server import desk, serving
 from cenote.server.admission import RenderLine
-from cenote.server.serving import QUIET, SHORT, Desk, Serving, new_id
+from cenote.server.desk import QUIET, Desk
+from cenote.server.serving import SHORT, Serving, new_id
 from tests import pictured
 from tests.conftest import CLASSIFIER, INFO, JSON, expected, floats
 
@@ -149,7 +150,7 @@ async def five(desk: Desk, engine: Counting) -> None:
 
 
 def test_requests_that_come_together_reach_the_engine_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "MOST_HELD", 10.0)
+    monkeypatch.setattr(desk, "MOST_HELD", 10.0)
 
     async def ask() -> list[int]:
         engine = Counting()
@@ -170,7 +171,7 @@ def test_requests_that_come_together_reach_the_engine_together(monkeypatch: pyte
 
 
 def test_nothing_is_held_for_long_because_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "MOST_HELD", 0.0)
+    monkeypatch.setattr(desk, "MOST_HELD", 0.0)
 
     async def ask() -> list[int]:
         engine = Counting()
