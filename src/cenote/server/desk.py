@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 QUIET = 2
 """Turns of the event loop without a new request after which the held requests reach the engine."""
 MOST_HELD = 1e-3
-"""Seconds after which they do so even if others keep coming."""
+"""Seconds after which they do so even if others keep coming, unless these wait for their turn to be rendered."""
 MANY_HELD = 64
-"""Requests with which they do so even if others wait for their turn."""
+"""Requests with which they do so then, too."""
 T = TypeVar("T")
 
 
@@ -97,8 +97,10 @@ class Desk:
             quiet: turns that brought no new one.
         """
         quiet = quiet + 1 if count == len(self._held) else 0
-        others_come = quiet < QUIET and time.monotonic() - self._held_since < MOST_HELD
-        if others_come or (self.renders.is_busy and len(self._held) < MANY_HELD):
+        is_late = time.monotonic() - self._held_since >= MOST_HELD
+        others_come = quiet < QUIET and not is_late
+        others_wait = self.renders.is_busy and len(self._held) < MANY_HELD
+        if others_come or others_wait:
             self.loop.call_soon(self._hold, len(self._held), quiet)
             return
         while self._held:
