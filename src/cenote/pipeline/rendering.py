@@ -340,8 +340,8 @@ class Renderer:
     @property
     def renders_quickly(self) -> bool:
         """Whether texts are only tokenised, by a fast backend, which needs no lock: no template, no pictures."""
-        others = (self._messages, self.pictures)
-        return isinstance(self.backend, FastTokenizer) and others == (None, None)
+        is_alone = self._messages is None and self.pictures is None
+        return is_alone and isinstance(self.backend, FastTokenizer)
 
     def token_strings(self, ids: Seq[int]) -> list[str]:
         """Return the vocabulary entries of `ids`."""

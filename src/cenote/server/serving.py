@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from cenote.config import ServerConfig
     from cenote.core import Output
     from cenote.pipeline.job import Job
-    from cenote.pipeline.options import TextOptions
     from cenote.pipeline.pipeline import Service
+    from cenote.pipeline.prompts import Applied
     from cenote.server.admission import EnginePlace
     from cenote.server.wire.fields import Queued
 
@@ -147,18 +147,19 @@ class Serving:
                 param=param,
             )
 
-    def is_short(self, request: Request, service: Service, count: int, options: TextOptions) -> bool:
+    def is_short(self, request: Request, service: Service, count: int, prompt: Applied | None, *, pads: bool) -> bool:
         """Return whether the inputs of a request are tokenised in a moment, so that they may be on the event loop.
 
         Args:
             request: with its size in bytes.
             service: the model.
-            count: number of inputs, each behind the prompt.
-            options: how they become ids. Padding makes much of a short text.
+            count: number of inputs.
+            prompt: before each of them; `None` = the model's default.
+            pads: they are filled up to a length, which makes much of a short text.
         """
-        prompt = options.prompt or service.renderer.prompts.choose()
-        size = request.state.body_bytes + count * len(prompt.text)
-        return size <= SHORT and not options.pad and service.renderer.renders_quickly
+        prompt = prompt or service.renderer.prompts.choose()
+        size = request.scope["state"]["body_bytes"] + count * len(prompt.text)
+        return size <= SHORT and not pads and service.renderer.renders_quickly
 
     async def in_pool(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on a render thread, which keeps no threads of torch's afterwards, and time it as `stage`."""

@@ -109,8 +109,8 @@ def is_short(
     """Return whether a request with `input` or `messages` is rendered in a moment, see `Serving.is_short`."""
     if not body.is_plain:
         return False
-    options = body.options(is_chat=False)._replace(prompt=applied)
-    return serving.is_short(request, service, len(body.prompts()), options)
+    pads = body.padding == "max_length"
+    return serving.is_short(request, service, len(body.prompts()), applied, pads=pads)
 
 
 def prompts_of(

@@ -66,5 +66,5 @@ async def encoded(
         sizes.check(limit, count, sizes.JSON_NUMBER)
         return replace(job, is_slow=is_slow).then(checked)
 
-    is_short = serving.is_short(request, service, len(prompts), options)
+    is_short = serving.is_short(request, service, len(prompts), options.prompt, pads=options.pad)
     return await serving.answer(request, service, body, make, is_short=is_short)
