@@ -271,7 +271,7 @@ def held(app: Application) -> dict[str, float]:
         "computed": serving.running,
         "bytes": metrics.pending_bytes.collect()[0].samples[0].value,
         "rendering": app.admission.rendering.amount,
-        "tokens": sum(line.amount + line.tokens for line in app.admission.lines),
+        "tokens": sum(line.amount + sum(line._tokens) for line in app.admission.lines),
     }
 
 
