@@ -22,7 +22,7 @@ from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import DIALECTS, build
 from cenote.tasks import TASKS
-from tests import pictured
+from tests import checkpoints, pictured
 from tests.conftest import INFO
 from tests.pictured import bomb, noise, saved, url
 from tests.test_layers import MODULES, name, parsed
@@ -78,13 +78,19 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(checkpoints.bert(tmp_path_factory.mktemp("tiny")))
+
+
 @pytest.mark.parametrize(("options", "flags"), BAD.values(), ids=BAD)
 def test_bad_options_are_refused_in_the_same_words(
-    options: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, options: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError) as refused:
-        LLM(**options)
-    assert main(["serve", "--port", "0", *flags]) == 2
+        LLM(**{"model": tiny, **options})
+    models = [] if "model" in options else [tiny]
+    assert main(["serve", *models, "--port", "0", *flags]) == 2
     told = capsys.readouterr().err.splitlines()[-1].removeprefix("cenote: ")
     if "option" in options or options.keys() == {"max_model_length"}:  # a flag is spelled as a flag
         assert (str(refused.value), told) == (

@@ -270,6 +270,7 @@ def test_scripts(
         assert re.fullmatch(r"Reward: \[-?[\d.e-]+\] \(size=1\)", lines[-2])
 
 
+@pytest.mark.full
 def test_a_script_is_a_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a test's process is needed, and flags overrule the script's defaults."""
     monkeypatch.chdir(home)

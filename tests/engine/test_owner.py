@@ -123,6 +123,7 @@ SPAWNS = """
 """
 
 
+@pytest.mark.full
 def test_a_spawned_child_has_its_own(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "spawned.py").write_text(textwrap.dedent(SPAWNED))
     done = forked.run(textwrap.dedent(SPAWNS), str(folder), str(tmp_path))

@@ -211,6 +211,7 @@ print(*LLM(model=sys.argv[1]).embed("Hello, my name is", use_tqdm=False)[0].outp
 """
 
 
+@pytest.mark.full
 def test_a_model_of_an_installed_package(bert: Path, tmp_path: Path) -> None:
     """A package whose metadata names the class under `cenote.models` need not be imported by anyone."""
     site = tmp_path / "site"

@@ -251,6 +251,7 @@ def test_requests_are_answered_without_a_collector(
     assert loggers == {"opentelemetry"}
 
 
+@pytest.mark.full
 def test_without_an_endpoint_nothing_is_imported() -> None:
     program = """
 import sys
