@@ -181,7 +181,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header, or that there are too many."""
+        """Note a header, or that there are too many. Those behind a chunked body come here, too."""
         if len(self.headers) < self.limits.header_count:
             super().on_header(name, value)
             return
