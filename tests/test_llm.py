@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -264,13 +265,18 @@ def test_use_activation_is_a_bool(value: Any) -> None:
 
 
 def test_the_task_of_parameters(llm: LLM) -> None:
-    for params in (PoolingParams(task="token_embed"), [PoolingParams(task="token_embed")] * 2):
-        outputs = llm.encode(SHORT[:2], params, use_tqdm=False)
-        assert [list(output.outputs.data.shape) for output in outputs] == [
-            [len(ids), checkpoints.HIDDEN] for ids in IDS[:2]
-        ]
+    params = PoolingParams(task="token_embed")
+    for given in (params, [params] * 2, deque([params] * 2)):
+        outputs = llm.encode(SHORT[:2], given, use_tqdm=False)
+        assert [len(output.outputs.data) for output in outputs] == [len(ids) for ids in IDS[:2]]
     with pytest.raises(BadRequest, match="pooling_params name the task 'embed', and the call has 'classify'"):
         llm.classify(SHORT[0], pooling_params=PoolingParams(task="embed"), use_tqdm=False)
+
+
+def test_a_task_that_is_named_twice_counts_once(llm: LLM) -> None:
+    (twice,) = llm.encode(SHORT[0], pooling_task=["embed", "token_embed", "embed"], use_tqdm=False)
+    assert list(twice.outputs.others) == ["token_embed"]
+    assert twice.outputs.data.shape == (checkpoints.HIDDEN,)
 
 
 def test_without_special_tokens(llm: LLM) -> None:

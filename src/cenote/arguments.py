@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
     from collections.abc import Sequence as Seq
 
     from cenote.core import Output
@@ -209,9 +209,9 @@ def tasks_of(params: Any, tasks: str | Iterable[str] | None) -> list[str]:
     Raises:
         BadRequest: the parameters name another one, or several.
     """
-    each = params if isinstance(params, (list, tuple)) else [params]
+    each = params if isinstance(params, Iterable) else [params]
     of_params = list(filter(None, (getattr(one, "task", None) for one in each)))
-    of_call = listed_texts(tasks or of_params[:1])
+    of_call = list(dict.fromkeys(listed_texts(tasks or of_params[:1])))
     others = [task for task in of_params if task not in of_call]
     if others:
         raise BadRequest(

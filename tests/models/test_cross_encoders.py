@@ -344,6 +344,28 @@ def test_problem_types_of_one_label(one: Path, logits: np.ndarray) -> None:
             close(ours(llm)[:, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("labels", "problem"), [(1, "regression"), (3, "multi_label_classification"), (3, "single_label_classification")]
+)
+def test_a_cross_encoder_s_folder_does_not_go_by_its_problem_type(tmp_path: Path, labels: int, problem: str) -> None:
+    """As in sentence-transformers, unless the user sets it."""
+    folder = checkpoints.classifier(tmp_path / "model", num_labels=labels, problem_type=problem)
+    checkpoints.write_modules(
+        folder,
+        transformer={"transformer_task": "sequence-classification"},
+        settings={"model_type": "CrossEncoder"},
+    )
+    expected = theirs(folder)
+    with LLM(model=str(folder)) as llm:
+        close(ours(llm), expected, scale=1.0)
+    logits = theirs(folder, nn.Identity())
+    by_problem = {"regression": logits, "multi_label_classification": sigmoid(logits)}.get(problem)
+    if by_problem is not None:
+        with LLM(model=str(folder), hf_overrides={"problem_type": problem}) as llm:
+            close(ours(llm), by_problem, scale=1.0)
+        assert np.abs(by_problem - expected).max() > 1e-2
+
+
 @pytest.mark.parametrize("overridden", [True, False])
 def test_unknown_problem_types_are_refused(one: Path, overridden: bool) -> None:
     if not overridden:

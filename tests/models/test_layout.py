@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from cenote import LLM, PoolingParams
 from cenote.core import Sequence
 from cenote.errors import CheckpointError
 from cenote.models.layouts import Layout, Padded, forward
@@ -19,6 +21,7 @@ from cenote.models.probe import LONGEST_REAL_WINDOW
 from cenote.models.traits import position_offset, position_rows
 from cenote.tensors.packing import pack
 from material.zoo import FIRST_TOKEN, SMALL, ZOO, build
+from tests import checkpoints
 
 ROWS = {architecture.name: architecture for architecture in ZOO}
 
@@ -56,6 +59,21 @@ def test_windows_longer_than_the_probe_are_honoured(name: str) -> None:
     layout, _ = choose(packed)
     assert layout.name == "packed"
     assert torch.allclose(forward(layout, pack(sequences)), expected, atol=2e-5)
+
+
+def test_a_part_of_a_config_that_has_no_attention(tmp_path: Path) -> None:
+    """MPT's settings of attention are a config within the config, which names no implementation."""
+    tokenizer = checkpoints.byte_level()
+    config = transformers.MptConfig(vocab_size=len(tokenizer), d_model=32, n_layers=3, n_heads=4, max_seq_len=1024)
+    folder = checkpoints.save(transformers.MptModel(config), tokenizer, tmp_path, 1)
+    texts = ["Hello, my name is", "a cenote"]
+    with LLM(model=str(folder), runner="pooling") as llm:
+        outputs = llm.encode(texts, PoolingParams(use_activation=False), pooling_task="token_embed", use_tqdm=False)
+    net = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    for output in outputs:
+        with torch.inference_mode():
+            expected = net(torch.tensor([output.prompt_token_ids]))[0][0]
+        assert torch.allclose(output.outputs.data, expected, atol=2e-5)
 
 
 LLAMA4: dict[str, Any] = {

@@ -191,6 +191,13 @@ def written(
     return path
 
 
+def test_a_normalize_that_writes_elsewhere_is_refused(bert: Path, tmp_path: Path) -> None:
+    elsewhere = Normalize(module_input_name="token_embeddings", module_output_name="normalized")
+    folder = written(bert, tmp_path / "model", projection(), elsewhere)
+    with pytest.raises(CheckpointError, match="module_output_name 'normalized' is not honoured here, only token_embed"):
+        LLM(model=str(folder))
+
+
 PUNCTUATION = list(string.punctuation)
 
 VARIANTS: dict[str, dict[str, Any]] = {

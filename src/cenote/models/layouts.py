@@ -382,10 +382,14 @@ def candidates(
 
 
 def _implementations(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the names of the attention of a model and of its parts, as `set_attn_implementation` takes them."""
+    """Return the names of the attention of a model and of its parts, as `set_attn_implementation` takes them.
+
+    Some parts have none, as those that are settings (MPT) or convolutions.
+    """
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     nested = {name: _implementations(part) for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **nested}
+    names = {"": config._attn_implementation, **nested}
+    return {name: value for name, value in names.items() if value}
 
 
 def _bound_bias(module: nn.Module) -> None:

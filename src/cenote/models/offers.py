@@ -11,6 +11,7 @@ from torch import nn
 from cenote.errors import CheckpointError
 from cenote.functions import coalesce
 from cenote.models import classifiers
+from cenote.models.checkpoint import overridden
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_tasks
 from cenote.models.families.family import Loaded, Vectors
 from cenote.models.model_outputs import OwnPooler
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from cenote.config import ModelConfig, PoolerConfig
+    from cenote.config import ModelConfig
     from cenote.models.checkpoint import Checkpoint
     from cenote.models.poolers import TaskOutput
     from cenote.models.probe import HeadProbe
@@ -151,7 +152,7 @@ def _class_outputs(
     """Return `classify` and `token_classify`, as far as the head can do them, the one that it is made for first."""
     head, config = checkpoint.head, options.pooler_config
     steps = _steps(checkpoint, options)
-    calibration = _calibration(checkpoint, config, classifier, steps)
+    calibration = _calibration(checkpoint, options, classifier, steps)
     columns = head.columns or range(classifier.num_labels)
     _check_columns(checkpoint, config.returned_token_ids or (), columns)
     rates_inputs, rates_tokens = classifier.whole is not None, classifier.per_token
@@ -178,16 +179,18 @@ def _class_outputs(
 
 
 def _calibration(
-    checkpoint: Checkpoint, config: PoolerConfig, classifier: classifiers.Classifier, steps: Steps
+    checkpoint: Checkpoint, options: ModelConfig, classifier: classifiers.Classifier, steps: Steps
 ) -> Calibration:
     """Return the way from logits to values, by the pooler config, else by the checkpoint.
 
     A reward is a number and no probability; a step is rated by the softmax over its classes.
     """
-    head = checkpoint.head
+    head, config = checkpoint.head, options.pooler_config
     activate = coalesce(config.use_activation, head.kind != "reward" or steps.apply)
     num_labels = len(config.returned_token_ids or range(classifier.num_labels))
-    (activation, function), sigma = activation_of(checkpoint, num_labels), coalesce(config.logit_sigma, head.sigma)
+    by_user = "problem_type" in overridden(options)
+    activation, function = activation_of(checkpoint, num_labels, by_user=by_user)
+    sigma = coalesce(config.logit_sigma, head.sigma)
     return Calibration(activation, activate, config.logit_mean or 0.0, sigma, function)
 
 

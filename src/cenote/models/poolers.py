@@ -243,21 +243,27 @@ class TokenClassify:
         return Rows(self.calibration.finish(logits_RC, params), list(map(len, kept)))
 
 
-def activation_of(checkpoint: Files, num_labels: int) -> tuple[str, Callable[[Tensor], Tensor]]:
+def activation_of(
+    checkpoint: Files, num_labels: int, *, by_user: bool = False
+) -> tuple[str, Callable[[Tensor], Tensor]]:
     """Return the activation of a classifier, its name and the function.
 
     A CrossEncoder of Sentence-Transformers has the one that it was saved with, else that library's default. Of other
     checkpoints the config's `problem_type` counts, then one that an old CrossEncoder was saved with, then the number
     of labels.
 
+    Args:
+        checkpoint: as it was read.
+        num_labels: of the classifier.
+        by_user: the user sets `problem_type`, which counts then of every checkpoint.
+
     Raises:
         CheckpointError: the checkpoint names an activation that is not honoured.
     """
     saved = _saved_activation(checkpoint)
     problem = getattr(checkpoint.config, "problem_type", None)
-    is_one = checkpoint.st.is_cross_encoder
-    is_certain = is_one and str(saved).startswith("torch.nn.")
-    if saved is not None and (problem is None or is_certain):
+    is_one = checkpoint.st.is_cross_encoder and not by_user
+    if saved is not None and (problem is None or is_one):
         return _of_torch(saved, num_labels, checkpoint.name)
     by_count = "softmax" if num_labels > 1 else "sigmoid"
     by_problem = {
@@ -269,7 +275,7 @@ def activation_of(checkpoint: Files, num_labels: int) -> tuple[str, Callable[[Te
     if problem not in by_problem:
         expected = ", ".join(filter(None, by_problem))
         raise CheckpointError(f"config.json: problem_type must be one of {expected}, got {problem!r}")
-    name = by_problem[problem]
+    name = by_problem[None if is_one else problem]
     return name, ACTIVATIONS[name]
 
 

@@ -17,7 +17,7 @@ from cenote.errors import CheckpointError
 from cenote.functions import coalesce
 from cenote.models.classifiers import linear
 from cenote.models.families.family import Family
-from cenote.models.modules import dense
+from cenote.models.modules import check_names, dense
 from cenote.models.poolers import Pooler, TokenEmbed
 from cenote.models.reading import about, load
 from cenote.models.transformer_module import as_tuple
@@ -273,6 +273,7 @@ def _steps(st: SentenceTransformer, allow_pickle: bool) -> tuple[Step, ...]:
             layer, _ = dense(module, allow_pickle, over="token_embeddings")
             steps.append(layer)
         elif _normalizes_tokens(module):
+            check_names(module, ["token_embeddings"])
             steps.append(normalize)
     return tuple(steps)
 
