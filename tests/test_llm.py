@@ -273,6 +273,22 @@ def test_the_task_of_parameters(llm: LLM) -> None:
         llm.classify(SHORT[0], pooling_params=PoolingParams(task="embed"), use_tqdm=False)
 
 
+def test_scoring_arguments_of_another_kind(llm: LLM) -> None:
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "parameters": ({"pooling_params": [PoolingParams()]}, "this call takes one `PoolingParams`, not a list"),
+        "further": ({"pooling_params": PoolingParams(extra_kwargs="foo")}, "extra_kwargs must be a Mapping, got 'foo'"),  # type: ignore[arg-type]
+        "template": ({"chat_template": 3}, "chat_template must be a str, got 3"),
+        "variables": ({"chat_template_kwargs": [1]}, r"chat_template_kwargs must be a Mapping, got \[1\]"),
+        "way": ({"score_type": ["bi"]}, r"score_type must be one of cross-encoder, .*, got \['bi'\]"),
+        "adapter": ({"lora_request": "law"}, "got 'law', expected a LoRARequest"),
+    }
+    for options, message in wrong.values():
+        with pytest.raises(BadRequest, match=message):
+            llm.score("a", "b", use_tqdm=False, **options)
+        with pytest.raises(BadRequest, match=message):
+            llm.rerank("a", ["b"], use_tqdm=False, **options)
+
+
 def test_a_task_that_is_named_twice_counts_once(llm: LLM) -> None:
     (twice,) = llm.encode(SHORT[0], pooling_task=["embed", "token_embed", "embed"], use_tqdm=False)
     assert list(twice.outputs.others) == ["token_embed"]
@@ -324,11 +340,29 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"tokenization_kwargs": {"padding": "max_length", "max_length": 32}},
         "max_length is for truncation=True, without truncate_prompt_tokens; got {'padding': 'max_length', 'max_len",
     ),
+    "cut and whole": (
+        "a",
+        {"tokenization_kwargs": {"truncate_prompt_tokens": 4, "truncation": False}},
+        "truncate_prompt_tokens cuts, and truncation=False does not",
+    ),
+    "special tokens": ("a", {"tokenization_kwargs": {"add_special_tokens": "no"}}, "must be True or False, got 'no'"),
+    "a length below": (
+        "a",
+        {"tokenization_kwargs": {"truncation": True, "max_length": -2}},
+        "max_length must be an integer >= -1, got -2",
+    ),
     "two lengths": (
         "a",
         {"tokenization_kwargs": {"truncation": True, "max_length": 8, "truncate_prompt_tokens": 5}},
         "max_length is for truncation=True, without truncate_prompt_tokens",
     ),
+    "tokenization of another kind": ("a", {"tokenization_kwargs": 5}, "tokenization_kwargs must be a Mapping, got 5"),
+    "a key that is no name": ("a", {"tokenization_kwargs": {1: 2}}, "unknown tokenization argument '1'"),
+    "parameters of another kind": ("a", {"pooling_params": 5}, "pooling_params must be a Pool.* list .* 5"),
+    "parameters for one prompt": (["a", "b"], {"pooling_params": [None, PoolingParams()]}, "pooling_params must be"),
+    "a prompt of another kind": ("a", {"prompt": 3}, "prompt must be a str, got 3"),
+    "a name of another kind": ("a", {"prompt_name": ["query"]}, r"prompt_name must be a str, got \['query'\]"),
+    "an adapter of another kind": ("a", {"lora_request": "law"}, "expected a LoRARequest|lengths of prompts"),
     "truncate below": (
         "a",
         {"tokenization_kwargs": {"truncate_prompt_tokens": -2}},

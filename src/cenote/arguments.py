@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,6 @@ from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
     from collections.abc import Sequence as Seq
 
     from cenote.core import Output
@@ -74,6 +73,7 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "truncation_side": ((None, "left", "right"), "'left' or 'right'"),
     "padding": ((None, False, "max_length", "do_not_pad"), "'max_length' or 'do_not_pad'"),
+    "add_special_tokens": ((None, True, False), "True or False"),
 }
 """Values of tokenization arguments, and their names in messages."""
 PAIRS = ("max_tokens_per_query", "max_tokens_per_doc", "instruction", "chat_template_kwargs")
@@ -85,7 +85,7 @@ def text_options(tokenization_kwargs: Mapping[str, Any] | None) -> TextOptions:
     Raises:
         BadRequest: a key or value is unknown.
     """
-    kwargs = tokenization_kwargs or {}
+    kwargs = of_kind("tokenization_kwargs", tokenization_kwargs, Mapping) or {}
     _check_names("tokenization argument", kwargs, TOKENIZATION)
     for name, (values, expected) in CHOICES.items():
         value = kwargs.get(name)
@@ -95,32 +95,34 @@ def text_options(tokenization_kwargs: Mapping[str, Any] | None) -> TextOptions:
         _truncation(kwargs),
         kwargs.get("truncation_side"),
         kwargs.get("padding") == "max_length",
-        bool(kwargs.get("add_special_tokens", True)),
+        bool(coalesce(kwargs.get("add_special_tokens"), True)),
     )
 
 
 def _truncation(kwargs: Mapping[str, Any]) -> int | None:
     """Return the number of tokens to which inputs are cut: -1 = the model's maximum, `None` = they are not."""
     length, max_length = kwargs.get("truncate_prompt_tokens"), kwargs.get("max_length")
-    cuts = kwargs.get("truncation") in (True, "longest_first")
+    truncation = kwargs.get("truncation")
+    cuts = truncation in (True, "longest_first")
     if max_length is not None and (length is not None or not cuts):
         raise BadRequest(
             f"max_length is for truncation=True, without truncate_prompt_tokens; got {dict(kwargs)!r}",
             param="max_length",
         )
+    if length is not None and truncation is not None and not cuts:
+        raise BadRequest(f"truncate_prompt_tokens cuts, and truncation={truncation!r} does not", param="truncation")
+    name = "truncate_prompt_tokens" if max_length is None else "max_length"
     if length is None and cuts:
         length = coalesce(max_length, -1)
     if length is None:
         return None
     if type(length) is not int or length < -1:
-        raise BadRequest(
-            f"truncate_prompt_tokens must be an integer >= -1, got {length!r}", param="truncate_prompt_tokens"
-        )
+        raise BadRequest(f"{name} must be an integer >= -1, got {length!r}", param=name)
     return length
 
 
 def _check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None:
-    unknown = set(names).difference(known)
+    unknown = set(map(str, names)).difference(known)
     if unknown:
         name = min(unknown)
         raise BadRequest(unknown_name(kind, name, known), param=name)
@@ -132,9 +134,11 @@ def pair_options(params: PoolingParams, options: Mapping[str, Any], chat_templat
     Raises:
         BadRequest: an option is unknown, or sets a reserved variable of the template.
     """
-    options = {**(params.extra_kwargs or {}), **options}
+    further = of_kind("extra_kwargs", params.extra_kwargs, Mapping)
+    options = {**(further or {}), **options}
     _check_names("scoring option", options, PAIRS)
-    source = optional(template_text, chat_template)
+    of_kind("chat_template_kwargs", options.get("chat_template_kwargs"), Mapping)
+    source = optional(template_text, of_kind("chat_template", chat_template, str))
     return PairOptions.of(template=optional(PairTemplate, source), **options)
 
 
@@ -143,6 +147,17 @@ def sparse_embedding(output: Output, renderer: Renderer) -> SparseEmbedding:
     assert output.indices is not None
     tokens = renderer.token_strings(output.indices.tolist())
     return SparseEmbedding(output.indices, output.data, tokens)  # type: ignore[arg-type] # kept as arrays
+
+
+def of_kind(name: str, value: T, kind: type[Any]) -> T:
+    """Return the argument `name`.
+
+    Raises:
+        BadRequest: it is neither `None` nor of that kind.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    raise BadRequest(f"{name} must be a {kind.__name__}, got {value!r:.100}", param=name)
 
 
 def listed_texts(texts: str | Iterable[str]) -> list[str]:
@@ -203,15 +218,32 @@ def per_prompt(params: Any, count: int) -> PoolingParams | list[PoolingParams]:
     return _as_many(params, count, "pooling_params")
 
 
+def listed_params(params: Any) -> list[PoolingParams]:
+    """Return the `pooling_params` of a call as a list, empty for `None`.
+
+    Raises:
+        BadRequest: they are not `PoolingParams`, or some for each prompt.
+    """
+    if params is None or isinstance(params, PoolingParams):
+        return [] if params is None else [params]
+    each = list(params) if isinstance(params, Collection) else [params]
+    for one in each:
+        if not isinstance(one, PoolingParams):
+            raise BadRequest(
+                f"pooling_params must be a PoolingParams, or a list with one for each prompt, got {one!r:.100}",
+                param="pooling_params",
+            )
+    return each
+
+
 def tasks_of(params: Any, tasks: str | Iterable[str] | None) -> list[str]:
     """Return the tasks of a call: those that it names, else the one that its parameters name.
 
     Raises:
-        BadRequest: the parameters name another one, or several.
+        BadRequest: the parameters name another one, or several; or something is not of its kind.
     """
-    each = params if isinstance(params, Iterable) else [params]
-    of_params = list(filter(None, (getattr(one, "task", None) for one in each)))
-    of_call = list(dict.fromkeys(listed_texts(tasks or of_params[:1])))
+    of_params = list(filter(None, (one.task for one in listed_params(params))))
+    of_call = list(dict.fromkeys(listed_texts(of_kind("pooling_task", tasks, Iterable) or of_params[:1])))
     others = [task for task in of_params if task not in of_call]
     if others:
         raise BadRequest(
@@ -250,4 +282,4 @@ def single(value: Any, kind: type[T], name: str) -> T | None:
     """
     if value is None or isinstance(value, kind):
         return value
-    raise BadRequest(f"the 'plugin' task takes one `{kind.__name__}`, not a list", param=name)
+    raise BadRequest(f"this call takes one `{kind.__name__}`, not a list, got {value!r:.100}", param=name)

@@ -6,6 +6,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cenote.adapters import LoRARequest
 from cenote.arguments import lora_per_prompt, per_prompt
 from cenote.core import PoolingParams
 from cenote.engine.waiting import UnderWay
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from collections.abc import Sequence as Seq
 
-    from cenote.adapters import LoraModule, LoRARequest
+    from cenote.adapters import LoraModule
     from cenote.core import Sequence
     from cenote.pipeline.inputs import Pair, Prompt
     from cenote.pipeline.job import Job
@@ -85,6 +86,8 @@ class Calls:
         """
         if choice is None:
             return None
+        if not isinstance(choice, LoRARequest):
+            raise BadRequest(f"got {choice!r:.100}, expected a LoRARequest", param="lora_request")
         with self._lock:
             path = self._adapters.get(choice.lora_name, choice.lora_path)
             if path != choice.lora_path:

@@ -10,6 +10,7 @@ import itertools
 import logging
 import warnings
 import weakref
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +20,8 @@ from cenote.adapters import LoRARequest
 from cenote.arguments import (
     as_tensors,
     comparable,
-    listed_texts,
+    listed_params,
+    of_kind,
     pair_options,
     plugin_data,
     side,
@@ -339,13 +341,13 @@ class LLM:
         Raises:
             BadRequest: the model does not label tokens, or as `embed`.
         """
-        texts = listed_texts(prompts)
+        texts = listed(prompts)
         job = operations.find_entities(
             self._service,
             texts,
             text_options(tokenization_kwargs),
             aggregation=aggregation_strategy,
-            ignore_labels=ignore_labels,
+            ignore_labels=of_kind("ignore_labels", ignore_labels, Collection) or (),
         )
         of_texts = self._calls.answer(job, lora_request, use_tqdm)
         return [
@@ -386,7 +388,7 @@ class LLM:
         """
         renderer = self._service.renderer
         queries, documents = side(data_1, renderer), side(data_2, renderer)
-        params = pooling_params or PoolingParams()
+        params = single(pooling_params, PoolingParams, "pooling_params") or PoolingParams()
         job = operations.score(
             self._service,
             queries,
@@ -436,7 +438,7 @@ class LLM:
             BadRequest: `top_n` is negative, or as `score`.
         """
         items, renderer = listed(documents), self._service.renderer
-        params = pooling_params or PoolingParams()
+        params = single(pooling_params, PoolingParams, "pooling_params") or PoolingParams()
         (one_query,) = side([query], renderer)
         job = operations.rerank(
             self._service,
@@ -525,6 +527,8 @@ class LLM:
         input_type: str | None,
     ) -> TextOptions:
         """Return how texts become ids, with the prompt before each of them."""
+        for name, value in {"prompt": prompt, "prompt_name": prompt_name, "input_type": input_type}.items():
+            of_kind(name, value, str)
         applied = self._service.renderer.prompts.choose(prompt=prompt, name=prompt_name, input_type=input_type)
         return text_options(tokenization_kwargs)._replace(prompt=applied)
 
@@ -554,8 +558,7 @@ class LLM:
 
     def _vector_task(self, params: PoolingParams | Seq[PoolingParams] | None) -> str:
         """Return the task of `embed`: "token_embed" if the model or the parameters are about tokens, else "embed"."""
-        each = [params] if isinstance(params, PoolingParams) else params or ()
-        is_late = any(one.late_chunking_params for one in each)
+        is_late = any(one.late_chunking_params for one in listed_params(params))
         return "token_embed" if is_late or self.info.vector_task == "token_embed" else "embed"
 
     def _tensors(self, results: list[tuple[Sequence, Output]]) -> list[PoolingRequestOutput[PoolingOutput]]:

@@ -175,7 +175,7 @@ def choose(info: ModelInfo, score_type: str | None) -> Way:
         raise _not_scored(info)
     if score_type is None:
         return WAYS[info.score_types[0]]
-    way = SPELLED.get(score_type.lower().replace("_", "-"))
+    way = SPELLED.get(str(score_type).lower().replace("_", "-"))
     if way is None:
         raise BadRequest(f"score_type must be one of {', '.join(WAYS)}, got {score_type!r}", param="score_type")
     if way.name not in info.score_types:
