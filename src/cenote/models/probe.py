@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -585,12 +586,12 @@ def _shown(value: Any) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         return value, None if value.is_inference() else value._version
     if isinstance(value, dict):
-        return value, *value.items()
+        return value, *value, *value.values()
     if isinstance(value, (list, set, tuple)):
         return value, *value
     inner = getattr(value, "__dict__", None)
     if isinstance(inner, dict) and not isinstance(value, (nn.Module, type)):
-        return value, *inner.items()
+        return value, *inner, *inner.values()
     return (value,)
 
 
@@ -599,8 +600,8 @@ def _same(before: Any, after: Any) -> bool:
         return True
     if type(before) is not type(after):
         return False
-    if isinstance(before, tuple):
-        return len(before) == len(after) and all(map(_same, before, after))
+    if isinstance(before, tuple) and len(before) == len(after):
+        return all(map(is_, before, after)) or all(map(_same, before, after))
     return isinstance(before, (int, float, str)) and before == after
 
 

@@ -165,12 +165,15 @@ class Window(NamedTuple):
 
 def windows(model: PreTrainedModel) -> list[Window]:
     """Return the windows that a model's modules and configs have, and configs within these: each may be read."""
-    configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
-    holders = chain(_nested(model.config), *map(_nested, configs), model.modules())
-    by_place = {
-        (id(holder), name): Window(holder, name, getattr(holder, name, 0)) for holder in holders for name in WINDOWS
-    }
-    return [window for window in by_place.values() if type(window.size) is int and window.size > 0]
+    modules = list(model.modules())
+    by_identity = {id(config): config for config in (vars(module).get("config") for module in modules)}
+    configs = chain.from_iterable(_nested(config) for config in by_identity.values() if config is not None)
+    distinct = {id(config): config for config in configs}
+    places = [Window(config, name, getattr(config, name, 0)) for config in distinct.values() for name in WINDOWS]
+    for module in modules:
+        attributes = vars(module)
+        places += [Window(module, name, attributes[name]) for name in WINDOWS if name in attributes]
+    return [window for window in places if type(window.size) is int and window.size > 0]
 
 
 def _nested(config: Any) -> Iterator[Any]:

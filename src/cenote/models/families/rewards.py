@@ -63,9 +63,11 @@ class RewardHead:
 
 def _is_beside(name: str, ending: str) -> bool:
     """Return whether a tensor called `name` has that ending, and is in no numbered layer."""
+    if not name.endswith(ending):
+        return False
     before = name.removesuffix(ending)
     is_whole = before == "" or before.endswith(".")
-    return name.endswith(ending) and is_whole and not is_in_layer(before)
+    return is_whole and not is_in_layer(before)
 
 
 class _Gated(nn.Module):
