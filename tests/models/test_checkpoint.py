@@ -22,6 +22,7 @@ from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
 from cenote.models import hub, resolve, weights
 from cenote.models.load import load
+from cenote.models.overrides import merged
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
 from tests import checkpoints, forked
@@ -430,6 +431,105 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     assert np.abs(merged - plain).max() > 1e-3
     whole = rows(qwen, hf_overrides={"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
     checkpoints.assert_same(merged, whole)
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+WINDOW = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written"),
+    [
+        ({"rope_theta": 100.0}, {"rope_theta": 100.0, "rope_parameters": None}),
+        ({"rope_scaling": LINEAR}, {"rope_scaling": LINEAR, "rope_theta": 10000.0, "rope_parameters": None}),
+        (WINDOW, WINDOW | {"layer_types": None}),
+    ],
+    ids=["base", "scaling", "window"],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_hf_overrides_of_keys_that_transformers_resolves(
+    tmp_path: Path, overrides: dict[str, Any], written: dict[str, Any], *, older: bool
+) -> None:
+    """They count as in `config.json`, also beside the results that Transformers has written there."""
+    folder = checkpoints.decoder(tmp_path / "model", "Qwen3Model")
+    if older:
+        checkpoints.edit_json(folder / "config.json", rope_parameters=None, layer_types=None, rope_theta=10000.0)
+    plain = rows(folder)
+    changed = rows(folder, hf_overrides=overrides)
+    checkpoints.edit_json(folder / "config.json", **written)
+    expected = rows(folder)
+    assert np.abs(expected - plain).max() > 1e-3
+    checkpoints.assert_same(changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "expected"),
+    [
+        (
+            {"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"factor": 3.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5.0}},
+        ),
+        (
+            {"text_config": {"a": 1, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}},
+            {"text_config": {"rope_theta": 50.0}},
+            {"text_config": {"a": 1, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": None},
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default", "factor": 2.0}},
+        ),
+        ({"rope_theta": 5.0}, {"rope_theta": 6.0}, {"rope_theta": 6.0}),
+        ({"dtype": "float32"}, {"torch_dtype": "float16"}, {"torch_dtype": "float16"}),
+        ({"id2label": {"0": "a"}, "num_labels": 1}, {"id2label": {"0": "b"}}, {"id2label": {"0": "b"}}),
+    ],
+)
+def test_hf_overrides_are_merged(content: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert merged(content, changes) == expected
+
+
+def test_hf_overrides_that_name_no_type_of_layer(tmp_path: Path) -> None:
+    by_type = {kind: {"rope_type": "default", "rope_theta": 5.0} for kind in ("full_attention", "sliding_attention")}
+    folder = checkpoints.bert(tmp_path / "model")
+    checkpoints.edit_json(folder / "config.json", rope_parameters=by_type)
+    with pytest.raises(
+        ConfigError, match="hf_overrides: rope_theta would have no effect, for config.json has rope_par"
+    ):
+        LLM(model=str(folder), hf_overrides={"rope_theta": 100.0})
+
+
+def _fails(config: Any) -> Any:
+    raise LookupError("no such size")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (lambda config: None, "^hf_overrides: the function returned NoneType, expected the config"),
+        (_fails, "^hf_overrides: the function raised LookupError: no such size; correct it"),
+        ({"id2label": {"a": "0"}}, r"^hf_overrides: id2label is \{'a': '0'\}. Expected `int`.*; correct it$"),
+        ({"num_labels": "3"}, "^hf_overrides: num_labels is '3'. Expected `int`, got `str`; correct it$"),
+        ({"id2label": None}, "^hf_overrides: id2label is None. Expected `object`, got `null`; correct it$"),
+        ({"architectures": "BertModel"}, "^hf_overrides: architectures is 'BertModel'. Expected `array"),
+        ({"hidden_size": None}, "^hf_overrides: with hidden_size: cannot read config.json"),
+        ({"hidden_size": 0}, "^hf_overrides: with hidden_size: config.json: hidden_size is 0, expected at least 1"),
+    ],
+)
+def test_hf_overrides_that_are_wrong(bert: Path, overrides: Any, message: str) -> None:
+    """The checkpoint is not blamed for them."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        LLM(model=str(bert), hf_overrides=overrides)
+    assert "download it again" not in caught.value.message
+
+
+def test_hf_overrides_win_over_config_kwargs(tmp_path: Path) -> None:
+    silu, relu = {"hidden_act": "silu"}, {"hidden_act": "relu"}
+    first, second = (checkpoints.bert(tmp_path / name) for name in ("first", "second"))
+    checkpoints.write_modules(first, pooling("mean"), NORMALIZE, transformer={"config_kwargs": silu})
+    checkpoints.write_modules(second, pooling("mean"), NORMALIZE, transformer={"config_kwargs": relu})
+    assert np.abs(rows(first) - rows(second)).max() > 1e-2
+    checkpoints.assert_same(rows(first, hf_overrides=relu), rows(second))
 
 
 def test_mappings_of_config_kwargs_are_whole(tmp_path: Path) -> None:

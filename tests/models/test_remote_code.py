@@ -435,6 +435,20 @@ def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dic
     close(rows(folder, pooler_config={"pooling_type": "MEAN"}, max_model_len=64), expected)
 
 
+@pytest.mark.parametrize(
+    "overrides", [{"rotary_emb_base": 10}, {"rope_parameters": {"rope_theta": 10.0}}], ids=["its word", "Transformers'"]
+)
+def test_nomic_with_overrides(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    """They are as in its `config.json`, in the words of its code or of Transformers."""
+    folder = tmp_path / "nomic"
+    nomic(folder)
+    plain, changed = rows(folder), rows(folder, hf_overrides=overrides)
+    edit_json(folder / "config.json", rotary_emb_base=10)
+    expected = rows(folder)
+    assert np.abs(expected - plain).max() > 1e-3
+    close(changed, expected)
+
+
 def test_nomic_beyond_its_trained_positions(tmp_path: Path) -> None:
     """Its dynamic scaling counts from the trained positions on."""
     folder = tmp_path / "nomic"
