@@ -66,3 +66,11 @@ def test_keys_of_old_releases_change_nothing(tmp_path: Path, key: str) -> None:
 def test_a_key_that_picks_something_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match=rf"config\.json has the key {key}, which Cenote does not honour"):
         read(tmp_path, key, PICKING[key])
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """Transformers writes infinity as an object, for JSON has no word for it."""
+    entries = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    write_json(tmp_path / "config.json", entries)
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert config.time_step_limit == [0.0, float("inf")]

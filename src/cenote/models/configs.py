@@ -116,7 +116,7 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit, stor
         CheckpointError: it is damaged, names code that may not run, or has a key that cannot be honoured.
         ConfigError: it is so with the user's changes alone.
     """
-    content = as_object(folder / CONFIG, read_json(folder / CONFIG))
+    content = decoded(as_object(folder / CONFIG, read_json(folder / CONFIG)))
     changes = overrides.mapping(options)
     if not changes:
         return _read(folder, checkpoint, content, options, audit, stored)
@@ -126,6 +126,14 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit, stor
         _read(folder, checkpoint, content, options, Audit(options.allow_unread), stored)  # is the file itself at fault?
         message = error.message.removesuffix(f"; {REMEDY}")
         raise ConfigError(f"hf_overrides: with {', '.join(changes)}: {message}") from error
+
+
+def decoded(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a config with the numbers that are not finite, which Transformers writes as objects."""
+    from transformers import PretrainedConfig
+
+    numbers: dict[str, Any] = PretrainedConfig._decode_special_floats(content)
+    return numbers
 
 
 def _read(
