@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer as SentenceTransformers
-from transformers import AutoModel, RobertaConfig, RobertaModel
+from transformers import AutoModel, OPTConfig, OPTModel, RobertaConfig, RobertaModel
 
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
@@ -553,6 +553,27 @@ def test_hf_overrides_replace_labels(tmp_path: Path) -> None:
         assert named.info.labels == ("no", "yes")
         expected, found = ([x.outputs.probs for x in model.classify(SHORT, use_tqdm=False)] for model in (llm, named))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_states_that_opt_projects(tmp_path: Path) -> None:
+    """Those of OPT-350m are as wide as its words, and not as its layers."""
+    tokenizer = checkpoints.byte_level()
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    folder = checkpoints.write(OPTModel, config, tokenizer, tmp_path / "model", 0)
+    expected = [POOLED["LAST"](hidden(folder, text)) for text in SHORT]
+    np.testing.assert_allclose(rows(folder), expected, rtol=0, atol=1e-5)
 
 
 def test_several_end_tokens(tmp_path: Path) -> None:
