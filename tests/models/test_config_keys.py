@@ -74,3 +74,12 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", entries)
     config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
     assert config.time_step_limit == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"), [("deepseek_v3", "qk_head_dim", 192), ("zamba2", "attention_head_dim", 160)]
+)
+def test_widths_that_transformers_computes_and_writes(tmp_path: Path, kind: str, key: str, value: int) -> None:
+    write_json(tmp_path / "config.json", {"model_type": kind, key: value})
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert getattr(config, key) == value

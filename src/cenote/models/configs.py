@@ -65,7 +65,7 @@ KEYS = Keys(
     idle={
         "num_*heads": "a width of other models",
         "n_head*": "a width of other models",
-        "head_dim": "a width of other models",
+        "*head_dim": "a width, of other models or which the config's class takes",
         "pooler_*": "of TensorFlow's first pooler, which no class of Transformers has",
         "use_pooler": "the pooler is not run",
         "add_pooling_layer": "the pooler is not run",
