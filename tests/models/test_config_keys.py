@@ -83,3 +83,13 @@ def test_widths_that_transformers_computes_and_writes(tmp_path: Path, kind: str,
     write_json(tmp_path / "config.json", {"model_type": kind, key: value})
     config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
     assert getattr(config, key) == value
+
+
+def test_experts_of_a_model_without_any(tmp_path: Path) -> None:
+    """Doge's config has a number of experts, and says that they are not used."""
+    write_json(tmp_path / "config.json", {"model_type": "doge", "is_moe": False, "num_experts": 16384})
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert (config.is_moe, config.num_experts) == (False, 16384)
+    write_json(tmp_path / "config.json", {"model_type": "doge", "is_moe": True, "num_experts": 16384})
+    with pytest.raises(CheckpointError, match="num_experts is 16384, and the largest size in the weights is 0"):
+        configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
