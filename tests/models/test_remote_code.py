@@ -409,13 +409,16 @@ def test_nomic(tmp_path: Path) -> None:
     close(rows(folder, pooler_config={"pooling_type": "MEAN"}), reference(model, checkpoints.wordpiece(), "mean"))
 
 
+@pytest.mark.parametrize("is_null", [False, True], ids=["missing", "null"])
 @pytest.mark.parametrize("settings", [{}, {"rotary_scaling_factor": 2.0}], ids=["plain", "scaled"])
-def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dict[str, Any], *, is_null: bool) -> None:
     """Scaling begins at the trained positions, which no text here reaches."""
     folder = tmp_path / "nomic"
     nomic(folder, **settings)
     content = checkpoints.read_json(folder / "config.json")
     del content["rotary_emb_base"]
+    if is_null:
+        content |= {"rotary_emb_base": None, "pad_vocab_size_multiple": None, "max_trained_positions": None}
     checkpoints.write_json(folder / "config.json", content)
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     model = transformers.NomicBertModel.from_pretrained(
