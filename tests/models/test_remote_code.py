@@ -471,6 +471,17 @@ def test_nomic_beyond_its_trained_positions(tmp_path: Path) -> None:
     close(found, expected)
 
 
+@pytest.mark.parametrize(("positions", "expected"), [(256, 256), (None, 64)])
+def test_nomic_is_scaled_up_to_its_positions(tmp_path: Path, positions: int | None, expected: int) -> None:
+    """Without any, those that it was trained with are its limit."""
+    folder = tmp_path / "nomic"
+    nomic(folder, rotary_scaling_factor=2.0, max_trained_positions=64, n_positions=positions)
+    with LLM(model=str(folder)) as llm:
+        assert llm.info.max_model_len == expected
+        (output,) = llm.embed([[5] * expected], use_tqdm=False)
+    assert np.isfinite(output.outputs.embedding).all()
+
+
 @pytest.mark.parametrize("settings", [{"activation_function": "gelu"}, {"num_experts": 8}, {"causal": True}], ids=str)
 def test_nomic_settings_that_transformers_lacks(tmp_path: Path, settings: dict[str, Any]) -> None:
     """nomic-embed v2-moe and its like are refused with their code and the flag."""

@@ -177,7 +177,7 @@ NOMIC_READ = ("pad_vocab_size_multiple", "rotary_emb_base", "rotary_scaling_fact
 def _nomic(config: Config) -> Config | None:
     """Return the config of nomic-ai/nomic-bert-2048.
 
-    Its `rotary_scaling_factor` is "dynamic" scaling beyond the trained positions.
+    Its `rotary_scaling_factor` is "dynamic" scaling beyond the trained positions, up to `n_positions`.
     """
     if not _agrees(config, NOMIC):
         return None
@@ -190,8 +190,14 @@ def _nomic(config: Config) -> Config | None:
     factor = config.get("rotary_scaling_factor")
     if factor:
         renamed["rope_parameters"] |= {"rope_type": "dynamic", "factor": float(factor)}
+        renamed["scaled_positions"] = renamed.get("max_position_embeddings")
         renamed["max_position_embeddings"] = int(_entry(config, "max_trained_positions", 2048))
     return renamed
+
+
+def scaled_positions(config: PretrainedConfig) -> int | None:
+    """Return the positions for which published code scales; `None` = those of Transformers' keys count."""
+    return getattr(config, "scaled_positions", None)
 
 
 def _internlm2(config: Config) -> Config:
