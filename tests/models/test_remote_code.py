@@ -17,7 +17,10 @@ from torch import nn
 from transformers import dynamic_module_utils
 
 from cenote import LLM
+from cenote.config import ModelConfig
 from cenote.errors import CheckpointError
+from cenote.models import configs
+from cenote.models.audit import Audit
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, SHORT, edit_json
 
@@ -600,3 +603,27 @@ def test_a_head_that_returns_a_tuple(tmp_path: Path, monkeypatch: pytest.MonkeyP
             state = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0, 0]
         logits = nn.functional.linear(state, weights["classifier.weight"], weights["classifier.bias"])
         np.testing.assert_allclose(output.outputs.probs, logits.softmax(-1), rtol=0, atol=2e-5)
+
+
+COMPUTING = """
+from transformers import PretrainedConfig
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.doubled = width, 2 * width
+"""
+
+
+def test_overrides_of_a_config_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count before its class computes something of them."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "configuration_own.py").write_text(COMPUTING)
+    content = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}, "architectures": ["Own"]}
+    checkpoints.write_json(folder / "config.json", content)
+    options = ModelConfig(trust_remote_code=True, hf_overrides={"width": 5, "architectures": ["Other"]})
+    config, _ = configs.read(folder, "own", options, Audit(), {})
+    assert (config.width, config.doubled, config.architectures) == (5, 10, ["Other"])
+    assert (config.auto_map, config._name_or_path) == (content["auto_map"], str(folder))
