@@ -513,6 +513,7 @@ def _fails(config: Any) -> Any:
         ({"id2label": None}, "^hf_overrides: id2label is None. Expected `object`, got `null`; correct it$"),
         ({"architectures": "BertModel"}, "^hf_overrides: architectures is 'BertModel'. Expected `array"),
         ({"hidden_size": None}, "^hf_overrides: with hidden_size: cannot read config.json"),
+        ({"rope_parameters": 5}, "^hf_overrides: with rope_parameters: cannot read config.json"),
         ({"hidden_size": 0}, "^hf_overrides: with hidden_size: config.json: hidden_size is 0, expected at least 1"),
     ],
 )
@@ -521,6 +522,11 @@ def test_hf_overrides_that_are_wrong(bert: Path, overrides: Any, message: str) -
     with pytest.raises(ConfigError, match=message) as caught:
         LLM(model=str(bert), hf_overrides=overrides)
     assert "download it again" not in caught.value.message
+
+
+def test_hf_overrides_of_rotary_positions_that_are_no_mapping(qwen: Path) -> None:
+    with pytest.raises(ConfigError, match="^hf_overrides: with rope_scaling: cannot read config.json"):
+        LLM(model=str(qwen), hf_overrides={"rope_scaling": 5})
 
 
 def test_hf_overrides_win_over_config_kwargs(tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def _read(
 ) -> Read:
     """Return the config of a `config.json` with `content`, changed by `changes`; see `read`."""
     late = {key: value for key, value in changes.items() if key in LATE}
-    content = overrides.merged(content, without(changes, LATE))
-    value_types.check(CONFIG, content, value_types.CONFIG)
-    sizes.check_counts(CONFIG, content, stored)
     with about(f"{CONFIG} of {checkpoint}", content=lambda: content):
+        content = overrides.merged(content, without(changes, LATE))
+        value_types.check(CONFIG, content, value_types.CONFIG)
+        sizes.check_counts(CONFIG, content, stored)
         code, native = remote_code.references(content), remote_code.native(content)
         settled = overrides.merged(coalesce(native, content), late)
         if native is not None:
