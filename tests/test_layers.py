@@ -47,8 +47,8 @@ INNER = {
         (
             "files",
             "audit card facts inside keys reading sizes value_types weights transformer_module modules "
-            "sentence_transformers configs contents remote_code stacked_lora renamed lora lora_changes adapted "
-            "leftovers",
+            "sentence_transformers configs overrides contents remote_code stacked_lora renamed lora lora_changes "
+            "adapted leftovers",
         ),
         ("a model that runs", "traits vision layouts probe model_outputs classifiers poolers lexical"),
         ("kinds of checkpoints", "convert families hub"),

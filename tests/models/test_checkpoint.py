@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer as SentenceTransformers
-from transformers import AutoModel, RobertaConfig, RobertaModel
+from transformers import AutoModel, OPTConfig, OPTModel, RobertaConfig, RobertaModel
 
 from cenote import LLM, PoolerConfig, PoolingParams
 from cenote.config import ModelConfig
@@ -22,6 +22,7 @@ from cenote.errors import CheckpointError, ConfigError
 from cenote.models import checkpoint as module
 from cenote.models import hub, resolve, weights
 from cenote.models.load import load
+from cenote.models.overrides import merged
 from cenote.models.sentence_transformers import SentenceTransformer
 from cenote.models.transformer_module import TransformerModule
 from tests import checkpoints, forked
@@ -432,6 +433,111 @@ def test_hf_overrides_merge_nested_entries(qwen: Path) -> None:
     checkpoints.assert_same(merged, whole)
 
 
+LINEAR = {"type": "linear", "factor": 4.0}
+WINDOW = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written"),
+    [
+        ({"rope_theta": 100.0}, {"rope_theta": 100.0, "rope_parameters": None}),
+        ({"rope_scaling": LINEAR}, {"rope_scaling": LINEAR, "rope_theta": 10000.0, "rope_parameters": None}),
+        (WINDOW, WINDOW | {"layer_types": None}),
+    ],
+    ids=["base", "scaling", "window"],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_hf_overrides_of_keys_that_transformers_resolves(
+    tmp_path: Path, overrides: dict[str, Any], written: dict[str, Any], *, older: bool
+) -> None:
+    """They count as in `config.json`, also beside the results that Transformers has written there."""
+    folder = checkpoints.decoder(tmp_path / "model", "Qwen3Model")
+    if older:
+        checkpoints.edit_json(folder / "config.json", rope_parameters=None, layer_types=None, rope_theta=10000.0)
+    plain = rows(folder)
+    changed = rows(folder, hf_overrides=overrides)
+    checkpoints.edit_json(folder / "config.json", **written)
+    expected = rows(folder)
+    assert np.abs(expected - plain).max() > 1e-3
+    checkpoints.assert_same(changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "expected"),
+    [
+        (
+            {"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"factor": 3.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5.0}},
+        ),
+        (
+            {"text_config": {"a": 1, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}},
+            {"text_config": {"rope_theta": 50.0}},
+            {"text_config": {"a": 1, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": None},
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default", "factor": 2.0}},
+        ),
+        ({"rope_theta": 5.0}, {"rope_theta": 6.0}, {"rope_theta": 6.0}),
+        ({"dtype": "float32"}, {"torch_dtype": "float16"}, {"torch_dtype": "float16"}),
+        ({"id2label": {"0": "a"}, "num_labels": 1}, {"id2label": {"0": "b"}}, {"id2label": {"0": "b"}}),
+    ],
+)
+def test_hf_overrides_are_merged(content: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert merged(content, changes) == expected
+
+
+def test_hf_overrides_that_name_no_type_of_layer(tmp_path: Path) -> None:
+    by_type = {kind: {"rope_type": "default", "rope_theta": 5.0} for kind in ("full_attention", "sliding_attention")}
+    folder = checkpoints.bert(tmp_path / "model")
+    checkpoints.edit_json(folder / "config.json", rope_parameters=by_type)
+    with pytest.raises(
+        ConfigError, match="hf_overrides: rope_theta would have no effect, for config.json has rope_par"
+    ):
+        LLM(model=str(folder), hf_overrides={"rope_theta": 100.0})
+
+
+def _fails(config: Any) -> Any:
+    raise LookupError("no such size")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (lambda config: None, "^hf_overrides: the function returned NoneType, expected the config"),
+        (_fails, "^hf_overrides: the function raised LookupError: no such size; correct it"),
+        ({"id2label": {"a": "0"}}, r"^hf_overrides: id2label is \{'a': '0'\}. Expected `int`.*; correct it$"),
+        ({"num_labels": "3"}, "^hf_overrides: num_labels is '3'. Expected `int`, got `str`; correct it$"),
+        ({"id2label": None}, "^hf_overrides: id2label is None. Expected `object`, got `null`; correct it$"),
+        ({"architectures": "BertModel"}, "^hf_overrides: architectures is 'BertModel'. Expected `array"),
+        ({"hidden_size": None}, "^hf_overrides: with hidden_size: cannot read config.json"),
+        ({"rope_parameters": 5}, "^hf_overrides: with rope_parameters: cannot read config.json"),
+        ({"hidden_size": 0}, "^hf_overrides: with hidden_size: config.json: hidden_size is 0, expected at least 1"),
+    ],
+)
+def test_hf_overrides_that_are_wrong(bert: Path, overrides: Any, message: str) -> None:
+    """The checkpoint is not blamed for them."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        LLM(model=str(bert), hf_overrides=overrides)
+    assert "download it again" not in caught.value.message
+
+
+def test_hf_overrides_of_rotary_positions_that_are_no_mapping(qwen: Path) -> None:
+    with pytest.raises(ConfigError, match="^hf_overrides: with rope_scaling: cannot read config.json"):
+        LLM(model=str(qwen), hf_overrides={"rope_scaling": 5})
+
+
+def test_hf_overrides_win_over_config_kwargs(tmp_path: Path) -> None:
+    silu, relu = {"hidden_act": "silu"}, {"hidden_act": "relu"}
+    first, second = (checkpoints.bert(tmp_path / name) for name in ("first", "second"))
+    checkpoints.write_modules(first, pooling("mean"), NORMALIZE, transformer={"config_kwargs": silu})
+    checkpoints.write_modules(second, pooling("mean"), NORMALIZE, transformer={"config_kwargs": relu})
+    assert np.abs(rows(first) - rows(second)).max() > 1e-2
+    checkpoints.assert_same(rows(first, hf_overrides=relu), rows(second))
+
+
 def test_mappings_of_config_kwargs_are_whole(tmp_path: Path) -> None:
     """As sentence-transformers hands them to Transformers: entries that are not named are gone."""
     yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -453,6 +559,27 @@ def test_hf_overrides_replace_labels(tmp_path: Path) -> None:
         assert named.info.labels == ("no", "yes")
         expected, found = ([x.outputs.probs for x in model.classify(SHORT, use_tqdm=False)] for model in (llm, named))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_states_that_opt_projects(tmp_path: Path) -> None:
+    """Those of OPT-350m are as wide as its words, and not as its layers."""
+    tokenizer = checkpoints.byte_level()
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    folder = checkpoints.write(OPTModel, config, tokenizer, tmp_path / "model", 0)
+    expected = [POOLED["LAST"](hidden(folder, text)) for text in SHORT]
+    np.testing.assert_allclose(rows(folder), expected, rtol=0, atol=1e-5)
 
 
 def test_several_end_tokens(tmp_path: Path) -> None:

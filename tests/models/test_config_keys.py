@@ -66,3 +66,30 @@ def test_keys_of_old_releases_change_nothing(tmp_path: Path, key: str) -> None:
 def test_a_key_that_picks_something_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match=rf"config\.json has the key {key}, which Cenote does not honour"):
         read(tmp_path, key, PICKING[key])
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """Transformers writes infinity as an object, for JSON has no word for it."""
+    entries = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    write_json(tmp_path / "config.json", entries)
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert config.time_step_limit == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"), [("deepseek_v3", "qk_head_dim", 192), ("zamba2", "attention_head_dim", 160)]
+)
+def test_widths_that_transformers_computes_and_writes(tmp_path: Path, kind: str, key: str, value: int) -> None:
+    write_json(tmp_path / "config.json", {"model_type": kind, key: value})
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert getattr(config, key) == value
+
+
+def test_experts_of_a_model_without_any(tmp_path: Path) -> None:
+    """Doge's config has a number of experts, and says that they are not used."""
+    write_json(tmp_path / "config.json", {"model_type": "doge", "is_moe": False, "num_experts": 16384})
+    config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    assert (config.is_moe, config.num_experts) == (False, 16384)
+    write_json(tmp_path / "config.json", {"model_type": "doge", "is_moe": True, "num_experts": 16384})
+    with pytest.raises(CheckpointError, match="num_experts is 16384, and the largest size in the weights is 0"):
+        configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})

@@ -17,7 +17,10 @@ from torch import nn
 from transformers import dynamic_module_utils
 
 from cenote import LLM
+from cenote.config import ModelConfig
 from cenote.errors import CheckpointError
+from cenote.models import configs
+from cenote.models.audit import Audit
 from tests import checkpoints
 from tests.checkpoints import HIDDEN, SHORT, edit_json
 
@@ -409,13 +412,16 @@ def test_nomic(tmp_path: Path) -> None:
     close(rows(folder, pooler_config={"pooling_type": "MEAN"}), reference(model, checkpoints.wordpiece(), "mean"))
 
 
+@pytest.mark.parametrize("is_null", [False, True], ids=["missing", "null"])
 @pytest.mark.parametrize("settings", [{}, {"rotary_scaling_factor": 2.0}], ids=["plain", "scaled"])
-def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dict[str, Any], *, is_null: bool) -> None:
     """Scaling begins at the trained positions, which no text here reaches."""
     folder = tmp_path / "nomic"
     nomic(folder, **settings)
     content = checkpoints.read_json(folder / "config.json")
     del content["rotary_emb_base"]
+    if is_null:
+        content |= {"rotary_emb_base": None, "pad_vocab_size_multiple": None, "max_trained_positions": None}
     checkpoints.write_json(folder / "config.json", content)
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     model = transformers.NomicBertModel.from_pretrained(
@@ -435,6 +441,20 @@ def test_nomic_without_a_base_has_that_of_its_code(tmp_path: Path, settings: dic
     close(rows(folder, pooler_config={"pooling_type": "MEAN"}, max_model_len=64), expected)
 
 
+@pytest.mark.parametrize(
+    "overrides", [{"rotary_emb_base": 10}, {"rope_parameters": {"rope_theta": 10.0}}], ids=["its word", "Transformers'"]
+)
+def test_nomic_with_overrides(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    """They are as in its `config.json`, in the words of its code or of Transformers."""
+    folder = tmp_path / "nomic"
+    nomic(folder)
+    plain, changed = rows(folder), rows(folder, hf_overrides=overrides)
+    edit_json(folder / "config.json", rotary_emb_base=10)
+    expected = rows(folder)
+    assert np.abs(expected - plain).max() > 1e-3
+    close(changed, expected)
+
+
 def test_nomic_beyond_its_trained_positions(tmp_path: Path) -> None:
     """Its dynamic scaling counts from the trained positions on."""
     folder = tmp_path / "nomic"
@@ -452,6 +472,17 @@ def test_nomic_beyond_its_trained_positions(tmp_path: Path) -> None:
     assert far(plain, expected)
     found = rows(folder, [text], pooler_config={"pooling_type": "MEAN"}, max_model_len=64)
     close(found, expected)
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(256, 256), (None, 64)])
+def test_nomic_is_scaled_up_to_its_positions(tmp_path: Path, positions: int | None, expected: int) -> None:
+    """Without any, those that it was trained with are its limit."""
+    folder = tmp_path / "nomic"
+    nomic(folder, rotary_scaling_factor=2.0, max_trained_positions=64, n_positions=positions)
+    with LLM(model=str(folder)) as llm:
+        assert llm.info.max_model_len == expected
+        (output,) = llm.embed([[5] * expected], use_tqdm=False)
+    assert np.isfinite(output.outputs.embedding).all()
 
 
 @pytest.mark.parametrize("settings", [{"activation_function": "gelu"}, {"num_experts": 8}, {"causal": True}], ids=str)
@@ -572,3 +603,27 @@ def test_a_head_that_returns_a_tuple(tmp_path: Path, monkeypatch: pytest.MonkeyP
             state = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0, 0]
         logits = nn.functional.linear(state, weights["classifier.weight"], weights["classifier.bias"])
         np.testing.assert_allclose(output.outputs.probs, logits.softmax(-1), rtol=0, atol=2e-5)
+
+
+COMPUTING = """
+from transformers import PretrainedConfig
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.doubled = width, 2 * width
+"""
+
+
+def test_overrides_of_a_config_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count before its class computes something of them."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "configuration_own.py").write_text(COMPUTING)
+    content = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}, "architectures": ["Own"]}
+    checkpoints.write_json(folder / "config.json", content)
+    options = ModelConfig(trust_remote_code=True, hf_overrides={"width": 5, "architectures": ["Other"]})
+    config, _ = configs.read(folder, "own", options, Audit(), {})
+    assert (config.width, config.doubled, config.architectures) == (5, 10, ["Other"])
+    assert (config.auto_map, config._name_or_path) == (content["auto_map"], str(folder))

@@ -17,13 +17,13 @@ from cenote.models import (
     configs,
     leftovers,
     lora_changes,
+    overrides,
     remote_code,
     renamed,
     sizes,
     stacked_lora,
     weights,
 )
-from cenote.models.checkpoint import overridden
 from cenote.models.leftovers import Misfits, Misshapen
 from cenote.models.reading import about, load
 
@@ -139,7 +139,7 @@ def _labels_of_head(checkpoint: Checkpoint, misfits: Misfits, options: ModelConf
     """Return the number of classes of the head's tensors, where the config says none and they have another; else 0."""
     if callable(options.hf_overrides) or checkpoint.head.kind not in ("sequence", "token"):
         return 0
-    written = {*load(checkpoint.folder / "config.json"), *overridden(options)}
+    written = {*load(checkpoint.folder / "config.json"), *overrides.mapping(options)}
     sizes = {(*stored[:1], *built[:1]) for _, stored, built in misfits.misshapen}
     if written & LABEL_KEYS or len(sizes) != 1:
         return 0

@@ -19,6 +19,7 @@ from cenote.models import (
     contents,
     hub,
     lora,
+    overrides,
     sentence_transformers,
     sizes,
     weights,
@@ -129,32 +130,45 @@ def _bare(folder: Path, config: PretrainedConfig) -> SentenceTransformer:
 
 
 def _changed(config: PretrainedConfig, st: SentenceTransformer, base: Base, options: ModelConfig) -> PretrainedConfig:
-    """Return the config with the changes that Sentence-Transformers files, the user and adapters ask for, in turn."""
-    config = _override(config, _known(config, st), merges=False)
+    """Return the config with the changes of Sentence-Transformers files, the user's function and adapters, in turn.
+
+    What the user sets by a mapping is in `config`, and stays.
+    """
+    changes = overrides.mapping(options)
+    config = _change(config, _known(config, st, changes))
     if st.transformer.task == "sequence-classification":
-        _make_classifier(config, st)
-    config = _override(config, options.hf_overrides)
+        _make_classifier(config, st, changes)
+    config = overrides.by_function(config, options)
     adapted.keep_code(config, base)
     if options.convert != "embed":
         adapted.adapt_config(config, base.adapters)
     return config
 
 
-def _known(config: PretrainedConfig, st: SentenceTransformer) -> dict[str, Any]:
-    """Return the changes of a config that Sentence-Transformers files ask for; Transformers ignores unknown names."""
-    changes = {name: value for name, value in st.transformer.config_kwargs.items() if hasattr(config, name)}
-    return {**changes, "dtype": coalesce(st.transformer.dtype, config.dtype)}
+def _known(config: PretrainedConfig, st: SentenceTransformer, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes of a config that Sentence-Transformers files ask for; Transformers ignores unknown names.
+
+    Args:
+        config: to be changed.
+        st: the files.
+        changes: those of the user, which win.
+    """
+    entries = {name: value for name, value in st.transformer.config_kwargs.items() if hasattr(config, name)}
+    entries["dtype"] = coalesce(st.transformer.dtype, config.dtype)
+    winning = overrides.merged(entries, changes)
+    return {name: winning[name] for name in entries if name in winning}
 
 
-def _make_classifier(config: PretrainedConfig, st: SentenceTransformer) -> None:
+def _make_classifier(config: PretrainedConfig, st: SentenceTransformer, changes: dict[str, Any]) -> None:
     """Give a config whose architecture is no classifier of sequences the one of its kind.
 
-    As in sentence-transformers, it has one label then, unless the files say otherwise.
+    As in sentence-transformers, it has one label then, unless the files or the user's `changes` say otherwise.
     """
     suffix = "ForSequenceClassification"
     if config.architectures and config.architectures[0].endswith(suffix):
         return
-    config.num_labels = st.transformer.config_kwargs.get("num_labels", 1)
+    if changes.keys().isdisjoint({"num_labels", "id2label"}):
+        config.num_labels = st.transformer.config_kwargs.get("num_labels", 1)
     config.architectures = [type(config).__name__.removesuffix("Config") + suffix]
 
 
@@ -222,7 +236,7 @@ def _facts(files: Files, tokenizer: PreTrainedTokenizerBase, options: ModelConfi
         step_columns=options.pooler_config.returned_token_ids or (),
         token_id=lambda token: tokenizer.get_vocab().get(token),
         pools=bool(files.st.modes),
-        overrides=overridden(options),
+        overrides=tuple(overrides.mapping(options)),
         prompts=options.reranker_prompts,
     )
 
@@ -357,47 +371,21 @@ def _check_padding(name: str, config: PretrainedConfig) -> None:
         )
 
 
-def overridden(options: ModelConfig) -> tuple[str, ...]:
-    """Return the keys of the config that the user sets; those that a function sets are not known."""
-    return () if callable(options.hf_overrides) else tuple(options.hf_overrides or ())
-
-
-LABELS = frozenset({"id2label", "label2id"})
-"""Keys of mappings that are one value: one with other entries names other classes."""
-
-
-def _override(config: PretrainedConfig, overrides: Any, *, merges: bool = True) -> PretrainedConfig:
-    """Apply `hf_overrides`, or changes that files ask for: a function of the config, or a mapping merged into it.
-
-    Args:
-        config: is changed.
-        overrides: the function or mapping.
-        merges: nested mappings are merged likewise; else only nested configs are, as by Transformers.
-    """
-    if callable(overrides):
-        changed: PretrainedConfig = overrides(config)
-        return changed
-    for key, value in (overrides or {}).items():
-        setattr(config, key, _overridden(key, getattr(config, key, None), value, merges))
+def _change(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+    """Set entries of a built config, as Transformers does with keywords: configs in it are changed likewise."""
+    for key, value in changes.items():
+        setattr(config, key, _value(key, getattr(config, key, None), value))
     return config
 
 
-def _overridden(key: str, current: Any, value: Any, merges: bool) -> Any:
-    """Return the value of `key` in a config where it was `current`; the numbers of labels, in JSON texts, are numbers.
-
-    Args:
-        key: of the config.
-        current: its value before.
-        value: the override.
-        merges: see `_override`.
-    """
+def _value(key: str, current: Any, value: Any) -> Any:
+    """Return the new value of `key`, which was `current`; the numbers of labels, in JSON texts, are numbers."""
     from transformers import PretrainedConfig
 
     if not isinstance(value, dict):
         return value
     if isinstance(current, PretrainedConfig):
-        return _override(current, value, merges=merges)
+        return _change(current, value)
     if key == "id2label":
         return {int(number): name for number, name in value.items()}
-    is_part = merges and key not in LABELS and isinstance(current, dict)
-    return {**current, **value} if is_part else value
+    return value

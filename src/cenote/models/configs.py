@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from functools import partial
 from inspect import signature
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote import tokenizer
-from cenote.models import remote_code, sizes, value_types
-from cenote.models.audit import Keys
-from cenote.models.reading import about, as_object, load, read_json
+from cenote.errors import CheckpointError, ConfigError
+from cenote.functions import coalesce
+from cenote.models import overrides, remote_code, sizes, value_types
+from cenote.models.audit import Audit, Keys
+from cenote.models.reading import REMEDY, about, as_object, load, read_json
 from cenote.models.transformer_module import without
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig
 
     from cenote.config import ModelConfig
-    from cenote.models.audit import Audit
     from cenote.models.weights import Stored
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -50,6 +52,9 @@ READ = frozenset({
 """Keys that Cenote reads, whether the config's class has them or not."""
 # fmt: on
 
+LATE = frozenset({"architectures", overrides.ROPE})
+"""Keys in Transformers' words, whose overrides count behind the recognition of published code by the file's own."""
+
 OF_TRAINING = "for training alone"
 GENERATING = "for generating text"
 OF_TOKENIZER = "tokenizer_config.json says it"
@@ -60,7 +65,7 @@ KEYS = Keys(
     idle={
         "num_*heads": "a width of other models",
         "n_head*": "a width of other models",
-        "head_dim": "a width of other models",
+        "*head_dim": "a width, of other models or which the config's class takes",
         "pooler_*": "of TensorFlow's first pooler, which no class of Transformers has",
         "use_pooler": "the pooler is not run",
         "add_pooling_layer": "the pooler is not run",
@@ -109,21 +114,54 @@ def read(folder: Path, checkpoint: str, options: ModelConfig, audit: Audit, stor
 
     Raises:
         CheckpointError: it is damaged, names code that may not run, or has a key that cannot be honoured.
+        ConfigError: it is so with the user's changes alone.
     """
-    content = as_object(folder / CONFIG, read_json(folder / CONFIG))
-    value_types.check(CONFIG, content, value_types.CONFIG)
-    sizes.check_counts(CONFIG, content, stored)
+    content = decoded(as_object(folder / CONFIG, read_json(folder / CONFIG)))
+    changes = overrides.mapping(options)
+    if not changes:
+        return _read(folder, checkpoint, content, options, audit, stored)
+    try:
+        return _read(folder, checkpoint, content, options, audit, stored, changes)
+    except CheckpointError as error:
+        _read(folder, checkpoint, content, options, Audit(options.allow_unread), stored)  # is the file itself at fault?
+        message = error.message.removesuffix(f"; {REMEDY}")
+        raise ConfigError(f"hf_overrides: with {', '.join(changes)}: {message}") from error
+
+
+def decoded(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a config with the numbers that are not finite, which Transformers writes as objects."""
+    from transformers import PretrainedConfig
+
+    numbers: dict[str, Any] = PretrainedConfig._decode_special_floats(content)
+    return numbers
+
+
+def _read(
+    folder: Path,
+    checkpoint: str,
+    content: dict[str, Any],
+    options: ModelConfig,
+    audit: Audit,
+    stored: Mapping[str, Stored],
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Read:
+    """Return the config of a `config.json` with `content`, changed by `changes`; see `read`."""
+    late = {key: value for key, value in changes.items() if key in LATE}
     with about(f"{CONFIG} of {checkpoint}", content=lambda: content):
+        content = overrides.merged(content, without(changes, LATE))
+        value_types.check(CONFIG, content, value_types.CONFIG)
+        sizes.check_counts(CONFIG, content, stored)
         code, native = remote_code.references(content), remote_code.native(content)
+        settled = overrides.merged(coalesce(native, content), late)
         if native is not None:
             notes = _note(content, native, audit)
-            return Read(_of_transformers(folder, native, audit), notes)
+            return Read(_of_transformers(folder, settled, audit, changes), notes)
         if code and options.trust_remote_code:
             audit.use(CONFIG, "auto_map")
-            return Read(_of_code(folder), ())
+            return Read(_of_code(folder, settled, changes), ())
         if code:
             _refuse_code(audit, CONFIG, code)
-        return Read(_of_transformers(folder, content, audit), ())
+        return Read(_of_transformers(folder, settled, audit, changes), ())
 
 
 def _note(content: dict[str, Any], native: dict[str, Any], audit: Audit) -> tuple[str, ...]:
@@ -182,16 +220,22 @@ def _has_tokenizer(kind: str) -> bool:
     return not kinds.isdisjoint((kind, plain)) or any(map(partial(hasattr, transformers), (kind, plain)))
 
 
-def _of_code(folder: Path) -> PretrainedConfig:
-    """Return the config of a checkpoint with code of its own."""
+def _of_code(folder: Path, content: dict[str, Any], changes: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the config of a checkpoint with code of its own, whose `content` has the user's `changes`."""
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    return config
+    if not changes:
+        return config
+    changed: PretrainedConfig = type(config).from_dict(content)
+    changed._name_or_path = str(folder)
+    return changed
 
 
-def _of_transformers(folder: Path, content: dict[str, Any], audit: Audit) -> PretrainedConfig:
-    """Return the config of Transformers' class, all of whose keys are accounted for.
+def _of_transformers(
+    folder: Path, content: dict[str, Any], audit: Audit, changes: Collection[str] = ()
+) -> PretrainedConfig:
+    """Return the config of Transformers' class, all of whose keys but the user's `changes` are accounted for.
 
     Raises:
         ValueError: Transformers has none of this type, whose name is in the message.
@@ -212,7 +256,7 @@ def _of_transformers(folder: Path, content: dict[str, Any], audit: Audit) -> Pre
     plain = json.loads(json.dumps(content), object_hook=_plain)
     config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
     config._name_or_path = str(folder)
-    _check_keys(content, config, audit)
+    _check_keys(content, config, audit, changes)
     return config
 
 
@@ -224,8 +268,8 @@ def _plain(entries: dict[str, Any]) -> dict[str, Any]:
     return without(entries, LEFT_OUT)
 
 
-def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit) -> None:
-    """Enter the keys that pick something into the audit, but for those that the config's class has.
+def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit, changes: Collection[str] = ()) -> None:
+    """Enter the keys that pick something into the audit, but for those that the config's class or the user has.
 
     Raises:
         CheckpointError: nothing reads one of them.
@@ -237,7 +281,7 @@ def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit)
             ["position_embedding_type"],
             f"it is {content['position_embedding_type']!r}, and {type(config).__name__} knows absolute positions only",
         )
-    audit.read(CONFIG, {key: value for key, value in unknown.items() if _picks(key, value)}, KEYS)
+    audit.read(CONFIG, {key: value for key, value in without(unknown, changes).items() if _picks(key, value)}, KEYS)
 
 
 def _picks(key: str, value: Any) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cenote.models.weights import Stored
 
 
-WIDTHS = {"embedding_gemma2_text": "embedding_dim"}
+WIDTHS = {"embedding_gemma2_text": "embedding_dim", "opt": "word_embed_proj_dim"}
 """Entry of a text model's config that is the size of its states, where it is not `hidden_size`, by `model_type`."""
 
 

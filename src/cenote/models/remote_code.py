@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cenote.functions import coalesce
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -52,6 +54,11 @@ def _without(config: Config, *keys: str) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
 
 
+def _entry(config: Config, key: str, default: Any) -> Any:
+    """Return the value of `key`, or the `default` where it is missing or null."""
+    return coalesce(config.get(key), default)
+
+
 def _head_dim(config: Config) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
@@ -86,7 +93,7 @@ def _jina_flash(config: Config) -> Config | None:
         }
     if not _agrees(config, FLASH):
         return None
-    rope = {"rope_type": "default", "rope_theta": float(config.get("rotary_emb_base", 10000.0))}
+    rope = {"rope_type": "default", "rope_theta": float(_entry(config, "rotary_emb_base", 10000.0))}
     plain = _without(config, *FLASH, *FLASH_IDLE, "rotary_emb_base")
     return {**plain, "model_type": "jina_embeddings_v3", "rope_parameters": rope}
 
@@ -116,7 +123,7 @@ def _gte(config: Config) -> Config | None:
     kind = scaling.get("rope_type", scaling.get("type", "none"))
     if not _agrees(config, GTE) or kind not in ("none", "ntk") or scaling.get("mixed_b") is not None:
         return None
-    theta, factor = float(config.get("rope_theta", 10000.0)), float(scaling.get("factor", 1.0))
+    theta, factor = float(_entry(config, "rope_theta", 10000.0)), float(scaling.get("factor", 1.0))
     rope: Config = {"rope_type": "default", "rope_theta": theta}
     if factor > 1:
         rope = {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / _head_dim(config))}
@@ -170,21 +177,27 @@ NOMIC_READ = ("pad_vocab_size_multiple", "rotary_emb_base", "rotary_scaling_fact
 def _nomic(config: Config) -> Config | None:
     """Return the config of nomic-ai/nomic-bert-2048.
 
-    Its `rotary_scaling_factor` is "dynamic" scaling beyond the trained positions.
+    Its `rotary_scaling_factor` is "dynamic" scaling beyond the trained positions, up to `n_positions`.
     """
     if not _agrees(config, NOMIC):
         return None
     renamed = {NOMIC_NAMES.get(key, key): value for key, value in _without(config, *NOMIC, *NOMIC_READ).items()}
-    multiple, size = int(config.get("pad_vocab_size_multiple", 1)), int(config["vocab_size"])
+    multiple, size = int(_entry(config, "pad_vocab_size_multiple", 1)), int(config["vocab_size"])
     renamed |= {"model_type": "nomic_bert", "hidden_act": "silu", "vocab_size": -(-size // multiple) * multiple}
     rope = config.get("rope_parameters") or {}
-    theta = config.get("rotary_emb_base", rope.get("rope_theta", NOMIC_THETA))
+    theta = _entry(config, "rotary_emb_base", _entry(rope, "rope_theta", NOMIC_THETA))
     renamed["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": float(theta)}
     factor = config.get("rotary_scaling_factor")
     if factor:
         renamed["rope_parameters"] |= {"rope_type": "dynamic", "factor": float(factor)}
-        renamed["max_position_embeddings"] = int(config.get("max_trained_positions", 2048))
+        renamed["scaled_positions"] = renamed.get("max_position_embeddings")
+        renamed["max_position_embeddings"] = int(_entry(config, "max_trained_positions", 2048))
     return renamed
+
+
+def scaled_positions(config: PretrainedConfig) -> int | None:
+    """Return the positions for which published code scales; `None` = those of Transformers' keys count."""
+    return getattr(config, "scaled_positions", None)
 
 
 def _internlm2(config: Config) -> Config:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cenote.errors import CheckpointError, first_line
+from cenote.models import remote_code
 from cenote.models.traits import position_rows
 from cenote.models.transformer_module import is_length
 
@@ -162,7 +163,8 @@ def _trained_lengths(checkpoint: Checkpoint, positions: int | None) -> list[int]
 def _lengths_of_config(checkpoint: Checkpoint, *, has_positions: bool) -> list[int]:
     """Return the lengths that the config and the tokenizer name."""
     config = checkpoint.config.get_text_config()
-    values = (getattr(config, key, None) for key in LENGTH_KEYS)
+    scaled = remote_code.scaled_positions(config)
+    values = [getattr(config, key, None) for key in LENGTH_KEYS] if scaled is None else [scaled]
     lengths = list(filter(None, filter(is_length, values)))
     tokenizer_limit = checkpoint.tokenizer.model_max_length
     counts_tokenizer = has_positions or not lengths or bool(checkpoint.st.model_type)

@@ -36,6 +36,9 @@ COUNTS = SIZES | {
 }  # fmt: skip
 """Keys of counts, of which there may be none."""
 
+SWITCHES = {"num_experts": "is_moe"}
+"""Keys of counts to those that may say that the model has none of it."""
+
 POSITIONS = "max_position_embeddings"
 """Key of a count that tensors need not have: positions may be computed."""
 
@@ -104,7 +107,7 @@ def _counts(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if isinstance(value, dict):
             for name, count in _counts(value):
                 yield f"{key}.{name}", count
-        elif key in COUNTS and isinstance(value, int | float):
+        elif key in COUNTS and isinstance(value, int | float) and content.get(SWITCHES.get(key, "")) is not False:
             yield key, value
 
 
