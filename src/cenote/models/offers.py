@@ -10,8 +10,7 @@ from torch import nn
 
 from cenote.errors import CheckpointError
 from cenote.functions import coalesce
-from cenote.models import classifiers
-from cenote.models.checkpoint import overridden
+from cenote.models import classifiers, overrides
 from cenote.models.convert import MODE_OF_TYPE, architecture_pooling, declared_tasks
 from cenote.models.families.family import Loaded, Vectors
 from cenote.models.model_outputs import OwnPooler
@@ -188,7 +187,7 @@ def _calibration(
     head, config = checkpoint.head, options.pooler_config
     activate = coalesce(config.use_activation, head.kind != "reward" or steps.apply)
     num_labels = len(config.returned_token_ids or range(classifier.num_labels))
-    by_user = "problem_type" in overridden(options)
+    by_user = "problem_type" in overrides.mapping(options)
     activation, function = activation_of(checkpoint, num_labels, by_user=by_user)
     sigma = coalesce(config.logit_sigma, head.sigma)
     return Calibration(activation, activate, config.logit_mean or 0.0, sigma, function)
