@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +271,29 @@ def test_requests_that_are_sent_at_once_are_answered_in_order(run: Callable[...,
             assert b" 200 " in stream.readline()
             headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
             stream.read(int(headers["content-length"]))
+
+
+@pytest.mark.parametrize("others", [b"", REQUEST, REQUEST * 3, REQUEST[:40]], ids=["none", "one", "many", "half"])
+def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_besides(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, others: bytes
+) -> None:
+    server = run()
+    server.engine.held = True
+    client = server.connect(REQUEST + others)
+    deadline = threading.Event()
+    while not server.engine.submitted:
+        deadline.wait(0.01)
+    client.close()
+    end = time.monotonic() + PATIENCE
+    while metrics.running_requests._value.get() and time.monotonic() < end:
+        deadline.wait(0.05)
+    server.engine.held = False
+    server.engine.release()
+    assert answer(server.connect(REQUEST))[0] == 200
+    assert len(server.engine.submitted) == 2, "the request that ran, and the one of the other client"
+    assert metrics.running_requests._value.get() == 0
+    assert metrics.requests_of("/v1/embeddings", 499)._value.get() >= 1
+    assert not [entry for entry in caplog.records if entry.levelname == "ERROR"]
 
 
 def test_a_refusal_of_a_body_that_is_sent_at_once_can_be_read(run: Callable[..., Running]) -> None:

@@ -26,6 +26,9 @@ from cenote.server.gate import LINGER
 if TYPE_CHECKING:
     import asyncio
 
+    from uvicorn._types import ASGI3Application
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
     from cenote.config import ServerConfig
     from cenote.server.app import Application
 
@@ -113,6 +116,7 @@ class Connection(HttpToolsProtocol):
         self._is_refused = False
         self._head_bytes = 0
         self._body_bytes = 0
+        self._running: RequestResponseCycle | None = None
         self._since = self.loop.time()
         self._unread = 0
         self._unread_since = 0.0
@@ -146,6 +150,20 @@ class Connection(HttpToolsProtocol):
                 spare,
             )
             Connection._said, Connection._closed = now, 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell all requests of the connection that their client has left; uvicorn tells the last one."""
+        cycles = [cycle for cycle, _ in self.pipeline]
+        if self._running is not None:
+            cycles.append(self._running)
+        for cycle in cycles:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         """Read the bytes of a client, of a head only up to its limit."""
