@@ -121,6 +121,37 @@ def test_another_protocol_is_not_spoken_and_not_logged(
     assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
 
 
+def chunked(*headers: str, size: int = 7, end: bytes = b"0\r\n\r\n") -> bytes:
+    """A request whose body comes in chunks."""
+    text = "\r\n".join(["POST /v1/embeddings HTTP/1.1", "Host: a", "Transfer-Encoding: chunked", *headers, "", ""])
+    chunks = [BODY[at : at + size] for at in range(0, len(BODY), size)]
+    return b"".join([text.encode(), *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks), end])
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b"0\r\nT: " + b"a" * 400_000, b"0;" + b"x" * 400_000, b"0\r\n" + b"T: a\r\n" * 50_000],
+    ids=["value", "extension", "many"],
+)
+def test_headers_behind_a_body_have_the_limit_of_those_before_it(run: Callable[..., Running], end: bytes) -> None:
+    server = run(max_header_bytes=2048, max_header_count=100_000)
+    client = server.connect(chunked(end=end))
+    status, found, body = answer(client)
+    assert (status, found["connection"]) == (431, "close")
+    assert "headers behind the body have more than 2048 bytes (--max-header-bytes)" in body["error"]["message"]
+    assert is_closed(client)
+    assert not server.engine.submitted
+
+
+def test_headers_behind_a_body_are_read_and_so_are_small_chunks(run: Callable[..., Running]) -> None:
+    server = run(max_header_bytes=1024)
+    client = server.connect()
+    for _ in range(20):
+        for part in chunked(size=1, end=b"0\r\nT: a\r\n\r\n").splitlines(keepends=True):
+            client.sendall(part)
+        assert answer(client)[0] == 200
+
+
 @pytest.mark.parametrize("request_line", [b"GET", b"NONE / HTTP/1.1", b"GET / HTTP/9.9", b"\x16\x03\x01"], ids=repr)
 def test_what_is_no_request_is_answered_and_not_logged(
     run: Callable[..., Running], caplog: pytest.LogCaptureFixture, request_line: bytes

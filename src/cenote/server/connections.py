@@ -56,7 +56,7 @@ class Limits:
     Attributes:
         connections: maximum number that is served.
         spare: further ones that are answered 503; even more are closed at once.
-        header_bytes: maximum bytes of a request line and its headers.
+        header_bytes: maximum bytes of a request line and its headers, and of what follows the last part of a body.
         header_count: maximum headers.
         header_seconds: seconds in which a request line and its headers have to arrive.
         body_seconds: seconds in which a body has to arrive, and one more for each `SLOWEST` bytes of it.
@@ -116,6 +116,7 @@ class Connection(HttpToolsProtocol):
         self._is_refused = False
         self._head_bytes = 0
         self._body_bytes = 0
+        self._frame_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._since = self.loop.time()
         self._unread = 0
@@ -174,9 +175,22 @@ class Connection(HttpToolsProtocol):
             if self._awaits_head:
                 part = data[: self.limits.header_bytes - self._head_bytes]
                 self._head_bytes += len(part)
+            self._frame_bytes += len(part)
             super().data_received(part)
             data = data[len(part) :]
             self._check_head()
+            self._check_frame()
+
+    def _check_frame(self) -> None:
+        """Refuse a request whose body goes on in bytes that are none of it, as headers behind it (trailers) are."""
+        limit = self.limits.header_bytes
+        if self._awaits_head or self._frame_bytes <= limit:
+            return
+        self._is_refused = True
+        refusal = HeadTooLarge(f"the headers behind the body have more than {limit} bytes (--max-header-bytes)")
+        self.cycle.scope["state"].setdefault("refusal", refusal)
+        self.cycle.keep_alive = False
+        self.cycle.message_event.set()
 
     def _check_head(self) -> None:
         """Refuse a request whose head has reached the limit."""
@@ -211,12 +225,14 @@ class Connection(HttpToolsProtocol):
         """Hand the request to the application."""
         self._awaits_head = False
         self._body_bytes = 0
+        self._frame_bytes = 0
         self._since = self.loop.time()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
         self._body_bytes += len(body)
+        self._frame_bytes = 0
         super().on_body(body)
 
     def on_response_complete(self) -> None:
