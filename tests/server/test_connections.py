@@ -121,11 +121,60 @@ def test_another_protocol_is_not_spoken_and_not_logged(
     assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
 
 
+OFFER = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+"""Headers of Java's HttpClient, unless it is told to speak HTTP/1.1."""
+
+
 def chunked(*headers: str, size: int = 7, end: bytes = b"0\r\n\r\n") -> bytes:
     """A request whose body comes in chunks."""
     text = "\r\n".join(["POST /v1/embeddings HTTP/1.1", "Host: a", "Transfer-Encoding: chunked", *headers, "", ""])
     chunks = [BODY[at : at + size] for at in range(0, len(BODY), size)]
     return b"".join([text.encode(), *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks), end])
+
+
+@pytest.mark.parametrize("request_bytes", [head(*OFFER) + BODY, chunked(*OFFER)], ids=["length", "chunks"])
+@pytest.mark.parametrize("pause", [False, True])
+def test_the_body_of_a_request_that_offers_another_protocol_is_read(
+    run: Callable[..., Running], request_bytes: bytes, pause: bool
+) -> None:
+    server = run()
+    at = request_bytes.index(b"\r\n\r\n") + 4
+    for _ in range(2):
+        client = server.connect(*([request_bytes[:at]] if pause else [request_bytes]))
+        if pause:
+            assert answer(server.connect(REQUEST))[0] == 200, "the server has seen the head alone"
+            client.sendall(request_bytes[at:])
+        status, headers, body = answer(client)
+        assert (status, len(body["data"])) == (200, 1)
+        assert "upgrade" not in headers
+        client.sendall(request_bytes)
+        assert answer(client)[0] == 200, "the connection goes on"
+
+
+def test_requests_that_offer_another_protocol_are_answered_in_order(run: Callable[..., Running]) -> None:
+    server = run()
+    probe = "\r\n".join(["GET /version HTTP/1.1", "Host: a", *OFFER, "", ""]).encode()
+    client = server.connect((head(*OFFER) + BODY + probe) * 20 + REQUEST)
+    with client.makefile("rb") as stream:
+        for expected in [200] * 41:
+            assert int(stream.readline().split()[1]) == expected
+            headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
+            stream.read(int(headers["content-length"]))
+    assert len(server.engine.submitted) == 21
+
+
+def test_a_head_that_offers_another_protocol_has_the_same_limits(run: Callable[..., Running]) -> None:
+    server = run(max_header_count=20, max_header_bytes=2048)
+    for headers, option in (
+        ([f"X-{i}: {i}" for i in range(18)], "more than 20 headers (--max-header-count)"),
+        ([f"X-Long: {'x' * 3000}"], "more than 2048 bytes (--max-header-bytes)"),
+    ):
+        client = server.connect(head(*headers, *OFFER) + BODY)
+        status, found, body = answer(client)
+        assert (status, found["connection"]) == (431, "close")
+        assert option in body["error"]["message"]
+        assert is_closed(client)
+    assert not server.engine.submitted
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import uvicorn
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cenote import metrics
@@ -176,10 +177,46 @@ class Connection(HttpToolsProtocol):
                 part = data[: self.limits.header_bytes - self._head_bytes]
                 self._head_bytes += len(part)
             self._frame_bytes += len(part)
-            super().data_received(part)
+            self._read(part)
             data = data[len(part) :]
             self._check_head()
             self._check_frame()
+
+    def _read(self, data: bytes) -> None:
+        """Parse bytes as HTTP/1.1, whatever protocol a client offers besides (RFC 9110, 7.8)."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest and not self._is_refused:
+                rest = rest[self._parse(rest) :]
+        except HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse(self, data: memoryview) -> int:
+        """Parse bytes, and return their number. The parser stops behind a head that offers another protocol."""
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as stop:
+            if self._has_offer:
+                self._decline()
+            return int(stop.args[0])
+        return len(data)
+
+    @property
+    def _has_offer(self) -> bool:
+        """Whether the head that was parsed offers another protocol: the parser takes what follows for that one."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _decline(self) -> None:
+        """Parse the head once more without its offer, so that the parser reads the body."""
+        refusal = self.scope["state"].get("refusal")
+        if isinstance(refusal, HeadTooLarge):
+            self._refuse(refusal)  # not all of its headers are there
+            return
+        version = self.parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
+        head += [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser.feed_data(b"".join([*head, b"\r\n"]))
 
     def _check_frame(self) -> None:
         """Refuse a request whose body goes on in bytes that are none of it, as headers behind it (trailers) are."""
@@ -223,6 +260,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
+        if self._has_offer:
+            return
         self._awaits_head = False
         self._body_bytes = 0
         self._frame_bytes = 0
@@ -234,6 +273,11 @@ class Connection(HttpToolsProtocol):
         self._body_bytes += len(body)
         self._frame_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        if not self._has_offer:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Wait for the next request; a client that still sends the body of an answered one is not waited for."""
