@@ -385,6 +385,36 @@ def test_a_refusal_of_a_body_that_is_sent_at_once_can_be_read(run: Callable[...,
     sender.join(PATIENCE)
 
 
+@pytest.mark.parametrize(
+    ("request_line", "expected"),
+    [("POST /ping", 200), ("GET /version", 200), ("PUT /v1/embeddings", 405), ("POST /none", 404)],
+)
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_that_no_route_reads_is_no_reset(
+    run: Callable[..., Running], request_line: str, expected: int, is_chunked: bool
+) -> None:
+    server = run()
+    size = 3_000_000
+    frame = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
+    content = b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size) if is_chunked else b"x" * size
+    client = server.connect(f"{request_line} HTTP/1.1\r\nHost: a\r\n{frame}\r\n\r\n".encode())
+    sender = threading.Thread(target=client.sendall, args=(content,))
+    sender.start()
+    with client.makefile("rb") as stream:
+        assert int(stream.readline().split()[1]) == expected
+        headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
+        stream.read(int(headers["content-length"]))
+    sender.join(PATIENCE)
+    client.sendall(REQUEST)
+    assert answer(client)[0] == 200, "the connection goes on"
+
+
+def test_a_body_that_no_route_reads_is_not_waited_for(run: Callable[..., Running]) -> None:
+    client = run().connect(b"POST /ping HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc")
+    assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert is_closed(client)
+
+
 def test_a_client_that_does_not_read_is_not_waited_for(run: Callable[..., Running]) -> None:
     server = run(idle_timeout=0.5)
     client = server.connect()
