@@ -158,7 +158,6 @@ class Application:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the route of a request and answer it, errors in the body of its dialect."""
         match = self._find(scope)
-        scope["route_path"] = match.path if match else "other"
         request = Request(scope, receive, send)
         value = None
         try:

@@ -198,6 +198,8 @@ class Gate:
         request_id = headers.get("x-request-id")
         number = new_id()
         scope.setdefault("state", {}).update(request_id=request_id, new_id=number, body_bytes=0)
+        match = self._find(scope)
+        route = scope["route_path"] = match.path if match else "other"
         reply = _Reply(send, _ascii(echo(request_id)) if request_id else number)
         if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
@@ -208,7 +210,6 @@ class Gate:
             await self._run(scope, headers, receive, reply)
         finally:
             metrics.running_requests.dec()
-            route = scope.get("route_path", "other")
             metrics.requests_of(route, reply.status).inc()
             metrics.seconds_of(route).observe(time.monotonic() - began)
 
