@@ -250,10 +250,11 @@ class Gate:
         headers = Headers(scope=scope)
         is_small = 0 < _length(headers) <= PEEKED and "expect" not in headers
         match = self._find(scope)
-        if not is_small or "refusal" in scope["state"] or match is None or not match.is_shared:
+        if not is_small or match is None or not match.is_shared:
             return
+        patience = 0.0 if "refusal" in scope["state"] else PATIENCE  # there may be very many
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 while not incoming.is_whole:
                     await incoming()
 
