@@ -188,11 +188,11 @@ class Application:
 
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""
-        path: str = scope["path"]
+        path: str = scope["path"].rstrip("/")
         prefix = self._config.root_path
-        if path.startswith(f"{prefix}/"):
+        if f"{path}/".startswith(f"{prefix}/"):
             path = path.removeprefix(prefix)
-        return path.rstrip("/") or "/"
+        return path or "/"
 
     def _unknown(self, scope: Scope) -> HTTPException:
         """Return the error of a path that the table does not have, or not for the method."""
