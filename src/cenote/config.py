@@ -424,7 +424,9 @@ class ServerConfig(BaseModel):
     )
     max_connections: int = Field(4096, ge=1, description="connections that are served; beyond them 503")
     max_header_bytes: int = Field(
-        1 << 16, ge=1024, description="bytes of a request line and its headers; beyond them 431"
+        1 << 16,
+        ge=1024,
+        description="bytes of a request line and its headers, and of headers behind a body; beyond them 431",
     )
     max_header_count: int = Field(256, ge=16, description="headers of a request; beyond them 431")
     header_timeout: float = Field(

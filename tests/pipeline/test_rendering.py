@@ -364,6 +364,17 @@ def test_content_parts_are_joined() -> None:
     assert chatty().conversations.text([{"role": "user", "content": parts}]) == "<user>one\ntwo\nthree"
 
 
+def test_a_message_has_further_keys_and_calls_of_tools_instead_of_a_content() -> None:
+    template = "{% for m in messages %}{{ m.role }} {{ m.name }} {{ m.tool_calls }} {{ m.content }};{% endfor %}"
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [1]},
+        {"role": "assistant", "tool_calls": [2]},
+        {"role": "tool", "name": "f", "content": ""},
+    ]
+    text = chatty().conversations.text(messages, ChatOptions(template=template))
+    assert text == "assistant  [1] ;assistant  [2] ;tool f  ;"
+
+
 CHAT_FAULTS: dict[str, tuple[Any, ChatOptions, str]] = {
     "none": ([], ChatOptions(), "`messages` must not be empty"),
     "image": (

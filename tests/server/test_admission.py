@@ -8,7 +8,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,25 @@ def test_a_pace_is_measured_only_while_enough_waits() -> None:
     worked(line, clock, 500)
     assert line.seconds == pytest.approx(1009 / 500), "the pause in between does not count"
     assert KNOWN_AFTER <= 1
+
+
+def test_an_engine_that_returns_with_other_batches_has_a_line_for_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    engines = [FakeEngine(INFO), FakeEngine(INFO)]
+    services = [
+        Service(engine, Renderer(tokenizer, INFO), (name,)) for engine, name in zip(engines, ("a", "b"), strict=True)
+    ]
+    admission = Admission(services, ServerConfig())
+    first, second = lines = [*admission.lines]
+    engines[0].info = replace(INFO)
+    assert [admission.line(service) for service in services] == lines, "the same batches"
+    with first.enter(1 << 30) as place:
+        place.queue(100)
+        engines[0].info = INFO.reported(batch_tokens=2 * first.batch)
+        line = admission.line(services[0])
+        assert (line.batch, line.most, line.amount) == (2 * first.batch, 2 * first.most, 0)
+        assert admission.line(services[0]) is line
+        assert admission.lines == [line, second]
+    assert (first.amount, counted(first), line.amount, counted(line)) == (0, 0, 0, 0)
 
 
 def test_a_bulk_request_counts_with_what_others_wait_for() -> None:

@@ -75,6 +75,14 @@ def test_a_wrong_instance_refuses_all(serve: Serve, body: Any, message: str) -> 
     assert message in answer.json()["error"]
 
 
+def test_token_ids_are_one_input(serve: Serve) -> None:
+    client = serve(max_client_batch_size=3)
+    body = {"instances": [{"inputs": [5, 6, 7, 8]}, {"inputs": [[5] * 4, [6] * 4]}]}
+    assert len(_answer(client, "/vertex", body)["predictions"]) == 2
+    refused = client.post("/vertex", json={"instances": [*body["instances"], {"inputs": "a"}]})
+    assert (refused.status_code, "has 4 inputs; at most 3" in refused.json()["error"]) == (400, True)
+
+
 def test_bytes_are_counted_once(serve: Serve) -> None:
     body = {"instances": [{"inputs": "water"}] * 8}
     engine = FakeEngine(INFO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,86 @@ def test_another_protocol_is_not_spoken_and_not_logged(
     status, _, body = answer(client)
     assert (status, list(body)) == (200, ["version"])
     assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]
+
+
+OFFER = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+"""Headers of Java's HttpClient, unless it is told to speak HTTP/1.1."""
+
+
+def chunked(*headers: str, size: int = 7, end: bytes = b"0\r\n\r\n") -> bytes:
+    """A request whose body comes in chunks."""
+    text = "\r\n".join(["POST /v1/embeddings HTTP/1.1", "Host: a", "Transfer-Encoding: chunked", *headers, "", ""])
+    chunks = [BODY[at : at + size] for at in range(0, len(BODY), size)]
+    return b"".join([text.encode(), *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks), end])
+
+
+@pytest.mark.parametrize("request_bytes", [head(*OFFER) + BODY, chunked(*OFFER)], ids=["length", "chunks"])
+@pytest.mark.parametrize("pause", [False, True])
+def test_the_body_of_a_request_that_offers_another_protocol_is_read(
+    run: Callable[..., Running], request_bytes: bytes, pause: bool
+) -> None:
+    server = run()
+    at = request_bytes.index(b"\r\n\r\n") + 4
+    for _ in range(2):
+        client = server.connect(*([request_bytes[:at]] if pause else [request_bytes]))
+        if pause:
+            assert answer(server.connect(REQUEST))[0] == 200, "the server has seen the head alone"
+            client.sendall(request_bytes[at:])
+        status, headers, body = answer(client)
+        assert (status, len(body["data"])) == (200, 1)
+        assert "upgrade" not in headers
+        client.sendall(request_bytes)
+        assert answer(client)[0] == 200, "the connection goes on"
+
+
+def test_requests_that_offer_another_protocol_are_answered_in_order(run: Callable[..., Running]) -> None:
+    server = run()
+    probe = "\r\n".join(["GET /version HTTP/1.1", "Host: a", *OFFER, "", ""]).encode()
+    client = server.connect((head(*OFFER) + BODY + probe) * 20 + REQUEST)
+    with client.makefile("rb") as stream:
+        for expected in [200] * 41:
+            assert int(stream.readline().split()[1]) == expected
+            headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
+            stream.read(int(headers["content-length"]))
+    assert len(server.engine.submitted) == 21
+
+
+def test_a_head_that_offers_another_protocol_has_the_same_limits(run: Callable[..., Running]) -> None:
+    server = run(max_header_count=20, max_header_bytes=2048)
+    for headers, option in (
+        ([f"X-{i}: {i}" for i in range(18)], "more than 20 headers (--max-header-count)"),
+        ([f"X-Long: {'x' * 3000}"], "more than 2048 bytes (--max-header-bytes)"),
+    ):
+        client = server.connect(head(*headers, *OFFER) + BODY)
+        status, found, body = answer(client)
+        assert (status, found["connection"]) == (431, "close")
+        assert option in body["error"]["message"]
+        assert is_closed(client)
+    assert not server.engine.submitted
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b"0\r\nT: " + b"a" * 400_000, b"0;" + b"x" * 400_000, b"0\r\n" + b"T: a\r\n" * 50_000],
+    ids=["value", "extension", "many"],
+)
+def test_headers_behind_a_body_have_the_limit_of_those_before_it(run: Callable[..., Running], end: bytes) -> None:
+    server = run(max_header_bytes=2048, max_header_count=100_000)
+    client = server.connect(chunked(end=end))
+    status, found, body = answer(client)
+    assert (status, found["connection"]) == (431, "close")
+    assert "headers behind the body have more than 2048 bytes (--max-header-bytes)" in body["error"]["message"]
+    assert is_closed(client)
+    assert not server.engine.submitted
+
+
+def test_headers_behind_a_body_are_read_and_so_are_small_chunks(run: Callable[..., Running]) -> None:
+    server = run(max_header_bytes=1024)
+    client = server.connect()
+    for _ in range(20):
+        for part in chunked(size=1, end=b"0\r\nT: a\r\n\r\n").splitlines(keepends=True):
+            client.sendall(part)
+        assert answer(client)[0] == 200
 
 
 @pytest.mark.parametrize("request_line", [b"GET", b"NONE / HTTP/1.1", b"GET / HTTP/9.9", b"\x16\x03\x01"], ids=repr)
@@ -272,6 +353,29 @@ def test_requests_that_are_sent_at_once_are_answered_in_order(run: Callable[...,
             stream.read(int(headers["content-length"]))
 
 
+@pytest.mark.parametrize("others", [b"", REQUEST, REQUEST * 3, REQUEST[:40]], ids=["none", "one", "many", "half"])
+def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_besides(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, others: bytes
+) -> None:
+    server = run()
+    server.engine.held = True
+    client = server.connect(REQUEST + others)
+    deadline = threading.Event()
+    while not server.engine.submitted:
+        deadline.wait(0.01)
+    client.close()
+    end = time.monotonic() + PATIENCE
+    while metrics.running_requests._value.get() and time.monotonic() < end:
+        deadline.wait(0.05)
+    server.engine.held = False
+    server.engine.release()
+    assert answer(server.connect(REQUEST))[0] == 200
+    assert len(server.engine.submitted) == 2, "the request that ran, and the one of the other client"
+    assert metrics.running_requests._value.get() == 0
+    assert metrics.requests_of("/v1/embeddings", 499)._value.get() >= 1
+    assert not [entry for entry in caplog.records if entry.levelname == "ERROR"]
+
+
 def test_a_refusal_of_a_body_that_is_sent_at_once_can_be_read(run: Callable[..., Running]) -> None:
     server = run(max_body_bytes=1000)
     client = server.connect(head(length=3_000_000))
@@ -279,6 +383,36 @@ def test_a_refusal_of_a_body_that_is_sent_at_once_can_be_read(run: Callable[...,
     sender.start()
     assert answer(client)[0] == 413
     sender.join(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "expected"),
+    [("POST /ping", 200), ("GET /version", 200), ("PUT /v1/embeddings", 405), ("POST /none", 404)],
+)
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_that_no_route_reads_is_no_reset(
+    run: Callable[..., Running], request_line: str, expected: int, is_chunked: bool
+) -> None:
+    server = run()
+    size = 3_000_000
+    frame = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
+    content = b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size) if is_chunked else b"x" * size
+    client = server.connect(f"{request_line} HTTP/1.1\r\nHost: a\r\n{frame}\r\n\r\n".encode())
+    sender = threading.Thread(target=client.sendall, args=(content,))
+    sender.start()
+    with client.makefile("rb") as stream:
+        assert int(stream.readline().split()[1]) == expected
+        headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
+        stream.read(int(headers["content-length"]))
+    sender.join(PATIENCE)
+    client.sendall(REQUEST)
+    assert answer(client)[0] == 200, "the connection goes on"
+
+
+def test_a_body_that_no_route_reads_is_not_waited_for(run: Callable[..., Running]) -> None:
+    client = run().connect(b"POST /ping HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc")
+    assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert is_closed(client)
 
 
 def test_a_client_that_does_not_read_is_not_waited_for(run: Callable[..., Running]) -> None:

@@ -338,6 +338,30 @@ def test_a_chat_template_that_refuses(serve: Serve, template: str, reason: str) 
     assert reason in found["message"]
 
 
+PART = {"type": "text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        ({"role": "user", "content": PART}, "content", repr(PART)),
+        ({"role": "user", "content": 5}, "content", "5"),
+        ({"role": "user", "content": True}, "content", "True"),
+        ({"role": "user", "content": None}, "content", "None"),
+        ({"role": "assistant", "tool_calls": []}, "content", "None"),
+        ({"role": "user"}, "content", "None"),
+        ({"content": "x"}, "role", "None"),
+        ({"role": 5, "content": "x"}, "role", "5"),
+        ({}, "role", "None"),
+    ],
+    ids=repr,
+)
+def test_a_message_has_a_role_and_a_content(serve: Serve, message: dict[str, Any], field: str, value: str) -> None:
+    found = error(serve(chat_template="{{ messages }}"), {"messages": [*SAID, message]})
+    assert (found["code"], found["param"]) == (400, "messages")
+    assert found["message"].startswith(f"got {value} as the `{field}` of a message, which must be a text")
+
+
 def test_media_in_messages_is_refused(serve: Serve) -> None:
     content = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.png"}}]
     found = error(serve(chat_template="x"), {"messages": [{"role": "user", "content": content}]})

@@ -82,6 +82,15 @@ def test_parts_are_rendered_by_the_chat_template(client: TestClient, service: Se
     assert answer.json()["usage"]["prompt_tokens"] == len(ids) - 2 + 12 + 4
 
 
+@pytest.mark.parametrize("odd", [{"role": "user", "content": 5}, {"role": "user"}, {"content": "a"}], ids=repr)
+def test_a_message_beside_a_picture_has_a_role_and_a_content(client: TestClient, odd: dict[str, Any]) -> None:
+    body = message(part(url(saved(A))))
+    body["messages"].append(odd)
+    refused = client.post("/v1/embeddings", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+    assert "of a message, which must be a text" in refused.json()["error"]["message"]
+
+
 def test_a_client_may_send_the_placeholder_beside_the_picture(client: TestClient) -> None:
     plain = client.post("/v1/embeddings", json=message(part(url(saved(A))), "describe")).json()
     doubled = client.post("/v1/embeddings", json=message(part(url(saved(A))), f"{PICTURE}describe")).json()

@@ -218,6 +218,19 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(serve: Serve, threads: T
     assert after["cenote_queued_sequences", frozenset()] == 0
 
 
+def test_a_refusal_before_the_route_is_counted_under_it(serve: Serve) -> None:
+    client = serve(api_key=("secret",), max_body_bytes=100)
+    client.headers["Authorization"] = "Bearer secret"
+    before = metrics(client)
+    for key, content, status in (("wrong", b"{}", 401), ("secret", b" " * 200, 413)):
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        assert client.post(ROUTE, content=content, headers=headers).status_code == status
+    after = metrics(client)
+    for status in ("401", "413"):
+        assert growth(before, after, "cenote_requests_total", route=ROUTE, status=status) == 1
+        assert growth(before, after, "cenote_requests_total", route="other", status=status) == 0
+
+
 def test_an_empty_queue_takes_a_request_of_any_size(serve: Serve) -> None:
     ids = [[i] for i in range(5, 15)]
     check(post(serve(Watched(Model(), max_queued=3)), ids), *ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from cenote.server.gate import LINGER, PEEKED
 from tests.conftest import JSON
-from tests.server.test_connections import answer, head, run
+from tests.server.test_connections import REQUEST, answer, head, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,26 @@ def test_a_body_that_does_not_come_is_not_waited_for(run: Callable[..., Running]
     began = time.monotonic()
     status, _, body = answer(server.connect(head(length=20)))
     assert (status, body["error"]["message"]) == (401, MESSAGE)
+    assert time.monotonic() - began < LINGER / 2
+
+
+@pytest.mark.parametrize("option", ["max_connections", "max_header_count"])
+def test_by_its_connection(run: Callable[..., Running], option: str) -> None:
+    server = run(100, max_connections=1, max_header_count=16)
+    content = json.dumps(VOYAGE).encode()
+    headers = [f"X-{i}: a" for i in range(20)] if option == "max_header_count" else []
+    if option == "max_connections":
+        assert answer(server.connect(REQUEST))[0] == 200
+    status, _, body = answer(server.connect(head(*headers, length=len(content)) + content))
+    assert (status, [*body]) == (503 if option == "max_connections" else 431, ["detail"])
+    assert option.replace("_", "-") in body["detail"]
+
+
+def test_a_body_that_its_connection_refuses_is_not_waited_for(run: Callable[..., Running]) -> None:
+    server = run(100, max_header_count=16)
+    began = time.monotonic()
+    status, _, body = answer(server.connect(head(*[f"X-{i}: a" for i in range(20)], length=20)))
+    assert (status, "--max-header-count" in body["error"]["message"]) == (431, True)
     assert time.monotonic() - began < LINGER / 2
 
 

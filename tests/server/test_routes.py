@@ -101,6 +101,13 @@ def test_head_is_answered_where_get_is(serve: Serve) -> None:
         assert (client.head(path).status_code, client.head(path).content) == (200, b"")
 
 
+def test_a_root_path_has_the_root_with_and_without_a_slash(serve: Serve) -> None:
+    client = serve(root_path="/pre")
+    for path in ("/", "/pre", "/pre/"):
+        assert (client.get(path).status_code, client.get(path).content) == (200, b"")
+    assert client.get("/prefix").status_code == 404
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_root_path_leaves_the_routes_where_they_are(serve: Serve) -> None:
     client = serve(root_path="/models")

@@ -166,9 +166,28 @@ def _of_parts(prompt: Mapping[str, Any]) -> Illustrated:
     return Illustrated(tuple(parts), as_sources(prompt.get("image")))
 
 
+def content_of_message(message: Mapping[str, Any]) -> str | list[Any] | None:
+    """Return the text or the content parts of a message; `None` = it has calls of tools instead.
+
+    Raises:
+        BadRequest: it has another content, or no role.
+    """
+    content: str | list[Any] | None = message.get("content")
+    _check_field("role", message.get("role"), str, "a text")
+    instead = message.get("tool_calls") or None
+    _check_field("content", coalesce(content, instead), (str, list), "a text or a list of content parts")
+    return content
+
+
+def _check_field(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kinds):
+        message = f"got {value!r:.80} as the `{name}` of a message, which must be {expected}"
+        raise BadRequest(message, param="messages")
+
+
 def flattened(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with its content parts joined into one text, as templates of text models expect."""
-    content = message.get("content")
+    content = content_of_message(message)
     if not isinstance(content, list):
         return dict(message)
     return {**message, "content": "\n".join(map(_text_of_part, content))}

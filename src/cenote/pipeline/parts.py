@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cenote.errors import BadRequest
 from cenote.functions import coalesce
+from cenote.pipeline.inputs import content_of_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,8 +84,8 @@ class _Reader:
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message as a chat template takes it."""
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [str(coalesce(content, ""))]
+        content = coalesce(content_of_message(message), "")
+        parts = content if isinstance(content, list) else [content]
         return {**message, "content": [self._part(part) for part in parts]}
 
     def _part(self, part: Any) -> dict[str, Any]:

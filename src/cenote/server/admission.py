@@ -223,11 +223,16 @@ class EngineLine(Line):
 
     def __init__(self, info: ModelInfo, clock: Callable[[], float] = time.monotonic) -> None:
         self.batch = info.report.batch_tokens
+        self._streams = info.report.streams
         super().__init__((info.report.streams + 1) * self.batch, clock)
         self.most = BULK * self.batch
         self._counts = [0] * (self.most.bit_length() + 1)
         self._tokens = [0] * (self.most.bit_length() + 1)
         self._before_short = 0  # tokens that come before a request of at most a batch: of each one a batch at most
+
+    def fits(self, info: ModelInfo) -> bool:
+        """Return whether the engine still makes batches of this size, as many at a time."""
+        return info.report.batch_tokens == self.batch and info.report.streams == self._streams
 
     def enter(self, body_bytes: int) -> EnginePlace:
         """Return the place of a request that is not tokenised yet."""
@@ -385,6 +390,7 @@ class Admission:
         self.pending: int = 0
         self.max_bytes = config.max_pending_bytes
         self._longest = config.max_waiting_time
+        self._clock = clock
         self.lines: list[EngineLine] = []
         self._line_of: dict[tuple[str, ...], EngineLine] = {}
         for service in services:
@@ -394,8 +400,17 @@ class Admission:
         _OPEN.add(self)
 
     def line(self, service: Service) -> EngineLine:
-        """Return the line before the engine of `service`."""
-        return self._line_of[service.names]
+        """Return the line before the engine of `service`, a new one if its process was started with other batches."""
+        line = self._line_of[service.names]
+        return line if line.fits(service.info) else self._replaced(line, service.info)
+
+    def _replaced(self, line: EngineLine, info: ModelInfo) -> EngineLine:
+        """Put a new line in the place of one, whose requests leave that one."""
+        other = EngineLine(info, self._clock)
+        self.lines[self.lines.index(line)] = other
+        names = [names for names, entry in self._line_of.items() if entry is line]
+        self._line_of |= dict.fromkeys(names, other)
+        return other
 
     @property
     def seconds(self) -> float:

@@ -158,7 +158,6 @@ class Application:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the route of a request and answer it, errors in the body of its dialect."""
         match = self._find(scope)
-        scope["route_path"] = match.path if match else "other"
         request = Request(scope, receive, send)
         value = None
         try:
@@ -189,11 +188,11 @@ class Application:
 
     def _path(self, scope: Scope) -> str:
         """Return the path without the prefix of a proxy and without a closing slash."""
-        path: str = scope["path"]
+        path: str = scope["path"].rstrip("/")
         prefix = self._config.root_path
-        if path.startswith(f"{prefix}/"):
+        if f"{path}/".startswith(f"{prefix}/"):
             path = path.removeprefix(prefix)
-        return path.rstrip("/") or "/"
+        return path or "/"
 
     def _unknown(self, scope: Scope) -> HTTPException:
         """Return the error of a path that the table does not have, or not for the method."""

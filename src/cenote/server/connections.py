@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import uvicorn
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cenote import metrics
@@ -25,6 +26,9 @@ from cenote.server.gate import LINGER
 
 if TYPE_CHECKING:
     import asyncio
+
+    from uvicorn._types import ASGI3Application
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
     from cenote.config import ServerConfig
     from cenote.server.app import Application
@@ -53,7 +57,7 @@ class Limits:
     Attributes:
         connections: maximum number that is served.
         spare: further ones that are answered 503; even more are closed at once.
-        header_bytes: maximum bytes of a request line and its headers.
+        header_bytes: maximum bytes of a request line and its headers, and of what follows the last part of a body.
         header_count: maximum headers.
         header_seconds: seconds in which a request line and its headers have to arrive.
         body_seconds: seconds in which a body has to arrive, and one more for each `SLOWEST` bytes of it.
@@ -113,6 +117,8 @@ class Connection(HttpToolsProtocol):
         self._is_refused = False
         self._head_bytes = 0
         self._body_bytes = 0
+        self._frame_bytes = 0
+        self._running: RequestResponseCycle | None = None
         self._since = self.loop.time()
         self._unread = 0
         self._unread_since = 0.0
@@ -147,6 +153,20 @@ class Connection(HttpToolsProtocol):
             )
             Connection._said, Connection._closed = now, 0
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell all requests of the connection that their client has left; uvicorn tells the last one."""
+        cycles = [cycle for cycle, _ in self.pipeline]
+        if self._running is not None:
+            cycles.append(self._running)
+        for cycle in cycles:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def data_received(self, data: bytes) -> None:
         """Read the bytes of a client, of a head only up to its limit."""
         if self._is_idle:
@@ -156,9 +176,58 @@ class Connection(HttpToolsProtocol):
             if self._awaits_head:
                 part = data[: self.limits.header_bytes - self._head_bytes]
                 self._head_bytes += len(part)
-            super().data_received(part)
+            self._frame_bytes += len(part)
+            self._read(part)
             data = data[len(part) :]
             self._check_head()
+            self._check_frame()
+
+    def _read(self, data: bytes) -> None:
+        """Parse bytes as HTTP/1.1, whatever protocol a client offers besides (RFC 9110, 7.8)."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest and not self._is_refused:
+                rest = rest[self._parse(rest) :]
+        except HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse(self, data: memoryview) -> int:
+        """Parse bytes, and return their number. The parser stops behind a head that offers another protocol."""
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as stop:
+            if self._has_offer:
+                self._decline()
+            return int(stop.args[0])
+        return len(data)
+
+    @property
+    def _has_offer(self) -> bool:
+        """Whether the head that was parsed offers another protocol: the parser takes what follows for that one."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _decline(self) -> None:
+        """Parse the head once more without its offer, so that the parser reads the body."""
+        refusal = self.scope["state"].get("refusal")
+        if isinstance(refusal, HeadTooLarge):
+            self._refuse(refusal)  # not all of its headers are there
+            return
+        version = self.parser.get_http_version().encode()
+        head = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
+        head += [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser.feed_data(b"".join([*head, b"\r\n"]))
+
+    def _check_frame(self) -> None:
+        """Refuse a request whose body goes on in bytes that are none of it, as headers behind it (trailers) are."""
+        limit = self.limits.header_bytes
+        if self._awaits_head or self._frame_bytes <= limit:
+            return
+        self._is_refused = True
+        refusal = HeadTooLarge(f"the headers behind the body have more than {limit} bytes (--max-header-bytes)")
+        self.cycle.scope["state"].setdefault("refusal", refusal)
+        self.cycle.keep_alive = False
+        self.cycle.message_event.set()
 
     def _check_head(self) -> None:
         """Refuse a request whose head has reached the limit."""
@@ -191,15 +260,24 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
+        if self._has_offer:
+            return
         self._awaits_head = False
         self._body_bytes = 0
+        self._frame_bytes = 0
         self._since = self.loop.time()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
         self._body_bytes += len(body)
+        self._frame_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        if not self._has_offer:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Wait for the next request; a client that still sends the body of an answered one is not waited for."""

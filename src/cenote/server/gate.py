@@ -52,7 +52,7 @@ PEEKED = 16_384
 PATIENCE = 0.1
 """Seconds in which such a body has to arrive."""
 LINGER = 2.0
-"""Seconds in which a refused client may go on sending, so that it reads the refusal and not a reset."""
+"""Seconds in which a client whose body is not read may go on sending, so that it reads its answer and not a reset."""
 
 
 class UnderWay:
@@ -198,6 +198,8 @@ class Gate:
         request_id = headers.get("x-request-id")
         number = new_id()
         scope.setdefault("state", {}).update(request_id=request_id, new_id=number, body_bytes=0)
+        match = self._find(scope)
+        route = scope["route_path"] = match.path if match else "other"
         reply = _Reply(send, _ascii(echo(request_id)) if request_id else number)
         if not self.counts(scope):
             await self._run(scope, headers, receive, reply)
@@ -208,7 +210,6 @@ class Gate:
             await self._run(scope, headers, receive, reply)
         finally:
             metrics.running_requests.dec()
-            route = scope.get("route_path", "other")
             metrics.requests_of(route, reply.status).inc()
             metrics.seconds_of(route).observe(time.monotonic() - began)
 
@@ -230,37 +231,30 @@ class Gate:
             held.release()
             await self._refuse(error, scope, incoming, send)
             return
+        has_body = bool(declared) or "transfer-encoding" in headers
         try:
-            await self.app(scope, incoming, send)
+            if has_body and not incoming.is_whole:
+                await _draining(self.app, scope, incoming, send)
+            else:
+                await self.app(scope, incoming, send)
         finally:
             held.release()
 
     async def _refuse(self, error: CenoteError | Left, scope: Scope, incoming: _Incoming, send: Send) -> None:
-        """Answer with `error`, and let a client that is still sending its body finish: else it sees a reset."""
+        """Answer with `error` in the dialect of the request."""
         await self._peek(scope, incoming)
-        response = errors.respond(error, self._error_body(scope, incoming.value()))
-
-        async def begin(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "more_body": True}
-            await send(message)
-
-        await response(scope, incoming, begin)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                while not incoming.is_whole:
-                    await incoming()
-        await send({"type": "http.response.body", "body": b""})
+        await _draining(errors.respond(error, self._error_body(scope, incoming.value())), scope, incoming, send)
 
     async def _peek(self, scope: Scope, incoming: _Incoming) -> None:
         """Receive the body of a refused request if it is small, and its keys may tell the dialect."""
         headers = Headers(scope=scope)
         is_small = 0 < _length(headers) <= PEEKED and "expect" not in headers
         match = self._find(scope)
-        if not is_small or "refusal" in scope["state"] or match is None or not match.is_shared:
+        if not is_small or match is None or not match.is_shared:
             return
+        patience = 0.0 if "refusal" in scope["state"] else PATIENCE  # there may be very many
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 while not incoming.is_whole:
                     await incoming()
 
@@ -319,6 +313,22 @@ class Gate:
                 raise BodyTooLarge(f"the request body has more than the {limit} bytes that are allowed")
         scope["state"]["body_bytes"] = held.size
         return b"".join(chunks)
+
+
+async def _draining(answer: ASGIApp, scope: Scope, incoming: _Incoming, send: Send) -> None:
+    """Await an answer, and let a client that is still sending its body finish: else it sees a reset."""
+
+    async def begin(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "more_body": True}
+        await send(message)
+
+    await answer(scope, incoming, begin)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while not incoming.is_whole:
+                await incoming()
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _ascii(text: str) -> str:

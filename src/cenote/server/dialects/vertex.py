@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from cenote.server.dialects import tei
 from cenote.server.routes import Dialect, Route
-from cenote.server.wire.fields import Body, Some
+from cenote.server.wire.fields import Body, Some, is_prompt
 
 if TYPE_CHECKING:
     from cenote.server.serving import Serving
@@ -41,9 +41,9 @@ class VertexRequest(Body):
 
     @property
     def inputs(self) -> int:
-        """Number of texts of all instances."""
+        """Number of inputs of all instances."""
         sides = [getattr(instance, "inputs", None) or getattr(instance, "texts", None) for instance in self.instances]
-        return sum(len(side) if isinstance(side, list) else 1 for side in sides)
+        return sum(len(side) if isinstance(side, list) and not is_prompt(side) else 1 for side in sides)
 
 
 def _with(parameters: Any, instance: Any) -> Any:
