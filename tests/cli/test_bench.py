@@ -81,6 +81,7 @@ def check_rates(result: dict[str, Any]) -> None:
 # --- a model in this process ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_default_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("--requests", "6", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3", "--streams", "1")
     result = bench(*argv, folder=tmp_path)

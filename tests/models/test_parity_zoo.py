@@ -173,7 +173,18 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
+BESIDE_SAMPLE = {
+    *STATEFUL,
+    *("bert", "albert", "roberta", "t5", "esm-rotary", "modernbert", "deberta-v2", "gpt2", "opt", "bloom"),
+    *("llama", "mistral-sliding", "qwen3", "qwen3-moe", "qwen3-next", "gemma2", "gemma3", "gpt-oss", "phi3"),
+}
+"""Rows that `make test` runs beside each other: those with a state, and each kind of positions, masks and layers."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(row, id=row.name, marks=() if row.name in BESIDE_SAMPLE else pytest.mark.full) for row in ZOO],
+)
 def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Architecture, hasty: None) -> None:
     subject, rows_TD = once(architecture, KEPT)
     model, layout = subject.full, subject.layout

@@ -978,6 +978,7 @@ def test_python_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+@pytest.mark.full
 def test_the_script_of_the_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -242,6 +242,7 @@ def test_a_client_that_leaves_drops_its_work(server: Process, reference: Sentenc
     assert requests.get(f"{server.url}/load", timeout=PATIENCE).json() == {"server_load": 0}
 
 
+@pytest.mark.full
 def test_a_client_that_is_killed_drops_its_work(server: Process, reference: SentenceTransformer) -> None:
     before = server.metric("cenote_sequences_total", outcome="dropped")
     body = json.dumps(LARGE).encode()
@@ -325,6 +326,7 @@ def everything(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.full
 def test_clients_that_send_or_read_half_do_not_keep_the_server_from_ending(ending: Callable[..., Process]) -> None:
     process = ending("--shutdown-timeout", "1")
     body = json.dumps({"input": ["never sent whole"]}).encode()
