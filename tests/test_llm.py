@@ -362,7 +362,7 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "parameters for one prompt": (["a", "b"], {"pooling_params": [None, PoolingParams()]}, "pooling_params must be"),
     "a prompt of another kind": ("a", {"prompt": 3}, "prompt must be a str, got 3"),
     "a name of another kind": ("a", {"prompt_name": ["query"]}, r"prompt_name must be a str, got \['query'\]"),
-    "an adapter of another kind": ("a", {"lora_request": "law"}, "expected a LoRARequest|lengths of prompts"),
+    "an adapter of another kind": ("a", {"lora_request": "law"}, r"prompts \(1\) and lora_request \(3\) must be"),
     "truncate below": (
         "a",
         {"tokenization_kwargs": {"truncate_prompt_tokens": -2}},
