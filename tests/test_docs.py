@@ -60,7 +60,14 @@ def client(folders: Path) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.mark.parametrize(("where", "code"), [b for b in blocks("python") if "base_url" not in b[1]])
+CODE = [
+    pytest.param(where, code, marks=() if where == "README.md" else pytest.mark.full)
+    for where, code in blocks("python")
+    if "base_url" not in code
+]
+
+
+@pytest.mark.parametrize(("where", "code"), CODE)
 def test_python_runs(where: str, code: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
     exec(compile(code, where, "exec"), {"__name__": where})

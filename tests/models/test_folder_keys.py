@@ -255,7 +255,7 @@ def honoured(kind: str, file: str, key: str, *values: Any, **others: Any) -> lis
 
 
 def idle(kind: str, file: str, key: str, *values: Any) -> list[Row]:
-    return [Row(kind, file, key, value, "idle") for value in values]
+    return [Row(kind, file, key, value, "idle", is_repeated=value is not values[0]) for value in values]
 
 
 def refused(kind: str, file: str, key: str, *values: Any) -> list[Row]:
@@ -342,10 +342,13 @@ TRANSFORMER_ROWS = [
         Row("dense", BERT, section, {name: value}, "idle", is_repeated=is_repeated)
         for section, name, value, is_repeated in PLACED
     ],
-    *[Row("dense", BERT, f"processing_kwargs.text.{name}", value, "idle") for name, value in ARRANGED.items()],
+    *[
+        Row("dense", BERT, f"processing_kwargs.text.{name}", value, "idle", is_repeated="pad" not in name)
+        for name, value in ARRANGED.items()
+    ],
     *idle("dense", BERT, "processing_kwargs.common.return_tensors", "pt"),
     *[
-        Row("dense", BERT, f"processing_kwargs.{part}", {"padding": True}, "idle")
+        Row("dense", BERT, f"processing_kwargs.{part}", {"padding": True}, "idle", is_repeated=part != "audio")
         for part in ("audio", "image", "video")
     ],
     *refused("dense", BERT, "cache_dir", "elsewhere"),

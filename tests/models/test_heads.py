@@ -61,9 +61,9 @@ def ids_of(folder: Path, texts: list[str] | None = None) -> list[list[int]]:
     return [made(text)["input_ids"] for text in texts or TEXTS]
 
 
-def states(folder: Path, ids: list[list[int]] | None = None, **options: Any) -> list[Tensor]:
+def states(folder: Path, ids: list[list[int]] | None = None, attention: str = "eager", **options: Any) -> list[Tensor]:
     """The reference: last hidden states of each text, alone."""
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager", **options).eval()
+    model = AutoModel.from_pretrained(folder, attn_implementation=attention, **options).eval()
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([one])).last_hidden_state[0] for one in ids or ids_of(folder)]
 
@@ -424,11 +424,11 @@ def jina(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add(folder, head, "JinaForRanking")
 
 
-def projected(folder: Path, prompt: str) -> tuple[Tensor, Tensor]:
+def projected(folder: Path, prompt: str, attention: str = "eager") -> tuple[Tensor, Tensor]:
     """The reference: vectors of the documents of a prompt, and of its query."""
     head, made = load_file(folder / "model.safetensors"), transformers.AutoTokenizer.from_pretrained(folder)
     ids = made(prompt)["input_ids"]
-    (x,) = states(folder, [ids])
+    (x,) = states(folder, [ids], attention)
     rows = (x @ head["projector.0.weight"].T).relu() @ head["projector.2.weight"].T
     document, query = made.convert_tokens_to_ids(["<|embed_token|>", "<|rerank_token|>"])
     tokens = torch.tensor(ids)
@@ -470,9 +470,12 @@ def test_listwise_scores_of_several_queries(jina: Path) -> None:
 
 
 def test_listwise_blocks(jina: Path) -> None:
-    """130 documents are two prompts, and the query's vectors are averaged by the best document of each."""
+    """130 documents are two prompts, and the query's vectors are averaged by the best document of each.
+
+    The reference is by torch's attention: eager Transformers takes seconds for a prompt of thousands of tokens.
+    """
     documents = [f"{number} fox" for number in range(130)]
-    parts = [projected(jina, listwise_prompt("fox", block)) for block in (documents[:125], documents[125:])]
+    parts = [projected(jina, listwise_prompt("fox", block), "sdpa") for block in (documents[:125], documents[125:])]
     weights = torch.stack([(1 + cosines(*part).max()) / 2 for part in parts])
     query = (torch.cat([query for _, query in parts]) * weights[:, None]).sum(0) / weights.sum()
     expected = torch.cat([cosines(rows, query) for rows, _ in parts])

@@ -297,7 +297,8 @@ def test_vectors_of_real_text(llm: tuple[str, LLM], whole: np.ndarray) -> None:
     assert np.array_equal(vectors(own, texts[::-3]), found[::-3])
 
 
-@pytest.mark.parametrize("count", [120, *(pytest.param(count, marks=pytest.mark.full) for count in (250, 1000))])
+@pytest.mark.full
+@pytest.mark.parametrize("count", [120, 250, 1000])
 def test_search_is_as_good_in_int8(count: int, record_property: Callable[[str, object], None]) -> None:
     pairs = collect(count)
     texts = (*pairs.queries, *pairs.documents)

@@ -375,7 +375,7 @@ def _rows(llm: LLM, texts: list[str], **options: Any) -> np.ndarray:
     return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
 
-@pytest.mark.parametrize("count", [40, *(pytest.param(count, marks=pytest.mark.full) for count in (100, 300))])
+@pytest.mark.parametrize("count", [20, *(pytest.param(count, marks=pytest.mark.full) for count in (100, 300))])
 def test_embedded_model_equals_sentence_transformers(minilm: LLM, count: int) -> None:
     """On docstrings, from one word to more than the model's 256 tokens."""
     texts = list(corpus.docstrings(count))

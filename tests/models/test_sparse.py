@@ -62,7 +62,11 @@ def theirs(model: SparseEncoder, texts: list[str], side: str = "", **options: An
 
 
 def ours(llm: LLM, texts: list[str], side: str | None = None, **options: Any) -> Sparse:
-    outputs = llm.embed_sparse(texts, input_type=side, use_tqdm=False, **options)
+    return entries(llm.embed_sparse(texts, input_type=side, use_tqdm=False, **options))
+
+
+def entries(outputs: list[Any]) -> Sparse:
+    """Indices and weights of each row."""
     return [(np.array(o.outputs.indices), np.array(o.outputs.values, dtype=np.float32)) for o in outputs]
 
 
@@ -457,15 +461,15 @@ def test_trained_model(trained: Path) -> None:
     cut = {"truncate_prompt_tokens": -1}
     # heads.pt is for the package's own tasks, which follow from the vectors
     with LLM(model=str(trained), convert="sparse", allow_unread="heads.pt") as llm:
-        found = ours(llm, documents, tokenization_kwargs=cut)
+        outputs = llm.embed_sparse(documents, use_tqdm=False, tokenization_kwargs=cut)
+        found = entries(outputs)
         model.max_seq_length = llm.info.max_model_len
         assert_same(found, theirs(model, documents, batch_size=4))
         counts = [len(indices) for indices, _ in found]
         assert max(counts) < 1000 < len(llm.get_tokenizer()), "sparse"
         sources = [i for i, text in enumerate(documents) if len(text) > 120 and len(summary(text).split()) > 4]
         queries = llm.embed_sparse([summary(documents[i]) for i in sources], use_tqdm=False)
-        given = llm.embed_sparse(documents, use_tqdm=False, tokenization_kwargs=cut)
-        best = llm.similarity(queries, given).argmax(1).tolist()
+        best = llm.similarity(queries, outputs).argmax(1).tolist()
     hits = sum(i == place for i, place in zip(sources, best, strict=True))
     assert len(sources) > 20
     assert hits >= 0.8 * len(sources), f"{hits} of {len(sources)} queries find the text that they are the beginning of"

@@ -969,6 +969,7 @@ def test_commands_of_the_example(server: Process) -> None:
     assert data["tokens"] == shown["data"]["tokens"]
 
 
+@pytest.mark.full
 def test_python_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = fenced((EXAMPLE / "README.md").read_text(), "python")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
@@ -991,6 +992,7 @@ def test_the_script_of_the_example(
     assert shown == "     0    20  The cenote is deep.\n    20    40  Interest rates rose.\n"
 
 
+@pytest.mark.full
 def test_the_page(capsys: pytest.CaptureFixture[str], start: Start) -> None:
     """Its plugin, its request and its script, with the default model."""
     page = ROOT / "docs" / "plugins.md"
