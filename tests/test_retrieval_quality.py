@@ -17,7 +17,8 @@ from cenote import LLM
 from cenote.tensors.quantize import Precision, dequantize, quantize
 from material.retrieval import TOKENS, Pairs, collect, ndcg_at_10, words
 
-PAIRS = (100, *(pytest.param(count, marks=pytest.mark.full) for count in (250, 2000)))
+PAIRS = [pytest.param(count, marks=pytest.mark.full) for count in (100, 250, 2000)]
+"""The vectors themselves are those of sentence-transformers in `tests/models/test_sentence_transformers.py`."""
 
 
 def small(vectors_ND: np.ndarray, precision: Precision) -> np.ndarray:

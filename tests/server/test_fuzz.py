@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "2000"))
 """Requests that are sent at least."""
-SOME = 400
+SOME = 200
 """Requests of `make test`."""
 AT_ONCE = 8
 """Requests that are sent at the same time."""
