@@ -273,6 +273,18 @@ def test_the_task_of_parameters(llm: LLM) -> None:
         llm.classify(SHORT[0], pooling_params=PoolingParams(task="embed"), use_tqdm=False)
 
 
+def test_the_task_of_parameters_that_score(llm: LLM) -> None:
+    """The task by which pairs are scored may have its own name; another one would be without effect."""
+    expected = llm.score("a", ["b"], use_tqdm=False)[0].outputs.score
+    for task in ("score", "embed"):
+        (output,) = llm.score("a", ["b"], pooling_params=PoolingParams(task=task), use_tqdm=False)
+        assert output.outputs.score == expected
+    sentence = "pooling_params name the task 'classify', and the call has 'score'; leave one of them out"
+    for method in (llm.score, llm.rerank):
+        with pytest.raises(BadRequest, match=sentence):
+            method("a", ["b"], pooling_params=PoolingParams(task="classify"), use_tqdm=False)
+
+
 def test_scoring_arguments_of_another_kind(llm: LLM) -> None:
     wrong: dict[str, tuple[dict[str, Any], str]] = {
         "parameters": ({"pooling_params": [PoolingParams()]}, "this call takes one `PoolingParams`, not a list"),
@@ -362,7 +374,8 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "parameters for one prompt": (["a", "b"], {"pooling_params": [None, PoolingParams()]}, "pooling_params must be"),
     "a prompt of another kind": ("a", {"prompt": 3}, "prompt must be a str, got 3"),
     "a name of another kind": ("a", {"prompt_name": ["query"]}, r"prompt_name must be a str, got \['query'\]"),
-    "an adapter of another kind": ("a", {"lora_request": "law"}, r"prompts \(1\) and lora_request \(3\) must be"),
+    "an adapter of another kind": ("a", {"lora_request": "law"}, "got 'law', expected a LoRARequest or one for each"),
+    "a number for adapters": ("a", {"lora_request": 3}, "got 3, expected a LoRARequest or one for each prompt"),
     "truncate below": (
         "a",
         {"tokenization_kwargs": {"truncate_prompt_tokens": -2}},

@@ -16,6 +16,7 @@ from cenote.outputs import EmbeddingOutput, PoolingOutput, SparseEmbedding
 from cenote.pipeline.inputs import Illustrated, content_of, listed
 from cenote.pipeline.options import TextOptions
 from cenote.pipeline.pairs import PairOptions
+from cenote.tasks import check_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -199,6 +200,8 @@ def lora_per_prompt(requests: LoRARequest | Seq[LoRARequest | None] | None, coun
     """
     if requests is None or isinstance(requests, LoRARequest):
         return [requests] * count
+    if isinstance(requests, str) or not isinstance(requests, Iterable):
+        raise BadRequest(f"got {requests!r:.100}, expected a LoRARequest or one for each prompt", param="lora_request")
     listed = _as_many(requests, count, "lora_request")
     if not all(isinstance(request, LoRARequest | None) for request in listed):
         raise BadRequest(f"got {listed!r:.200}, expected a LoRARequest or None for each prompt", param="lora_request")
@@ -242,14 +245,11 @@ def tasks_of(params: Any, tasks: str | Iterable[str] | None) -> list[str]:
     Raises:
         BadRequest: the parameters name another one, or several; or something is not of its kind.
     """
-    of_params = list(filter(None, (one.task for one in listed_params(params))))
+    each = listed_params(params)
+    of_params = list(filter(None, (one.task for one in each)))
     of_call = list(dict.fromkeys(listed_texts(of_kind("pooling_task", tasks, Iterable) or of_params[:1])))
-    others = [task for task in of_params if task not in of_call]
-    if others:
-        raise BadRequest(
-            f"pooling_params name the task {others[0]!r}, and the call has {of_call[0]!r}; leave one of them out",
-            param="task",
-        )
+    for one in each:
+        check_named(one, of_call)
     return of_call
 
 

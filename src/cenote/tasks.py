@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from cenote.errors import BadRequest, TaskNotOffered
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from cenote.core import PoolingParams
 
@@ -102,6 +102,15 @@ def check_task(name: str, offered: Collection[str]) -> Task:
     if name in HOW_TO_GET:
         message += f". {HOW_TO_GET[name]}"
     raise TaskNotOffered(message, param="task")
+
+
+def check_named(params: PoolingParams, tasks: Sequence[str]) -> None:
+    """Raise `BadRequest` if `params` names a task that is none of those of its call."""
+    if params.task not in (None, *tasks):
+        raise BadRequest(
+            f"pooling_params name the task {params.task!r}, and the call has {tasks[0]!r}; leave one of them out",
+            param="task",
+        )
 
 
 def check_params(task: Task, params: PoolingParams) -> None:

@@ -169,6 +169,9 @@ def test_rewards_of_tokens(tmp_path: Path, name: str, keep: bool) -> None:
         close(rewards(llm), expected)
         close(rewards(llm, IDS), expected)
         close(rewards(llm, params=ACTIVE), sigmoid(expected))
+        close(rewards(llm, params=PoolingParams(task="reward")), expected)
+        with pytest.raises(BadRequest, match="pooling_params name the task 'embed', and the call has 'reward'"):
+            rewards(llm, params=[*[PoolingParams()] * (len(TEXTS) - 1), PoolingParams(task="embed")])
         close(encoded(llm, "token_classify"), expected)
         close(encoded(llm, "token_classify", ACTIVE), sigmoid(expected))
         close(encoded(llm, "classify"), [values[-1] for values in expected])

@@ -17,7 +17,7 @@ from cenote.pipeline.job import Job
 from cenote.pipeline.late_chunking import joined
 from cenote.pipeline.pairs import CUTS_TEXTS, check_no_template, texts_of
 from cenote.pipeline.ranking import SideOutputs, Way, check_pairing, choose, reward_task
-from cenote.tasks import PLUGIN, check_task
+from cenote.tasks import PLUGIN, check_named, check_task
 from cenote.tensors.similarity import ranking
 
 if TYPE_CHECKING:
@@ -182,6 +182,7 @@ def score(
     """
     check_pairing(queries, documents)
     way = choose(service.info, score_type)
+    check_named(params, ("score", way.task))
     if params.late_chunking_params is not None:
         raise BadRequest("late_chunking_params: texts are scored whole, not by chunks", param="late_chunking_params")
     if way.of_lists:
@@ -249,6 +250,7 @@ def reward(
     task, activates = reward_task(service.info, of_tokens=of_tokens)
 
     def filled(params: PoolingParams) -> PoolingParams:
+        check_named(params, ("reward", task))
         return replace(params, use_activation=params.activates(activates))
 
     if isinstance(params, PoolingParams):
