@@ -17,7 +17,7 @@ from cenote import LLM
 from cenote.cli import main
 from cenote.config import ServerConfig
 from cenote.engine.fake import FakeEngine
-from cenote.errors import CenoteError, CheckpointError, ConfigError
+from cenote.errors import BadRequest, CenoteError, CheckpointError, ConfigError
 from cenote.pipeline.pipeline import Service
 from cenote.pipeline.rendering import Renderer
 from cenote.server.app import DIALECTS, build
@@ -123,6 +123,20 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.fixture(scope="module")
+def client(pages: LLM) -> Iterator[TestClient]:
+    """A server of the same folder; a service of its own, as a server allows fewer files and hosts to be read."""
+    with LLM(str(pages.info.report.source)) as llm:
+        yield TestClient(build([llm._service], ServerConfig()))
+
+
+def test_a_name_is_a_file_for_a_library_alone(pages: LLM, client: TestClient) -> None:
+    with pytest.raises(BadRequest, match="the file of a picture is not there"):
+        pages.embed(prompt("page.png"))
+    answer = client.post("/v1/embeddings", json=conversation("page.png"))
+    assert answer.json()["error"]["message"].startswith("got 'page.png' for a picture; expected a URL: data:image/png")
+
+
 PAGE = noise(90, 130)
 SOURCES = {
     "no picture": url(b"<svg/>"),
@@ -131,7 +145,6 @@ SOURCES = {
     "a strip": url(noise(1, 400)),
     "too many pixels": url(bomb(14_000)),
     "another scheme": "ftp://host/page.png",
-    "a name": "page.png",
 }
 ARGUMENTS: tuple[dict[str, Any], ...] = (*PROCESSED, {"max_pixels": 1 << 40}, {"min_pixels": "many"})
 PARTS: dict[str, Any] = {
@@ -184,11 +197,11 @@ PICTURED: dict[str, tuple[Callable[[LLM], Any], str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("offline", "path", "body"), PICTURED.values(), ids=PICTURED)
 def test_bad_pictures_are_refused_in_the_same_words(
-    pages: LLM, offline: Callable[[LLM], Any], path: str, body: dict[str, Any]
+    pages: LLM, client: TestClient, offline: Callable[[LLM], Any], path: str, body: dict[str, Any]
 ) -> None:
     with pytest.raises(CenoteError) as refused:
         offline(pages)
-    answer = TestClient(build([pages._service], ServerConfig())).post(path, json=body)
+    answer = client.post(path, json=body)
     error = answer.json()["error"]
     assert (error["message"], error["code"]) == (refused.value.message, refused.value.status)
     assert error["param"] == ("queries" if "queries" in body else refused.value.param)

@@ -318,7 +318,7 @@ def _named(name: str, access: Access) -> bytes:
         return fetched(name, access)
     if scheme == "file":
         return _local(_path_of(name), access)
-    if access.any_file:
+    if access.any_file and "://" not in name:
         return _local(Path(name), access)
     raise BadRequest(
         f"got {name[:40]!r} for a picture; expected a URL: data:image/png;base64,..., https:// or file://", param=PARAM
