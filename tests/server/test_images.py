@@ -45,10 +45,18 @@ def allowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = pictured.qwen_vl(tmp_path_factory.mktemp("served") / "qwen", "qwen3_vl")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictured.qwen_vl(tmp_path_factory.mktemp("served") / "qwen", "qwen3_vl")
+
+
+def opened(folder: Path) -> Service:
     config = ModelConfig(model=str(folder), served_model_name=("qwen",), limit_mm_per_prompt={"image": 2})
-    service = Service.open(config, EngineConfig())
+    return Service.open(config, EngineConfig())
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Service]:
+    service = opened(folder)
     yield service
     service.engine.close()
 
@@ -168,8 +176,8 @@ def test_text_goes_on_beside_pictures(client: TestClient, service: Service) -> N
     assert np.abs(np.array(answer.json()["data"][0]["embedding"]) - output.data).max() < 1e-6
 
 
-def test_a_process_in_front_renders_pictures_for_the_engine(service: Service, tmp_path: Path) -> None:
-    """The last of this file, as a host that is closed ends its engine."""
+def test_a_process_in_front_renders_pictures_for_the_engine(folder: Path, tmp_path: Path) -> None:
+    service = opened(folder)  # which its host closes
     expected = direct(service, f"a {PICTURE}", [saved(A)])
     assert service.facts is not None
     host = Host(service.engine, str(tmp_path / "private" / "engine.sock"), service.facts.plain())

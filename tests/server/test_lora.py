@@ -87,8 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def service(root: Path) -> Iterator[Service]:
+def opened(root: Path) -> Service:
     modules = [
         f"law={root / 'law'}",
         json.dumps({"name": "water", "path": str(root / "water"), "base_model_name": "b"}),
@@ -96,7 +95,12 @@ def service(root: Path) -> Iterator[Service]:
     options = ModelConfig.model_validate(
         {"model": str(root / "base"), "served_model_name": "b", "lora_modules": modules}
     )
-    service = Service.open(options, EngineConfig(cache_size=4))
+    return Service.open(options, EngineConfig(cache_size=4))
+
+
+@pytest.fixture(scope="module")
+def service(root: Path) -> Iterator[Service]:
+    service = opened(root)
     yield service
     service.engine.close()
 
@@ -239,8 +243,9 @@ def test_tokenizes_under_the_name_of_an_adapter(client: TestClient) -> None:
     assert by_name[0] == by_name[1]
 
 
-def test_engine_in_another_process(service: Service, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_engine_in_another_process(root: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
     """Its front knows the adapters by the engine's description."""
+    service = opened(root)  # which its host closes
     assert service.facts is not None
     host = Host(service.engine, tmp_path / "engine.sock", service.facts.plain())
     try:
