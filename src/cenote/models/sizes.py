@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from cenote.errors import CheckpointError
@@ -111,6 +112,23 @@ def _counts(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
+INITIALISERS = frozenset(
+    {
+        *(
+            init.normal_,
+            init.uniform_,
+            init.kaiming_uniform_,
+            init.constant_,
+            init.ones_,
+            init.zeros_,
+            init.trunc_normal_,
+        ),
+        *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_),
+    }
+)
+"""Functions that give a tensor its first values, and return it."""
+
+
 class Bounded(TorchFunctionMode):
     """Refuse to build a model that is far larger than its weights.
 
@@ -132,9 +150,11 @@ class Bounded(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run `func`, and count it."""
-        result = func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        bare = _bare(func, args, named)
+        result = func(*args, **named) if bare is None else bare
         self._steps -= 1
-        if isinstance(result, torch.Tensor) and not any(map(torch.is_tensor, args)):
+        if isinstance(result, torch.Tensor) and not any(map(torch.is_tensor, (*args, *named.values()))):
             self._values -= result.numel()
         if self._values < 0 or self._steps < 0:
             raise CheckpointError(self._message(tuple(getattr(result, "shape", ()))))
@@ -148,3 +168,11 @@ class Bounded(TorchFunctionMode):
             f"asks for over {FACTOR} times as many, the last in a tensor of the shape {shape}{keys}; correct it, or "
             "take the weights that belong to it"
         )
+
+
+def _bare(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the tensor on the meta device that `func` initialises, which takes time for nothing; else `None`."""
+    if func not in INITIALISERS:
+        return None
+    tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
+    return tensor if tensor.is_meta else None
