@@ -405,6 +405,7 @@ class Clock:
         self.gaps.append(seconds)
 
 
+@pytest.mark.full
 def test_arrivals_are_as_many_a_second_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps are exponential, hence as wide as they are long on average, and those of the seed at any rate."""
     gaps = {}
@@ -478,6 +479,7 @@ def mixed(count: int) -> int:
     return sum(min(MIXED[i % len(MIXED)], LIMIT) for i in range(count))
 
 
+@pytest.mark.full
 def test_clients_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     engine = FakeEngine(INFO)
     argv = ("--requests", "20", "--rounds", "2", "--concurrency", "1", "7")
@@ -492,6 +494,7 @@ def test_clients_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert "gemm" not in result
 
 
+@pytest.mark.full
 def test_all_that_can_be_measured_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     engine = FakeEngine(INFO)
     argv = ("--requests", "6", "--rounds", "1", "--batch-sizes", "4", "--concurrency", "2", "--task", "token_embed")
@@ -678,6 +681,7 @@ def test_every_option_has_a_flag_with_its_help() -> None:
     assert "(default: 8 32)" in text
 
 
+@pytest.mark.full
 def test_threads_are_those_of_the_limit_too(reranker: Path, tmp_path: Path) -> None:
     mine = torch.get_num_threads()
     try:
@@ -687,6 +691,7 @@ def test_threads_are_those_of_the_limit_too(reranker: Path, tmp_path: Path) -> N
         torch.set_num_threads(mine)
 
 
+@pytest.mark.full
 def test_the_bar_ends_where_the_work_ends(
     reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

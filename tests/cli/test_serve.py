@@ -123,6 +123,7 @@ def test_models_that_were_loaded_are_closed_when_another_cannot_be(
 SET = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("given", "kept"),
     [

@@ -37,7 +37,13 @@ APART = ("qwen3-moe", "mixtral", "gpt-oss", "deberta-v2", "gemma2", "t5", "mpnet
 NARROWED = ("bert", "modernbert", "qwen3", "qwen3-moe", "deberta-v2")
 WANTED = 37
 """Tokens of the sequence that is watched."""
+SAMPLE = {"xlm-roberta", "modernbert", "qwen3", "qwen3-moe", "deberta-v2", "gpt-oss", "t5"}
+"""Of them, those of `make test`."""
 KERNELS = native.chosen("auto") != "none"
+
+
+def some(names: tuple[str, ...]) -> list[str]:
+    return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.full) for name in names]  # type: ignore[misc]
 
 
 @cache
@@ -94,7 +100,7 @@ def check(subject: Subject) -> None:
     assert torch.isfinite(alone).all()
 
 
-@pytest.mark.parametrize("name", [*TOGETHER, *APART])
+@pytest.mark.parametrize("name", some(TOGETHER + APART))
 def test_no_bit_moves_in_float32(name: str) -> None:
     model = subject(name)
     assert model.layout.is_apart == (name in APART or not KERNELS), model.outcomes["company"].text
@@ -103,7 +109,7 @@ def test_no_bit_moves_in_float32(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="CENOTE_ISA switches the kernels off")
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
-@pytest.mark.parametrize("name", NARROWED)
+@pytest.mark.parametrize("name", some(NARROWED))
 def test_no_bit_moves_with_narrow_weights(name: str, kind: str) -> None:
     model = subject(name, kind)
     assert model.outcomes["narrow"].text

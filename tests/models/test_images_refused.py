@@ -27,6 +27,7 @@ def fields(kind: type) -> set[str]:
     return set().union(*(vars(parent).get("__annotations__", {}) for parent in kind.__mro__))
 
 
+@pytest.mark.full
 def test_every_config_with_a_part_for_pictures_is_served_or_refused_by_name() -> None:
     entries_of = {kind: fields(CONFIG_MAPPING[kind]) for kind in CONFIG_MAPPING_NAMES}
     sighted = {kind for kind, entries in entries_of.items() if entries & {"vision_config", "image_token_id"}}

@@ -54,7 +54,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*WRITERS])
+@pytest.fixture(scope="module", params=["clip", pytest.param("qwen3_vl", marks=pytest.mark.full)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return WRITERS[request.param](tmp_path_factory.mktemp("kept") / request.param)
 

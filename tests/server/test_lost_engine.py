@@ -66,6 +66,7 @@ def post(url: str, text: Any) -> requests.Response:
     return requests.post(f"{url}/v1/embeddings", json={"input": text}, timeout=PATIENCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "status"), [("hangs", 503), ("dies", 500)])
 def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int, folder: str) -> None:
     server = Server.of(kind, "serve", folder, "--port", "0", "--forward-timeout", "2")
@@ -82,6 +83,7 @@ def test_a_lost_device_ends_the_server_with_an_error(kind: str, status: int, fol
     assert ("the device hangs" if kind == "hangs" else "the device thread died") in log
 
 
+@pytest.mark.full
 def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path: Path, folder: str) -> None:
     path = str(tmp_path / "socket")
     engine = Server.of("hangs", "engine", folder, "--listen", path, "--forward-timeout", "2")
@@ -100,6 +102,7 @@ def test_an_engine_that_is_lost_ends_its_process_and_its_server_goes_on(tmp_path
         front.rest()
 
 
+@pytest.mark.full
 def test_a_render_thread_that_hangs_does_not_keep_a_server_from_its_end() -> None:
     """Of requests that are long enough for such a thread; the other one goes on."""
     server = Server.of("renders", "serve", "--port", "0", "--auto-truncate", "--shutdown-timeout", "1")
