@@ -15,17 +15,20 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 from typing import IO, TYPE_CHECKING
 
 from tests import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 IMPORTED = (
     "cenote.cli.host",
@@ -40,6 +43,8 @@ IMPORTED = (
 READ_BY_IMPORTING = ("HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "TORCH", "TRANSFORMERS_")
 """Beginnings of the variables that take effect before a process is forked."""
 LONGEST_REQUEST = 1 << 20
+ADDRESS = f"\0cenote-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+"""Of the process to fork from: no file, and the same for all processes of a test run."""
 PATH = (*filter(None, sys.path),)
 """Where modules are found when the tests are collected: what a test adds for itself is not imported for all others."""
 
@@ -132,32 +137,91 @@ class Forked:
 
 @functools.cache
 def _origin() -> socket.socket:
-    """Return the end of a socket at whose other end a process waits that has imported Cenote."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Return the end of a socket at whose other end a process waits that has imported Cenote.
+
+    All processes of a test run have the same one: the first that asks starts it, and it ends after the last of them.
+    """
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATH)}
-    process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs, env=environment)
-    theirs.close()
-
-    def end() -> None:
-        ours.close()
-        process.wait()
-
-    atexit.register(end)
+    deadline = time.monotonic() + PATIENCE
+    while ours.connect_ex(ADDRESS):
+        assert time.monotonic() < deadline, "the process to fork from cannot be reached"
+        _start()
+    atexit.register(ours.close)
     return ours
 
 
-def _fork(requests: socket.socket) -> tuple[str, list[str]]:
+def _start() -> None:
+    """Start the process to fork from, unless another one is starting it, or ends it, right now."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        try:
+            listener.bind(ADDRESS)
+        except OSError:
+            time.sleep(0.01)
+            return
+        listener.listen()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATH)}
+        process = subprocess.Popen([sys.executable, "-m", __name__], stdin=listener, env=environment)
+        atexit.register(process.wait)
+
+
+def _requests(opened: list[socket.socket]) -> Iterator[tuple[bytes, list[int]]]:
+    """Yield requests, and the descriptors that come with them, until nobody is left to send any.
+
+    Args:
+        opened: the listening socket; those of senders join it.
+    """
+    (listener,) = opened
+    while opened == [listener]:
+        opened += _accepted(listener)
+    while opened:
+        for source in select.select(opened, [], [])[0]:
+            if source is listener:
+                opened += _accepted(listener)
+                continue
+            content, received, *_ = socket.recv_fds(source, LONGEST_REQUEST, 3)
+            if content:
+                yield content, received
+            else:
+                source.close()
+                opened.remove(source)
+        if opened == [listener]:
+            opened[:] = _last(listener)
+
+
+def _last(listener: socket.socket) -> list[socket.socket]:
+    """Let nobody connect any more; return the sender that had just done so, if there is one."""
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.setblocking(False)
+    with listener, contextlib.suppress(OSError):
+        return _accepted(listener)
+    return []
+
+
+def _accepted(listener: socket.socket) -> list[socket.socket]:
+    """Return the sender that connects, unless it is another user's: an address that is no file has no permissions."""
+    sender, _ = listener.accept()
+    _, user, _ = struct.unpack("3i", sender.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if user == os.getuid():
+        return [sender]
+    sender.close()
+    return []
+
+
+def _fork(listener: socket.socket) -> tuple[str, list[str]]:
     """Fork for each request; return in the processes that run its module, with the arguments of that."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        content, received, *_ = socket.recv_fds(requests, LONGEST_REQUEST, 3)
-        if not content:
-            os._exit(0)
+    opened = [listener]
+    for request in _requests(opened):
         if os.fork() == 0:
             break
-        for own in received:
-            os.close(own)
+        for descriptor in request[1]:
+            os.close(descriptor)
+    else:
+        os._exit(0)
+    for source in opened:
+        source.close()
+    content, received = request
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     out, errors, answers = received
     child = os.fork()
@@ -168,18 +232,17 @@ def _fork(requests: socket.socket) -> tuple[str, list[str]]:
         with contextlib.suppress(BrokenPipeError):
             os.write(answers, str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
-    requests.close()
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, own in enumerate((nothing, out, errors)):
         os.dup2(own, number)
     for own in (nothing, *received):
         os.close(own)
-    request = json.loads(content)
-    os.chdir(request["folder"])
+    fields = json.loads(content)
+    os.chdir(fields["folder"])
     os.environ.clear()
-    os.environ.update(request["environment"])
-    sys.path[:] = request["path"]
-    return request["module"], request["arguments"]
+    os.environ.update(fields["environment"])
+    sys.path[:] = fields["path"]
+    return fields["module"], fields["arguments"]
 
 
 if __name__ == "__main__":
