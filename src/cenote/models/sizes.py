@@ -114,18 +114,10 @@ def _counts(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 INITIALISERS = frozenset(
     {
-        *(
-            init.normal_,
-            init.uniform_,
-            init.kaiming_uniform_,
-            init.constant_,
-            init.ones_,
-            init.zeros_,
-            init.trunc_normal_,
-        ),
-        *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_),
+        init.normal_, init.uniform_, init.kaiming_uniform_, init.trunc_normal_, init.constant_, init.ones_, init.zeros_,
+        torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_,
     }
-)
+)  # fmt: skip
 """Functions that give a tensor its first values, and return it."""
 
 
