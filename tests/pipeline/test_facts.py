@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cenote.conventions import MessageTemplate, PairTemplate, Pictures, Sides
 from cenote.core import LateChunkingParams, PoolingParams, Sequence
 from cenote.engine.fake import FakeEngine
 from cenote.engine.host import Host
-from cenote.errors import CenoteError, ConfigError
+from cenote.errors import CenoteError, ConfigError, EngineGone
 from cenote.models.hub import embedded
 from cenote.pipeline.facts import Facts
 from cenote.pipeline.options import TextOptions
@@ -28,6 +29,7 @@ from cenote.pipeline.prompts import Prompts
 from cenote.tokenizer import TokenizerSource
 from tests import PATIENCE, checkpoints
 from tests.conftest import INFO
+from tests.engine.test_remote import until
 from tests.models.test_multi_vector import METADATA, colbert
 from tests.models.test_sparse import routed
 
@@ -103,6 +105,36 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield here, there
     there.engine.close()
     host.close()
+
+
+def test_a_front_does_not_go_on_with_an_engine_that_cuts_vectors_otherwise(tmp_path: Path) -> None:
+    """Its answers would be shorter from one request to the next."""
+    folder, path = checkpoints.bert(tmp_path / "model"), tmp_path / "engine.sock"
+
+    def started(dimensions: int | None) -> Host:
+        options = {"pooler_config": {"dimensions": dimensions}, "hf_overrides": {"is_matryoshka": True}}
+        service = Service.open(ModelConfig.model_validate({"model": str(folder), **options}), EngineConfig())
+        assert service.facts is not None
+        return Host(service.engine, path, service.facts.plain())
+
+    host = started(None)
+    front = Service.connect(str(path), patience=PATIENCE)
+    sequences = front.render(TEXTS[:1], "embed", PoolingParams(), TextOptions())
+    assert front.engine.submit(sequences).result(PATIENCE)[0].data.shape == (checkpoints.HIDDEN,)
+    host.close()
+    with closing(started(8)):
+        until(lambda: front.engine.healthy() or "restart this server" in refusal(front, sequences))
+        assert "restart this server" in refusal(front, sequences)
+    front.engine.close()
+
+
+def refusal(service: Service, sequences: list[Sequence]) -> str:
+    """Why an engine cannot be reached; empty if it answers."""
+    try:
+        service.engine.submit(sequences).result(PATIENCE)
+    except EngineGone as error:
+        return error.message
+    return ""
 
 
 def outcome(work: Callable[[], list[Sequence]]) -> Any:
@@ -218,6 +250,7 @@ FULL = Facts(
     auto_truncate=True,
     cuts="only_first",
     lora_modules=(LoraModule("mine", "/adapters/mine"),),
+    dimensions=8,
     ranges=((-0.5, 1e-40), (0.25, 1.0)),
 )
 

@@ -38,6 +38,8 @@ class Facts:
         auto_truncate: inputs that are too long are cut unless the request says otherwise.
         cuts: text of a pair that is cut.
         lora_modules: adapters that requests choose by name.
+        dimensions: length to which vectors are cut unless a request says otherwise; `None` = they are not. The engine
+            cuts them; a front does not go on with an engine that cuts them otherwise.
         ranges: low and high ends of int8 and uint8 embeddings, one of each per dimension; `None` = those of unit
             vectors.
     """
@@ -55,6 +57,7 @@ class Facts:
     auto_truncate: bool = False
     cuts: Cuts = "longest_first"
     lora_modules: tuple[LoraModule, ...] = ()
+    dimensions: int | None = None
     ranges: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @classmethod

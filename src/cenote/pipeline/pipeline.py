@@ -282,6 +282,7 @@ def _facts(checkpoint: Checkpoint, options: ModelConfig, adapters: tuple[str, ..
         auto_truncate=options.auto_truncate,
         cuts=st.transformer.cuts,
         lora_modules=options.lora_modules,
+        dimensions=options.pooler_config.dimensions,
     )
 
 
