@@ -146,7 +146,7 @@ class Bounded(TorchFunctionMode):
         bare = _bare(func, args, named)
         result = func(*args, **named) if bare is None else bare
         self._steps -= 1
-        if isinstance(result, torch.Tensor) and not any(map(torch.is_tensor, (*args, *named.values()))):
+        if bare is None and isinstance(result, torch.Tensor) and not any(map(torch.is_tensor, args)):
             self._values -= result.numel()
         if self._values < 0 or self._steps < 0:
             raise CheckpointError(self._message(tuple(getattr(result, "shape", ()))))
