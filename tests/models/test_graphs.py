@@ -42,8 +42,7 @@ LENGTH = 96
 """Tokens of real text, which has shorter and longer texts."""
 TOLERANCE = 1e-4 if DEVICE.type == "cuda" else 1e-5
 SAMPLE = {
-    *("roberta", "xmod", "t5-gated", "modernbert"),
-    *("mistral-sliding", "qwen3-moe", "llama-dynamic-rope"),
+    *("roberta", "xmod", "t5-gated", "modernbert", "qwen3-moe", "llama-dynamic-rope"),
 }
 """Rows that `make test` replays: tables and rotations, windows, experts, and each reason against recording.
 It runs all rows unrecorded, in `test_parity_zoo`."""

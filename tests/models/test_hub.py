@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TEXT = "Hello, my name is"
+pytestmark = pytest.mark.full  # in an interpreter of its own, as the hub's address is read by importing
 
 
 @dataclass
@@ -323,7 +324,6 @@ def test_what_cannot_be_had_is_a_sentence(answers: Answers, load: str, sentence:
     assert "\n" not in message
 
 
-@pytest.mark.full
 def test_offline_loads_what_is_cached_and_asks_nobody(answers: Answers, tmp_path: Path) -> None:
     asked = len(answers.hub.asked)
     loads = {name: LOADS[name] for name in ("plain", "branch", "modules")} | {

@@ -179,7 +179,7 @@ def test_equals_the_pipeline(case: Case, aggregation: str) -> None:
 
 
 @pytest.mark.parametrize("ignored", [[], ["B-PER", "PER"], ["O", "LOC", "A"]])
-@pytest.mark.parametrize("aggregation", ["none", "average"])
+@pytest.mark.parametrize("aggregation", ["none", pytest.param("average", marks=pytest.mark.full)])
 def test_ignored_labels_equal_the_pipeline(case: Case, aggregation: str, ignored: list[str]) -> None:
     found = case.ours(TEXTS[3], aggregation=aggregation, ignore_labels=ignored)
     expected = case.theirs(TEXTS[3], aggregation_strategy=aggregation, ignore_labels=ignored)

@@ -337,6 +337,7 @@ def test_generated_requests(site: Site) -> None:
     print(f"seed {seed}: {site.counts.total()} requests, {site.good} answered 200: {dict(site.counts)}")  # noqa: T201
 
 
+@pytest.mark.full
 def test_some_generated_requests(site: Site) -> None:
     """Others than the first ones of `test_generated_requests`."""
     fire_all(site, 1, SOME)

@@ -41,7 +41,7 @@ def real() -> np.ndarray:
     return rows
 
 
-@pytest.fixture(params=["random", "real"])
+@pytest.fixture(params=["random", pytest.param("real", marks=pytest.mark.full)])
 def vectors(request: pytest.FixtureRequest) -> np.ndarray:
     found: np.ndarray = unit(200) if request.param == "random" else request.getfixturevalue("real")
     return found
@@ -165,6 +165,7 @@ def test_a_round_trip_keeps_signs(precision: Precision) -> None:
     equal(dequantize(quantize(vectors, precision), precision), np.where(vectors >= 0, 1, -1).astype(np.float32))
 
 
+@pytest.mark.full
 def test_the_unit_range_holds_the_vectors_of_a_model(real: np.ndarray) -> None:
     for width in (384, 128):
         vectors = real[:, :width] / np.linalg.norm(real[:, :width], axis=1, keepdims=True)
