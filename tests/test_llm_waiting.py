@@ -7,7 +7,9 @@ import dataclasses
 import json
 import pickle
 import signal
+import threading
 import tracemalloc
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from tests.engine.test_engine import Model, check, texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 MANY = [f"one two three {i}" for i in range(3000)]
@@ -141,6 +144,44 @@ def test_a_progress_callback_may_raise_anything_and_may_not_ask_for_more() -> No
     assert "progress callback" in refused[0]
     check(engine.submit(texts(4)), texts(4))
     assert engine.healthy()
+    engine.close()
+
+
+def hold(event: threading.Event) -> None:
+    """Wait for it."""
+    assert event.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("waits", ["result", "exception", "LLM"])
+def test_a_done_callback_may_ask_for_more_and_may_not_wait(waits: str) -> None:
+    """It runs in the engine's thread. One that is added to a future that is done runs in its caller's."""
+    added = threading.Event()
+    engine = LocalEngine(Model(lambda _: hold(added)))
+    later: Queue[tuple[Future[Any], str]] = Queue()
+
+    def ask(future: Future[Any]) -> None:
+        assert future.result() is not None, "it is done"
+        with UnderWay() as under_way:
+            following = engine.submit(texts(3))
+            try:
+                if waits == "LLM":
+                    under_way.submit(engine, texts(4))
+                    under_way.results()
+                else:
+                    getattr(following, waits)(PATIENCE)
+            except EngineFailed as error:
+                later.put((following, str(error)))
+            else:
+                later.put((following, ""))
+
+    future = engine.submit(texts(2))
+    future.add_done_callback(ask)
+    added.set()
+    following, refusal = later.get(timeout=PATIENCE)
+    assert refusal.startswith("a callback waits for an engine's work")
+    check(following, texts(3))
+    future.add_done_callback(ask)
+    assert later.get(timeout=PATIENCE)[1] == ""
     engine.close()
 
 

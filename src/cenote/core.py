@@ -420,7 +420,8 @@ class Engine(Protocol):
 
         The future resolves to outputs in the order of `sequences`; cancelling it drops the work that has not
         begun. `progress` is called from a thread of the engine's, one at a time, with the number of sequences just
-        finished. An engine in another process refuses by the future, not by raising.
+        finished. The future's own callbacks run in such a thread too, and may wait for nothing. An engine in another
+        process refuses by the future, not by raising.
         """
 
     def healthy(self) -> bool:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cenote.errors import EngineFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _callbacks = threading.local()
-"""`running`: whether this thread is in a progress callback."""
+"""Whether this thread is in one: `progress`, and `done`, of a future that an engine settles."""
 
 
 def check_caller() -> None:
@@ -27,11 +28,35 @@ def check_caller() -> None:
     Raises:
         EngineFailed: the caller is one.
     """
-    if getattr(_callbacks, "running", False):
+    if getattr(_callbacks, "progress", False):
         raise EngineFailed(
             "a progress callback asked the engine for more work, but it runs in the engine's own thread, and waiting "
             "there would never end; hand the work to another thread"
         )
+
+
+def check_waiting() -> None:
+    """Refuse to wait in a callback, which runs in a thread of the engine's.
+
+    Raises:
+        EngineFailed: the caller is one.
+    """
+    if getattr(_callbacks, "progress", False) or getattr(_callbacks, "done", False):
+        raise EngineFailed(
+            "a callback waits for an engine's work, but it runs in an engine's own thread, which would stand still "
+            "meanwhile, and for ever if the work is its own; hand the waiting to another thread"
+        )
+
+
+@contextmanager
+def _within(kind: str) -> Iterator[None]:
+    """Note that this thread runs callbacks of a kind."""
+    before = getattr(_callbacks, kind, False)
+    setattr(_callbacks, kind, True)
+    try:
+        yield
+    finally:
+        setattr(_callbacks, kind, before)
 
 
 @dataclass(slots=True)
@@ -54,11 +79,29 @@ class Times:
 
 
 class Timed(Future[T]):
-    """A future with the times of the work for it."""
+    """A future with the times of the work for it, for which a callback cannot wait.
+
+    Raises:
+        EngineFailed: see `check_waiting`, of `result` and `exception`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.times = Times()
+
+    def result(self, timeout: float | None = None) -> T:
+        """See `concurrent.futures.Future.result`."""
+        self._check_waiting()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `concurrent.futures.Future.exception`."""
+        self._check_waiting()
+        return super().exception(timeout)
+
+    def _check_waiting(self) -> None:
+        if not self.done():
+            check_waiting()
 
 
 def times_of(future: Future[Any]) -> Times:
@@ -85,14 +128,11 @@ class Promise(Generic[T]):
         """Tell the caller that `count` more sequences are done. Errors of its callback are logged, not raised."""
         if self._progress is None or not count or self.future.done():
             return
-        was_running, _callbacks.running = getattr(_callbacks, "running", False), True
         try:
-            with self._lock:  # several threads may have parts of a request
+            with self._lock, _within("progress"):  # several threads may have parts of a request
                 self._progress(count)
         except BaseException:  # a broken progress bar must not stop the engine, even one that ends its thread
             log.exception("the progress callback failed")
-        finally:
-            _callbacks.running = was_running
 
     def resolve(self, result: T) -> None:
         """Settle with a result, unless settled already."""
@@ -105,6 +145,7 @@ class Promise(Generic[T]):
     @staticmethod
     def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
         try:
-            settle(outcome)
+            with _within("done"):
+                settle(outcome)
         except InvalidStateError:
             log.debug("a request was answered already, or its caller gave up")

@@ -7,6 +7,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from cenote.engine.promise import check_waiting
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
@@ -52,9 +54,12 @@ class UnderWay:
 
         Args:
             tell: called with the number of sequences that are done since the last time.
+
+        Raises:
+            EngineFailed: see `promise.check_waiting`.
         """
         while self._ahead() > MOST_AHEAD:
-            tell(self._told.get())
+            self._wait(tell)
 
     def _ahead(self) -> int:
         """Return the bytes of pictures of requests that are not done."""
@@ -76,14 +81,20 @@ class UnderWay:
 
         Raises:
             CenoteError: one of them failed.
+            EngineFailed: see `promise.check_waiting`.
         """
         outputs: list[list[Output]] = []
         for future in self._futures:
             while not future.done():
-                tell(self._told.get())
+                self._wait(tell)
             outputs.append(future.result())
         tell(self.progress())
         return outputs
+
+    def _wait(self, tell: Callable[[int], object]) -> None:
+        """Wait until something is done, and tell how many sequences are."""
+        check_waiting()
+        tell(self._told.get())
 
 
 def _let_go(sequences: list[Sequence], future: Future[Any]) -> None:
