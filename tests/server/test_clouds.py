@@ -75,6 +75,20 @@ def test_a_wrong_instance_refuses_all(serve: Serve, body: Any, message: str) -> 
     assert message in answer.json()["error"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"instances": [{"inputs": ["a", "a", "a", {}]}]},
+        {"instances": [{"inputs": "a"}, {"query": "a", "texts": ["a", "a", "a", {}]}]},
+        {"instances": [{}], "parameters": {"inputs": ["a", "a", "a", {}]}},
+    ],
+    ids=["texts", "a ranking", "parameters"],
+)
+def test_lists_within_are_counted_before_they_are_validated(serve: Serve, body: Any) -> None:
+    answer = serve(max_client_batch_size=3).post("/vertex", json=body)
+    assert answer.json()["error"] == "the request has 4 inputs; at most 3 are allowed"
+
+
 def test_token_ids_are_one_input(serve: Serve) -> None:
     client = serve(max_client_batch_size=3)
     body = {"instances": [{"inputs": [5, 6, 7, 8]}, {"inputs": [[5] * 4, [6] * 4]}]}

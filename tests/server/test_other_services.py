@@ -200,6 +200,13 @@ def test_kserve_refuses(client: TestClient, name: str, body: Any, status: int, w
     assert words in answer.json()["error"]
 
 
+@pytest.mark.parametrize("data", [["a", "b", "c", {}], [["a"], ["b", "c", "d", {}]]], ids=["flat", "nested"])
+def test_kserve_counts_texts_before_they_are_validated(serve: Serve, data: list[Any]) -> None:
+    body = {"inputs": [INFER["inputs"][0] | {"data": data}]}
+    answer = serve(max_client_batch_size=3).post("/v2/models/fake/infer", json=body)
+    assert answer.json()["error"] == "the request has 4 inputs; at most 3 are allowed"
+
+
 def test_kserve_refuses_a_model_of_tokens(serve: Serve) -> None:
     tokens = replace(INFO, tasks=("token_embed",), default_task="token_embed")
     answer = serve(info=tokens).post("/v2/models/fake/infer", json=INFER)

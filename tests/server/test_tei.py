@@ -377,3 +377,5 @@ def test_too_many_inputs(serve: Serve) -> None:
         assert answer.json()["error"] == "the request has 3 inputs; at most 2 are allowed"
     answer = client.post("/similarity", json={"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}})
     assert answer.json()["error"] == "the request has 3 inputs; at most 2 are allowed"
+    answer = client.post("/embed", json={"parameters": {"inputs": ["a", "b", {}]}})
+    assert answer.json()["error"] == "the request has 3 inputs; at most 2 are allowed", "before they are validated"

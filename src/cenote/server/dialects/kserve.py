@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from cenote.core import ModelInfo, Output
     from cenote.server.serving import Serving
+    from cenote.server.wire.fields import Lengths
 
 MOST_SIDES = 8
 """Dimensions of an input."""
@@ -73,6 +74,15 @@ class KserveInferRequest(Queued):
     id: str | None = None
     inputs: Some[KserveTensor]
     outputs: Annotated[Some[KserveOutput], Field(max_length=1)] | None = None
+
+    @classmethod
+    def check_lengths(cls, values: Any, lengths: Lengths) -> None:
+        """See `Body.check_lengths`."""
+        super().check_lengths(values, lengths)
+        tensors = values.get("inputs") if isinstance(values, dict) else None
+        for tensor in tensors if isinstance(tensors, list) else ():
+            if isinstance(tensor, dict):
+                super().check_lengths({"inputs": tensor.get("data")}, lengths)
 
     def texts(self) -> list[str]:
         """Return the texts of the only input.

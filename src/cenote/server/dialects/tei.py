@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cenote.server.routes import Handler
     from cenote.server.serving import Serving
     from cenote.server.wire.entities import Forms
+    from cenote.server.wire.fields import Lengths
     from cenote.tensors.similarity import Array
 
 Texts = TokenIds | str | Many[str | TokenIds]
@@ -71,6 +72,13 @@ class TeiFields(Queued):
     truncation_direction: Direction | None = Field(None, description="end that is cut; default: the tokenizer's")
     parameters: Any = Field(None, description="object of further fields, where the hub's clients put them")
     _characters: int = PrivateAttr(0)
+
+    @classmethod
+    def check_lengths(cls, values: Any, lengths: Lengths) -> None:
+        """See `Body.check_lengths`."""
+        super().check_lengths(values, lengths)
+        if isinstance(values, dict):
+            super().check_lengths(values.get("parameters"), lengths)
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,10 @@ from cenote.server.wire.fields import Body, Some, is_prompt
 
 if TYPE_CHECKING:
     from cenote.server.serving import Serving
+    from cenote.server.wire.fields import Lengths
 
+KINDS = (tei.TeiRerankRequest, tei.RootRequest)
+"""Bodies that an instance may be."""
 Instance = Annotated[
     Annotated[tei.TeiRerankRequest, Tag("rank")] | Annotated[tei.RootRequest, Tag("run")],
     Discriminator(lambda value: "rank" if isinstance(value, dict) and "texts" in value else "run"),
@@ -28,6 +31,17 @@ class VertexRequest(Body):
     model: str | None = None
     instances: Some[Instance]
     parameters: dict[str, Any] | None = Field(None, description="fields of every instance that lacks them")
+
+    @classmethod
+    def check_lengths(cls, values: Any, lengths: Lengths) -> None:
+        """See `Body.check_lengths`."""
+        super().check_lengths(values, lengths)
+        if not isinstance(values, dict):
+            return
+        instances = values.get("instances")
+        for part in (values.get("parameters"), *(instances if isinstance(instances, list) else ())):
+            for kind in KINDS:
+                kind.check_lengths(part, lengths)
 
     @model_validator(mode="before")
     @classmethod
