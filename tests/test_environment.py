@@ -11,6 +11,7 @@ import pytest
 from checks import environment
 
 SERVE, DEV = (environment.locked(environment.FOLDER / f"{name}.txt") for name in ("serve", "dev"))
+pytestmark = pytest.mark.full  # a tool for developers
 
 
 def test_a_server_has_the_packages_that_it_requires() -> None:

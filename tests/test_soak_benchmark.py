@@ -18,6 +18,7 @@ FLAT = {
 }  # fmt: skip
 NOISE = {"megabytes": 0.003, "descriptors": 0.02, "cpu_ms_per_1000_tokens": 0.03, "mean_ms": 0.06, "p95_ms": 0.1}
 """Standard deviations of a reading, of its value."""
+pytestmark = pytest.mark.full  # a tool for developers
 
 
 def readings(seed: int, others: np.ndarray, **leaks: float) -> list[dict[str, float]]:

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from cenote.models.hub import EMBEDDED_NAME, embedded
 from tests import PATIENCE, checkpoints
-from tests.forked import Forked
+from tests.forked import Forked, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -415,16 +415,6 @@ def test_two_models(tmp_path: Path) -> None:
         process.kill()
 
 
-def cenote(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cenote", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
@@ -455,7 +445,8 @@ def cenote(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     ids=["flag", "dotted", "environment", "runner", "port", "too few names", "a name twice"],
 )
 def test_a_wrong_option_is_one_line(flags: list[str], environment: dict[str, str], message: str) -> None:
-    result = cenote("serve", *flags, **environment)
+    program = "import sys; from cenote.cli import main; sys.exit(main())"
+    result = run(program, "serve", *flags, environment={**os.environ, **environment})
     assert (result.returncode, result.stderr, result.stdout) == (2, f"cenote: {message}\n", "")
 
 
