@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cenote.config import ModelConfig
 from cenote.errors import CheckpointError
 from cenote.models import configs
 from cenote.models.audit import Audit
-from tests.checkpoints import write_json
+from tests.checkpoints import read_json, write_json
 
 BARE = {"adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {}}
 """What adapter-transformers wrote of a model without adapters."""
@@ -83,6 +85,45 @@ def test_widths_that_transformers_computes_and_writes(tmp_path: Path, kind: str,
     write_json(tmp_path / "config.json", {"model_type": kind, key: value})
     config, _ = configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
     assert getattr(config, key) == value
+
+
+COMPUTED = {"bailing_hybrid": "linear_num_heads", "bros": "dim_bbox_projection", "lw_detr": "projector_out_channels"}
+
+
+@pytest.mark.parametrize(("kind", "key"), COMPUTED.items())
+def test_a_value_that_the_class_computes(tmp_path: Path, kind: str, key: str) -> None:
+    """It is in every file that Transformers writes. Another value would be another model, which the class cannot be."""
+    value = getattr(CONFIG_MAPPING[kind](), key)
+    write_json(tmp_path / "config.json", {"model_type": kind, key: value})
+    configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+    write_json(tmp_path / "config.json", {"model_type": kind, key: value + 1})
+    with pytest.raises(CheckpointError, match=rf"config\.json has the key {key}, which Cenote does not honour"):
+        configs.read(tmp_path, "tiny", ModelConfig(), Audit(), {})
+
+
+def written(kind: str, folder: Path) -> dict[str, Any] | None:
+    """What Transformers writes of a config of its defaults; `None` of a class that has none for all fields."""
+    try:
+        CONFIG_MAPPING[kind]().save_pretrained(folder)
+    except (ValueError, StrictDataclassError):
+        return None
+    return configs.decoded(read_json(folder / "config.json"))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_every_config_that_transformers_writes_is_read(tmp_path: Path) -> None:
+    contents = {kind: written(kind, tmp_path / kind) for kind in CONFIG_MAPPING}
+    refused = {}
+    for kind, content in contents.items():
+        if content is None:
+            continue
+        try:
+            configs._check_keys(content, CONFIG_MAPPING[kind].from_dict(content), Audit())
+        except CheckpointError as error:
+            refused[kind] = str(error)
+    assert not refused
+    assert [kind for kind, content in contents.items() if content is None] == ["gemma4_assistant", "nougat"]
 
 
 def test_experts_of_a_model_without_any(tmp_path: Path) -> None:

@@ -281,7 +281,17 @@ def _check_keys(content: dict[str, Any], config: PretrainedConfig, audit: Audit,
             ["position_embedding_type"],
             f"it is {content['position_embedding_type']!r}, and {type(config).__name__} knows absolute positions only",
         )
-    audit.read(CONFIG, {key: value for key, value in without(unknown, changes).items() if _picks(key, value)}, KEYS)
+    picking = {key: value for key, value in without(unknown, changes).items() if _picks(key, value)}
+    audit.read(CONFIG, without(picking, _computed(content, config, picking)), KEYS)
+
+
+def _computed(content: dict[str, Any], config: PretrainedConfig, keys: Collection[str]) -> set[str]:
+    """Return those of `keys` that the config's class computes from the others: it has their values without them."""
+    unread = [key for key in keys if key not in KEYS.honoured and not KEYS.reason(key)]
+    if not unread:
+        return set()
+    values = json.loads(type(config).from_dict(without(content, unread)).to_json_string(use_diff=False))
+    return {key for key in unread if key in values and values[key] == content[key]}
 
 
 def _picks(key: str, value: Any) -> bool:
