@@ -24,6 +24,7 @@ CenoteError
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -176,6 +177,14 @@ class PluginFailed(CenoteError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, for a message that quotes it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+_PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
+
+
+def without_paths(text: str) -> str:
+    """Return the text of another library's error without paths of files, which are not for strangers."""
+    return _PATH.sub("<path>", text)
 
 
 def plural(noun: str, count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -245,6 +246,26 @@ def test_messages_show_the_name_that_was_sent_and_no_broken_text(client: TestCli
         "The model `/srv/models/mine` does not exist."
     )
     assert error(client, {"input": "a", "model": "\ud800"})["message"] == "The model `?` does not exist."
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"input": "a", "dimensions": 3}, "'/models/bge-base'"),
+        ({"input": "a", "prompt_name": "/of/mine"}, "'/of/mine'"),
+        ({"input": {"a": "/of/mine"}}, "'/of/mine'"),
+    ],
+    ids=["served name", "name sent", "body sent"],
+)
+def test_names_that_look_like_paths_are_told(serve: Serve, body: dict[str, Any], words: str) -> None:
+    name = "/models/bge-base"
+    client = serve(info=replace(INFO, name=name), names=(name,))
+    assert words in error(client, body)["message"]
+
+
+def test_a_failure_shows_no_path_of_a_file(serve: Serve) -> None:
+    client = serve(FakeEngine(INFO, failures=[EngineFailed("OSError: /usr/lib/torch/_ops.py of https://a.b/c/d")]))
+    assert error(client, {"input": "a"})["message"] == "OSError: <path> of https://a.b/c/d"
 
 
 @pytest.mark.parametrize("path", [ROUTE, "/v2/embed", "/pooling", "/tokenize", "/detokenize"])

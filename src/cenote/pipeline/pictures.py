@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from cenote.core import Media
-from cenote.errors import BadRequest, ConfigError, TooLong, first_line
+from cenote.errors import BadRequest, ConfigError, TooLong, first_line, without_paths
 from cenote.functions import coalesce
 from cenote.pipeline import media
 from cenote.pipeline.inputs import Illustrated
@@ -220,7 +220,9 @@ class PictureRenderer:
             except BadRequest as error:
                 raise ConfigError(f"for the pictures of {self.name}, {error.message}") from None
             except (ImportError, OSError, ValueError) as error:
-                self.refusal = f"the image processor of {self.name} cannot be loaded: {first_line(error)}"
+                self.refusal = (
+                    f"the image processor of {self.name} cannot be loaded: {without_paths(first_line(error))}"
+                )
 
     def allow(self, access: Access) -> None:
         """Let pictures be read from other places, and be made larger or not."""

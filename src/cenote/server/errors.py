@@ -2,7 +2,7 @@
 
 Every dialect makes its body of an error out of a `Fault`. The common body is OpenAI's and vLLM's,
 `{"error": {"message", "type", "param", "code"}}`, with the message once more as `detail`, where clients of Voyage and
-Jina read it. Texts never show a path. Nothing is logged here: an error is counted, and the part that fails tells of it.
+Jina read it. Nothing is logged here: an error is counted, and the part that fails tells of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cenote import metrics
-from cenote.errors import CenoteError, EngineGone, ModelNotFound, Overloaded, TooManyConnections, Unauthorized, plural
+from cenote.errors import (
+    CenoteError,
+    EngineGone,
+    Overloaded,
+    TooManyConnections,
+    Unauthorized,
+    plural,
+    without_paths,
+)
 from cenote.server.wire.encoding import to_json
 
 if TYPE_CHECKING:
@@ -32,7 +40,6 @@ _SHORTENED.maxlist = _SHORTENED.maxdict = 8
 _BRANCH = re.compile(r"^(list\[|dict\[|literal\[|union\[|str$|int$|bool$|none|function-|constrained-|[A-Z])")
 """Names of the forms that a field may have."""
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
 
 
 class BadBody(Exception):
@@ -52,7 +59,7 @@ class Fault:
     """An error as dialects see it.
 
     Attributes:
-        message: without paths, of valid Unicode.
+        message: without paths of the server's files, of valid Unicode.
         type: name of the kind, as OpenAI spells them.
         param: the request parameter at fault, if one is.
         error: the exception.
@@ -124,14 +131,15 @@ def fault_of(error: Exception) -> Fault:
     """Return `error` as dialects see it."""
     if isinstance(error, BadBody):
         message, param = validation(error.errors)
-        return Fault(400, _presentable(message), "Bad Request", param, error)
+        return Fault(400, _bounded(message), "Bad Request", param, error)
     if isinstance(error, HTTPException):
         kind, param = HTTP_ERRORS.get(error.status_code, ("HTTPError", None))
         return Fault(error.status_code, str(error.detail), kind, param, error, error.headers or {})
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
-    bounded = _bounded if isinstance(error, ModelNotFound) else _presentable  # the name sent may be a path
-    return Fault(error.status, bounded(error.message), error.type, error.param, error, _headers(error))
+    # a refusal repeats the request and the served name, which may look like paths; a failure may quote another library
+    message = error.message if error.status < 500 else without_paths(error.message)
+    return Fault(error.status, _bounded(message), error.type, error.param, error, _headers(error))
 
 
 def reason_of(error: Exception) -> str:
@@ -161,11 +169,6 @@ def _headers(error: CenoteError) -> dict[str, str]:
     if isinstance(error, (Overloaded, EngineGone)):
         return {"Retry-After": str(error.retry_after)}
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
-
-
-def _presentable(message: str) -> str:
-    """Return `message` bounded, without paths of files and without lone surrogates."""
-    return _PATH.sub("<path>", _bounded(message))
 
 
 def _bounded(message: str) -> str:
