@@ -126,14 +126,21 @@ def test_every_option_has_a_flag_with_its_help() -> None:
         "[priority, fcfs] (default: priority)",
         "[debug, info, warning, error] (default: info)",
         "[none, int8]",
+        "[pooling_type: CLS, LAST, MEAN, ALL, STEP]",
     ):
         assert option in words
 
 
 def test_choices_of_options() -> None:
-    assert settings.choices(ServerConfig, "log_level") == ("debug", "info", "warning", "error")
-    assert settings.choices(config.BenchConfig, "measure") == ("throughput", "latency", "batches", "load")
-    assert settings.choices(ServerConfig, "port") == ()
+    assert settings.choices(ServerConfig, "log_level") == {"": ("debug", "info", "warning", "error")}
+    assert settings.choices(config.BenchConfig, "measure") == {"": ("throughput", "latency", "batches", "load")}
+    assert settings.choices(ServerConfig, "port") == {}
+    assert settings.choices(config.ModelConfig, "limit_mm_per_prompt") == {}, "those are keys"
+    assert settings.choices(config.ModelConfig, "pooler_config") == {
+        "pooling_type": ("CLS", "LAST", "MEAN", "ALL", "STEP"),
+        "seq_pooling_type": ("CLS", "LAST", "MEAN"),
+        "tok_pooling_type": ("ALL", "STEP"),
+    }
 
 
 FLAG_FAULTS: dict[str, tuple[list[str], str]] = {

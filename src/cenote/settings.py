@@ -46,21 +46,26 @@ OFFLINE = {"forward_timeout": 0}
 
 
 def kinds_of(annotation: Any) -> Iterator[Any]:
-    """Yield an annotation and the annotations within it."""
+    """Yield an annotation and the annotations within it, but for the keys and values of objects."""
     waiting = [annotation]
     while waiting:
         kind = waiting.pop()
         yield kind
-        if get_origin(kind) is not Literal:
+        if get_origin(kind) not in (Literal, dict):
             waiting += get_args(kind)
 
 
-def choices(layer: type[BaseModel], name: str) -> tuple[str, ...]:
-    """Return the values that option `name` may have, if they are a list."""
+def choices(layer: type[BaseModel], name: str) -> dict[str, tuple[str, ...]]:
+    """Return the values that option `name` may have, if they are a list, and those that its fields may have.
+
+    The option's own values are under an empty name, those of a field under the field's.
+    """
     for kind in kinds_of(layer.model_fields[name].annotation):
         if get_origin(kind) is Literal:
-            return tuple(map(str, get_args(kind)))
-    return ()
+            return {"": tuple(map(str, get_args(kind)))}
+        if kind is PoolerConfig:
+            return {field: values for field in kind.model_fields for values in choices(kind, field).values()}
+    return {}
 
 
 def takes_fields(name: str) -> bool:

@@ -185,9 +185,8 @@ def add_flag(
 def _help(layer: type[BaseModel], name: str) -> str:
     """Return the description of an option, its choices and its default."""
     text = layer.model_fields[name].description or ""
-    values = ", ".join(choices(layer, name))
-    if values:
-        text += f" [{values}]"
+    for field, values in choices(layer, name).items():
+        text += f" [{field}: {', '.join(values)}]" if field else f" [{', '.join(values)}]"
     default = shown_default(layer, name)
     if default and default != "False":
         text += f" (default: {default})"

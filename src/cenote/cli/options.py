@@ -78,8 +78,10 @@ def _default(layer: type[BaseModel], name: str) -> str:
 def _described(layer: type[BaseModel], name: str) -> str:
     """Return the description of an option, and its choices."""
     description = str(layer.model_fields[name].description)
-    values = ", ".join(f"`{value}`" for value in choices(layer, name))
-    return f"{description}; one of {values}" if values else description
+    for field, values in choices(layer, name).items():
+        subject = f"{field} is one" if field else "one"
+        description += f"; {subject} of {', '.join(f'`{value}`' for value in values)}"
+    return description
 
 
 def _values(option: Foreign) -> str:

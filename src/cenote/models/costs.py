@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cenote.models.passes.fuse import Remembered
+from cenote.models.passes.patches import Patches
 from cenote.models.traits import noting, of_kind
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ def products(model: nn.Module, work: Callable[[], object]) -> Counter[Shape]:
     Linear layers that are run as part of a fused block count as often as their block.
     """
     linears = of_kind(model, nn.Linear)
-    patched = [x for x in model.modules() if "forward" in vars(x)]
+    patched = filter(Patches.replaces, model.modules())
     blocks = {child: x for x in patched for child in x.children()}
     rows = _rows_of({*linears, *blocks.values()}, work)
     counts: Counter[Shape] = Counter()
     for linear in linears:
-        if isinstance(vars(linear).get("forward"), Remembered):
+        if isinstance(linear.forward, Remembered):
             continue
         passed = rows[linear]
         if not passed and linear.weight.is_meta:

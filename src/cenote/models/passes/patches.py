@@ -27,7 +27,8 @@ class Patches:
         self._forwards: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
         self._hooks: defaultdict[str, list[RemovableHandle]] = defaultdict(list)
 
-    def replaces(self, module: nn.Module) -> bool:
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
         """Return whether `module` has another forward than its class."""
         return "forward" in vars(module)
 
