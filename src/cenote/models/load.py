@@ -82,14 +82,7 @@ def load(options: ModelConfig) -> tuple[PoolingModel, Checkpoint]:
             unstacked = stack.enter_context(stacked_lora.unstacked(checkpoint, pickles=options.reads_pickles))
             subject, offer = prove(checkpoint, built, options, unstacked)
         prepare(subject, options)
-    checkpoint = seeing(checkpoint, subject)
-    info = report(checkpoint, built, subject, offer, options)
-    model = PoolingModel(info, subject.layout, offer.outputs, subject.shelf, invariant=options.batch_invariant)
-    try_out(model, subject, offer)
-    keep_pictures(subject, options)
-    if sum(weight.nbytes for weight in subject.full.parameters()) > LARGE_MODEL:
-        process.leave_unused_memory()
-    return model, checkpoint
+    return report(checkpoint, built, subject, offer, options)
 
 
 @dataclass(frozen=True)
@@ -194,15 +187,6 @@ def _pictures(checkpoint: Checkpoint, full: PreTrainedModel) -> tuple[Vision | N
         return None, None
 
 
-def seeing(checkpoint: Checkpoint, subject: Subject) -> Checkpoint:
-    """Return the checkpoint, which refuses pictures if its model could not be run with any."""
-    sight = checkpoint.sight
-    if sight is None or sight.vision is None or subject.pictures is not None:
-        return checkpoint
-    reason = f"{type(subject.full).__name__} could not be run with pictures at start, as its log says"
-    return replace(checkpoint, sight=refused(reason))
-
-
 def settings_of(checkpoint: Checkpoint, built: Built, options: ModelConfig, unstacked: Path | None = None) -> Settings:
     """Return the settings of the passes."""
     kernels, narrowing = native.load(built.isa), _narrowing(built, options)
@@ -272,7 +256,34 @@ def prepare(subject: Subject, options: ModelConfig) -> None:
     table.prepare(subject, leave_out)
 
 
-def report(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> ModelInfo:
+def report(
+    checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig
+) -> tuple[PoolingModel, Checkpoint]:
+    """Return the model with the report of how it runs, after a trial, and its checkpoint as it is served.
+
+    Raises:
+        CheckpointError: see `_check_first_forward`.
+    """
+    checkpoint = _seeing(checkpoint, subject)
+    info = _described(checkpoint, built, subject, offer, options)
+    model = PoolingModel(info, subject.layout, offer.outputs, subject.shelf, invariant=options.batch_invariant)
+    _try_out(model, subject, offer)
+    _keep_pictures(subject, options)
+    if sum(weight.nbytes for weight in subject.full.parameters()) > LARGE_MODEL:
+        process.leave_unused_memory()
+    return model, checkpoint
+
+
+def _seeing(checkpoint: Checkpoint, subject: Subject) -> Checkpoint:
+    """Return the checkpoint, which refuses pictures if its model could not be run with any."""
+    sight = checkpoint.sight
+    if sight is None or sight.vision is None or subject.pictures is not None:
+        return checkpoint
+    reason = f"{type(subject.full).__name__} could not be run with pictures at start, as its log says"
+    return replace(checkpoint, sight=refused(reason))
+
+
+def _described(checkpoint: Checkpoint, built: Built, subject: Subject, offer: Offer, options: ModelConfig) -> ModelInfo:
     """Return the description of the model to serve, with a report of how it runs."""
     backbone, vision = subject.backbone, subject.layout.backbone.vision
     notes = [*built.notes, _layout_note(subject), _tokenizer_note(checkpoint, vocabulary(backbone))]
@@ -309,7 +320,7 @@ def _running(subject: Subject, offer: Offer, notes: Iterable[str]) -> Report:
     )
 
 
-def try_out(model: PoolingModel, subject: Subject, offer: Offer) -> None:
+def _try_out(model: PoolingModel, subject: Subject, offer: Offer) -> None:
     """Run a model once, and on a CPU in several threads, to see whether they may launch it at a time.
 
     Raises:
@@ -324,7 +335,7 @@ def try_out(model: PoolingModel, subject: Subject, offer: Offer) -> None:
         model.warn(f"runs one batch at a time, because {why_not}")
 
 
-def keep_pictures(subject: Subject, options: ModelConfig) -> None:
+def _keep_pictures(subject: Subject, options: ModelConfig) -> None:
     """Keep the features of pictures, as many as the options say, unless adapters may change the tower."""
     vision = subject.layout.backbone.vision
     if vision is not None and subject.shelf is None:
