@@ -16,7 +16,7 @@ import torch
 from cenote import LLM
 from cenote.tensors import linear, native
 from cenote.tensors.chains import Step
-from cenote.tensors.native import Packed
+from cenote.tensors.native import BlasMatrix
 from cenote.tensors.packing import spans_of
 from tests import forked
 from tests.checkpoints import bert
@@ -52,7 +52,7 @@ def test_results_of_kernels_are_float32_under_any_default(default_dtype: torch.d
     q = torch.ones(1, 1, 4, 32, dtype=torch.float32)
     assert kernels.attend(q, q, q, spans_of([0, 4]), 1.0).dtype == torch.float32
     if kernels.can_chain:
-        packed: Packed = kernels.pack(torch.eye(32, dtype=torch.float32))
+        packed: BlasMatrix = kernels.pack(torch.eye(32, dtype=torch.float32))
         assert kernels.unpack(packed).dtype == torch.float32
         assert kernels.chain((Step(packed),))(q[0, 0]).equal(q[0, 0])
 

@@ -191,13 +191,13 @@ class Kernels:
         """Whether there is a BLAS that multiplies by packed matrices: torch's MKL, on x86."""
         return self._blas is not None
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> BlasMatrix:
         """See `Products`; the order is that in which the BLAS reads the matrix."""
         assert self._blas is not None
         rows, columns = weight.shape
-        return Packed(self._blas.pack(weight.detach().contiguous()), rows, columns, bias)
+        return BlasMatrix(self._blas.pack(weight.detach().contiguous()), rows, columns, bias)
 
-    def unpack(self, packed: Packed) -> Tensor:
+    def unpack(self, packed: BlasMatrix) -> Tensor:
         """See `Products`: products with the unit vectors are exact."""
         return (
             self.chain((Step(packed._replace(bias=None)),))(
@@ -207,7 +207,7 @@ class Kernels:
             .contiguous()
         )
 
-    def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
+    def chain(self, steps: tuple[Step[BlasMatrix], ...]) -> Chain[BlasMatrix]:
         """See `Products`."""
         widest = max(step.weights.rows for step in steps)
         block = max(SHORTEST_BLOCK, min(LONGEST_BLOCK, CACHE // (4 * widest)))
@@ -304,16 +304,16 @@ class Steady:
         self._kernels = kernels
         self._blocks: dict[tuple[int, int], frozenset[int]] = {}
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> BlasMatrix:
         """Copy a matrix, and the bias of its layer."""
         with torch_on_one_thread():
             return self._kernels.pack(weight, bias)
 
-    def unpack(self, packed: Packed) -> Tensor:
+    def unpack(self, packed: BlasMatrix) -> Tensor:
         """Return the very same matrix."""
         return self._kernels.unpack(packed)
 
-    def chain(self, steps: tuple[Step[Packed], ...]) -> Chain[Packed]:
+    def chain(self, steps: tuple[Step[BlasMatrix], ...]) -> Chain[BlasMatrix]:
         """Return a chain of the layers."""
         blocks = sorted(frozenset.intersection(*(self._proved(step.weights) for step in steps)))
         return Chain(
@@ -326,7 +326,7 @@ class Steady:
         block = min(blocks, key=lambda size: -(-rows // (size * count)) * size * STEADY_BLOCKS[size])
         self._kernels.run_blocks(block, True, layers, rows, *states)
 
-    def _proved(self, weights: Packed) -> frozenset[int]:
+    def _proved(self, weights: BlasMatrix) -> frozenset[int]:
         """Return the numbers of rows in which a row has the same bits at every place of all of them."""
         shape = (weights.rows, weights.columns)
         if shape not in self._blocks:
@@ -336,7 +336,7 @@ class Steady:
             self._blocks[shape] = frozenset(size for size, x_RN in products.items() if bool((x_RN == first_N).all()))
         return self._blocks[shape]
 
-    def _repeated(self, weights: Packed, x_1D: Tensor, block: int) -> Tensor:
+    def _repeated(self, weights: BlasMatrix, x_1D: Tensor, block: int) -> Tensor:
         """Return the product of one row, `block` times."""
         steps = (Step(weights._replace(bias=None)),)
         chain = Chain(partial(self._run, [block]), (_Step * 1)(*map(_plain, steps)), steps)
@@ -359,7 +359,7 @@ class _Step(ctypes.Structure):
     )
 
 
-class Packed(NamedTuple):
+class BlasMatrix(NamedTuple):
     """A matrix in the order in which the BLAS reads it.
 
     Attributes:
@@ -380,7 +380,7 @@ class Packed(NamedTuple):
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
-def _plain(step: Step[Packed]) -> _Step:
+def _plain(step: Step[BlasMatrix]) -> _Step:
     weights = step.weights
     gamma, beta, epsilon, activation = numbers_of(step)
     return _Step(
