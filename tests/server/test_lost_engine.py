@@ -50,7 +50,8 @@ class Server:
     def rest(self) -> str:
         """Wait for the end; return the whole log."""
         assert self.process.stderr is not None
-        self.lines += self.process.stderr.readlines()
+        with self.process.stderr as log:
+            self.lines += log
         self.process.wait(PATIENCE)
         return "".join(self.lines)
 
