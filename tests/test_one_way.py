@@ -305,22 +305,24 @@ def test_no_list_is_created_empty_and_filled_in_a_closure() -> None:
 
 
 def test_such_a_list_would_be_found() -> None:
-    code = "def f():\n  kept = []\n  def g():\n    kept.append(1)\n  return g, kept"
+    code = "def f():\n  with h:\n    kept = []\n  async def g():\n    kept.append(1)\n  return g, kept"
     (function,) = ast.parse(code).body
     assert _filled_in_closures(function) == {"kept"}  # type: ignore[arg-type]
+    (function,) = ast.parse("def f():\n  def g():\n    kept = []\n    kept.append(1)\n  return g").body
+    assert not _filled_in_closures(function)  # type: ignore[arg-type]
 
 
 def _filled_in_closures(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     """Return the names of lists that `function` creates empty and one of its inner functions appends to."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inner = [node for node in ast.walk(function) if isinstance(node, kinds) and node is not function]
+    within = {statement for node in inner for statement in ast.walk(node)}
     empty: set[str] = set()
-    for statement in function.body:
+    for statement in {*ast.walk(function)} - within:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         value = getattr(statement, "value", None)
         if isinstance(value, ast.List) and not value.elts:
             empty |= {target.id for target in targets if isinstance(target, ast.Name)}
-    inner = [
-        node for node in ast.walk(function) if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node is not function
-    ]
     calls = [call for node in inner for call in ast.walk(node) if isinstance(call, ast.Call)]
     methods = [call.func for call in calls if isinstance(call.func, ast.Attribute)]
     return {
