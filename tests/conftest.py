@@ -35,21 +35,22 @@ settings.register_profile("counted", deadline=None)
 settings.load_profile("counted")
 
 LONGEST = (
-    "server/test_process", "models/test_multi_vector", "models/test_narrow", "server/test_front_process",
-    "models/test_folder_keys", "models/test_parity_zoo", "models/test_sentence_transformers",
-    "models/test_rerankers", "models/test_cross_encoders", "models/test_hub", "models/test_sparse",
-    "cli/test_bench", "server/test_lost_engine", "models/test_heads", "models/test_published", "models/test_peft",
-    "models/test_graphs", "models/test_damage", "models/test_checkpoint", "models/test_classifiers",
-    "server/test_connections", "pipeline/test_plugins", "pipeline/test_pairs", "models/test_message_folders",
-    "server/test_cohere", "models/test_embedder_families", "models/test_images_qwen_vl",
-    "models/test_batch_invariant", "test_scripts_of_vllm", "test_one_way", "test_docs", "models/test_folder_values",
-    "server/test_bad_requests", "server/test_images_complaints", "models/test_adapters", "cli/test_lines",
-    "server/test_torchless", "test_retrieval_quality", "models/test_rewards", "models/test_passes",
-    "tensors/test_process", "server/test_images_bad_input", "models/test_images_col", "models/test_probe",
-    "test_peers", "engine/test_owner", "pipeline/test_entities", "models/test_images_refused", "models/test_layout",
-    "test_llm", "pipeline/test_similarity", "engine/test_engine", "server/test_images_in_pairs",
-    "models/test_contents", "tensors/test_linear", "test_benchmarks", "server/test_fuzz",
-    "models/test_kept_features", "server/test_documented", "pipeline/test_chunking",
+    "server/test_process", "models/families/test_multi_vector", "models/passes/test_narrow",
+    "server/test_front_process", "models/test_folder_keys", "models/test_parity_zoo",
+    "models/test_sentence_transformers", "models/families/test_rerankers", "models/test_cross_encoders",
+    "models/test_hub", "models/families/test_sparse", "cli/test_bench", "server/test_lost_engine", "models/test_heads",
+    "models/test_published", "models/test_peft", "models/passes/test_graphs", "models/test_damage",
+    "models/test_checkpoint", "models/test_classifiers", "server/test_connections", "pipeline/test_plugins",
+    "pipeline/test_pairs", "models/test_message_folders", "server/dialects/test_cohere",
+    "models/test_embedder_families", "models/families/test_images_qwen_vl", "models/test_batch_invariant",
+    "vllm/test_scripts_of_vllm", "test_one_way", "test_docs", "models/test_folder_values", "server/test_bad_requests",
+    "server/test_images_complaints", "models/test_adapters", "cli/test_lines", "server/test_torchless",
+    "test_retrieval_quality", "models/families/test_rewards", "models/passes/test_passes", "tensors/test_process",
+    "server/test_images_bad_input", "models/families/test_images_col", "models/test_probe", "test_peers",
+    "engine/test_owner", "pipeline/test_entities", "models/families/test_images_refused", "models/test_layout",
+    "test_llm", "pipeline/test_similarity", "engine/test_engine", "server/test_images_in_pairs", "models/test_contents",
+    "tensors/test_linear", "test_benchmarks", "server/test_fuzz", "models/test_kept_features", "server/test_documented",
+    "pipeline/test_chunking",
 )  # fmt: skip
 """Files that take longest. They come first, so that several processes end at about the same time."""
 JSON = {"Content-Type": "application/json"}

@@ -26,7 +26,7 @@ from cenote.tensors.native import torch_on_one_thread
 from cenote.tensors.packing import pack
 from material.zoo import FIRST_TOKEN, VOCABULARY, ZOO, build
 from tests.checkpoints import classifier, decoder
-from tests.models.test_bge_m3 import m3
+from tests.models.families.test_bge_m3 import m3
 from tests.models.test_parity_zoo import missing
 from tests.threads import threads
 

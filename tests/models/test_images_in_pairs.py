@@ -18,7 +18,7 @@ from cenote.errors import BadRequest, TooLong
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
-from tests.models.test_images_heads import END, NAME, SYSTEM, Reference
+from tests.models.families.test_images_heads import END, NAME, SYSTEM, Reference
 from tests.pictured import PICTURE, noise, saved
 
 if TYPE_CHECKING:

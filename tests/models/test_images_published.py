@@ -11,7 +11,7 @@ from PIL import Image
 from cenote import LLM
 from cenote.errors import TooLong
 from tests import pictured
-from tests.models.test_images_qwen_vl import Reference, unit
+from tests.models.families.test_images_qwen_vl import Reference, unit
 from tests.pictured import PICTURE, noise
 
 if TYPE_CHECKING:

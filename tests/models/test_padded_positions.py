@@ -9,7 +9,7 @@ import pytest
 
 from cenote import LLM
 from tests import pictured
-from tests.models.test_images_col import TOLERANCE, ForRetrieval
+from tests.models.families.test_images_col import TOLERANCE, ForRetrieval
 from tests.pictured import noise
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from cenote.tokenizer import TokenizerSource
 from tests import PATIENCE, checkpoints
 from tests.conftest import INFO
 from tests.engine.test_remote import until
-from tests.models.test_multi_vector import METADATA, colbert
-from tests.models.test_sparse import routed
+from tests.models.families.test_multi_vector import METADATA, colbert
+from tests.models.families.test_sparse import routed
 
 TEXTS = ["the quick brown fox, and a dog.", "A", "Hello, MY name is", "fox " * 200, "水 naïve 🦊"]
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ extra }}"

@@ -21,7 +21,7 @@ from cenote.pipeline import dialling
 from cenote.pipeline.pipeline import Service
 from cenote.server.app import build
 from tests import pictured
-from tests.models.test_images_col import OfColQwen3, maxsim
+from tests.models.families.test_images_col import OfColQwen3, maxsim
 from tests.pictured import PICTURE, noise, saved, url
 
 if TYPE_CHECKING:

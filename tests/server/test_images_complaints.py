@@ -23,9 +23,9 @@ from cenote.errors import CheckpointError
 from cenote.server.app import build
 from tests import pictured
 from tests.conftest import error
-from tests.models.test_images_heads import NAME, pair
-from tests.models.test_images_heads import Reference as Judge
-from tests.models.test_images_qwen_vl import Reference
+from tests.models.families.test_images_heads import NAME, pair
+from tests.models.families.test_images_heads import Reference as Judge
+from tests.models.families.test_images_qwen_vl import Reference
 from tests.pictured import PICTURE, bomb, noise, saved, url
 
 if TYPE_CHECKING:

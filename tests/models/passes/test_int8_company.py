@@ -16,7 +16,7 @@ from cenote.models.load import load
 from cenote.models.model import PoolingModel
 from cenote.tensors import native
 from tests.checkpoints import ROUNDING, classifier
-from tests.models.test_narrow import named, narrowed
+from tests.models.passes.test_narrow import named, narrowed
 
 if native.chosen("auto") == "none":
     pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)

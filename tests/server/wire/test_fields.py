@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cenote.server.unread import Refused
     from tests.conftest import Serve
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "dialects.md").read_text()
 DOCUMENTS = ["water", "deep water", "three more stones"]
 PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "OpenAI": ("/v1/embeddings", {"input": "a"}),

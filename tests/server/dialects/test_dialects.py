@@ -10,7 +10,7 @@ from cenote.server.app import DIALECTS
 from cenote.server.shared import BEGIN, END, section
 from cenote.server.table import Table, collisions
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "dialects.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "dialects.md").read_text()
 ROWS = [line for line in PAGE.splitlines() if line.startswith("|")]
 SHARED = {
     (path, entry.dialect.prefix, entry.route.marks | entry.route.either)
