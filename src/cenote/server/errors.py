@@ -138,8 +138,10 @@ def fault_of(error: Exception) -> Fault:
     if not isinstance(error, CenoteError):
         return Fault(500, "Internal server error", "InternalServerError", None, error)
     # a refusal repeats the request and the served name, which may look like paths; a failure may quote another library
-    message = error.message if error.status < 500 else without_paths(error.message)
-    return Fault(error.status, _bounded(message), error.type, error.param, error, _headers(error))
+    message = _bounded(error.message)
+    if error.status >= 500:
+        message = without_paths(message)
+    return Fault(error.status, message, error.type, error.param, error, _headers(error))
 
 
 def reason_of(error: Exception) -> str:
