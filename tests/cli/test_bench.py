@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-
+pytestmark = pytest.mark.full  # a tool for developers
 LIMIT = INFO.max_model_len
 
 
@@ -81,7 +81,6 @@ def check_rates(result: dict[str, Any]) -> None:
 # --- a model in this process ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
 def test_the_default_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("--requests", "6", "--rounds", "2", "--batch-sizes", "5", "--concurrency", "3", "--streams", "1")
     result = bench(*argv, folder=tmp_path)
@@ -221,7 +220,6 @@ def test_seconds_of_products_grow_with_their_rows() -> None:
     assert 0 < few < many
 
 
-@pytest.mark.full
 def test_texts_of_a_file(tmp_path: Path) -> None:
     """They are taken in turn; latency is by the powers of two that hold their tokens."""
     texts = ["a", "a cat", "word " * 30, "word " * 100]
@@ -405,7 +403,6 @@ class Clock:
         self.gaps.append(seconds)
 
 
-@pytest.mark.full
 def test_arrivals_are_as_many_a_second_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps are exponential, hence as wide as they are long on average, and those of the seed at any rate."""
     gaps = {}
@@ -479,7 +476,6 @@ def mixed(count: int) -> int:
     return sum(min(MIXED[i % len(MIXED)], LIMIT) for i in range(count))
 
 
-@pytest.mark.full
 def test_clients_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     engine = FakeEngine(INFO)
     argv = ("--requests", "20", "--rounds", "2", "--concurrency", "1", "7")
@@ -494,7 +490,6 @@ def test_clients_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert "gemm" not in result
 
 
-@pytest.mark.full
 def test_all_that_can_be_measured_of_a_server(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     engine = FakeEngine(INFO)
     argv = ("--requests", "6", "--rounds", "1", "--batch-sizes", "4", "--concurrency", "2", "--task", "token_embed")
@@ -681,7 +676,6 @@ def test_every_option_has_a_flag_with_its_help() -> None:
     assert "(default: 8 32)" in text
 
 
-@pytest.mark.full
 def test_threads_are_those_of_the_limit_too(reranker: Path, tmp_path: Path) -> None:
     mine = torch.get_num_threads()
     try:
@@ -691,7 +685,6 @@ def test_threads_are_those_of_the_limit_too(reranker: Path, tmp_path: Path) -> N
         torch.set_num_threads(mine)
 
 
-@pytest.mark.full
 def test_the_bar_ends_where_the_work_ends(
     reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -717,7 +710,6 @@ def test_a_plot_needs_matplotlib(
     assert message.endswith("pip install 'cenote[bench]'\n")
 
 
-@pytest.mark.full
 def test_plots(reranker: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     from cenote.cli.figures import picture

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.full  # processes of their own
+
 BEGINNING = """
 import gc, time, weakref
 from cenote.cli.garbage import collections_by_the_clock, no_full_collections

@@ -30,6 +30,7 @@ from tests.models.families.test_bge_m3 import m3
 from tests.models.test_parity_zoo import missing
 from tests.threads import threads
 
+pytestmark = pytest.mark.full  # bits of rows whose figures `make test` compares
 ROWS = {row.name: row for row in ZOO}
 TOGETHER = ("bert", "xlm-roberta", "modernbert", "qwen3", "gemma3", "electra", "nomic-bert")
 """Sequences share forwards; the others have forwards of their own."""
@@ -37,13 +38,7 @@ APART = ("qwen3-moe", "mixtral", "gpt-oss", "deberta-v2", "gemma2", "t5", "mpnet
 NARROWED = ("bert", "modernbert", "qwen3", "qwen3-moe", "deberta-v2")
 WANTED = 37
 """Tokens of the sequence that is watched."""
-SAMPLE = {"modernbert", "qwen3", "qwen3-moe", "deberta-v2", "t5"}
-"""Of them, those of `make test`."""
 KERNELS = native.chosen("auto") != "none"
-
-
-def some(names: tuple[str, ...]) -> list[str]:
-    return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.full) for name in names]  # type: ignore[misc]
 
 
 @cache
@@ -100,7 +95,7 @@ def check(subject: Subject) -> None:
     assert torch.isfinite(alone).all()
 
 
-@pytest.mark.parametrize("name", some(TOGETHER + APART))
+@pytest.mark.parametrize("name", TOGETHER + APART)
 def test_no_bit_moves_in_float32(name: str) -> None:
     model = subject(name)
     assert model.layout.is_apart == (name in APART or not KERNELS), model.outcomes["company"].text
@@ -109,7 +104,7 @@ def test_no_bit_moves_in_float32(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="CENOTE_ISA switches the kernels off")
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
-@pytest.mark.parametrize("name", some(NARROWED))
+@pytest.mark.parametrize("name", NARROWED)
 def test_no_bit_moves_with_narrow_weights(name: str, kind: str) -> None:
     model = subject(name, kind)
     assert model.outcomes["narrow"].text
@@ -118,7 +113,7 @@ def test_no_bit_moves_with_narrow_weights(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("isa", ["none", "avx2", pytest.param("avx512", marks=pytest.mark.full), "amx"])
+@pytest.mark.parametrize("isa", ["none", "avx2", "avx512", "amx"])
 def test_no_bit_moves_by_any_instructions(isa: Isa, kind: str) -> None:
     if reason := missing(isa):
         pytest.skip(reason)

@@ -674,10 +674,6 @@ POOLERS: dict[str, tuple[Any, str]] = {
 }
 
 
-OLDER = ("object", "JSON")
-"""What `make test` also gives by the keyword of older releases, which is read into the same."""
-
-
 @pytest.mark.parametrize(
     ("keyword", "pooler", "pooled"),
     [
@@ -685,7 +681,6 @@ OLDER = ("object", "JSON")
             keyword,
             *POOLERS[name],
             id=f"{keyword}-{name}",
-            marks=() if keyword == "pooler_config" or name in OLDER else pytest.mark.full,
         )
         for keyword in ("pooler_config", "override_pooler_config")
         for name in POOLERS
@@ -705,7 +700,6 @@ POOLINGS = [
         asked,
         folder_of,
         id=f"{modules}-{asked}-{folder_of}",
-        marks=pytest.mark.full if folder_of == "qwen" and asked not in (None, "MEAN") and modules else (),
     )
     for modules in (None, "cls", "mean", "lasttoken")
     for asked in (None, "CLS", "LAST", "MEAN")

@@ -24,8 +24,6 @@ NAMED = (
 )
 # fmt: on
 """Architectures that are tried with 1, 2 and 5 labels; the others with 3."""
-ALL = ("bert", "qwen3")
-"""Those that `make test` tries with each of them, the others with 2."""
 
 REFUSED = ("t5", "t5-gated", "mt5", "umt5", "funnel")
 """Sequence heads that are not served: T5's needs its decoder, Funnel's a backbone that shortens its input."""
@@ -36,9 +34,7 @@ LENGTHS = (17, 3, 40, 1, 17, 29)
 def rows(head: str) -> list[Any]:
     """Rows of the zoo that have `head`, and numbers of labels."""
     known = [a for a in ZOO if has_class(a, head) and not (head == SEQUENCE and a.name in REFUSED)]
-    cases = [(a, labels) for a in known for labels in ((1, 2, 5) if a.name in NAMED else (3,))]
-    repeated = [case for case in cases if case[1] in (1, 5) and case[0].name not in ALL]
-    return [pytest.param(case, marks=pytest.mark.full if case in repeated else ()) for case in cases]
+    return [(a, labels) for a in known for labels in ((1, 2, 5) if a.name in NAMED else (3,))]
 
 
 def sequences(vocabulary: int, *, end: int | None) -> list[Sequence]:

@@ -103,15 +103,7 @@ def tell_apart(rows: np.ndarray) -> float:
 # --- parity --------------------------------------------------------------------------------------------------------
 
 
-SEVERAL = {2: ("bert", "roberta", "deberta-v2", "qwen3"), 5: ("bert",)}
-"""Families that `make test` tries with so many labels; all have texts with three."""
-LABELS = [
-    pytest.param(
-        name, labels, id=f"{name}-{labels}", marks=() if name in SEVERAL.get(labels, [name]) else pytest.mark.full
-    )
-    for name in FAMILIES
-    for labels in (1, 2, 5)
-]
+LABELS = [pytest.param(name, labels, id=f"{name}-{labels}") for name in FAMILIES for labels in (1, 2, 5)]
 """Families and numbers of labels."""
 
 

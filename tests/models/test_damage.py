@@ -25,7 +25,7 @@ from tests.models.damage import CHECKPOINTS, DAMAGES, HUGE_DAMAGES, Damage, is_r
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-
+pytestmark = pytest.mark.full  # files that are no checkpoint, hundreds of them
 TEXTS = ["Hello, my name is", "The quick brown fox jumps over the lazy dog.", "one two three"]
 
 Answers = list[np.ndarray]
@@ -134,25 +134,12 @@ def test_there_are_many() -> None:
     assert {*UNFELT, *UNNAMED} <= {damage.id for damage in DAMAGES}
 
 
-FIRST = [
-    ("bert", "config.json"),
-    ("bert", "model.safetensors"),
-    ("modules", "modules.json"),
-    ("bert", "tokenizer.json"),
-]
-"""Files that `make test` damages: an object of settings, tensors, a list, and one that a library reads."""
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # torch's remark on a pickle that is not its own
-@pytest.mark.parametrize(
-    "place",
-    [pytest.param(place, id=" ".join(place), marks=() if place in FIRST else pytest.mark.full) for place in GROUPS],
-)
+@pytest.mark.parametrize("place", GROUPS, ids=" ".join)
 def test_damage(place: tuple[str, str], sound: Callable[[str], tuple[Path, Answers]], tmp_path: Path) -> None:
     run(GROUPS[place], sound, tmp_path)
 
 
-@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("place", REPEATED, ids=" ".join)
 def test_the_same_damage_elsewhere(

@@ -271,15 +271,7 @@ def test_every_prompt_by_its_name(loaded: Loaded) -> None:
     assert far(rows, plain)
 
 
-DEFAULTED = ("qwen3-embedding", "nomic-embed v1.5", "gte-multilingual")
-"""Families that `make test` gives a default prompt: with the usual sides, with others, and with none."""
-
-
-@pytest.mark.parametrize(
-    "loaded",
-    [pytest.param(name, marks=() if name in DEFAULTED else pytest.mark.full) for name in FAMILIES],
-    indirect=True,
-)
+@pytest.mark.parametrize("loaded", FAMILIES, indirect=True)
 def test_default_prompt(loaded: Loaded, tmp_path: Path) -> None:
     """Inputs that ask for no prompt get the default; those of a side get the side's."""
     folder = shutil.copytree(loaded.folder, tmp_path / "model")

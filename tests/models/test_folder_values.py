@@ -117,11 +117,10 @@ def scored(folder: Path, pairs: list[tuple[str, str]], **options: Any) -> list[f
 
 
 CUTS: list[Any] = [
-    pytest.param(cuts, part, side, id=f"{cuts}-{part}-{side}", marks=pytest.mark.full if is_repeated else ())
+    pytest.param(cuts, part, side, id=f"{cuts}-{part}-{side}")
     for cuts in (True, "longest_first", "only_first", "only_second")
     for part in ("text", "common")
     for side in ("right", "left")
-    for is_repeated in [part == "common" and (cuts, side) not in ((True, "right"), ("only_first", "left"))]
 ]
 """The key is read from both parts alike: `make test` has two of the other part's."""
 
@@ -166,7 +165,6 @@ LENGTHS = [
         restores,
         length,
         id=f"{side}-{'end put back' if restores else 'end cut off'}-{length}",
-        marks=pytest.mark.full if length != 60 and restores != (side == "right") else (),
     )
     for side in ("right", "left")
     for restores in (True, False)

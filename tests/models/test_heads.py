@@ -540,10 +540,7 @@ PRETRAINED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "kind", "modules"),
-    [pytest.param(*row, marks=() if place % 2 else pytest.mark.full) for place, row in enumerate(PRETRAINED)],
-)
+@pytest.mark.parametrize(("family", "kind", "modules"), PRETRAINED)
 def test_heads_of_the_training_are_left_with_a_reason(
     tmp_path: Path, family: str, kind: str, modules: set[str]
 ) -> None:

@@ -256,13 +256,9 @@ CAUSAL = [
     "modernbert-decoder",
     "bert-causal",
 ]
-SAMPLE = {"qwen3", "qwen3-moe", "gemma3", "mistral-sliding", "gpt2", "gpt-oss", "opt", "phi3-longrope", "bert-causal"}
-"""Of these, those of `make test`: each kind of positions, masks and layers."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.full) for name in CAUSAL]
-)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_a_common_prefix_runs_once_and_is_exact(name: str) -> None:
     """The prefix is longer than the windows of the rows that have one; two leaves are equally long, one has a token."""
     net = model(name)

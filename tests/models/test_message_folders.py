@@ -203,16 +203,12 @@ def test_prompts_of_the_folder_come_before_task_instructions(tmp_path: Path) -> 
 
 ACTIVATIONS = ["Identity", "Sigmoid", "Softmax", "Tanh", "ReLU", "GELU", "LogSoftmax"]
 PLACES = ["sentence_transformers", "sbert_ce_default_activation_function"]
-FOUND = {(PLACES[0], kind, 1 if kind in ("Sigmoid", "Tanh", "ReLU") else 3) for kind in ACTIVATIONS}
-FOUND |= {(PLACES[1], "Identity", 1), (PLACES[1], "Sigmoid", 3)}
-"""Cases of `make test`: each activation in one place, two of them in the other, and both numbers of labels."""
 PLACED = [
     pytest.param(
         place,
         kind,
         labels,
         id=f"{place}-{kind}-{labels}",
-        marks=() if (place, kind, labels) in FOUND else pytest.mark.full,
     )
     for place in PLACES
     for kind in ACTIVATIONS

@@ -173,18 +173,8 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-BESIDE_SAMPLE = {
-    *STATEFUL,
-    *("bert", "roberta", "t5", "modernbert", "deberta-v2", "gpt2", "bloom"),
-    *("qwen3", "qwen3-moe", "qwen3-next", "gemma3", "gpt-oss"),
-}
-"""Rows that `make test` runs beside each other: those with a state, and each kind of positions, masks and layers."""
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(row, id=row.name, marks=() if row.name in BESIDE_SAMPLE else pytest.mark.full) for row in ZOO],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
 def test_forwards_beside_each_other_give_what_each_gives_alone(architecture: Architecture, hasty: None) -> None:
     subject, rows_TD = once(architecture, KEPT)
     model, layout = subject.full, subject.layout

@@ -93,9 +93,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole modules": {"target_modules": ATTENTION, "modules_to_save": ["output.dense", "position_embeddings"]},
     "orthogonal": {"target_modules": ATTENTION, "init_lora_weights": "orthogonal"},
 }
-FEW = ("plain", "ranks", "all linear", "embeddings", "dora", "biases of its own", "all biases", "whole modules")
-CHOSEN = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.full) for kind in KINDS]
-"""`make test` has each kind beside the weights, and one of each reading elsewhere."""
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +140,7 @@ def test_beside_the_weights(adapted: tuple[Path, Path, np.ndarray], alone: np.nd
     assert np.abs(found - alone).max() > 0.02
 
 
-@pytest.mark.parametrize("adapted", CHOSEN, indirect=True)
+@pytest.mark.parametrize("adapted", KINDS, indirect=True)
 def test_chosen_by_requests(
     adapted: tuple[Path, Path, np.ndarray], alone: np.ndarray, other: tuple[Path, np.ndarray]
 ) -> None:
@@ -159,7 +156,7 @@ def test_chosen_by_requests(
         assert np.abs(vector - of_choice[row]).max() < 1e-5, row
 
 
-@pytest.mark.parametrize("adapted", CHOSEN, indirect=True)
+@pytest.mark.parametrize("adapted", KINDS, indirect=True)
 def test_added_later(adapted: tuple[Path, Path, np.ndarray]) -> None:
     """A `LoRARequest` brings an adapter that the model was not loaded with."""
     base, adapter, expected = adapted

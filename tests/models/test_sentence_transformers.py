@@ -116,14 +116,11 @@ STEPS: dict[str, tuple[Module, ...]] = {
 }
 
 
-SPELLED = ("normalize", "dense gelu", "layer norm", "dropout")
-"""Each kind of module: `make test` reads the old spelling of these, as that is all that differs."""
 SPELLINGS = [
     pytest.param(
         new,
         STEPS[name],
         id=f"{'new' if new else 'old'} spelling-{name}",
-        marks=() if new or name in SPELLED else pytest.mark.full,
     )
     for new in (True, False)
     for name in STEPS
@@ -208,13 +205,7 @@ def test_default_prompt(folder: Path, default: str | None) -> None:
     np.testing.assert_allclose(rows, with_prompt, rtol=0, atol=1e-5)
 
 
-PROMPTED = [
-    pytest.param(
-        prompt, mode, id=f"{prompt}-{mode}", marks=() if prompt == "query" or mode == "mean" else pytest.mark.full
-    )
-    for prompt in PROMPTS
-    for mode in MODES
-]
+PROMPTED = [pytest.param(prompt, mode, id=f"{prompt}-{mode}") for prompt in PROMPTS for mode in MODES]
 """`make test` tries a second prompt with one pooling."""
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests import PATIENCE
 
+pytestmark = pytest.mark.full  # interpreters of their own
 SCRIPT = """
 import logging, resource, socket, sys
 limit, honest = map(int, sys.argv[1:])
@@ -57,7 +58,7 @@ def cpu(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-@pytest.mark.parametrize("honest", [True, pytest.param(False, marks=pytest.mark.full)], ids=["limited", "exhausted"])
+@pytest.mark.parametrize("honest", [True, False], ids=["limited", "exhausted"])
 def test_a_server_outlives_more_clients_than_it_may_have_files(honest: bool) -> None:
     """Of its own limit, which leaves descriptors; and where others took them, so that accepting fails."""
     process = subprocess.Popen(

@@ -12,6 +12,7 @@ import pytest
 
 from tests import PATIENCE
 
+pytestmark = pytest.mark.full  # interpreters of their own
 SCRIPT = """
 import logging, signal, socket, sys
 for number in map(int, sys.argv[1:]):
@@ -103,8 +104,8 @@ def start() -> Iterator[Callable[..., Process]]:
     ("number", "status"),
     [
         (signal.SIGTERM, 0),
-        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.full),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.full),
+        (signal.SIGHUP, 0),
+        (signal.SIGINT, 130),
     ],
     ids=str,
 )

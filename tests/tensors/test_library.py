@@ -11,6 +11,7 @@ import pytest
 
 from cenote.tensors import library
 
+pytestmark = pytest.mark.full  # compilers in processes of their own
 GOOD = 'extern "C" int number() { return 1; }'
 
 

@@ -53,8 +53,6 @@ TOWER: dict[str, Any] = {
 SIGLIP = {**TOWER, "model_type": "siglip_vision_model"}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
 PLACEHOLDER = 10
-SAMPLE = {"llava", "embedding_gemma2", "clap"}
-"""Of the kinds below, those of `make test`: one language model after a tower, a tower of two, and sound."""
 LATER: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": LLAMA, "vision_config": {**TOWER, "model_type": "clip_vision_model"},
@@ -139,9 +137,7 @@ def agree(kind: str, outputs: list[Any], folder: Path) -> None:
         assert float((torch.tensor(output.outputs.embedding) - expected).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in SAMPLE else pytest.mark.full) for kind in LATER]
-)
+@pytest.mark.parametrize("kind", LATER)
 def test_texts_go_on_and_a_picture_is_refused(kind: str, tmp_path: Path) -> None:
     saved(kind, LATER[kind], tmp_path)
     with LLM(str(tmp_path)) as llm:

@@ -554,14 +554,11 @@ HIDES_PADDED = (t5, opt)
 """Those that run padded if tokens are to be hidden."""
 
 
-SEEN = (modernbert, qwen, mpnet)
-"""Backbones, local, causal and padded, that `make test` also tries with queries whose filling is seen."""
 FILLED_QUERIES = [
     pytest.param(
         made,
         attend,
         id=f"{made.__name__}-{'seen' if attend else 'hidden'}",
-        marks=pytest.mark.full if attend and made not in SEEN else (),
     )
     for made in BACKBONES
     for attend in (False, True)
@@ -685,14 +682,11 @@ PYLATE: dict[str, dict[str, Any]] = {
 }
 
 
-MARKED = ("as it is", "prompts behind the prefixes", "no prefixes")
-"""What depends on the kind of markers: `make test` tries these with markers of the vocabulary, too."""
 MARKERS = [
     pytest.param(
         added,
         settings,
         id=f"{'added markers' if added else 'markers of the vocabulary'}-{name}",
-        marks=() if added or name in MARKED else pytest.mark.full,
     )
     for added in (True, False)
     for name, settings in PYLATE.items()

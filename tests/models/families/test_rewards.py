@@ -133,14 +133,11 @@ OF_TOKENS: dict[str, tuple[str, str, Callable[[], tuple[dict[str, Tensor], Rows]
 }
 
 
-KEPT = ("two layers", "below a prefix")
-"""Heads that `make test` tries beside a language model's own, too."""
 HEADS = [
     pytest.param(
         keep,
         name,
         id=f"{'with' if keep else 'without'} lm_head-{name}",
-        marks=pytest.mark.full if keep and name not in KEPT else (),
     )
     for keep in (True, False)
     for name in OF_TOKENS

@@ -37,18 +37,12 @@ from material.corpus import docstrings
 from material.zoo import FIRST_TOKEN, ZOO, Architecture, build
 from tests import checkpoints, tape
 
+pytestmark = pytest.mark.full  # recorded forwards, which are for GPUs; `make test` runs all rows unrecorded
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 96
 """Tokens of real text, which has shorter and longer texts."""
 TOLERANCE = 1e-4 if DEVICE.type == "cuda" else 1e-5
-SAMPLE = {"roberta", "modernbert", "xmod", "llama-dynamic-rope"}
-"""Rows that `make test` replays: tables and rotations, windows, and reasons against recording.
-It runs all rows unrecorded, in `test_parity_zoo`."""
-PACKED = [
-    pytest.param(row, id=row.name, marks=() if row.name in SAMPLE else pytest.mark.full)
-    for row in ZOO
-    if row.layout == "packed"
-]
+PACKED = [pytest.param(row, id=row.name) for row in ZOO if row.layout == "packed"]
 ROWS = {row.name: row for row in ZOO}
 NOT_RECORDED = {
     "xmod": "waits",
@@ -274,7 +268,6 @@ def test_a_forward_that_depends_on_what_it_recorded_is_found_out(monkeypatch: py
     assert layout.unrecorded
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("like_a_gpu")
 def test_batches_that_overlap_keep_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of real weights: three batches are launched before the first is finished, as an engine does."""

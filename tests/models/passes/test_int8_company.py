@@ -18,6 +18,7 @@ from cenote.tensors import native
 from tests.checkpoints import ROUNDING, classifier
 from tests.models.passes.test_narrow import named, narrowed
 
+pytestmark = pytest.mark.full  # company of rows whose figures `make test` compares
 if native.chosen("auto") == "none":
     pytest.skip("CENOTE_ISA switches the kernels off", allow_module_level=True)
 

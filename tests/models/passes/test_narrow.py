@@ -53,8 +53,6 @@ COUNTS = {
 """Linears that become int8, of all: those that run, have at least 32 outputs and share their weights with nobody."""
 STEADY = {"bert", "albert", "distilbert", "roberta", "t5-gated", "nomic-bert", "gpt-neox", "qwen3", "gemma3"}
 """Of these, those whose rows do not move by a last bit with their company in float32."""
-SAMPLE = {"bert", "albert", "deberta", "nomic-bert", "modernbert", "t5-gated", "qwen3", "mixtral", "mamba"}
-"""Of these, those of `make test`."""
 
 
 def named(name: str) -> Architecture:
@@ -80,9 +78,7 @@ def rows(layout: Layout, batch: list[Sequence]) -> list[Tensor]:
     return list(forward(layout, pack(batch)).split([len(s) for s in batch]))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.full) for name in COUNTS]
-)
+@pytest.mark.parametrize("name", COUNTS)
 def test_int8_is_near_float32_and_knows_nothing_of_company(name: str) -> None:
     model = build(named(name))
     batch = sequences(model.get_input_embeddings().weight.shape[0])
@@ -100,10 +96,8 @@ def test_int8_is_near_float32_and_knows_nothing_of_company(name: str) -> None:
         assert torch.allclose(found[i], turned[i], rtol=0, atol=allowed)
 
 
-HALVED = {"bfloat16": ("bert", "modernbert", "qwen3", "bart"), "float16": ("bert", "qwen3")}
-"""Architectures that `make test` rounds by a path; by the others, all of them."""
 ROUNDED = [
-    pytest.param(name, path, marks=() if name in HALVED.get(path, [name]) else pytest.mark.full)
+    (name, path)
     for name in ("bert", "roberta", "deberta", "modernbert", "qwen3", "gemma3", "bart", "mobilebert")
     for path in ("bfloat16", "float16", "AMX-FLOAT16")
 ]

@@ -23,6 +23,7 @@ from tests.checkpoints import bert, decoder
 from tests.models.test_adapters import jina
 from tests.models.test_parity_zoo import alone, sequences
 
+pytestmark = pytest.mark.full  # other paths to figures that `make test` compares
 ROWS = {row.name: row for row in ZOO}
 SAMPLE = ("bert", "roberta", "t5-gated", "modernbert", "qwen3", "gemma2", "qwen3-moe", "deberta", "mobilebert", "bart")
 NAMES = tuple(row.name for row in PASSES)
@@ -51,10 +52,9 @@ def test_the_order() -> None:
 
 
 CASES = [
-    pytest.param(name, left_out, id=f"{name}-{'+'.join(sorted(left_out))}", marks=pytest.mark.full if is_full else ())
-    for number, name in enumerate(SAMPLE)
+    pytest.param(name, left_out, id=f"{name}-{'+'.join(sorted(left_out))}")
+    for name in SAMPLE
     for left_out in (*({row} for row in NAMES), set(ONLY_FASTER))
-    for is_full in [number and left_out != ONLY_FASTER]
 ]
 
 
@@ -75,9 +75,7 @@ def test_each_can_be_left_out(name: str, left_out: set[str]) -> None:
         assert not patched(subject.full)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if place % 2 else pytest.mark.full) for place, name in enumerate(SAMPLE)]
-)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_each_can_be_taken_back(name: str) -> None:
     subject = prepared(build(ROWS[name]), settings())
     assert patched(subject.full)
