@@ -31,7 +31,8 @@ serve: $(VENV)/.serve
 # and a hundred that they start would compile the same files again and again.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Every case that is no repetition: each parity figure by one kernel path, that of CENOTE_ISA or the fastest here.
+# Bodies and answers of all dialects, and every figure against the reference by one kernel path: that of CENOTE_ISA, or the
+# fastest here.
 test: $(VENV)/.dev
 	$(PYTEST) -m "not full and not pylate" $(ARGS)
 
