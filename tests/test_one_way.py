@@ -304,12 +304,19 @@ def test_no_list_is_created_empty_and_filled_in_a_closure() -> None:
     assert not faults
 
 
-def test_such_a_list_would_be_found() -> None:
-    code = "def f():\n  with h:\n    kept = []\n  async def g():\n    kept.append(1)\n  return g, kept"
+@pytest.mark.parametrize(
+    ("code", "filled"),
+    [
+        ("def f():\n  kept = []\n  def g():\n    kept.append(1)\n  return g, kept", {"kept"}),
+        ("def f():\n  with h:\n    kept = []\n  async def g():\n    kept.append(1)\n  return g, kept", {"kept"}),
+        ("def f():\n  def g():\n    kept = []\n    kept.append(1)\n  return g", set()),
+    ],
+    ids=["a function", "a coroutine", "its own list"],
+)
+def test_such_a_list_would_be_found(code: str, filled: set[str]) -> None:
     (function,) = ast.parse(code).body
-    assert _filled_in_closures(function) == {"kept"}  # type: ignore[arg-type]
-    (function,) = ast.parse("def f():\n  def g():\n    kept = []\n    kept.append(1)\n  return g").body
-    assert not _filled_in_closures(function)  # type: ignore[arg-type]
+    assert isinstance(function, ast.FunctionDef)
+    assert _filled_in_closures(function) == filled
 
 
 def _filled_in_closures(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:

@@ -14,7 +14,6 @@ import pytest
 
 from cenote.engine.scheduler import Scheduler
 
-pytestmark = pytest.mark.full  # counts of steps, over thousands of requests
 FEW, MANY = 1_000, 30_000
 BATCHES = 8
 LOOKED_AT = 1_100
@@ -99,7 +98,9 @@ def work(waiting: int, priorities: int, count: int, length: int, bulk: int) -> C
     return steps
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.full if "long" in kind or kind == "alike" else ()) for kind in KINDS]
+)
 def test_work_grows_with_the_logarithm_at_most(kind: str) -> None:
     few, many = work(FEW, *KINDS[kind]), work(MANY, *KINDS[kind])
     for name in few:

@@ -695,12 +695,7 @@ def test_pooler_config(bert: Path, pooler: Any, pooled: str, keyword: str) -> No
 
 
 POOLINGS = [
-    pytest.param(
-        modules,
-        asked,
-        folder_of,
-        id=f"{modules}-{asked}-{folder_of}",
-    )
+    pytest.param(modules, asked, folder_of, id=f"{modules}-{asked}-{folder_of}")
     for modules in (None, "cls", "mean", "lasttoken")
     for asked in (None, "CLS", "LAST", "MEAN")
     for folder_of in ("bert", "qwen")

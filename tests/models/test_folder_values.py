@@ -160,12 +160,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 LENGTHS = [
-    pytest.param(
-        side,
-        restores,
-        length,
-        id=f"{side}-{'end put back' if restores else 'end cut off'}-{length}",
-    )
+    pytest.param(side, restores, length, id=f"{side}-{'end put back' if restores else 'end cut off'}-{length}")
     for side in ("right", "left")
     for restores in (True, False)
     for length in (100, 60, 40)

@@ -204,12 +204,7 @@ def test_prompts_of_the_folder_come_before_task_instructions(tmp_path: Path) -> 
 ACTIVATIONS = ["Identity", "Sigmoid", "Softmax", "Tanh", "ReLU", "GELU", "LogSoftmax"]
 PLACES = ["sentence_transformers", "sbert_ce_default_activation_function"]
 PLACED = [
-    pytest.param(
-        place,
-        kind,
-        labels,
-        id=f"{place}-{kind}-{labels}",
-    )
+    pytest.param(place, kind, labels, id=f"{place}-{kind}-{labels}")
     for place in PLACES
     for kind in ACTIVATIONS
     for labels in (1, 3)

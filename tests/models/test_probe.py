@@ -80,7 +80,6 @@ def test_experts_take_their_layout_with_any_number_of_threads(name: str, count: 
     assert layout.name == LAYOUTS[name]["layout"]
 
 
-@pytest.mark.full
 def test_rounding_that_moves_rows_is_below_the_error_of_float32(count: int) -> None:
     """The rows of a deep mixture move with their neighbours; by less than they are away from float64 anyway."""
     model, exact = mixture(**DEEP), mixture(**DEEP).double()

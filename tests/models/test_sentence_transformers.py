@@ -117,11 +117,7 @@ STEPS: dict[str, tuple[Module, ...]] = {
 
 
 SPELLINGS = [
-    pytest.param(
-        new,
-        STEPS[name],
-        id=f"{'new' if new else 'old'} spelling-{name}",
-    )
+    pytest.param(new, STEPS[name], id=f"{'new' if new else 'old'} spelling-{name}")
     for new in (True, False)
     for name in STEPS
 ]

@@ -156,11 +156,7 @@ def as_pipeline(entity: Entity, aggregation: str) -> dict[str, Any]:
 
 
 COMPARED = [
-    pytest.param(
-        (name, kind),
-        aggregation,
-        id=f"{name} - {kind}-{aggregation}",
-    )
+    pytest.param((name, kind), aggregation, id=f"{name} - {kind}-{aggregation}")
     for name in MODELS
     for kind in LABELS
     for aggregation in AGGREGATIONS

@@ -90,7 +90,7 @@ KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
 """What writes a checkpoint to a folder and returns the options that it is opened with."""
 
 
-@pytest.fixture(scope="module", params=[*KINDS, pytest.param("the embedded model", marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[*KINDS, "the embedded model"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
     """A model that is here, and the same one behind a socket."""
     root = tmp_path_factory.mktemp("facts")

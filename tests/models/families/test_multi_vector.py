@@ -555,11 +555,7 @@ HIDES_PADDED = (t5, opt)
 
 
 FILLED_QUERIES = [
-    pytest.param(
-        made,
-        attend,
-        id=f"{made.__name__}-{'seen' if attend else 'hidden'}",
-    )
+    pytest.param(made, attend, id=f"{made.__name__}-{'seen' if attend else 'hidden'}")
     for made in BACKBONES
     for attend in (False, True)
 ]
@@ -683,11 +679,7 @@ PYLATE: dict[str, dict[str, Any]] = {
 
 
 MARKERS = [
-    pytest.param(
-        added,
-        settings,
-        id=f"{'added markers' if added else 'markers of the vocabulary'}-{name}",
-    )
+    pytest.param(added, settings, id=f"{'added markers' if added else 'markers of the vocabulary'}-{name}")
     for added in (True, False)
     for name, settings in PYLATE.items()
 ]

@@ -134,11 +134,7 @@ OF_TOKENS: dict[str, tuple[str, str, Callable[[], tuple[dict[str, Tensor], Rows]
 
 
 HEADS = [
-    pytest.param(
-        keep,
-        name,
-        id=f"{'with' if keep else 'without'} lm_head-{name}",
-    )
+    pytest.param(keep, name, id=f"{'with' if keep else 'without'} lm_head-{name}")
     for keep in (True, False)
     for name in OF_TOKENS
 ]

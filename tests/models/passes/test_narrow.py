@@ -254,7 +254,7 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "AMX-FLOAT16": ({"dtype": "half"}, 0.999999),
 }
 """Path to options and the least mean cosine to float32 over docstrings."""
-COUNTS_OF_TEXTS = [20, pytest.param(150, marks=pytest.mark.full)]
+COUNTS_OF_TEXTS = [20, *(pytest.param(count, marks=pytest.mark.full) for count in (50, 150))]
 """Docstrings that are embedded; more of them are the same once more."""
 
 
